@@ -1,0 +1,73 @@
+// The only file that knows Python: addresses in, status out. Arguments are checked in fastsae/native.py, indices in the functions.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "fastsae.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using address = std::uintptr_t;
+using i64 = std::int64_t;
+
+namespace {
+
+template <class T>
+T* pointer(address p) {
+  return reinterpret_cast<T*>(p);
+}
+
+fastsae::Slots slots(address indices, int index, address crow, i64 rows, i64 k, i64 n, i64 features) {
+  return {pointer<const void>(indices), pointer<const i64>(crow), rows, k, n, features, static_cast<fastsae::Index>(index)};
+}
+
+fastsae::Level level_of(const std::string& name) {
+  for (int i = 0; i < fastsae::kLevels; ++i)
+    if (name == fastsae::level_name(static_cast<fastsae::Level>(i))) return static_cast<fastsae::Level>(i);
+  throw py::value_error("unknown instruction set level \"" + name + "\"");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastsae;
+
+  m.def("decode", [](address indices, int index, address crow, i64 rows, i64 k, i64 n, i64 features, int dtype, address values, address w,
+                     i64 stride_f, i64 stride_d, i64 d, address bias, address y, int threads) {
+    py::gil_scoped_release release;
+    return decode(slots(indices, index, crow, rows, k, n, features), static_cast<Dtype>(dtype), pointer<const void>(values),
+                  {pointer<void>(w), stride_f, stride_d, d}, pointer<const float>(bias), pointer<void>(y), threads);
+  });
+  m.def("decode_dvalues", [](address indices, int index, address crow, i64 rows, i64 k, i64 n, i64 features, int dtype, address grad,
+                             address w, i64 stride_f, i64 stride_d, i64 d, address dvalues, int threads) {
+    py::gil_scoped_release release;
+    return decode_dvalues(slots(indices, index, crow, rows, k, n, features), static_cast<Dtype>(dtype), pointer<const void>(grad),
+                          {pointer<void>(w), stride_f, stride_d, d}, pointer<void>(dvalues), threads);
+  });
+  m.def("decode_dweight", [](address indices, int index, address crow, i64 rows, i64 k, i64 n, i64 features, int dtype, address values,
+                             address grad, address out, i64 stride_f, i64 stride_d, i64 d, bool zero_untouched, int threads) {
+    py::gil_scoped_release release;
+    return decode_dweight(slots(indices, index, crow, rows, k, n, features), static_cast<Dtype>(dtype), pointer<const void>(values),
+                          pointer<const void>(grad), {pointer<void>(out), stride_f, stride_d, d}, zero_untouched, threads);
+  });
+  m.attr("NO_MEMORY") = kNoMemory;
+
+  m.def("levels", [] {  // built and supported here, ascending
+    py::list names;
+    for (int i = 0; i < kLevels; ++i) {
+      const Level level = static_cast<Level>(i);
+      if (level_built(level) && level_supported(level)) names.append(level_name(level));
+    }
+    return names;
+  });
+  m.def("level", [] { return level_name(current_level()); });
+  m.def("set_level", [](const std::string& name) { return set_level(level_of(name)); });
+  m.def("cpu_features", [] {
+    py::dict features;
+    for (const Feature* f = cpu_features(); f->name != nullptr; ++f) features[f->name] = f->present;
+    return features;
+  });
+  m.def("threads_available", &threads_available);
+  m.def("force_serial", &force_serial);
+}

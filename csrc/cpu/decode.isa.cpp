@@ -1,0 +1,244 @@
+// Sparse decode and its two gradients: the loops. fastsae.h states the sums and their order, decode.h the jobs.
+//
+// Cost: `sum` and `dot` read n*d elements of the table once, whole lines, and are bound by memory: a tile of accumulators stays in
+// registers over a row's slots, and the lines of later slots are prefetched because no hardware prefetcher can know the next row.
+
+// The bf16 conversion of avx512_bf16 flushes denormals, so that level has no body here and runs avx512's.
+#ifndef FASTSAE_LEVEL_avx512_bf16
+#include "cpu/decode.h"
+#include "vec.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+FASTSAE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Where the walk goes after this slot: the slot `ahead` later in this tile, then the next tile of the same row, then the next row.
+template <class T, class I, int N>
+FASTSAE_INLINE void prefetch_tile(const SumJob& job, int64_t s, int64_t end, int64_t begin, int64_t d, int64_t d_next) {
+  const I* const indices = static_cast<const I*>(job.indices);
+  int64_t ahead = s + kPrefetch;
+  if (ahead >= end) {
+    if (d_next > d) ahead -= end - begin;
+    d = d_next;
+    if (ahead >= job.n) return;
+  }
+  const char* const line = reinterpret_cast<const char*>(static_cast<const T*>(job.table) + static_cast<int64_t>(indices[ahead]) * job.table_stride + d);
+  constexpr int kBytes = N * kLanes * static_cast<int>(sizeof(T));
+  for (int i = 0; i < kBytes; i += 64) prefetch(line + i);
+}
+
+// N vectors of one output row. `part` is 16, or the number of elements of the only vector (N = 1).
+template <class T, class I, int N>
+FASTSAE_INLINE void sum_tile(const SumJob& job, int64_t r, int64_t begin, int64_t end, int64_t d, int64_t d_next, int part) {
+  const T* const values = static_cast<const T*>(job.values);
+  const I* const indices = static_cast<const I*>(job.indices);
+  const T* const table = static_cast<const T*>(job.table) + d;
+  Vec total[N];
+  float kept[N * kLanes];
+  int64_t s = begin;
+  do {
+    const int64_t stop = least(s + kSlotBlock, end);
+    for (int i = 0; i < N; ++i) total[i] = zero();
+    const bool first_block = s == begin;
+    for (; s < stop; ++s) {
+      const T* const row = table + static_cast<int64_t>(indices[s]) * job.table_stride;
+      const Vec value = broadcast(widen(values[s]));
+      prefetch_tile<T, I, N>(job, s, end, begin, d, d_next);
+      if (N > 1 || part == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) total[i] = fma(value, load(row + i * kLanes), total[i]);
+      } else {
+        total[0] = fma(value, load_part(row, part), total[0]);
+      }
+    }
+    if (!first_block)
+      for (int i = 0; i < N; ++i) total[i] = add(load(static_cast<const float*>(kept) + i * kLanes), total[i]);
+    if (s < end)
+      for (int i = 0; i < N; ++i) store(static_cast<float*>(kept) + i * kLanes, total[i]);
+  } while (s < end);
+
+  T* const out = static_cast<T*>(job.out) + r * job.out_stride + d;
+  if (N == 1 && part != kLanes) {
+    if (job.bias != nullptr) total[0] = add(total[0], load_part(job.bias + d, part));
+    store_part(out, total[0], part);
+    return;
+  }
+  if (job.bias != nullptr)
+    for (int i = 0; i < N; ++i) total[i] = add(total[i], load(job.bias + d + i * kLanes));
+  if (job.stream && reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0) {
+    for (int i = 0; i < N; ++i) stream(out + i * kLanes, total[i]);
+  } else {
+    for (int i = 0; i < N; ++i) store(out + i * kLanes, total[i]);
+  }
+}
+
+template <class T, class I>
+void sum(const SumJob& job, int64_t r0, int64_t r1, int64_t d0, int64_t d1) {
+  for (int64_t r = r0; r < r1; ++r) {
+    const int64_t begin = job.crow != nullptr ? job.crow[r] : r * job.k;
+    const int64_t end = job.crow != nullptr ? job.crow[r + 1] : begin + job.k;
+    for (int64_t d = d0; d < d1;) {
+      const int64_t left = d1 - d;
+      const auto next = [&](int n) { return left > n * kLanes ? d + n * kLanes : d0; };
+      if (left >= kTile * kLanes) {
+        sum_tile<T, I, kTile>(job, r, begin, end, d, next(kTile), kLanes);
+        d += kTile * kLanes;
+      } else if (kTile > 8 && left >= 8 * kLanes) {
+        sum_tile<T, I, 8>(job, r, begin, end, d, next(8), kLanes);
+        d += 8 * kLanes;
+      } else if (left >= 4 * kLanes) {
+        sum_tile<T, I, 4>(job, r, begin, end, d, next(4), kLanes);
+        d += 4 * kLanes;
+      } else if (left >= 2 * kLanes) {
+        sum_tile<T, I, 2>(job, r, begin, end, d, next(2), kLanes);
+        d += 2 * kLanes;
+      } else {
+        sum_tile<T, I, 1>(job, r, begin, end, d, next(1), static_cast<int>(least(left, kLanes)));
+        d += kLanes;
+      }
+    }
+  }
+  if (job.stream) fence();
+}
+
+template <class T, class I>
+void dot(const DotJob& job, int64_t r, int64_t s0, int64_t s1) {
+  const T* const grad = static_cast<const T*>(job.grad) + r * job.d;
+  const I* const indices = static_cast<const I*>(job.indices);
+  const T* const table = static_cast<const T*>(job.table);
+  T* const out = static_cast<T*>(job.out);
+  for (int64_t s = s0; s < s1; ++s) {
+    const T* const row = table + static_cast<int64_t>(indices[s]) * job.table_stride;
+    // The next row's first lines; the hardware prefetcher follows from there, and each block fetches its own place in the next row.
+    const T* const later = table + static_cast<int64_t>(indices[least(s + 1, job.n - 1)]) * job.table_stride;
+    Vec total = zero();
+    for (int64_t d = 0; d < job.d; d += kDotBlock) {
+      Vec a[4] = {zero(), zero(), zero(), zero()};
+      if (job.d - d >= kDotBlock) {
+        constexpr int kBytes = static_cast<int>(kDotBlock * sizeof(T));
+        const char* const line = reinterpret_cast<const char*>(later + d);
+        for (int i = 0; i < kBytes; i += 64) prefetch(line + i);
+#pragma GCC unroll 16
+        for (int i = 0; i < kDotBlock / kLanes; ++i) a[i % 4] = fma(load(grad + d + i * kLanes), load(row + d + i * kLanes), a[i % 4]);
+      } else {
+        int64_t e = d;
+        int i = 0;
+        for (; job.d - e >= kLanes; e += kLanes, i = (i + 1) % 4) a[i] = fma(load(grad + e), load(row + e), a[i]);
+        const int part = static_cast<int>(job.d - e);
+        if (part > 0) a[i] = fma(load_part(grad + e, part), load_part(row + e, part), a[i]);
+      }
+      total = add(total, add(add(a[0], a[1]), add(a[2], a[3])));
+    }
+    narrow(reduce(total), out + s);
+  }
+}
+
+template <class T>
+void panel_dot(const PanelDotJob& job, int64_t r, int64_t s0, int64_t s1) {
+  const T* const grad = static_cast<const T*>(job.grad) + r * job.grad_stride;
+  Vec g[kPanel / kLanes];
+  for (int i = 0; i < kPanel / kLanes; ++i) {
+    const int64_t left = job.width - i * kLanes;
+    g[i] = left >= kLanes ? load(grad + i * kLanes) : left > 0 ? load_part(grad + i * kLanes, static_cast<int>(left)) : zero();
+  }
+  for (int64_t s = s0; s < s1; ++s) {
+    const T* const row = static_cast<const T*>(job.panel) + static_cast<int64_t>(job.indices[s]) * kPanel;
+    Vec sum = zero();
+    for (int i = 0; i < kPanel / kLanes; ++i) sum = fma(g[i], load(row + i * kLanes), sum);
+    job.block[s] += reduce(sum);
+  }
+}
+
+// Reads 16 features of one column at a time.
+template <class T>
+FASTSAE_INLINE Vec column(const PackJob& job, int64_t u, int n, const int32_t* nearby, int64_t base, int64_t j) {
+  const T* const w = static_cast<const T*>(job.w) + (job.d0 + j) * job.stride_d;
+  if (job.used == nullptr && job.stride_f == 1) return n == kLanes ? load(w + u) : load_part(w + u, n);
+  if constexpr (sizeof(T) == 4) {
+    if (n == kLanes && nearby != nullptr) return gather(w + base, nearby);
+  }
+  T each[kLanes] = {};
+  for (int i = 0; i < n; ++i) each[i] = w[(job.used != nullptr ? job.used[u + i] : u + i) * job.stride_f];
+  return load(static_cast<const T*>(each));
+}
+
+template <class T>
+void pack(const PackJob& job, int64_t u0, int64_t u1) {
+  T* const panel = static_cast<T*>(job.panel);
+  // 16 columns for all features, then the next 16: more streams than that and the hardware prefetchers lose them.
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    for (int64_t u = u0; u < u1; u += kLanes) {
+      const int n = static_cast<int>(least(kLanes, u1 - u));
+      // Features in use ascend: their offsets from the first one fit 32 bits unless they are very far apart.
+      int32_t offsets[kLanes];
+      const int32_t* nearby = nullptr;
+      int64_t base = 0;
+      if (job.used != nullptr && n == kLanes && job.stride_f > 0) {
+        base = job.used[u] * job.stride_f;
+        if ((job.used[u + kLanes - 1] - job.used[u]) < INT32_MAX / job.stride_f) {
+          for (int i = 0; i < kLanes; ++i) offsets[i] = static_cast<int32_t>((job.used[u + i] - job.used[u]) * job.stride_f);
+          nearby = offsets;
+        }
+      }
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = j + i < job.width ? column<T>(job, u, n, nearby, base, j + i) : zero();
+      transpose(block);
+      for (int i = 0; i < n; ++i) store(panel + (u + i) * kPanel + j, block[i]);
+    }
+  }
+}
+
+template <class T>
+void scatter(const ScatterJob& job) {
+  const T* const tile = static_cast<const T*>(job.tile);
+  T* const to = static_cast<T*>(job.to);
+  if (job.stride_i != 1 || job.rows == 1) {
+    for (int64_t i = 0; i < job.rows; ++i)
+      for (int64_t j = 0; j < job.columns; ++j) to[i * job.stride_i + j * job.stride_j] = tile[i * job.ld + j];
+    return;
+  }
+  const bool aligned = job.stream && reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(T)) == 0 && job.stride_j % kLanes == 0;
+  for (int64_t j = 0; j < job.columns; j += kLanes) {
+    const int columns = static_cast<int>(least(kLanes, job.columns - j));
+    for (int64_t i = 0; i < job.rows; i += kLanes) {
+      const int rows = static_cast<int>(least(kLanes, job.rows - i));
+      Vec block[kLanes];
+      for (int a = 0; a < kLanes; ++a)
+        block[a] = a >= rows ? zero() : columns == kLanes ? load(tile + (i + a) * job.ld + j) : load_part(tile + (i + a) * job.ld + j, columns);
+      transpose(block);
+      for (int a = 0; a < columns; ++a) {
+        T* const line = to + i + (j + a) * job.stride_j;
+        if (rows != kLanes)
+          store_part(line, block[a], rows);
+        else if (aligned)
+          stream(line, block[a]);
+        else
+          store(line, block[a]);
+      }
+    }
+  }
+  if (job.stream) fence();
+}
+
+template <class T>
+void round(const float* block, const float* total, void* out, int64_t n) {
+  for (int64_t s = 0; s < n; ++s) narrow(total[s] + block[s], static_cast<T*>(out) + s);
+}
+
+}  // namespace
+
+extern const DecodeKernels decode_kernels;
+const DecodeKernels decode_kernels = {
+    {{sum<float, int32_t>, sum<float, int64_t>}, {sum<bf16, int32_t>, sum<bf16, int64_t>}, {sum<f16, int32_t>, sum<f16, int64_t>}},
+    {{dot<float, int32_t>, dot<float, int64_t>}, {dot<bf16, int32_t>, dot<bf16, int64_t>}, {dot<f16, int32_t>, dot<f16, int64_t>}},
+    {panel_dot<float>, panel_dot<bf16>, panel_dot<f16>},
+    {pack<float>, pack<bf16>, pack<f16>},
+    {scatter<float>, scatter<bf16>, scatter<f16>},
+    {round<float>, round<bf16>, round<f16>},
+};
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae
+#endif

@@ -1,0 +1,74 @@
+// fastsae: the whole C++ interface on one page. No torch, no Python: addresses, sizes, strides, a thread count.
+//
+// Conventions
+//   - Sizes and strides are int64 and count elements. Nothing is written outside the named outputs.
+//   - Sums are fp32 with fused multiply-add (the portable level rounds the product first where the CPU has no FMA) and have one
+//     fixed order per instruction set: bits depend neither on the thread count nor on the other rows.
+//   - Every index is checked before the first access. A bad argument leaves the outputs untouched.
+//   - `threads` is an upper bound; small work runs on one thread.
+//   - Workspaces come from one reused block, see workspace.h; their sizes are stated below.
+#pragma once
+#include <cstdint>
+
+namespace fastsae {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Index : int { i32 = 0, i64 = 1 };
+
+// The sparse side. Row r owns slots [r*k, (r+1)*k), or [crow[r], crow[r+1]) when crow is given.
+struct Slots {
+  const void* indices;  // [n] features, `index`
+  const int64_t* crow;  // [rows + 1] or null
+  int64_t rows, k, n;   // n = rows*k without crow; k is ignored with crow
+  int64_t features;     // valid indices are 0 <= i < features
+  Index index;
+};
+
+// The dense side, [features, d] with any strides: {d, 1} is a plain matrix, {1, features} a transposed view.
+struct Matrix {
+  void* data;
+  int64_t stride_f, stride_d, d;
+};
+
+// A status is kOk, kNoMemory, `i >= 0` (indices[i] is out of range), or crow_error(i) (crow[i] is not what it must be:
+// crow[0] = 0, never falling, crow[rows] = n).
+constexpr int64_t kOk = -1;
+constexpr int64_t kNoMemory = INT64_MIN;
+constexpr int64_t crow_error(int64_t i) { return -2 - i; }
+
+// decode: y[r, :] = bias + sum over the slots s of row r of values[s] * W[indices[s], :]
+//
+//   total = 0                                   per element of y, fp32
+//   for block in the row's slots, 64 at a time:
+//     part = 0
+//     for s in block, in order: part = fma(values[s], W[indices[s], d], part)
+//     total = total + part                      (the first block is taken as it is)
+//   y[r, d] = round(total + bias[d])            bias may be null: then nothing is added
+//
+// values [n], W and y [rows, d] contiguous have type `t`; bias is fp32 [d].
+// W with stride_d = 1 is read in place. Any other W is packed 64 columns at a time for the features in use: workspace
+// min(n, features) * 64 elements of t, 8 * features + 4 * n bytes for the renumbering.
+int64_t decode(const Slots& slots, Dtype t, const void* values, const Matrix& w, const float* bias, void* y, int threads);
+
+// decode_dvalues: dvalues[s] = <grad[r, :], W[indices[s], :]> for every slot s of every row r
+//
+//   stride_d = 1:  16 lanes; lane l of accumulator j (j = 0..3) sums d = 64*i + 16*j + l within a block of 256 elements, the block is
+//                  (a0 + a1) + (a2 + a3), blocks are added in order, lanes are folded 8, 4, 2, 1 at the end.
+//   otherwise:     panels of 64 elements, each 16 lanes summed over j = 0..3 and folded 8, 4, 2, 1; 4 panels in order make a block of
+//                  256 elements, blocks are added in order.
+//
+// grad [rows, d] contiguous, W and dvalues [n] have type `t`. Workspace of the second case: that of decode, and 8 * n bytes.
+int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matrix& w, void* dvalues, int threads);
+
+// decode_dweight: out[f, :] = sum over the slots s with indices[s] = f, in slot order, of values[s] * grad[row(s), :]
+//
+//   (offsets, rows, values) = stable counting sort of the slots by feature
+//   out = decode with those as (crow, indices, values), and grad as W: same blocks of 64, same bits rule
+//
+// Every row of out is written, zeros where a feature has no slot; with zero_untouched = false those rows keep what they hold (for a
+// caller that reuses `out` and knows which rows it dirtied). values [n], grad [rows, d] contiguous and out have type `t`; out has
+// any strides. Workspace: 16 * features + n * (4 + sizeof(t)) bytes.
+int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, bool zero_untouched,
+                       int threads);
+
+}  // namespace fastsae

@@ -1,0 +1,57 @@
+// Which instruction set runs: what was built, what this CPU and its operating system support, what is chosen.
+//
+// Files named *.isa.cpp are compiled once per level, with that level's flags and FASTSAE_ISA set to its name; everything in them lives
+// in namespace fastsae::<level>. Every other file is compiled with baseline flags. setup.py defines FASTSAE_BUILT_<level>.
+#pragma once
+#include <cstdint>
+
+namespace fastsae {
+
+// Ascending: a level includes those before it, and a level without a body of its own runs the body of the next lower one.
+#define FASTSAE_LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+
+enum class Level : int {
+#define FASTSAE_X(level) level,
+  FASTSAE_LEVELS(FASTSAE_X)
+#undef FASTSAE_X
+};
+constexpr int kLevels = 4;
+
+const char* level_name(Level level);
+bool level_built(Level level);
+bool level_supported(Level level);  // by the CPU, and its registers are saved by the operating system
+Level current_level();              // the highest built and supported one, unless set
+bool set_level(Level level);        // false, and no change, where it was not built or is not supported
+
+// One CPU feature as (name, present); null name ends the list.
+struct Feature {
+  const char* name;
+  bool present;
+};
+const Feature* cpu_features();
+
+// A family of kernels keeps one table of function pointers per level; `tables[level]` is null where it has no body.
+template <class Table>
+const Table& pick(const Table* const (&tables)[kLevels]) {
+  int level = static_cast<int>(current_level());
+  while (tables[level] == nullptr) --level;  // tables[portable] always exists
+  return *tables[level];
+}
+
+#ifdef FASTSAE_BUILT_avx2
+#define FASTSAE_AVX2(table) (&avx2::table)
+#else
+#define FASTSAE_AVX2(table) nullptr
+#endif
+#ifdef FASTSAE_BUILT_avx512
+#define FASTSAE_AVX512(table) (&avx512::table)
+#else
+#define FASTSAE_AVX512(table) nullptr
+#endif
+#ifdef FASTSAE_BUILT_avx512_bf16
+#define FASTSAE_AVX512_BF16(table) (&avx512_bf16::table)
+#else
+#define FASTSAE_AVX512_BF16(table) nullptr
+#endif
+
+}  // namespace fastsae

@@ -1,0 +1,38 @@
+#include "parallel.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
+
+namespace fastsae {
+namespace {
+
+// The entry that compilers emit for `#pragma omp parallel`. GNU, LLVM and Intel runtimes all export it.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel find_runtime() {
+#if defined(__unix__) || defined(__APPLE__)
+  return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  return nullptr;
+#endif
+}
+
+// Looked up when this library is loaded; native.py imports torch before.
+GompParallel const runtime = find_runtime();
+std::atomic<bool> serial{false};
+
+}  // namespace
+
+bool threads_available() { return runtime != nullptr && !serial.load(std::memory_order_relaxed); }
+
+void force_serial() { serial.store(true, std::memory_order_relaxed); }
+
+void run_on_threads(int threads, void (*body)(void*), void* data) {
+  if (threads > 1 && threads_available())
+    runtime(body, data, static_cast<unsigned>(threads), 0);
+  else
+    body(data);
+}
+
+}  // namespace fastsae

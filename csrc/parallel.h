@@ -1,0 +1,48 @@
+// Threads of the OpenMP runtime that the process has already loaded (torch brings one). It is looked up at run time, so nothing links
+// against libgomp and no second runtime with a thread pool of its own ever starts. Without one, everything runs serially.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace fastsae {
+
+bool threads_available();
+void force_serial();                                             // for good: a forked child must not enter its parent's runtime
+void run_on_threads(int threads, void (*body)(void*), void* data);  // body(data) on up to `threads` threads, and waits
+
+// body(i, worker) for every i in [0, units), each once, in any order and on any thread; `worker` < threads tells concurrent calls apart,
+// for scratch memory. Units must not depend on each other, and what a unit computes must not depend on how many threads there are.
+template <class Body>
+void for_each_unit_by_worker(int threads, int64_t units, const Body& body) {
+  if (units <= 1 || threads <= 1 || !threads_available()) {
+    for (int64_t i = 0; i < units; ++i) body(i, 0);
+    return;
+  }
+  struct Shared {
+    const Body& body;
+    std::atomic<int64_t> next;
+    std::atomic<int> workers;
+    int64_t units;
+  } shared{body, {0}, {0}, units};
+  run_on_threads(
+      units < threads ? static_cast<int>(units) : threads,
+      [](void* data) {
+        Shared& s = *static_cast<Shared*>(data);
+        const int worker = s.workers.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.units;) s.body(i, worker);
+      },
+      &shared);
+}
+
+template <class Body>
+void for_each_unit(int threads, int64_t units, const Body& body) {
+  for_each_unit_by_worker(threads, units, [&](int64_t i, int) { body(i); });
+}
+
+// As many threads as the work pays for: waking one costs about what `grain` elements do.
+inline int useful_threads(int threads, int64_t work, int64_t grain = 32768) {
+  const int64_t paid = 1 + work / grain;
+  return paid < threads ? static_cast<int>(paid) : threads;
+}
+
+}  // namespace fastsae

@@ -1,0 +1,96 @@
+"""Argument checks of the public operations: one sentence an error, naming operation, argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int64, torch.int32)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS, like: Tensor | None = None) -> Tensor:
+    """``value`` is a dense tensor of one of ``dtypes`` on the device of ``like``; TypeError otherwise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must have dtype {_names(dtypes)}, got {_names([value.dtype])}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got layout {value.layout}")
+    if like is not None and value.device != like.device:
+        raise TypeError(f"{op}: {name} must be on {like.device} like the other tensors, got {value.device}")
+    return value
+
+
+def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
+    """``value`` has the expected shape (None: any size); ValueError otherwise. ``meaning`` spells the shape, e.g. "[F, D=768]"."""
+    if value.dim() != len(expected) or any(want is not None and got != want for got, want in zip(value.shape, expected)):
+        raise ValueError(f"{op}: {name} must have shape {meaning}, got {list(value.shape)}")
+
+
+def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {other_name} ({_names([other.dtype])}), got {_names([value.dtype])}")
+
+
+def vector(op: str, name: str, value: Any, size: int, like: Tensor, size_name: str) -> Tensor | None:
+    """An optional vector beside ``like``: its dtype, or float32 beside a half-precision ``like``."""
+    if value is None:
+        return None
+    allowed = (like.dtype,) if like.dtype in (torch.float32, torch.float64) else (like.dtype, torch.float32)
+    tensor(op, name, value, allowed, like)
+    shape(op, name, value, (size,), f"[{size_name}={size}]")
+    return value
+
+
+def integer(op: str, name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> int:
+    """An int in ``low .. high``; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{op}: {name} must be at least {low}{upper}{f' ({meaning})' if meaning else ''}, got {value}")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def number(op: str, name: str, value: Any, positive: bool = True) -> float:
+    """A finite real number, above 0 where ``positive``; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not (0 < value < float("inf") if positive else -float("inf") < value < float("inf")):
+        raise ValueError(f"{op}: {name} must be a finite number{' above 0' if positive else ''}, got {value}")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def subset(op: str, name: str, value: Any, size: int, like: Tensor, size_name: str) -> Tensor | None:
+    """An optional choice of features or neurons: a 1-D index (int64, int32) or a boolean mask of ``size``."""
+    if value is None:
+        return None
+    tensor(op, name, value, (*INDICES, torch.bool), like)
+    if value.dim() != 1 or (value.dtype is torch.bool and value.shape[0] != size):
+        raise ValueError(f"{op}: {name} must be a 1-D index or a mask of shape [{size_name}={size}], got {list(value.shape)} {value.dtype}")
+    return value
+
+
+def index_dtype(op: str, value: Any, n_features: int) -> torch.dtype:
+    if value not in INDICES:
+        raise TypeError(f"{op}: index_dtype must be torch.int64 or torch.int32, got {value}")
+    if value is torch.int32 and n_features > 2**31 - 1:
+        raise ValueError(f"{op}: index_dtype int32 cannot number {n_features} features")
+    return value
+
+
+def autocast(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast: the inputs as ``F.linear`` would cast them (float64 stays); otherwise unchanged."""
+    device = next(value.device.type for value in values if value is not None)
+    if not torch.is_autocast_enabled(device):
+        return values
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(v.to(dtype) if v is not None and v.dtype in (torch.float32, torch.bfloat16, torch.float16) else v for v in values)

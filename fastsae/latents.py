@@ -1,0 +1,133 @@
+"""What an SAE's encoder returns: latents of a fixed number a row, or ragged ones. Both are pytrees."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def _csr_to_rows(crow: Tensor, nnz: int) -> Tensor:
+    """Row of each stored entry."""
+    rows = torch.arange(crow.shape[0] - 1, device=crow.device)
+    return torch.repeat_interleave(rows, crow.diff(), output_size=nnz)
+
+
+class _Latents:
+    """What both kinds share; they differ in how rows are delimited."""
+
+    values: Tensor
+    n_features: int
+    batch_shape: Any
+
+    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """(row, feature, value) of each slot, and the number of rows."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """``[.., n_features]`` in the dtype of the values; duplicates add. Differentiable in the values."""
+        row, feature, value, rows = self._coordinates()
+        dense = value.new_zeros(rows, self.n_features).index_put((row, feature.long()), value, accumulate=True)
+        return dense.reshape(*self.batch_shape, self.n_features)
+
+    def _to_coo(self) -> Tensor:
+        row, feature, value, rows = self._coordinates()
+        return torch.sparse_coo_tensor(torch.stack([row, feature.long()]), value, (rows, self.n_features), check_invariants=False).coalesce()
+
+    def to_csr(self) -> Tensor:
+        """``torch.sparse_csr`` of shape ``[rows, n_features]`` (batch dimensions flattened): columns sorted, duplicates added."""
+        return self._to_coo().to_sparse_csr()
+
+    def to_csc(self) -> Tensor:
+        """``torch.sparse_csc`` of shape ``[rows, n_features]``: feature-major, which rows fire a feature. Duplicates added."""
+        return self._to_coo().to_sparse_csc()
+
+
+@dataclass(frozen=True)
+class TopKLatents(_Latents):
+    """K latents a row.
+
+    Attributes:
+        values: ``[.., K]`` floating, descending by score.
+        indices: ``[.., K]`` int64 or int32, ``0 <= index < n_features``, unique in a row.
+        n_features: size of the dictionary.
+    """
+
+    values: Tensor
+    indices: Tensor
+    n_features: int
+
+    @property
+    def batch_shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.values.shape[:-1]
+
+    def rows(self, rows: slice) -> TopKLatents:
+        """The latents of some rows of the flattened batch; a view."""
+        k = self.values.shape[-1]
+        count = math.prod(self.batch_shape)
+        return TopKLatents(self.values.reshape(count, k)[rows], self.indices.reshape(count, k)[rows], self.n_features)
+
+    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        rows = math.prod(self.batch_shape)
+        row = torch.arange(rows, device=self.values.device).repeat_interleave(self.values.shape[-1])
+        return row, self.indices.reshape(-1), self.values.reshape(-1), rows
+
+
+@dataclass(frozen=True)
+class RaggedLatents(_Latents):
+    """Any number of latents a row, in compressed sparse rows.
+
+    Attributes:
+        values: ``[nnz]`` floating.
+        crow: ``[rows + 1]`` int64; row r owns slots ``crow[r] .. crow[r+1]-1``.
+        col: ``[nnz]`` int64 or int32 features, ascending in a row.
+        n_features: size of the dictionary.
+        batch_shape: the batch dimensions of the input; their product is the number of rows.
+    """
+
+    values: Tensor
+    crow: Tensor
+    col: Tensor
+    n_features: int
+    batch_shape: tuple[int, ...] | torch.Size
+
+    def rows(self, rows: slice) -> RaggedLatents:
+        """The latents of a contiguous range of rows of the flattened batch (step 1); values and columns are views."""
+        start, stop, step = rows.indices(self.crow.shape[0] - 1)
+        if step != 1:
+            raise ValueError(f"RaggedLatents.rows: rows must be a slice of step 1, got step {step}")
+        stop = max(start, stop)
+        lo, hi = int(self.crow[start]), int(self.crow[stop])
+        return RaggedLatents(self.values[lo:hi], self.crow[start : stop + 1] - lo, self.col[lo:hi], self.n_features, (stop - start,))
+
+    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        return _csr_to_rows(self.crow, self.values.shape[0]), self.col, self.values, self.crow.shape[0] - 1
+
+
+Latents = TopKLatents | RaggedLatents
+
+
+def _flatten_topk(latents: TopKLatents) -> tuple[list[Any], Any]:
+    return [latents.values, latents.indices], latents.n_features
+
+
+def _flatten_ragged(latents: RaggedLatents) -> tuple[list[Any], Any]:
+    return [latents.values, latents.crow, latents.col], (latents.n_features, tuple(latents.batch_shape))
+
+
+pytree.register_pytree_node(
+    TopKLatents,
+    _flatten_topk,
+    lambda leaves, n_features: TopKLatents(*leaves, n_features),
+    serialized_type_name="fastsae.TopKLatents",
+)
+pytree.register_pytree_node(
+    RaggedLatents,
+    _flatten_ragged,
+    lambda leaves, context: RaggedLatents(*leaves, *context),
+    serialized_type_name="fastsae.RaggedLatents",
+)

@@ -1,0 +1,286 @@
+"""The compiled CPU kernels: loads them on first use, checks what an address cannot tell, passes addresses, says why they are missing.
+
+The only module that imports ``fastsae._C``. csrc/fastsae.h is the contract of every function. Tensors here are plain and detached:
+gradients, shapes across arguments and error texts for users are the business of the public operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INDEX = {torch.int32: 0, torch.int64: 1}
+_SUPPORTED = "supported: float32, bfloat16, float16"
+
+_C: Any = None  # the extension, once it is loaded and its level is chosen
+_module: Any = None  # the extension, once it is loaded
+_reason: str | None = None
+_tried = False
+
+
+def build_info() -> dict[str, Any]:
+    """What the build recorded: ``native``, ``reason``, ``compiler``, ``flags``, ``levels``. Empty in a checkout that was never built."""
+    path = os.path.join(os.path.dirname(__file__), "_build_info.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+
+
+def unavailable() -> str | None:
+    """Why the compiled kernels cannot be used here and what to do, or None."""
+    global _module, _reason, _tried
+    if _tried:
+        return _reason
+    try:
+        from fastsae import _C as module  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        info = build_info()
+        if not info:
+            _reason = f"the extension is not built ({error}); run `pip install -e .` in the checkout"
+        elif not info["native"]:
+            _reason = f"the extension was not built: {info['reason']}; install a C++20 compiler (gcc or clang) and install fastsae-kernels again"
+        else:
+            _reason = f"the extension was built by {info['compiler']} but does not load: {error}; install fastsae-kernels again for this Python"
+    else:
+        _module = module
+        # The OpenMP runtime hangs in a forked child whose parent has used it.
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=module.force_serial)
+    _tried = True
+    return _reason
+
+
+def _load() -> Any:
+    """The extension with its level chosen, or an error that says what to do."""
+    global _C
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"fastsae's compiled kernels are unavailable: {reason}")
+    if _C is None:
+        wanted = os.environ.get("FASTSAE_ISA")
+        if wanted:
+            _set_level(wanted, f"FASTSAE_ISA={wanted!r}")
+        _C = _module
+    return _C
+
+
+def _set_level(level: str, given: str) -> None:
+    available = _module.levels()
+    if level not in available:
+        raise ValueError(f"{given}: not an instruction set level that was built and that this CPU supports (available: {', '.join(available)})")
+    _module.set_level(level)
+
+
+def isa() -> str:
+    """The instruction set level that runs now."""
+    return (_C or _load()).level()
+
+
+def isa_levels() -> list[str]:
+    """The levels that were built and that this CPU supports, ascending; empty where the kernels are unavailable."""
+    return [] if unavailable() is not None else _module.levels()
+
+
+@contextlib.contextmanager
+def use_isa(level: str) -> Iterator[None]:
+    """Run at `level` inside the block. For tests and benchmarks: the level is one for the whole process."""
+    before = isa()
+    _set_level(level, f"use_isa({level!r})")
+    try:
+        yield
+    finally:
+        _module.set_level(before)
+
+
+def cpu_features() -> dict[str, bool]:
+    """What the CPU and its operating system support, of the instruction sets that the kernels use or may use."""
+    return {} if unavailable() is not None else _module.cpu_features()
+
+
+def threads_info() -> str:
+    """One line on threads, for ``fastsae info``."""
+    if unavailable() is not None:
+        return "none: the extension is unavailable"
+    if _module.threads_available():
+        return f"{torch.get_num_threads()} (torch.get_num_threads), in the OpenMP runtime that torch has loaded"
+    return "1: no OpenMP runtime found in the process, or this is a forked child"
+
+
+# ---- decode ----
+
+
+def _refuses(a: Tensor, a_name: str, indices: Tensor, crow: Tensor | None, w: Tensor, w_name: str, t: Tensor | None) -> str | None:
+    if not _tried:
+        unavailable()
+    if _reason is not None:
+        return _reason
+    dtype = w.dtype
+    if dtype not in _DTYPES:
+        return f"dtype {str(dtype)[6:]} ({_SUPPORTED})"
+    if a.dtype is not dtype or (t is not None and t.dtype is not dtype):
+        other = a if a.dtype is not dtype or t is None else t
+        return f"mixed dtypes: {a_name} {str(other.dtype)[6:]}, {w_name} {str(dtype)[6:]}"
+    if indices.dtype not in _INDEX:
+        return f"index dtype {str(indices.dtype)[6:]} (supported: int64, int32)"
+    if not (w.is_cpu and a.is_cpu and indices.is_cpu):
+        other = w if not w.is_cpu else a if not a.is_cpu else indices
+        return f"device {other.device} (supported: cpu)"
+    if crow is not None and (not crow.is_cpu or crow.dtype is not torch.int64):
+        return f"crow {str(crow.dtype)[6:]} on {crow.device} (supported: int64 on cpu)"
+    return None
+
+
+def refuses_decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> str | None:
+    """Why `decode` cannot serve these inputs, or None."""
+    if b is not None and (b.dtype is not torch.float32 and b.dtype is not W.dtype):
+        return f"mixed dtypes: b {str(b.dtype)[6:]}, W {str(W.dtype)[6:]}"
+    return _refuses(values, "values", indices, crow, W, "W", None)
+
+
+def refuses_decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> str | None:
+    """Why `decode_dvalues` cannot serve these inputs, or None."""
+    return _refuses(grad, "grad", indices, crow, W, "W", None)
+
+
+def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> str | None:
+    """Why `decode_dweight` cannot serve these inputs, or None."""
+    return _refuses(values, "values", indices, crow, out, "out", grad)
+
+
+def _slots(indices: Tensor, crow: Tensor | None) -> tuple[Tensor, int, int, int, Tensor | None, int]:
+    """Contiguous indices, rows, slots a row, slots, contiguous crow, its address."""
+    if not indices.is_contiguous():
+        indices = indices.contiguous()
+    if crow is None:
+        if indices.dim() != 2:
+            raise ValueError(f"indices: expected [rows, K] without crow, got {list(indices.shape)}")
+        rows, k = indices.shape
+        return indices, rows, k, rows * k, None, 0
+    if indices.dim() != 1 or crow.dim() != 1 or crow.numel() == 0 or crow.dtype is not torch.int64 or not crow.is_cpu:
+        raise ValueError(f"expected indices [nnz] and crow [rows + 1] int64, got {list(indices.shape)} and {list(crow.shape)} {crow.dtype}")
+    if not crow.is_contiguous():
+        crow = crow.contiguous()
+    return indices, crow.numel() - 1, 0, indices.numel(), crow, crow.data_ptr()
+
+
+def _fail(status: int, indices: Tensor, crow: Tensor | None, features: int) -> None:
+    if status == _module.NO_MEMORY:
+        raise MemoryError("fastsae: no memory for the workspace of a decode kernel")
+    if status < 0:
+        assert crow is not None
+        i = -2 - status
+        raise ValueError(
+            f"latents.crow: crow[{i}] = {int(crow[i])}; it must start at 0, never fall and end at the number of slots, {indices.numel()}"
+        )
+    position = [status] if indices.dim() == 1 else list(divmod(status, indices.shape[1]))
+    value = int(indices.reshape(-1)[status])
+    raise IndexError(f"latents.indices: {value} at {position} is out of range for {features} features (valid: 0 <= index < {features})")
+
+
+def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
+    """[rows, D] in W.dtype: for each row b + the sum of values · W[indices] over its slots, in slot order.
+
+    Args:
+        values, indices: [rows, K] without `crow`, else [nnz].
+        crow: None, or [rows + 1] int64: the slots of row r are crow[r] to crow[r + 1].
+        W: [F, D], any strides, never copied as a whole.
+        b: None, or [D] in float32 or W.dtype.
+
+    Raises: IndexError (an index outside 0 .. F - 1), ValueError (shapes, crow).
+    """
+    kernels = _C or _load()
+    features, d = W.shape
+    dtype = W.dtype
+    given = indices
+    indices, rows, k, n, crow, crow_address = _slots(indices, crow)
+    if values.shape != indices.shape or (b is not None and b.shape != (d,)):
+        raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, b {None if b is None else list(b.shape)} for D = {d}")
+    _same(dtype, values)
+    if not values.is_contiguous():
+        values = values.contiguous()
+    bias_address = 0
+    if b is not None:
+        b = b.to(torch.float32, memory_format=torch.contiguous_format)
+        if not b.is_contiguous():
+            b = b.contiguous()
+        bias_address = b.data_ptr()
+    y = torch.empty((rows, d), dtype=dtype)
+    stride_f, stride_d = W.stride()
+    status = kernels.decode(
+        indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, features, _DTYPES[dtype], values.data_ptr(),
+        W.data_ptr(), stride_f, stride_d, d, bias_address, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if status != -1:
+        _fail(status, given, crow, features)
+    return y
+
+
+def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
+    """The gradient of `decode` in its values: ⟨grad[r], W[index]⟩ for every slot, in grad.dtype and the shape of `indices`.
+
+    Args: grad [rows, D]; the others as in `decode`.
+    """
+    kernels = _C or _load()
+    features, d = W.shape
+    dtype = W.dtype
+    given = indices
+    indices, rows, k, n, crow, crow_address = _slots(indices, crow)
+    if grad.shape != (rows, d):
+        raise ValueError(f"grad: expected {[rows, d]}, got {list(grad.shape)}")
+    _same(dtype, grad)
+    if not grad.is_contiguous():
+        grad = grad.contiguous()
+    dvalues = torch.empty(indices.shape, dtype=dtype)
+    stride_f, stride_d = W.stride()
+    status = kernels.decode_dvalues(
+        indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, features, _DTYPES[dtype], grad.data_ptr(),
+        W.data_ptr(), stride_f, stride_d, d, dvalues.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if status != -1:
+        _fail(status, given, crow, features)
+    return dvalues
+
+
+def decode_dweight(
+    values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor, *, zero_untouched: bool = True
+) -> None:
+    """The gradient of `decode` in W, written into out [F, D] (any strides): out[f] = the sum of value · grad[row] over the slots of f.
+
+    Every row is written, zeros where a feature has no slot; `zero_untouched=False` leaves those rows as they are, for a caller that
+    reuses `out` and knows which rows it wrote last.
+    """
+    kernels = _C or _load()
+    features, d = out.shape
+    dtype = out.dtype
+    given = indices
+    indices, rows, k, n, crow, crow_address = _slots(indices, crow)
+    if values.shape != indices.shape or grad.shape != (rows, d):
+        raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for out {list(out.shape)}")
+    _same(dtype, values, grad)
+    if not values.is_contiguous():
+        values = values.contiguous()
+    if not grad.is_contiguous():
+        grad = grad.contiguous()
+    stride_f, stride_d = out.stride()
+    status = kernels.decode_dweight(
+        indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, features, _DTYPES[dtype], values.data_ptr(), grad.data_ptr(),
+        out.data_ptr(), stride_f, stride_d, d, zero_untouched, torch.get_num_threads(),
+    )  # fmt: skip
+    if status != -1:
+        _fail(status, given, crow, features)
+
+
+def _same(dtype: torch.dtype, *tensors: Tensor) -> None:
+    # A wrong dtype or device would be a crash below, not an exception; `refuses_*` has normally been asked before.
+    for t in tensors:
+        if t.dtype is not dtype or not t.is_cpu:
+            raise TypeError(f"expected {dtype} on cpu, got {t.dtype} on {t.device}")

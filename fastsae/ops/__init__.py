@@ -1,0 +1,5 @@
+"""The operations, one file a family; importing this module registers all of them."""
+
+from fastsae.ops import count, decode, encode, hamming, match, reconstruct, spline
+
+__all__ = ["count", "decode", "encode", "hamming", "match", "reconstruct", "spline"]

@@ -1,0 +1,101 @@
+"""What the references share: accumulation dtype, tiles of a bounded workspace, the score of SPEC section 0, guards for indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+WORKSPACE_ELEMENTS = 1 << 24
+"""Most elements that a reference holds in one temporary (64 MiB in float32), whatever B, F, N and M are."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Sums are in float32; float64 stays."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def chunks(total: int, cost: int, least: int = 1) -> Iterator[slice]:
+    """Slices of ``range(total)`` of at most ``WORKSPACE_ELEMENTS / cost`` (but at least ``least``) items."""
+    step = max(least, WORKSPACE_ELEMENTS // max(cost, 1))
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32, whatever ``torch.set_float32_matmul_precision`` allows (TF32, bf16)."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def centre(x: Tensor, b_pre: Tensor | None) -> Tensor:
+    """``fl(x - b_pre)`` in the accumulation dtype."""
+    wide = x.to(accumulator(x.dtype))
+    return wide if b_pre is None else wide - b_pre
+
+
+def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, features: Tensor | None) -> Tensor:
+    """``[rows, f]``: the score of SPEC section 0 for centred rows and a subset of features, by torch's own product."""
+    if features is not None:
+        W, b, scale = (None if t is None else t[features] for t in (W, b, scale))  # pyright: ignore[reportAssignmentType]
+    with full_precision():
+        result = xc @ W.to(xc.dtype).T
+    if scale is not None:
+        result = result * scale
+    return result if b is None else result + b
+
+
+def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | None:
+    """A mask or index as ascending unique int64 indices; IndexError where one is out of range."""
+    if features is None:
+        return None
+    if features.dtype is torch.bool:
+        return features.nonzero().flatten()
+    index = torch.unique(features.long())
+    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= size):
+        bad = int(index[0]) if int(index[0]) < 0 else int(index[-1])
+        raise IndexError(f"{what} holds {bad}, expected 0 <= index < {size}")
+    return index
+
+
+def guard(values: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Indices safe to gather with: IndexError on the CPU; elsewhere a bad slot becomes NaN and raises at ``fastsae.check()``."""
+    if indices.numel() == 0:
+        return values, indices.long()
+    bad = (indices < 0) | (indices >= size)
+    if indices.device.type == "cpu":
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise IndexError(f"latents.indices holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {size}")
+        return values, indices.long()
+    from fastsae import _flags
+
+    _flags.flag(indices.device).logical_or_(bad.any())
+    return values.masked_fill(bad, float("nan")), indices.long().masked_fill(bad, 0)
+
+
+def row_of_slot(crow: Tensor | None, indices: Tensor) -> Tensor:
+    """``[slots]``: the row that owns each slot of fixed-K or ragged latents."""
+    if crow is None:
+        rows, k = indices.shape
+        return torch.arange(rows, device=indices.device).repeat_interleave(k)
+    lengths = crow.diff()
+    return torch.repeat_interleave(torch.arange(lengths.shape[0], device=crow.device), lengths, output_size=indices.shape[0])
+
+
+def triton_refuses(*args: object) -> str | None:
+    """Why Triton cannot serve these arguments: not usable on their device, or a dtype without a kernel."""
+    from fastsae import _triton
+
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return _triton.unavailable(tensors[0].device) or _triton.dtype_reason(*tensors)

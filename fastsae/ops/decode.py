@@ -1,0 +1,412 @@
+"""Sparse decode: y = b + sum over a row's latents of value * W[index], and its gradients.
+
+Three operations carry it, and every encoder's backward as well (an encoder's dx is a decode, its dW a decode_dweight):
+
+    decode          y[r]      = b + sum_s value[s] * W[index[s]]          slots s of row r, in slot order
+    decode_dvalues  dvalue[s] = <grad[r], W[index[s]]>
+    decode_dweight  out[f]    = sum_s value[s] * grad[r] over slots with index f, in (row, slot) order
+
+Slots come as ``[rows, K]``, or ragged as ``[nnz]`` with ``crow [rows + 1]``. Sums are in float32 (float64 stays), in blocks of 64 slots.
+No operation allocates ``[rows * K, D]`` or a dense code. The weight gradient is the decode of the transposed latents: a stable sort by
+feature makes it deterministic without float atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import _checks
+from fastsae.dispatch import Op, preference, then_any
+from fastsae.latents import Latents, RaggedLatents, TopKLatents
+from fastsae.ops._common import accumulator, chunks, guard, row_of_slot
+
+# ---------------------------------------------------------------- reference
+
+
+def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
+    wide = accumulator(W.dtype)
+    values, indices = guard(values, indices, W.shape[0])
+    parts = [W.new_zeros(0, W.shape[1], dtype=wide)]
+    if crow is None:
+        rows, k = indices.shape
+        for part in chunks(rows, k * W.shape[1]):
+            gathered = W[indices[part]].to(wide)  # [r, K, D]
+            parts.append(torch.einsum("rk,rkd->rd", values[part].to(wide), gathered))
+    else:
+        bounds = _checked_bounds(crow, indices.shape[0])
+        for start, stop in _row_groups(bounds, W.shape[1]):
+            slots = slice(bounds[start], bounds[stop])
+            products = values[slots].to(wide).unsqueeze(1) * W[indices[slots]].to(wide)  # [slots, D]
+            parts.append(_segment_sum(products, crow[start : stop + 1] - bounds[start]))
+    y = torch.cat(parts)
+    return (y if b is None else y + b).to(W.dtype)
+
+
+def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
+    wide = accumulator(W.dtype)
+    slots = indices.reshape(-1)
+    row = row_of_slot(crow, indices)
+    mark, slots = guard(grad.new_zeros(slots.shape, dtype=wide), slots, W.shape[0])
+    parts = [mark[:0]]
+    for part in chunks(slots.shape[0], W.shape[1]):
+        parts.append((grad[row[part]].to(wide) * W[slots[part]].to(wide)).sum(1) + mark[part])
+    return torch.cat(parts).to(grad.dtype).reshape(indices.shape)
+
+
+def decode_dweight_reference(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
+    values, slots = guard(values.reshape(-1), indices.reshape(-1), out.shape[0])
+    row = row_of_slot(crow, indices)
+    slots, order = torch.sort(slots, stable=True)
+    pointers = torch.searchsorted(slots, torch.arange(out.shape[0] + 1, device=slots.device))
+    out.copy_(decode_reference(values[order], row[order], pointers, grad, None))
+
+
+def _segment_sum(products: Tensor, offsets: Tensor) -> Tensor:
+    if products.shape[0] == 0 or products.shape[1] == 0:
+        return products.new_zeros(offsets.shape[0] - 1, products.shape[1])
+    return torch.segment_reduce(products, "sum", offsets=offsets, initial=0.0, unsafe=True)
+
+
+def _checked_bounds(crow: Tensor, nnz: int) -> list[int]:
+    bounds = crow.tolist()
+    if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"latents.crow must rise from 0 to nnz={nnz}, got {bounds[:4]} .. {bounds[-1]}")
+    return bounds
+
+
+def _row_groups(bounds: list[int], width: int) -> Iterator[tuple[int, int]]:
+    """Groups of whole rows whose slots, times ``width``, fit the workspace."""
+    most = next(chunks(1 << 62, width)).stop
+    start = 0
+    for row in range(1, len(bounds)):
+        if bounds[row] - bounds[start] > most and row - 1 > start:
+            yield start, row - 1
+            start = row - 1
+    if len(bounds) - 1 > start:
+        yield start, len(bounds) - 1
+
+
+# ---------------------------------------------------------------- samples and checks
+
+
+def latent_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, int]]:
+    """(values, indices, crow, n_features, width) over sizes 0, 1, odd, powers of two and one heavy feature."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    def draw(high: int, shape: Sequence[int]) -> Tensor:
+        return torch.randint(0, max(high, 1), shape, generator=generator).to(device)
+
+    for rows, k, n_features, width in ((3, 4, 17, 33), (1, 1, 1, 1), (0, 3, 5, 7), (5, 0, 5, 7), (2, 3, 4, 0), (33, 65, 70, 64), (7, 130, 256, 130)):
+        yield normal(rows, k), draw(n_features, (rows, k)), None, n_features, width
+    for lengths, n_features, width in (([2, 0, 5, 1], 11, 19), ([0, 0], 4, 5), ([], 4, 5), ([200, 1, 70, 0, 3], 300, 40)):
+        crow = torch.tensor([0, *lengths]).cumsum(0).to(device)
+        nnz = sum(lengths)
+        yield normal(nnz), draw(n_features, (nnz,)), crow, n_features, width
+    heavy = draw(9, (300, 2))
+    heavy[:, 0] = 3
+    yield normal(300, 2), heavy.int(), None, 9, 24
+
+
+def _weights(device: torch.device, dtype: torch.dtype, generator: torch.Generator, features: int, width: int) -> Iterator[Tensor]:
+    """The two layouts: ``[F, D]``, and a transposed view of ``[D, F]``."""
+    yield torch.randn((features, width), generator=generator).to(device=device, dtype=dtype)
+    yield torch.randn((width, features), generator=generator).to(device=device, dtype=dtype).T
+
+
+def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
+        for W in _weights(device, dtype, generator, n_features, width):
+            yield values, indices, crow, W, torch.randn(width, generator=generator).to(device=device, dtype=dtype)
+            yield values, indices, crow, W, None
+
+
+def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
+        rows = values.shape[0] if crow is None else crow.shape[0] - 1
+        for W in _weights(device, dtype, generator, n_features, width):
+            grad = torch.randn((rows, width), generator=generator).to(device=device, dtype=dtype)
+            yield grad, indices, crow, W
+        yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W
+
+
+def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
+        rows = values.shape[0] if crow is None else crow.shape[0] - 1
+        grad = torch.randn((rows, width), generator=generator).to(device=device, dtype=dtype)
+        yield values, indices, crow, grad, torch.empty((n_features, width), device=device, dtype=dtype)
+        yield values, indices, crow, grad, torch.empty((width, n_features), device=device, dtype=dtype).T
+
+
+def _check(reference: Any) -> Any:
+    def check(args: tuple, result: Any) -> float:
+        from fastsae.testing import check_linear
+
+        return check_linear(reference, args, result)
+
+    return check
+
+
+def _dweight_result(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> Tensor:
+    fresh = torch.empty(out.shape, device=grad.device, dtype=grad.dtype)
+    decode_dweight_reference(values, indices, crow, grad, fresh)
+    return fresh
+
+
+# ---------------------------------------------------------------- rows
+
+DECODE = Op(
+    "decode(Tensor values, Tensor indices, Tensor? crow, Tensor W, Tensor? b) -> Tensor",
+    decode_reference,
+    fake=lambda values, indices, crow, W, b: W.new_empty((indices.shape[0] if crow is None else crow.shape[0] - 1, W.shape[1])),
+    samples=_decode_samples,
+    check=_check(decode_reference),
+    batched=(0, 1),
+)
+DECODE_DVALUES = Op(
+    "decode_dvalues(Tensor grad, Tensor indices, Tensor? crow, Tensor W) -> Tensor",
+    decode_dvalues_reference,
+    fake=lambda grad, indices, crow, W: grad.new_empty(indices.shape),
+    samples=_dvalues_samples,
+    check=_check(decode_dvalues_reference),
+    batched=(0, 1),
+)
+DECODE_DWEIGHT = Op(
+    "decode_dweight(Tensor values, Tensor indices, Tensor? crow, Tensor grad, Tensor(a!) out) -> ()",
+    decode_dweight_reference,
+    fake=lambda values, indices, crow, grad, out: None,
+    samples=_dweight_samples,
+    check=_check(_dweight_result),
+    mutates=4,
+)
+for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
+    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    _op.row("triton", f"fastsae.kernels.decode:{_op.name}", "fastsae.ops._common:triton_refuses")
+
+# ---------------------------------------------------------------- backward
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, backend: str | None) -> Tensor:
+        return DECODE(values, indices, crow, W, b, backend=backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        values, indices, crow, W, b, backend = inputs
+        ctx.save_for_backward(values, indices, crow, W)
+        ctx.b_dtype = None if b is None else b.dtype
+        ctx.backend = backend
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, indices, crow, W = ctx.saved_tensors
+        dvalues, dweight, dbias = _gradients(grad, values, indices, crow, W, ctx.b_dtype, ctx.needs_input_grad, then_any(ctx.backend))
+        return dvalues, None, None, dweight, dbias, None
+
+
+def _gradients(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    crow: Tensor | None,
+    W: Tensor,
+    b_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+    backend: str | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dvalues = dweight = dbias = None
+    if needs[0]:
+        dvalues = DECODE_DVALUES(grad, indices, crow, W, backend=backend)
+    if needs[3]:
+        dweight = weight_gradient(values, indices, crow, grad, W, backend, out)
+    if needs[4] and b_dtype is not None:
+        dbias = grad.sum(0, dtype=accumulator(grad.dtype)).to(b_dtype)
+    return dvalues, dweight, dbias
+
+
+def weight_gradient(
+    values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, W: Tensor, backend: str | None, out: Tensor | None = None
+) -> Tensor:
+    """A gradient in the layout of ``W``: contiguous, or transposed where ``W`` is a transposed view."""
+    dweight = torch.empty_like(W, requires_grad=False) if out is None else out
+    DECODE_DWEIGHT(values, indices, crow, grad, dweight, backend=backend)
+    return dweight
+
+
+# ---------------------------------------------------------------- public
+
+
+def decode(
+    latents: Latents,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    x: Tensor | None = None,
+    skip: Tensor | None = None,
+    prefixes: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Reconstruction from latents: ``y = b_dec + sum_k value_k * W_dec[index_k]`` (+ ``x @ skip.T``).
+
+    Args:
+        latents: ``TopKLatents`` or ``RaggedLatents`` with batch dimensions ``[..]``; values float32, bfloat16, float16 or float64.
+        W_dec: ``[F, D_out]``, or ``[L, F, D_out]`` for several decoders of one code (crosscoder); dtype of the values; any strides, a
+            transposed view of a ``[D_out, F]`` parameter is not copied.
+        b_dec: ``[D_out]`` (``[L, D_out]``), dtype of ``W_dec`` or float32.
+        x: ``[.., D_in]``, with ``skip [D_out, D_in]``: adds the skip connection of a transcoder.
+        prefixes: ascending dictionary sizes, e.g. ``[1024, 4096, 16384]``: returns the reconstruction from the features below each
+            (Matryoshka SAEs; Bussmann et al. 2025, arXiv 2503.17547).
+        backend: see ``fastsae.use_backend``.
+
+    Returns:
+        ``[.., D_out]`` in the dtype of ``W_dec``; ``[.., L, D_out]`` with several decoders; with ``prefixes`` a leading dimension of
+        their number.
+
+    Sums are in float32 (float64 stays) in slot order, in blocks of 64 slots, bias last, rounded once. Duplicate indices add. A slot of
+    value 0 adds nothing (0 times an infinite weight is NaN, as in torch) and still receives ``dvalue = <grad, W_dec[index]>``.
+    Gradients: latents' values, ``W_dec`` (dense, in the layout of ``W_dec``), ``b_dec``, ``x``, ``skip``. Deterministic, batch-invariant.
+    Memory beyond the output: none that grows with ``B * K * D`` (the reference: 64 MiB).
+
+    Raises:
+        TypeError: dtype or device of an argument. ValueError: a shape, or prefixes not ascending in ``1 .. F``.
+        IndexError: an index outside ``0 .. F-1`` (on a GPU: a NaN row, raised by ``fastsae.check()``).
+    """
+    op = "decode"
+    values, indices, crow = _slots(op, latents)
+    _checks.tensor(op, "W_dec", W_dec, like=values)
+    if W_dec.dim() == 3:
+        return _decode_many(latents, W_dec, b_dec, x=x, skip=skip, prefixes=prefixes, backend=backend)
+    _checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
+    b_dec = _checks.vector(op, "b_dec", b_dec, W_dec.shape[1], W_dec, "D_out")
+    if torch.is_autocast_enabled(W_dec.device.type):
+        values, W_dec, b_dec = _checks.autocast(values, W_dec, b_dec)  # pyright: ignore[reportAssignmentType]
+    _checks.same_dtype(op, "W_dec", W_dec, "latents.values", values)
+    backend = preference(backend)
+    if prefixes is None:
+        y = _decode_slots(values, indices, crow, W_dec, b_dec, backend)
+    else:
+        y = _decode_prefixes(values, indices, crow, W_dec, b_dec, _checked_prefixes(prefixes, latents.n_features), backend)
+    y = y.reshape(*y.shape[:-2], *latents.batch_shape, W_dec.shape[1])
+    if skip is not None or x is not None:
+        y = y + _skip(op, x, skip, latents, W_dec).to(y.dtype)
+    return y
+
+
+def _decode_slots(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, backend: str | None) -> Tensor:
+    if torch.is_grad_enabled() and (values.requires_grad or W.requires_grad or (b is not None and b.requires_grad)):
+        return _Decode.apply(values, indices, crow, W, b, backend)  # pyright: ignore[reportReturnType]
+    return DECODE(values, indices, crow, W, b, backend=backend)
+
+
+def _decode_prefixes(
+    values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, prefixes: Sequence[int], backend: str | None
+) -> Tensor:
+    parts: list[Tensor] = []
+    low = 0
+    for high in prefixes:
+        inside = (indices >= low) & (indices < high)
+        part = _decode_slots(torch.where(inside, values, 0), indices, crow, W, None if parts else b, backend)
+        parts.append(parts[-1] + part if parts else part)
+        low = high
+    return torch.stack(parts)
+
+
+def _decode_many(latents: Latents, W_dec: Tensor, b_dec: Tensor | None, *, x: Any, skip: Any, prefixes: Any, backend: str | None) -> Tensor:
+    layers = W_dec.shape[0]
+    if skip is not None or x is not None:
+        raise ValueError("decode: skip is for one decoder W_dec [F, D_out], got W_dec with 3 dimensions")
+    if b_dec is not None:
+        _checks.tensor("decode", "b_dec", b_dec, like=W_dec)
+        _checks.shape("decode", "b_dec", b_dec, (layers, W_dec.shape[2]), f"[L={layers}, D_out={W_dec.shape[2]}]")
+    biases = [None] * layers if b_dec is None else b_dec.unbind(0)
+    return torch.stack([decode(latents, W, b, prefixes=prefixes, backend=backend) for W, b in zip(W_dec.unbind(0), biases)], dim=-2)
+
+
+def _checked_prefixes(prefixes: Any, n_features: int) -> list[int]:
+    try:
+        sizes = [int(p) for p in prefixes]
+    except TypeError:
+        raise TypeError(f"decode: prefixes must be a sequence of int, got {type(prefixes).__name__}") from None
+    if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > n_features:
+        raise ValueError(f"decode: prefixes must ascend strictly within 1 .. {n_features}, got {sizes}")
+    return sizes
+
+
+def _skip(op: str, x: Any, skip: Any, latents: Latents, W_dec: Tensor) -> Tensor:
+    if x is None or skip is None:
+        raise ValueError(f"{op}: x and skip come together, got only {'x' if skip is None else 'skip'}")
+    _checks.tensor(op, "skip", skip, like=W_dec)
+    _checks.tensor(op, "x", x, like=W_dec)
+    _checks.same_dtype(op, "skip", skip, "x", x)
+    if x.shape[:-1] != torch.Size(latents.batch_shape):
+        raise ValueError(f"{op}: x must have the batch dimensions of latents {list(latents.batch_shape)}, got {list(x.shape[:-1])}")
+    _checks.shape(op, "skip", skip, (W_dec.shape[1], x.shape[-1]), f"[D_out={W_dec.shape[1]}, D_in={x.shape[-1]}]")
+    return torch.nn.functional.linear(x, skip)
+
+
+def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked (values, indices, crow) with batch dimensions flattened."""
+    if isinstance(latents, TopKLatents):
+        values = _checks.tensor(op, "latents.values", latents.values)
+        indices = _checks.tensor(op, "latents.indices", latents.indices, _checks.INDICES, values)
+        if values.shape != indices.shape or values.dim() == 0:
+            raise ValueError(f"{op}: latents.indices must have the shape of latents.values {list(values.shape)}, got {list(indices.shape)}")
+        if values.dim() == 2:
+            return values, indices, None
+        if values.dim() == 1:
+            return values.unsqueeze(0), indices.unsqueeze(0), None
+        return values.flatten(0, -2), indices.flatten(0, -2), None
+    if isinstance(latents, RaggedLatents):
+        values = _checks.tensor(op, "latents.values", latents.values)
+        col = _checks.tensor(op, "latents.col", latents.col, _checks.INDICES, values)
+        crow = _checks.tensor(op, "latents.crow", latents.crow, (torch.int64,), values)
+        if values.dim() != 1 or col.shape != values.shape or crow.dim() != 1 or crow.shape[0] == 0:
+            raise ValueError(
+                f"{op}: ragged latents are values [nnz], col [nnz], crow [rows + 1], got {list(values.shape)}, {list(col.shape)}, {list(crow.shape)}"
+            )
+        return values, col, crow
+    raise TypeError(f"{op}: latents must be TopKLatents or RaggedLatents, got {type(latents).__name__}")
+
+
+class DecodeGradients(NamedTuple):
+    """Gradients of ``decode``: values in the shape of the latents' values, weight ``[F, D_out]``, bias ``[D_out]``."""
+
+    values: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def decode_backward(grad: Tensor, latents: Latents, W_dec: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> DecodeGradients:
+    """The gradients of ``decode(latents, W_dec, b_dec)`` without autograd, the weight's into a buffer of your own.
+
+    Args:
+        grad: ``[.., D_out]``, gradient of the reconstruction; dtype of ``W_dec``; may be expanded.
+        latents, W_dec: as in ``decode``, one decoder.
+        out: ``[F, D_out]``, any strides, overwritten with the gradient of ``W_dec``: saves allocating and clearing it at every step.
+
+    Returns:
+        ``DecodeGradients(values, weight, bias)``; ``weight`` is ``out`` where given. Deterministic. Raises as ``decode`` does.
+    """
+    op = "decode_backward"
+    values, indices, crow = _slots(op, latents)
+    _checks.tensor(op, "W_dec", W_dec, (values.dtype,), values)
+    _checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
+    _checks.tensor(op, "grad", grad, (W_dec.dtype,), W_dec)
+    want = (*latents.batch_shape, W_dec.shape[1])
+    _checks.shape(op, "grad", grad, want, str(list(want)))
+    if out is not None:
+        _checks.tensor(op, "out", out, (W_dec.dtype,), W_dec)
+        _checks.shape(op, "out", out, tuple(W_dec.shape), f"[F={latents.n_features}, D_out={W_dec.shape[1]}]")
+    rows = indices.shape[0] if crow is None else crow.shape[0] - 1
+    flat = grad.reshape(rows, W_dec.shape[1])
+    with torch.no_grad():
+        needs = (True, False, False, True, True)
+        dvalues, dweight, dbias = _gradients(flat, values, indices, crow, W_dec, W_dec.dtype, needs, preference(backend), out)
+    return DecodeGradients(dvalues.reshape(latents.values.shape), dweight, dbias)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]

@@ -1,0 +1,705 @@
+"""Encode: activations to latents, without the ``[B, F]`` matrix of scores.
+
+    score[b, f] = b_enc[f] + scale[f] * sum_d fl(x[b, d] - b_pre[d]) * W_enc[f, d]
+
+Four encoders keep different parts of a row of scores: ``encode_topk`` the k best, ``encode_threshold`` what exceeds a threshold
+(ReLU, JumpReLU), ``encode_batch_topk`` the best of the whole batch, ``encode_gated`` what an own gate lets through. All of them return
+slots (value, feature), and their backward is the sparse decode's: with ``s`` the gradient of the slots' scores,
+
+    dx = decode(s * scale, W_enc)      dW_enc = decode_dweight(s * scale, x - b_pre)      db_enc = per-feature sums of s
+    d b_pre = -sum over rows of dx     d scale = per-feature sums of s * <x - b_pre, W_enc[feature]>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import _checks
+from fastsae.dispatch import Op, preference, then_any
+from fastsae.latents import RaggedLatents, TopKLatents
+from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, sorted_subset
+from fastsae.ops.decode import DECODE, DECODE_DVALUES, DECODE_DWEIGHT, weight_gradient
+
+# ---------------------------------------------------------------- references
+
+
+def select_topk(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf."""
+    n = s.shape[1]
+    values, indices = s.topk(min(k + 1, n), dim=1)
+    # torch.topk leaves open which of equal values it takes and in what order; a stable sort does not.
+    same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()
+    tied = same.any(1)
+    if s.device.type == "cpu":
+        rows = tied.nonzero().flatten()
+        if rows.numel() == 0:
+            return values[:, :k], indices[:, :k]
+        sorted_values, sorted_indices = s[rows].sort(dim=1, descending=True, stable=True)
+        values = values[:, :k].index_copy(0, rows, sorted_values[:, :k])
+        return values, indices[:, :k].index_copy(0, rows, sorted_indices[:, :k])
+    values, indices = s.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
+
+
+def merge_topk(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of candidates whose earlier entries have the lower indices."""
+    v, i = torch.cat(values, 1), torch.cat(indices, 1)
+    v, order = v.sort(dim=1, descending=True, stable=True)
+    return v[:, :k], i.gather(1, order[:, :k])
+
+
+def encode_topk_reference(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, k: int, relu: bool
+) -> tuple[Tensor, Tensor]:
+    chosen = sorted_subset(features, W.shape[0], "features")
+    n = W.shape[0] if chosen is None else chosen.shape[0]
+    if k > n:
+        raise ValueError(f"encode_topk: k must be at most the number of features chosen ({n}), got {k}")
+    xc = centre(x, b_pre)
+    kept_values, kept_indices = [xc.new_empty(0, k)], [torch.empty(0, k, dtype=torch.int64, device=x.device)]
+    for rows in chunks(x.shape[0], n, least=64):
+        values: list[Tensor] = []
+        indices: list[Tensor] = []
+        for part in chunks(n, rows.stop - rows.start, least=k):
+            local = part if chosen is None else chosen[part]
+            v, i = select_topk(_tile(xc[rows], W, b, scale, local), min(k, part.stop - part.start))
+            values.append(v)
+            indices.append(i + part.start)
+            if len(values) == 2:
+                v, i = merge_topk(values, indices, k)
+                values, indices = [v], [i]
+        kept_values.append(values[0])
+        kept_indices.append(indices[0])
+    v, i = torch.cat(kept_values).to(x.dtype), torch.cat(kept_indices)
+    if chosen is not None:
+        i = chosen[i]
+    return (v.relu() if relu else v), i
+
+
+def _tile(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, part: slice | Tensor) -> Tensor:
+    if isinstance(part, slice):
+        return scores(xc, W[part], None if b is None else b[part], None if scale is None else scale[part], None)
+    return scores(xc, W, b, scale, part)
+
+
+def _row_tiles(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, chosen: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, scores of those rows over all chosen features)."""
+    xc = centre(x, b_pre)
+    n = W.shape[0] if chosen is None else chosen.shape[0]
+    for rows in chunks(x.shape[0], n):
+        parts = [_tile(xc[rows], W, b, scale, part if chosen is None else chosen[part]) for part in chunks(n, max(W.shape[1], rows.stop - rows.start))]
+        yield rows, torch.cat(parts, 1) if parts else xc.new_zeros(rows.stop - rows.start, 0)
+
+
+class _Ragged:
+    """Collects the kept entries of row tiles into values, columns and row pointers."""
+
+    def __init__(self, like: Tensor, chosen: Tensor | None):
+        self.dtype, self.chosen = like.dtype, chosen
+        self.values = [like.new_empty(0, dtype=accumulator(like.dtype))]
+        self.col = [torch.empty(0, dtype=torch.int64, device=like.device)]
+        self.counts = [self.col[0]]
+
+    def add(self, keep: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        row, col = keep.nonzero(as_tuple=True)
+        self.values.append(values[row, col])
+        self.col.append(col)
+        self.counts.append(keep.sum(1))
+        return row, col
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        col = torch.cat(self.col)
+        counts = torch.cat(self.counts)
+        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return torch.cat(self.values).to(self.dtype), col if self.chosen is None else self.chosen[col], crow
+
+
+def encode_threshold_reference(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    threshold: Tensor,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
+    features: Tensor | None,
+    bandwidth: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
+    chosen = sorted_subset(features, W.shape[0], "features")
+    theta = threshold.to(accumulator(x.dtype))
+    if chosen is not None and theta.dim():
+        theta = theta[chosen]
+    kept = _Ragged(x, chosen)
+    flags = [torch.empty(0, dtype=torch.uint8, device=x.device)]
+    for _, s in _row_tiles(x, W, b, b_pre, scale, chosen):
+        active = (s > theta.clamp_min(0)) | s.isnan()
+        if bandwidth is None:
+            kept.add(active, s)
+            continue
+        band = (s - theta).abs() < bandwidth / 2
+        row, col = kept.add(active | band, torch.where(active, s, 0))
+        flags.append(active[row, col].to(torch.uint8) + 2 * band[row, col].to(torch.uint8))
+    return *kept.result(), torch.cat(flags)
+
+
+def encode_batch_topk_reference(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, k: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = sorted_subset(features, W.shape[0], "features")
+    total = int(k * x.shape[0])
+    wide = accumulator(x.dtype)
+    pool, pool_row, pool_col = x.new_empty(0, dtype=wide), *(torch.empty(2, 0, dtype=torch.int64, device=x.device))
+    for rows, s in _row_tiles(x, W, b, b_pre, scale, chosen):
+        # Once the pool is full, an equal score of a later row loses, so only larger ones (or NaN) can enter.
+        floor = pool[-1] if pool.shape[0] == total and total else s.new_zeros(())
+        row, col = ((s > floor.clamp_min(0)) | (s.isnan() & ~floor.isnan())).nonzero(as_tuple=True)
+        pool, order = torch.cat([pool, s[row, col]]).sort(descending=True, stable=True)
+        order, pool = order[:total], pool[:total]
+        pool_row, pool_col = torch.cat([pool_row, row + rows.start])[order], torch.cat([pool_col, col])[order]
+    min_kept = pool[-1].detach() if pool.shape[0] else pool.new_full((), float("inf"))
+    order = torch.argsort(pool_row * max(W.shape[0], 1) + pool_col)
+    crow = torch.searchsorted(pool_row[order], torch.arange(x.shape[0] + 1, device=x.device))
+    col = pool_col[order]
+    return pool[order].to(x.dtype), col if chosen is None else chosen[col], crow, min_kept
+
+
+def encode_gated_reference(
+    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = accumulator(x.dtype)
+    stretch = r_mag.to(wide).exp()
+    kept = _Ragged(x, None)
+    for _, p in _row_tiles(x, W, None, b_pre, None, None):
+        gate, magnitude = p + b_gate, p * stretch + b_mag
+        kept.add(~(gate <= 0) & ~(magnitude <= 0), torch.where(gate.isnan(), gate, magnitude))
+    return kept.result()
+
+
+# ---------------------------------------------------------------- samples and checks
+
+
+def _normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
+    return lambda *shape: torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+
+def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    """(x, W, b, b_pre, scale, features) over shapes, both weight layouts, ties, flat rows, NaN, infinities."""
+    normal = _normal(device, dtype, generator)
+    for rows, width, n in ((5, 16, 40), (1, 1, 1), (0, 8, 9), (3, 0, 7), (33, 31, 129), (4, 300, 64)):
+        x, W = normal(rows, width), normal(n, width)
+        yield x, W, normal(n), None, None, None
+        yield x, normal(width, n).T, None, normal(width), normal(n), None
+        subset = torch.randperm(n, generator=generator)[: n // 2 + 1].to(device)
+        yield x, W, normal(n), normal(width), None, subset
+        mask = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, subset, True)
+        yield x, W, None, None, normal(n), mask
+    x, W = normal(6, 12), normal(50, 12)
+    tied = W.clone()
+    tied[10:30] = tied[4]
+    yield x, tied, None, None, None, None
+    flat = x.clone()
+    flat[2] = 0
+    yield flat, W, None, None, None, None
+    special = x.clone()
+    special[1, 3], special[3, 0], special[4, 1] = float("nan"), float("inf"), -float("inf")
+    broken = W.clone()
+    broken[7, 2] = float("nan")
+    yield special, broken, normal(50), None, None, None
+    integers = torch.randint(-4, 5, (9, 16), generator=generator).to(device=device, dtype=dtype)
+    yield integers, torch.randint(-2, 3, (200, 16), generator=generator).to(device=device, dtype=dtype), None, None, None, None
+    yield x[::2, 1::2], W[::3, 1::2], None, None, None, None
+    yield normal(1, 12).expand(4, 12), W, None, None, None, None
+
+
+def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for count, sample in enumerate(encode_samples(device, dtype, generator)):
+        features = sample[5]
+        n = sample[1].shape[0] if features is None else int(features.sum()) if features.dtype is torch.bool else features.shape[0]
+        for k in sorted({1, min(n, 7), n}):
+            yield *sample, k, count % 2 == 0
+
+
+def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for x, W, b, b_pre, scale, features in encode_samples(device, dtype, generator):
+        per_feature = torch.randn(W.shape[0], generator=generator).to(device=device, dtype=dtype)
+        for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
+            yield x, W, b, threshold, b_pre, scale, features, bandwidth
+
+
+def _batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for sample in encode_samples(device, dtype, generator):
+        for k in (0.4, 3, 1e6):
+            yield *sample, float(k)
+
+
+def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    normal = _normal(device, dtype, generator)
+    for x, W, _, b_pre, _, features in encode_samples(device, dtype, generator):
+        if features is None:
+            n = W.shape[0]
+            yield x, W, normal(n), normal(n) / 4, normal(n), b_pre
+
+
+def _check_topk(args: tuple, result: Any) -> float:
+    from fastsae import testing
+
+    x, W, b, b_pre, scale, features, k, relu = args
+    score = testing.score_band(x, W, b, b_pre, scale)
+    return testing.check_topk(score, sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
+
+
+def _check_threshold(args: tuple, result: Any) -> float:
+    from fastsae import testing
+
+    x, W, b, threshold, b_pre, scale, features, bandwidth = args
+    score = testing.score_band(x, W, b, b_pre, scale)
+    return testing.check_threshold(score, sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
+
+
+def _check_batch_topk(args: tuple, result: Any) -> float:
+    from fastsae import testing
+
+    x, W, b, b_pre, scale, features, k = args
+    score = testing.score_band(x, W, b, b_pre, scale)
+    return testing.check_batch_topk(score, sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
+
+
+def _check_gated(args: tuple, result: Any) -> float:
+    from fastsae import testing
+
+    x, W, b_gate, r_mag, b_mag, b_pre = args
+    gate = testing.score_band(x, W, b_gate, b_pre, None)
+    magnitude = testing.score_band(x, W, b_mag, b_pre, r_mag.to(accumulator(x.dtype)).exp())
+    return testing.check_gated(gate, magnitude, result, x.dtype)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _fake_topk(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
+def _fake_ragged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(nnz), x.new_empty(nnz, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+
+
+def _fake_threshold(x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, bandwidth: Any) -> tuple[Tensor, ...]:
+    values, col, crow = _fake_ragged(x)
+    return values, col, crow, x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
+
+
+def _fake_batch_topk(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: float) -> tuple[Tensor, ...]:
+    return *_fake_ragged(x), x.new_empty((), dtype=accumulator(x.dtype))
+
+
+_INPUTS = "Tensor? b_pre, Tensor? scale, Tensor? features"
+ENCODE_TOPK = Op(
+    f"encode_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
+    encode_topk_reference,
+    fake=_fake_topk,
+    samples=_topk_samples,
+    check=_check_topk,
+    batched=(0,),
+)
+ENCODE_THRESHOLD = Op(
+    f"encode_threshold(Tensor x, Tensor W, Tensor? b, Tensor threshold, {_INPUTS}, float? bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
+    encode_threshold_reference,
+    fake=_fake_threshold,
+    samples=_threshold_samples,
+    check=_check_threshold,
+)
+ENCODE_BATCH_TOPK = Op(
+    f"encode_batch_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, float k) -> (Tensor, Tensor, Tensor, Tensor)",
+    encode_batch_topk_reference,
+    fake=_fake_batch_topk,
+    samples=_batch_topk_samples,
+    check=_check_batch_topk,
+)
+ENCODE_GATED = Op(
+    "encode_gated(Tensor x, Tensor W, Tensor b_gate, Tensor r_mag, Tensor b_mag, Tensor? b_pre) -> (Tensor, Tensor, Tensor)",
+    encode_gated_reference,
+    fake=lambda x, *_: _fake_ragged(x),
+    samples=_gated_samples,
+    check=_check_gated,
+)
+
+# ---------------------------------------------------------------- backward
+
+
+def _feature_sums(per_slot: Tensor, indices: Tensor, crow: Tensor | None, n_features: int, backend: str | None) -> Tensor:
+    """``[F]``: sums over the slots of each feature, deterministic, in the accumulation dtype."""
+    rows = indices.shape[0] if crow is None else crow.shape[0] - 1
+    per_slot = per_slot.to(accumulator(per_slot.dtype))
+    out = per_slot.new_empty(n_features, 1)
+    DECODE_DWEIGHT(per_slot, indices, crow, per_slot.new_ones(()).expand(rows, 1), out, backend=backend)
+    return out[:, 0]
+
+
+def score_gradients(
+    dscore: Tensor,
+    indices: Tensor,
+    crow: Tensor | None,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
+    needs: tuple[bool, bool, bool, bool, bool],
+    backend: str | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients for (x, W, b, b_pre, scale) from the gradient of the slots' scores."""
+    dx = dW = db = db_pre = dscale = None
+    through = dscore if scale is None else (dscore * scale[indices.long()]).to(dscore.dtype)
+    if needs[0] or needs[3]:
+        dx = DECODE(through, indices, crow, W, None, backend=backend)
+        if needs[3] and b_pre is not None:
+            db_pre = -dx.sum(0, dtype=accumulator(dx.dtype)).to(b_pre.dtype)
+    if needs[1] or needs[4]:
+        xc = centre(x, b_pre).to(x.dtype) if b_pre is not None else x
+        if needs[1]:
+            dW = weight_gradient(through, indices, crow, xc, W, backend)
+        if needs[4] and scale is not None:
+            product = DECODE_DVALUES(xc, indices, crow, W, backend=backend)
+            wide = accumulator(dscore.dtype)
+            dscale = _feature_sums(dscore.to(wide) * product.to(wide), indices, crow, W.shape[0], backend).to(scale.dtype)
+    if needs[2] and b is not None:
+        db = _feature_sums(dscore, indices, crow, W.shape[0], backend).to(b.dtype)
+    return (dx if needs[0] else None), dW, db, db_pre, dscale
+
+
+class _EncodeTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: int, relu: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+        return ENCODE_TOPK(x, W, b, b_pre, scale, features, k, relu, backend=backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, W, b, b_pre, scale, _, _, relu, backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output, x, W, b, b_pre, scale)
+        ctx.relu, ctx.backend = relu, then_any(backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, indices, x, W, b, b_pre, scale = ctx.saved_tensors
+        passes = values > 0 if ctx.relu else ~values.isnan()
+        dscore = torch.where(passes, grad, 0)
+        grads = score_gradients(dscore, indices, None, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend)
+        return *grads, None, None, None, None
+
+
+class _EncodeThreshold(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, W: Tensor, b: Any, threshold: Tensor, b_pre: Any, scale: Any, features: Any, bandwidth: float | None, backend: str | None
+    ) -> tuple[Tensor, ...]:
+        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, bandwidth, backend=backend)
+        return values, col, crow, flags, _active_counts(flags, crow, x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, W, b, threshold, b_pre, scale, _, bandwidth, backend = inputs
+        values, col, crow, flags, _ = output
+        ctx.mark_non_differentiable(col, crow, flags)
+        ctx.save_for_backward(values, col, crow, flags, x, W, b, threshold, b_pre, scale)
+        ctx.bandwidth, ctx.backend = bandwidth, then_any(backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, col, crow, flags, x, W, b, threshold, b_pre, scale = ctx.saved_tensors
+        active = ~values.isnan() if ctx.bandwidth is None else (flags & 1).bool() & ~values.isnan()
+        n = ctx.needs_input_grad
+        needs = (n[0], n[1], n[2], n[4], n[5])
+        dx, dW, db, db_pre, dscale = score_gradients(torch.where(active, grad, 0), col, crow, x, W, b, b_pre, scale, needs, ctx.backend)
+        dthreshold = None
+        if n[3]:
+            wide = accumulator(x.dtype)
+            if ctx.bandwidth is None:
+                dthreshold = torch.zeros_like(threshold)
+            else:
+                theta = threshold.to(wide)
+                theta = theta[col.long()] if theta.dim() else theta
+                dl0 = rest[3].to(wide)[row_of_slot(crow, col)]
+                per_slot = -(theta * grad.to(wide) + dl0) / ctx.bandwidth
+                per_slot = torch.where((flags & 2).bool(), per_slot, 0)
+                dthreshold = _feature_sums(per_slot, col, crow, W.shape[0], ctx.backend)
+                dthreshold = (dthreshold if threshold.dim() else dthreshold.sum()).to(threshold.dtype)
+        return dx, dW, db, dthreshold, db_pre, dscale, None, None, None
+
+
+def _active_counts(flags: Tensor, crow: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows]``: active slots of each row; without flags every slot is active."""
+    if flags.shape[0] == 0:
+        return crow.diff().to(dtype)
+    before = torch.cat([crow.new_zeros(1), (flags & 1).long().cumsum(0)])
+    return before[crow].diff().to(dtype)
+
+
+class _EncodeBatchTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: float, backend: str | None) -> tuple[Tensor, ...]:
+        return ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, k, backend=backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, W, b, b_pre, scale, _, _, backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[:3], x, W, b, b_pre, scale)
+        ctx.backend = then_any(backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, col, crow, x, W, b, b_pre, scale = ctx.saved_tensors
+        dscore = torch.where(values.isnan(), 0, grad)
+        grads = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend)
+        return *grads, None, None, None
+
+
+class _EncodeGated(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, backend: str | None) -> tuple[Tensor, ...]:
+        return ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, backend=backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, W, b_gate, r_mag, b_mag, b_pre, backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output, x, W, b_gate, r_mag, b_mag, b_pre)
+        ctx.backend = then_any(backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre = ctx.saved_tensors
+        n = ctx.needs_input_grad
+        stretch = r_mag.to(accumulator(x.dtype)).exp()
+        dscore = torch.where(values.isnan(), 0, grad)
+        needs = (n[0], n[1], n[4], n[5], n[3])
+        dx, dW, db_mag, db_pre, dstretch = score_gradients(dscore, col, crow, x, W, b_mag, b_pre, stretch, needs, ctx.backend)
+        dr_mag = None if dstretch is None else (dstretch * stretch).to(r_mag.dtype)
+        # The gate is a step: its gradient is zero (gated SAEs train it through an auxiliary loss).
+        return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None
+
+
+def _tracks(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---------------------------------------------------------------- public
+
+
+def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[int, ...], list[Any]]:
+    """Checks, casts under autocast and flattens: (batch shape, [x [rows, D], W, vectors ..])."""
+    _checks.tensor(op, "x", x)
+    _checks.tensor(op, "W_enc", W, like=x)
+    if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
+    if torch.is_autocast_enabled(x.device.type):
+        x, W, *vectors = _checks.autocast(x, W, *vectors)  # pyright: ignore[reportAssignmentType]
+    _checks.same_dtype(op, "W_enc", W, "x", x)
+    for name, vector in zip(names.split(), vectors):
+        size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
+        _checks.vector(op, name, vector, size, x, label)
+    batch = x.shape[:-1]
+    if x.dim() != 2:
+        x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    return batch, [x, W, *vectors]
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: int,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    relu: bool = True,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> TopKLatents:
+    """The k largest scores ``b_enc + scale * (x - b_pre) @ W_enc.T`` of each row.
+
+    Args:
+        x: activations ``[.., D]``; float32, bfloat16, float16 or float64; any strides.
+        W_enc: ``[F, D]``, dtype of ``x``; any strides, a transposed view of a ``[D, F]`` parameter is an equal citizen.
+        b_enc: ``[F]``, dtype of ``x`` or float32.
+        k: latents kept a row, ``1 <= k <=`` number of features (of those chosen by ``features``).
+        b_pre: ``[D]`` subtracted from ``x`` first.
+        scale: ``[F]`` factor of each product, before the bias (e.g. decoder norms).
+        features: restricts to a subset, as an index (order and repetition do not matter) or a mask ``[F]``: dead features for AuxK, a slice.
+        relu: clamp the kept values at 0 after the selection.
+        index_dtype: torch.int64 or torch.int32.
+        backend: see ``fastsae.use_backend``.
+
+    Returns:
+        ``TopKLatents``: values ``[.., k]`` in the dtype of ``x``, descending by float32 score; indices ``[.., k]``, unique in a row,
+        in numbers of the whole dictionary.
+
+    The selection is exact under the score, whose sums are in float32 (float64 stays); equal scores: lower index first, -0 == +0; NaN
+    ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through kept entries, with ``relu`` only where the value is above
+    0, never through NaN. Deterministic. Memory beyond the output: a workspace of 64 MiB in the reference, whatever ``B`` and ``F``.
+
+    Raises:
+        TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range.
+
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
+    """
+    op = "encode_topk"
+    batch, (x, W, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
+    _checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
+    features = _checks.subset(op, "features", features, W.shape[0], x, "F")
+    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    backend = preference(backend)
+    if _tracks(x, W, b, b_pre, scale):
+        values, indices = _EncodeTopK.apply(x, W, b, b_pre, scale, features, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, k, relu, backend=backend)
+    if len(batch) != 1:
+        values, indices = values.reshape(*batch, k), indices.reshape(*batch, k)
+    return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), W.shape[0])
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.0,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    bandwidth: float | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> Any:
+    """The scores above ``max(threshold, 0)`` (strictly): JumpReLU; with threshold 0 ReLU.
+
+    Args:
+        x, W_enc, b_enc, b_pre, scale, features, index_dtype, backend: as in ``encode_topk``.
+        threshold: a number, a tensor ``[]`` or one threshold a feature ``[F]`` (raw, not its logarithm); dtype of ``x`` or float32.
+        bandwidth: width of the straight-through band, above 0. With it the call returns ``(latents, l0)``: scores within
+            ``bandwidth / 2`` of their threshold but not above it are stored too, as slots of value 0, so that the backward sees them.
+
+    Returns:
+        ``RaggedLatents`` with columns ascending and value = score; with ``bandwidth`` ``(latents, l0)``, where ``l0 [..]`` counts the
+        active latents of a row in the dtype of ``x``.
+
+    NaN is kept, with zero gradient. Gradients flow through the active scores to x, W_enc, b_enc, b_pre and scale, and with ``bandwidth``
+    e to the threshold: ``d value / d threshold = -(threshold / e)`` and ``d l0 / d threshold = -1 / e`` where
+    ``|score - threshold| < e / 2``; without it the threshold's gradient is zero. Deterministic. Memory beyond the output: a workspace of
+    64 MiB in the reference; the output holds what fires, at initialisation about half of ``[B, F]`` for ReLU.
+
+    Raises: as ``encode_topk``; ValueError for a bandwidth not above 0.
+
+    Source: Rajamanoharan et al. 2024, "Jumping Ahead" (arXiv 2407.14435).
+    """
+    op = "encode_threshold"
+    batch, (x, W, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
+    features = _checks.subset(op, "features", features, W.shape[0], x, "F")
+    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    if bandwidth is not None:
+        bandwidth = float(_checks.number(op, "bandwidth", bandwidth))
+    if isinstance(threshold, Tensor) and threshold.dim():
+        _checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
+    elif not isinstance(threshold, Tensor):
+        threshold = x.new_full((), _checks.number(op, "threshold", threshold, positive=False), dtype=accumulator(x.dtype))
+    else:
+        _checks.tensor(op, "threshold", threshold, like=x)
+    backend = preference(backend)
+    if _tracks(x, W, b, threshold, b_pre, scale):
+        outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, bandwidth, backend)
+        values, col, crow, _, l0 = outputs  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, bandwidth, backend=backend)
+        l0 = _active_counts(flags, crow, x.dtype) if bandwidth is not None else None
+    latents = RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch))
+    return latents if bandwidth is None else (latents, l0.reshape(batch))  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def encode_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: float,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[RaggedLatents, Tensor]:
+    """The ``int(k * rows)`` largest positive scores of the whole batch.
+
+    Args:
+        x, W_enc, b_enc, b_pre, scale, features, index_dtype, backend: as in ``encode_topk``.
+        k: mean number of latents a row, above 0; may be fractional. Fewer positive scores give fewer latents.
+
+    Returns:
+        ``(latents, min_kept)``: ``RaggedLatents`` with columns ascending; ``min_kept []`` (float32, or float64 for float64 inputs), the
+        smallest kept score, ``+inf`` where none is kept: its running mean is the threshold for inference.
+
+    Ties: by score, then the lower row, then the lower feature. NaN ranks above +inf and is kept, with zero gradient. Gradients flow
+    through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and a workspace of 64 MiB.
+
+    Raises: as ``encode_topk``; ValueError for k not above 0.
+
+    Source: Bussmann, Leask & Nanda 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410).
+    """
+    op = "encode_batch_topk"
+    batch, (x, W, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
+    features = _checks.subset(op, "features", features, W.shape[0], x, "F")
+    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    k = float(_checks.number(op, "k", k))
+    backend = preference(backend)
+    if _tracks(x, W, b, b_pre, scale):
+        outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, k, backend)
+    else:
+        outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, k, backend=backend)
+    values, col, crow, min_kept = outputs  # pyright: ignore[reportGeneralTypeIssues]
+    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch)), min_kept
+
+
+def encode_gated(
+    x: Tensor,
+    W_enc: Tensor,
+    *,
+    b_gate: Tensor,
+    r_mag: Tensor,
+    b_mag: Tensor,
+    b_pre: Tensor | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> RaggedLatents:
+    """Gated SAE: ``1[p + b_gate > 0] * relu(p * exp(r_mag) + b_mag)`` with ``p = (x - b_pre) @ W_enc.T``.
+
+    Args:
+        x, W_enc, b_pre, index_dtype, backend: as in ``encode_topk``.
+        b_gate, r_mag, b_mag: ``[F]``, dtype of ``x`` or float32.
+
+    Returns:
+        ``RaggedLatents`` of the entries above 0, columns ascending, values in the dtype of ``x``. NaN is kept, with zero gradient.
+
+    Gradients: x, W_enc, r_mag, b_mag, b_pre through kept entries; the gate is a step, so b_gate's is zero. Deterministic. Memory: the
+    output and a workspace of 64 MiB in the reference. Raises: as ``encode_topk``.
+
+    Source: Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv 2404.16014).
+    """
+    op = "encode_gated"
+    for name, vector in (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag)):
+        _checks.tensor(op, name, vector)
+    batch, (x, W, b_gate, r_mag, b_mag, b_pre) = _inputs(op, x, W_enc, "b_gate r_mag b_mag b_pre", b_gate, r_mag, b_mag, b_pre)
+    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    backend = preference(backend)
+    if _tracks(x, W, r_mag, b_mag, b_gate, b_pre):
+        outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, backend)
+    else:
+        outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, backend=backend)
+    values, col, crow = outputs  # pyright: ignore[reportGeneralTypeIssues]
+    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch))

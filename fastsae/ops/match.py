@@ -1,0 +1,509 @@
+"""Top-k cosine matching of two dictionaries, and MMCS (mean max cosine similarity) built on it, without the ``[N, M]`` matrix.
+
+``match_cosine`` finds the k nearest rows of ``b`` for every row of ``a``; ``match_pair`` does both directions and the most negative
+match in one pass over the tiles. ``match`` wraps the latter in an object that answers what people ask of two dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import _checks
+from fastsae.dispatch import Op, preference, then_any
+from fastsae.ops._common import accumulator, chunks, full_precision
+from fastsae.ops.decode import DECODE, weight_gradient
+from fastsae.ops.encode import select_topk
+
+# ---------------------------------------------------------------- references
+
+
+def normalise(v: Tensor, eps: float) -> Tensor:
+    """``fl(v / max(|v|, eps))`` row by row, in the accumulation dtype."""
+    wide = v.to(accumulator(v.dtype))
+    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(eps)
+
+
+def _similarity_tiles(a: Tensor, b: Tensor, eps: float) -> Iterator[tuple[slice, slice, Tensor]]:
+    unit_a, unit_b = normalise(a, eps), normalise(b, eps)
+    for columns in chunks(b.shape[0], min(a.shape[0], 1024)):
+        for rows in chunks(a.shape[0], columns.stop - columns.start):
+            with full_precision():
+                yield rows, columns, unit_a[rows] @ unit_b[columns].T
+
+
+class _Best:
+    """Running k best of each row of a dictionary over tiles whose columns ascend."""
+
+    def __init__(self, k: int, absolute: bool = False):
+        self.k, self.absolute = k, absolute
+        self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def add(self, start: int, offset: int, s: Tensor, excluded: Tensor | None = None) -> None:
+        rank = s.abs() if self.absolute else s
+        if excluded is not None:
+            rank = rank.masked_fill(excluded, -torch.inf)
+        rank, local = select_topk(rank, min(self.k, s.shape[1]))
+        value, index = s.gather(1, local), local + offset
+        if start in self.rows:
+            rank, value, index = (torch.cat(pair, 1) for pair in zip(self.rows[start], (rank, value, index)))
+            rank, order = rank.sort(dim=1, descending=True, stable=True)
+            rank, order = rank[:, : self.k], order[:, : self.k]
+            value, index = value.gather(1, order), index.gather(1, order)
+        self.rows[start] = (rank, value, index)
+
+    def result(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        kept = [self.rows[start] for start in sorted(self.rows)]
+        if not kept:
+            return like.new_empty(0, self.k), torch.empty(0, self.k, dtype=torch.int64, device=like.device)
+        return torch.cat([value for _, value, _ in kept]).to(like.dtype), torch.cat([index for _, _, index in kept])
+
+
+def match_cosine_reference(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_self: bool, eps: float) -> tuple[Tensor, Tensor]:
+    best = _Best(k, absolute)
+    for rows, columns, s in _similarity_tiles(a, b, eps):
+        same = None
+        if exclude_self:
+            row, column = (torch.arange(part.start, part.stop, device=s.device) for part in (rows, columns))
+            same = row.unsqueeze(1) == column
+        best.add(rows.start, columns.start, s, same)
+    return best.result(a)
+
+
+def match_pair_reference(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(similarity, index) a to b ``[N, k_ab]``; b to a ``[M, k_ba]``; the most negative match of each row of a ``[N]``."""
+    forward, backward, negative = _Best(k_ab), _Best(k_ba), _Best(1)
+    for rows, columns, s in _similarity_tiles(a, b, eps):
+        forward.add(rows.start, columns.start, s)
+        backward.add(columns.start, rows.start, s.T)
+        negative.add(rows.start, columns.start, -s)
+    low, low_index = negative.result(a)
+    return *forward.result(a), *backward.result(b), -low[:, 0], low_index[:, 0]
+
+
+# ---------------------------------------------------------------- samples and checks
+
+
+def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    for n, m, width in ((7, 9, 16), (1, 1, 1), (0, 4, 3), (65, 130, 33), (40, 33, 128)):
+        yield normal(n, width), normal(m, width)
+    yield normal(12, 20).T, normal(12, 31).T
+    a = normal(10, 8)
+    a[3] = 0
+    yield a, torch.cat([-a, a, a[:2] * 20])
+
+
+def _match_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for a, b in _dictionaries(device, dtype, generator):
+        for k in sorted({1, min(5, b.shape[0]), b.shape[0]}):
+            yield a, b, k, False, False, 1e-8
+            yield a, b, k, True, False, 1e-8
+        if b.shape[0] > 1:
+            yield b, b, min(4, b.shape[0] - 1), False, True, 1e-8
+            yield b, b, b.shape[0] - 1, True, True, 1e-8
+
+
+def _pair_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    for a, b in _dictionaries(device, dtype, generator):
+        if a.shape[0]:
+            yield a, b, 1, 1, 1e-8
+            yield a, b, min(3, b.shape[0]), min(2, a.shape[0]), 1e-8
+
+
+def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
+    from fastsae.testing import Score, score_band
+
+    score = score_band(normalise(a, eps), normalise(b, eps), None)
+    unit, terms = score.unit, a.shape[1] + 3
+    # Two correct norms differ by their own rounding; the unit vectors then differ in the last places.
+    extra = 2 * terms * unit * torch.ones_like(score.exact)
+    rounding = score.exact.abs() * torch.finfo(a.dtype).eps / 2 if a.dtype != accumulator(a.dtype) else 0.0
+    return Score(score.exact, score.tolerance + extra + rounding, score.band + 2 * extra, unit)
+
+
+def _check_match(args: tuple, result: Any) -> float:
+    from fastsae.testing import Mismatch, Score, check_topk
+
+    a, b, k, absolute, exclude_self, eps = args
+    score = _similarity_score(a, b, eps)
+    similarity, index = result
+    exact = score.exact.clone()
+    if absolute:
+        signed = exact.gather(1, index)
+        wrong = (similarity.double() * signed < 0) & (signed.abs() > score.tolerance.gather(1, index))
+        if bool(wrong.any()):
+            raise Mismatch("similarity: the sign of a match by magnitude differs")
+        exact, similarity = exact.abs(), similarity.abs()
+    if exclude_self:
+        exact.fill_diagonal_(-torch.inf)
+    return check_topk(Score(exact, score.tolerance, score.band, score.unit), None, k, False, (similarity, index), a.dtype)
+
+
+def _check_pair(args: tuple, result: Any) -> float:
+    from fastsae.testing import Score, check_topk
+
+    a, b, k_ab, k_ba, eps = args
+    score = _similarity_score(a, b, eps)
+    turned = Score(score.exact.T, score.tolerance.T, score.band.T, score.unit)
+    negative = Score(-score.exact, score.tolerance, score.band, score.unit)
+    return max(
+        check_topk(score, None, k_ab, False, result[0:2], a.dtype),
+        check_topk(turned, None, k_ba, False, result[2:4], b.dtype),
+        check_topk(negative, None, 1, False, (-result[4].unsqueeze(1), result[5].unsqueeze(1)), a.dtype),
+    )
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _fake_match(a: Tensor, b: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    return a.new_empty((a.shape[0], k)), a.new_empty((a.shape[0], k), dtype=torch.int64)
+
+
+def _fake_pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float) -> tuple[Tensor, ...]:
+    return *_fake_match(a, b, k_ab), *_fake_match(b, a, k_ba), a.new_empty(a.shape[0]), a.new_empty(a.shape[0], dtype=torch.int64)
+
+
+MATCH_COSINE = Op(
+    "match_cosine(Tensor a, Tensor b, SymInt k, bool absolute, bool exclude_self, float eps) -> (Tensor, Tensor)",
+    match_cosine_reference,
+    fake=_fake_match,
+    samples=_match_samples,
+    check=_check_match,
+)
+MATCH_PAIR = Op(
+    "match_pair(Tensor a, Tensor b, SymInt k_ab, SymInt k_ba, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    match_pair_reference,
+    fake=_fake_pair,
+    samples=_pair_samples,
+    check=_check_pair,
+)
+
+# ---------------------------------------------------------------- backward
+
+
+class _MatchCosine(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_self: bool, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
+        return MATCH_COSINE(a, b, k, absolute, exclude_self, eps, backend=backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        a, b, _, _, _, eps, backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(a, b, output[1])
+        ctx.eps, ctx.backend = eps, then_any(backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, b, index = ctx.saved_tensors
+        unit_a, unit_b = normalise(a, ctx.eps), normalise(b, ctx.eps)
+        grad = grad.to(unit_a.dtype)
+        da = db = None
+        if ctx.needs_input_grad[0]:
+            da = _through_norm(a, unit_a, DECODE(grad, index, None, unit_b, None, backend=ctx.backend), ctx.eps)
+        if ctx.needs_input_grad[1]:
+            db = _through_norm(b, unit_b, weight_gradient(grad, index, None, unit_a, unit_b, ctx.backend), ctx.eps)
+        return da, db, None, None, None, None, None
+
+
+def _through_norm(v: Tensor, unit: Tensor, grad: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(v.to(unit.dtype), dim=1, keepdim=True)
+    along = (unit * grad).sum(1, keepdim=True)
+    return torch.where(norm >= eps, (grad - unit * along) / norm.clamp_min(eps), grad / eps).to(v.dtype)
+
+
+# ---------------------------------------------------------------- public
+
+
+class Matches(NamedTuple):
+    """The k nearest: ``similarity [N, k]`` descending, ``index [N, k]`` int64."""
+
+    similarity: Tensor
+    index: Tensor
+
+
+def _check_dictionaries(op: str, a: Any, b: Any) -> None:
+    _checks.tensor(op, "a", a)
+    _checks.tensor(op, "b", b, like=a)
+    _checks.same_dtype(op, "b", b, "a", a)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        hint = ""
+        if a.dim() == 2 and b.dim() == 2 and (a.shape[0] == b.shape[0] or a.shape[1] == b.shape[0] or a.shape[0] == b.shape[1]):
+            hint = " (one of them looks like [D, F]: dictionaries are feature-major, pass W.T)"
+        raise ValueError(f"{op}: a [N, D] and b [M, D] must have the same D, got {list(a.shape)} and {list(b.shape)}{hint}")
+
+
+def match_cosine(
+    a: Tensor, b: Tensor, *, k: int = 1, absolute: bool = False, exclude_self: bool = False, eps: float = 1e-8, backend: str | None = None
+) -> Matches:
+    """The k rows of ``b`` with the largest cosine similarity to each row of ``a``.
+
+    Args:
+        a: ``[N, D]``; float32, bfloat16, float16 or float64; any strides.
+        b: ``[M, D]``, dtype of ``a``.
+        k: ``1 <= k <= M`` (``M - 1`` with ``exclude_self``).
+        absolute: select by magnitude and keep the sign.
+        exclude_self: leave out row i of ``b`` for row i of ``a`` (the self-similarity of one dictionary).
+        eps: smallest norm divided by, above 0: a zero vector has similarity 0 to everything.
+        backend: see ``fastsae.use_backend``.
+
+    Returns:
+        ``Matches(similarity, index)``: ``[N, k]`` in the dtype of ``a``, descending, in -1 .. 1 up to rounding; int64.
+
+    The similarity is the float32 (float64 for float64) product of ``fl(v / max(|v|, eps))``; equal ones: lower index first; NaN ranks
+    highest. Gradients flow to ``a`` and ``b`` through the matches. Deterministic. Memory: the unit rows and a workspace of 64 MiB in
+    the reference; nothing grows with ``N * M``.
+
+    Raises: TypeError: dtype or device. ValueError: shape, k or eps out of range.
+    """
+    op = "match_cosine"
+    _check_dictionaries(op, a, b)
+    limit = b.shape[0] - bool(exclude_self)
+    _checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
+    eps = float(_checks.number(op, "eps", eps))
+    backend = preference(backend)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        similarity, index = _MatchCosine.apply(a, b, k, absolute, exclude_self, eps, backend)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        similarity, index = MATCH_COSINE(a, b, k, absolute, exclude_self, eps, backend=backend)
+    return Matches(similarity, index)
+
+
+@dataclass(frozen=True)
+class OneToOne:
+    """A one-to-one matching: rows of a with their partners in b, and how sure it is.
+
+    Attributes:
+        rows, columns: int64 ``[min(N, M)]`` pairs; -1 in ``columns`` where only a dummy edge was left for that row.
+        similarity: of the pairs; for a dummy the row's k-th candidate, an upper bound.
+        bound: mean of ``similarity``, an upper bound on the best one-to-one mean; equal to it where ``exact``.
+        exact: no dummy edge was used.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    similarity: Tensor
+    bound: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """How two dictionaries match, from one pass over their similarities; see ``match``."""
+
+    a_to_b: Matches
+    b_to_a: Matches
+    most_negative: Matches
+    """For each row of a its most negative similarity and where: antipodal pairs are near -1."""
+    rows: tuple[Tensor, Tensor]
+    """The rows of a and of b that took part (alive ones); indices in the results are numbers of the whole dictionaries."""
+    weights: tuple[Tensor | None, Tensor | None]
+    shape: tuple[int, int, int]
+
+    def mmcs(self, direction: str = "mean") -> float:
+        """Mean max cosine similarity.
+
+        ``"a_to_b"``: for each row of a its best in b, averaged; ``"b_to_a"`` the reverse; ``"mean"`` of both. MMCS is not symmetric:
+        name the direction where you report it. With ``weights`` the average is weighted by them.
+        """
+        if direction == "mean":
+            return (self.mmcs("a_to_b") + self.mmcs("b_to_a")) / 2
+        if direction not in ("a_to_b", "b_to_a"):
+            raise ValueError(f"Match.mmcs: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
+        best = (self.a_to_b if direction == "a_to_b" else self.b_to_a).similarity[:, 0].double()
+        weight = self.weights[0 if direction == "a_to_b" else 1]
+        return float(best.mean() if weight is None else (best * weight).sum() / weight.sum())
+
+    def fraction_above(self, similarity: float = 0.9, direction: str = "a_to_b") -> float:
+        """Share of features whose best match is above ``similarity``."""
+        if direction not in ("a_to_b", "b_to_a"):
+            raise ValueError(f"Match.fraction_above: direction must be 'a_to_b' or 'b_to_a', got {direction!r}")
+        return float((getattr(self, direction).similarity[:, 0] > similarity).double().mean())
+
+    def histogram(self, bins: int = 50, null: str | None = "random", seed: int = 0) -> dict[str, Tensor]:
+        """Counts of the best similarities of both directions over ``bins`` equal bins of -1 .. 1.
+
+        Args:
+            bins: number of bins.
+            null: ``"random"`` adds the counts for as many random unit vectors matched against as many others; None leaves it out.
+            seed: of the null.
+
+        Returns:
+            ``edges [bins + 1]``, ``a_to_b [bins]``, ``b_to_a [bins]`` and ``null [bins]``, on the CPU.
+        """
+        _checks.integer("Match.histogram", "bins", bins, 1)
+        edges = torch.linspace(-1, 1, bins + 1)
+        named = {"a_to_b": self.a_to_b.similarity[:, 0], "b_to_a": self.b_to_a.similarity[:, 0]}
+        if null == "random":
+            generator = torch.Generator().manual_seed(seed)
+            n, m, width = self.shape
+            first, second = (torch.randn(size, width, generator=generator).to(named["a_to_b"].device) for size in (n, m))
+            named["null"] = match_cosine(first, second).similarity[:, 0]
+        elif null is not None:
+            raise ValueError(f"Match.histogram: null must be 'random' or None, got {null!r}")
+        counts = {name: torch.histogram(values.detach().float().cpu().clamp(-1, 1), edges).hist.long() for name, values in named.items()}
+        return {"edges": edges, **counts}
+
+    def one_to_one(self) -> OneToOne:
+        """The best one-to-one matching on the candidates (``candidates=k`` of ``match``), by SciPy's sparse assignment.
+
+        A row that finds none of its k candidates free takes a dummy worth its k-th candidate, so ``bound`` is an upper bound on the
+        optimum, and exact where no dummy is used. Needs SciPy (extra ``studies``).
+        """
+        try:
+            import numpy as np
+            from scipy.sparse import csr_matrix
+            from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+        except ImportError as error:
+            raise ImportError("Match.one_to_one needs SciPy: pip install 'fastsae-kernels[studies]'") from error
+        forward = self.a_to_b if self.shape[0] <= self.shape[1] else self.b_to_a
+        n, k = forward.index.shape
+        width = max(int(forward.index.max()) + 1 if n else 0, 1)
+        similarity = forward.similarity.detach().double().cpu().numpy()
+        rows = np.repeat(np.arange(n), k + 1)
+        columns = np.concatenate([forward.index.cpu().numpy(), width + np.arange(n)[:, None]], axis=1).ravel()
+        # Weights must not be zero for SciPy's sparse format; 2 - similarity is in 1 .. 3.
+        worth = np.concatenate([similarity, similarity[:, -1:]], axis=1)
+        cost = (2 - worth + np.concatenate([np.zeros((n, k)), np.full((n, 1), 1e-12)], axis=1)).ravel()
+        chosen, partner = min_weight_full_bipartite_matching(csr_matrix((cost, (rows, columns)), shape=(n, width + n)))
+        dummy = partner >= width
+        value = np.where(dummy, similarity[chosen, -1], 0.0)
+        at = np.argmax(forward.index.cpu().numpy()[chosen] == partner[:, None], axis=1)
+        value = np.where(dummy, value, similarity[chosen, at])
+        left = self.rows[0 if self.shape[0] <= self.shape[1] else 1].cpu()[torch.from_numpy(chosen.astype(np.int64))]
+        right = torch.from_numpy(np.where(dummy, -1, partner).astype(np.int64))
+        left, right = (left, right) if self.shape[0] <= self.shape[1] else (right, left)
+        return OneToOne(left, right, torch.from_numpy(value), float(value.mean()) if n else float("nan"), not bool(dummy.any()))
+
+    def plot(self, path: Any, bins: int = 60) -> None:
+        """Draws both directions' histograms with the random null. Needs matplotlib (extra ``plot``)."""
+        from fastsae.plots import histogram_of_matches
+
+        histogram_of_matches(self, path, bins)
+
+
+def _dictionary(op: str, name: str, value: Any) -> Tensor:
+    """A ``[F, D]`` tensor from a tensor, an SAE with ``W_dec [F, D]``, or a safetensors file that holds one."""
+    if isinstance(value, Tensor):
+        return value
+    weight = getattr(value, "W_dec", None)
+    if isinstance(weight, Tensor):
+        return weight
+    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
+        try:
+            from safetensors import safe_open
+        except ImportError as error:
+            raise ImportError(f"{op}: reading {name} from a file needs safetensors: pip install 'fastsae-kernels[hub]'") from error
+        with safe_open(value, framework="pt") as file:  # pyright: ignore[reportArgumentType]
+            if "W_dec" in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
+                return file.get_tensor("W_dec")
+            raise ValueError(f"{op}: {name}={value!r} holds no tensor 'W_dec', only {sorted(file.keys())}")
+    raise TypeError(f"{op}: {name} must be a tensor [F, D], an SAE with W_dec, or a safetensors file, got {type(value).__name__}")
+
+
+def _alive(op: str, masks: Any, position: int, rows: int, like: Tensor) -> Tensor:
+    if masks is not None and len(masks) != 2:
+        raise ValueError(f"{op}: alive must be a pair of masks (or None) for a and b, got {len(masks)}")
+    mask = None if masks is None else masks[position]
+    if mask is None:
+        return torch.arange(rows, device=like.device)
+    _checks.tensor(op, f"alive[{position}]", mask, (torch.bool,), like)
+    _checks.shape(op, f"alive[{position}]", mask, (rows,), f"[{rows}]")
+    return mask.nonzero().flatten()
+
+
+def match(
+    a: Any,
+    b: Any,
+    *,
+    alive: Sequence[Tensor | None] | None = None,
+    weights: Sequence[Tensor | None] | None = None,
+    candidates: int = 1,
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Match:
+    """Matches two dictionaries in both directions, in one pass.
+
+    Args:
+        a, b: ``[N, D]`` and ``[M, D]`` tensors, SAEs with a ``W_dec``, or safetensors files that hold one. A ``[D, F]`` matrix given by
+            mistake raises where the shapes tell.
+        alive: masks ``([N], [M])`` of the features that take part; None: all.
+        weights: non-negative ``([N], [M])``, e.g. the mean coefficient of each feature: ``mmcs`` becomes a weighted mean, in which
+            coefficients carry the scale and unit features do not. This is our reading of a metric proposed beside MMCS that has no
+            published definition.
+        candidates: matches kept a feature, for ``one_to_one``.
+        eps, backend: as in ``match_cosine``.
+
+    Returns:
+        ``Match``: ``a_to_b``, ``b_to_a`` and ``most_negative`` as ``Matches``; ``mmcs(direction)``; ``histogram``; ``one_to_one``; ``plot``.
+
+    No gradients. Raises as ``match_cosine``; ValueError where no feature is alive.
+
+    Source: Sharkey, Braun & Millidge 2022, "Taking features out of superposition with sparse autoencoders".
+    """
+    op = "match"
+    a, b = (_dictionary(op, name, value).detach() for name, value in (("a", a), ("b", b)))
+    _check_dictionaries(op, a, b)
+    rows_a, rows_b = _alive(op, alive, 0, a.shape[0], a), _alive(op, alive, 1, b.shape[0], b)
+    if not rows_a.shape[0] or not rows_b.shape[0]:
+        raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")
+    _checks.integer(op, "candidates", candidates, 1)
+    checked: list[Tensor | None] = []
+    for position, (side, rows) in enumerate(((a, rows_a), (b, rows_b))):
+        weight = None if weights is None else weights[position]
+        if weight is not None:
+            _checks.tensor(op, f"weights[{position}]", weight, like=side)
+            _checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
+            weight = weight.detach()[rows].double()
+            if bool((weight < 0).any()) or not float(weight.sum()) > 0:
+                raise ValueError(f"{op}: weights[{position}] must be non-negative with a positive sum, got a sum of {float(weight.sum())}")
+        checked.append(weight)
+    side_a = a if rows_a.shape[0] == a.shape[0] else a[rows_a]
+    side_b = b if rows_b.shape[0] == b.shape[0] else b[rows_b]
+    n, m = side_a.shape[0], side_b.shape[0]
+    eps = float(_checks.number(op, "eps", eps))
+    ab, ab_at, ba, ba_at, low, low_at = MATCH_PAIR(side_a, side_b, min(candidates, m), min(candidates, n), eps, backend=preference(backend))
+    return Match(
+        Matches(ab, rows_b[ab_at]),
+        Matches(ba, rows_a[ba_at]),
+        Matches(low, rows_b[low_at]),
+        (rows_a, rows_b),
+        (checked[0], checked[1]),
+        (n, m, a.shape[1]),
+    )
+
+
+def mmcs(a: Any, b: Any, direction: str = "mean", **options: Any) -> float:
+    """``match(a, b, **options).mmcs(direction)``: mean max cosine similarity of two dictionaries."""
+    return match(a, b, **options).mmcs(direction)
+
+
+def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **options: Any) -> Tensor:
+    """MMCS of all ordered pairs ``[n, n]`` float64; entry (i, j) is ``mmcs(dictionaries[i], dictionaries[j], direction)``, 1 on the diagonal.
+
+    With ``direction="mean"`` it is symmetric, otherwise not.
+    """
+    sides = [_dictionary("mmcs_matrix", f"dictionaries[{i}]", d) for i, d in enumerate(dictionaries)]
+    result = torch.eye(len(sides), dtype=torch.float64)
+    for i in range(len(sides)):
+        for j in range(i):
+            pair = match(sides[i], sides[j], **options)
+            forward, backward = pair.mmcs("a_to_b"), pair.mmcs("b_to_a")
+            if direction == "mean":
+                forward = backward = (forward + backward) / 2
+            elif direction == "b_to_a":
+                forward, backward = backward, forward
+            elif direction != "a_to_b":
+                raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
+            result[i, j], result[j, i] = forward, backward
+    return result
+
+

@@ -1,0 +1,172 @@
+"""Builds fastsae._C without torch, and never fails an install: what could not be built, and why, is in fastsae/_build_info.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+ROOT = Path(__file__).parent
+
+# Ascending; each level needs the ones before it. The probe is a real function of that level, because a compiler may accept a flag that its
+# assembler does not know.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+LEVELS: dict[str, tuple[list[str], str]] = {
+    "avx2": (
+        ["-mavx2", "-mfma", "-mf16c"],
+        "__m256 f(__m256 a, __m128i h) { return _mm256_fmadd_ps(a, _mm256_cvtph_ps(h), a); }"
+        "__m256i g(__m256i a) { return _mm256_add_epi32(a, a); }",
+    ),
+    "avx512": (
+        AVX512,
+        "__m512 f(__m512 a) { return _mm512_and_ps(_mm512_fmadd_ps(a, a, a), a); }"
+        "__m256i g(const void* p) { return _mm256_maskz_loadu_epi16(3, p); }",
+    ),
+    "avx512_bf16": (
+        ["-mavx512bf16"],
+        "__m512 f(__m512 s, __m512bh a) { return _mm512_dpbf16_ps(s, a, a); }",
+    ),
+}
+
+# Fused multiply-adds are written where they are meant: a compiler that fuses on its own would change bits between levels.
+# No -march and no -ffast-math, ever: baseline files must run on every CPU of the platform, and NaN and -0 must survive.
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+ISA_FLAGS = ["-fno-exceptions", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # gcc 12 takes its own intrinsics for uninitialised
+
+FAILURES = (CCompilerError, ExecError, PlatformError, OSError)
+
+
+class BuildExt(build_ext):
+    """Compiles *.isa.cpp once per instruction set level with that level's flags, everything else once with baseline flags."""
+
+    def run(self) -> None:
+        self.info: dict[str, object] = {"native": False, "reason": "", "compiler": "", "flags": FLAGS, "levels": {}}
+        try:
+            super().run()
+        except FAILURES as error:
+            self._give_up(f"{type(error).__name__}: {error}")
+        # CUDA: csrc/cuda/*.cu will become a module of its own here when nvcc is found; until then it is never looked for.
+        home = ROOT / "fastsae" if self.inplace else Path(self.build_lib) / "fastsae"
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "_build_info.json").write_text(json.dumps(self.info, indent=1) + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+            self.info["native"] = True
+        except FAILURES as error:
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        self.info["reason"] = reason
+        # A library left by an earlier build would contradict the reason.
+        for ext in self.extensions:
+            name = self.get_ext_filename(ext.name)
+            for stale in {Path(self.build_lib) / name, *([ROOT / name] if self.inplace else [])}:
+                stale.unlink(missing_ok=True)
+        print(f"fastsae: no native kernels: {reason}", file=sys.stderr)
+
+    def _build(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "msvc":
+            raise PlatformError("MSVC cannot build the kernels; gcc and clang can")
+        try:
+            import pybind11
+        except ImportError as error:
+            raise PlatformError("pybind11 is missing in the build environment") from error
+        include = ["csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+        self.info["compiler"] = self._compiler_version()
+        if reason := self._rejects(FLAGS, "int f() { return 0; }", header=""):
+            raise CCompilerError(f"the C++ compiler does not work: {reason}")
+
+        isa_sources = [s for s in ext.sources if s.endswith(".isa.cpp")]
+        baseline = [s for s in ext.sources if not s.endswith(".isa.cpp")]
+        objects = self._compile_all([(s, "portable", FLAGS + ISA_FLAGS) for s in isa_sources], include, [])
+        built, flags, notes = ["portable"], [], {"portable": "built"}
+        for level, (extra, probe) in LEVELS.items():
+            # A universal macOS build compiles one source for two architectures: portable only.
+            reason = "portable only on this platform" if sys.platform == "darwin" else self._rejects([*FLAGS, *flags, *extra], probe)
+            if not reason:
+                flags = flags + extra
+                try:
+                    objects += self._compile_all([(s, level, FLAGS + ISA_FLAGS + flags) for s in isa_sources], include, [])
+                    built.append(level)
+                except FAILURES as error:
+                    reason = str(error)
+            notes[level] = f"built with {' '.join(flags)}" if not reason else f"not built: {reason}"
+            if reason:
+                break
+        self.info["levels"] = notes
+
+        macros = [(f"FASTSAE_BUILT_{level}", "1") for level in built]
+        objects += self._compile_all([(s, "", FLAGS) for s in baseline], include, macros)
+        self.compiler.link_shared_object(
+            sorted(objects),
+            self.get_ext_fullpath(ext.name),
+            libraries=["dl"] if sys.platform == "linux" else [],  # dlsym is not in libc before glibc 2.34
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+    def _compile_all(self, jobs: list[tuple[str, str, list[str]]], include: list[str], macros: list[tuple[str, str]]) -> list[str]:
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            return list(pool.map(lambda job: self._compile(*job, include, macros), jobs))
+
+    def _compile(self, source: str, level: str, flags: list[str], include: list[str], macros: list[tuple[str, str]]) -> str:
+        """One object, unless it is newer than every file that it may depend on and was made by the same command."""
+        if level:
+            macros = [*macros, ("FASTSAE_ISA", level), (f"FASTSAE_LEVEL_{level}", "1")]
+        # Not build_temp: an editable install gets a fresh one each time and would compile everything again.
+        out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / (level or "baseline")
+        target = (out / source).with_suffix(".o")
+        stamp = target.with_suffix(".command")
+        command = json.dumps([self.info["compiler"], self.compiler.compiler_so, getattr(self.compiler, "compiler_so_cxx", ""), flags, include, macros])
+        newest = max(os.path.getmtime(f) for f in [source, *glob("csrc/**/*.h", recursive=True)])
+        if not self.force and target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == command:
+            return str(target)
+        stamp.unlink(missing_ok=True)
+        (made,) = self.compiler.compile([source], output_dir=str(out), macros=macros, include_dirs=include, extra_postargs=flags)
+        stamp.write_text(command)
+        return made
+
+    def _compiler_version(self) -> str:
+        command = (getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so)[0]
+        try:
+            lines = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout.splitlines()
+        except OSError as error:
+            raise CCompilerError(f"no C++ compiler: {error}") from error
+        return lines[0] if lines else command
+
+    def _rejects(self, flags: list[str], code: str, header: str = "#include <immintrin.h>\n") -> str:
+        """Why the compiler cannot compile `code`, or an empty string."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text(header + code + "\n")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+            except FAILURES as error:
+                return str(error)
+        return ""
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "fastsae._C",
+            sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith("csrc/test")),
+            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/test/*.cpp")),  # what the sdist must hold besides the sources
+            language="c++",
+            optional=True,  # tells setuptools that the library may be absent when it copies it
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,111 @@
+"""Ahead-of-time compilation of Triton kernels, no GPU needed: records what the launchers launch, and compiles it for a chip.
+
+    with record() as launches:
+        kernels.decode(values, indices, None, W, None)      # CPU tensors; nothing runs, the results are garbage
+    usage = compile_launch(launches[0], 90)                 # registers, spills, shared memory, PTX
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Most shared memory a block may use, in bytes, by compute capability (CUDA C++ programming guide, technical specifications)."""
+
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as Triton's own launcher would specialise it: types, constants, 16-byte alignment, options."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the compiler made of a launch on one chip."""
+
+    ptx: str
+    cubin: bytes
+    shared: int
+
+    @cached_property
+    def resources(self) -> dict[str, int]:
+        """REG, STACK, LOCAL, SHARED as cuobjdump reports them; a spill shows in STACK or LOCAL."""
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+        line = next(line for line in text.splitlines() if "REG:" in line)
+        return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collects launches instead of running them."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_specialise(self, grid, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def _specialise(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    options = tuple((key, kwargs.pop(key)) for key in _OPTIONS if key in kwargs)
+    bound = kernel.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    signature, constants, aligned = [], [], []
+    for param in kernel.params:
+        value = bound.arguments[param.name]
+        free = not param.do_not_specialize
+        if param.is_constexpr or value is None or (type(value) is int and value == 1 and free):
+            signature.append((param.name, "constexpr"))
+            constants.append((param.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((param.name, "*" + _TYPES[value.dtype]))
+            if value.data_ptr() % 16 == 0 and free:
+                aligned.append(param.num)
+        else:
+            signature.append((param.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0 and free:
+                aligned.append(param.num)
+    grid = grid if isinstance(grid, tuple) else (grid,)
+    return Launch(kernel, grid, tuple(signature), tuple(constants), tuple(aligned), options)
+
+
+def compile_launch(launch: Launch, capability: int) -> Usage:
+    attrs = {(number,): [["tt.divisibility", 16]] for number in launch.aligned}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    return Usage(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
