@@ -39,15 +39,16 @@ constexpr int64_t crow_error(int64_t i) { return -2 - i; }
 // decode: y[r, :] = bias + sum over the slots s of row r of values[s] * W[indices[s], :]
 //
 //   total = 0                                   per element of y, fp32
-//   for block in the row's slots, 64 at a time:
+//   for block in the row's slots, 16 at a time:
 //     part = 0
 //     for s in block, in order: part = fma(values[s], W[indices[s], d], part)
 //     total = total + part                      (the first block is taken as it is)
 //   y[r, d] = round(total + bias[d])            bias may be null: then nothing is added
 //
 // values [n], W and y [rows, d] contiguous have type `t`; bias is fp32 [d].
-// W with stride_d = 1 is read in place. Any other W is packed 64 columns at a time for the features in use: workspace
-// min(n, features) * 64 elements of t, 8 * features + 4 * n bytes for the renumbering.
+// W with stride_d = 1 is read in place. Any other W is packed 64 columns at a time for the features in use: workspace 64 elements of t
+// for each of min(n, features) features (all of them where they are no more than twice the slots), once per thread as far as 64 MiB
+// go and otherwise once for all threads, and 12 * features + 4 * n bytes for the renumbering.
 int64_t decode(const Slots& slots, Dtype t, const void* values, const Matrix& w, const float* bias, void* y, int threads);
 
 // decode_dvalues: dvalues[s] = <grad[r, :], W[indices[s], :]> for every slot s of every row r
@@ -57,13 +58,14 @@ int64_t decode(const Slots& slots, Dtype t, const void* values, const Matrix& w,
 //   otherwise:     panels of 64 elements, each 16 lanes summed over j = 0..3 and folded 8, 4, 2, 1; 4 panels in order make a block of
 //                  256 elements, blocks are added in order.
 //
-// grad [rows, d] contiguous, W and dvalues [n] have type `t`. Workspace of the second case: that of decode, and 8 * n bytes.
+// grad [rows, d] contiguous, W and dvalues [n] have type `t`. Workspace of the second case: that of decode, and at most
+// 64 MiB or 8 * n bytes for the sums.
 int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matrix& w, void* dvalues, int threads);
 
 // decode_dweight: out[f, :] = sum over the slots s with indices[s] = f, in slot order, of values[s] * grad[row(s), :]
 //
 //   (offsets, rows, values) = stable counting sort of the slots by feature
-//   out = decode with those as (crow, indices, values), and grad as W: same blocks of 64, same bits rule
+//   out = decode with those as (crow, indices, values), and grad as W: same blocks of 16, same bits rule
 //
 // Every row of out is written, zeros where a feature has no slot; with zero_untouched = false those rows keep what they hold (for a
 // caller that reuses `out` and knows which rows it dirtied). values [n], grad [rows, d] contiguous and out have type `t`; out has

@@ -40,12 +40,16 @@ def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor
         raise TypeError(f"{op}: {name} must have the dtype of {other_name} ({_names([other.dtype])}), got {_names([value.dtype])}")
 
 
+def beside(like: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of a vector or number beside ``like``: its own, or float32 beside half precision."""
+    return (like.dtype,) if like.dtype in (torch.float32, torch.float64) else (like.dtype, torch.float32)
+
+
 def vector(op: str, name: str, value: Any, size: int, like: Tensor, size_name: str) -> Tensor | None:
     """An optional vector beside ``like``: its dtype, or float32 beside a half-precision ``like``."""
     if value is None:
         return None
-    allowed = (like.dtype,) if like.dtype in (torch.float32, torch.float64) else (like.dtype, torch.float32)
-    tensor(op, name, value, allowed, like)
+    tensor(op, name, value, beside(like), like)
     shape(op, name, value, (size,), f"[{size_name}={size}]")
     return value
 
@@ -58,6 +62,12 @@ def integer(op: str, name: str, value: Any, low: int, high: int | None = None, m
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{op}: {name} must be at least {low}{upper}{f' ({meaning})' if meaning else ''}, got {value}")
     return value  # pyright: ignore[reportReturnType]
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+    return value
 
 
 def number(op: str, name: str, value: Any, positive: bool = True) -> float:
@@ -79,6 +89,12 @@ def subset(op: str, name: str, value: Any, size: int, like: Tensor, size_name: s
     return value
 
 
+def writable(op: str, name: str, value: Tensor) -> None:
+    """A result can be written into ``value``: no two of its elements share memory; ValueError otherwise."""
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):
+        raise ValueError(f"{op}: {name} must not be an expanded tensor (elements that share memory), got strides {list(value.stride())}")
+
+
 def index_dtype(op: str, value: Any, n_features: int) -> torch.dtype:
     if value not in INDICES:
         raise TypeError(f"{op}: index_dtype must be torch.int64 or torch.int32, got {value}")
@@ -87,10 +103,15 @@ def index_dtype(op: str, value: Any, n_features: int) -> torch.dtype:
     return value
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for a device; False for device types that know none (meta)."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def autocast(*values: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast: the inputs as ``F.linear`` would cast them (float64 stays); otherwise unchanged."""
-    device = next(value.device.type for value in values if value is not None)
-    if not torch.is_autocast_enabled(device):
+    """Under autocast: the inputs as ``F.linear`` would cast them (float64 stays); otherwise unchanged, as is what is no tensor."""
+    device = next(value.device for value in values if value is not None)
+    if not autocasting(device):
         return values
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(v.to(dtype) if v is not None and v.dtype in (torch.float32, torch.bfloat16, torch.float16) else v for v in values)
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.dtype in (torch.float32, torch.bfloat16, torch.float16) else v for v in values)

@@ -90,6 +90,7 @@ class Op:
         fake: shapes and dtypes of the result, for torch.compile.
         samples: ``samples(device, dtype, generator)`` yields argument tuples for verification and benches.
         check: ``check(args, result)`` raises ``fastsae.testing.Mismatch`` or returns the error as a fraction of the allowed one.
+        workload: ``workload(device, dtype, generator)`` is one argument tuple of a realistic, moderate size, for timing.
         batched: positions of arguments (and results) whose first dimension is the batch; used to test that a row's bits do not
             depend on the batch it stands in. Empty where a result depends on the whole batch.
         mutates: position of the argument that the schema marks as written, or None.
@@ -100,6 +101,7 @@ class Op:
     fake: Callable[..., Any]
     samples: Callable[..., Iterator[tuple]]
     check: Callable[[tuple, Any], float]
+    workload: Callable[..., tuple]
     batched: tuple[int, ...] = ()
     mutates: int | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -28,6 +28,9 @@ or on how Triton lays a tile over threads. A bad index loads nothing: it makes i
 left out of decode_dweight, and sets the device's flag. On the CPU, where the interpreter runs, the launchers raise instead.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# Device code is Python only in form, and Triton's own annotations say constexpr where it takes and returns int.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -155,8 +158,8 @@ def sort_keys_kernel(indices, keys, flag, n_slots, n_features, SIZE: tl.constexp
 
 
 @triton.jit(do_not_specialize=["n_features", "n_rows", "split"])
-def decode_partials_kernel(values, rows, grad, segments, chunks, owner, partials, n_features, n_rows, n_columns, split, stride_r, stride_g, stride_p,
-                           COLUMNS: tl.constexpr):
+def decode_partials_kernel(values, rows, grad, segments, chunks, owner, partials, n_features, n_rows, n_columns, split,
+                           stride_r, stride_g, stride_p, COLUMNS: tl.constexpr):
     """partials[c] = the c-th full run of ``split`` slots, counted over the features that have more slots than that."""
     chunk = tl.program_id(0).to(tl.int64)
     feature = tl.load(owner + chunk)
@@ -169,8 +172,8 @@ def decode_partials_kernel(values, rows, grad, segments, chunks, owner, partials
 
 
 @triton.jit(do_not_specialize=["n_rows", "split"])
-def decode_dweight_kernel(values, rows, grad, segments, chunks, partials, out, n_rows, n_columns, split, stride_r, stride_g, stride_p, stride_f, stride_d,
-                          COLUMNS: tl.constexpr):
+def decode_dweight_kernel(values, rows, grad, segments, chunks, partials, out, n_rows, n_columns, split,
+                          stride_r, stride_g, stride_p, stride_f, stride_d, COLUMNS: tl.constexpr):
     feature = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = d < n_columns
@@ -336,7 +339,8 @@ def _panels(matrix: Tensor, n_reads: int, width: int | None = None) -> Iterator[
 
 def _turn(source: Tensor, target: Tensor) -> Tensor:
     rows, columns = source.shape
-    turn_kernel[triton.cdiv(rows, 64), triton.cdiv(columns, 64)](source, target, rows, columns, *source.stride(), *target.stride(), SIZE=64, num_warps=4)
+    grid = triton.cdiv(rows, 64), triton.cdiv(columns, 64)
+    turn_kernel[grid](source, target, rows, columns, *source.stride(), *target.stride(), SIZE=64, num_warps=4)
     return target
 
 

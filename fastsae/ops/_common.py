@@ -68,7 +68,7 @@ def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | Non
     return index
 
 
-def guard(values: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def guard(values: Tensor, indices: Tensor, size: int, name: str = "latents.indices") -> tuple[Tensor, Tensor]:
     """Indices safe to gather with: IndexError on the CPU; elsewhere a bad slot becomes NaN and raises at ``fastsae.check()``."""
     if indices.numel() == 0:
         return values, indices.long()
@@ -76,7 +76,7 @@ def guard(values: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if indices.device.type == "cpu":
         if bad.any():
             where = bad.nonzero()[0].tolist()
-            raise IndexError(f"latents.indices holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {size}")
+            raise IndexError(f"{name} holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {size}")
         return values, indices.long()
     from fastsae import _flags
 

@@ -63,6 +63,7 @@ COUNT_CODES = Op(
     fake=_fake,
     samples=_samples,
     check=_check,
+    workload=lambda device, dtype, generator: (torch.randint(0, 5000, (65536,), generator=generator).to(device),),
     dtypes=(torch.int64,),
 )
 

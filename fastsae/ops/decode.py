@@ -13,6 +13,8 @@ feature makes it deterministic without float atomics.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ from fastsae.ops._common import accumulator, chunks, guard, row_of_slot
 
 def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
     wide = accumulator(W.dtype)
-    values, indices = guard(values, indices, W.shape[0])
+    values, indices = guard(values, indices, W.shape[0], _index_name(crow))
     parts = [W.new_zeros(0, W.shape[1], dtype=wide)]
     if crow is None:
         rows, k = indices.shape
@@ -48,9 +50,11 @@ def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Te
 
 def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
     wide = accumulator(W.dtype)
-    slots = indices.reshape(-1)
+    if crow is not None:
+        _checked_bounds(crow, indices.shape[0])
     row = row_of_slot(crow, indices)
-    mark, slots = guard(grad.new_zeros(slots.shape, dtype=wide), slots, W.shape[0])
+    mark, slots = guard(grad.new_zeros(indices.shape, dtype=wide), indices, W.shape[0], _index_name(crow))
+    mark, slots = mark.reshape(-1), slots.reshape(-1)
     parts = [mark[:0]]
     for part in chunks(slots.shape[0], W.shape[1]):
         parts.append((grad[row[part]].to(wide) * W[slots[part]].to(wide)).sum(1) + mark[part])
@@ -58,11 +62,17 @@ def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None,
 
 
 def decode_dweight_reference(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
-    values, slots = guard(values.reshape(-1), indices.reshape(-1), out.shape[0])
+    if crow is not None:
+        _checked_bounds(crow, indices.shape[0])
+    values, slots = guard(values, indices, out.shape[0], _index_name(crow))
     row = row_of_slot(crow, indices)
-    slots, order = torch.sort(slots, stable=True)
+    slots, order = torch.sort(slots.reshape(-1), stable=True)
     pointers = torch.searchsorted(slots, torch.arange(out.shape[0] + 1, device=slots.device))
-    out.copy_(decode_reference(values[order], row[order], pointers, grad, None))
+    out.copy_(decode_reference(values.reshape(-1)[order], row[order], pointers, grad, None))
+
+
+def _index_name(crow: Tensor | None) -> str:
+    return "latents.indices" if crow is None else "latents.col"
 
 
 def _segment_sum(products: Tensor, offsets: Tensor) -> Tensor:
@@ -152,6 +162,15 @@ def _check(reference: Any) -> Any:
     return check
 
 
+def _workload(arrange: Any) -> Any:
+    def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+        values = torch.randn((256, 32), generator=generator).to(device=device, dtype=dtype)
+        indices = torch.randint(0, 16384, (256, 32), generator=generator).to(device)
+        return arrange(values, indices, torch.randn((16384, 512), generator=generator).to(device=device, dtype=dtype))
+
+    return workload
+
+
 def _dweight_result(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> Tensor:
     fresh = torch.empty(out.shape, device=grad.device, dtype=grad.dtype)
     decode_dweight_reference(values, indices, crow, grad, fresh)
@@ -166,6 +185,7 @@ DECODE = Op(
     fake=lambda values, indices, crow, W, b: W.new_empty((indices.shape[0] if crow is None else crow.shape[0] - 1, W.shape[1])),
     samples=_decode_samples,
     check=_check(decode_reference),
+    workload=_workload(lambda values, indices, W: (values, indices, None, W, None)),
     batched=(0, 1),
 )
 DECODE_DVALUES = Op(
@@ -174,6 +194,7 @@ DECODE_DVALUES = Op(
     fake=lambda grad, indices, crow, W: grad.new_empty(indices.shape),
     samples=_dvalues_samples,
     check=_check(decode_dvalues_reference),
+    workload=_workload(lambda values, indices, W: (values @ W[:32], indices, None, W)),
     batched=(0, 1),
 )
 DECODE_DWEIGHT = Op(
@@ -182,6 +203,7 @@ DECODE_DWEIGHT = Op(
     fake=lambda values, indices, crow, grad, out: None,
     samples=_dweight_samples,
     check=_check(_dweight_result),
+    workload=_workload(lambda values, indices, W: (values, indices, None, values @ W[:32], torch.empty_like(W))),
     mutates=4,
 )
 for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
@@ -282,10 +304,13 @@ def decode(
     values, indices, crow = _slots(op, latents)
     _checks.tensor(op, "W_dec", W_dec, like=values)
     if W_dec.dim() == 3:
+        _checks.shape(op, "W_dec", W_dec, (None, latents.n_features, None), f"[F={latents.n_features}, D_out] or [L, F={latents.n_features}, D_out]")
+        if W_dec.shape[0] == 0:
+            raise ValueError(f"{op}: W_dec must hold at least one decoder, got {list(W_dec.shape)}")
         return _decode_many(latents, W_dec, b_dec, x=x, skip=skip, prefixes=prefixes, backend=backend)
     _checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
     b_dec = _checks.vector(op, "b_dec", b_dec, W_dec.shape[1], W_dec, "D_out")
-    if torch.is_autocast_enabled(W_dec.device.type):
+    if _checks.autocasting(W_dec.device):
         values, W_dec, b_dec = _checks.autocast(values, W_dec, b_dec)  # pyright: ignore[reportAssignmentType]
     _checks.same_dtype(op, "W_dec", W_dec, "latents.values", values)
     backend = preference(backend)
@@ -331,9 +356,11 @@ def _decode_many(latents: Latents, W_dec: Tensor, b_dec: Tensor | None, *, x: An
 
 def _checked_prefixes(prefixes: Any, n_features: int) -> list[int]:
     try:
-        sizes = [int(p) for p in prefixes]
+        sizes = [operator.index(p) for p in prefixes]
     except TypeError:
-        raise TypeError(f"decode: prefixes must be a sequence of int, got {type(prefixes).__name__}") from None
+        raise TypeError(f"decode: prefixes must be a sequence of int, got {prefixes!r}") from None
+    if any(isinstance(p, bool) for p in prefixes):
+        raise TypeError(f"decode: prefixes must be a sequence of int, got {prefixes!r}")
     if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > n_features:
         raise ValueError(f"decode: prefixes must ascend strictly within 1 .. {n_features}, got {sizes}")
     return sizes
@@ -345,6 +372,8 @@ def _skip(op: str, x: Any, skip: Any, latents: Latents, W_dec: Tensor) -> Tensor
     _checks.tensor(op, "skip", skip, like=W_dec)
     _checks.tensor(op, "x", x, like=W_dec)
     _checks.same_dtype(op, "skip", skip, "x", x)
+    if not _checks.autocasting(W_dec.device):
+        _checks.same_dtype(op, "x", x, "W_dec", W_dec)
     if x.shape[:-1] != torch.Size(latents.batch_shape):
         raise ValueError(f"{op}: x must have the batch dimensions of latents {list(latents.batch_shape)}, got {list(x.shape[:-1])}")
     _checks.shape(op, "skip", skip, (W_dec.shape[1], x.shape[-1]), f"[D_out={W_dec.shape[1]}, D_in={x.shape[-1]}]")
@@ -353,6 +382,8 @@ def _skip(op: str, x: Any, skip: Any, latents: Latents, W_dec: Tensor) -> Tensor
 
 def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked (values, indices, crow) with batch dimensions flattened."""
+    if isinstance(latents, (TopKLatents, RaggedLatents)):
+        _checks.integer(op, "latents.n_features", latents.n_features, 0)
     if isinstance(latents, TopKLatents):
         values = _checks.tensor(op, "latents.values", latents.values)
         indices = _checks.tensor(op, "latents.indices", latents.indices, _checks.INDICES, values)
@@ -371,6 +402,8 @@ def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:
             raise ValueError(
                 f"{op}: ragged latents are values [nnz], col [nnz], crow [rows + 1], got {list(values.shape)}, {list(col.shape)}, {list(crow.shape)}"
             )
+        if math.prod(latents.batch_shape) != crow.shape[0] - 1:
+            raise ValueError(f"{op}: latents.batch_shape must have the {crow.shape[0] - 1} rows of latents.crow, got {list(latents.batch_shape)}")
         return values, col, crow
     raise TypeError(f"{op}: latents must be TopKLatents or RaggedLatents, got {type(latents).__name__}")
 
@@ -404,6 +437,7 @@ def decode_backward(grad: Tensor, latents: Latents, W_dec: Tensor, *, out: Tenso
     if out is not None:
         _checks.tensor(op, "out", out, (W_dec.dtype,), W_dec)
         _checks.shape(op, "out", out, tuple(W_dec.shape), f"[F={latents.n_features}, D_out={W_dec.shape[1]}]")
+        _checks.writable(op, "out", out)
     rows = indices.shape[0] if crow is None else crow.shape[0] - 1
     flat = grad.reshape(rows, W_dec.shape[1])
     with torch.no_grad():

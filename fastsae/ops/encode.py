@@ -55,7 +55,7 @@ def merge_topk(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Ten
 def encode_topk_reference(
     x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, k: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    chosen = sorted_subset(features, W.shape[0], "features")
+    chosen = sorted_subset(features, W.shape[0], "encode_topk: features")
     n = W.shape[0] if chosen is None else chosen.shape[0]
     if k > n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({n}), got {k}")
@@ -129,7 +129,7 @@ def encode_threshold_reference(
     bandwidth: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
-    chosen = sorted_subset(features, W.shape[0], "features")
+    chosen = sorted_subset(features, W.shape[0], "encode_threshold: features")
     theta = threshold.to(accumulator(x.dtype))
     if chosen is not None and theta.dim():
         theta = theta[chosen]
@@ -149,7 +149,7 @@ def encode_threshold_reference(
 def encode_batch_topk_reference(
     x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = sorted_subset(features, W.shape[0], "features")
+    chosen = sorted_subset(features, W.shape[0], "encode_batch_topk: features")
     total = int(k * x.shape[0])
     wide = accumulator(x.dtype)
     pool, pool_row, pool_col = x.new_empty(0, dtype=wide), *(torch.empty(2, 0, dtype=torch.int64, device=x.device))
@@ -157,10 +157,15 @@ def encode_batch_topk_reference(
         # Once the pool is full, an equal score of a later row loses, so only larger ones (or NaN) can enter.
         floor = pool[-1] if pool.shape[0] == total and total else s.new_zeros(())
         row, col = ((s > floor.clamp_min(0)) | (s.isnan() & ~floor.isnan())).nonzero(as_tuple=True)
-        pool, order = torch.cat([pool, s[row, col]]).sort(descending=True, stable=True)
+        new = s[row, col]
+        if new.shape[0] > 2 * total > 0:
+            least = new.detach().topk(total, sorted=False).values.amin()
+            keep = ~(new < least)  # ties and NaN stay for the stable sort
+            new, row, col = new[keep], row[keep], col[keep]
+        pool, order = torch.cat([pool, new]).sort(descending=True, stable=True)
         order, pool = order[:total], pool[:total]
         pool_row, pool_col = torch.cat([pool_row, row + rows.start])[order], torch.cat([pool_col, col])[order]
-    min_kept = pool[-1].detach() if pool.shape[0] else pool.new_full((), float("inf"))
+    min_kept = pool[-1].detach().clone() if pool.shape[0] else pool.new_full((), float("inf"))
     order = torch.argsort(pool_row * max(W.shape[0], 1) + pool_col)
     crow = torch.searchsorted(pool_row[order], torch.arange(x.shape[0] + 1, device=x.device))
     col = pool_col[order]
@@ -244,6 +249,18 @@ def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
             yield x, W, normal(n), normal(n) / 4, normal(n), b_pre
 
 
+def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, W, b) of a moderate SAE with unit rows."""
+    normal = _normal(device, dtype, generator)
+    W = normal(16384, 512)
+    return normal(256, 512), W / torch.linalg.vector_norm(W, dim=1, keepdim=True), normal(16384) / 10
+
+
+def _gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    x, W, b = _layer(device, dtype, generator)
+    return x, W, b - 2.5, b, b, None
+
+
 def _check_topk(args: tuple, result: Any) -> float:
     from fastsae import testing
 
@@ -305,6 +322,7 @@ ENCODE_TOPK = Op(
     fake=_fake_topk,
     samples=_topk_samples,
     check=_check_topk,
+    workload=lambda *where: (*_layer(*where), None, None, None, 32, True),
     batched=(0,),
 )
 ENCODE_THRESHOLD = Op(
@@ -313,6 +331,7 @@ ENCODE_THRESHOLD = Op(
     fake=_fake_threshold,
     samples=_threshold_samples,
     check=_check_threshold,
+    workload=lambda *where: (*_layer(*where), torch.tensor(2.5, device=where[0]), None, None, None, None),
 )
 ENCODE_BATCH_TOPK = Op(
     f"encode_batch_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, float k) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -320,6 +339,7 @@ ENCODE_BATCH_TOPK = Op(
     fake=_fake_batch_topk,
     samples=_batch_topk_samples,
     check=_check_batch_topk,
+    workload=lambda *where: (*_layer(*where), None, None, None, 32.0),
 )
 ENCODE_GATED = Op(
     "encode_gated(Tensor x, Tensor W, Tensor b_gate, Tensor r_mag, Tensor b_mag, Tensor? b_pre) -> (Tensor, Tensor, Tensor)",
@@ -327,6 +347,7 @@ ENCODE_GATED = Op(
     fake=lambda x, *_: _fake_ragged(x),
     samples=_gated_samples,
     check=_check_gated,
+    workload=_gated_workload,
 )
 
 # ---------------------------------------------------------------- backward
@@ -400,7 +421,7 @@ class _EncodeThreshold(torch.autograd.Function):
         x: Tensor, W: Tensor, b: Any, threshold: Tensor, b_pre: Any, scale: Any, features: Any, bandwidth: float | None, backend: str | None
     ) -> tuple[Tensor, ...]:
         values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, bandwidth, backend=backend)
-        return values, col, crow, flags, _active_counts(flags, crow, x.dtype)
+        return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -433,9 +454,9 @@ class _EncodeThreshold(torch.autograd.Function):
         return dx, dW, db, dthreshold, db_pre, dscale, None, None, None
 
 
-def _active_counts(flags: Tensor, crow: Tensor, dtype: torch.dtype) -> Tensor:
+def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Tensor:
     """``[rows]``: active slots of each row; without flags every slot is active."""
-    if flags.shape[0] == 0:
+    if flags is None:
         return crow.diff().to(dtype)
     before = torch.cat([crow.new_zeros(1), (flags & 1).long().cumsum(0)])
     return before[crow].diff().to(dtype)
@@ -499,7 +520,7 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
     _checks.tensor(op, "W_enc", W, like=x)
     if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if _checks.autocasting(x.device):
         x, W, *vectors = _checks.autocast(x, W, *vectors)  # pyright: ignore[reportAssignmentType]
     _checks.same_dtype(op, "W_enc", W, "x", x)
     for name, vector in zip(names.split(), vectors):
@@ -554,6 +575,7 @@ def encode_topk(
     op = "encode_topk"
     batch, (x, W, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
     _checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
+    _checks.flag(op, "relu", relu)
     features = _checks.subset(op, "features", features, W.shape[0], x, "F")
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     backend = preference(backend)
@@ -606,12 +628,12 @@ def encode_threshold(
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     if bandwidth is not None:
         bandwidth = float(_checks.number(op, "bandwidth", bandwidth))
-    if isinstance(threshold, Tensor) and threshold.dim():
-        _checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
-    elif not isinstance(threshold, Tensor):
+    if not isinstance(threshold, Tensor):
         threshold = x.new_full((), _checks.number(op, "threshold", threshold, positive=False), dtype=accumulator(x.dtype))
+    elif threshold.dim():
+        _checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
     else:
-        _checks.tensor(op, "threshold", threshold, like=x)
+        _checks.tensor(op, "threshold", threshold, _checks.beside(x), x)
     backend = preference(backend)
     if _tracks(x, W, b, threshold, b_pre, scale):
         outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, bandwidth, backend)

@@ -29,9 +29,11 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     width = a.shape[1] * 64
-    for columns in chunks(b.shape[0], max(width, min(a.shape[0], 4096))):
+    column_tiles = list(chunks(b.shape[0], max(width, min(a.shape[0], 4096))))
+    step = column_tiles[0].stop if column_tiles else 0  # the same row tiles beside every column tile, the last and narrower one too
+    for columns in column_tiles:
         right = _bits(b[columns])
-        for rows in chunks(a.shape[0], max(width, right.shape[0])):
+        for rows in chunks(a.shape[0], max(width, step)):
             yield rows, columns, _distances(_bits(a[rows]), right)
 
 
@@ -66,6 +68,12 @@ def _codes(device: torch.device, generator: torch.Generator) -> Iterator[tuple[T
     codes = words(40, 4)
     codes[10:20] = codes[3]
     yield codes[::2, 1:], codes[:, 1:]
+
+
+def _pair(device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Codes of a moderate layer."""
+    codes = torch.randint(-(2**63), 2**63 - 1, (2, 1024, 16), generator=generator).to(device)
+    return codes[0], codes[1]
 
 
 def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
@@ -113,6 +121,7 @@ HAMMING = Op(
     fake=lambda a, b, out: None,
     samples=_samples,
     check=_check,
+    workload=lambda device, dtype, generator: (*_pair(device, generator), torch.empty(1024, 1024, dtype=torch.int32, device=device)),
     mutates=2,
     dtypes=(torch.int64,),
 )
@@ -122,6 +131,7 @@ HAMMING_TOPK = Op(
     fake=lambda a, b, k: (a.new_empty((a.shape[0], k), dtype=torch.int32), a.new_empty((a.shape[0], k))),
     samples=_topk_samples,
     check=_check_topk,
+    workload=lambda device, dtype, generator: (*_pair(device, generator), 8),
     batched=(0,),
     dtypes=(torch.int64,),
 )
@@ -163,6 +173,7 @@ def hamming(a: Tensor, b: Tensor, out: Tensor | None = None, *, backend: str | N
     else:
         _checks.tensor(op, "out", out, (torch.int32,), a)
         _checks.shape(op, "out", out, (a.shape[0], b.shape[0]), f"[N={a.shape[0]}, M={b.shape[0]}]")
+        _checks.writable(op, "out", out)
     HAMMING(a, b, out, backend=preference(backend))
     return out
 

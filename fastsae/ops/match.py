@@ -30,8 +30,10 @@ def normalise(v: Tensor, eps: float) -> Tensor:
 
 def _similarity_tiles(a: Tensor, b: Tensor, eps: float) -> Iterator[tuple[slice, slice, Tensor]]:
     unit_a, unit_b = normalise(a, eps), normalise(b, eps)
-    for columns in chunks(b.shape[0], min(a.shape[0], 1024)):
-        for rows in chunks(a.shape[0], columns.stop - columns.start):
+    column_tiles = list(chunks(b.shape[0], min(a.shape[0], 1024)))
+    step = column_tiles[0].stop if column_tiles else 0  # the same row tiles beside every column tile, the last and narrower one too
+    for columns in column_tiles:
+        for rows in chunks(a.shape[0], step):
             with full_precision():
                 yield rows, columns, unit_a[rows] @ unit_b[columns].T
 
@@ -98,6 +100,13 @@ def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Gen
     a = normal(10, 8)
     a[3] = 0
     yield a, torch.cat([-a, a, a[:2] * 20])
+
+
+def _pair(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two moderate dictionaries that share half of their features up to noise."""
+    a = torch.randn((4096, 256), generator=generator)
+    b = torch.cat([a[:2048] + torch.randn((2048, 256), generator=generator), torch.randn((2048, 256), generator=generator)])
+    return a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
 
 
 def _match_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
@@ -177,6 +186,7 @@ MATCH_COSINE = Op(
     fake=_fake_match,
     samples=_match_samples,
     check=_check_match,
+    workload=lambda *where: (*_pair(*where), 1, False, False, 1e-8),
 )
 MATCH_PAIR = Op(
     "match_pair(Tensor a, Tensor b, SymInt k_ab, SymInt k_ba, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -184,6 +194,7 @@ MATCH_PAIR = Op(
     fake=_fake_pair,
     samples=_pair_samples,
     check=_check_pair,
+    workload=lambda *where: (*_pair(*where), 1, 1, 1e-8),
 )
 
 # ---------------------------------------------------------------- backward

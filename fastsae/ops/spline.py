@@ -147,6 +147,15 @@ def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
     yield special, normal(70, 8), None, None
 
 
+def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, W, b) of a moderate MLP layer."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    return normal(2048, 384), normal(1536, 384), normal(1536)
+
+
 def _hash_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for sample in _layer_samples(device, dtype, generator):
         yield *sample, 0, 0, 64
@@ -238,6 +247,7 @@ SPLINE_CODE = Op(
     fake=lambda x, W, b, neurons: _fake_code(x, W.shape[0]),
     samples=_layer_samples,
     check=_check_code,
+    workload=lambda *where: (*_layer(*where), None),
     batched=(0,),
 )
 SPLINE_HASH = Op(
@@ -246,6 +256,7 @@ SPLINE_HASH = Op(
     fake=lambda x, W, b, neurons, layer, seed, bits: _fake_hash(x, bits),
     samples=_hash_samples,
     check=_check_hash,
+    workload=lambda *where: (*_layer(*where), None, 0, 0, 64),
     batched=(0,),
 )
 PACK_SIGNS = Op(
@@ -254,6 +265,7 @@ PACK_SIGNS = Op(
     fake=lambda z, neurons: _fake_code(z, z.shape[1]),
     samples=_sign_samples,
     check=_exact(pack_signs_reference, "words"),
+    workload=lambda *where: (_layer(*where)[0] @ _layer(*where)[1].T, None),
     batched=(0,),
 )
 HASH_SIGNS = Op(
@@ -262,6 +274,7 @@ HASH_SIGNS = Op(
     fake=lambda z, neurons, layer, seed, bits: _fake_hash(z, bits),
     samples=_with_keys(_sign_samples),
     check=_exact(hash_signs_reference, "hashes"),
+    workload=lambda *where: (_layer(*where)[0] @ _layer(*where)[1].T, None, 0, 0, 64),
     batched=(0,),
 )
 HASH_CODE = Op(
@@ -270,6 +283,7 @@ HASH_CODE = Op(
     fake=lambda words, neurons, layer, seed, bits: _fake_hash(words, bits),
     samples=_with_keys(_word_samples),
     check=_exact(hash_code_reference, "hashes"),
+    workload=lambda *where: (spline_code_reference(*_layer(*where), None), None, 0, 0, 64),
     batched=(0,),
     dtypes=(torch.float32,),
 )

@@ -1,0 +1,127 @@
+// The kernels under AddressSanitizer and UBSan: every level of this CPU, type, layout and awkward size, on exact-size heap blocks, compared
+// with a double-precision loop. Prints one line a level; exits with 1 on a mismatch.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "fastsae.h"
+#include "isa.h"
+
+using namespace fastsae;
+
+namespace {
+
+uint32_t state = 1;
+uint32_t draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
+float draw_float() { return static_cast<float>(static_cast<int>(draw() % 17) - 8) / 8.0f; }  // exact in all three types
+
+int failures = 0;
+void expect(bool ok, const char* what, Dtype t, int64_t d, bool transposed) {
+  if (ok) return;
+  ++failures;
+  std::printf("  %s differs: dtype %d, d %lld, transposed %d\n", what, static_cast<int>(t), static_cast<long long>(d), transposed);
+}
+
+// bf16 is truncation and fp16 a table of eighths: all drawn values are exact.
+struct Buffer {
+  Dtype t;
+  std::unique_ptr<char[]> bytes;
+  explicit Buffer(Dtype t, int64_t n) : t(t), bytes(new char[static_cast<size_t>(n) * (t == Dtype::f32 ? 4 : 2)]) {}
+  void set(int64_t i, float x) {
+    if (t == Dtype::f32) {
+      std::memcpy(bytes.get() + 4 * i, &x, 4);
+      return;
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint16_t half = static_cast<uint16_t>(bits >> 16);
+    if (t == Dtype::f16) half = x == 0 ? 0 : static_cast<uint16_t>(((bits >> 16) & 0x8000) | ((((bits >> 23) & 0xff) - 112) << 10) | ((bits >> 13) & 0x3ff));
+    std::memcpy(bytes.get() + 2 * i, &half, 2);
+  }
+  double get(int64_t i) const {
+    if (t == Dtype::f32) {
+      float x;
+      std::memcpy(&x, bytes.get() + 4 * i, 4);
+      return x;
+    }
+    uint16_t half;
+    std::memcpy(&half, bytes.get() + 2 * i, 2);
+    if (t == Dtype::bf16) {
+      const uint32_t bits = static_cast<uint32_t>(half) << 16;
+      float x;
+      std::memcpy(&x, &bits, 4);
+      return x;
+    }
+    const int exponent = (half >> 10) & 31, mantissa = half & 1023;
+    const double size = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+    return (half & 0x8000) != 0 ? -size : size;
+  }
+};
+
+bool close(double got, double want, Dtype t) {
+  const double eps = t == Dtype::f32 ? 1e-6 : t == Dtype::bf16 ? 1.0 / 128 : 1.0 / 1024;
+  return std::fabs(got - want) <= eps * (1 + std::fabs(want));
+}
+
+void run(Dtype t, int64_t rows, int64_t k, int64_t features, int64_t d, bool transposed, bool ragged, int threads) {
+  const int64_t n = rows * k;
+  std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(n)]), crow(new int64_t[static_cast<size_t>(rows + 1)]);
+  for (int64_t i = 0; i < n; ++i) indices[i] = draw() % features;
+  for (int64_t r = 0; r <= rows; ++r) crow[r] = r == 0 ? 0 : r == rows ? n : crow[r - 1] + (n - crow[r - 1]) * (draw() % 3) / 4;
+  std::vector<int64_t> row(static_cast<size_t>(n));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t s = ragged ? crow[r] : r * k; s < (ragged ? crow[r + 1] : (r + 1) * k); ++s) row[static_cast<size_t>(s)] = r;
+  Buffer values(t, n), w(t, features * d), grad(t, rows * d), y(t, rows * d), dvalues(t, n), out(t, features * d);
+  const int64_t sf = transposed ? 1 : d, sd = transposed ? features : 1;
+  for (int64_t i = 0; i < n; ++i) values.set(i, draw_float());
+  for (int64_t i = 0; i < features * d; ++i) w.set(i, draw_float());
+  for (int64_t i = 0; i < rows * d; ++i) grad.set(i, draw_float());
+
+  const Slots slots{indices.get(), ragged ? crow.get() : nullptr, rows, k, n, features, Index::i64};
+  const Matrix matrix{w.bytes.get(), sf, sd, d};
+  expect(decode(slots, t, values.bytes.get(), matrix, nullptr, y.bytes.get(), threads) == kOk, "status", t, d, transposed);
+  expect(decode_dvalues(slots, t, grad.bytes.get(), matrix, dvalues.bytes.get(), threads) == kOk, "status", t, d, transposed);
+  expect(decode_dweight(slots, t, values.bytes.get(), grad.bytes.get(), {out.bytes.get(), sf, sd, d}, true, threads) == kOk, "status", t, d, transposed);
+
+  std::vector<double> want_y(static_cast<size_t>(rows * d)), want_out(static_cast<size_t>(features * d));
+  for (int64_t s = 0; s < n; ++s) {
+    const int64_t r = row[static_cast<size_t>(s)], f = indices[s];
+    double dot = 0;
+    for (int64_t e = 0; e < d; ++e) {
+      want_y[static_cast<size_t>(r * d + e)] += values.get(s) * w.get(f * sf + e * sd);
+      want_out[static_cast<size_t>(f * sf + e * sd)] += values.get(s) * grad.get(r * d + e);
+      dot += grad.get(r * d + e) * w.get(f * sf + e * sd);
+    }
+    expect(close(dvalues.get(s), dot, t), "dvalues", t, d, transposed);
+  }
+  for (int64_t i = 0; i < rows * d; ++i) expect(close(y.get(i), want_y[static_cast<size_t>(i)], t), "decode", t, d, transposed);
+  for (int64_t i = 0; i < features * d; ++i) expect(close(out.get(i), want_out[static_cast<size_t>(i)], t), "dweight", t, d, transposed);
+
+  if (n == 0) return;
+  indices[n - 1] = features;
+  expect(decode(slots, t, values.bytes.get(), matrix, nullptr, y.bytes.get(), threads) == n - 1, "bad index", t, d, transposed);
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < kLevels; ++i) {
+    const Level level = static_cast<Level>(i);
+    if (!set_level(level)) continue;
+    const int before = failures;
+    for (Dtype t : {Dtype::f32, Dtype::bf16, Dtype::f16})
+      for (bool transposed : {false, true})
+        for (bool ragged : {false, true})
+          for (int64_t d : {0, 1, 15, 16, 17, 63, 64, 65, 100, 255, 256, 257, 600}) {
+            run(t, 5, 7, 19, d, transposed, ragged, 2);
+            run(t, 3, 40, 300, d, transposed, ragged, 2);
+            run(t, 0, 4, 3, d, transposed, ragged, 2);
+            run(t, 4, 0, 3, d, transposed, ragged, 2);
+          }
+    run(Dtype::f32, 40, 33, 500, 300, true, false, 2);
+    std::printf("%s: %s\n", level_name(level), failures == before ? "ok" : "FAILED");
+  }
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,200 @@
+"""Command line: ``fastsae info | verify | bench | demo`` (also ``python -m fastsae``)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastsae
+from fastsae import _triton, native, verify
+from fastsae.dispatch import OPS, parse_request
+
+
+def versions() -> dict[str, str]:
+    found = {"fastsae": fastsae.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("numpy", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: CPU, threads, GPU, versions, commit."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() or None
+    except OSError:
+        commit = None
+    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": versions(),
+        "commit": commit,
+    }
+
+
+def table(device: torch.device) -> list[dict[str, Any]]:
+    """Every operation with the reason why each of its rows cannot serve float32 inputs on ``device``, or None."""
+    rows = []
+    for op in OPS.values():
+        args = next(op.samples(device, op.dtypes[0], torch.Generator().manual_seed(0)))
+        rows.append({"op": op.name, "device": str(device), "rows": dict(op.reasons(args))})
+    return rows
+
+
+def info(options: argparse.Namespace) -> int:
+    problem = native.unavailable()
+    report: dict[str, Any] = machine()
+    report["cpu_backend"] = {
+        "available": problem is None,
+        "reason": problem,
+        "build": native.build_info(),
+        "features": [name for name, has in native.cpu_features().items() if has] if problem is None else [],
+        "levels": native.isa_levels() if problem is None else [],
+        "level": native.isa() if problem is None else None,
+        "threads": native.threads_info() if problem is None else None,
+    }
+    report["triton"] = {str(device): _triton.unavailable(device) for device in verify.devices()}
+    report["operations"] = [row for device in verify.devices() for row in table(device)]
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    print("  ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    print(f"CPU     {report['cpu']}, {report['cores']} cores, {report['threads']} threads")
+    print(f"GPU     {', '.join(report['gpu']) or 'none'}")
+    cpu = report["cpu_backend"]
+    if problem is None:
+        print(f"cpu     level {cpu['level']} of {', '.join(cpu['levels'])} (FASTSAE_ISA selects one); {cpu['threads']}")
+    else:
+        print(f"cpu     {problem}")
+    for device, reason in report["triton"].items():
+        print(f"triton  {device}: {reason or 'available'}")
+    print()
+    notes: dict[str, int] = {}
+    for row in report["operations"]:
+        cells = []
+        for backend, reason in row["rows"].items():
+            mark = "" if reason is None else f"[{notes.setdefault(reason, len(notes) + 1)}]"
+            cells.append(f"{backend}{mark or ' ✓'}")
+        print(f"  {row['op']:<18} {row['device']:<7} {'   '.join(cells)}")
+    print("\n  in order of preference; ✓ serves float32, [n] does not, because")
+    for reason, number in notes.items():
+        print(f"  [{number}] {reason}")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    request = options.backend or os.environ.get("FASTSAE_BACKEND")
+    backends = None if not request else [name for name in parse_request(request) if name != "*"] or None
+    names = options.ops.split(",") if options.ops else None
+    if names and (unknown := [name for name in names if name not in OPS]):
+        print(f"fastsae verify: unknown operation {', '.join(unknown)}; known: {', '.join(OPS)}", file=sys.stderr)
+        return 2
+    live = sys.stderr.isatty() and not options.json
+    results = verify.run(
+        ops=names,
+        backends=backends,
+        timing=not options.no_timing,
+        progress=lambda text: print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True) if live else None,
+    )
+    if live:
+        print("\r\033[K", end="", file=sys.stderr)
+    failures = [result for result in results if result.failure]
+    if options.json:
+        print(json.dumps({**machine(), "results": [result.as_dict() for result in results], "passed": not failures}, indent=1))
+    else:
+        print(f"{'operation':<18} {'backend':<20} {'dtype':<9} {'samples':>7}  {'error':>6}  {'ms':>9}  {'x reference':>11}")
+        for result in results:
+            speed = f"{result.milliseconds:9.3f}  {result.ratio:11.2f}" if result.milliseconds is not None else f"{'':>9}  {'':>11}"
+            verdict = "  FAILED: " + result.failure if result.failure else ""
+            backend = result.backend if result.device == "cpu" else f"{result.backend} {result.device}"
+            print(f"{result.op:<18} {backend:<20} {result.dtype:<9} {result.samples:>7}  {result.error:>6.2f}  {speed}{verdict}")
+        print("\nerror: largest, as a fraction of the tolerance (0: equal bit for bit, or float64 against itself)")
+        print("ms, x reference: median on a moderate workload, and its ratio to the PyTorch reference in the same run")
+        print(f"{len(results) - len(failures)} passed, {len(failures)} failed")
+    if not results:
+        print(f"fastsae verify: nothing to verify for backend {request!r} on this machine (see `fastsae info`)", file=sys.stderr)
+        return 2
+    return 1 if failures else 0
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that this package runs from, if it has the benches."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "bench" / "harness.py").exists() else None
+
+
+def bench(options: argparse.Namespace) -> int:
+    root = checkout()
+    if root is None:
+        print("fastsae bench: the benches live in a source checkout; clone the repository and run `make bench` there.", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(root))
+    from bench.report import run  # pyright: ignore[reportMissingImports]
+
+    return run(options, root, machine())
+
+
+def demo(options: argparse.Namespace) -> int:
+    from fastsae import demo as module
+
+    return module.run(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="fastsae", description="Exact, deterministic kernels for sparse autoencoders.")
+    result.add_argument("--version", action="version", version=fastsae.__version__)
+    commands = result.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("info", help="versions, CPU, GPU, and which backend serves which operation, with reasons")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(run=info)
+
+    one = commands.add_parser("verify", help="run every backend against its specification on this machine; exit code 1 on a mismatch")
+    one.add_argument("--ops", help="comma-separated operations; default all")
+    one.add_argument("--backend", help="comma-separated backends; default FASTSAE_BACKEND, else all")
+    one.add_argument("--no-timing", action="store_true", help="verify only")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(run=run_verify)
+
+    one = commands.add_parser("bench", help="time operations beside the best plain torch (in a checkout)")
+    one.add_argument("ops", nargs="*", help="encode decode match spline hamming; default all")
+    one.add_argument("--out", type=Path, help="folder for JSON and plot; default bench/results of the checkout")
+    one.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
+    one.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    one.set_defaults(run=bench)
+
+    one = commands.add_parser("demo", help="train a dictionary on real activations and look at it")
+    from fastsae.demo import add_arguments
+
+    add_arguments(one)
+    one.set_defaults(run=demo)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Runs every backend of every operation against its specification on this machine: ``fastsae verify``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastsae import _triton, native
+from fastsae.dispatch import OPS, Op, Row
+from fastsae.testing import Mismatch
+
+
+@dataclass
+class Result:
+    """One operation on one backend, device and dtype.
+
+    Attributes:
+        samples, refused: argument sets verified, and those that the backend refused (with the last reason).
+        error: largest error as a fraction of the allowed one; 0 where results must be equal bit for bit.
+        ratio: time on a realistic workload over the reference's in the same run; None where not timed.
+        failure: the first mismatch, or None.
+    """
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    samples: int = 0
+    refused: int = 0
+    reason: str | None = None
+    error: float = 0.0
+    milliseconds: float | None = None
+    ratio: float | None = None
+    failure: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found.append(torch.device("cuda", torch.cuda.current_device()))
+    return found
+
+
+def variants(row: Row, device: torch.device) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
+    """A row's name and context: the C++ rows once for every instruction set that this machine has."""
+    if row.backend == "cpu" and native.unavailable() is None and device.type == "cpu":
+        for level in native.isa_levels():
+            yield f"cpu[{level}]", lambda level=level: native.use_isa(level)
+    elif row.backend == "triton" and device.type == "cpu":
+        yield "triton[interpreter]", nullcontext
+    else:
+        yield row.backend, nullcontext
+
+
+def call(op: Op, row: Row, args: tuple) -> Any:
+    """The row's result; for an operation that writes into an argument, that argument."""
+    result = op(*args, backend=row.backend)
+    return result if op.mutates is None else args[op.mutates]
+
+
+def verify_row(op: Op, row: Row, name: str, context: Callable[[], AbstractContextManager[Any]], device: torch.device, dtype: torch.dtype) -> Result:
+    result = Result(op.name, name, str(device), str(dtype).removeprefix("torch."))
+    with context():
+        for args in op.samples(device, dtype, torch.Generator().manual_seed(0)):
+            reason = row.reason(args)
+            if reason is not None:
+                result.refused, result.reason = result.refused + 1, reason
+                continue
+            try:
+                result.error = max(result.error, op.check(args, call(op, row, args)))
+            except Mismatch as mismatch:
+                result.failure = f"sample {result.samples}: {mismatch}"
+                return result
+            except Exception as error:  # a crash of a backend is a finding, not the end of the table
+                result.failure = f"sample {result.samples}: {type(error).__name__}: {error}"
+                return result
+            result.samples += 1
+    return result
+
+
+def time_rows(op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextManager[Any]]]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each row on the operation's workload, the rows alternating."""
+    args = op.workload(device, op.dtypes[0], torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {}
+    for turn in range(6):
+        for row, name, context in rows:
+            if row.reason(args) is not None:
+                continue
+            with context():
+                start = time.perf_counter()
+                call(op, row, args)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                elapsed = time.perf_counter() - start
+            if turn:  # the first turn warms up
+                times.setdefault(name, []).append(elapsed * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run(
+    *, ops: list[str] | None = None, backends: list[str] | None = None, timing: bool = True, progress: Callable[[str], None] = lambda _: None
+) -> list[Result]:
+    """Verifies rows; see ``Result``.
+
+    Args:
+        ops, backends: names to restrict to; None: all.
+        timing: also time the workloads (never the interpreter's).
+        progress: called with each operation's name.
+    """
+    results: list[Result] = []
+    for op in OPS.values():
+        if ops is not None and op.name not in ops:
+            continue
+        for device in devices():
+            progress(f"{op.name} on {device}")
+            found = [(row, name, context) for row in op.rows for name, context in variants(row, device)]
+            found = [entry for entry in found if backends is None or entry[0].backend in backends]
+            first = len(results)
+            for row, name, context in found:
+                for dtype in op.dtypes:
+                    result = verify_row(op, row, name, context, device, dtype)
+                    if result.samples or result.failure:
+                        results.append(result)
+            if timing:
+                add_times(results[first:], op, [entry for entry in found if not entry[1].endswith("[interpreter]")], device)
+    return results
+
+
+def add_times(results: list[Result], op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextManager[Any]]]], device: torch.device) -> None:
+    if any(result.failure for result in results) or not rows:
+        return  # a speed is never reported beside a wrong result
+    reference = (op.rows[-1], "reference", nullcontext)
+    times = time_rows(op, rows if any(name == "reference" for _, name, _ in rows) else [*rows, reference], device)
+    for result in results:
+        if result.dtype == str(op.dtypes[0]).removeprefix("torch.") and result.backend in times:
+            result.milliseconds = times[result.backend]
+            result.ratio = times[result.backend] / times["reference"]
+
+
+def interpreter() -> bool:
+    """Whether Triton rows run in its interpreter in this process."""
+    return _triton.unavailable(torch.device("cpu")) is None
