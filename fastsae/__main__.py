@@ -177,8 +177,9 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(run=run_verify)
 
     one = commands.add_parser("bench", help="time operations beside the best plain torch (in a checkout)")
-    one.add_argument("ops", nargs="*", help="encode decode match spline hamming; default all")
+    one.add_argument("ops", nargs="*", help="names of bench/bench_*.py; default all")
     one.add_argument("--out", type=Path, help="folder for JSON and plot; default bench/results of the checkout")
+    one.add_argument("--device", default="cpu", help="cpu or cuda")
     one.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
     one.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     one.set_defaults(run=bench)

@@ -364,7 +364,7 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, rows: int) -
 
     sae = saes[0]
     x = data["x"][~data["held"]][:rows].contiguous()
-    B, D, features, k = x.shape[0], sae.d_in, sae.d_sae, TopK.__call__ and sae.activation.k  # pyright: ignore[reportAttributeAccessIssue]
+    B, D, features, k = x.shape[0], sae.d_in, sae.d_sae, getattr(sae.activation, "k", 1)
     W_enc, b_enc, W_dec, b_dec = (p.detach() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     with torch.no_grad():
         latents: Any = sae.encode(x)
@@ -545,3 +545,145 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, rows: int) -
         lambda ours, plain: torch.equal(ours, plain.int()),
     )
     return results
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    stats, codes, match = results["activations"], results["codes"], results["mmcs"]
+    full, samples = codes["distinct"][str(codes["neurons"])], codes["samples"]
+    rows = [
+        ("data", results["source"]),
+        ("mean norm; of the mean", f"{stats['x_mean_norm']:.2f}; {stats['x_norm_of_mean']:.2f}"),
+        ("excess kurtosis of a coordinate", f"{stats['x_excess_kurtosis_median']:.2f} (median; normal: 0)"),
+        ("effective dimensions", f"{stats['x_effective_dimensions']:.0f}; the largest coordinate has {stats['x_largest_coordinate_share_of_variance']:.0%} of the variance"),
+        ("MLP pre-activations > 0", f"{stats['mlp_fraction_positive']:.1%}; {stats['mlp_neurons_below_1_percent']} of {codes['neurons']} neurons below 1 %"),
+    ]
+    for seed, sae in results["dictionaries"].items():
+        dead = f"{sae['dead_features']} of {results['settings']['features']}"
+        rows.append((f"dictionary, seed {seed}", f"FVU {sae['fvu_held_out']:.3f} held out, {sae['fvu_training']:.3f} training; L0 {sae['l0']:.1f}; dead {dead}"))
+        if "mmcs_truth_to_dictionary" in sae:
+            rows.append(
+                ("  recovery", f"MMCS truth → dictionary {sae['mmcs_truth_to_dictionary']:.3f}, alive back {sae['mmcs_dictionary_to_truth_alive']:.3f}")
+            )
+    rows += [
+        ("MMCS between the seeds", f"{match['a_to_b']:.3f} and {match['b_to_a']:.3f} (alive features); random vectors {match['random']:.3f}"),
+        ("  above 0.9", f"{match['above_0.9']:.0%} of the features"),
+        ("distinct spline codes", f"{full} of {samples} ({full / samples:.1%}) with {codes['neurons']} neurons"),
+        ("  of few neurons", ", ".join(f"{size}: {count}" for size, count in list(codes["distinct"].items())[:5])),
+        ("Hamming distance", f"{codes['hamming_mean_same']:.0f} bits same {results['kind']}, {codes['hamming_mean_different']:.0f} different"),
+        ("  nearest code is of the same", f"{codes['nearest_code_same_kind']:.0%} (by chance {codes['nearest_code_same_kind_by_chance']:.1%})"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    print(f"\n{'operation':<20}{'shape':<28}{'backend':<15}{'ms':>8}{'torch ms':>10}{'ratio':>7}  best plain version")
+    for row in results["operations"]:
+        times = f"{row['ms']['fastsae']:>8.1f}{row['ms'][row['best_plain']]:>10.1f}{row['ratio']:>7.2f}"
+        print(f"{row['operation']:<20}{row['shape']:<28}{row['backend']:<15}{times}  {row['best_plain']}")
+    print("Medians of alternating runs; ratio above 1: fastsae is faster. Backend 'reference' is PyTorch itself: about 1 is expected there.")
+    for feature in results["examples"]:
+        print(f"feature {feature['feature']:>5}: {', '.join(feature['tokens'])}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo with the options of ``add_arguments``; returns the exit status."""
+    absent = [name for name in ("matplotlib", "numpy", "safetensors", "tqdm") if find_spec(name) is None]
+    if absent:
+        print(f"fastsae demo needs {', '.join(absent)}: pip install 'fastsae-kernels[demo]'", file=sys.stderr)
+        return 2
+    settings = _settings(args)
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str) -> Any:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    try:
+        with stage("activations"):
+            data = _load_data(settings, out / "activations.safetensors", args.fresh)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    n = data["x"].shape[0]
+    if settings.synthetic:
+        source, kind = f"synthetic superposition: {n} samples, {data['truth'].shape[0]} features in {settings.width} dimensions", "strongest feature"
+    else:
+        source, kind = f"all-MiniLM-L6-v2 over Python's documentation: {n} tokens, residual stream after layer {settings.layer} and its MLP", "word"
+    with stage("statistics"):
+        stats = activation_statistics(data)
+    with stage("training"):
+        trained = {seed: _load_sae(settings, seed, data, out / f"sae-seed{seed}", args.fresh) for seed in settings.seeds}
+    saes = [sae for sae, _ in trained.values()]
+    with stage("evaluation"):
+        evaluated = {seed: evaluate(sae, data) for seed, (sae, _) in trained.items()}
+        fired = [count for _, count in evaluated.values()]
+        match = fastsae.match(*saes, alive=(fired[0] > 0, fired[1] > 0))
+        generator = torch.Generator().manual_seed(0)
+        null = fastsae.mmcs(*(torch.randn(*sae.W_dec.shape, generator=generator) for sae in saes), "a_to_b")
+        best = match.rows[0][match.a_to_b.similarity[:, 0].sort(descending=True).indices]
+        examples = [] if settings.synthetic else example_features(saes[0], data, best)
+    with stage("spline codes"):
+        codes, distances = spline_codes(data, 500 if args.smoke else 3000)
+    with stage("timing"):
+        timed = operations(saes, data, 3 if args.smoke else 7, 256 if args.smoke else 1024)
+
+    training = n - int(data["held"].sum())
+    with stage("plots"):
+        labels = [f"seed {seed}" for seed in settings.seeds]
+        plots.training_curves({label: curve for label, (_, curve) in zip(labels, trained.values())}, out / "training.png")
+        match.plot(out / "matches.png")
+        plots.feature_density({label: count for label, count in zip(labels, fired)}, training, out / "density.png")
+        plots.code_distances(distances["same"], distances["different"], kind, out / "hamming.png")
+        plots.distinct_codes(codes["distinct"], codes["samples"], codes["distinct_kinds"], kind, out / "codes.png")
+        plots.speed_ratios(timed, out / "timing.png")
+    results = {
+        "source": source,
+        "kind": kind,
+        "settings": asdict(settings),
+        "environment": {
+            "fastsae": fastsae.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        },
+        "activations": stats,
+        "dictionaries": {str(seed): result for seed, (result, _) in evaluated.items()},
+        "mmcs": {
+            "a_to_b": match.mmcs("a_to_b"),
+            "b_to_a": match.mmcs("b_to_a"),
+            "above_0.9": match.fraction_above(0.9),
+            "most_negative": float(match.most_negative.similarity.min()),
+            "random": null,
+        },
+        "codes": codes,
+        "operations": timed,
+        "examples": examples,
+        "seconds": seconds,
+    }
+    (out / "demo.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    _print_table(results)
+    print(f"\n{sum(seconds.values()):.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in seconds.items())})")
+    print(f"{out}/: demo.json, {', '.join(sorted(path.name for path in out.glob('*.png')))}; dictionaries: {', '.join(f'sae-seed{s}/' for s in settings.seeds)}")
+    return 0

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from fastsae.ops.match import Match
@@ -35,3 +41,102 @@ def histogram_of_matches(match: Match, path: str | os.PathLike[str], bins: int =
     axes.set(xlabel="best cosine similarity", ylabel="share of features", xlim=(max(-1, low - 0.05), 1.02), title=f"MMCS {match.mmcs('mean'):.3f}")
     axes.legend(frameon=False)
     canvas.savefig(path, dpi=150)
+
+
+def _finish(canvas: Any, axes: Any, path: str | os.PathLike[str]) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.savefig(path, dpi=150)
+
+
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike[str]) -> None:
+    """Fraction of variance unexplained over steps: of the batches as lines, of held-out data (where a step has it) as points.
+
+    Args:
+        curves: by label, a sequence of ``{"step": .., "fvu": .., "held_out_fvu": ..}``, the last optional.
+    """
+    canvas, axes = figure(figsize=(7, 4))
+    for label, curve in curves.items():
+        (line,) = axes.plot([p["step"] for p in curve], [p["fvu"] for p in curve], lw=1, alpha=0.6, label=f"{label}, batches")
+        held = [(p["step"], p["held_out_fvu"]) for p in curve if "held_out_fvu" in p]
+        if held:
+            axes.plot(*zip(*held), "o", ms=4, color=line.get_color(), label=f"{label}, held out: {held[-1][1]:.3f} at the end")
+    axes.set(xlabel="step", ylabel="fraction of variance unexplained", title="Training", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    _finish(canvas, axes, path)
+
+
+def feature_density(fired: Mapping[str, Tensor], samples: int, path: str | os.PathLike[str], bins: int = 50) -> None:
+    """How often features fire, as log10 of the share of samples; features that never fire stand in the legend.
+
+    Args:
+        fired: by label, the number of samples ``[F]`` on which each feature fired. samples: the number of samples seen.
+    """
+    canvas, axes = figure(figsize=(7, 4))
+    edges = torch.linspace(-math.log10(max(samples, 2)), 0, bins + 1)
+    for label, count in fired.items():
+        alive = count[count > 0].float().cpu()
+        heights = torch.histogram((alive / samples).log10().clamp(float(edges[0]), 0), edges).hist
+        axes.stairs(heights.numpy(), edges.numpy(), label=f"{label}: {count.shape[0] - alive.shape[0]} of {count.shape[0]} features never fire", lw=1.5)
+    axes.set(xlabel=f"log10 of the share of the {samples} tokens on which a feature fires", ylabel="features", title="Feature density")
+    axes.legend(frameon=False)
+    _finish(canvas, axes, path)
+
+
+def code_distances(same: Tensor, different: Tensor, kind: str, path: str | os.PathLike[str]) -> None:
+    """Distributions of Hamming distances of pairs of the same and of different kind.
+
+    Args:
+        same, different: numbers of pairs at each distance ``[H + 1]``. kind: what a pair has in common, in one word.
+    """
+    canvas, axes = figure(figsize=(7, 4))
+    last = max(int(counts.nonzero().max()) for counts in (same, different) if bool(counts.any())) + 1
+    step = max(1, last // 70)
+    for counts, label, colour in ((different, f"different {kind}", "0.55"), (same, f"same {kind}", "C0")):
+        total = max(int(counts.sum()), 1)
+        share = torch.nn.functional.pad(counts, (0, -counts.shape[0] % step)).view(-1, step).sum(1).double() / total
+        mean = float((counts * torch.arange(counts.shape[0])).sum()) / total
+        edges = torch.arange(share.shape[0] + 1) * step
+        axes.stairs(share.numpy(), edges.numpy(), fill=True, alpha=0.45, color=colour, label=f"{label}: {total:,} pairs, mean {mean:.0f} bits")
+        axes.stairs(share.numpy(), edges.numpy(), color=colour)
+    axes.set(xlabel=f"Hamming distance of the spline codes (of {same.shape[0] - 1} neurons)", ylabel=f"share of pairs per {step} bits", xlim=(0, last * 1.03))
+    axes.set_title("Do codes of the same kind lie nearer?")
+    axes.legend(frameon=False)
+    _finish(canvas, axes, path)
+
+
+def distinct_codes(distinct: Mapping[str, int], samples: int, kinds: int, kind: str, path: str | os.PathLike[str]) -> None:
+    """Distinct spline codes over the number of neurons, with the number of samples (where it saturates) and of kinds of samples."""
+    canvas, axes = figure(figsize=(7, 4))
+    sizes = [int(size) for size in distinct]
+    axes.plot(sizes, [min(2.0**size, samples) for size in sizes], ":", color="0.5", label="most possible: min(2^neurons, samples)")
+    axes.plot(sizes, list(distinct.values()), "o-", label="distinct codes")
+    axes.axhline(kinds, color="C1", lw=1, ls="--", label=f"distinct values of {kind}: {kinds}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xlabel="neurons that take part (nested random subsets)", ylabel=f"distinct codes of {samples} samples", title="Distinct spline codes")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    _finish(canvas, axes, path)
+
+
+def speed_ratios(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Speed of each operation as a ratio to the best plain version.
+
+    Args:
+        rows: ``{"operation", "shape", "backend", "ratio", "best_plain"}`` each, as in ``demo.json``.
+    """
+    canvas, axes = figure(figsize=(8.5, 0.55 * len(rows) + 1.3))
+    ratios = [row["ratio"] for row in rows]
+    compiled = [row["backend"] != "reference" for row in rows]
+    axes.barh(range(len(rows)), ratios, color=["C0" if c else "0.7" for c in compiled], height=0.65)
+    axes.axvline(1, color="0.2", lw=1)
+    for place, row in enumerate(rows):
+        axes.text(row["ratio"] + 0.01 * max(ratios), place, f"{row['ratio']:.2f}× ({row['backend']} against {row['best_plain']})", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['operation']}\n{row['shape']}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="speed relative to the best plain torch or numpy version", xlim=(0, 1.75 * max(ratios)), title="Grey: fastsae runs its PyTorch reference here")
+    _finish(canvas, axes, path)

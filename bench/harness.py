@@ -1,0 +1,94 @@
+"""How every figure is measured: ours and the others alternate in one run, after a verified result and a warm-up."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+QUICK = os.environ.get("FASTSAE_BENCH_QUICK") == "1"
+DEVICE = torch.device(os.environ.get("FASTSAE_BENCH_DEVICE", "cpu"))
+BUDGET = 1.0 if QUICK else 15.0
+"""Seconds for the rounds of one comparison; at least 5 rounds are run whatever they take."""
+
+Call = Callable[[], Any]
+
+
+def shapes(full: list[tuple[int, ...]], quick: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return quick if QUICK else full
+
+
+def name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def milliseconds(call: Call) -> float:
+    if DEVICE.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def extra_megabytes(call: Call) -> float | None:
+    """Peak memory during one call beyond what stood before it, results included; None where it cannot be read."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not os.path.exists("/proc/self/clear_refs"):
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = _status("VmRSS")
+    result = call()
+    peak = _status("VmHWM")
+    del result
+    return max(0.0, peak - before)
+
+
+def _status(key: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key + ":"))
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(times), "min": min(times), "max": max(times), "rounds": len(times)}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def unit_rows(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    value = normal(rows, width, seed=seed)
+    return value / torch.linalg.vector_norm(value, dim=1, keepdim=True)
+
+
+def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tensor | None], torch.Tensor]:
+    """oneDNN's float32 product, which on many CPUs beats the MKL one behind ``torch.mm``; weight packed outside the timing."""
+    packed = torch._C._nn.mkldnn_reorder_linear_weight(W.to_mkldnn(), x.shape[0]) if hasattr(torch._C._nn, "mkldnn_reorder_linear_weight") else None
+    weight = packed if packed is not None else W
+
+    def run(post: str = "none", bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], "")
+
+    return run
+
+
+def has_onednn() -> bool:
+    return DEVICE.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
