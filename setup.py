@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -54,7 +55,14 @@ class BuildExt(build_ext):
         try:
             super().run()
         except FAILURES as error:
-            self._give_up(f"{type(error).__name__}: {error}")
+            self._give_up(str(error))
+        if self.info["reason"]:
+            self.info["native"] = False
+            # A library left by an earlier build would contradict the reason. Not earlier: inside super().run() `inplace` is off.
+            for name in (self.get_ext_filename(ext.name) for ext in self.extensions):
+                (Path(self.build_lib) / name).unlink(missing_ok=True)
+                if self.inplace:
+                    (ROOT / name).unlink(missing_ok=True)
         # CUDA: csrc/cuda/*.cu will become a module of its own here when nvcc is found; until then it is never looked for.
         home = ROOT / "fastsae" if self.inplace else Path(self.build_lib) / "fastsae"
         home.mkdir(parents=True, exist_ok=True)
@@ -65,15 +73,10 @@ class BuildExt(build_ext):
             self._build(ext)
             self.info["native"] = True
         except FAILURES as error:
-            self._give_up(f"{type(error).__name__}: {error}")
+            self._give_up(str(error))
 
     def _give_up(self, reason: str) -> None:
         self.info["reason"] = reason
-        # A library left by an earlier build would contradict the reason.
-        for ext in self.extensions:
-            name = self.get_ext_filename(ext.name)
-            for stale in {Path(self.build_lib) / name, *([ROOT / name] if self.inplace else [])}:
-                stale.unlink(missing_ok=True)
         print(f"fastsae: no native kernels: {reason}", file=sys.stderr)
 
     def _build(self, ext: Extension) -> None:
@@ -83,14 +86,14 @@ class BuildExt(build_ext):
             import pybind11
         except ImportError as error:
             raise PlatformError("pybind11 is missing in the build environment") from error
-        include = ["csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+        python = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         self.info["compiler"] = self._compiler_version()
         if reason := self._rejects(FLAGS, "int f() { return 0; }", header=""):
             raise CCompilerError(f"the C++ compiler does not work: {reason}")
 
         isa_sources = [s for s in ext.sources if s.endswith(".isa.cpp")]
         baseline = [s for s in ext.sources if not s.endswith(".isa.cpp")]
-        objects = self._compile_all([(s, "portable", FLAGS + ISA_FLAGS) for s in isa_sources], include, [])
+        objects = self._compile_all([(s, "portable", FLAGS + ISA_FLAGS) for s in isa_sources], [])
         built, flags, notes = ["portable"], [], {"portable": "built"}
         for level, (extra, probe) in LEVELS.items():
             # A universal macOS build compiles one source for two architectures: portable only.
@@ -98,7 +101,7 @@ class BuildExt(build_ext):
             if not reason:
                 flags = flags + extra
                 try:
-                    objects += self._compile_all([(s, level, FLAGS + ISA_FLAGS + flags) for s in isa_sources], include, [])
+                    objects += self._compile_all([(s, level, FLAGS + ISA_FLAGS + flags) for s in isa_sources], [])
                     built.append(level)
                 except FAILURES as error:
                     reason = str(error)
@@ -108,7 +111,7 @@ class BuildExt(build_ext):
         self.info["levels"] = notes
 
         macros = [(f"FASTSAE_BUILT_{level}", "1") for level in built]
-        objects += self._compile_all([(s, "", FLAGS) for s in baseline], include, macros)
+        objects += self._compile_all([(s, "", FLAGS) for s in baseline], macros, python)
         self.compiler.link_shared_object(
             sorted(objects),
             self.get_ext_fullpath(ext.name),
@@ -117,19 +120,22 @@ class BuildExt(build_ext):
             target_lang="c++",
         )
 
-    def _compile_all(self, jobs: list[tuple[str, str, list[str]]], include: list[str], macros: list[tuple[str, str]]) -> list[str]:
+    def _compile_all(self, jobs: list[tuple[str, str, list[str]]], macros: list[tuple[str, str]], python: Sequence[str] = ()) -> list[str]:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            return list(pool.map(lambda job: self._compile(*job, include, macros), jobs))
+            return list(pool.map(lambda job: self._compile(*job, macros, python), jobs))
 
-    def _compile(self, source: str, level: str, flags: list[str], include: list[str], macros: list[tuple[str, str]]) -> str:
+    def _compile(self, source: str, level: str, flags: list[str], macros: list[tuple[str, str]], python: Sequence[str]) -> str:
         """One object, unless it is newer than every file that it may depend on and was made by the same command."""
+        # Only bind.cpp sees Python: its headers lie elsewhere in each isolated build, and the kernels need not be compiled again for that.
+        include = ["csrc", *(python if os.path.basename(source) == "bind.cpp" else [])]
         if level:
             macros = [*macros, ("FASTSAE_ISA", level), (f"FASTSAE_LEVEL_{level}", "1")]
         # Not build_temp: an editable install gets a fresh one each time and would compile everything again.
         out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / (level or "baseline")
         target = (out / source).with_suffix(".o")
         stamp = target.with_suffix(".command")
-        command = json.dumps([self.info["compiler"], self.compiler.compiler_so, getattr(self.compiler, "compiler_so_cxx", ""), flags, include, macros])
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        command = json.dumps([self.info["compiler"], compiler, flags, include, macros])
         newest = max(os.path.getmtime(f) for f in [source, *glob("csrc/**/*.h", recursive=True)])
         if not self.force and target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == command:
             return str(target)

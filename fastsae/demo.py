@@ -15,6 +15,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -88,9 +89,10 @@ def _settings(args: argparse.Namespace) -> Settings:
 # ---------------------------------------------------------------- data
 
 
-def synthetic_data(rows: int, width: int, seed: int = 0) -> dict[str, Tensor]:
+def synthetic_data(rows: int, width: int, seed: int = 20221213) -> dict[str, Tensor]:
     """Sparse combinations of ``2 * width`` random unit features, 5 active on average, probability decaying by 0.99 a feature, coefficients
     U[0, 1] (after Sharkey, Braun & Millidge 2022; uncorrelated); the layer whose codes are taken is a random ReLU layer."""
+    # The default seed is none of the SAEs': an equal one would start a dictionary at the true features.
     generator = torch.Generator().manual_seed(seed)
     count = 2 * width
     features = F.normalize(torch.randn(count, width, generator=generator), dim=1)
@@ -392,6 +394,8 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, rows: int) -
     def dense() -> Tensor:
         return torch.zeros(B, features).scatter_(1, indices, values)
 
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
     def csr() -> Tensor:
         crow = torch.arange(0, B * k + 1, k)
         return torch.sparse_csr_tensor(crow, indices.flatten(), values.flatten(), (B, features), check_invariants=False)
@@ -526,13 +530,15 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, rows: int) -
     active = floats.sum(1)
     out = torch.empty(codes.shape[0], codes.shape[0], dtype=torch.int32)
 
+    unsigned = codes.numpy().view(np.uint64).T  # bitwise_count of a signed number is that of its magnitude
+
     def mm_distance() -> Tensor:
         return torch.addmm(active[:, None] + active, floats, floats.T, alpha=-2)
 
     shape = f"{codes.shape[0]}×{codes.shape[0]}, {neurons} bits"
     plain_hamming = {
         "mm of bits kept as float32": mm_distance,
-        "numpy.bitwise_count": lambda: torch.from_numpy(sum(np.bitwise_count(c[:, None] ^ c[None]).astype(np.int32) for c in codes.numpy().T)),
+        "numpy.bitwise_count": lambda: torch.from_numpy(sum(np.bitwise_count(c[:, None] ^ c[None]).astype(np.int32) for c in unsigned)),
     }
     if not hasattr(np, "bitwise_count"):  # numpy 1
         del plain_hamming["numpy.bitwise_count"]

@@ -11,6 +11,28 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+def _safe(values: Tensor, features: Tensor, n_features: int, name: str) -> tuple[Tensor, Tensor]:
+    """Feature numbers in range: IndexError on the CPU; elsewhere a bad slot becomes NaN at feature 0 and raises at ``fastsae.check()``."""
+    features = features.long()
+    if torch.compiler.is_compiling() or features.numel() == 0:
+        return values, features
+    bad = (features < 0) | (features >= n_features)
+    if features.device.type == "cpu":
+        if bool(bad.any()):
+            raise IndexError(f"{name} holds {int(features[bad][0])}, expected 0 <= index < {n_features}")
+        return values, features
+    from fastsae import _flags
+
+    _flags.flag(features.device).logical_or_(bad.any())
+    return values.masked_fill(bad, float("nan")), features.masked_fill(bad, 0)
+
+
+def _slice(name: str, rows: Any) -> slice:
+    if not isinstance(rows, slice):
+        raise TypeError(f"{name}.rows: rows must be a slice, got {type(rows).__name__}")
+    return rows
+
+
 def _csr_to_rows(crow: Tensor, nnz: int) -> Tensor:
     """Row of each stored entry."""
     rows = torch.arange(crow.shape[0] - 1, device=crow.device)
@@ -31,12 +53,12 @@ class _Latents:
     def to_dense(self) -> Tensor:
         """``[.., n_features]`` in the dtype of the values; duplicates add. Differentiable in the values."""
         row, feature, value, rows = self._coordinates()
-        dense = value.new_zeros(rows, self.n_features).index_put((row, feature.long()), value, accumulate=True)
+        dense = value.new_zeros(rows, self.n_features).index_put((row, feature), value, accumulate=True)
         return dense.reshape(*self.batch_shape, self.n_features)
 
     def _to_coo(self) -> Tensor:
         row, feature, value, rows = self._coordinates()
-        return torch.sparse_coo_tensor(torch.stack([row, feature.long()]), value, (rows, self.n_features), check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(torch.stack([row, feature]), value, (rows, self.n_features), check_invariants=False).coalesce()
 
     def to_csr(self) -> Tensor:
         """``torch.sparse_csr`` of shape ``[rows, n_features]`` (batch dimensions flattened): columns sorted, duplicates added."""
@@ -47,7 +69,7 @@ class _Latents:
         return self._to_coo().to_sparse_csc()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopKLatents(_Latents):
     """K latents a row.
 
@@ -67,6 +89,7 @@ class TopKLatents(_Latents):
 
     def rows(self, rows: slice) -> TopKLatents:
         """The latents of some rows of the flattened batch; a view."""
+        rows = _slice("TopKLatents", rows)
         k = self.values.shape[-1]
         count = math.prod(self.batch_shape)
         return TopKLatents(self.values.reshape(count, k)[rows], self.indices.reshape(count, k)[rows], self.n_features)
@@ -74,10 +97,11 @@ class TopKLatents(_Latents):
     def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
         rows = math.prod(self.batch_shape)
         row = torch.arange(rows, device=self.values.device).repeat_interleave(self.values.shape[-1])
-        return row, self.indices.reshape(-1), self.values.reshape(-1), rows
+        values, features = _safe(self.values.reshape(-1), self.indices.reshape(-1), self.n_features, "TopKLatents.indices")
+        return row, features, values, rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RaggedLatents(_Latents):
     """Any number of latents a row, in compressed sparse rows.
 
@@ -97,7 +121,7 @@ class RaggedLatents(_Latents):
 
     def rows(self, rows: slice) -> RaggedLatents:
         """The latents of a contiguous range of rows of the flattened batch (step 1); values and columns are views."""
-        start, stop, step = rows.indices(self.crow.shape[0] - 1)
+        start, stop, step = _slice("RaggedLatents", rows).indices(self.crow.shape[0] - 1)
         if step != 1:
             raise ValueError(f"RaggedLatents.rows: rows must be a slice of step 1, got step {step}")
         stop = max(start, stop)
@@ -105,7 +129,8 @@ class RaggedLatents(_Latents):
         return RaggedLatents(self.values[lo:hi], self.crow[start : stop + 1] - lo, self.col[lo:hi], self.n_features, (stop - start,))
 
     def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        return _csr_to_rows(self.crow, self.values.shape[0]), self.col, self.values, self.crow.shape[0] - 1
+        values, features = _safe(self.values, self.col, self.n_features, "RaggedLatents.col")
+        return _csr_to_rows(self.crow, values.shape[0]), features, values, self.crow.shape[0] - 1
 
 
 Latents = TopKLatents | RaggedLatents

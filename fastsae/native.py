@@ -41,15 +41,19 @@ def unavailable() -> str | None:
     if _tried:
         return _reason
     try:
-        from fastsae import _C as module  # pyright: ignore[reportAttributeAccessIssue]
+        from fastsae import _C as module  # noqa: N811  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         info = build_info()
         if not info:
             _reason = f"the extension is not built ({error}); run `pip install -e .` in the checkout"
         elif not info["native"]:
-            _reason = f"the extension was not built: {info['reason']}; install a C++20 compiler (gcc or clang) and install fastsae-kernels again"
+            _reason = (
+                f"the extension was not built: {info['reason']}; install a C++20 compiler (gcc or clang) and install fastsae-kernels again"
+            )
         else:
-            _reason = f"the extension was built by {info['compiler']} but does not load: {error}; install fastsae-kernels again for this Python"
+            _reason = (
+                f"the extension was built by {info['compiler']} but does not load: {error}; install fastsae-kernels again for this Python"
+            )
     else:
         _module = module
         # The OpenMP runtime hangs in a forked child whose parent has used it.
@@ -76,7 +80,9 @@ def _load() -> Any:
 def _set_level(level: str, given: str) -> None:
     available = _module.levels()
     if level not in available:
-        raise ValueError(f"{given}: not an instruction set level that was built and that this CPU supports (available: {', '.join(available)})")
+        raise ValueError(
+            f"{given}: not an instruction set level that was built and that this CPU supports (available: {', '.join(available)})"
+        )
     _module.set_level(level)
 
 
@@ -203,7 +209,9 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
     given = indices
     indices, rows, k, n, crow, crow_address = _slots(indices, crow)
     if values.shape != indices.shape or (b is not None and b.shape != (d,)):
-        raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, b {None if b is None else list(b.shape)} for D = {d}")
+        raise ValueError(
+            f"values {list(values.shape)}, indices {list(indices.shape)}, b {None if b is None else list(b.shape)} for D = {d}"
+        )
     _same(dtype, values)
     if not values.is_contiguous():
         values = values.contiguous()
@@ -250,9 +258,7 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
     return dvalues
 
 
-def decode_dweight(
-    values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor, *, zero_untouched: bool = True
-) -> None:
+def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor, *, zero_untouched: bool = True) -> None:
     """The gradient of `decode` in W, written into out [F, D] (any strides): out[f] = the sum of value · grad[row] over the slots of f.
 
     Every row is written, zeros where a feature has no slot; `zero_untouched=False` leaves those rows as they are, for a caller that

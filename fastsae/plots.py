@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,7 +110,7 @@ def distinct_codes(distinct: Mapping[str, int], samples: int, kinds: int, kind: 
     """Distinct spline codes over the number of neurons, with the number of samples (where it saturates) and of kinds of samples."""
     canvas, axes = figure(figsize=(7, 4))
     sizes = [int(size) for size in distinct]
-    axes.plot(sizes, [min(2.0**size, samples) for size in sizes], ":", color="0.5", label="most possible: min(2^neurons, samples)")
+    axes.plot(sizes, [min(2 ** min(size, 62), samples) for size in sizes], ":", color="0.5", label="most possible: min(2^neurons, samples)")
     axes.plot(sizes, list(distinct.values()), "o-", label="distinct codes")
     axes.axhline(kinds, color="C1", lw=1, ls="--", label=f"distinct values of {kind}: {kinds}")
     axes.set_xscale("log", base=2)

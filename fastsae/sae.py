@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastsae import _checks
 from fastsae.activations import JumpReLU, ReLU, TopK
 from fastsae.latents import Latents
+from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_threshold
 from fastsae.ops.reconstruct import Reconstruction, encode
@@ -27,6 +28,12 @@ class Loss(NamedTuple):
     loss: Tensor
     fvu: Tensor
     l0: Tensor
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """``(a - b)^2`` in the accumulation dtype."""
+    wide = accumulator(a.dtype)
+    return (a.to(wide) - b.to(wide)).square()
 
 
 class SAE(nn.Module):
@@ -62,6 +69,17 @@ class SAE(nn.Module):
             raise TypeError(f"SAE: activation must be TopK, ReLU or JumpReLU, got {type(activation).__name__}")
         if isinstance(activation, TopK):
             _checks.integer("SAE", "activation.k", activation.k, 1, d_sae, f"d_sae={d_sae}")
+        if isinstance(activation, JumpReLU):
+            if isinstance(activation.threshold, Tensor):
+                _checks.tensor("SAE", "activation.threshold", activation.threshold)
+                if activation.threshold.dim():
+                    _checks.shape("SAE", "activation.threshold", activation.threshold, (d_sae,), f"[d_sae={d_sae}] or []")
+            else:
+                _checks.number("SAE", "activation.threshold", activation.threshold, positive=False)
+            if activation.bandwidth is not None:
+                _checks.number("SAE", "activation.bandwidth", activation.bandwidth)
+        if dtype not in _checks.FLOATS:
+            raise TypeError(f"SAE: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         self.d_in, self.d_sae, self.activation = d_in, d_sae, activation
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         directions = torch.randn(d_sae, d_in, generator=generator)
@@ -71,7 +89,8 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(directions.new_zeros(d_in))
         if isinstance(activation, JumpReLU):
-            self.threshold = nn.Parameter(directions.new_zeros(d_sae) + activation.threshold)
+            start = activation.threshold.detach().to(directions) if isinstance(activation.threshold, Tensor) else activation.threshold
+            self.threshold = nn.Parameter(directions.new_zeros(d_sae) + start)
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, activation={self.activation}"
@@ -95,7 +114,7 @@ class SAE(nn.Module):
         """``Reconstruction(x_hat, latents, squared_error)`` of ``x [.., D]``."""
         latents = self.encode(x)
         x_hat = self.decode(latents)
-        return Reconstruction(x_hat, latents, (x_hat.float() - x.float()).square().sum(-1))
+        return Reconstruction(x_hat, latents, _squares(x_hat, x).sum(-1))
 
     def loss(self, x: Tensor, *, mask: Tensor | None = None, l1: float = 0.0, l0: float = 0.0) -> Loss:
         """Mean squared error a token (summed over D), plus ``l1 * sum |latents|`` and ``l0 * number of latents`` a token.
@@ -110,15 +129,18 @@ class SAE(nn.Module):
             ``Loss(loss, fvu, l0)``. ``fvu = sum (x - x_hat)^2 / sum (x - mean x)^2``, 0/0 = 0.
         """
         _checks.tensor("SAE.loss", "x", x)
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"SAE.loss: x must have shape [.., d_in={self.d_in}], got {list(x.shape)}")
+        l1, l0 = (_checks.number("SAE.loss", name, value, positive=False) for name, value in (("l1", l1), ("l0", l0)))
         if mask is not None:
             _checks.tensor("SAE.loss", "mask", mask, (torch.bool,), x)
             _checks.shape("SAE.loss", "mask", mask, tuple(x.shape[:-1]), str(list(x.shape[:-1])))
             x = x[mask]
-        x = x.reshape(-1, self.d_in) if x.numel() else x.reshape(0, self.d_in)
+        x = x.reshape(x.shape[:-1].numel(), self.d_in)
         latents, counted = self._encode(x)
         x_hat = self.decode(latents)
         tokens = max(x.shape[0], 1)
-        error = (x_hat.float() - x.float()).square().sum()
+        error = _squares(x_hat, x).sum()
         loss = error / tokens
         if l1:
             feature = latents.indices if hasattr(latents, "indices") else latents.col  # pyright: ignore[reportAttributeAccessIssue]
@@ -128,7 +150,7 @@ class SAE(nn.Module):
             if counted is None:
                 raise ValueError(f"SAE.loss: l0 needs JumpReLU with a bandwidth, the activation is {self.activation}")
             loss = loss + l0 * counted.sum() / tokens
-        spread = (x - x.mean(0)).float().square().sum() if x.shape[0] else error.new_zeros(())
+        spread = _squares(x, x.to(error.dtype).mean(0)).sum() if x.shape[0] else error.new_zeros(())
         fvu = torch.where((spread == 0) & (error == 0), 0.0, error.detach() / spread.detach())
         active = (latents.values.detach() != 0).sum() / tokens
         return Loss(loss, fvu, active)

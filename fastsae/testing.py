@@ -85,7 +85,10 @@ def check_equal(expected: Any, result: Any, names: str) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """Scores ``[rows, n]`` in float64, what a value may be off, and the band within which float32 cannot order two of them."""
+    """Scores ``[rows, n]`` in float64, what a value may be off, and the band within which float32 cannot order two of them.
+
+    The band is 0 throughout where every order of summation gives the same float32 score (small integers): ties are then ties everywhere.
+    """
 
     exact: Tensor
     tolerance: Tensor
@@ -110,7 +113,15 @@ def score_band(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None = No
     rounding = exact.abs() * out.eps / 2 + out.smallest_normal * out.eps if x.dtype != wide else 0.0
     tolerance = (2 * worst + 4 * unit) * size + terms * tiny + rounding
     band = 2 * terms * unit / (1 - terms * unit) * size + 2 * terms * tiny
+    if _sums_are_exact(size, wide, xc, W, b, scale):
+        return Score(exact, torch.zeros_like(exact) + rounding, torch.zeros_like(exact), unit)
     return Score(exact, torch.where(finite, tolerance, 0.0), torch.where(finite, band, 0.0), unit)
+
+
+def _sums_are_exact(size: Tensor, wide: torch.dtype, *terms: Tensor | None) -> bool:
+    """Whether all terms are integers and no sum of magnitudes exceeds the mantissa."""
+    integers = all(bool((t.isfinite() & (t == t.round())).all()) for t in terms if t is not None)
+    return integers and bool((size <= 2 / torch.finfo(wide).eps).all())
 
 
 def _same(got: Tensor, want: Tensor, tolerance: Tensor, dtype: torch.dtype, what: str) -> float:
@@ -121,7 +132,7 @@ def _same(got: Tensor, want: Tensor, tolerance: Tensor, dtype: torch.dtype, what
     got = got.double()
     beyond = want.abs() > limit * (1 - torch.finfo(dtype).eps)
     wrong = (got - want).abs() > tolerance
-    wrong = torch.where(beyond, ~((got == want.sign() * torch.inf) | (got.abs() >= limit * 0.99)), wrong | (got.isnan() != want.isnan()))
+    wrong = torch.where(beyond, ~(got * want.sign() >= limit * 0.99), wrong | (got.isnan() != want.isnan()))
     _raise_first(wrong & ~(got.isnan() & want.isnan()), got, want, what)
     ratio = (got - want).abs() / tolerance
     ratio = ratio[ratio.isfinite() & ~beyond]
@@ -142,7 +153,7 @@ def _local(indices: Tensor, chosen: Tensor | None, n: int) -> Tensor:
             raise Mismatch(f"indices: outside 0 .. {n - 1}")
         return indices
     local = torch.searchsorted(chosen, indices).clamp_max(max(chosen.shape[0] - 1, 0))
-    if indices.numel() and bool((chosen[local] != indices).any()):
+    if indices.numel() and (chosen.numel() == 0 or bool((chosen[local] != indices).any())):
         raise Mismatch("indices: a feature that was not chosen")
     return local
 
@@ -183,6 +194,11 @@ def check_topk(score: Score, chosen: Tensor | None, k: int, relu: bool, result: 
     rejected = torch.ones_like(nans).scatter_(1, local, False) & ~nans
     better = torch.where(score.exact.isfinite() & worst.isfinite(), score.exact - worst > torch.maximum(score.band, worst_band), score.exact > worst)
     _expect(~(rejected & better & ~worst.isnan()), "a better score was left out")
+    if not bool(score.band.any()):
+        place = torch.arange(n, device=nans.device)
+        same = kept[:, 1:] == kept[:, :-1]
+        _expect(~same | (local[:, 1:] > local[:, :-1]), "equal scores: lower index first")
+        _expect(~(rejected & (score.exact == worst) & (place < local[:, -1:])), "equal scores: the lower index was left out")
     return error
 
 
@@ -216,11 +232,15 @@ def check_threshold(
     gap = score.exact - theta.clamp_min(0)
     slack = score.band + theta.abs() * score.unit * 2
     active = (gap > 0) | score.exact.isnan()
-    sure = (gap.abs() > slack) | ~score.exact.isfinite()
+    sure = (gap.abs() > slack) | (score.band == 0) | ~score.exact.isfinite()
     got_active = stored
+    if flags.shape != (values.shape if bandwidth is not None else (0,)) or flags.dtype is not torch.uint8:
+        raise Mismatch(f"flags: expected {list(values.shape) if bandwidth is not None else [0]} uint8, got {list(flags.shape)} {flags.dtype}")
     if bandwidth is not None:
-        if flags.shape != values.shape:
-            raise Mismatch(f"flags: expected {list(values.shape)}, got {list(flags.shape)}")
+        if bool((flags > 3).any()):
+            raise Mismatch("flags: only bits 1 (active) and 2 (in the band) may be set")
+        if bool((values[(flags & 1) == 0] != 0).any()):
+            raise Mismatch("values: a slot that is not active must be 0")
         got_active = torch.zeros_like(stored)
         got_active[row, local] = (flags & 1).bool()
         got_band = torch.zeros_like(stored)
@@ -248,6 +268,8 @@ def check_batch_topk(score: Score, chosen: Tensor | None, total: int, result: tu
     nnz = values.shape[0]
     if not min(total, surely_positive) <= nnz <= min(total, maybe_positive):
         raise Mismatch(f"kept {nnz} entries, expected {min(total, surely_positive)} .. {min(total, maybe_positive)}")
+    if min_kept.shape != () or min_kept.dtype != torch.promote_types(dtype, torch.float32):
+        raise Mismatch(f"min_kept: expected a {torch.promote_types(dtype, torch.float32)} number, got {list(min_kept.shape)} {min_kept.dtype}")
     _expect(~stored | nans | (exact > -band), "a score that is not positive was kept")
     if nnz == 0:
         if float(min_kept) != float("inf"):
@@ -261,8 +283,15 @@ def check_batch_topk(score: Score, chosen: Tensor | None, total: int, result: tu
         _expect(stored | nans | ~better, "a better score was left out")
         if bool((stored & ~nans).any()):
             _expect(stored | ~nans, "NaN ranks first and was left out")
-    if not bool(min_kept.isnan()) and low.isfinite() and abs(float(min_kept) - float(low)) > 2 * float(low_band + score.tolerance.flatten()[at]):
-        raise Mismatch(f"min_kept: got {float(min_kept)}, expected {float(low)}")
+    if nnz < total:
+        _expect(stored | ~(nans | (exact > band)), "a positive score was left out")
+    if not bool(band.any()):
+        ranked = torch.where(nans, torch.inf, exact).flatten().sort(descending=True, stable=True).indices[:nnz]
+        _expect(stored.flatten()[ranked].reshape(1, -1), "equal scores: lower row, then lower feature first")
+    smallest = low if bool((stored & ~nans).any()) else low.new_full((), torch.nan)
+    same = bool(min_kept.isnan()) if bool(smallest.isnan()) else float(min_kept) == float(low.to(min_kept.dtype))
+    if not same and not abs(float(min_kept) - float(low)) <= 2 * float(low_band + score.tolerance.flatten()[at]):
+        raise Mismatch(f"min_kept: got {float(min_kept)}, expected {float(smallest)}")
     return _same(values, exact[row, local], score.tolerance[row, local], dtype, "values")
 
 
@@ -271,11 +300,13 @@ def check_gated(gate: Score, magnitude: Score, result: tuple[Tensor, ...], dtype
     rows, n = gate.exact.shape
     row, local, stored = _ragged_dense(result, None, rows, n, dtype)  # pyright: ignore[reportArgumentType]
     nans = gate.exact.isnan() | magnitude.exact.isnan()
-    keep = (~(gate.exact <= 0) & ~(magnitude.exact <= 0)) | (nans & ~(gate.exact <= 0) & ~(magnitude.exact <= 0))
-    sure = ((gate.exact.abs() > gate.band) & (magnitude.exact.abs() > magnitude.band)) | ~gate.exact.isfinite()
-    _expect(~sure | (stored == keep), "kept entries differ")
+    opens = [~(score.exact <= 0) for score in (gate, magnitude)]
+    sures = [(score.exact.abs() > score.band) | (score.band == 0) for score in (gate, magnitude)]
+    closed = (sures[0] & ~opens[0]) | (sures[1] & ~opens[1])
+    _expect(~(closed & stored), "an entry with a closed gate or without magnitude was kept")
+    _expect(~(sures[0] & sures[1] & opens[0] & opens[1]) | stored, "an entry with an open gate was left out")
     want = torch.where(nans, torch.nan, magnitude.exact.relu())[row, local]
-    return _same(result[0], want, magnitude.tolerance[row, local] + 2 * magnitude.band[row, local], dtype, "values")
+    return _same(result[0], want, magnitude.tolerance[row, local], dtype, "values")
 
 
 # ---------------------------------------------------------------- drawn inputs

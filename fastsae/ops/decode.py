@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
@@ -226,6 +227,7 @@ class _Decode(torch.autograd.Function):
         ctx.backend = backend
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, indices, crow, W = ctx.saved_tensors
         dvalues, dweight, dbias = _gradients(grad, values, indices, crow, W, ctx.b_dtype, ctx.needs_input_grad, then_any(ctx.backend))

@@ -6,12 +6,14 @@ match in one pass over the tiles. ``match`` wraps the latter in an object that a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
@@ -127,14 +129,22 @@ def _pair_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 
 def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
-    from fastsae.testing import Score, score_band
+    from fastsae.testing import Score
 
-    score = score_band(normalise(a, eps), normalise(b, eps), None)
-    unit, terms = score.unit, a.shape[1] + 3
-    # Two correct norms differ by their own rounding; the unit vectors then differ in the last places.
-    extra = 2 * terms * unit * torch.ones_like(score.exact)
-    rounding = score.exact.abs() * torch.finfo(a.dtype).eps / 2 if a.dtype != accumulator(a.dtype) else 0.0
-    return Score(score.exact, score.tolerance + extra + rounding, score.band + 2 * extra, unit)
+    wide = accumulator(a.dtype)
+    unit_a, unit_b = normalise(a.double(), eps), normalise(b.double(), eps)
+    exact, size = unit_a @ unit_b.T, unit_a.abs() @ unit_b.abs().T
+    with full_precision():
+        plain = (normalise(a, eps) @ normalise(b, eps).T).double()
+    unit, terms = torch.finfo(wide).eps / 2, a.shape[1] + 3
+    finite = exact.isfinite() & plain.isfinite()
+    exact = torch.where(finite, exact, plain)  # a norm that overflows in float32 is the specified one
+    worst = float(((plain - exact).abs() / (size + torch.finfo(wide).tiny))[finite].max()) if bool(finite.any()) else 0.0
+    rounding = exact.abs() * torch.finfo(a.dtype).eps / 2 if a.dtype != wide else 0.0
+    tolerance = (2 * worst + 4 * unit) * size + terms * torch.finfo(wide).tiny + rounding
+    # Norms, quotients and products round: 3 (D + 3) units of the magnitudes on each side of a comparison.
+    band = 6 * terms * unit * size + 2 * terms * torch.finfo(wide).tiny
+    return Score(exact, torch.where(finite, tolerance, 0.0), torch.where(finite, band, 0.0), unit)
 
 
 def _check_match(args: tuple, result: Any) -> float:
@@ -213,6 +223,7 @@ class _MatchCosine(torch.autograd.Function):
         ctx.eps, ctx.backend = eps, then_any(backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b, index = ctx.saved_tensors
         unit_a, unit_b = normalise(a, ctx.eps), normalise(b, ctx.eps)
@@ -277,7 +288,8 @@ def match_cosine(
     """
     op = "match_cosine"
     _check_dictionaries(op, a, b)
-    limit = b.shape[0] - bool(exclude_self)
+    _checks.flag(op, "absolute", absolute)
+    limit = b.shape[0] - _checks.flag(op, "exclude_self", exclude_self)
     _checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
     eps = float(_checks.number(op, "eps", eps))
     backend = preference(backend)
@@ -288,12 +300,13 @@ def match_cosine(
     return Matches(similarity, index)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OneToOne:
     """A one-to-one matching: rows of a with their partners in b, and how sure it is.
 
     Attributes:
-        rows, columns: int64 ``[min(N, M)]`` pairs; -1 in ``columns`` where only a dummy edge was left for that row.
+        rows, columns: int64 ``[min(N, M)]`` features of a and of b, paired; -1 on the side of the larger dictionary where only a dummy
+            edge was left for the other.
         similarity: of the pairs; for a dummy the row's k-th candidate, an upper bound.
         bound: mean of ``similarity``, an upper bound on the best one-to-one mean; equal to it where ``exact``.
         exact: no dummy edge was used.
@@ -306,7 +319,7 @@ class OneToOne:
     exact: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Match:
     """How two dictionaries match, from one pass over their similarities; see ``match``."""
 
@@ -376,6 +389,8 @@ class Match:
         except ImportError as error:
             raise ImportError("Match.one_to_one needs SciPy: pip install 'fastsae-kernels[studies]'") from error
         forward = self.a_to_b if self.shape[0] <= self.shape[1] else self.b_to_a
+        if bool(forward.similarity.isnan().any()):
+            raise ValueError("Match.one_to_one: similarities must not be NaN; leave broken features out with alive=")
         n, k = forward.index.shape
         width = max(int(forward.index.max()) + 1 if n else 0, 1)
         similarity = forward.similarity.detach().double().cpu().numpy()
@@ -410,20 +425,34 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
         return weight
     if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
         try:
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
         except ImportError as error:
             raise ImportError(f"{op}: reading {name} from a file needs safetensors: pip install 'fastsae-kernels[hub]'") from error
-        with safe_open(value, framework="pt") as file:  # pyright: ignore[reportArgumentType]
-            if "W_dec" in file.keys():  # noqa: SIM118 (safe_open has no __contains__)
-                return file.get_tensor("W_dec")
-            raise ValueError(f"{op}: {name}={value!r} holds no tensor 'W_dec', only {sorted(file.keys())}")
+        if os.path.isdir(value):
+            raise ValueError(f"{op}: {name} must be a safetensors file, got the folder {value!r}")
+        try:
+            with safe_open(value, framework="pt") as file:  # pyright: ignore[reportArgumentType]
+                names = sorted(file.keys())
+                if "W_dec" in names:
+                    return file.get_tensor("W_dec")
+        except SafetensorError as error:
+            raise ValueError(f"{op}: {name}={value!r} is not a safetensors file: {error}") from error
+        raise ValueError(f"{op}: {name}={value!r} holds no tensor 'W_dec', only {names}")
     raise TypeError(f"{op}: {name} must be a tensor [F, D], an SAE with W_dec, or a safetensors file, got {type(value).__name__}")
 
 
-def _alive(op: str, masks: Any, position: int, rows: int, like: Tensor) -> Tensor:
-    if masks is not None and len(masks) != 2:
-        raise ValueError(f"{op}: alive must be a pair of masks (or None) for a and b, got {len(masks)}")
-    mask = None if masks is None else masks[position]
+def _both(op: str, name: str, pair: Any) -> tuple[Any, Any]:
+    """An optional pair for a and b."""
+    if pair is None:
+        return None, None
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {type(pair).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {len(pair)}")
+    return pair[0], pair[1]
+
+
+def _alive(op: str, mask: Any, position: int, rows: int, like: Tensor) -> Tensor:
     if mask is None:
         return torch.arange(rows, device=like.device)
     _checks.tensor(op, f"alive[{position}]", mask, (torch.bool,), like)
@@ -463,19 +492,21 @@ def match(
     op = "match"
     a, b = (_dictionary(op, name, value).detach() for name, value in (("a", a), ("b", b)))
     _check_dictionaries(op, a, b)
-    rows_a, rows_b = _alive(op, alive, 0, a.shape[0], a), _alive(op, alive, 1, b.shape[0], b)
+    rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), (a, b))))
     if not rows_a.shape[0] or not rows_b.shape[0]:
         raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")
     _checks.integer(op, "candidates", candidates, 1)
     checked: list[Tensor | None] = []
-    for position, (side, rows) in enumerate(((a, rows_a), (b, rows_b))):
-        weight = None if weights is None else weights[position]
+    for position, (side, rows, weight) in enumerate(zip((a, b), (rows_a, rows_b), _both(op, "weights", weights))):
         if weight is not None:
             _checks.tensor(op, f"weights[{position}]", weight, like=side)
             _checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
             weight = weight.detach()[rows].double()
-            if bool((weight < 0).any()) or not float(weight.sum()) > 0:
-                raise ValueError(f"{op}: weights[{position}] must be non-negative with a positive sum, got a sum of {float(weight.sum())}")
+            if not bool((weight >= 0).all()) or not 0 < float(weight.sum()) < float("inf"):
+                raise ValueError(
+                    f"{op}: weights[{position}] of the alive features must be finite and non-negative with a positive sum, "
+                    f"got a least of {float(weight.min())} and a sum of {float(weight.sum())}"
+                )
         checked.append(weight)
     side_a = a if rows_a.shape[0] == a.shape[0] else a[rows_a]
     side_b = b if rows_b.shape[0] == b.shape[0] else b[rows_b]
@@ -502,6 +533,8 @@ def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **option
 
     With ``direction="mean"`` it is symmetric, otherwise not.
     """
+    if direction not in ("a_to_b", "b_to_a", "mean"):
+        raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
     sides = [_dictionary("mmcs_matrix", f"dictionaries[{i}]", d) for i, d in enumerate(dictionaries)]
     result = torch.eye(len(sides), dtype=torch.float64)
     for i in range(len(sides)):
@@ -512,8 +545,6 @@ def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **option
                 forward = backward = (forward + backward) / 2
             elif direction == "b_to_a":
                 forward, backward = backward, forward
-            elif direction != "a_to_b":
-                raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
             result[i, j], result[j, i] = forward, backward
     return result
 

