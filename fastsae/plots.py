@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -32,14 +33,22 @@ def histogram_of_matches(match: Match, path: str | os.PathLike[str], bins: int =
     counts = match.histogram(bins)
     canvas, axes = figure(figsize=(7, 4))
     edges = counts["edges"].numpy()
-    labels = {"a_to_b": "a → b", "b_to_a": "b → a", "null": "random vectors"}
-    for name, label in labels.items():
+    labels = {"null": ("random vectors", "0.5"), "a_to_b": ("a → b", "C0"), "b_to_a": ("b → a", "C1")}
+    for name, (label, colour) in labels.items():
         share = counts[name].double() / max(int(counts[name].sum()), 1)
-        axes.stairs(share.numpy(), edges, label=label, fill=name == "null", alpha=0.35 if name == "null" else 1, color="0.5" if name == "null" else None)
+        mean = "" if name == "null" else f", mean {match.mmcs(name):.3f}"
+        axes.stairs(
+            share.numpy(), edges, label=label + mean, fill=name == "null", alpha=0.35 if name == "null" else 1, color=colour, lw=1.5
+        )
     low = min(float(edges[int(counts[name].nonzero().min())]) for name in labels if bool(counts[name].any()))
-    axes.set(xlabel="best cosine similarity", ylabel="share of features", xlim=(max(-1, low - 0.05), 1.02), title=f"MMCS {match.mmcs('mean'):.3f}")
+    axes.set(
+        xlabel="best cosine similarity",
+        ylabel="share of features",
+        xlim=(max(-1, low - 0.05), 1.02),
+        title=f"MMCS {match.mmcs('mean'):.3f}",
+    )
     axes.legend(frameon=False)
-    canvas.savefig(path, dpi=150)
+    _finish(canvas, axes, path)
 
 
 def _finish(canvas: Any, axes: Any, path: str | os.PathLike[str]) -> None:
@@ -54,15 +63,17 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: s
         curves: by label, a sequence of ``{"step": .., "fvu": .., "held_out_fvu": ..}``, the last optional.
     """
     canvas, axes = figure(figsize=(7, 4))
-    for label, curve in curves.items():
+    for (label, curve), marker in zip(curves.items(), itertools.cycle("o+x^sv")):
         (line,) = axes.plot([p["step"] for p in curve], [p["fvu"] for p in curve], lw=1, alpha=0.6, label=f"{label}, batches")
         held = [(p["step"], p["held_out_fvu"]) for p in curve if "held_out_fvu" in p]
         if held:
-            axes.plot(*zip(*held), "o", ms=4, color=line.get_color(), label=f"{label}, held out: {held[-1][1]:.3f} at the end")
+            axes.plot(*zip(*held), marker, ms=6, color=line.get_color(), label=f"{label}, held out: {held[-1][1]:.3f} at the end")
     axes.set(xlabel="step", ylabel="fraction of variance unexplained", title="Training", yscale="log")
-    axes.yaxis.set_major_formatter("{x:.2g}")
-    axes.yaxis.set_minor_formatter("{x:.2g}")
-    axes.grid(alpha=0.25, which="both")
+    low, high = axes.get_ylim()
+    ticks = [tick for power in range(-6, 1) for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low < tick < high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     _finish(canvas, axes, path)
 
@@ -78,8 +89,14 @@ def feature_density(fired: Mapping[str, Tensor], samples: int, path: str | os.Pa
     for label, count in fired.items():
         alive = count[count > 0].float().cpu()
         heights = torch.histogram((alive / samples).log10().clamp(float(edges[0]), 0), edges).hist
-        axes.stairs(heights.numpy(), edges.numpy(), label=f"{label}: {count.shape[0] - alive.shape[0]} of {count.shape[0]} features never fire", lw=1.5)
+        axes.stairs(
+            heights.numpy(),
+            edges.numpy(),
+            label=f"{label}: {count.shape[0] - alive.shape[0]} of {count.shape[0]} features never fire",
+            lw=1.5,
+        )
     axes.set(xlabel=f"log10 of the share of the {samples} tokens on which a feature fires", ylabel="features", title="Feature density")
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     axes.legend(frameon=False)
     _finish(canvas, axes, path)
 
@@ -98,11 +115,17 @@ def code_distances(same: Tensor, different: Tensor, kind: str, path: str | os.Pa
         share = torch.nn.functional.pad(counts, (0, -counts.shape[0] % step)).view(-1, step).sum(1).double() / total
         mean = float((counts * torch.arange(counts.shape[0])).sum()) / total
         edges = torch.arange(share.shape[0] + 1) * step
-        axes.stairs(share.numpy(), edges.numpy(), fill=True, alpha=0.45, color=colour, label=f"{label}: {total:,} pairs, mean {mean:.0f} bits")
+        axes.stairs(
+            share.numpy(), edges.numpy(), fill=True, alpha=0.45, color=colour, label=f"{label}: {total:,} pairs, mean {mean:.0f} bits"
+        )
         axes.stairs(share.numpy(), edges.numpy(), color=colour)
-    axes.set(xlabel=f"Hamming distance of the spline codes (of {same.shape[0] - 1} neurons)", ylabel=f"share of pairs per {step} bits", xlim=(0, last * 1.03))
-    axes.set_title("Do codes of the same kind lie nearer?")
-    axes.legend(frameon=False)
+    axes.set(
+        xlabel=f"Hamming distance of the spline codes (of {same.shape[0] - 1} neurons)",
+        ylabel=f"share of pairs per {step} bits",
+        xlim=(0, last * 1.03),
+    )
+    axes.set(title=f"Distances of spline codes by {kind}", ylim=(0, 1.3 * axes.get_ylim()[1]))
+    axes.legend(frameon=False, loc="upper left")
     _finish(canvas, axes, path)
 
 
@@ -112,11 +135,15 @@ def distinct_codes(distinct: Mapping[str, int], samples: int, kinds: int, kind: 
     sizes = [int(size) for size in distinct]
     axes.plot(sizes, [min(2 ** min(size, 62), samples) for size in sizes], ":", color="0.5", label="most possible: min(2^neurons, samples)")
     axes.plot(sizes, list(distinct.values()), "o-", label="distinct codes")
-    axes.axhline(kinds, color="C1", lw=1, ls="--", label=f"distinct values of {kind}: {kinds}")
+    axes.axhline(kinds, color="C1", lw=1, ls="--", label=f"different {kind}s: {kinds}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xlabel="neurons that take part (nested random subsets)", ylabel=f"distinct codes of {samples} samples", title="Distinct spline codes")
+    axes.set(
+        xlabel="neurons that take part (nested random subsets)",
+        ylabel=f"distinct codes of {samples} samples",
+        title="Distinct spline codes",
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="lower right")
     _finish(canvas, axes, path)
@@ -131,11 +158,19 @@ def speed_ratios(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     canvas, axes = figure(figsize=(8.5, 0.55 * len(rows) + 1.3))
     ratios = [row["ratio"] for row in rows]
     compiled = [row["backend"] != "reference" for row in rows]
-    axes.barh(range(len(rows)), ratios, color=["C0" if c else "0.7" for c in compiled], height=0.65)
+    axes.barh(range(len(rows)), [r - 1 for r in ratios], left=1, color=["C0" if c else "0.7" for c in compiled], height=0.65)
     axes.axvline(1, color="0.2", lw=1)
     for place, row in enumerate(rows):
-        axes.text(row["ratio"] + 0.01 * max(ratios), place, f"{row['ratio']:.2f}× ({row['backend']} against {row['best_plain']})", va="center", fontsize=8)
+        text = f"{row['ratio']:.2f}× ({row['backend']} against {row['best_plain']})"
+        axes.text(1.04 * max(row["ratio"], 1), place, text, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [f"{row['operation']}\n{row['shape']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="speed relative to the best plain torch or numpy version", xlim=(0, 1.75 * max(ratios)), title="Grey: fastsae runs its PyTorch reference here")
+    axes.set_xscale("log")
+    limits = (min([0.5, *(0.9 * r for r in ratios)]), 6 * max([1.5, *ratios]))  # room for the text
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if limits[0] <= t <= limits[1]]
+    axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set(
+        xlabel="speed relative to the best plain torch or numpy version", xlim=limits, title="Grey: fastsae runs its PyTorch reference here"
+    )
     _finish(canvas, axes, path)

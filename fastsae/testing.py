@@ -101,9 +101,11 @@ def score_band(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None = No
     from fastsae.ops._common import accumulator, centre, scores
 
     xc, wide = centre(x, b_pre), accumulator(x.dtype)
-    exact = scores(xc.double(), W.double(), *(None if t is None else t.double() for t in (b, scale)), None)
-    size = scores(xc.double().abs(), W.double().abs(), *(None if t is None else t.double().abs() for t in (b, scale)), None)
+    exact = scores(xc.double(), W.double(), _double(b), _double(scale), None)
+    size = scores(_magnitude(xc), _magnitude(W), _magnitude(b), _magnitude(scale), None)
     plain = scores(xc, W, b, scale, None).double()
+    # A product that underflows in float32 makes NaN of an infinite scale, where float64 has an infinity: the score is float32's.
+    exact = torch.where(exact.isfinite() | plain.isfinite(), exact, plain)
     unit, tiny = torch.finfo(wide).eps / 2, torch.finfo(wide).tiny
     terms = x.shape[1] + 3
     finite = exact.isfinite() & size.isfinite() & plain.isfinite()
@@ -234,8 +236,9 @@ def check_threshold(
     active = (gap > 0) | score.exact.isnan()
     sure = (gap.abs() > slack) | (score.band == 0) | ~score.exact.isfinite()
     got_active = stored
-    if flags.shape != (values.shape if bandwidth is not None else (0,)) or flags.dtype is not torch.uint8:
-        raise Mismatch(f"flags: expected {list(values.shape) if bandwidth is not None else [0]} uint8, got {list(flags.shape)} {flags.dtype}")
+    slots = values.shape[0] if bandwidth is not None else 0
+    if flags.shape != (slots,) or flags.dtype is not torch.uint8:
+        raise Mismatch(f"flags: expected [{slots}] uint8, got {list(flags.shape)} {flags.dtype}")
     if bandwidth is not None:
         if bool((flags > 3).any()):
             raise Mismatch("flags: only bits 1 (active) and 2 (in the band) may be set")
@@ -268,8 +271,9 @@ def check_batch_topk(score: Score, chosen: Tensor | None, total: int, result: tu
     nnz = values.shape[0]
     if not min(total, surely_positive) <= nnz <= min(total, maybe_positive):
         raise Mismatch(f"kept {nnz} entries, expected {min(total, surely_positive)} .. {min(total, maybe_positive)}")
-    if min_kept.shape != () or min_kept.dtype != torch.promote_types(dtype, torch.float32):
-        raise Mismatch(f"min_kept: expected a {torch.promote_types(dtype, torch.float32)} number, got {list(min_kept.shape)} {min_kept.dtype}")
+    wide = torch.promote_types(dtype, torch.float32)
+    if min_kept.shape != () or min_kept.dtype != wide:
+        raise Mismatch(f"min_kept: expected a {wide} number, got {list(min_kept.shape)} {min_kept.dtype}")
     _expect(~stored | nans | (exact > -band), "a score that is not positive was kept")
     if nnz == 0:
         if float(min_kept) != float("inf"):
@@ -286,7 +290,7 @@ def check_batch_topk(score: Score, chosen: Tensor | None, total: int, result: tu
     if nnz < total:
         _expect(stored | ~(nans | (exact > band)), "a positive score was left out")
     if not bool(band.any()):
-        ranked = torch.where(nans, torch.inf, exact).flatten().sort(descending=True, stable=True).indices[:nnz]
+        ranked = exact.flatten().sort(descending=True, stable=True).indices[:nnz]  # NaN first
         _expect(stored.flatten()[ranked].reshape(1, -1), "equal scores: lower row, then lower feature first")
     smallest = low if bool((stored & ~nans).any()) else low.new_full((), torch.nan)
     same = bool(min_kept.isnan()) if bool(smallest.isnan()) else float(min_kept) == float(low.to(min_kept.dtype))

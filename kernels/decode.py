@@ -1,7 +1,7 @@
 """Sparse decode on a GPU: gathers of weight rows, summed in an order that the code fixes.
 
     decode           for each row r, columns d:             one program: 1 warp, 512 bytes of a weight row
-                         for blocks of 64 slots, in order:
+                         for blocks of 16 slots, in order:
                              block = 0; for each slot s:    block = fma(value[s], W[index[s], d], block)
                              total += block
                          y[r, d] = round(total + b[d])
@@ -51,7 +51,7 @@ SECTOR = 32  # bytes a GPU moves for one element at the least
 
 REGISTERS = 96  # a thread's bound; without one ptxas spills a few on sm_100 to fit more programs
 
-_BLOCK = tl.constexpr(64)  # slots summed before they are added to the total
+_BLOCK = tl.constexpr(16)  # slots summed before they are added to the total
 _UNROLL = tl.constexpr(8)  # gathered rows in flight
 _LANES = tl.constexpr(32)
 _LANE_COLUMNS = tl.constexpr(4)

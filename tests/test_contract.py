@@ -20,7 +20,7 @@ from torch import Tensor
 import fastsae
 from fastsae.dispatch import OPS, Op, Row
 from fastsae.testing import Mismatch, perturb
-from fastsae.verify import call, devices, variants
+from fastsae.verify import affordable, call, devices, variants
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -42,7 +42,7 @@ def _cases() -> Iterator[Any]:
 def _samples(op: Op, row: Row, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[tuple]:
     """The samples that the row accepts; skips with its own reason where it accepts none."""
     everything = list(op.samples(device, dtype, torch.Generator().manual_seed(seed)))
-    accepted = [args for args in everything if row.reason(args) is None]
+    accepted = [args for args in everything if row.reason(args) is None and affordable(row, device, args)]
     if not accepted:
         pytest.skip(str(row.reason(everything[0])))
     return accepted
@@ -116,7 +116,7 @@ def test_drawn_inputs(op: Op, row: Row, context: Context, device: torch.device, 
     everything = list(op.samples(device, dtype, torch.Generator().manual_seed(seed)))
     args = data.draw(st.sampled_from(range(len(everything))).map(lambda number: everything[number]))
     args = perturb(args, data.draw(st.integers(0, 2**31 - 1)), keep=() if op.mutates is None else (op.mutates,))
-    if row.reason(args) is not None:
+    if row.reason(args) is not None or not affordable(row, device, args):
         return
     with context():
         op.check(args, call(op, row, args))

@@ -255,5 +255,7 @@ def test_gradients_of_an_encoded_and_decoded_batch_reach_every_parameter() -> No
     top = scores.topk(4, dim=1)
     dense = torch.zeros_like(scores).scatter(1, top.indices, top.values.relu()) @ W_dec + b_dec
     leaves = [W_enc, W_dec, b_enc, b_dec]
-    for a, e in zip(torch.autograd.grad((ours - x).square().sum(), leaves), torch.autograd.grad((dense - x).square().sum(), leaves), strict=True):
+    for a, e in zip(
+        torch.autograd.grad((ours - x).square().sum(), leaves), torch.autograd.grad((dense - x).square().sum(), leaves), strict=True
+    ):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)

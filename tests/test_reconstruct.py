@@ -18,7 +18,13 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def arguments(d_out: int = 6) -> dict[str, Any]:
-    return {"x": draw(11, 6), "W_enc": draw(20, 6, seed=1), "W_dec": draw(20, d_out, seed=2), "b_dec": draw(d_out, seed=3), "b_pre": draw(6, seed=4)}
+    return {
+        "x": draw(11, 6),
+        "W_enc": draw(20, 6, seed=1),
+        "W_dec": draw(20, d_out, seed=2),
+        "b_dec": draw(d_out, seed=3),
+        "b_pre": draw(6, seed=4),
+    }
 
 
 GATES = {name: draw(20, seed=seed) for seed, name in ((5, "b_gate"), (6, "r_mag"), (7, "b_mag"))}

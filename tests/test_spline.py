@@ -141,7 +141,12 @@ def test_pack_agrees_with_numpy(data: st.DataObject) -> None:
     z = integers(rows, neurons, seed=data.draw(st.integers(0, 2**31))).to(dtype)
     bits = (z > 0).numpy() if dtype is not torch.bool else z.numpy()
     padded = np.pad(bits, ((0, 0), (0, -neurons % 64)))
-    expected = np.packbits(padded, axis=1, bitorder="little").view(np.int64) if padded.size else np.zeros((rows, padded.shape[1] // 64), np.int64)
+    expected = (
+        np.packbits(padded, axis=1, bitorder="little").reshape(rows, -1)
+        if padded.size
+        else np.zeros((rows, padded.shape[1] // 8), np.uint8)
+    )
+    expected = expected.view(np.int64)
     assert pack_signs(z).tolist() == expected.tolist()
 
 
@@ -208,10 +213,10 @@ def test_layers_and_seeds_give_other_hashes() -> None:
 
 
 def test_a_million_random_codes_do_not_collide() -> None:
-    words = torch.randint(-(2**63), 2**63 - 1, (1_000_000, 2), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(-(2**63), 2**63 - 1, (1_000_000, 1), generator=torch.Generator().manual_seed(0))
     # 2^20 codes in 2^64 values: a collision has probability 3e-8.
-    assert np.unique(words.numpy().view("V16")).size == 1_000_000
-    assert np.unique(hash_code(words, neurons=torch.arange(128)).numpy()).size == 1_000_000
+    assert np.unique(words.numpy()).size == 1_000_000
+    assert np.unique(hash_code(words).numpy()).size == 1_000_000
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,), (2, 0)])

@@ -329,6 +329,7 @@ ENCODE_TOPK = Op(
     workload=lambda *where: (*_layer(*where), None, None, None, 32, True),
     batched=(0,),
 )
+ENCODE_TOPK.row("cpu", "fastsae.native:encode_topk", "fastsae.native:refuses_encode_topk")
 ENCODE_THRESHOLD = Op(
     f"encode_threshold(Tensor x, Tensor W, Tensor? b, Tensor threshold, {_INPUTS}, float? bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_threshold_reference,
@@ -400,15 +401,14 @@ def score_gradients(
 
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: int, relu: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-        return ENCODE_TOPK(x, W, b, b_pre, scale, features, k, relu, backend=backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, W, b, b_pre, scale, _, _, relu, backend = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output, x, W, b, b_pre, scale)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: int, relu: bool, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, k, relu, backend=backend)
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(values, indices, x, W, b, b_pre, scale)
         ctx.relu, ctx.backend = relu, then_any(backend)
+        return values, indices
 
     @staticmethod
     @once_differentiable
@@ -423,18 +423,22 @@ class _EncodeTopK(torch.autograd.Function):
 class _EncodeThreshold(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, W: Tensor, b: Any, threshold: Tensor, b_pre: Any, scale: Any, features: Any, bandwidth: float | None, backend: str | None
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Any,
+        threshold: Tensor,
+        b_pre: Any,
+        scale: Any,
+        features: Any,
+        bandwidth: float | None,
+        backend: str | None,
     ) -> tuple[Tensor, ...]:
         values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, bandwidth, backend=backend)
-        return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, W, b, threshold, b_pre, scale, _, bandwidth, backend = inputs
-        values, col, crow, flags, _ = output
         ctx.mark_non_differentiable(col, crow, flags)
         ctx.save_for_backward(values, col, crow, flags, x, W, b, threshold, b_pre, scale)
         ctx.bandwidth, ctx.backend = bandwidth, then_any(backend)
+        return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -470,15 +474,14 @@ def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Te
 
 class _EncodeBatchTopK(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: float, backend: str | None) -> tuple[Tensor, ...]:
-        return ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, k, backend=backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, W, b, b_pre, scale, _, _, backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[:3], x, W, b, b_pre, scale)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: float, backend: str | None
+    ) -> tuple[Tensor, ...]:
+        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, k, backend=backend)
+        ctx.mark_non_differentiable(col, crow, min_kept)
+        ctx.save_for_backward(values, col, crow, x, W, b, b_pre, scale)
         ctx.backend = then_any(backend)
+        return values, col, crow, min_kept
 
     @staticmethod
     @once_differentiable
@@ -491,15 +494,14 @@ class _EncodeBatchTopK(torch.autograd.Function):
 
 class _EncodeGated(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, backend: str | None) -> tuple[Tensor, ...]:
-        return ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, backend=backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, W, b_gate, r_mag, b_mag, b_pre, backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output, x, W, b_gate, r_mag, b_mag, b_pre)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, backend: str | None
+    ) -> tuple[Tensor, ...]:
+        values, col, crow = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, backend=backend)
+        ctx.mark_non_differentiable(col, crow)
+        ctx.save_for_backward(values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre)
         ctx.backend = then_any(backend)
+        return values, col, crow
 
     @staticmethod
     @once_differentiable
@@ -529,7 +531,8 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
     if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
     if _checks.autocasting(x.device):
-        x, W, *vectors = _checks.autocast(x, W, *vectors)  # pyright: ignore[reportAssignmentType]
+        x, W, *cast = _checks.autocast(x, W, *vectors)
+        vectors = tuple(cast)
     _checks.same_dtype(op, "W_enc", W, "x", x)
     for name, vector in zip(names.split(), vectors):
         size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")

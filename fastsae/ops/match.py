@@ -140,7 +140,8 @@ def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
     finite = exact.isfinite() & plain.isfinite()
     exact = torch.where(finite, exact, plain)  # a norm that overflows in float32 is the specified one
     worst = float(((plain - exact).abs() / (size + torch.finfo(wide).tiny))[finite].max()) if bool(finite.any()) else 0.0
-    rounding = exact.abs() * torch.finfo(a.dtype).eps / 2 if a.dtype != wide else 0.0
+    out = torch.finfo(a.dtype)
+    rounding = exact.abs() * out.eps / 2 + out.smallest_normal * out.eps if a.dtype != wide else 0.0
     tolerance = (2 * worst + 4 * unit) * size + terms * torch.finfo(wide).tiny + rounding
     # Norms, quotients and products round: 3 (D + 3) units of the magnitudes on each side of a comparison.
     band = 6 * terms * unit * size + 2 * terms * torch.finfo(wide).tiny
@@ -212,15 +213,14 @@ MATCH_PAIR = Op(
 
 class _MatchCosine(torch.autograd.Function):
     @staticmethod
-    def forward(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_self: bool, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
-        return MATCH_COSINE(a, b, k, absolute, exclude_self, eps, backend=backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        a, b, _, _, _, eps, backend = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(a, b, output[1])
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, k: int, absolute: bool, exclude_self: bool, eps: float, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        similarity, index = MATCH_COSINE(a, b, k, absolute, exclude_self, eps, backend=backend)
+        ctx.mark_non_differentiable(index)
+        ctx.save_for_backward(a, b, index)
         ctx.eps, ctx.backend = eps, then_any(backend)
+        return similarity, index
 
     @staticmethod
     @once_differentiable

@@ -98,7 +98,7 @@ def reconstruct(
         return x_hat, latents, (x_hat.to(wide) - target.to(wide)).square().sum(-1)
 
     tensors = [x, W_enc, W_dec, b_enc, b_dec, b_pre, scale, skip]
-    tracks = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    tracks = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
     if return_latents or tracks or isinstance(activation, BatchTopK) or x.dim() < 2:
         x_hat, latents, error = run(x, target)
         return Reconstruction(x_hat, latents if return_latents else None, error)

@@ -80,11 +80,13 @@ def _pack(active: Tensor) -> Tensor:
     """``[n, H]`` bool to ``[n, ceil(H / 64)]`` int64: bit j % 64 of word j // 64."""
     rows, size = active.shape
     words = (size + 63) // 64
-    padded = torch.nn.functional.pad(active, (0, words * 64 - size)).reshape(rows, words, 64)
-    shift = torch.arange(64, device=active.device)
+    padded = torch.nn.functional.pad(active, (0, words * 64 - size)).reshape(rows, words, 4, 16)
+    # Sixteen bits at a time as a product with powers of two, exact in float32: many times faster than shifting every bit as int64.
+    powers = torch.exp2(torch.arange(16, dtype=torch.float32, device=active.device))
+    shift = 16 * torch.arange(4, device=active.device)
     result = torch.zeros(rows, words, dtype=torch.int64, device=active.device)
     for part in chunks(rows, max(words, 1) * 64):
-        result[part] = (padded[part].long() << shift).sum(-1)
+        result[part] = ((padded[part].float() @ powers).long() << shift).sum(-1)
     return result
 
 
@@ -314,7 +316,7 @@ def _layer_inputs(op: str, x: Any, W: Any, b: Any, neurons: Any) -> tuple[Any, .
     _checks.tensor(op, "W", W, like=x)
     if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W must have shape [H, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
-    x, W, b = _checks.autocast(x.detach(), W.detach(), b)  # pyright: ignore[reportAssignmentType]
+    x, W, b = _checks.autocast(x.detach(), W.detach(), b)
     _checks.same_dtype(op, "W", W, "x", x)
     _checks.vector(op, "b", b, W.shape[0], x, "H")
     neurons = _checks.subset(op, "neurons", neurons, W.shape[0], x, "H")

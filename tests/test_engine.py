@@ -1,0 +1,325 @@
+"""The CPU engine behind encode_topk: screening and dense scoring give the same bits, on inputs made to break one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastsae import native
+from fastsae.dispatch import OPS
+
+CHECK = OPS["encode_topk"].check
+SCREENS = "avx512_bf16" in native.isa_levels()
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+needs_screen = pytest.mark.skipif(not SCREENS, reason="no level with bf16 dot products here")
+
+Case = dict[str, Any]
+
+
+def draw(rows: int, d: int, features: int, seed: int = 0, **more: Any) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(features, d, generator=g)
+    case = {"x": torch.randn(rows, d, generator=g), "W": W / W.norm(dim=1, keepdim=True), "b": None, "b_pre": None, "scale": None, "k": 16, "relu": False}
+    return {**case, **more}
+
+
+def run(case: Case, path: str, **more: Any) -> tuple[Tensor, Tensor]:
+    return native.encode_topk(case["x"], case["W"], case["b"], case["b_pre"], case["scale"], None, case["k"], case["relu"], path=path, **more)
+
+
+def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(a[1], b[1])
+    assert torch.equal(a[0].view(torch.int32), b[0].view(torch.int32))
+
+
+def columns(case: Case) -> Case:
+    return {**case, "W": case["W"].T.contiguous().T}
+
+
+def verify(case: Case, exact_rows: int | None = None, checked: bool = True) -> dict[str, int]:
+    """Screened = dense, bit for bit, in both layouts; dense = float64 outside the rounding band; no row of the result was screened out."""
+    dense = run(case, "dense")
+    if checked:
+        CHECK((case["x"], case["W"], case["b"], case["b_pre"], case["scale"], None, case["k"], case["relu"]), dense)
+    same(run(columns(case), "dense"), dense)
+    if not SCREENS:
+        return {}
+    rows, features = case["x"].shape[0], case["W"].shape[0]
+    stats: dict[str, int] = {}
+    survived = torch.zeros(rows, features, dtype=torch.uint8)
+    screened = run(case, "screen", stats=stats, survived=survived)
+    same(screened, dense)
+    assert bool(survived.gather(1, dense[1]).all()), "a feature of the top k was screened out"
+    same(run(columns(case), "screen"), dense)
+    assert stats["screened_rows"] + stats["exact_rows"] == rows
+    if exact_rows is not None:
+        assert stats["exact_rows"] == exact_rows
+    return stats
+
+
+@pytest.mark.parametrize("d", [1, 2, 15, 31, 32, 33, 130, 513, 1023, 4097])
+@pytest.mark.parametrize("relu", [False, True])
+def test_awkward_widths(d: int, relu: bool) -> None:
+    verify(draw(13, d, 999, b=torch.randn(999), relu=relu))
+
+
+@pytest.mark.parametrize("features", [1, 2, 31, 32, 33, 129, 1000, 2049])
+def test_awkward_feature_counts(features: int) -> None:
+    for k in {1, (features + 1) // 2, features}:
+        verify(draw(5, 40, features, k=k))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 25, 100])
+def test_awkward_row_counts(rows: int) -> None:
+    verify(draw(rows, 64, 700), exact_rows=0)
+
+
+@needs_screen
+def test_more_rows_than_a_chunk() -> None:
+    stats = verify(draw(2100, 32, 600, k=5))
+    assert stats["exact_rows"] == 0
+    wide = verify(draw(300, 16, 30000, k=3000))  # buffers of 64 MiB allow fewer rows at a time
+    assert wide["workspace"] < 200 << 20
+
+
+@pytest.mark.parametrize("name", ["b", "b_pre", "scale", "all"])
+def test_parameters(name: str) -> None:
+    g = torch.Generator().manual_seed(3)
+    d, n = 96, 3000
+    scale = torch.randn(n, generator=g)
+    scale[::7] = 0.0
+    scale[5::11] *= -30
+    given_ = {"b": torch.randn(n, generator=g), "b_pre": torch.randn(d, generator=g) * 3, "scale": scale}
+    verify(draw(37, d, n, **(given_ if name == "all" else {name: given_[name]})))
+
+
+@needs_screen
+@pytest.mark.parametrize("k", [1, 8, 64])
+def test_few_scores_are_computed(k: int) -> None:
+    stats = verify(draw(64, 256, 16384, k=k), exact_rows=0)
+    assert stats["scored"] / 64 < 12 * k + 60
+
+
+def heavy_norms(case: Case) -> None:
+    case["W"] *= torch.exp(3 * torch.rand(case["W"].shape[0], 1, generator=torch.Generator().manual_seed(5)))
+
+
+def one_loud_feature(case: Case) -> None:
+    case["W"][777] *= 20
+
+
+def outlier_dimensions(case: Case) -> None:
+    case["x"][:, 3:9] *= 20
+
+
+def planted(case: Case) -> None:
+    g = torch.Generator().manual_seed(6)
+    chosen = torch.randint(case["W"].shape[0], (case["x"].shape[0], 12), generator=g)
+    case["x"] = (case["W"][chosen] * torch.rand(*chosen.shape, 1, generator=g)).sum(1)
+
+
+def one_huge_element(case: Case) -> None:
+    case["x"][5, 17] = 1e6
+
+
+def negative_only(case: Case) -> None:
+    case["W"] = -case["W"].abs()
+    case["x"] = case["x"].abs()
+
+
+def cancelling_columns(case: Case) -> None:
+    half = case["W"].shape[1] // 2
+    case["x"][:, half : 2 * half] = case["x"][:, :half] * 1000
+    case["x"][:, :half] *= 1000
+    case["W"][:, half : 2 * half] = -case["W"][:, :half] + 1e-4 * case["W"][:, half : 2 * half]
+
+
+def small_weights(case: Case) -> None:
+    case["W"] *= 1e-12
+
+
+def one_nan_in_x(case: Case) -> None:
+    case["x"][4, 2] = float("nan")
+    case["x"][6, 0] = float("inf")
+    case["x"][7, 1] = -float("inf")
+
+
+def broken_features(case: Case) -> None:
+    case["W"][7, 2] = float("nan")
+    case["W"][1500, 0] = float("inf")
+    case["W"][2999, 3] = -float("inf")
+    case["W"][31, 1] = 3e37
+    case["b"] = torch.zeros(case["W"].shape[0]).index_fill_(0, torch.tensor([40, 50]), float("inf")).index_fill_(0, torch.tensor([60]), float("nan"))
+    case["b"][70:90] = -float("inf")
+
+
+def broken_scale(case: Case) -> None:
+    case["scale"] = torch.ones(case["W"].shape[0])
+    case["scale"][10], case["scale"][20], case["scale"][30], case["scale"][40] = float("nan"), float("inf"), -float("inf"), 1e38
+    case["b"] = torch.full((case["W"].shape[0],), -float("inf")).index_fill_(0, torch.arange(15, 2500), 0.25)
+
+
+SCREENED = [heavy_norms, one_loud_feature, outlier_dimensions, planted, one_huge_element, negative_only, small_weights, broken_features]
+
+
+@pytest.mark.parametrize("spoil", SCREENED, ids=lambda f: f.__name__)
+def test_hard_inputs_stay_screened(spoil: Callable[[Case], None]) -> None:
+    case = draw(40, 200, 3000)
+    spoil(case)
+    verify(case, exact_rows=0)
+
+
+@pytest.mark.parametrize("spoil", [cancelling_columns, broken_scale], ids=lambda f: f.__name__)
+def test_hard_inputs(spoil: Callable[[Case], None]) -> None:
+    case = draw(40, 200, 3000)
+    spoil(case)
+    verify(case)
+
+
+def test_rows_that_are_not_finite_take_the_exact_path() -> None:
+    case = draw(40, 200, 3000)
+    one_nan_in_x(case)
+    verify(case, exact_rows=3)
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38, 1e-30, 1e-20, 1e15, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize("where", ["x", "W", "both"])
+def test_tiny_and_huge(size: float, where: str) -> None:
+    case = draw(9, 100, 2000)
+    if where in ("x", "both"):
+        case["x"] *= size
+    if where in ("W", "both"):
+        case["W"] *= size
+    case["x"][3] = torch.randn(100, generator=torch.Generator().manual_seed(1))
+    verify(case, checked=where != "both" or size < 1e19)  # beyond, float32 overflows and float64 does not
+
+
+@needs_screen
+def test_undecided_rows_overflow_to_the_exact_path() -> None:
+    case = draw(30, 64, 4000)
+    case["x"][::3] = 0
+    verify(case, exact_rows=10)
+    flat = draw(30, 64, 4000)
+    flat["W"][:] = flat["W"][0]
+    verify(flat, exact_rows=30)
+    integers = draw(30, 16, 5000)
+    integers["x"], integers["W"] = integers["x"].round(), (integers["W"] * 4).round()
+    verify(integers)
+
+
+@pytest.mark.parametrize("distance", [1, 16, 32, 1000, 1999])
+def test_duplicates_far_apart_take_the_lower_index(distance: int) -> None:
+    case = draw(24, 80, 4000, k=20)
+    best = run(case, "dense")[1][:, :3].flatten()
+    for f in best.tolist():
+        case["W"][(f + distance) % 4000] = case["W"][f]
+    verify(case)
+
+
+def test_zero_scores_tie_whatever_their_sign() -> None:
+    case = draw(6, 24, 1500, k=40)
+    case["W"][100:700] = 0
+    case["W"][300:500] = -0.0
+    case["b"] = torch.full((1500,), -50.0)
+    case["b"][100:700] = torch.where(torch.rand(600, generator=torch.Generator().manual_seed(0)) < 0.5, 0.0, -0.0)
+    verify(case)
+    assert torch.equal(run(case, "dense")[1][0], torch.arange(100, 140))
+
+
+@pytest.mark.parametrize("path", ["dense", "screen", "auto"])
+@pytest.mark.parametrize("layout", ["FD", "DF"])
+def test_bits_depend_on_nothing_but_the_row(path: str, layout: str) -> None:
+    case = draw(50, 300, 5000, b=torch.randn(5000))
+    case["x"][7] = 0
+    if layout == "DF":
+        case = columns(case)
+    threads = torch.get_num_threads()
+    whole = run(case, path)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            same(run(case, path), whole)
+            for part in (slice(0, 1), slice(7, 8), slice(3, 20), slice(49, 50)):
+                same(run({**case, "x": case["x"][part]}, path), (whole[0][part], whole[1][part]))
+    finally:
+        torch.set_num_threads(threads)
+    shuffled = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    same(run({**case, "x": case["x"][shuffled]}, path), (whole[0][shuffled], whole[1][shuffled]))
+
+
+def test_levels_with_fused_multiply_add_agree() -> None:
+    case = draw(10, 5000, 300, scale=torch.randn(300))
+    results = []
+    for level in native.isa_levels():
+        with native.use_isa(level):
+            results.append(run(case, "auto"))
+            CHECK((case["x"], case["W"], None, None, case["scale"], None, 16, False), results[-1])
+            if level != "portable":
+                same(results[-1], results[1])
+
+
+def test_strided_inputs_are_read_in_place() -> None:
+    case = draw(20, 64, 1000)
+    want = run(case, "dense")
+    wide = torch.zeros(2000, 100)
+    wide[::2, 7:71] = case["W"]
+    rows = torch.zeros(64, 41)
+    rows[:, 1::2] = case["x"].T
+    for path in ("dense", "screen"):
+        same(run({**case, "W": wide[::2, 7:71]}, path), want)
+        same(run({**case, "W": wide.T.contiguous().T[::2].T.contiguous().T[:, 7:71]}, path), want)
+        same(run({**case, "x": rows[:, 1::2].T}, path), want)
+        tall = torch.zeros(64, 1200)
+        tall[:, 3:1003] = case["W"].T
+        same(run({**case, "W": tall[:, 3:1003].T}, path), want)
+    same(run({**case, "x": case["x"][:1].expand(5, 64)}, "screen"), tuple(t[:1].expand(5, 16).contiguous() for t in want))  # pyright: ignore[reportArgumentType]
+
+
+def test_refusals_name_the_reason() -> None:
+    case = draw(3, 8, 20)
+    ask = native.refuses_encode_topk
+    assert ask(case["x"], case["W"], None, None, None, None, 4, True) is None
+    assert "float64" in str(ask(case["x"].double(), case["W"], None, None, None, None, 4, True))
+    assert "bfloat16" in str(ask(case["x"], case["W"], case["W"][:, 0].bfloat16(), None, None, None, 4, True))
+    assert "subset" in str(ask(case["x"], case["W"], None, None, None, torch.arange(3), 2, True))
+    assert "strides" in str(ask(case["x"][:, ::2], case["W"][::2, ::2], None, None, None, None, 2, True))
+    with native.use_isa("portable"):
+        assert "portable" in str(ask(case["x"].expand(1000, 3, 8).reshape(3000, 8), case["W"], None, None, None, None, 2, True))
+    with pytest.raises(ValueError, match="expected"):
+        native.encode_topk(case["x"], case["W"], torch.zeros(3), None, None, None, 4, True)
+    with pytest.raises(ValueError, match="k 21"):
+        native.encode_topk(case["x"], case["W"], None, None, None, None, 21, True)
+
+
+@given(st.data())
+def test_screened_equals_dense_on_anything(data: st.DataObject) -> None:
+    rows, d, n = (data.draw(st.integers(1, most)) for most in (30, 80, 700))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    case = draw(rows, d, n, k=data.draw(st.integers(1, n)), relu=data.draw(st.booleans()))
+    for name in ("x", "W"):
+        t = case[name]
+        kind = data.draw(st.sampled_from(["plain", "integers", "powers", "few", "wild"]))
+        if kind == "integers":
+            t.mul_(2).round_()
+        elif kind == "powers":
+            t.mul_(torch.exp2(torch.randint(-140, 100, t.shape[:1], generator=g).float())[:, None])
+        elif kind == "few":
+            t.copy_(t[torch.randint(min(3, t.shape[0]), t.shape[:1], generator=g)])
+        elif kind == "wild":
+            wild = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -1e-42, 0.0, -0.0])
+            spots = torch.randint(t.numel(), (max(1, t.numel() // 100),), generator=g)
+            t.view(-1)[spots] = wild[torch.randint(7, spots.shape, generator=g)]
+    for name, size in (("b", n), ("b_pre", d), ("scale", n)):
+        if data.draw(st.booleans()):
+            case[name] = torch.randn(size, generator=g) * data.draw(st.sampled_from([0.0, 1.0, 1e-30, 1e30]))
+    dense = run(case, "dense")
+    for variant in (case, columns(case)):
+        same(run(variant, "dense"), dense)
+        if SCREENS:
+            same(run(variant, "screen"), dense)

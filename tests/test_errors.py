@@ -1,0 +1,489 @@
+"""Bad input to every operation: the right exception, and a message that names the argument, what came and what was expected.
+
+Checks are the public operation's, so they hold for every backend; indices are checked by each CPU backend. A wrong device is a meta
+tensor beside CPU ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae import RaggedLatents, TopKLatents
+from fastsae.dispatch import OPS
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+ROWS, D, F, OUT = 4, 8, 12, 5
+WORDS = torch.arange(10).reshape(5, 2)
+LATENTS = TopKLatents(draw(ROWS, 3), torch.arange(12).reshape(ROWS, 3), F)
+RAGGED = RaggedLatents(draw(4), torch.tensor([0, 2, 2, 3, 4]), torch.tensor([0, 11, 5, 6]), F, (2, 2))
+LAYER = {"x": draw(ROWS, D), "W_enc": draw(F, D)}
+VECTORS = {"b_enc": draw(F), "b_pre": draw(D), "scale": draw(F)}
+GATES = {"b_gate": draw(F), "r_mag": draw(F), "b_mag": draw(F)}
+NEURONS = {"x": draw(ROWS, D), "W": draw(F, D), "b": draw(F)}
+
+VALID: dict[str, dict[str, Any]] = {
+    "encode_topk": {**LAYER, **VECTORS, "k": 3},
+    "encode_threshold": {**LAYER, **VECTORS, "threshold": draw(F), "bandwidth": 0.1},
+    "encode_batch_topk": {**LAYER, **VECTORS, "k": 2.5},
+    "encode_gated": {**LAYER, **GATES, "b_pre": draw(D)},
+    "decode": {"latents": LATENTS, "W_dec": draw(F, OUT), "b_dec": draw(OUT), "x": draw(ROWS, D), "skip": draw(OUT, D)},
+    "decode_backward": {"grad": draw(ROWS, OUT), "latents": LATENTS, "W_dec": draw(F, OUT), "out": draw(F, OUT)},
+    "reconstruct": {**LAYER, **VECTORS, "W_dec": draw(F, D), "b_dec": draw(D), "target": draw(ROWS, D), "activation": fastsae.TopK(3)},
+    "match_cosine": {"a": draw(6, D), "b": draw(7, D), "k": 2},
+    "match": {"a": draw(6, D), "b": draw(7, D), "candidates": 2},
+    "spline_code": NEURONS,
+    "spline_hash": NEURONS,
+    "pack_signs": {"z": draw(ROWS, F)},
+    "hash_signs": {"z": draw(ROWS, F)},
+    "hash_code": {"words": WORDS},
+    "hamming": {"a": WORDS, "b": WORDS[:3], "out": torch.zeros(5, 3, dtype=torch.int32)},
+    "hamming_topk": {"a": WORDS, "b": WORDS, "k": 2},
+    "count_codes": {"hashes": WORDS},
+    "spline_keys": {"n_neurons": 4},
+}
+
+
+def call(op: str, **changes: Any) -> Any:
+    return getattr(fastsae, op)(**{**VALID[op], **changes})
+
+
+def tensors(op: str) -> list[str]:
+    return [name for name, value in VALID[op].items() if isinstance(value, Tensor)]
+
+
+WRONG_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.complex64, torch.float8_e4m3fn, torch.float32, torch.bool)
+TENSORS = [pytest.param(op, name, id=f"{op}-{name}") for op in VALID for name in tensors(op)]
+
+
+SEVERAL = [p for p in TENSORS if len(tensors(p.values[0])) > 1]
+
+
+def rejects(error: type[Exception], message: str, op: str, **changes: Any) -> None:
+    with pytest.raises(error, match=message) as caught:
+        call(op, **changes)
+    assert type(caught.value) is error, "a subclass says something else"
+
+
+@pytest.mark.parametrize("op", VALID)
+def test_the_valid_arguments_are_valid(op: str) -> None:
+    call(op)
+
+
+def test_every_registered_operation_is_covered() -> None:
+    composed = {"decode_dvalues": "decode_backward", "decode_dweight": "decode_backward", "match_pair": "match"}
+    assert {composed.get(name, name) for name in OPS} <= set(VALID)
+
+
+# ---------------------------------------------------------------- tensors of every operation
+
+INNER = {"reconstruct": r"(reconstruct|encode_topk|decode)", "decode_backward": "decode_backward", "match": "match"}
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_what_is_no_tensor(op: str, name: str) -> None:
+    wrong: list[Any] = [[1.0, 2.0]]
+    if (op, name) not in (("encode_threshold", "threshold"), ("match", "a"), ("match", "b")):
+        wrong.append(3.0)
+    for value in wrong:
+        kind = "must be a (torch.Tensor|tensor|number)"
+        rejects(TypeError, rf"^{INNER.get(op, op)}: {name} {kind}.*, got {type(value).__name__}", op, **{name: value})
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_wrong_dtype(op: str, name: str) -> None:
+    value = VALID[op][name]
+    allowed = (value.dtype, torch.bool) if op in ("pack_signs", "hash_signs") else (value.dtype,)
+    for dtype in WRONG_DTYPES:
+        if dtype not in allowed:
+            got = str(dtype).removeprefix("torch.")
+            rejects(
+                TypeError, rf"^{INNER.get(op, op)}: {name} must have dtype .*, got {got}$", op, **{name: torch.zeros(value.shape).to(dtype)}
+            )
+
+
+@pytest.mark.parametrize(("op", "name"), [p for p in SEVERAL if not p.values[0].startswith("hamming")])
+def test_mixed_dtypes(op: str, name: str) -> None:
+    # float64 beside float32, and half precision beside float32, for every argument.
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        with pytest.raises(TypeError, match=r"must have (the )?dtype .*(got|float32)"):
+            call(op, **{name: VALID[op][name].to(dtype)})
+
+
+@pytest.mark.parametrize(("op", "name"), SEVERAL)
+def test_wrong_device(op: str, name: str) -> None:
+    # Each tensor alone on another device; the message names the first that differs from the one before it.
+    with pytest.raises(
+        TypeError, match=rf"^{INNER.get(op, op)}: [a-zA-Z_.]+ must be on (meta|cpu) like the other tensors, got (meta|cpu)$"
+    ):
+        call(op, **{name: VALID[op][name].to("meta")})
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_sparse_layouts(op: str, name: str) -> None:
+    rejects(
+        TypeError,
+        rf"^{INNER.get(op, op)}: {name} must be a dense \(strided\) tensor, got layout torch.sparse_coo$",
+        op,
+        **{name: VALID[op][name].to_sparse()},
+    )
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_wrong_sizes(op: str, name: str) -> None:
+    """One element more or fewer along each dimension, and size 1 where torch would broadcast."""
+    value = VALID[op][name]
+    free = {
+        # dimensions that nothing else fixes
+        **{(o, "x"): 1 for o in VALID},
+        ("encode_topk", "W_enc"): 0,
+        ("match_cosine", "a"): 1,
+        ("match_cosine", "b"): 1,
+        ("match", "a"): 1,
+        ("match", "b"): 1,
+        ("hamming_topk", "a"): 1,
+        ("hamming_topk", "b"): 1,
+    }
+    alone = op in ("pack_signs", "hash_signs", "hash_code", "count_codes")
+    for dim in range(value.dim()):
+        if alone or ((op, name) in free and op not in ("decode", "reconstruct") and dim == 0):
+            continue
+        for size in (value.shape[dim] + 1, value.shape[dim] - 1, 1):
+            shape = [size if d == dim else s for d, s in enumerate(value.shape)]
+            with pytest.raises(ValueError, match=rf"^{INNER.get(op, op)}: .*got \[") as caught:
+                call(op, **{name: torch.zeros(shape, dtype=value.dtype)})
+            assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_wrong_number_of_dimensions(op: str, name: str) -> None:
+    value = VALID[op][name]
+    batched = name in ("x", "z", "words", "grad", "target")
+    wrong = [torch.zeros((), dtype=value.dtype)] if (op, name) != ("encode_threshold", "threshold") else []
+    if not batched and (op, name) not in (("decode", "W_dec"), ("reconstruct", "W_dec")):
+        wrong.append(value.unsqueeze(0))
+    for bad in wrong:
+        with pytest.raises(ValueError, match=rf"^{INNER.get(op, op)}: .*got \["):
+            call(op, **{name: bad})
+
+
+@pytest.mark.parametrize("op", VALID)
+def test_arguments_that_require_gradients_and_inference_mode_are_fine(op: str) -> None:
+    floats = {
+        name: VALID[op][name].clone().requires_grad_() for name in tensors(op) if VALID[op][name].is_floating_point() and name != "out"
+    }
+    call(op, **floats)
+    with torch.inference_mode():
+        call(op)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def integers() -> Iterator[Any]:
+    for op, name, low, high in (
+        ("encode_topk", "k", 1, F),
+        ("match_cosine", "k", 1, 7),
+        ("match", "candidates", 1, None),
+        ("hamming_topk", "k", 1, 5),
+        ("spline_keys", "n_neurons", 0, 2**32 - 1),
+        *((op, "layer", 0, 2**32 - 1) for op in ("spline_hash", "hash_signs", "hash_code", "spline_keys")),
+        *((op, "seed", 0, 2**64 - 1) for op in ("spline_hash", "hash_signs", "hash_code", "spline_keys")),
+    ):
+        yield pytest.param(op, name, low, high, id=f"{op}-{name}")
+
+
+@pytest.mark.parametrize(("op", "name", "low", "high"), list(integers()))
+def test_integers(op: str, name: str, low: int, high: int | None) -> None:
+    for wrong in (True, False, 2.0, "2", None, torch.tensor(2)):
+        rejects(TypeError, rf"^{op}: {name} must be an int, got {type(wrong).__name__}$", op, **{name: wrong})
+    for wrong in (low - 1, -(10**30), *(() if high is None else (high + 1, 10**30))):
+        rejects(ValueError, rf"^{op}: {name} must be at least {low}.*, got {wrong}$", op, **{name: wrong})
+    call(op, **{name: low})
+    if high is not None and high < 1000:
+        call(op, **{name: high})
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("encode_batch_topk", "k"), ("encode_threshold", "bandwidth"), ("match_cosine", "eps"), ("match", "eps")]
+)
+def test_positive_numbers(op: str, name: str) -> None:
+    for wrong in (True, "2", torch.tensor(2.0), *(() if name == "bandwidth" else (None,))):
+        rejects(TypeError, rf"^{op}: {name} must be a number, got {type(wrong).__name__}$", op, **{name: wrong})
+    for wrong in (0, 0.0, -1, -1e-9, float("nan"), float("inf")):
+        rejects(ValueError, rf"^{op}: {name} must be a finite number above 0, got {wrong}$", op, **{name: wrong})
+
+
+def test_thresholds() -> None:
+    for wrong in (True, "2", None):
+        rejects(TypeError, rf"threshold must be a number, got {type(wrong).__name__}$", "encode_threshold", threshold=wrong)
+    for wrong in (float("nan"), float("inf")):
+        rejects(ValueError, "threshold must be a finite number, got", "encode_threshold", threshold=wrong)
+    rejects(
+        TypeError, "threshold must have dtype float32, got float64", "encode_threshold", threshold=torch.tensor(0.1, dtype=torch.float64)
+    )
+    rejects(ValueError, r"threshold must have shape \[F=12\], got \[1\]", "encode_threshold", threshold=torch.ones(1))
+
+
+@pytest.mark.parametrize("bits", [0, 32, 96, 64.0, "64", True, None, torch.tensor(64)])
+@pytest.mark.parametrize("op", ["spline_hash", "hash_signs", "hash_code"])
+def test_bits(op: str, bits: Any) -> None:
+    rejects(ValueError, "bits must be 64 or 128, got", op, bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("encode_topk", "relu"), ("match_cosine", "absolute"), ("match_cosine", "exclude_self"), ("reconstruct", "return_latents")],
+)
+@pytest.mark.parametrize("wrong", [1, 0.0, None, "no"])
+def test_flags(op: str, name: str, wrong: Any) -> None:
+    rejects(TypeError, rf"^{op}: {name} must be a bool, got {type(wrong).__name__}$", op, **{name: wrong})
+
+
+@pytest.mark.parametrize("op", ["encode_topk", "encode_threshold", "encode_batch_topk", "encode_gated"])
+@pytest.mark.parametrize("wrong", [torch.int16, torch.float32, "int32", int, None])
+def test_index_dtype(op: str, wrong: Any) -> None:
+    rejects(TypeError, rf"^{op}: index_dtype must be torch.int64 or torch.int32, got ", op, index_dtype=wrong)
+
+
+def test_no_features_to_choose_k_from() -> None:
+    with pytest.raises(ValueError, match="k must be at least 1 and at most 0"):
+        fastsae.encode_topk(draw(3, 4), draw(0, 4), k=1)
+    for features, count in ((torch.zeros(F, dtype=torch.bool), 0), (torch.tensor([3, 3, 4]), 2)):
+        rejects(
+            ValueError,
+            rf"^encode_topk: k must be at most the number of features chosen \({count}\), got 3$",
+            "encode_topk",
+            features=features,
+        )
+
+
+def test_exclude_self_leaves_one_fewer() -> None:
+    rejects(ValueError, r"k must be at least 1 and at most 6 \(M - 1 with exclude_self\), got 7", "match_cosine", k=7, exclude_self=True)
+    with pytest.raises(ValueError, match="at most 0"):
+        fastsae.match_cosine(draw(3, 4), draw(1, 4), exclude_self=True)
+
+
+# ---------------------------------------------------------------- subsets and indices
+
+SUBSETS = [("encode_topk", "features"), ("encode_threshold", "features"), ("encode_batch_topk", "features")]
+SUBSETS += [(op, "neurons") for op in ("spline_code", "spline_hash", "pack_signs", "hash_signs", "hash_code")]
+
+
+@pytest.mark.parametrize(("op", "name"), SUBSETS)
+def test_subsets(op: str, name: str) -> None:
+    size = 128 if op == "hash_code" else F
+    for wrong in ([1, 2], 3, slice(0, 2)):
+        rejects(TypeError, rf"{name} must be a torch.Tensor, got {type(wrong).__name__}$", op, **{name: wrong})
+    for dtype in (torch.float32, torch.uint8, torch.int16):
+        rejects(TypeError, rf"{name} must have dtype int64, int32, bool, got ", op, **{name: torch.ones(F).to(dtype)})
+    rejects(
+        TypeError,
+        rf"{name} must be on cpu like the other tensors, got meta",
+        op,
+        **{name: torch.zeros(2, dtype=torch.int64, device="meta")},
+    )
+    for wrong in (torch.ones(size - 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool), torch.ones(1, size, dtype=torch.bool)):
+        rejects(ValueError, rf"{name} must be a 1-D index or a mask", op, **{name: wrong})
+    rejects(ValueError, rf"{name} must be a 1-D index or a mask", op, **{name: torch.tensor(3)})
+    for wrong in (-1, size, 2**31 - 1):
+        rejects(IndexError, rf"{name}.*0 <= index < {size}", op, **{name: torch.tensor([0, wrong, 1])})
+        rejects(IndexError, rf"{name}.*0 <= index < {size}", op, **{name: torch.tensor([wrong], dtype=torch.int32)})
+
+
+@pytest.mark.parametrize(
+    "op", ["spline_code", "spline_hash", "pack_signs", "hash_signs", "hash_code", "encode_threshold", "encode_batch_topk"]
+)
+def test_subsets_are_checked_without_rows_too(op: str) -> None:
+    first = next(iter(VALID[op]))
+    name = "features" if op.startswith("encode") else "neurons"
+    rejects(IndexError, "0 <= index <", op, **{first: VALID[op][first][:0], name: torch.tensor([500])})
+
+
+@pytest.mark.parametrize("bad", [-1, F, 2**31 - 1])
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("kind", ["topk", "ragged"])
+def test_an_index_out_of_range(bad: int, index_dtype: torch.dtype, backend: str | None, kind: str) -> None:
+    if kind == "topk":
+        indices = LATENTS.indices.clone().to(index_dtype)
+        indices[2, 1] = bad
+        latents: Any = TopKLatents(LATENTS.values, indices, F)
+    else:
+        col = RAGGED.col.clone().to(index_dtype)
+        col[2] = bad
+        latents = RaggedLatents(RAGGED.values, RAGGED.crow, col, F, (4,))
+    for run in (
+        lambda: fastsae.decode(latents, draw(F, OUT), backend=backend),
+        lambda: fastsae.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
+    ):
+        with pytest.raises(IndexError, match=rf"{bad} at \[2(, 1)?\].*0 <= index < {F}"):
+            run()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("crow", [[0, 2, 2, 3, 5], [0, 2, 2, 3, 3], [1, 2, 2, 3, 4], [0, 3, 2, 3, 4], [0, -1, 2, 3, 4], [0, 9, 9, 9, 4]])
+def test_bad_row_pointers(backend: str | None, crow: list[int]) -> None:
+    latents = RaggedLatents(RAGGED.values, torch.tensor(crow), RAGGED.col, F, (4,))
+    for run in (
+        lambda: fastsae.decode(latents, draw(F, OUT), backend=backend),
+        lambda: fastsae.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
+    ):
+        with pytest.raises(ValueError, match=r"latents\.crow"):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("latents", "error", "message"),
+    [
+        (draw(ROWS, F), TypeError, "latents must be TopKLatents or RaggedLatents, got Tensor"),
+        (None, TypeError, "latents must be TopKLatents or RaggedLatents, got NoneType"),
+        (TopKLatents([1.0], LATENTS.indices, F), TypeError, "latents.values must be a torch.Tensor, got list"),
+        (TopKLatents(LATENTS.values, LATENTS.indices.float(), F), TypeError, "latents.indices must have dtype int64, int32, got float32"),
+        (TopKLatents(LATENTS.values.long(), LATENTS.indices, F), TypeError, "latents.values must have dtype"),
+        (TopKLatents(LATENTS.values, LATENTS.indices[:, :1], F), ValueError, r"shape of latents.values \[4, 3\], got \[4, 1\]"),
+        (TopKLatents(torch.tensor(1.0), torch.tensor(1), F), ValueError, "latents.indices must have the shape"),
+        (TopKLatents(LATENTS.values, LATENTS.indices, F + 1), ValueError, r"W_dec must have shape \[F=13, D_out\], got \[12, 5\]"),
+        (TopKLatents(LATENTS.values, LATENTS.indices, "12"), TypeError, "latents.n_features must be an int, got str"),
+        (TopKLatents(LATENTS.values, LATENTS.indices.to("meta"), F), TypeError, "latents.indices must be on cpu"),
+        (RaggedLatents(RAGGED.values, RAGGED.crow.int(), RAGGED.col, F, (4,)), TypeError, "latents.crow must have dtype int64, got int32"),
+        (RaggedLatents(RAGGED.values, RAGGED.crow, RAGGED.col[:2], F, (4,)), ValueError, r"ragged latents are values \[nnz\]"),
+        (RaggedLatents(RAGGED.values, RAGGED.crow[:0], RAGGED.col, F, (4,)), ValueError, r"crow \[rows \+ 1\]"),
+        (
+            RaggedLatents(RAGGED.values, RAGGED.crow, RAGGED.col, F, (3,)),
+            ValueError,
+            r"latents.batch_shape must have the 4 rows .* got \[3\]",
+        ),
+    ],
+)
+def test_wrong_latents(latents: Any, error: type[Exception], message: str) -> None:
+    rejects(error, f"^decode: .*{message}", "decode", latents=latents, x=None, skip=None)
+    rejects(error, f"^decode_backward: .*{message}", "decode_backward", latents=latents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prefixes": 4}, TypeError, "prefixes must be a sequence of int, got 4"),
+        ({"prefixes": [1.5, 3]}, TypeError, "prefixes must be a sequence of int"),
+        ({"prefixes": "12"}, TypeError, "prefixes must be a sequence of int"),
+        ({"prefixes": [True]}, TypeError, "prefixes must be a sequence of int"),
+        ({"prefixes": []}, ValueError, r"prefixes must ascend strictly within 1 .. 12, got \[\]"),
+        ({"prefixes": [0, 4]}, ValueError, "prefixes must ascend strictly"),
+        ({"prefixes": [4, 4]}, ValueError, "prefixes must ascend strictly"),
+        ({"prefixes": [5, 4]}, ValueError, "prefixes must ascend strictly"),
+        ({"prefixes": [13]}, ValueError, "prefixes must ascend strictly"),
+        ({"skip": None}, ValueError, "x and skip come together, got only x"),
+        ({"x": None}, ValueError, "x and skip come together, got only skip"),
+        ({"x": draw(3, D)}, ValueError, r"x must have the batch dimensions of latents \[4\], got \[3\]"),
+        (
+            {"x": draw(ROWS, D, dtype=torch.float64), "skip": draw(OUT, D, dtype=torch.float64)},
+            TypeError,
+            r"x must have the dtype of W_dec",
+        ),
+        ({"W_dec": draw(2, F, OUT)}, ValueError, "skip is for one decoder"),
+        ({"W_dec": draw(2, F + 1, OUT)}, ValueError, r"W_dec must have shape .*\[L, F=12, D_out\], got \[2, 13, 5\]"),
+        ({"W_dec": draw(0, F, OUT)}, ValueError, "at least one decoder"),
+        ({"W_dec": draw(2, F, OUT), "x": None, "skip": None}, ValueError, r"b_dec must have shape \[L=2, D_out=5\], got \[5\]"),
+        ({"W_dec": draw(1, 2, F, OUT)}, ValueError, r"got \[1, 2, 12, 5\]"),
+    ],
+)
+def test_decode_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    rejects(error, f"^decode: .*{message}", "decode", **changes)
+
+
+@pytest.mark.parametrize("op", ["decode_backward", "hamming"])
+def test_a_result_cannot_be_written_into_shared_memory(op: str) -> None:
+    out = VALID[op]["out"]
+    rejects(ValueError, rf"^{op}: out must not be an expanded tensor", op, out=out[:1].expand(out.shape))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "wrong", "error", "message"),
+    [
+        ("alive", torch.tensor([1, 2]), TypeError, "must have dtype bool, got int64"),
+        ("alive", [True], TypeError, "must be a torch.Tensor, got list"),
+        ("alive", torch.ones(3, dtype=torch.bool), ValueError, r"must have shape \[[67]\], got \[3\]"),
+        ("alive", "none", ValueError, "need an alive feature, got"),
+        ("weights", torch.ones(3), ValueError, r"must have shape \[[67]\], got \[3\]"),
+        ("weights", "negative", ValueError, "must be finite and non-negative with a positive sum"),
+        ("weights", "zero", ValueError, "must be finite and non-negative with a positive sum"),
+        ("weights", "nan", ValueError, "must be finite and non-negative with a positive sum"),
+        ("weights", "inf", ValueError, "must be finite and non-negative with a positive sum"),
+    ],
+)
+def test_masks_and_weights_of_match(side: int, name: str, wrong: Any, error: type[Exception], message: str) -> None:
+    if isinstance(wrong, str):
+        size = (6, 7)[side]
+        fill = {"none": False, "negative": -1.0, "zero": 0.0, "nan": float("nan"), "inf": float("inf")}[wrong]
+        wrong = torch.full((size,), fill)
+        if name == "weights":
+            wrong[0] = 0.0 if fill == 0 else 1.0
+    pair = (wrong, None) if side == 0 else (None, wrong)
+    rejects(error, message, "match", **{name: pair})
+
+
+@pytest.mark.parametrize("name", ["alive", "weights"])
+def test_pairs_of_match(name: str) -> None:
+    for wrong in ((None,), (None, None, None)):
+        rejects(ValueError, rf"^match: {name} must be a pair .* got {len(wrong)}$", "match", **{name: wrong})
+    for wrong in (3, torch.ones(2, 7)):
+        rejects(TypeError, rf"^match: {name} must be a pair .* got {type(wrong).__name__}$", "match", **{name: wrong})
+
+
+def test_questions_to_a_match() -> None:
+    m = call("match")
+    for run, message in (
+        (lambda: m.mmcs("ab"), "direction must be 'a_to_b', 'b_to_a' or 'mean', got 'ab'"),
+        (lambda: m.fraction_above(0.9, "mean"), "direction must be 'a_to_b' or 'b_to_a', got 'mean'"),
+        (lambda: m.histogram(0), "bins must be at least 1, got 0"),
+        (lambda: m.histogram(5, null="gauss"), "null must be 'random' or None, got 'gauss'"),
+        (lambda: fastsae.mmcs_matrix([draw(3, 4)], "both"), "direction must be .* got 'both'"),
+        (lambda: fastsae.mmcs(draw(3, 4), draw(3, 4), "both"), "direction must be .* got 'both'"),
+        (lambda: fastsae.match(torch.full((2, 3), float("nan")), draw(3, 3)).one_to_one(), "similarities must not be NaN"),
+    ):
+        if "NaN" in message:
+            pytest.importorskip("scipy")
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+@pytest.mark.parametrize("wrong", [None, "topk", fastsae.ReLU, 3])
+def test_what_is_no_activation(wrong: Any) -> None:
+    message = rf"activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(wrong).__name__}"
+    rejects(TypeError, message, "reconstruct", activation=wrong)
+
+
+def test_reconstruct_arguments() -> None:
+    gated = fastsae.Gated(**GATES)
+    rejects(ValueError, "b_enc must be None", "reconstruct", activation=gated)
+    rejects(ValueError, "scale does not go with a Gated activation", "reconstruct", activation=gated, b_enc=None)
+    rejects(TypeError, "b_gate must be a torch.Tensor, got NoneType", "reconstruct", activation=fastsae.Gated(), b_enc=None, scale=None)
+    rejects(ValueError, r"like x, or give target; got \[12, 5\]", "reconstruct", W_dec=draw(F, OUT), target=None)
+    rejects(ValueError, r"x must have shape \[.., D\], got \[\]", "reconstruct", x=torch.tensor(1.0), target=None)
+
+
+@pytest.mark.parametrize("op", [op for op in VALID if op not in ("match", "spline_keys")])
+def test_unknown_backends(op: str) -> None:
+    rejects(ValueError, "unknown name 'gpu' in 'gpu'; known: cpu, triton, cuda, reference", op, backend="gpu")
+
+
+def test_wrong_inputs_leave_no_trace() -> None:
+    """A refused call changes neither its output buffer nor the settings."""
+    out = torch.full((F, OUT), 7.0)
+    bad = TopKLatents(LATENTS.values, torch.full_like(LATENTS.indices, F), F)
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(IndexError):
+        fastsae.decode_backward(draw(ROWS, OUT), bad, draw(F, OUT), out=out, backend="reference")
+    assert bool((out == 7).all())
+    assert torch.get_float32_matmul_precision() == before
