@@ -315,7 +315,7 @@ struct TopkConsumer {
     const __mmask16 m0 = _mm512_cmp_ps_mask(f.upper(0, r0, e0), tau, _CMP_NLT_UQ);
     const __mmask16 m1 = _mm512_cmp_ps_mask(f.upper(1, r1, e1), tau, _CMP_NLT_UQ);
     const uint32_t m = _mm512_mask2int(m0) | (static_cast<uint32_t>(_mm512_mask2int(m1)) << 16);
-    if (__builtin_expect(m != 0, 0)) buffer.scored[3]++,append(row, m & f.exist, r0, r1, e0, e1);
+    if (__builtin_expect(m != 0, 0)) append(row, m & f.exist, r0, r1, e0, e1);
   }
 
   __attribute__((noinline)) void append(int64_t row, uint32_t mask, __m512 r0, __m512 r1, __m512 e0, __m512 e1) {
@@ -351,77 +351,102 @@ struct TopkConsumer {
   }
 };
 
-// The scores of a row's new entries, while the block's weights are in the cache. Their exact values also give the best tau.
-void score_entries(const ScoreJob& job, const ScreenPanels& p, const TopkBuffer& buffer, int64_t row) {
-  float* const lo = buffer.lo + row * buffer.stride;
-  float* const hi = buffer.hi + row * buffer.stride;
-  int32_t* const id = buffer.id + row * buffer.stride;
-  int64_t n = buffer.n[row];
-  constexpr int kMany = 8;
-  const auto unscored = [&](int64_t i) {
-    const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
-    return _mm512_mask_cmpge_epi32_mask(valid, _mm512_loadu_si512(id + i), _mm512_setzero_si512());
-  };
-  int64_t waiting = 0;
-  for (int64_t i = 0; i < n; i += 16) waiting += __builtin_popcount(unscored(i));
-  if (waiting >= kMany) {
-    if (n >= buffer.k) raise_tau(buffer.tau + row, kth_from_below(lo, n, buffer.k, 0));
-    n = keep_above(load_tau(buffer.tau + row), lo, hi, id, n, lo, hi, id, buffer.capacity);
-  }
-  const float* const x = job.xc + row * job.padded;
-  constexpr int kAtOnce = 8;
+// The scores of a block's new entries, while its weights are in the cache. Their exact values also make the best tau.
+struct Scorer {
+  const ScoreJob& job;
+  const ScreenPanels& p;
+  const TopkBuffer& buffer;
+  static constexpr int kAtOnce = 4;
+  const float* x[kAtOnce];
   const float* w[kAtOnce];
   int64_t place[kAtOnce];
   int held = 0;
-  const auto flush = [&] {
-    float products[kAtOnce];
-    for (int j = held; j < kAtOnce; ++j) w[j] = w[0];
-    if (held > 4) {
-      Vec sum[8];
-      dot_tile<1, 8>(&x, w, job.d, sum);
-      for (int j = 0; j < 8; ++j) products[j] = reduce(sum[j]);
-    } else {
-      Vec sum[4];
-      dot_tile<1, 4>(&x, w, job.d, sum);
-      for (int j = 0; j < 4; ++j) products[j] = reduce(sum[j]);
-    }
-    for (int j = 0; j < held; ++j) {
-      const int64_t at = id[place[j]] - p.first;
-      float score = products[j];
+
+  // N independent products: one chain alone would wait for its own last addition.
+  template <int N>
+  FASTSAE_INLINE void score() {
+    Vec sum[N], total[N];
+    int64_t i = 0;
+    do {
+      const int64_t end = at_most(i + kScoreBlock, job.d);
+      const bool first = i == 0;
+#pragma GCC unroll 4
+      for (int a = 0; a < N; ++a) sum[a] = zero();
+      for (; i + kLanes <= end; i += kLanes)
+#pragma GCC unroll 4
+        for (int a = 0; a < N; ++a) sum[a] = fma(load(x[a] + i), load(w[a] + i), sum[a]);
+      if (i < end) {
+        const int n = static_cast<int>(end - i);
+        for (int a = 0; a < N; ++a) sum[a] = fma(load_part(x[a] + i, n), load_part(w[a] + i, n), sum[a]);
+        i = end;
+      }
+      for (int a = 0; a < N; ++a) total[a] = first ? sum[a] : add(total[a], sum[a]);
+    } while (i < job.d);
+    for (int a = 0; a < N; ++a) {
+      int32_t& id = buffer.id[place[a]];
+      const int64_t at = id - p.first;
+      float score = reduce(total[a]);
       if (p.scale != nullptr) score = score * p.scale[at];
       score = score + p.bias[at];
-      hi[place[j]] = score;
-      lo[place[j]] = score != score ? -__builtin_inff() : score;
-      id[place[j]] = static_cast<int32_t>(static_cast<uint32_t>(id[place[j]]) | kScored);
+      buffer.hi[place[a]] = score;
+      buffer.lo[place[a]] = score != score ? -__builtin_inff() : score;
+      id = static_cast<int32_t>(static_cast<uint32_t>(id) | kScored);
     }
-    *buffer.scored += held;
-    buffer.fresh[row] += held;
-    held = 0;
-  };
-  for (int64_t i = 0; i < n; i += 16)
-    for (uint32_t m = unscored(i); m != 0; m &= m - 1) {
-      place[held] = i + __builtin_ctz(m);
-      w[held] = job.w + (id[place[held]] - p.first) * job.stride_f;
-      if (++held == kAtOnce) flush();
-    }
-  if (held > 0) flush();
-  if (buffer.fresh[row] > buffer.k / 4 && n >= buffer.k) {
-    raise_tau(buffer.tau + row, kth_from_below(lo, n, buffer.k, 0));
-    buffer.fresh[row] = 0;
   }
-  buffer.n[row] = buffer.seen[row] = static_cast<int32_t>(n);
-}
+
+  FASTSAE_INLINE void add_entry(int64_t row, int64_t at) {
+    place[held] = at;
+    x[held] = job.xc + row * job.padded;
+    w[held] = job.w + (buffer.id[at] - p.first) * job.stride_f;
+    if (++held == kAtOnce) {
+      score<kAtOnce>();
+      held = 0;
+    }
+  }
+
+  void finish() {
+    if (held == 3) score<3>();
+    if (held == 2) score<2>();
+    if (held == 1) score<1>();
+  }
+
+  FASTSAE_INLINE void row(int64_t row) {
+    const int64_t base = row * buffer.stride;
+    float* const lo = buffer.lo + base;
+    float* const hi = buffer.hi + base;
+    int32_t* const id = buffer.id + base;
+    int64_t n = buffer.n[row];
+    int64_t from = buffer.seen[row] < 0 ? 0 : buffer.seen[row];  // before that, all are scored
+    constexpr int64_t kMany = 8;
+    if ((n - from >= kMany || buffer.fresh[row] > buffer.k / 2) && n >= buffer.k) {
+      raise_tau(buffer.tau + row, kth_from_below(lo, n, buffer.k, 0));
+      n = keep_above(load_tau(buffer.tau + row), lo, hi, id, n, lo, hi, id, buffer.capacity);
+      buffer.fresh[row] = 0;
+      from = 0;
+    }
+    int64_t count = 0;
+    for (int64_t i = from; i < n; i += 16) {
+      const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
+      uint32_t m = _mm512_mask_cmpge_epi32_mask(valid, _mm512_loadu_si512(id + i), _mm512_setzero_si512());
+      count += __builtin_popcount(m);
+      for (; m != 0; m &= m - 1) add_entry(row, base + i + __builtin_ctz(m));
+    }
+    *buffer.scored += count;
+    buffer.fresh[row] += static_cast<int32_t>(count);
+    buffer.n[row] = buffer.seen[row] = static_cast<int32_t>(n);
+  }
+};
 
 template <bool kScaled>
 void screen_topk_with(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
   TopkConsumer<kScaled> consumer{buffer, rows, {}};
-  unsigned long long q0=__builtin_ia32_rdtsc();
   run_block(rows, panels, next, consumer);
   unsigned long long q1=__builtin_ia32_rdtsc();
+  Scorer scorer{job, panels, buffer};
   for (int64_t r = 0; r < rows.rows; ++r)
-    if (buffer.n[r] != buffer.seen[r] && buffer.exact[r] == 0) score_entries(job, panels, buffer, r);
-  unsigned long long q2=__builtin_ia32_rdtsc();
-  buffer.scored[1]+=q1-q0;buffer.scored[2]+=q2-q1;
+    if (buffer.n[r] != buffer.seen[r] && buffer.exact[r] == 0) scorer.row(r);
+  scorer.finish();
+  buffer.scored[2]+=__builtin_ia32_rdtsc()-q1;
 }
 
 void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
