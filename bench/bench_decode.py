@@ -20,7 +20,11 @@ def _inputs(shape: tuple[int, ...], layout: str) -> tuple[fastsae.TopKLatents, t
     generator = torch.Generator().manual_seed(1)
     indices = torch.rand(rows, features, generator=generator).topk(k).indices.to(DEVICE)
     W = unit_rows(features, width)
-    return fastsae.TopKLatents(normal(rows, k).abs(), indices, features), W.T.contiguous().T if layout == "DF" else W, normal(rows, width, seed=2)
+    return (
+        fastsae.TopKLatents(normal(rows, k).abs(), indices, features),
+        W.T.contiguous().T if layout == "DF" else W,
+        normal(rows, width, seed=2),
+    )
 
 
 @pytest.mark.parametrize("layout", ["FD", "DF"])
@@ -62,7 +66,9 @@ def test_decode_backward(shape: tuple[int, ...], layout: str, compare: Callable[
         fresh = plain(lambda v, w: (v.unsqueeze(-1) * w[latents.indices]).sum(1))()
         torch.testing.assert_close(out, fresh[1], rtol=1e-4, atol=1e-4)  # pyright: ignore[reportIndexIssue]
 
-    others = {"dense scatter+mm (fwd+bwd)": plain(lambda v, w: torch.zeros(shape[0], shape[2], device=DEVICE).scatter(1, latents.indices, v) @ w)}
+    others = {
+        "dense scatter+mm (fwd+bwd)": plain(lambda v, w: torch.zeros(shape[0], shape[2], device=DEVICE).scatter(1, latents.indices, v) @ w)
+    }
     if layout == "FD":
         others["torch embedding_bag (fwd+bwd)"] = plain(lambda v, w: embedding_bag(latents.indices, w, per_sample_weights=v, mode="sum"))
     others["clearing one dense gradient"] = lambda: torch.zeros_like(W)

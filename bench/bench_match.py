@@ -29,4 +29,6 @@ def test_match_cosine(shape: tuple[int, int, int], compare: Callable[..., None])
     if has_onednn():
         packed = onednn_linear(a[:1024], b)
         others["oneDNN product alone (rows / 1024 times)"] = lambda: [packed() for _ in range(0, shape[0], 1024)]
-    compare("match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), others, verify, floor="oneDNN product alone (rows / 1024 times)")
+    compare(
+        "match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), others, verify, floor="oneDNN product alone (rows / 1024 times)"
+    )

@@ -30,7 +30,9 @@ def test_overhead(compare: Callable[..., None]) -> None:
 
     others = {
         f"{CALLS} x decode, forward and backward": _many(step),
-        f"{CALLS} x torch embedding_bag": _many(lambda: torch.nn.functional.embedding_bag(latents.indices, W, per_sample_weights=latents.values, mode="sum")),
+        f"{CALLS} x torch embedding_bag": _many(
+            lambda: torch.nn.functional.embedding_bag(latents.indices, W, per_sample_weights=latents.values, mode="sum")
+        ),
         f"{CALLS} x encode_topk": _many(lambda: fastsae.encode_topk(x, W, k=8)),
         f"{CALLS} x torch linear+relu+topk": _many(lambda: torch.nn.functional.linear(x, W).relu().topk(8)),
     }

@@ -81,7 +81,11 @@ def unit_rows(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 
 def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tensor | None], torch.Tensor]:
     """oneDNN's float32 product, which on many CPUs beats the MKL one behind ``torch.mm``; weight packed outside the timing."""
-    packed = torch._C._nn.mkldnn_reorder_linear_weight(W.to_mkldnn(), x.shape[0]) if hasattr(torch._C._nn, "mkldnn_reorder_linear_weight") else None
+    packed = (
+        torch._C._nn.mkldnn_reorder_linear_weight(W.to_mkldnn(), x.shape[0])
+        if hasattr(torch._C._nn, "mkldnn_reorder_linear_weight")
+        else None
+    )
     weight = packed if packed is not None else W
 
     def run(post: str = "none", bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -26,9 +26,21 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
     environment = {**os.environ, "FASTSAE_BENCH_QUICK": "1" if options.quick else "0", "FASTSAE_BENCH_DEVICE": options.device}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", f"--benchmark-json={path}", "--benchmark-disable-gc"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *files,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--benchmark-json={path}",
+            "--benchmark-disable-gc",
+        ]
         stdout = sys.stderr if options.json else None
-        code = subprocess.run([*command, "--benchmark-columns=median,min,max,rounds"], cwd=root, env=environment, stdout=stdout, check=False).returncode
+        code = subprocess.run(
+            [*command, "--benchmark-columns=median,min,max,rounds"], cwd=root, env=environment, stdout=stdout, check=False
+        ).returncode
         if not path.exists() or not path.read_text():
             print("fastsae bench: no figures were taken (see the output above)", file=sys.stderr)
             return code or 1
@@ -67,7 +79,10 @@ def print_table(entries: list[dict[str, Any]]) -> None:
             memory = entry["extra_mb"].get("ours" if position == 0 else who)
             memory_text = "" if memory is None else f"{memory:.0f}"
             mark = " *" if who == entry["floor"] else ""
-            print(f"{head} {who + mark:<40} {times['median']:>10.3f} {times['min']:>9.3f} .. {times['max']:<8.3f} {ratio:>8.2f} {memory_text:>9}")
+            print(
+                f"{head} {who + mark:<40} {times['median']:>10.3f} {times['min']:>9.3f} .. {times['max']:<8.3f} "
+                f"{ratio:>8.2f} {memory_text:>9}"
+            )
     print("* a floor: part of the work only. Medians of alternating runs; only ratios within one run count.")
 
 
@@ -75,7 +90,11 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     """Our time over that of the best plain torch, by operation and shape."""
     from fastsae.plots import figure
 
-    rows = [(f"{entry['op']}  {entry['shape']}", entry, min(times["median"] for times in rivals(entry).values())) for entry in entries if rivals(entry)]
+    rows = [
+        (f"{entry['op']}  {entry['shape']}", entry, min(times["median"] for times in rivals(entry).values()))
+        for entry in entries
+        if rivals(entry)
+    ]
     canvas, axes = figure(figsize=(8, 0.9 + 0.36 * len(rows)))
     for position, (_, entry, best) in enumerate(reversed(rows)):
         ours = entry["ours"]["median"] / best

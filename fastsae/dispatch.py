@@ -132,8 +132,8 @@ class Op:
         return tuple((row.backend, row.reason(args)) for row in self.rows)
 
     def choose(self, args: Sequence[Any], backend: str | None) -> Row:
-        request = backend or _requested.get() or os.environ.get("FASTSAE_BACKEND")
-        if not request:
+        request = backend or _request() or "*"
+        if request == "*":
             return self._first(args)
         for name in parse_request(request):
             if name == "*":
@@ -185,13 +185,23 @@ def _without_autocast(run: Callable[..., Any], args: Sequence[Any]) -> Any:
     return run(*args)
 
 
-def parse_request(request: str) -> list[str]:
-    """The names of a request, in order; an unknown name raises ValueError."""
-    names = [name.strip() for name in request.split(",") if name.strip()]
+def parse_request(request: str, source: str = "backend") -> list[str]:
+    """The names of a request, in order; an unknown name raises ValueError. ``source`` is where the request came from."""
+    if not isinstance(request, str):
+        raise TypeError(f"{source} must be a str, got {type(request).__name__}")
+    names = [name.strip() for name in request.split(",")]
     for name in names:
         if name != "*" and name not in BACKENDS:
-            raise ValueError(f"backend: unknown name {name!r} in {request!r}; known: {', '.join(BACKENDS)}, or '*' for the order of rows")
+            raise ValueError(f"{source}: unknown name {name!r} in {request!r}; known: {', '.join(BACKENDS)}, or '*' for the order of rows")
     return names
+
+
+def _request() -> str | None:
+    """What ``use_backend`` or the environment asks for; None: nothing."""
+    request = _requested.get()
+    if request is None and (request := os.environ.get("FASTSAE_BACKEND") or None) is not None:
+        parse_request(request, "FASTSAE_BACKEND")
+    return request
 
 
 def preference(backend: str | None) -> str | None:
@@ -199,12 +209,13 @@ def preference(backend: str | None) -> str | None:
     if backend is not None:
         parse_request(backend)
         return backend
-    return None if torch.compiler.is_compiling() else _requested.get()
+    # A compiled function asks when it runs: reading a ContextVar would break the graph.
+    return None if torch.compiler.is_compiling() else _request() or "*"
 
 
 def then_any(backend: str | None) -> str | None:
     """The same preference for a helper operation (a gradient, a composed part), which may continue with the order of rows."""
-    return None if backend is None else f"{backend},*"
+    return backend if backend is None or backend == "*" else f"{backend},*"
 
 
 @contextmanager

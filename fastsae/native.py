@@ -189,7 +189,8 @@ def _fail(status: int, indices: Tensor, crow: Tensor | None, features: int) -> N
         )
     position = [status] if indices.dim() == 1 else list(divmod(status, indices.shape[1]))
     value = int(indices.reshape(-1)[status])
-    raise IndexError(f"latents.indices: {value} at {position} is out of range for {features} features (valid: 0 <= index < {features})")
+    name = "latents.indices" if crow is None else "latents.col"
+    raise IndexError(f"{name}: {value} at {position} is out of range for {features} features (valid: 0 <= index < {features})")
 
 
 def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:

@@ -55,7 +55,12 @@ def _compare(result: Tensor, exact: Tensor, plain: Tensor, size: Tensor, info: t
     relative = float(plain_error.max()) if plain_error.numel() else 0.0
     allowed = (2 * relative + 2 * info.eps) * size
     error = torch.where(finite, (result - exact).abs(), 0.0)
-    _raise_first((error > allowed) | (finite & result.isnan()), result, exact, f"error above 2 x plain PyTorch + 2 ulp ({2 * relative / info.eps + 2:.2f} ulp)")
+    _raise_first(
+        (error > allowed) | (finite & result.isnan()),
+        result,
+        exact,
+        f"error above 2 x plain PyTorch + 2 ulp ({2 * relative / info.eps + 2:.2f} ulp)",
+    )
     return float((error / allowed).max())
 
 
@@ -63,7 +68,10 @@ def _raise_first(wrong: Tensor, got: Tensor, want: Tensor, what: str) -> None:
     if bool(wrong.any()):
         where = tuple(wrong.nonzero()[0].tolist())
         count = int(wrong.sum())
-        raise Mismatch(f"{what}: {count} of {wrong.numel()} elements, first at {list(where)}: got {float(got[where])!r}, expected {float(want[where])!r}")
+        raise Mismatch(
+            f"{what}: {count} of {wrong.numel()} elements, first at {list(where)}: "
+            f"got {float(got[where])!r}, expected {float(want[where])!r}"
+        )
 
 
 def check_equal(expected: Any, result: Any, names: str) -> float:
@@ -76,7 +84,9 @@ def check_equal(expected: Any, result: Any, names: str) -> float:
         wrong = got != want
         if bool(wrong.any()):
             where = tuple(wrong.nonzero()[0].tolist())
-            raise Mismatch(f"{name}: {int(wrong.sum())} of {wrong.numel()} differ, first at {list(where)}: got {got[where]}, expected {want[where]}")
+            raise Mismatch(
+                f"{name}: {int(wrong.sum())} of {wrong.numel()} differ, first at {list(where)}: got {got[where]}, expected {want[where]}"
+            )
     return 0.0
 
 
@@ -171,7 +181,9 @@ def check_topk(score: Score, chosen: Tensor | None, k: int, relu: bool, result: 
     score = _restrict(score, chosen)
     rows, n = score.exact.shape
     if values.shape != (rows, k) or indices.shape != (rows, k) or values.dtype != dtype or indices.dtype != torch.int64:
-        raise Mismatch(f"expected [{rows}, {k}] {dtype} and int64, got {list(values.shape)} {values.dtype}, {list(indices.shape)} {indices.dtype}")
+        raise Mismatch(
+            f"expected [{rows}, {k}] {dtype} and int64, got {list(values.shape)} {values.dtype}, {list(indices.shape)} {indices.dtype}"
+        )
     local = _local(indices, chosen, n)
     if rows == 0:
         return 0.0
@@ -194,7 +206,9 @@ def check_topk(score: Score, chosen: Tensor | None, k: int, relu: bool, result: 
         _expect(~tie | (local[:, 1:] > local[:, :-1]), "equal values: lower index first")
     worst, worst_band = kept[:, -1:], band[:, -1:]
     rejected = torch.ones_like(nans).scatter_(1, local, False) & ~nans
-    better = torch.where(score.exact.isfinite() & worst.isfinite(), score.exact - worst > torch.maximum(score.band, worst_band), score.exact > worst)
+    better = torch.where(
+        score.exact.isfinite() & worst.isfinite(), score.exact - worst > torch.maximum(score.band, worst_band), score.exact > worst
+    )
     _expect(~(rejected & better & ~worst.isnan()), "a better score was left out")
     if not bool(score.band.any()):
         place = torch.arange(n, device=nans.device)
@@ -204,11 +218,21 @@ def check_topk(score: Score, chosen: Tensor | None, k: int, relu: bool, result: 
     return error
 
 
-def _ragged_dense(result: tuple[Tensor, Tensor, Tensor], chosen: Tensor | None, rows: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _ragged_dense(
+    result: tuple[Tensor, Tensor, Tensor], chosen: Tensor | None, rows: int, n: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """(row, local column, kept mask [rows, n]) of a checked ragged result."""
     values, col, crow = result
-    if crow.shape != (rows + 1,) or col.shape != values.shape or values.dtype != dtype or col.dtype != torch.int64 or crow.dtype != torch.int64:
-        raise Mismatch(f"expected crow [{rows + 1}] and equal values and col in {dtype}, got {list(crow.shape)}, {list(values.shape)} {values.dtype}")
+    if (
+        crow.shape != (rows + 1,)
+        or col.shape != values.shape
+        or values.dtype != dtype
+        or col.dtype != torch.int64
+        or crow.dtype != torch.int64
+    ):
+        raise Mismatch(
+            f"expected crow [{rows + 1}] and equal values and col in {dtype}, got {list(crow.shape)}, {list(values.shape)} {values.dtype}"
+        )
     lengths = crow.diff()
     if int(crow[0]) != 0 or int(crow[-1]) != values.shape[0] or bool((lengths < 0).any()):
         raise Mismatch("crow must rise from 0 to nnz")
@@ -224,7 +248,7 @@ def _ragged_dense(result: tuple[Tensor, Tensor, Tensor], chosen: Tensor | None, 
 def check_threshold(
     score: Score, chosen: Tensor | None, threshold: Tensor, bandwidth: float | None, result: tuple[Tensor, ...], dtype: torch.dtype
 ) -> float:
-    """Checks that exactly the scores above the threshold (and, with a bandwidth, those in the band) are stored, outside the rounding band."""
+    """Checks that exactly the scores above the threshold (with a bandwidth also those in it) are stored, outside the rounding band."""
     values, col, crow, flags = result
     score = _restrict(score, chosen)
     rows, n = score.exact.shape

@@ -73,7 +73,9 @@ def call(op: Op, row: Row, args: tuple) -> Any:
     return result if op.mutates is None else args[op.mutates]
 
 
-def verify_row(op: Op, row: Row, name: str, context: Callable[[], AbstractContextManager[Any]], device: torch.device, dtype: torch.dtype) -> Result:
+def verify_row(
+    op: Op, row: Row, name: str, context: Callable[[], AbstractContextManager[Any]], device: torch.device, dtype: torch.dtype
+) -> Result:
     result = Result(op.name, name, str(device), str(dtype).removeprefix("torch."))
     with context():
         for args in op.samples(device, dtype, torch.Generator().manual_seed(0)):
@@ -115,7 +117,11 @@ def time_rows(op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextMan
 
 
 def run(
-    *, ops: list[str] | None = None, backends: list[str] | None = None, timing: bool = True, progress: Callable[[str], None] = lambda _: None
+    *,
+    ops: list[str] | None = None,
+    backends: list[str] | None = None,
+    timing: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
     """Verifies rows; see ``Result``.
 
@@ -143,7 +149,9 @@ def run(
     return results
 
 
-def add_times(results: list[Result], op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextManager[Any]]]], device: torch.device) -> None:
+def add_times(
+    results: list[Result], op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextManager[Any]]]], device: torch.device
+) -> None:
     if any(result.failure for result in results) or not rows:
         return  # a speed is never reported beside a wrong result
     reference = (op.rows[-1], "reference", nullcontext)

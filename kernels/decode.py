@@ -93,8 +93,25 @@ def _row_slots(crow, row, k, n_slots, RAGGED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["k", "n_slots", "n_features"])
-def decode_kernel(values, indices, crow, W, b, y, flag, k, n_slots, n_features, n_columns, stride_f, stride_d, stride_y,
-                  RAGGED: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr):
+def decode_kernel(
+    values,
+    indices,
+    crow,
+    W,
+    b,
+    y,
+    flag,
+    k,
+    n_slots,
+    n_features,
+    n_columns,
+    stride_f,
+    stride_d,
+    stride_y,
+    RAGGED: tl.constexpr,
+    BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = d < n_columns
@@ -117,8 +134,25 @@ def _sum_lanes(x, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["k", "n_slots", "n_features"])
-def decode_dvalues_kernel(grad, indices, crow, W, dvalues, flag, k, n_slots, n_features, n_columns, stride_r, stride_g, stride_f, stride_d,
-                          RAGGED: tl.constexpr, RESUME: tl.constexpr, SLOTS: tl.constexpr):
+def decode_dvalues_kernel(
+    grad,
+    indices,
+    crow,
+    W,
+    dvalues,
+    flag,
+    k,
+    n_slots,
+    n_features,
+    n_columns,
+    stride_r,
+    stride_g,
+    stride_f,
+    stride_d,
+    RAGGED: tl.constexpr,
+    RESUME: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     first, end = _row_slots(crow, row, k, n_slots, RAGGED)
     for group in range(first + tl.program_id(1) * SLOTS, end, tl.num_programs(1) * SLOTS):
@@ -158,8 +192,23 @@ def sort_keys_kernel(indices, keys, flag, n_slots, n_features, SIZE: tl.constexp
 
 
 @triton.jit(do_not_specialize=["n_features", "n_rows", "split"])
-def decode_partials_kernel(values, rows, grad, segments, chunks, owner, partials, n_features, n_rows, n_columns, split,
-                           stride_r, stride_g, stride_p, COLUMNS: tl.constexpr):
+def decode_partials_kernel(
+    values,
+    rows,
+    grad,
+    segments,
+    chunks,
+    owner,
+    partials,
+    n_features,
+    n_rows,
+    n_columns,
+    split,
+    stride_r,
+    stride_g,
+    stride_p,
+    COLUMNS: tl.constexpr,
+):
     """partials[c] = the c-th full run of ``split`` slots, counted over the features that have more slots than that."""
     chunk = tl.program_id(0).to(tl.int64)
     feature = tl.load(owner + chunk)
@@ -172,8 +221,24 @@ def decode_partials_kernel(values, rows, grad, segments, chunks, owner, partials
 
 
 @triton.jit(do_not_specialize=["n_rows", "split"])
-def decode_dweight_kernel(values, rows, grad, segments, chunks, partials, out, n_rows, n_columns, split,
-                          stride_r, stride_g, stride_p, stride_f, stride_d, COLUMNS: tl.constexpr):
+def decode_dweight_kernel(
+    values,
+    rows,
+    grad,
+    segments,
+    chunks,
+    partials,
+    out,
+    n_rows,
+    n_columns,
+    split,
+    stride_r,
+    stride_g,
+    stride_p,
+    stride_f,
+    stride_d,
+    COLUMNS: tl.constexpr,
+):
     feature = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = d < n_columns

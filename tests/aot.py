@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of Triton kernels, no GPU needed: records what the launchers launch, and compiles it for a chip.
 
-    with record() as launches:
-        kernels.decode(values, indices, None, W, None)      # CPU tensors; nothing runs, the results are garbage
-    usage = compile_launch(launches[0], 90)                 # registers, spills, shared memory, PTX
+with record() as launches:
+    kernels.decode(values, indices, None, W, None)      # CPU tensors; nothing runs, the results are garbage
+usage = compile_launch(launches[0], 90)                 # registers, spills, shared memory, PTX
 """
 
 from __future__ import annotations

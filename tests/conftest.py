@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -21,16 +21,17 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         result = make(*args, **kwargs)
         if result.device.type != "meta" and result.numel():
             # NaN, or an index that no check lets through.
-            result.fill_(float("nan") if result.is_floating_point() else torch.iinfo(result.dtype).max if result.dtype is not torch.bool else True)
+            result.fill_(
+                float("nan") if result.is_floating_point() else torch.iinfo(result.dtype).max if result.dtype is not torch.bool else True
+            )
         return result
 
     return made
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh uninitialised tensors are full of NaN, or of the largest integer."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
-    yield

@@ -191,7 +191,9 @@ PUBLIC: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 }
 
 
-def _gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device, transposed: bool) -> tuple[Tensor, ...]:
+def _gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device, transposed: bool
+) -> tuple[Tensor, ...]:
     leaves = []
     for tensor in inputs:
         leaf = tensor.to(device=device, dtype=dtype)
@@ -242,7 +244,9 @@ def _reference_values(name: str) -> Callable[..., Any] | None:
     index = {"decode": _INDICES, "ragged": _INDICES.flatten()}
     return {
         "encode_topk": lambda x, W, b, b_pre, scale: OPS["encode_topk"].reference(x, W, b, b_pre, scale, None, 4, True)[0],
-        "encode_topk_signed_subset": lambda x, W, b: OPS["encode_topk"].reference(x, W, b, None, None, torch.arange(0, 23, 2), 11, False)[0],
+        "encode_topk_signed_subset": lambda x, W, b: OPS["encode_topk"].reference(x, W, b, None, None, torch.arange(0, 23, 2), 11, False)[
+            0
+        ],
         "encode_threshold": lambda x, W, b, b_pre, scale: OPS["encode_threshold"].reference(
             x, W, b, torch.tensor(0.3, dtype=torch.float64), b_pre, scale, None, None
         )[0],
@@ -251,9 +255,9 @@ def _reference_values(name: str) -> Callable[..., Any] | None:
             x, W, torch.linspace(-1, 1, 23, dtype=torch.float64), r_mag, b_mag, b_pre
         )[0],
         "decode": lambda values, W, b: OPS["decode"].reference(values, index["decode"], None, W, b),
-        "decode_ragged": lambda values, W, b: OPS["decode"].reference(
-            values.flatten(), index["ragged"], torch.tensor([0, 3, 3, 20, 30]), W, b
-        ).reshape(2, 2, 7),
+        "decode_ragged": lambda values, W, b: (
+            OPS["decode"].reference(values.flatten(), index["ragged"], torch.tensor([0, 3, 3, 20, 30]), W, b).reshape(2, 2, 7)
+        ),
         "match_cosine": lambda a, b: OPS["match_cosine"].reference(a, b, 3, True, False, 1e-8)[0],
     }.get(name)
 
@@ -275,7 +279,9 @@ def test_compiles_without_graph_breaks(name: str) -> None:
     cpu = torch.device("cpu")
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for a, b in zip(_gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True):
+    for a, b in zip(
+        _gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -301,7 +307,9 @@ def test_ragged_compiles_without_graph_breaks(name: str) -> None:
     cpu = torch.device("cpu")
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for a, b in zip(_gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True):
+    for a, b in zip(
+        _gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -331,5 +339,7 @@ def test_compiles_with_inductor() -> None:
     function, inputs = PUBLIC["reconstruct"]
     cpu = torch.device("cpu")
     compiled = torch.compile(function, fullgraph=True)
-    for a, b in zip(_gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True):
+    for a, b in zip(
+        _gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True
+    ):
         torch.testing.assert_close(a, b)

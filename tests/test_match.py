@@ -227,8 +227,8 @@ def test_one_to_one_with_few_candidates_is_an_upper_bound(candidates: int, n: in
 
 def test_one_to_one_uses_a_dummy_where_two_features_want_one_partner() -> None:
     a, b = torch.tensor([[1.0, 0.0], [1.0, 0.1]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert not match(a, b, candidates=1).one_to_one().exact
-    found = match(a, b, candidates=2).one_to_one()
+    assert not match(a, b).one_to_one(candidates=1).exact
+    found = match(a, b).one_to_one(candidates=2)
     assert found.exact
     assert found.columns.tolist() == [0, 1]
 
@@ -236,7 +236,7 @@ def test_one_to_one_uses_a_dummy_where_two_features_want_one_partner() -> None:
 def test_one_to_one_on_alive_features_keeps_their_numbers() -> None:
     a, b = draw(6, 4), draw(9, 4, seed=1)
     alive = torch.arange(9) >= 3
-    found = match(a, b, alive=(None, alive), candidates=9).one_to_one()
+    found = match(a, b, alive=(None, alive)).one_to_one(candidates=9)
     rows, columns = optimize.linear_sum_assignment(cosines(a, b[3:]).numpy(), maximize=True)
     assert sorted(zip(found.rows.tolist(), found.columns.tolist())) == sorted(zip(rows.tolist(), (columns + 3).tolist()))
 

@@ -214,20 +214,21 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
   const int64_t capacity = 4 * p.k + 256, stride = capacity + 16;
   const int64_t panel_words = d2 * kPanelWidth;
   // Columns: each row of a strided W costs a page walk a block, so blocks are as wide as the last-level cache has room for them.
-  const int64_t panel_bytes = p.by_rows() ? kPanelBytes : kColumnBytes;
+  const int64_t panel_bytes = p.by_rows() ? kPanelBytes : (std::getenv("CB")?atoll(std::getenv("CB"))<<10:kColumnBytes);
   const int panels = static_cast<int>(std::clamp<int64_t>(panel_bytes / (panel_words * (p.by_rows() ? 4 : 12)), 1, kMostPanels));
   const int64_t block = static_cast<int64_t>(panels) * kPanelWidth, blocks = ceil_div(p.features, block);
   const int threads = static_cast<int>(std::min<int64_t>({p.threads, blocks, kMostWorkers}));
-  const int64_t fit = kBufferBytes / (12 * stride * threads);
+  const int64_t undecided = block + 16;
+  const int64_t fit = kBufferBytes / (12 * undecided * threads + 8 * stride);
   const int64_t chunk = std::min(p.rows, std::clamp(fit, kLeastChunk, kChunkRows));
-  const int64_t scratch_words = 16 * (round_up(d2, 16) + 16), room = 3 * (threads * capacity + 16);
+  const int64_t scratch_words = 16 * (round_up(d2, 16) + 16), room = stride + undecided;
   const int64_t column_stride = padded + 16;  // not a power of two
-  constexpr int64_t kMeta = 5 * kMostPanels * kPanelWidth;
+  const int64_t meta = 5 * block;
   const size_t bytes = Workspace::size<float>(chunk * padded) + Workspace::size<uint32_t>(chunk * d2) + 2 * Workspace::size<float>(chunk) +
-                       Workspace::size<uint8_t>(chunk) + 2 * Workspace::size<int32_t>(chunk) +
-                       threads * (3 * Workspace::size<float>(chunk * stride) + 3 * Workspace::size<int32_t>(chunk) +
+                       2 * Workspace::size<uint8_t>(chunk) + 4 * Workspace::size<int32_t>(chunk) + 2 * Workspace::size<float>(chunk * stride) +
+                       threads * (3 * Workspace::size<float>(chunk * undecided) + Workspace::size<int32_t>(chunk) +
                                   Workspace::size<int64_t>(8) + Workspace::size<uint32_t>(panels * panel_words) +
-                                  Workspace::size<uint32_t>(scratch_words) + Workspace::size<float>(kMeta) + Workspace::size<float>(room) +
+                                  Workspace::size<uint32_t>(scratch_words) + Workspace::size<float>(meta) + Workspace::size<float>(room) +
                                   (p.by_rows() ? 0 : Workspace::size<float>(block * column_stride)) + Workspace::size<uint64_t>(capacity));
   Workspace space(bytes);
   if (!space.ok()) return kNoMemory;
@@ -236,14 +237,24 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
   uint32_t* const pairs = space.take<uint32_t>(chunk * d2);
   float* const a = space.take<float>(chunk);
   float* const c = space.take<float>(chunk);
-  uint8_t* const exact = space.take<uint8_t>(chunk);
-  int32_t* const tau = space.take<int32_t>(chunk);
   int32_t* const list = space.take<int32_t>(chunk);
+  TopkBuffer shared{};
+  shared.score = space.take<float>(chunk * stride);
+  shared.feature = space.take<int32_t>(chunk * stride);
+  shared.kept = space.take<int32_t>(chunk);
+  shared.fresh = space.take<int32_t>(chunk);
+  shared.tau = space.take<int32_t>(chunk);
+  shared.lock = space.take<uint8_t>(chunk);
+  shared.exact = space.take<uint8_t>(chunk);
+  shared.kept_stride = stride;
+  shared.capacity = capacity;
+  shared.k = p.k;
+  shared.stride = undecided;
+  uint8_t* const exact = shared.exact;
   struct Own {
     uint32_t* data;
     uint32_t* scratch;
     float* meta;
-    float* room;
     float* columns;
     uint64_t* entries;
   };
@@ -251,28 +262,22 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
   Own own[kMostWorkers];
   for (int t = 0; t < threads; ++t) {
     TopkBuffer& b = buffers[t];
-    b.lo = space.take<float>(chunk * stride);
-    b.hi = space.take<float>(chunk * stride);
-    b.id = space.take<int32_t>(chunk * stride);
+    b = shared;
+    b.lo = space.take<float>(chunk * undecided);
+    b.hi = space.take<float>(chunk * undecided);
+    b.id = space.take<int32_t>(chunk * undecided);
     b.n = space.take<int32_t>(chunk);
-    b.seen = space.take<int32_t>(chunk);
-    b.fresh = space.take<int32_t>(chunk);
     b.scored = space.take<int64_t>(8);
-    for(int z=0;z<8;z++)b.scored[z]=0;
-    b.stride = stride;
-    b.capacity = capacity;
-    b.k = p.k;
-    b.tau = tau;
-    b.exact = exact;
+    b.room = space.take<float>(room);
+    for (int z = 0; z < 8; z++) b.scored[z] = 0;
+    std::memset(b.n, 0, static_cast<size_t>(chunk) * sizeof(int32_t));
     Own& o = own[t];
     o.data = space.take<uint32_t>(panels * panel_words);
     o.scratch = space.take<uint32_t>(scratch_words);
-    o.meta = space.take<float>(kMeta);
-    o.room = space.take<float>(room);
+    o.meta = space.take<float>(meta);
     o.columns = p.by_rows() ? nullptr : space.take<float>(block * column_stride);
     o.entries = space.take<uint64_t>(capacity);
   }
-  const TopkBuffer& kept = buffers[0];
   const float underflow = static_cast<float>(4 * d + 128) * 0x1p-126f, lowest = -INFINITY;
 
   for (int64_t base = 0; base < p.rows; base += chunk) {
@@ -280,10 +285,9 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
     const int tiles = static_cast<int>(ceil_div(rows, kTileRows));
     double T0 = NOW();
     // 1. Rows: centred, and as pairs of bf16 with the factors of their bounds.
-    std::memset(exact, 0, static_cast<size_t>(rows));
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(tau + r, &lowest, 4);
-    for (int t = 0; t < threads; ++t)
-      for (int32_t* counts : {buffers[t].n, buffers[t].seen, buffers[t].fresh}) std::memset(counts, 0, static_cast<size_t>(rows) * sizeof(int32_t));
+    for (uint8_t* flags : {exact, shared.lock}) std::memset(flags, 0, static_cast<size_t>(rows));
+    for (int32_t* counts : {shared.kept, shared.fresh}) std::memset(counts, 0, static_cast<size_t>(rows) * sizeof(int32_t));
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(shared.tau + r, &lowest, 4);
     for_each_unit(useful_threads(threads, rows * d), tiles, [&](int64_t t) {
       const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
       centre_rows(kernels, p, base, r0, r1, xc);
@@ -323,6 +327,8 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
       // Very likely the block that this thread gets next. Columns would evict each other: their stride is often a power of two.
       Ahead next{nullptr, 0, 1, 0};
       const int64_t g0 = (unit + threads) * block;
+      if (g0 < p.features && !p.by_rows() && std::getenv("PF"))
+        next = {reinterpret_cast<const char*>(p.weights() + g0), d, ceil_div(std::min(block, p.features - g0), 16), p.w.stride_d * 4};
       if (g0 < p.features && p.by_rows())
         next = {reinterpret_cast<const char*>(p.weights() + g0 * p.w.stride_f), std::min(block, p.features - g0), ceil_div(d, 16), p.w.stride_f * 4};
       q0 = CPU();
@@ -331,13 +337,12 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
       TP[16 + worker] += CPU() - q0;
     });
     double T2 = NOW();
-    // 3. The selection among what is left of all threads, by exact scores.
+    // 3. The selection among what is left, by exact scores.
     for_each_unit_by_worker(threads, rows, [&](int64_t r, int worker) {
-      if (exact[r] == 0 && kernels.finish_topk(buffers, threads, r, own[worker].room) < 0) exact[r] = 1;
       if (exact[r] != 0) return;
       uint64_t* const entries = own[worker].entries;
-      const int64_t n = kept.n[r];
-      for (int64_t i = 0; i < n; ++i) entries[i] = entry(kept.hi[r * stride + i], static_cast<uint32_t>(kept.id[r * stride + i]) & ~kScored);
+      const int64_t n = shared.kept[r] = static_cast<int32_t>(kernels.finish_topk(shared, r));
+      for (int64_t i = 0; i < n; ++i) entries[i] = entry(shared.score[r * stride + i], shared.feature[r * stride + i]);
       select(p, base + r, entries, n);
     });
     double T3 = NOW();
@@ -351,7 +356,7 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
       p.stats->screened_rows += rows - count;
       p.stats->exact_rows += count;
       for (int64_t r = 0; r < rows; ++r)
-        if (exact[r] == 0) p.stats->survivors += kept.n[r];
+        if (exact[r] == 0) p.stats->survivors += shared.kept[r];
     }
     if (p.survived != nullptr)
       for (int64_t r = 0; r < rows; ++r) {
@@ -360,7 +365,7 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
           std::memset(row, 1, static_cast<size_t>(p.features));
           continue;
         }
-        for (int64_t i = 0; i < kept.n[r]; ++i) row[static_cast<uint32_t>(kept.id[r * stride + i]) & ~kScored] = 1;
+        for (int64_t i = 0; i < shared.kept[r]; ++i) row[shared.feature[r * stride + i]] = 1;
       }
     if (count > 0) {
       const int64_t status = dense(kernels, p, xc, base, list, count);

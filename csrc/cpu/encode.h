@@ -76,19 +76,26 @@ struct Ahead {             // memory to bring into the cache while computing: `s
   int64_t segments, lines, stride;
 };
 
-constexpr uint32_t kScored = 0x80000000u;  // set in the id of an entry whose score is known: hi holds it, lo too unless it is NaN
-
-struct TopkBuffer {        // of one worker; entry e of row r is at r*stride + e: a feature, and an interval that contains its score
+// What a top-k keeps. Entry e of row r is at r*stride + e. `tau` of a row never exceeds its k-th largest score, and only rises; when it rises
+// first depends on the threads, what is selected in the end does not.
+struct TopkBuffer {
+  // The worker's own: features of the block at hand that screening left undecided, an interval that contains the score of each.
   float* lo;
   float* hi;
   int32_t* id;
   int32_t* n;              // [rows]
-  int32_t* seen;           // [rows] n when all entries were last scored, or -1
-  int32_t* fresh;          // [rows] entries scored since tau was last raised by this worker
-  int64_t* scored;
-  int64_t stride, capacity, k;
-  int32_t* tau;            // [rows] bits of a float, shared by all workers
-  uint8_t* exact;          // [rows] shared
+  int64_t stride;          // at least a block of features and 16
+  float* room;             // [kept_stride + stride]
+  int64_t* scored;         // counts scores
+  // Shared by all workers: scores not below tau, and their features.
+  float* score;
+  int32_t* feature;
+  int32_t* kept;           // [rows] entries
+  int32_t* fresh;          // [rows] entries since tau was last raised
+  uint8_t* lock;           // [rows] guards the four above
+  int64_t kept_stride, capacity, k;
+  int32_t* tau;            // [rows] bits of a float
+  uint8_t* exact;          // [rows] set: more undecided than a buffer is for; this row takes the exact path
 };
 
 struct ScoreJob {          // what the exact scores of a block need
@@ -107,8 +114,8 @@ struct EncodeKernels {
   void (*rows)(const RowsJob&);
   void (*panels)(const PanelsJob&);
   void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Ahead&, const ScoreJob&, const TopkBuffer&);
-  // Entries of all workers' buffers that may be in row r's top k, moved to the first buffer; their number, or -1 if they do not fit.
-  int64_t (*finish_topk)(const TopkBuffer* buffers, int workers, int64_t row, float* scratch);
+  // Drops the kept entries of a row that cannot be in its top k; how many are left.
+  int64_t (*finish_topk)(const TopkBuffer&, int64_t row);
 };
 
 namespace portable {

@@ -238,32 +238,29 @@ FASTSAE_INLINE __m512i ordered(__m512i bits) {
   return _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff)));
 }
 
-// A number t with at least k of the n values not below t: the k-th largest, or a little less if `slack` more may pass. 0 < k <= n.
-float kth_from_below(const float* values, int64_t n, int64_t k, int64_t slack) {
-  __m512i low_v = _mm512_set1_epi32(0x7fffffff), high_v = _mm512_set1_epi32(INT32_MIN);
+// A number t with at least k of the n values not below t: the k-th largest. NaN counts as -inf. 0 < k <= n.
+float kth_largest(const float* values, int64_t n, int64_t k) {
+  const int64_t bottom = ordered(kMinusInfinity);
   const auto key = [&](int64_t i) {
     const __mmask16 m = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
-    return ordered(_mm512_mask_loadu_epi32(_mm512_set1_epi32(kMinusInfinity), m, values + i));
+    const __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), m, values + i);
+    return ordered(_mm512_castps_si512(_mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()))));
   };
+  __m512i high_v = _mm512_set1_epi32(INT32_MIN), low_v = _mm512_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 16) {
-    low_v = _mm512_min_epi32(low_v, key(i));
     high_v = _mm512_max_epi32(high_v, key(i));
+    low_v = _mm512_min_epi32(low_v, key(i));
   }
+  // Invariant: at least k keys >= low, fewer than k keys >= high. Padding lanes count as -inf, which only `low` may be.
   int64_t low = _mm512_reduce_min_epi32(low_v), high = static_cast<int64_t>(_mm512_reduce_max_epi32(high_v)) + 1;
-  // Invariant: at least k keys >= low, fewer than k keys >= high. Padding lanes are -inf, and only counted when low is -inf already.
-  const int64_t bottom = ordered(kMinusInfinity);
   while (high - low > 1) {
     const int64_t mid = low + (high - low) / 2;
-    if (mid <= bottom) {
-      low = mid;
-      continue;
-    }
     const __m512i pivot = _mm512_set1_epi32(static_cast<int32_t>(mid));
     int64_t count = 0;
     for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(_mm512_cmpge_epi32_mask(key(i), pivot));
     if (count >= k) {
       low = mid;
-      if (count <= k + slack) break;
+      if (count == k) break;
     } else {
       high = mid;
     }
@@ -281,24 +278,24 @@ FASTSAE_INLINE void raise_tau(int32_t* tau, float to) {
   }
 }
 
-// Keeps the entries with !(hi < tau); in place, or to another place.
-FASTSAE_INLINE int64_t keep_above(float tau, const float* lo, const float* hi, const int32_t* id, int64_t n, float* to_lo, float* to_hi,
-                                  int32_t* to_id, int64_t limit) {
+// Copies the entries with !(value < tau), to the same place or another; their number. Writes up to 15 elements beyond them.
+FASTSAE_INLINE int64_t keep_above(float tau, const float* value, const int32_t* id, const float* other, int64_t n, float* to_value, int32_t* to_id,
+                                  float* to_other) {
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
-    const __m512 h = _mm512_loadu_ps(hi + i), l = _mm512_loadu_ps(lo + i);
+    const __m512 v = _mm512_loadu_ps(value + i);
     const __m512i f = _mm512_loadu_si512(id + i);
-    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, h, _mm512_set1_ps(tau), _CMP_NLT_UQ);
-    const int count = __builtin_popcount(m);
-    if (kept + count > limit) return -1;
-    _mm512_storeu_ps(to_lo + kept, _mm512_maskz_compress_ps(m, l));
-    _mm512_storeu_ps(to_hi + kept, _mm512_maskz_compress_ps(m, h));
+    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ);
+    if (other != nullptr) _mm512_storeu_ps(to_other + kept, _mm512_maskz_compress_ps(m, _mm512_loadu_ps(other + i)));
+    _mm512_storeu_ps(to_value + kept, _mm512_maskz_compress_ps(m, v));
     _mm512_storeu_si512(to_id + kept, _mm512_maskz_compress_epi32(m, f));
-    kept += count;
+    kept += __builtin_popcount(m);
   }
   return kept;
 }
+
+constexpr int64_t kPatience = 4;  // tau is raised when k / kPatience scores are new
 
 template <bool kScaled>
 struct TopkConsumer {
@@ -319,39 +316,29 @@ struct TopkConsumer {
   }
 
   __attribute__((noinline)) void append(int64_t row, uint32_t mask, __m512 r0, __m512 r1, __m512 e0, __m512 e1) {
-    if (buffer.exact[row] != 0) return;
-    float* const lo = buffer.lo + row * buffer.stride;
-    float* const hi = buffer.hi + row * buffer.stride;
-    int32_t* const id = buffer.id + row * buffer.stride;
+    if (__atomic_load_n(buffer.exact + row, __ATOMIC_RELAXED) != 0) return;
     int64_t n = buffer.n[row];
-    if (n + __builtin_popcount(mask) > buffer.capacity) {
-      raise_tau(buffer.tau + row, kth_from_below(lo, n, buffer.k, buffer.k / 8));
-      n = keep_above(load_tau(buffer.tau + row), lo, hi, id, n, lo, hi, id, buffer.capacity);
-      buffer.seen[row] = -1;
-      if (n > buffer.capacity - buffer.capacity / 4) {  // more undecided than a buffer is for: flat, tied or out of range
-        __atomic_store_n(buffer.exact + row, 1, __ATOMIC_RELAXED);
-        raise_tau(buffer.tau + row, __builtin_inff());
-        buffer.n[row] = 0;
-        return;
-      }
-    }
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int h = 0; h < 2; ++h) {
       const __mmask16 m = static_cast<__mmask16>(mask >> (16 * h));
       if (m == 0) continue;
       const __m512 r = h == 0 ? r0 : r1, e = h == 0 ? e0 : e1;
-      const __m512 low = f.lower(h, r, e);
-      const __m512 lower = _mm512_mask_mov_ps(low, _mm512_cmp_ps_mask(low, low, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()));
-      _mm512_storeu_ps(lo + n, _mm512_maskz_compress_ps(m, lower));
-      _mm512_storeu_ps(hi + n, _mm512_maskz_compress_ps(m, f.upper(h, r, e)));
-      _mm512_storeu_si512(id + n, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
+      const int64_t at = row * buffer.stride + n;
+      _mm512_storeu_ps(buffer.lo + at, _mm512_maskz_compress_ps(m, f.lower(h, r, e)));
+      _mm512_storeu_ps(buffer.hi + at, _mm512_maskz_compress_ps(m, f.upper(h, r, e)));
+      _mm512_storeu_si512(buffer.id + at, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
       n += __builtin_popcount(m);
     }
     buffer.n[row] = static_cast<int32_t>(n);
   }
 };
 
-// The scores of a block's new entries, while its weights are in the cache. Their exact values also make the best tau.
+FASTSAE_INLINE void lock_row(uint8_t* lock) {
+  while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE) != 0) _mm_pause();
+}
+FASTSAE_INLINE void unlock_row(uint8_t* lock) { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
+
+// The scores of a block's undecided features, while its weights are in the cache. Their exact values also make the best tau.
 struct Scorer {
   const ScoreJob& job;
   const ScreenPanels& p;
@@ -383,14 +370,11 @@ struct Scorer {
       for (int a = 0; a < N; ++a) total[a] = first ? sum[a] : add(total[a], sum[a]);
     } while (i < job.d);
     for (int a = 0; a < N; ++a) {
-      int32_t& id = buffer.id[place[a]];
-      const int64_t at = id - p.first;
+      const int64_t at = buffer.id[place[a]] - p.first;
       float score = reduce(total[a]);
       if (p.scale != nullptr) score = score * p.scale[at];
       score = score + p.bias[at];
       buffer.hi[place[a]] = score;
-      buffer.lo[place[a]] = score != score ? -__builtin_inff() : score;
-      id = static_cast<int32_t>(static_cast<uint32_t>(id) | kScored);
     }
   }
 
@@ -410,30 +394,60 @@ struct Scorer {
     if (held == 1) score<1>();
   }
 
+  // Scores what is left of a row's undecided features after another look at tau; with many of them, after a better tau.
   FASTSAE_INLINE void row(int64_t row) {
     const int64_t base = row * buffer.stride;
     float* const lo = buffer.lo + base;
     float* const hi = buffer.hi + base;
     int32_t* const id = buffer.id + base;
-    int64_t n = buffer.n[row];
-    int64_t from = buffer.seen[row] < 0 ? 0 : buffer.seen[row];  // before that, all are scored
+    int64_t n = keep_above(load_tau(buffer.tau + row), hi, id, lo, buffer.n[row], hi, id, lo);
     constexpr int64_t kMany = 8;
-    if ((n - from >= kMany || buffer.fresh[row] > buffer.k / 2) && n >= buffer.k) {
-      raise_tau(buffer.tau + row, kth_from_below(lo, n, buffer.k, 0));
-      n = keep_above(load_tau(buffer.tau + row), lo, hi, id, n, lo, hi, id, buffer.capacity);
-      buffer.fresh[row] = 0;
-      from = 0;
+    if (n >= kMany) {
+      const int64_t kept_base = row * buffer.kept_stride;
+      lock_row(buffer.lock + row);
+      const int64_t kept = buffer.kept[row];
+      __builtin_memcpy(buffer.room, buffer.score + kept_base, static_cast<size_t>(kept) * sizeof(float));
+      unlock_row(buffer.lock + row);
+      __builtin_memcpy(buffer.room + kept, lo, static_cast<size_t>(n) * sizeof(float));
+      if (kept + n >= buffer.k) {
+        raise_tau(buffer.tau + row, kth_largest(buffer.room, kept + n, buffer.k));
+        n = keep_above(load_tau(buffer.tau + row), hi, id, lo, n, hi, id, lo);
+      }
     }
-    int64_t count = 0;
-    for (int64_t i = from; i < n; i += 16) {
-      const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
-      uint32_t m = _mm512_mask_cmpge_epi32_mask(valid, _mm512_loadu_si512(id + i), _mm512_setzero_si512());
-      count += __builtin_popcount(m);
-      for (; m != 0; m &= m - 1) add_entry(row, base + i + __builtin_ctz(m));
+    for (int64_t i = 0; i < n; ++i) add_entry(row, base + i);
+    *buffer.scored += n;
+    buffer.n[row] = static_cast<int32_t>(n);
+  }
+
+  // Scored features to the entries that all workers share.
+  FASTSAE_INLINE void share(int64_t row) {
+    const int64_t base = row * buffer.stride, kept_base = row * buffer.kept_stride;
+    const int64_t n = buffer.n[row];
+    buffer.n[row] = 0;
+    float* const score = buffer.score + kept_base;
+    int32_t* const feature = buffer.feature + kept_base;
+    lock_row(buffer.lock + row);
+    int64_t kept = buffer.kept[row];
+    if (kept + n > buffer.capacity) kept = raise(row, kept);
+    if (kept + n > buffer.capacity) {
+      __atomic_store_n(buffer.exact + row, 1, __ATOMIC_RELAXED);
+      raise_tau(buffer.tau + row, __builtin_inff());
+      kept = 0;
+    } else {
+      kept += keep_above(load_tau(buffer.tau + row), buffer.hi + base, buffer.id + base, nullptr, n, score + kept, feature + kept, nullptr);
+      buffer.fresh[row] += static_cast<int32_t>(n);
+      if (buffer.fresh[row] > buffer.k / kPatience && kept >= buffer.k) kept = raise(row, kept);
     }
-    *buffer.scored += count;
-    buffer.fresh[row] += static_cast<int32_t>(count);
-    buffer.n[row] = buffer.seen[row] = static_cast<int32_t>(n);
+    buffer.kept[row] = static_cast<int32_t>(kept);
+    unlock_row(buffer.lock + row);
+  }
+
+  int64_t raise(int64_t row, int64_t kept) {
+    float* const score = buffer.score + row * buffer.kept_stride;
+    int32_t* const feature = buffer.feature + row * buffer.kept_stride;
+    if (kept >= buffer.k) raise_tau(buffer.tau + row, kth_largest(score, kept, buffer.k));
+    buffer.fresh[row] = 0;
+    return keep_above(load_tau(buffer.tau + row), score, feature, nullptr, kept, score, feature, nullptr);
   }
 };
 
@@ -442,10 +456,12 @@ void screen_topk_with(const ScreenRows& rows, const ScreenPanels& panels, const 
   TopkConsumer<kScaled> consumer{buffer, rows, {}};
   run_block(rows, panels, next, consumer);
   unsigned long long q1=__builtin_ia32_rdtsc();
-  Scorer scorer{job, panels, buffer};
+  Scorer scorer{job, panels, buffer, {}, {}, {}, 0};
   for (int64_t r = 0; r < rows.rows; ++r)
-    if (buffer.n[r] != buffer.seen[r] && buffer.exact[r] == 0) scorer.row(r);
+    if (buffer.n[r] != 0) scorer.row(r);
   scorer.finish();
+  for (int64_t r = 0; r < rows.rows; ++r)
+    if (buffer.n[r] != 0) scorer.share(r);
   buffer.scored[2]+=__builtin_ia32_rdtsc()-q1;
 }
 
@@ -456,24 +472,12 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead
     screen_topk_with<false>(rows, panels, next, job, buffer);
 }
 
-int64_t finish_topk(const TopkBuffer* buffers, int workers, int64_t row, float* scratch) {
-  const TopkBuffer& first_buffer = buffers[0];
-  const int64_t at = row * first_buffer.stride, room = workers * first_buffer.capacity + 16;
-  float* const lo = scratch;
-  float* const hi = scratch + room;
-  int32_t* const id = reinterpret_cast<int32_t*>(scratch + 2 * room);
-  int64_t n = 0;
-  const float before = load_tau(first_buffer.tau + row);
-  for (int i = 0; i < workers; ++i)
-    n += keep_above(before, buffers[i].lo + at, buffers[i].hi + at, buffers[i].id + at, buffers[i].n[row], lo + n, hi + n, id + n, room);
-  float tau = before;
-  if (n >= first_buffer.k) {
-    const float kth = kth_from_below(lo, n, first_buffer.k, 0);
-    if (kth > tau) tau = kth;
-  }
-  const int64_t kept = keep_above(tau, lo, hi, id, n, first_buffer.lo + at, first_buffer.hi + at, first_buffer.id + at, first_buffer.capacity);
-  if (kept >= 0) first_buffer.n[row] = static_cast<int32_t>(kept);
-  return kept;
+int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
+  float* const score = buffer.score + row * buffer.kept_stride;
+  int32_t* const feature = buffer.feature + row * buffer.kept_stride;
+  const int64_t kept = buffer.kept[row];
+  const float tau = kept > buffer.k ? kth_largest(score, kept, buffer.k) : -__builtin_inff();
+  return keep_above(tau, score, feature, nullptr, kept, score, feature, nullptr);
 }
 
 #endif

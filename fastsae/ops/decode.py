@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def _segment_sum(products: Tensor, offsets: Tensor) -> Tensor:
 
 def _checked_bounds(crow: Tensor, nnz: int) -> list[int]:
     bounds = crow.tolist()
-    if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"latents.crow must rise from 0 to nnz={nnz}, got {bounds[:4]} .. {bounds[-1]}")
     return bounds
 
@@ -104,7 +105,9 @@ def _row_groups(bounds: list[int], width: int) -> Iterator[tuple[int, int]]:
 # ---------------------------------------------------------------- samples and checks
 
 
-def latent_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, int]]:
+def latent_samples(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, int]]:
     """(values, indices, crow, n_features, width) over sizes 0, 1, odd, powers of two and one heavy feature."""
 
     def normal(*shape: int) -> Tensor:
@@ -113,7 +116,15 @@ def latent_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
     def draw(high: int, shape: Sequence[int]) -> Tensor:
         return torch.randint(0, max(high, 1), shape, generator=generator).to(device)
 
-    for rows, k, n_features, width in ((3, 4, 17, 33), (1, 1, 1, 1), (0, 3, 5, 7), (5, 0, 5, 7), (2, 3, 4, 0), (33, 65, 70, 64), (7, 130, 256, 130)):
+    for rows, k, n_features, width in (
+        (3, 4, 17, 33),
+        (1, 1, 1, 1),
+        (0, 3, 5, 7),
+        (5, 0, 5, 7),
+        (2, 3, 4, 0),
+        (33, 65, 70, 64),
+        (7, 130, 256, 130),
+    ):
         yield normal(rows, k), draw(n_features, (rows, k)), None, n_features, width
     for lengths, n_features, width in (([2, 0, 5, 1], 11, 19), ([0, 0], 4, 5), ([], 4, 5), ([200, 1, 70, 0, 3], 300, 40)):
         crow = torch.tensor([0, *lengths]).cumsum(0).to(device)
@@ -217,9 +228,7 @@ for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
 class _Decode(torch.autograd.Function):
     # forward(ctx, ..) rather than setup_context, which costs 25 µs a call in inspect.signature (torch 2.13).
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, backend: str | None
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, backend: str | None) -> Tensor:
         ctx.save_for_backward(values, indices, crow, W)
         ctx.b_dtype = None if b is None else b.dtype
         ctx.backend = backend
@@ -402,7 +411,8 @@ def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         crow = _checks.tensor(op, "latents.crow", latents.crow, (torch.int64,), values)
         if values.dim() != 1 or col.shape != values.shape or crow.dim() != 1 or crow.shape[0] == 0:
             raise ValueError(
-                f"{op}: ragged latents are values [nnz], col [nnz], crow [rows + 1], got {list(values.shape)}, {list(col.shape)}, {list(crow.shape)}"
+                f"{op}: ragged latents are values [nnz], col [nnz], crow [rows + 1], "
+                f"got {list(values.shape)}, {list(col.shape)}, {list(crow.shape)}"
             )
         if math.prod(latents.batch_shape) != crow.shape[0] - 1:
             rows = crow.shape[0] - 1
@@ -419,7 +429,9 @@ class DecodeGradients(NamedTuple):
     bias: Tensor
 
 
-def decode_backward(grad: Tensor, latents: Latents, W_dec: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> DecodeGradients:
+def decode_backward(
+    grad: Tensor, latents: Latents, W_dec: Tensor, *, out: Tensor | None = None, backend: str | None = None
+) -> DecodeGradients:
     """The gradients of ``decode(latents, W_dec, b_dec)`` without autograd, the weight's into a buffer of your own.
 
     Args:

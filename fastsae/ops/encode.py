@@ -87,12 +87,15 @@ def _tile(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, part: s
     return scores(xc, W, b, scale, part)
 
 
-def _row_tiles(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, chosen: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _row_tiles(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, chosen: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, scores of those rows over all chosen features)."""
     xc = centre(x, b_pre)
     n = W.shape[0] if chosen is None else chosen.shape[0]
     for rows in chunks(x.shape[0], n):
-        parts = [_tile(xc[rows], W, b, scale, part if chosen is None else chosen[part]) for part in chunks(n, max(W.shape[1], rows.stop - rows.start))]
+        tiles = chunks(n, max(W.shape[1], rows.stop - rows.start))
+        parts = [_tile(xc[rows], W, b, scale, part if chosen is None else chosen[part]) for part in tiles]
         yield rows, torch.cat(parts, 1) if parts else xc.new_zeros(rows.stop - rows.start, 0)
 
 
@@ -310,7 +313,9 @@ def _fake_ragged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(nnz), x.new_empty(nnz, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
 
 
-def _fake_threshold(x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, bandwidth: Any) -> tuple[Tensor, ...]:
+def _fake_threshold(
+    x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, bandwidth: Any
+) -> tuple[Tensor, ...]:
     values, col, crow = _fake_ragged(x)
     return values, col, crow, x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
 
@@ -438,7 +443,7 @@ class _EncodeThreshold(torch.autograd.Function):
         ctx.mark_non_differentiable(col, crow, flags)
         ctx.save_for_backward(values, col, crow, flags, x, W, b, threshold, b_pre, scale)
         ctx.bandwidth, ctx.backend = bandwidth, then_any(backend)
-        return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, x.dtype)
+        return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, accumulator(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -565,7 +570,8 @@ def encode_topk(
         k: latents kept a row, ``1 <= k <=`` number of features (of those chosen by ``features``).
         b_pre: ``[D]`` subtracted from ``x`` first.
         scale: ``[F]`` factor of each product, before the bias (e.g. decoder norms).
-        features: restricts to a subset, as an index (order and repetition do not matter) or a mask ``[F]``: dead features for AuxK, a slice.
+        features: restricts to a subset, as an index (order and repetition do not matter) or a mask ``[F]``: dead features for AuxK, a
+            slice.
         relu: clamp the kept values at 0 after the selection.
         index_dtype: torch.int64 or torch.int32.
         backend: see ``fastsae.use_backend``.
@@ -622,7 +628,7 @@ def encode_threshold(
 
     Returns:
         ``RaggedLatents`` with columns ascending and value = score; with ``bandwidth`` ``(latents, l0)``, where ``l0 [..]`` counts the
-        active latents of a row in the dtype of ``x``.
+        active latents of a row, in float32 (float64 for float64).
 
     NaN is kept, with zero gradient. Gradients flow through the active scores to x, W_enc, b_enc, b_pre and scale, and with ``bandwidth``
     e to the threshold: ``d value / d threshold = -(threshold / e)`` and ``d l0 / d threshold = -1 / e`` where
@@ -651,7 +657,7 @@ def encode_threshold(
         values, col, crow, _, l0 = outputs  # pyright: ignore[reportGeneralTypeIssues]
     else:
         values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, bandwidth, backend=backend)
-        l0 = _active_counts(flags, crow, x.dtype) if bandwidth is not None else None
+        l0 = _active_counts(flags, crow, accumulator(x.dtype)) if bandwidth is not None else None
     latents = RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch))
     return latents if bandwidth is None else (latents, l0.reshape(batch))  # pyright: ignore[reportOptionalMemberAccess]
 

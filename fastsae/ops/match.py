@@ -331,6 +331,9 @@ class Match:
     """The rows of a and of b that took part (alive ones); indices in the results are numbers of the whole dictionaries."""
     weights: tuple[Tensor | None, Tensor | None]
     shape: tuple[int, int, int]
+    sides: tuple[Tensor, Tensor]
+    """The dictionaries as given (no copies), for ``one_to_one`` with more candidates than the pass kept."""
+    eps: float
 
     def mmcs(self, direction: str = "mean") -> float:
         """Mean max cosine similarity.
@@ -376,10 +379,13 @@ class Match:
         counts = {name: torch.histogram(values.detach().float().cpu().clamp(-1, 1), edges).hist.long() for name, values in named.items()}
         return {"edges": edges, **counts}
 
-    def one_to_one(self) -> OneToOne:
-        """The best one-to-one matching on the candidates (``candidates=k`` of ``match``), by SciPy's sparse assignment.
+    def one_to_one(self, candidates: int | None = None) -> OneToOne:
+        """The best one-to-one matching on each feature's nearest candidates, by SciPy's sparse assignment.
 
-        A row that finds none of its k candidates free takes a dummy worth its k-th candidate, so ``bound`` is an upper bound on the
+        Args:
+            candidates: of each feature of the smaller dictionary; more than ``match`` has kept cost another pass. None: those kept.
+
+        A feature that finds none of its candidates free takes a dummy worth its last candidate, so ``bound`` is an upper bound on the
         optimum, and exact where no dummy is used. Needs SciPy (extra ``studies``).
         """
         try:
@@ -388,7 +394,8 @@ class Match:
             from scipy.sparse.csgraph import min_weight_full_bipartite_matching
         except ImportError as error:
             raise ImportError("Match.one_to_one needs SciPy: pip install 'fastsae-kernels[studies]'") from error
-        forward = self.a_to_b if self.shape[0] <= self.shape[1] else self.b_to_a
+        small = 0 if self.shape[0] <= self.shape[1] else 1
+        forward = self._candidates(small, candidates)
         if bool(forward.similarity.isnan().any()):
             raise ValueError("Match.one_to_one: similarities must not be NaN; leave broken features out with alive=")
         n, k = forward.index.shape
@@ -404,10 +411,21 @@ class Match:
         value = np.where(dummy, similarity[chosen, -1], 0.0)
         at = np.argmax(forward.index.cpu().numpy()[chosen] == partner[:, None], axis=1)
         value = np.where(dummy, value, similarity[chosen, at])
-        left = self.rows[0 if self.shape[0] <= self.shape[1] else 1].cpu()[torch.from_numpy(chosen.astype(np.int64))]
+        left = self.rows[small].cpu()[torch.from_numpy(chosen.astype(np.int64))]
         right = torch.from_numpy(np.where(dummy, -1, partner).astype(np.int64))
-        left, right = (left, right) if self.shape[0] <= self.shape[1] else (right, left)
+        left, right = (left, right) if small == 0 else (right, left)
         return OneToOne(left, right, torch.from_numpy(value), float(value.mean()) if n else float("nan"), not bool(dummy.any()))
+
+    def _candidates(self, small: int, candidates: int | None) -> Matches:
+        kept = (self.a_to_b, self.b_to_a)[small]
+        if candidates is None:
+            return kept
+        k = min(_checks.integer("Match.one_to_one", "candidates", candidates, 1), self.shape[1 - small])
+        if k <= kept.index.shape[1]:
+            return Matches(kept.similarity[:, :k], kept.index[:, :k])
+        few, many = self.sides[small][self.rows[small]], self.sides[1 - small][self.rows[1 - small]]
+        found = match_cosine(few, many, k=k, eps=self.eps)
+        return Matches(found.similarity, self.rows[1 - small][found.index])
 
     def plot(self, path: Any, bins: int = 60) -> None:
         """Draws both directions' histograms with the random null. Needs matplotlib (extra ``plot``)."""
@@ -479,11 +497,12 @@ def match(
         weights: non-negative ``([N], [M])``, e.g. the mean coefficient of each feature: ``mmcs`` becomes a weighted mean, in which
             coefficients carry the scale and unit features do not. This is our reading of a metric proposed beside MMCS that has no
             published definition.
-        candidates: matches kept a feature, for ``one_to_one``.
+        candidates: matches kept a feature (``similarity`` and ``index`` have as many columns).
         eps, backend: as in ``match_cosine``.
 
     Returns:
-        ``Match``: ``a_to_b``, ``b_to_a`` and ``most_negative`` as ``Matches``; ``mmcs(direction)``; ``histogram``; ``one_to_one``; ``plot``.
+        ``Match``: ``a_to_b``, ``b_to_a`` and ``most_negative`` as ``Matches``; ``mmcs(direction)``, ``fraction_above``, ``histogram``,
+        ``one_to_one``, ``plot``.
 
     No gradients. Raises as ``match_cosine``; ValueError where no feature is alive.
 
@@ -520,6 +539,8 @@ def match(
         (rows_a, rows_b),
         (checked[0], checked[1]),
         (n, m, a.shape[1]),
+        (a, b),
+        eps,
     )
 
 
@@ -529,7 +550,7 @@ def mmcs(a: Any, b: Any, direction: str = "mean", **options: Any) -> float:
 
 
 def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **options: Any) -> Tensor:
-    """MMCS of all ordered pairs ``[n, n]`` float64; entry (i, j) is ``mmcs(dictionaries[i], dictionaries[j], direction)``, 1 on the diagonal.
+    """MMCS of all ordered pairs ``[n, n]`` float64: entry (i, j) is ``mmcs(dictionaries[i], dictionaries[j], direction)``, 1 for i = j.
 
     With ``direction="mean"`` it is symmetric, otherwise not.
     """
@@ -547,5 +568,3 @@ def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **option
                 forward, backward = backward, forward
             result[i, j], result[j, i] = forward, backward
     return result
-
-

@@ -400,7 +400,9 @@ def pack_signs(z: Tensor, *, neurons: Tensor | None = None, backend: str | None 
     return words.reshape(*batch, words.shape[-1])
 
 
-def hash_signs(z: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None) -> Tensor:
+def hash_signs(
+    z: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Hash of pre-activations that a model has computed; equals ``hash_code(pack_signs(z), ...)``. Arguments as in ``spline_hash``."""
     _check_key("hash_signs", layer, seed, bits)
     batch, z, neurons = _sign_inputs("hash_signs", z, neurons)
@@ -408,7 +410,9 @@ def hash_signs(z: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neur
     return result.reshape((*batch, *result.shape[1:]))
 
 
-def hash_code(words: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None) -> Tensor:
+def hash_code(
+    words: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Hash of packed codes: the same value as ``spline_hash`` and ``hash_signs`` give for the neurons behind the bits.
 
     Args:
