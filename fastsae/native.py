@@ -344,7 +344,8 @@ def encode_topk(
         x: [rows, D], any strides. W: [F, D], stride 1 along D or along F; read in place.
         b, scale: None, or [F]. b_pre: None, or [D]. features: None.
         path: "dense" scores everything, "screen" lets bf16 bounds choose what is scored, "auto" picks by measured crossover. Same bits.
-        stats: filled with screened_rows, exact_rows, scored, survivors, workspace (bytes); see csrc/fastsae.h. survived: [rows, F] uint8, set where a score was computed.
+        stats: filled with screened_rows, exact_rows, scored, survivors, workspace (bytes); see csrc/fastsae.h.
+        survived: [rows, F] uint8, set where a score was computed.
     """
     kernels = _C or _load()
     rows, d = x.shape
@@ -367,7 +368,8 @@ def encode_topk(
     indices = torch.empty((rows, k), dtype=torch.int64)
     numbers = None if stats is None else torch.zeros(len(_STATS), dtype=torch.int64)
     status = kernels.encode_topk(
-        x.data_ptr(), rows, *x.stride(), W.data_ptr(), stride_f, stride_d, d, n, *(0 if t is None else t.data_ptr() for t in (b, b_pre, scale)),
+        x.data_ptr(), rows, *x.stride(), W.data_ptr(), stride_f, stride_d, d, n,
+        *(0 if t is None else t.data_ptr() for t in (b, b_pre, scale)),
         k, relu, values.data_ptr(), indices.data_ptr(), _PATHS[path], torch.get_num_threads(),
         0 if numbers is None else numbers.data_ptr(), 0 if survived is None else survived.data_ptr(),
     )  # fmt: skip

@@ -25,12 +25,22 @@ Case = dict[str, Any]
 def draw(rows: int, d: int, features: int, seed: int = 0, **more: Any) -> Case:
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(features, d, generator=g)
-    case = {"x": torch.randn(rows, d, generator=g), "W": W / W.norm(dim=1, keepdim=True), "b": None, "b_pre": None, "scale": None, "k": 16, "relu": False}
+    case = {
+        "x": torch.randn(rows, d, generator=g),
+        "W": W / W.norm(dim=1, keepdim=True),
+        "b": None,
+        "b_pre": None,
+        "scale": None,
+        "k": 16,
+        "relu": False,
+    }
     return {**case, **more}
 
 
 def run(case: Case, path: str, **more: Any) -> tuple[Tensor, Tensor]:
-    return native.encode_topk(case["x"], case["W"], case["b"], case["b_pre"], case["scale"], None, case["k"], case["relu"], path=path, **more)
+    return native.encode_topk(
+        case["x"], case["W"], case["b"], case["b_pre"], case["scale"], None, case["k"], case["relu"], path=path, **more
+    )
 
 
 def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
@@ -155,7 +165,11 @@ def broken_features(case: Case) -> None:
     case["W"][1500, 0] = float("inf")
     case["W"][2999, 3] = -float("inf")
     case["W"][31, 1] = 3e37
-    case["b"] = torch.zeros(case["W"].shape[0]).index_fill_(0, torch.tensor([40, 50]), float("inf")).index_fill_(0, torch.tensor([60]), float("nan"))
+    case["b"] = (
+        torch.zeros(case["W"].shape[0])
+        .index_fill_(0, torch.tensor([40, 50]), float("inf"))
+        .index_fill_(0, torch.tensor([60]), float("nan"))
+    )
     case["b"][70:90] = -float("inf")
 
 

@@ -4,12 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <ctime>
-static double CPU(){timespec t;clock_gettime(CLOCK_THREAD_CPUTIME_ID,&t);return t.tv_sec*1e3+t.tv_nsec*1e-6;}
-static double NOW(){return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count()*1e3;}
 
 #include "fastsae.h"
 #include "isa.h"
@@ -31,7 +25,7 @@ constexpr int64_t kLeastChunk = 64;
 constexpr int64_t kBufferBytes = int64_t{64} << 20;
 constexpr int64_t kPanelBytes = int64_t{256} << 10;  // packed panels at work, a thread: they and the next ones' weights share the L2 cache
 constexpr int kMostPanels = 8;
-constexpr int64_t kColumnBytes = int64_t{6} << 20;  // packed and transposed features of a strided W, a thread
+constexpr int64_t kColumnBytes = int64_t{3} << 20;  // packed and transposed features of a strided W, a thread
 constexpr int kMostWorkers = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -214,7 +208,7 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
   const int64_t capacity = 4 * p.k + 256, stride = capacity + 16;
   const int64_t panel_words = d2 * kPanelWidth;
   // Columns: each row of a strided W costs a page walk a block, so blocks are as wide as the last-level cache has room for them.
-  const int64_t panel_bytes = p.by_rows() ? kPanelBytes : (std::getenv("CB")?atoll(std::getenv("CB"))<<10:kColumnBytes);
+  const int64_t panel_bytes = p.by_rows() ? kPanelBytes : kColumnBytes;
   const int panels = static_cast<int>(std::clamp<int64_t>(panel_bytes / (panel_words * (p.by_rows() ? 4 : 12)), 1, kMostPanels));
   const int64_t block = static_cast<int64_t>(panels) * kPanelWidth, blocks = ceil_div(p.features, block);
   const int threads = static_cast<int>(std::min<int64_t>({p.threads, blocks, kMostWorkers}));
@@ -227,7 +221,7 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
   const size_t bytes = Workspace::size<float>(chunk * padded) + Workspace::size<uint32_t>(chunk * d2) + 2 * Workspace::size<float>(chunk) +
                        2 * Workspace::size<uint8_t>(chunk) + 4 * Workspace::size<int32_t>(chunk) + 2 * Workspace::size<float>(chunk * stride) +
                        threads * (3 * Workspace::size<float>(chunk * undecided) + Workspace::size<int32_t>(chunk) +
-                                  Workspace::size<int64_t>(8) + Workspace::size<uint32_t>(panels * panel_words) +
+                                  Workspace::size<int64_t>(1) + Workspace::size<uint32_t>(panels * panel_words) +
                                   Workspace::size<uint32_t>(scratch_words) + Workspace::size<float>(meta) + Workspace::size<float>(room) +
                                   (p.by_rows() ? 0 : Workspace::size<float>(block * column_stride)) + Workspace::size<uint64_t>(capacity));
   Workspace space(bytes);
@@ -267,9 +261,9 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
     b.hi = space.take<float>(chunk * undecided);
     b.id = space.take<int32_t>(chunk * undecided);
     b.n = space.take<int32_t>(chunk);
-    b.scored = space.take<int64_t>(8);
+    b.scored = space.take<int64_t>(1);
     b.room = space.take<float>(room);
-    for (int z = 0; z < 8; z++) b.scored[z] = 0;
+    *b.scored = 0;
     std::memset(b.n, 0, static_cast<size_t>(chunk) * sizeof(int32_t));
     Own& o = own[t];
     o.data = space.take<uint32_t>(panels * panel_words);
@@ -283,7 +277,6 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
   for (int64_t base = 0; base < p.rows; base += chunk) {
     const int64_t rows = std::min(chunk, p.rows - base);
     const int tiles = static_cast<int>(ceil_div(rows, kTileRows));
-    double T0 = NOW();
     // 1. Rows: centred, and as pairs of bf16 with the factors of their bounds.
     for (uint8_t* flags : {exact, shared.lock}) std::memset(flags, 0, static_cast<size_t>(rows));
     for (int32_t* counts : {shared.kept, shared.fresh}) std::memset(counts, 0, static_cast<size_t>(rows) * sizeof(int32_t));
@@ -293,7 +286,6 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
       centre_rows(kernels, p, base, r0, r1, xc);
       kernels.rows({xc + r0 * padded, padded, d, static_cast<int>(r1 - r0), pairs + r0 * d2, a + r0, c + r0, exact + r0});
     });
-    double T1 = NOW(), TP[64] = {};
     // 2. Features, a block of panels at a time: packed into the cache of the thread that screens them against all rows, and scores what
     //    screening leaves undecided.
     const ScreenRows screen_rows{pairs, rows, d2, tiles, a, c};
@@ -306,16 +298,13 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
       float* const floor = loss + block;
       float* const scale = floor + block;
       float* const bias = scale + block;
-      double q0 = CPU();
       ScoreJob job{xc, padded, p.weights() + f0 * p.w.stride_f, p.w.stride_f, d};
       if (!p.by_rows()) {
         kernels.transpose({job.w, p.w.stride_d, d, n, o.columns, padded, column_stride});
         job.w = o.columns;
         job.stride_f = column_stride;
       }
-      TP[32 + worker * 8] += CPU() - q0;
       kernels.panels({job.w, job.stride_f, d, n, here, o.data, norm, loss, o.scratch});
-      TP[worker * 8] += CPU() - q0;
       for (int64_t j = 0; j < here * kPanelWidth; ++j) {
         const float s = p.scale != nullptr && j < n ? p.scale[f0 + j] : 1.0f;
         norm[j] = std::copysign(norm[j], s);
@@ -324,19 +313,16 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
         scale[j] = s;
         bias[j] = p.bias != nullptr && j < n ? p.bias[f0 + j] : 0.0f;
       }
-      // Very likely the block that this thread gets next. Columns would evict each other: their stride is often a power of two.
+      // Very likely the block that this thread gets next. Columns whose stride is a power of two evict each other from the second-level
+      // cache, but only to the third.
       Ahead next{nullptr, 0, 1, 0};
-      const int64_t g0 = (unit + threads) * block;
-      if (g0 < p.features && !p.by_rows() && std::getenv("PF"))
-        next = {reinterpret_cast<const char*>(p.weights() + g0), d, ceil_div(std::min(block, p.features - g0), 16), p.w.stride_d * 4};
-      if (g0 < p.features && p.by_rows())
-        next = {reinterpret_cast<const char*>(p.weights() + g0 * p.w.stride_f), std::min(block, p.features - g0), ceil_div(d, 16), p.w.stride_f * 4};
-      q0 = CPU();
+      const int64_t g0 = (unit + threads) * block, m = std::min(block, p.features - g0);
+      const char* const from = reinterpret_cast<const char*>(p.weights() + g0 * p.w.stride_f);
+      if (m > 0)
+        next = p.by_rows() ? Ahead{from, m, ceil_div(d, 16), p.w.stride_f * 4} : Ahead{from, d, ceil_div(m, 16), p.w.stride_d * 4};
       kernels.screen_topk(screen_rows, {o.data, here, f0, n, norm, loss, floor, p.scale != nullptr ? scale : nullptr, bias}, next, job,
                           buffers[worker]);
-      TP[16 + worker] += CPU() - q0;
     });
-    double T2 = NOW();
     // 3. The selection among what is left, by exact scores.
     for_each_unit_by_worker(threads, rows, [&](int64_t r, int worker) {
       if (exact[r] != 0) return;
@@ -345,9 +331,6 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
       for (int64_t i = 0; i < n; ++i) entries[i] = entry(shared.score[r * stride + i], shared.feature[r * stride + i]);
       select(p, base + r, entries, n);
     });
-    double T3 = NOW();
-    if (std::getenv("ENCT")) std::printf("rows %.1f screen %.1f (transpose %.1f %.1f pack %.1f %.1f tiles %.1f %.1f) select %.1f\n", T1 - T0, T2 - T1, TP[32], TP[40], TP[0], TP[8], TP[16], TP[17], T3 - T2);
-    if (std::getenv("ENCT")) std::printf("   Mcycles run %.1f score %.1f appends %lld\n",buffers[0].scored[1]*1e-6,buffers[0].scored[2]*1e-6,(long long)buffers[0].scored[3]);
     // 4. Rows on which screening decided too little.
     int64_t count = 0;
     for (int64_t r = 0; r < rows; ++r)

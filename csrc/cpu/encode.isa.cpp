@@ -455,14 +455,12 @@ template <bool kScaled>
 void screen_topk_with(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
   TopkConsumer<kScaled> consumer{buffer, rows, {}};
   run_block(rows, panels, next, consumer);
-  unsigned long long q1=__builtin_ia32_rdtsc();
   Scorer scorer{job, panels, buffer, {}, {}, {}, 0};
   for (int64_t r = 0; r < rows.rows; ++r)
     if (buffer.n[r] != 0) scorer.row(r);
   scorer.finish();
   for (int64_t r = 0; r < rows.rows; ++r)
     if (buffer.n[r] != 0) scorer.share(r);
-  buffer.scored[2]+=__builtin_ia32_rdtsc()-q1;
 }
 
 void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
