@@ -128,19 +128,24 @@ struct Best {
 // Rows `list` (null: 0 .. count) of the chunk xc; row r of the chunk is row `base + r` of the output.
 int64_t dense(const EncodeKernels& kernels, const Problem& p, const float* xc, int64_t base, const int32_t* list, int64_t count) {
   const int64_t padded = p.padded(), capacity = std::min(2 * p.k + 64, p.features);
-  const int64_t width = std::clamp(round_up((int64_t{32} << 10) / padded, 16), int64_t{16}, kDenseWidth);
-  const int64_t units = ceil_div(p.features, width);
+  // By rows: as many features as stay in the cache for all rows. By columns: wide, because each row of a strip is on another page.
+  const bool direct = !p.by_rows() && p.d > 0 && count <= kColumnRows;
+  const int64_t width = direct          ? kColumnWidth
+                        : !p.by_rows() ? kDenseWidth
+                                       : std::clamp(round_up((int64_t{32} << 10) / padded, 16), int64_t{16}, kDenseWidth);
+  const int64_t units = ceil_div(p.features, width), stride = padded + 16;
   const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, count * p.features * p.d / 8), units));
   const int64_t at_once = std::clamp(kBufferBytes / (8 * capacity * threads), int64_t{1}, count);
   constexpr int64_t kGroup = 16;
+  const int64_t columns_size = p.by_rows() || direct ? 0 : threads * kDenseWidth * stride;
   const size_t bytes = Workspace::size<uint64_t>(threads * at_once * capacity) + Workspace::size<Best>(threads * at_once) +
-                       Workspace::size<float>(threads * kDenseWidth * padded) + Workspace::size<uint64_t>(threads * threads * capacity);
+                       Workspace::size<float>(columns_size) + Workspace::size<uint64_t>(threads * threads * capacity);
   Workspace space(bytes);
   if (!space.ok()) return kNoMemory;
   note_workspace(p, bytes);
   uint64_t* const entries = space.take<uint64_t>(threads * at_once * capacity);
   Best* const best = space.take<Best>(threads * at_once);
-  float* const columns = space.take<float>(threads * kDenseWidth * padded);
+  float* const columns = space.take<float>(columns_size);
   uint64_t* const merged = space.take<uint64_t>(threads * threads * capacity);
 
   for (int64_t r0 = 0; r0 < count; r0 += at_once) {
@@ -148,13 +153,21 @@ int64_t dense(const EncodeKernels& kernels, const Problem& p, const float* xc, i
     for (int64_t i = 0; i < threads * at_once; ++i) best[i] = {entries + i * capacity, 0, -INFINITY, true};
     for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
       const int64_t f0 = unit * width, n = std::min(width, p.features - f0);
+      if (direct) {
+        const float* x[kColumnRows];
+        alignas(64) float scores[kColumnRows * kColumnWidth];
+        for (int64_t i = 0; i < rows; ++i) x[i] = xc + (list != nullptr ? list[r0 + i] : r0 + i) * padded;
+        kernels.columns({p.weights() + f0, p.w.stride_d, p.d, n, x, static_cast<int>(rows), scores, kColumnWidth});
+        for (int64_t i = 0; i < rows; ++i) best[worker * at_once + i].add(p, capacity, scores + i * kColumnWidth, f0, n);
+        return;
+      }
       const float* w[kDenseWidth];
       if (p.by_rows()) {
         for (int64_t j = 0; j < n; ++j) w[j] = p.weights() + (f0 + j) * p.w.stride_f;
       } else {
-        float* const to = columns + worker * kDenseWidth * padded;
-        kernels.transpose({p.weights() + f0, p.w.stride_d, p.d, n, to, padded, padded});
-        for (int64_t j = 0; j < n; ++j) w[j] = to + j * padded;
+        float* const to = columns + worker * kDenseWidth * stride;
+        kernels.transpose({p.weights() + f0, p.w.stride_d, p.d, n, to, padded, stride});
+        for (int64_t j = 0; j < n; ++j) w[j] = to + j * stride;
       }
       for (int64_t g = 0; g < rows; g += kGroup) {
         const float* x[kGroup];
@@ -370,7 +383,7 @@ int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t st
   const EncodeKernels& kernels = pick(kTables);
   const Problem p{x, rows, stride_row, stride_d, w, w.d, features, bias, b_pre, scale, k, relu, values, indices, threads, stats, survived};
   const bool can = kernels.screen_topk != nullptr && w.d > 0 && w.d < (int64_t{1} << 20);
-  const bool pays = rows >= 12 && w.d >= 32 && features >= 2048 && features >= 32 * k;
+  const bool pays = rows >= 8 && w.d >= 32 && features >= 2048 && features >= 32 * k;
   if (can && (path == EncodePath::screen || (path == EncodePath::automatic && pays))) return screened(kernels, p);
   return dense_all(kernels, p);
 }

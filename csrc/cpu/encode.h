@@ -29,6 +29,17 @@ struct TransposeJob {
   int64_t padded, stride;  // stride >= padded, of `to`
 };
 
+// Few rows against a strip of columns, without transposing: out[r*ld + f] = <x[r], column f>. x is padded with zeros to a multiple of 32.
+constexpr int64_t kColumnRows = 4, kColumnWidth = 256;
+struct ColumnsJob {
+  const float* w;
+  int64_t stride_d, d, features;  // features <= kColumnWidth
+  const float* const* x;
+  int rows;                       // <= kColumnRows
+  float* out;
+  int64_t ld;                     // >= features rounded up to 16
+};
+
 // ---- screening, where the instruction set has bf16 dot products; the bound is proven in engine.h ----
 
 struct RowsJob {           // rows of a tile to pairs of bf16, their factors of the bound
@@ -108,6 +119,7 @@ struct ScoreJob {          // what the exact scores of a block need
 struct EncodeKernels {
   void (*centre)(const CentreJob&, int64_t rows);
   void (*transpose)(const TransposeJob&);
+  void (*columns)(const ColumnsJob&);
   // out[i*ld + j] = <x[i], w[j]>, i < rows, j < features
   void (*products)(const float* const* x, int64_t rows, const float* const* w, int64_t features, int64_t d, float* out, int64_t ld);
 

@@ -146,6 +146,55 @@ void transpose_columns(const TransposeJob& job) {
   }
 }
 
+// The sixteen lanes of a score are sixteen accumulators here, each for 16 features side by side: the same additions in the same order.
+void column_products(const ColumnsJob& job) {
+  constexpr int64_t kDeep = 32, kStride = kColumnWidth + 16, kVectors = kColumnWidth / kLanes, kAhead = 4;
+  alignas(64) float block[kDeep * kStride];
+  alignas(64) float sums[kColumnRows * kVectors * kLanes * kLanes];
+  alignas(64) float totals[kColumnRows * kVectors * kLanes * kLanes];
+  const int64_t vectors = (job.features + kLanes - 1) / kLanes, used = job.rows * kVectors * kLanes * kLanes;
+  const auto row = [&](int64_t d) { return job.w + d * job.stride_d; };
+  for (int64_t d0 = 0; d0 < job.d; d0 += kDeep) {
+    for (int64_t i = 0; i < kDeep; ++i) {
+      float* const to = block + i * kStride;
+      const int64_t d = d0 + i;
+      if (d + kAhead < job.d)
+        for (int64_t f = 0; f < job.features; f += kLanes) prefetch(row(d + kAhead) + f);
+      for (int64_t f = 0; f < job.features; f += kLanes) {
+        const int64_t left = job.features - f;
+        store(to + f, d >= job.d ? zero() : left >= kLanes ? load(row(d) + f) : load_part(row(d) + f, static_cast<int>(left)));
+      }
+    }
+    const bool starts = d0 % kScoreBlock == 0;
+    for (int64_t r = 0; r < job.rows; ++r)
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* const kept = sums + (r * kVectors + v) * kLanes * kLanes;
+        Vec sum[kLanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) sum[l] = starts ? zero() : load(static_cast<const float*>(kept) + l * kLanes);
+        for (int64_t i = 0; i < kDeep; i += kLanes)
+#pragma GCC unroll 16
+          for (int l = 0; l < kLanes; ++l)
+            sum[l] = fma(broadcast(job.x[r][d0 + i + l]), load(static_cast<const float*>(block) + (i + l) * kStride + v * kLanes), sum[l]);
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) store(kept + l * kLanes, sum[l]);
+      }
+    if (d0 + kDeep < job.d && (d0 + kDeep) % kScoreBlock != 0) continue;
+    for (int64_t i = 0; i < used; i += kLanes) {
+      const Vec part = load(static_cast<const float*>(sums) + i);
+      store(totals + i, d0 < kScoreBlock ? part : add(load(static_cast<const float*>(totals) + i), part));
+    }
+  }
+  for (int64_t r = 0; r < job.rows; ++r)
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vec sum[kLanes];
+      for (int l = 0; l < kLanes; ++l) sum[l] = load(static_cast<const float*>(totals) + ((r * kVectors + v) * kLanes + l) * kLanes);
+      for (int n = kLanes / 2; n > 0; n /= 2)
+        for (int l = 0; l < n; ++l) sum[l] = add(sum[l], sum[l + n]);
+      store(job.out + r * job.ld + v * kLanes, sum[0]);
+    }
+}
+
 #ifdef FASTSAE_LEVEL_avx512_bf16
 
 // ---- packing ----
@@ -484,7 +533,7 @@ int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
 
 extern const EncodeKernels encode_kernels;
 const EncodeKernels encode_kernels = {
-    centre, transpose_columns, products,
+    centre, transpose_columns, column_products, products,
 #ifdef FASTSAE_LEVEL_avx512_bf16
     pack_rows, pack_panels, screen_topk, finish_topk,
 #else
