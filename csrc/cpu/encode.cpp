@@ -130,14 +130,15 @@ int64_t dense(const EncodeKernels& kernels, const Problem& p, const float* xc, i
   const int64_t padded = p.padded(), capacity = std::min(2 * p.k + 64, p.features);
   // By rows: as many features as stay in the cache for all rows. By columns: wide, because each row of a strip is on another page.
   const bool direct = !p.by_rows() && p.d > 0 && count <= kColumnRows;
-  const int64_t width = direct          ? kColumnWidth
+  const int64_t width = direct ? std::clamp(round_up(p.features / (4 * p.threads), 64), int64_t{256}, kColumnWidth / count / 64 * 64)
                         : !p.by_rows() ? kDenseWidth
                                        : std::clamp(round_up((int64_t{32} << 10) / padded, 16), int64_t{16}, kDenseWidth);
   const int64_t units = ceil_div(p.features, width), stride = padded + 16;
   const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, count * p.features * p.d / 8), units));
   const int64_t at_once = std::clamp(kBufferBytes / (8 * capacity * threads), int64_t{1}, count);
   constexpr int64_t kGroup = 16;
-  const int64_t columns_size = p.by_rows() || direct ? 0 : threads * kDenseWidth * stride;
+  const int64_t lanes = count * kScoreLanes * width;  // of direct: sums, totals, scores
+  const int64_t columns_each = direct ? 2 * lanes + count * width : p.by_rows() ? 0 : kDenseWidth * stride, columns_size = threads * columns_each;
   const size_t bytes = Workspace::size<uint64_t>(threads * at_once * capacity) + Workspace::size<Best>(threads * at_once) +
                        Workspace::size<float>(columns_size) + Workspace::size<uint64_t>(threads * threads * capacity);
   Workspace space(bytes);
@@ -155,17 +156,18 @@ int64_t dense(const EncodeKernels& kernels, const Problem& p, const float* xc, i
       const int64_t f0 = unit * width, n = std::min(width, p.features - f0);
       if (direct) {
         const float* x[kColumnRows];
-        alignas(64) float scores[kColumnRows * kColumnWidth];
+        float* const sums = columns + worker * columns_each;
+        float* const scores = sums + 2 * lanes;
         for (int64_t i = 0; i < rows; ++i) x[i] = xc + (list != nullptr ? list[r0 + i] : r0 + i) * padded;
-        kernels.columns({p.weights() + f0, p.w.stride_d, p.d, n, x, static_cast<int>(rows), scores, kColumnWidth});
-        for (int64_t i = 0; i < rows; ++i) best[worker * at_once + i].add(p, capacity, scores + i * kColumnWidth, f0, n);
+        kernels.columns({p.weights() + f0, p.w.stride_d, p.d, n, x, static_cast<int>(rows), sums, sums + lanes, scores, width});
+        for (int64_t i = 0; i < rows; ++i) best[worker * at_once + i].add(p, capacity, scores + i * width, f0, n);
         return;
       }
       const float* w[kDenseWidth];
       if (p.by_rows()) {
         for (int64_t j = 0; j < n; ++j) w[j] = p.weights() + (f0 + j) * p.w.stride_f;
       } else {
-        float* const to = columns + worker * kDenseWidth * stride;
+        float* const to = columns + worker * columns_each;
         kernels.transpose({p.weights() + f0, p.w.stride_d, p.d, n, to, padded, stride});
         for (int64_t j = 0; j < n; ++j) w[j] = to + j * stride;
       }

@@ -29,15 +29,17 @@ struct TransposeJob {
   int64_t padded, stride;  // stride >= padded, of `to`
 };
 
-// Few rows against a strip of columns, without transposing: out[r*ld + f] = <x[r], column f>. x is padded with zeros to a multiple of 32.
-constexpr int64_t kColumnRows = 4, kColumnWidth = 256;
+// Few rows against a strip of columns, without transposing: out[r*ld + f] = <x[r], column f>.
+constexpr int64_t kColumnRows = 4, kColumnWidth = 2048;
 struct ColumnsJob {
   const float* w;
-  int64_t stride_d, d, features;  // features <= kColumnWidth
+  int64_t stride_d, d, features;
   const float* const* x;
-  int rows;                       // <= kColumnRows
+  int rows;      // <= kColumnRows
+  float* sums;   // [rows][16][ld]
+  float* totals; // the same; used beyond kScoreBlock elements
   float* out;
-  int64_t ld;                     // >= features rounded up to 16
+  int64_t ld;    // features rounded up to 16, or more
 };
 
 // ---- screening, where the instruction set has bf16 dot products; the bound is proven in engine.h ----

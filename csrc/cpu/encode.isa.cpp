@@ -146,52 +146,51 @@ void transpose_columns(const TransposeJob& job) {
   }
 }
 
-// The sixteen lanes of a score are sixteen accumulators here, each for 16 features side by side: the same additions in the same order.
-void column_products(const ColumnsJob& job) {
-  constexpr int64_t kDeep = 32, kStride = kColumnWidth + 16, kVectors = kColumnWidth / kLanes, kAhead = 4;
-  alignas(64) float block[kDeep * kStride];
-  alignas(64) float sums[kColumnRows * kVectors * kLanes * kLanes];
-  alignas(64) float totals[kColumnRows * kVectors * kLanes * kLanes];
-  const int64_t vectors = (job.features + kLanes - 1) / kLanes, used = job.rows * kVectors * kLanes * kLanes;
-  const auto row = [&](int64_t d) { return job.w + d * job.stride_d; };
-  for (int64_t d0 = 0; d0 < job.d; d0 += kDeep) {
-    for (int64_t i = 0; i < kDeep; ++i) {
-      float* const to = block + i * kStride;
-      const int64_t d = d0 + i;
-      if (d + kAhead < job.d)
-        for (int64_t f = 0; f < job.features; f += kLanes) prefetch(row(d + kAhead) + f);
-      for (int64_t f = 0; f < job.features; f += kLanes) {
-        const int64_t left = job.features - f;
-        store(to + f, d >= job.d ? zero() : left >= kLanes ? load(row(d) + f) : load_part(row(d) + f, static_cast<int>(left)));
-      }
+// The sixteen lanes of a score are sixteen rows of accumulators here, a float a feature: the same additions in the same order. W is read along
+// its rows, a few at a time so that an accumulator is loaded and stored once for them.
+template <int N>
+FASTSAE_INLINE void add_rows(const ColumnsJob& job, int64_t d, float* const* sums) {
+  for (int64_t f = 0; f < job.features; f += kLanes) {
+    const int64_t left = job.features - f;
+    Vec w[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const float* const from = job.w + (d + i) * job.stride_d + f;
+      w[i] = left >= kLanes ? load(from) : load_part(from, static_cast<int>(left));
     }
-    const bool starts = d0 % kScoreBlock == 0;
-    for (int64_t r = 0; r < job.rows; ++r)
-      for (int64_t v = 0; v < vectors; ++v) {
-        float* const kept = sums + (r * kVectors + v) * kLanes * kLanes;
-        Vec sum[kLanes];
-#pragma GCC unroll 16
-        for (int l = 0; l < kLanes; ++l) sum[l] = starts ? zero() : load(static_cast<const float*>(kept) + l * kLanes);
-        for (int64_t i = 0; i < kDeep; i += kLanes)
-#pragma GCC unroll 16
-          for (int l = 0; l < kLanes; ++l)
-            sum[l] = fma(broadcast(job.x[r][d0 + i + l]), load(static_cast<const float*>(block) + (i + l) * kStride + v * kLanes), sum[l]);
-#pragma GCC unroll 16
-        for (int l = 0; l < kLanes; ++l) store(kept + l * kLanes, sum[l]);
+    for (int r = 0; r < job.rows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        float* const at = sums[r] + ((d + i) % kLanes) * job.ld + f;
+        store(at, fma(broadcast(job.x[r][d + i]), w[i], load(static_cast<const float*>(at))));
       }
-    if (d0 + kDeep < job.d && (d0 + kDeep) % kScoreBlock != 0) continue;
-    for (int64_t i = 0; i < used; i += kLanes) {
-      const Vec part = load(static_cast<const float*>(sums) + i);
-      store(totals + i, d0 < kScoreBlock ? part : add(load(static_cast<const float*>(totals) + i), part));
+  }
+}
+
+void column_products(const ColumnsJob& job) {
+  const int64_t size = kLanes * job.ld, width = (job.features + kLanes - 1) / kLanes * kLanes;
+  float* sums[kColumnRows];
+  for (int r = 0; r < job.rows; ++r) sums[r] = job.sums + r * size;
+  for (int64_t d0 = 0; d0 < job.d; d0 += kScoreBlock) {
+    const int64_t end = least(d0 + kScoreBlock, job.d);
+    for (int64_t i = 0; i < job.rows * size; i += kLanes) store(job.sums + i, zero());
+    int64_t d = d0;
+    for (; d + 4 <= end; d += 4) add_rows<4>(job, d, sums);
+    for (; d < end; ++d) add_rows<1>(job, d, sums);
+    if (job.d <= kScoreBlock) break;
+    for (int64_t i = 0; i < job.rows * size; i += kLanes) {
+      const Vec part = load(static_cast<const float*>(job.sums) + i);
+      store(job.totals + i, d0 == 0 ? part : add(load(static_cast<const float*>(job.totals) + i), part));
     }
   }
+  const float* const totals = job.d <= kScoreBlock ? job.sums : job.totals;
   for (int64_t r = 0; r < job.rows; ++r)
-    for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t f = 0; f < width; f += kLanes) {
       Vec sum[kLanes];
-      for (int l = 0; l < kLanes; ++l) sum[l] = load(static_cast<const float*>(totals) + ((r * kVectors + v) * kLanes + l) * kLanes);
+      for (int l = 0; l < kLanes; ++l) sum[l] = load(totals + r * size + l * job.ld + f);
       for (int n = kLanes / 2; n > 0; n /= 2)
         for (int l = 0; l < n; ++l) sum[l] = add(sum[l], sum[l + n]);
-      store(job.out + r * job.ld + v * kLanes, sum[0]);
+      store(job.out + r * job.ld + f, sum[0]);
     }
 }
 
