@@ -14,7 +14,7 @@ import torch
 
 QUICK = os.environ.get("FASTSAE_BENCH_QUICK") == "1"
 DEVICE = torch.device(os.environ.get("FASTSAE_BENCH_DEVICE", "cpu"))
-BUDGET = 1.0 if QUICK else 15.0
+BUDGET = 1.0 if QUICK else 8.0
 """Seconds for the rounds of one comparison; at least 5 rounds are run whatever they take."""
 
 Call = Callable[[], Any]

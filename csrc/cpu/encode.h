@@ -30,7 +30,7 @@ struct TransposeJob {
 };
 
 // Few rows against a strip of columns, without transposing: out[r*ld + f] = <x[r], column f>.
-constexpr int64_t kColumnRows = 4, kColumnWidth = 2048;
+constexpr int64_t kColumnRows = 2, kColumnWidth = 2048;
 struct ColumnsJob {
   const float* w;
   int64_t stride_d, d, features;
