@@ -116,10 +116,9 @@ def test_drawn_inputs(op: Op, row: Row, context: Context, device: torch.device, 
     everything = list(op.samples(device, dtype, torch.Generator().manual_seed(seed)))
     args = data.draw(st.sampled_from(range(len(everything))).map(lambda number: everything[number]))
     args = perturb(args, data.draw(st.integers(0, 2**31 - 1)), keep=() if op.mutates is None else (op.mutates,))
-    if row.reason(args) is not None or not affordable(row, device, args):
-        return
-    with context():
-        op.check(args, call(op, row, args))
+    with context():  # what a row refuses may depend on the instruction set
+        if row.reason(args) is None and affordable(row, device, args):
+            op.check(args, call(op, row, args))
 
 
 # ---------------------------------------------------------------- public operations
