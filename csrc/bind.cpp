@@ -52,12 +52,12 @@ PYBIND11_MODULE(_C, m) {
                           pointer<const void>(grad), {pointer<void>(out), stride_f, stride_d, d}, zero_untouched, threads);
   });
   m.def("encode_topk", [](address x, i64 rows, i64 stride_row, i64 stride_d, address w, i64 w_stride_f, i64 w_stride_d, i64 d, i64 features,
-                          address bias, address b_pre, address scale, i64 k, bool relu, address values, address indices, int path, int threads,
-                          address stats, address survived) {
+                          address bias, address b_pre, address scale, i64 k, bool relu, address values, address indices, int path,
+                          int threads, address stats, address survived) {
     py::gil_scoped_release release;
     return encode_topk(pointer<const float>(x), rows, stride_row, stride_d, {pointer<void>(w), w_stride_f, w_stride_d, d}, features,
-                       pointer<const float>(bias), pointer<const float>(b_pre), pointer<const float>(scale), k, relu, pointer<float>(values),
-                       pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
+                       pointer<const float>(bias), pointer<const float>(b_pre), pointer<const float>(scale), k, relu,
+                       pointer<float>(values), pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
                        pointer<std::uint8_t>(survived));
   });
   m.attr("NO_MEMORY") = kNoMemory;

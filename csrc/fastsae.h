@@ -92,19 +92,20 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
 //
 // Workspace, whatever rows and features are, for chunks of C <= 1024 rows and T threads. d counts rounded up to 32.
 //   screen: C * (6 d + 8 * (4k + 272) + 40), and for each thread C * 12 * (block + 16) + 2 d * block + 40 d + 20 * block + 64 k bytes,
-//           with a strided W 4 d * block more. block = 32 to 256 features: packed ones fill 256 KiB (3 MiB with a strided W and its copy), or
-//           there are 32. C shrinks, down to 64, to keep all buffers of entries within 64 MiB.
+//           with a strided W 4 d * block more. block = 32 to 256 features: packed ones fill 256 KiB (3 MiB with a strided W and its copy),
+//           or there are 32. C shrinks, down to 64, to keep all buffers of entries within 64 MiB.
 //   dense:  4 d a row of the chunk; T * 8 * min(2k + 64, features) a row, within 64 MiB (or for one row); with a strided W 256 d a thread.
 enum class EncodePath : int { automatic = 0, dense = 1, screen = 2 };
-struct EncodeStats {     // for tests and benches
-  int64_t screened_rows; // rows whose result came from screening
-  int64_t exact_rows;    // rows that were screened in vain, and scored densely
-  int64_t scored;        // scores computed for screened rows
-  int64_t survivors;     // of these, how many were still among the candidates at the end
-  int64_t workspace;     // bytes, the largest at a time
+struct EncodeStats {      // for tests and benches
+  int64_t screened_rows;  // rows whose result came from screening
+  int64_t exact_rows;     // rows that were screened in vain, and scored densely
+  int64_t scored;         // scores computed for screened rows
+  int64_t survivors;      // of these, how many were still among the candidates at the end
+  int64_t workspace;      // bytes, the largest at a time
 };
-int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t stride_d, const Matrix& w, int64_t features, const float* bias,
-                    const float* b_pre, const float* scale, int64_t k, bool relu, float* values, int64_t* indices, EncodePath path,
-                    int threads, EncodeStats* stats, uint8_t* survived);  // the last two may be null; survived [rows, features] is or-ed
+int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t stride_d, const Matrix& w, int64_t features,
+                    const float* bias, const float* b_pre, const float* scale, int64_t k, bool relu, float* values, int64_t* indices,
+                    EncodePath path, int threads, EncodeStats* stats,
+                    uint8_t* survived);  // the last two may be null; survived [rows, features] is or-ed
 
 }  // namespace fastsae

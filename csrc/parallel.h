@@ -7,7 +7,7 @@
 namespace fastsae {
 
 bool threads_available();
-void force_serial();                                             // for good: a forked child must not enter its parent's runtime
+void force_serial();                                                // for good: a forked child must not enter its parent's runtime
 void run_on_threads(int threads, void (*body)(void*), void* data);  // body(data) on up to `threads` threads, and waits
 
 // body(i, worker) for every i in [0, units), each once, in any order and on any thread; `worker` < threads tells concurrent calls apart,

@@ -50,8 +50,7 @@ FASTSAE_INLINE float widen(f16 x) {
 FASTSAE_INLINE void narrow(float x, float* out) { *out = x; }
 FASTSAE_INLINE void narrow(float x, bf16* out) {
   const uint32_t bits = as_bits(x);
-  out->bits = x != x ? static_cast<uint16_t>((bits >> 16) | 0x40)
-                     : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  out->bits = x != x ? static_cast<uint16_t>((bits >> 16) | 0x40) : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 FASTSAE_INLINE void narrow(float x, f16* out) {
   const uint32_t bits = as_bits(x);
@@ -194,9 +193,7 @@ FASTSAE_INLINE __m128i to_bits(__m256 a, bf16) {
 FASTSAE_INLINE __m128i to_bits(__m256 a, f16) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 FASTSAE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-FASTSAE_INLINE Vec load_part(const float* p, int n) {
-  return {_mm256_maskload_ps(p, first(n)), _mm256_maskload_ps(p + 8, first(n - 8))};
-}
+FASTSAE_INLINE Vec load_part(const float* p, int n) { return {_mm256_maskload_ps(p, first(n)), _mm256_maskload_ps(p + 8, first(n - 8))}; }
 FASTSAE_INLINE void store(float* to, Vec a) {
   _mm256_storeu_ps(to, a.lo);
   _mm256_storeu_ps(to + 8, a.hi);

@@ -107,12 +107,12 @@ struct Panels {
   const DecodeKernels& kernels;
   const Matrix& w;
   Dtype t;
-  int at_once;                // 1: shared by all threads
-  int64_t packed_at_most;     // features
-  int64_t count = 0;          // features packed
-  int64_t* used = nullptr;    // [count] their numbers, ascending; null: all
-  int32_t* slot = nullptr;    // [n] the packed feature of each slot
-  char* memory = nullptr;     // [at_once, count, kPanel]
+  int at_once;              // 1: shared by all threads
+  int64_t packed_at_most;   // features
+  int64_t count = 0;        // features packed
+  int64_t* used = nullptr;  // [count] their numbers, ascending; null: all
+  int32_t* slot = nullptr;  // [n] the packed feature of each slot
+  char* memory = nullptr;   // [at_once, count, kPanel]
 
   Panels(const DecodeKernels& kernels, const Slots& s, const Matrix& w, Dtype t, int threads, bool one_each)
       : kernels(kernels), w(w), t(t), packed_at_most(s.n >= s.features / 2 ? s.features : s.n) {
@@ -153,9 +153,8 @@ struct Panels {
   void pack(int64_t p, char* to, int threads) const {
     const PackJob job{w.data, w.stride_f, w.stride_d, p * kPanel, width(p), used, to};
     constexpr int64_t kRows = 1024;
-    for_each_unit(useful_threads(threads, count * kPanel), ceil_div(count, kRows), [&](int64_t unit) {
-      kernels.pack[static_cast<int>(t)](job, unit * kRows, std::min((unit + 1) * kRows, count));
-    });
+    for_each_unit(useful_threads(threads, count * kPanel), ceil_div(count, kRows),
+                  [&](int64_t unit) { kernels.pack[static_cast<int>(t)](job, unit * kRows, std::min((unit + 1) * kRows, count)); });
   }
 
   // body(panel number, packed panel, threads left for it)
@@ -337,9 +336,8 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
     if (threads > 1)
       for (int64_t f = 0; f < features; ++f)
         if (hot(f))
-          for_each_unit(threads, ceil_div(d, kColumns), [&](int64_t unit) {
-            run(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d));
-          });
+          for_each_unit(threads, ceil_div(d, kColumns),
+                        [&](int64_t unit) { run(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
     return kOk;
   }
 
@@ -359,8 +357,14 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
       part.out = at(static_cast<void*>(tile), -(f0 * kScatterColumns) - d0, t);
       run(part, f0, f1, d0, d1);
       const auto put = [&](int64_t a, int64_t b) {
-        const ScatterJob scatter{at(static_cast<const void*>(tile), (a - f0) * kScatterColumns, t), kScatterColumns, b - a, d1 - d0,
-                                 at(out.data, a * out.stride_f + d0 * out.stride_d, t), out.stride_f, out.stride_d, job.stream};
+        const ScatterJob scatter{at(static_cast<const void*>(tile), (a - f0) * kScatterColumns, t),
+                                 kScatterColumns,
+                                 b - a,
+                                 d1 - d0,
+                                 at(out.data, a * out.stride_f + d0 * out.stride_d, t),
+                                 out.stride_f,
+                                 out.stride_d,
+                                 job.stream};
         kernels.scatter[static_cast<int>(t)](scatter);
       };
       if (zero_untouched) {

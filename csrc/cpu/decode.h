@@ -4,10 +4,10 @@
 
 namespace fastsae {
 
-constexpr int64_t kSlotBlock = 16;   // slots summed before they join the total
-constexpr int64_t kDotBlock = 256;   // elements of a dot product summed before they join the total
-constexpr int64_t kPanel = 64;       // columns of a strided W that are packed at a time
-constexpr int64_t kPrefetch = 6;     // slots ahead
+constexpr int64_t kSlotBlock = 16;  // slots summed before they join the total
+constexpr int64_t kDotBlock = 256;  // elements of a dot product summed before they join the total
+constexpr int64_t kPanel = 64;      // columns of a strided W that are packed at a time
+constexpr int64_t kPrefetch = 6;    // slots ahead
 
 // Rows [r0, r1) x columns [d0, d1) of: out[r, :] = bias + sum_s values[s] * table[indices[s], :]
 struct SumJob {

@@ -6,6 +6,7 @@
 // The bf16 conversion of avx512_bf16 flushes denormals, so that level has no body here and runs avx512's.
 #ifndef FASTSAE_LEVEL_avx512_bf16
 #include "cpu/decode.h"
+
 #include "vec.h"
 
 namespace fastsae {
@@ -24,7 +25,8 @@ FASTSAE_INLINE void prefetch_tile(const SumJob& job, int64_t s, int64_t end, int
     d = d_next;
     if (ahead >= job.n) return;
   }
-  const char* const line = reinterpret_cast<const char*>(static_cast<const T*>(job.table) + static_cast<int64_t>(indices[ahead]) * job.table_stride + d);
+  const char* const line =
+      reinterpret_cast<const char*>(static_cast<const T*>(job.table) + static_cast<int64_t>(indices[ahead]) * job.table_stride + d);
   constexpr int kBytes = N * kLanes * static_cast<int>(sizeof(T));
   for (int i = 0; i < kBytes; i += 64) prefetch(line + i);
 }
@@ -206,7 +208,9 @@ void scatter(const ScatterJob& job) {
       const int rows = static_cast<int>(least(kLanes, job.rows - i));
       Vec block[kLanes];
       for (int a = 0; a < kLanes; ++a)
-        block[a] = a >= rows ? zero() : columns == kLanes ? load(tile + (i + a) * job.ld + j) : load_part(tile + (i + a) * job.ld + j, columns);
+        block[a] = a >= rows           ? zero()
+                   : columns == kLanes ? load(tile + (i + a) * job.ld + j)
+                                       : load_part(tile + (i + a) * job.ld + j, columns);
       transpose(block);
       for (int a = 0; a < columns; ++a) {
         T* const line = to + i + (j + a) * job.stride_j;

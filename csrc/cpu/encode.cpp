@@ -92,8 +92,8 @@ void note_workspace(const Problem& p, size_t bytes) {
 struct Best {
   uint64_t* entries;
   int64_t n;
-  float above;    // only scores greater than this, or NaN, can still enter
-  bool any;       // everything still enters
+  float above;  // only scores greater than this, or NaN, can still enter
+  bool any;     // everything still enters
 
   void add(const Problem& p, int64_t capacity, float* scores, int64_t first, int64_t count) {
     if (p.scale != nullptr)
@@ -138,7 +138,10 @@ int64_t dense(const EncodeKernels& kernels, const Problem& p, const float* xc, i
   const int64_t at_once = std::clamp(kBufferBytes / (8 * capacity * threads), int64_t{1}, count);
   constexpr int64_t kGroup = 16;
   const int64_t lanes = count * kScoreLanes * width;  // of direct: sums, totals, scores
-  const int64_t columns_each = direct ? 2 * lanes + count * width : p.by_rows() ? 0 : kDenseWidth * stride, columns_size = threads * columns_each;
+  const int64_t columns_each = direct        ? 2 * lanes + count * width
+                               : p.by_rows() ? 0
+                                             : kDenseWidth * stride,
+                columns_size = threads * columns_each;
   const size_t bytes = Workspace::size<uint64_t>(threads * at_once * capacity) + Workspace::size<Best>(threads * at_once) +
                        Workspace::size<float>(columns_size) + Workspace::size<uint64_t>(threads * threads * capacity);
   Workspace space(bytes);
@@ -234,7 +237,8 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
   const int64_t column_stride = padded + 16;  // not a power of two
   const int64_t meta = 5 * block;
   const size_t bytes = Workspace::size<float>(chunk * padded) + Workspace::size<uint32_t>(chunk * d2) + 2 * Workspace::size<float>(chunk) +
-                       2 * Workspace::size<uint8_t>(chunk) + 4 * Workspace::size<int32_t>(chunk) + 2 * Workspace::size<float>(chunk * stride) +
+                       2 * Workspace::size<uint8_t>(chunk) + 4 * Workspace::size<int32_t>(chunk) +
+                       2 * Workspace::size<float>(chunk * stride) +
                        threads * (3 * Workspace::size<float>(chunk * undecided) + Workspace::size<int32_t>(chunk) +
                                   Workspace::size<int64_t>(1) + Workspace::size<uint32_t>(panels * panel_words) +
                                   Workspace::size<uint32_t>(scratch_words) + Workspace::size<float>(meta) + Workspace::size<float>(room) +
@@ -333,8 +337,7 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
       Ahead next{nullptr, 0, 1, 0};
       const int64_t g0 = (unit + threads) * block, m = std::min(block, p.features - g0);
       const char* const from = reinterpret_cast<const char*>(p.weights() + g0 * p.w.stride_f);
-      if (m > 0)
-        next = p.by_rows() ? Ahead{from, m, ceil_div(d, 16), p.w.stride_f * 4} : Ahead{from, d, ceil_div(m, 16), p.w.stride_d * 4};
+      if (m > 0) next = p.by_rows() ? Ahead{from, m, ceil_div(d, 16), p.w.stride_f * 4} : Ahead{from, d, ceil_div(m, 16), p.w.stride_d * 4};
       kernels.screen_topk(screen_rows, {o.data, here, f0, n, norm, loss, floor, p.scale != nullptr ? scale : nullptr, bias}, next, job,
                           buffers[worker]);
     });
@@ -377,9 +380,9 @@ int64_t screened(const EncodeKernels& kernels, const Problem& p) {
 
 }  // namespace
 
-int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t stride_d, const Matrix& w, int64_t features, const float* bias,
-                    const float* b_pre, const float* scale, int64_t k, bool relu, float* values, int64_t* indices, EncodePath path,
-                    int threads, EncodeStats* stats, uint8_t* survived) {
+int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t stride_d, const Matrix& w, int64_t features,
+                    const float* bias, const float* b_pre, const float* scale, int64_t k, bool relu, float* values, int64_t* indices,
+                    EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
   if (stats != nullptr) *stats = {};
   if (rows == 0 || k == 0) return kOk;
   const EncodeKernels& kernels = pick(kTables);

@@ -5,11 +5,11 @@
 namespace fastsae {
 
 constexpr int64_t kScoreLanes = 16;
-constexpr int64_t kScoreBlock = 4096;   // elements of a score summed before they join the total
-constexpr int64_t kDenseWidth = 64;     // features whose exact scores are computed before they are looked at
-constexpr int kPanelWidth = 32;         // features of a screening panel
-constexpr int kTileRows = 12;           // most rows of a screening tile
-constexpr int64_t kScreenBlock = 512;   // elements of a screening sum before they join the total
+constexpr int64_t kScoreBlock = 4096;  // elements of a score summed before they join the total
+constexpr int64_t kDenseWidth = 64;    // features whose exact scores are computed before they are looked at
+constexpr int kPanelWidth = 32;        // features of a screening panel
+constexpr int kTileRows = 12;          // most rows of a screening tile
+constexpr int64_t kScreenBlock = 512;  // elements of a screening sum before they join the total
 
 // ---- exact scores, every level ----
 
@@ -35,37 +35,37 @@ struct ColumnsJob {
   const float* w;
   int64_t stride_d, d, features;
   const float* const* x;
-  int rows;      // <= kColumnRows
-  float* sums;   // [rows][16][ld]
-  float* totals; // the same; used beyond kScoreBlock elements
+  int rows;       // <= kColumnRows
+  float* sums;    // [rows][16][ld]
+  float* totals;  // the same; used beyond kScoreBlock elements
   float* out;
-  int64_t ld;    // features rounded up to 16, or more
+  int64_t ld;  // features rounded up to 16, or more
 };
 
 // ---- screening, where the instruction set has bf16 dot products; the bound is proven in engine.h ----
 
-struct RowsJob {           // rows of a tile to pairs of bf16, their factors of the bound
-  const float* xc;         // [height, padded]
+struct RowsJob {    // rows of a tile to pairs of bf16, their factors of the bound
+  const float* xc;  // [height, padded]
   int64_t padded, d;
   int height;
-  uint32_t* pairs;         // [d2][height]
+  uint32_t* pairs;  // [d2][height]
   float* a;
   float* c;
-  uint8_t* exact;          // set to 1: this row must take the exact path
+  uint8_t* exact;  // set to 1: this row must take the exact path
 };
 
-struct PanelsJob {         // weight rows to panels
-  const float* w;          // the block's first feature
+struct PanelsJob {  // weight rows to panels
+  const float* w;   // the block's first feature
   int64_t stride_f, d;
-  int64_t features;        // of the block that exist
+  int64_t features;  // of the block that exist
   int panels;
-  uint32_t* data;          // [panels][d2][kPanelWidth]
-  float* norm;             // [panels * kPanelWidth]
+  uint32_t* data;  // [panels][d2][kPanelWidth]
+  float* norm;     // [panels * kPanelWidth]
   float* loss;
-  uint32_t* scratch;       // [16][padded pairs]
+  uint32_t* scratch;  // [16][padded pairs]
 };
 
-struct ScreenRows {        // tile t covers rows [rows*t/tiles, rows*(t+1)/tiles), its pairs start at that row * d2
+struct ScreenRows {  // tile t covers rows [rows*t/tiles, rows*(t+1)/tiles), its pairs start at that row * d2
   const uint32_t* pairs;
   int64_t rows, d2;
   int tiles;
@@ -73,48 +73,48 @@ struct ScreenRows {        // tile t covers rows [rows*t/tiles, rows*(t+1)/tiles
   const float* c;
 };
 
-struct ScreenPanels {      // per-feature arrays hold panels * kPanelWidth entries, in order
+struct ScreenPanels {  // per-feature arrays hold panels * kPanelWidth entries, in order
   const uint32_t* data;
   int panels;
   int64_t first, features;
-  const float* norm;       // these three with the sign of the scale
+  const float* norm;  // these three with the sign of the scale
   const float* loss;
   const float* floor;
-  const float* scale;      // may be null
-  const float* bias;       // zeros where there is none
+  const float* scale;  // may be null
+  const float* bias;   // zeros where there is none
 };
 
-struct Ahead {             // memory to bring into the cache while computing: `segments` runs of `lines` cache lines
+struct Ahead {  // memory to bring into the cache while computing: `segments` runs of `lines` cache lines
   const char* base;
   int64_t segments, lines, stride;
 };
 
-// What a top-k keeps. Entry e of row r is at r*stride + e. `tau` of a row never exceeds its k-th largest score, and only rises; when it rises
-// first depends on the threads, what is selected in the end does not.
+// What a top-k keeps. Entry e of row r is at r*stride + e. `tau` of a row never exceeds its k-th largest score, and only rises; when it
+// rises first depends on the threads, what is selected in the end does not.
 struct TopkBuffer {
   // The worker's own: features of the block at hand that screening left undecided, an interval that contains the score of each.
   float* lo;
   float* hi;
   int32_t* id;
-  int32_t* n;              // [rows]
-  int64_t stride;          // at least a block of features and 16
-  float* room;             // [kept_stride + stride]
-  int64_t* scored;         // counts scores
+  int32_t* n;       // [rows]
+  int64_t stride;   // at least a block of features and 16
+  float* room;      // [kept_stride + stride]
+  int64_t* scored;  // counts scores
   // Shared by all workers: scores not below tau, and their features.
   float* score;
   int32_t* feature;
-  int32_t* kept;           // [rows] entries
-  int32_t* fresh;          // [rows] entries since tau was last raised
-  uint8_t* lock;           // [rows] guards the four above
+  int32_t* kept;   // [rows] entries
+  int32_t* fresh;  // [rows] entries since tau was last raised
+  uint8_t* lock;   // [rows] guards the four above
   int64_t kept_stride, capacity, k;
-  int32_t* tau;            // [rows] bits of a float
-  uint8_t* exact;          // [rows] set: more undecided than a buffer is for; this row takes the exact path
+  int32_t* tau;    // [rows] bits of a float
+  uint8_t* exact;  // [rows] set: more undecided than a buffer is for; this row takes the exact path
 };
 
-struct ScoreJob {          // what the exact scores of a block need
-  const float* xc;         // [rows, padded]
+struct ScoreJob {   // what the exact scores of a block need
+  const float* xc;  // [rows, padded]
   int64_t padded;
-  const float* w;          // the block's first feature; rows of d elements
+  const float* w;  // the block's first feature; rows of d elements
   int64_t stride_f, d;
 };
 

@@ -146,8 +146,8 @@ void transpose_columns(const TransposeJob& job) {
   }
 }
 
-// The sixteen lanes of a score are sixteen rows of accumulators here, a float a feature: the same additions in the same order. W is read along
-// its rows, a few at a time so that an accumulator is loaded and stored once for them.
+// The sixteen lanes of a score are sixteen rows of accumulators here, a float a feature: the same additions in the same order. W is read
+// along its rows, a few at a time so that an accumulator is loaded and stored once for them.
 template <int N>
 FASTSAE_INLINE void add_rows(const ColumnsJob& job, int64_t d, float* const* sums) {
   for (int64_t f = 0; f < job.features; f += kLanes) {
@@ -327,8 +327,8 @@ FASTSAE_INLINE void raise_tau(int32_t* tau, float to) {
 }
 
 // Copies the entries with !(value < tau), to the same place or another; their number. Writes up to 15 elements beyond them.
-FASTSAE_INLINE int64_t keep_above(float tau, const float* value, const int32_t* id, const float* other, int64_t n, float* to_value, int32_t* to_id,
-                                  float* to_other) {
+FASTSAE_INLINE int64_t keep_above(float tau, const float* value, const int32_t* id, const float* other, int64_t n, float* to_value,
+                                  int32_t* to_id, float* to_other) {
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
@@ -374,7 +374,8 @@ struct TopkConsumer {
       const int64_t at = row * buffer.stride + n;
       _mm512_storeu_ps(buffer.lo + at, _mm512_maskz_compress_ps(m, f.lower(h, r, e)));
       _mm512_storeu_ps(buffer.hi + at, _mm512_maskz_compress_ps(m, f.upper(h, r, e)));
-      _mm512_storeu_si512(buffer.id + at, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
+      _mm512_storeu_si512(buffer.id + at, _mm512_maskz_compress_epi32(
+                                              m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
       n += __builtin_popcount(m);
     }
     buffer.n[row] = static_cast<int32_t>(n);
@@ -500,7 +501,8 @@ struct Scorer {
 };
 
 template <bool kScaled>
-void screen_topk_with(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+void screen_topk_with(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job,
+                      const TopkBuffer& buffer) {
   TopkConsumer<kScaled> consumer{buffer, rows, {}};
   run_block(rows, panels, next, consumer);
   Scorer scorer{job, panels, buffer, {}, {}, {}, 0};
@@ -532,11 +534,11 @@ int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
 
 extern const EncodeKernels encode_kernels;
 const EncodeKernels encode_kernels = {
-    centre, transpose_columns, column_products, products,
+    centre,    transpose_columns, column_products, products,
 #ifdef FASTSAE_LEVEL_avx512_bf16
-    pack_rows, pack_panels, screen_topk, finish_topk,
+    pack_rows, pack_panels,       screen_topk,     finish_topk,
 #else
-    nullptr, nullptr, nullptr, nullptr,
+    nullptr, nullptr,           nullptr,         nullptr,
 #endif
 };
 

@@ -18,7 +18,8 @@
 // (3) |r~ - <x^, w^>| <= q |x^||w^| + d1. A product of two bf16 numbers has 16 bits and is exact in fp32. VDPBF16PS adds two of them to its
 //     accumulator; whatever order and whatever rounding of the two sums (nearest, or towards zero) an implementation has, each addition
 //     errs by at most 2u of its result: 2 * 256 additions in a block, one more a block and one to spare, each counted as 2u, times 1.01.
-// (4) d0 + d1 <= U = (4 D + 128) 2^-126: each multiplication, addition or fused step that underflows, gradually or flushed to zero (MXCSR may
+// (4) d0 + d1 <= U = (4 D + 128) 2^-126: each multiplication, addition or fused step that underflows, gradually or flushed to zero (MXCSR
+// may
 //     say so, VDPBF16PS always does), errs by at most 2^-126, and there are fewer than 4 D + 100 of them, those of (7) included.
 // (5) |x^| <= X = |x| + |x^ - x|, and |w^| <= |w| + |w^ - w|. So |r* - r~| <= E with
 //         E = |w| (|x^-x| + q X + g |x|)  +  |w^-w| (X + q X)  +  U.
@@ -29,8 +30,8 @@
 //     factors; the computed e = fma(a, norm, fma(c, loss, U)) and the factors themselves err by a few u, covered by a factor 1 + 2^-20.
 //         a = (|x^-x| + (q + 2^-22) X + g |x|) (1 + 2^-20),      c = X (1 + q + 2^-22) (1 + 2^-20).
 // (8) score = fl(fl(r* scale) + bias) and both steps are monotone (falling, if scale < 0), so the ends of the interval, taken through the
-//     same two steps, enclose the score: no further rounding terms. norm, loss and U carry the sign of the scale, which swaps the ends where
-//     it must. An end that is NaN (inf * 0, inf - inf) decides nothing: hi is compared so that NaN passes, lo = NaN counts as -inf.
+//     same two steps, enclose the score: no further rounding terms. norm, loss and U carry the sign of the scale, which swaps the ends
+//     where it must. An end that is NaN (inf * 0, inf - inf) decides nothing: hi is compared so that NaN passes, lo = NaN counts as -inf.
 //     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well.
 // (9) No overflow unseen: rows with |x| not <= 1e18 take the exact path, features with |w| not <= 1e18 (NaN, inf, huge) get norm = inf and
 //     hence an interval without ends; for all others no partial sum exceeds 1e18 * 1e18 * 1.01 < 2^127.
@@ -157,7 +158,7 @@ void screen_tile(const uint32_t* x, const uint32_t* w, int64_t d2, float* c, Pre
 
 using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, Prefetcher&, int);
 constexpr TileKernel kTileKernels[kTileRows + 1] = {
-    nullptr,        screen_tile<1>, screen_tile<2>, screen_tile<3>, screen_tile<4>,  screen_tile<5>,  screen_tile<6>,
+    nullptr,        screen_tile<1>, screen_tile<2>, screen_tile<3>,  screen_tile<4>,  screen_tile<5>,  screen_tile<6>,
     screen_tile<7>, screen_tile<8>, screen_tile<9>, screen_tile<10>, screen_tile<11>, screen_tile<12>,
 };
 

@@ -37,7 +37,8 @@ struct Buffer {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     uint16_t half = static_cast<uint16_t>(bits >> 16);
-    if (t == Dtype::f16) half = x == 0 ? 0 : static_cast<uint16_t>(((bits >> 16) & 0x8000) | ((((bits >> 23) & 0xff) - 112) << 10) | ((bits >> 13) & 0x3ff));
+    if (t == Dtype::f16)
+      half = x == 0 ? 0 : static_cast<uint16_t>(((bits >> 16) & 0x8000) | ((((bits >> 23) & 0xff) - 112) << 10) | ((bits >> 13) & 0x3ff));
     std::memcpy(bytes.get() + 2 * i, &half, 2);
   }
   double get(int64_t i) const {
@@ -83,7 +84,8 @@ void run(Dtype t, int64_t rows, int64_t k, int64_t features, int64_t d, bool tra
   const Matrix matrix{w.bytes.get(), sf, sd, d};
   expect(decode(slots, t, values.bytes.get(), matrix, nullptr, y.bytes.get(), threads) == kOk, "status", t, d, transposed);
   expect(decode_dvalues(slots, t, grad.bytes.get(), matrix, dvalues.bytes.get(), threads) == kOk, "status", t, d, transposed);
-  expect(decode_dweight(slots, t, values.bytes.get(), grad.bytes.get(), {out.bytes.get(), sf, sd, d}, true, threads) == kOk, "status", t, d, transposed);
+  expect(decode_dweight(slots, t, values.bytes.get(), grad.bytes.get(), {out.bytes.get(), sf, sd, d}, true, threads) == kOk, "status", t, d,
+         transposed);
 
   std::vector<double> want_y(static_cast<size_t>(rows * d)), want_out(static_cast<size_t>(features * d));
   for (int64_t s = 0; s < n; ++s) {
@@ -104,6 +106,35 @@ void run(Dtype t, int64_t rows, int64_t k, int64_t features, int64_t d, bool tra
   expect(decode(slots, t, values.bytes.get(), matrix, nullptr, y.bytes.get(), threads) == n - 1, "bad index", t, d, transposed);
 }
 
+// Arrays of exact size, so that a read beyond them is seen; both paths must give the same bits. `twist` varies what is in them.
+void run_encode(int64_t rows, int64_t d, int64_t features, int64_t k, bool transposed, int twist) {
+  const auto draw = [](int64_t n) {
+    std::unique_ptr<float[]> a(new float[static_cast<size_t>(n)]);
+    for (int64_t i = 0; i < n; ++i) a[static_cast<size_t>(i)] = draw_float();
+    return a;
+  };
+  const auto x = draw(rows * d), w = draw(features * d), bias = draw(features), b_pre = draw(d), scale = draw(features);
+  if (twist % 7 == 3)
+    for (int64_t i = 0; i < d; ++i) x[static_cast<size_t>(i)] = 0;
+  if (twist % 5 == 3) x[0] = NAN;
+  if (twist % 6 == 1) w[static_cast<size_t>(features * d - 1)] = INFINITY;
+  const Matrix matrix{w.get(), transposed ? 1 : d, transposed ? features : 1, d};
+  const size_t slots = static_cast<size_t>(rows * k);
+  std::unique_ptr<float[]> values[2];
+  std::unique_ptr<int64_t[]> indices[2];
+  for (int path = 0; path < 2; ++path) {
+    values[path].reset(new float[slots]);
+    indices[path].reset(new int64_t[slots]);
+    const int64_t status =
+        encode_topk(x.get(), rows, d, 1, matrix, features, twist % 2 != 0 ? bias.get() : nullptr, twist % 3 != 0 ? b_pre.get() : nullptr,
+                    twist % 4 != 0 ? nullptr : scale.get(), k, twist % 2 != 0, values[path].get(), indices[path].get(),
+                    path == 0 ? EncodePath::dense : EncodePath::screen, 2, nullptr, nullptr);
+    expect(status == kOk, "encode status", Dtype::f32, d, transposed);
+  }
+  expect(std::memcmp(values[0].get(), values[1].get(), slots * sizeof(float)) == 0, "encode values", Dtype::f32, d, transposed);
+  expect(std::memcmp(indices[0].get(), indices[1].get(), slots * sizeof(int64_t)) == 0, "encode indices", Dtype::f32, d, transposed);
+}
+
 }  // namespace
 
 int main() {
@@ -121,6 +152,13 @@ int main() {
             run(t, 4, 0, 3, d, transposed, ragged, 2);
           }
     run(Dtype::f32, 40, 33, 500, 300, true, false, 2);
+    int twist = 0;
+    for (bool transposed : {false, true})
+      for (int64_t rows : {1, 2, 13, 30})
+        for (int64_t d : {1, 15, 33, 64, 100, 513})
+          for (int64_t features : {1, 31, 64, 300, 2100})
+            for (int64_t k : {int64_t{1}, (features + 1) / 2, features})
+              if (rows * d * features < 1000000) run_encode(rows, d, features, k, transposed, twist++);
     std::printf("%s: %s\n", level_name(level), failures == before ? "ok" : "FAILED");
   }
   return failures == 0 ? 0 : 1;
