@@ -100,9 +100,10 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
         ours = entry["ours"]["median"] / best
         axes.barh(position, ours, color="tab:green" if ours <= 1 else "tab:gray")
         axes.plot([entry["ours"]["min"] / best, entry["ours"]["max"] / best], [position, position], color="black", linewidth=1)
-        axes.text(ours * 1.05, position + 0.02, f" {ours:.2f}", va="center", fontsize=8)
+        axes.text(max(ours, entry["ours"]["max"] / best) * 1.03, position, f" {ours:.2f}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=8)
     axes.set_xlabel("our time / best plain torch in the same run (below 1: faster; line: min .. max)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -304,7 +304,7 @@ def decode(
     Sums are in float32 (float64 stays) in slot order, in blocks of 16 slots, bias last, rounded once. Duplicate indices add. A slot of
     value 0 adds nothing (0 times an infinite weight is NaN, as in torch) and still receives ``dvalue = <grad, W_dec[index]>``.
     Gradients: latents' values, ``W_dec`` (dense, in the layout of ``W_dec``), ``b_dec``, ``x``, ``skip``. Deterministic, batch-invariant.
-    Memory beyond the output: none that grows with ``B * K * D`` (the reference: 64 MiB).
+    Memory beyond the output: none that grows with ``B * K * D`` (the reference: temporaries of 64 MiB each).
 
     Raises:
         TypeError: dtype or device of an argument. ValueError: a shape, or prefixes not ascending in ``1 .. F``.

@@ -582,8 +582,8 @@ def encode_topk(
 
     The selection is exact under the score, whose sums are in float32 (float64 stays); equal scores: lower index first, -0 == +0; NaN
     ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through kept entries, with ``relu`` only where the value is above
-    0, never through NaN. Deterministic. Memory beyond the output, whatever ``B`` and ``F``: workspaces of 64 MiB in the reference; in the
-    C++ row a copy of at most 1024 rows of ``x``, packed panels and candidate buffers (``csrc/fastsae.h`` states the bytes; kept for reuse).
+    0, never through NaN. Deterministic. Memory beyond the output, whatever ``B`` and ``F``: temporaries of 64 MiB each in the
+    reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels and candidate buffers (``csrc/fastsae.h`` states the bytes; kept for reuse).
 
     Raises:
         TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range.
@@ -633,8 +633,8 @@ def encode_threshold(
 
     NaN is kept, with zero gradient. Gradients flow through the active scores to x, W_enc, b_enc, b_pre and scale, and with ``bandwidth``
     e to the threshold: ``d value / d threshold = -(threshold / e)`` and ``d l0 / d threshold = -1 / e`` where
-    ``|score - threshold| < e / 2``; without it the threshold's gradient is zero. Deterministic. Memory beyond the output: a workspace of
-    64 MiB in the reference; the output holds what fires, at initialisation about half of ``[B, F]`` for ReLU.
+    ``|score - threshold| < e / 2``; without it the threshold's gradient is zero. Deterministic. Memory beyond the output: temporaries
+    of 64 MiB each in the reference; the output holds what fires, at initialisation about half of ``[B, F]`` for ReLU.
 
     Raises: as ``encode_topk``; ValueError for a bandwidth not above 0.
 
@@ -686,7 +686,7 @@ def encode_batch_topk(
         smallest kept score, ``+inf`` where none is kept: its running mean is the threshold for inference.
 
     Ties: by score, then the lower row, then the lower feature. NaN ranks above +inf and is kept, with zero gradient. Gradients flow
-    through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and a workspace of 64 MiB.
+    through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and temporaries of 64 MiB each.
 
     Raises: as ``encode_topk``; ValueError for k not above 0.
 
@@ -727,7 +727,7 @@ def encode_gated(
         ``RaggedLatents`` of the entries above 0, columns ascending, values in the dtype of ``x``. NaN is kept, with zero gradient.
 
     Gradients: x, W_enc, r_mag, b_mag, b_pre through kept entries; the gate is a step, so b_gate's is zero. Deterministic. Memory: the
-    output and a workspace of 64 MiB in the reference. Raises: as ``encode_topk``.
+    output and temporaries of 64 MiB each in the reference. Raises: as ``encode_topk``.
 
     Source: Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv 2404.16014).
     """

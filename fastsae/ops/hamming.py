@@ -162,7 +162,7 @@ def hamming(a: Tensor, b: Tensor, out: Tensor | None = None, *, backend: str | N
         backend: see ``fastsae.use_backend``.
 
     Returns:
-        ``[N, M]`` int32, 0 .. 64 * words (``out`` where given). Exact. Memory beyond it: a workspace of 64 MiB in the reference.
+        ``[N, M]`` int32, 0 .. 64 * words (``out`` where given). Exact. Memory beyond it: temporaries of 64 MiB each in the reference.
 
     Raises: TypeError: dtype or device. ValueError: shape.
     """

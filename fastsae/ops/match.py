@@ -281,7 +281,7 @@ def match_cosine(
         ``Matches(similarity, index)``: ``[N, k]`` in the dtype of ``a``, descending, in -1 .. 1 up to rounding; int64.
 
     The similarity is the float32 (float64 for float64) product of ``fl(v / max(|v|, eps))``; equal ones: lower index first; NaN ranks
-    highest. Gradients flow to ``a`` and ``b`` through the matches. Deterministic. Memory: the unit rows and a workspace of 64 MiB in
+    highest. Gradients flow to ``a`` and ``b`` through the matches. Deterministic. Memory: the unit rows and temporaries of 64 MiB each in
     the reference; nothing grows with ``N * M``.
 
     Raises: TypeError: dtype or device. ValueError: shape, k or eps out of range.

@@ -345,7 +345,7 @@ def spline_code(x: Tensor, W: Tensor, b: Tensor | None = None, *, neurons: Tenso
 
     The sign is that of the float32 score (SPEC's), bias last; 0, -0 and NaN give 0. A model that computes in bfloat16 may see other signs:
     for those use ``pack_signs`` on its own pre-activations. No gradient. Deterministic. Pre-activations are never stored beyond a
-    workspace of 64 MiB in the reference.
+    few temporaries of at most 64 MiB each in the reference.
 
     Raises: TypeError: dtype or device. ValueError: shape. IndexError: ``neurons`` out of range.
 
