@@ -583,7 +583,8 @@ def encode_topk(
     The selection is exact under the score, whose sums are in float32 (float64 stays); equal scores: lower index first, -0 == +0; NaN
     ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through kept entries, with ``relu`` only where the value is above
     0, never through NaN. Deterministic. Memory beyond the output, whatever ``B`` and ``F``: temporaries of 64 MiB each in the
-    reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels and candidate buffers (``csrc/fastsae.h`` states the bytes; kept for reuse).
+    reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels and candidate buffers, kept for reuse
+    (``csrc/fastsae.h`` states the bytes).
 
     Raises:
         TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range.
