@@ -34,15 +34,21 @@ LEVELS: dict[str, tuple[list[str], str]] = {
         "__m256i g(const void* p) { return _mm256_maskz_loadu_epi16(3, p); }",
     ),
     "avx512_bf16": (
-        ["-mavx512bf16"],
-        "__m512 f(__m512 s, __m512bh a) { return _mm512_dpbf16_ps(s, a, a); }",
+        ["-mavx512bf16", "-mavx512vnni"],
+        "__m512 f(__m512 s, __m512bh a) { return _mm512_dpbf16_ps(s, a, a); }"
+        "__m512i g(__m512i s, __m512i a) { return _mm512_dpbusd_epi32(s, a, a); }",
     ),
 }
 
 # Fused multiply-adds are written where they are meant: a compiler that fuses on its own would change bits between levels.
 # No -march and no -ffast-math, ever: baseline files must run on every CPU of the platform, and NaN and -0 must survive.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-ISA_FLAGS = ["-fno-exceptions", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # gcc 12 takes its own intrinsics for uninitialised
+ISA_FLAGS = [
+    "-fno-exceptions",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]  # gcc 12 takes its own intrinsics for uninitialised
 
 FAILURES = (CCompilerError, ExecError, PlatformError, OSError)
 

@@ -27,7 +27,7 @@ def test_encode_topk(shape: tuple[int, int, int, int], layout: str, compare: Cal
 
     def verify() -> None:
         few = ours().rows(slice(0, 8))
-        OPS["encode_topk"].check((x[:8], W, b, None, None, None, k, True), (few.values, few.indices))
+        OPS["encode_topk"].check((x[:8], W, b, None, None, None, None, k, True), (few.values, few.indices))
 
     others = {"torch linear+relu+topk": lambda: torch.nn.functional.linear(x, W, b).relu().topk(k)}
     if has_onednn():

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 
 #include "fastsae.h"
 #include "isa.h"
@@ -51,15 +52,82 @@ PYBIND11_MODULE(_C, m) {
     return decode_dweight(slots(indices, index, crow, rows, k, n, features), static_cast<Dtype>(dtype), pointer<const void>(values),
                           pointer<const void>(grad), {pointer<void>(out), stride_f, stride_d, d}, zero_untouched, threads);
   });
-  m.def("encode_topk", [](address x, i64 rows, i64 stride_row, i64 stride_d, address w, i64 w_stride_f, i64 w_stride_d, i64 d, i64 features,
-                          address bias, address b_pre, address scale, i64 k, bool relu, address values, address indices, int path,
+  // x and W as (address, dtype, rows, stride_row, stride_d, b_pre, eps) and (address, dtype, stride_f, stride_d, d, features, list, eps, packed).
+#define FASTSAE_XW                                                                                                                      \
+  address x, int x_type, i64 rows, i64 stride_row, i64 x_stride_d, address b_pre, float x_eps, address w, int w_type, i64 stride_f,      \
+      i64 stride_d, i64 d, i64 features, address list, float w_eps, address packed
+#define FASTSAE_X \
+  Activations { pointer<const void>(x), static_cast<Dtype>(x_type), rows, stride_row, x_stride_d, pointer<const float>(b_pre), x_eps }
+#define FASTSAE_W                                                                                                                   \
+  Weights {                                                                                                                         \
+    pointer<const void>(w), static_cast<Dtype>(w_type), stride_f, stride_d, d, features, pointer<const std::int32_t>(list), w_eps,  \
+        pointer<const std::uint32_t>(packed)                                                                                        \
+  }
+  m.def("packed_words", &packed_words);
+  m.def("pack", [](address w, int w_type, i64 stride_f, i64 stride_d, i64 d, i64 features, address packed, int threads) {
+    py::gil_scoped_release release;
+    return pack({pointer<const void>(w), static_cast<Dtype>(w_type), stride_f, stride_d, d, features, nullptr, 0, nullptr},
+                pointer<std::uint32_t>(packed), threads);
+  });
+  m.def("encode_topk", [](FASTSAE_XW, address scale, address bias, i64 k, bool relu, address values, address indices, int path,
                           int threads, address stats, address survived) {
     py::gil_scoped_release release;
-    return encode_topk(pointer<const float>(x), rows, stride_row, stride_d, {pointer<void>(w), w_stride_f, w_stride_d, d}, features,
-                       pointer<const float>(bias), pointer<const float>(b_pre), pointer<const float>(scale), k, relu,
-                       pointer<float>(values), pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
+    return encode_topk(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias), k, relu, pointer<float>(values),
+                       pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
                        pointer<std::uint8_t>(survived));
   });
+  struct Owned {
+    Entries* entries;
+    i64 status;
+    float min_kept;
+    Owned(Entries* entries, i64 status, float min_kept) : entries(entries), status(status), min_kept(min_kept) {}
+    Owned(const Owned&) = delete;
+    Owned& operator=(const Owned&) = delete;
+    ~Owned() { free_entries(entries); }
+  };
+  py::class_<Owned>(m, "Entries")
+      .def_readonly("status", &Owned::status)
+      .def_readonly("min_kept", &Owned::min_kept)
+      .def_property_readonly("count", [](const Owned& o) { return entries_count(*o.entries); })
+      .def("copy", [](const Owned& o, address values, address col, address crow, address flags, int threads) {
+        py::gil_scoped_release release;
+        copy_entries(*o.entries, pointer<float>(values), pointer<i64>(col), pointer<i64>(crow), pointer<std::uint8_t>(flags), threads);
+      });
+  m.def("encode_threshold", [](FASTSAE_XW, address scale, address bias, address threshold, float half_band, int path, int threads,
+                               address stats) {
+    py::gil_scoped_release release;
+    i64 status = kOk;
+    Entries* const entries = encode_threshold(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias),
+                                              pointer<const float>(threshold), half_band, static_cast<EncodePath>(path), threads,
+                                              pointer<EncodeStats>(stats), &status);
+    return std::make_unique<Owned>(entries, status, 0.0f);
+  });
+  m.def("encode_gated", [](FASTSAE_XW, address b_gate, address stretch, address b_mag, int path, int threads, address stats) {
+    py::gil_scoped_release release;
+    i64 status = kOk;
+    Entries* const entries = encode_gated(FASTSAE_X, FASTSAE_W, pointer<const float>(b_gate), pointer<const float>(stretch),
+                                          pointer<const float>(b_mag), static_cast<EncodePath>(path), threads,
+                                          pointer<EncodeStats>(stats), &status);
+    return std::make_unique<Owned>(entries, status, 0.0f);
+  });
+  m.def("encode_batch_topk", [](FASTSAE_XW, address scale, address bias, i64 total, int path, int threads, address stats) {
+    py::gil_scoped_release release;
+    i64 status = kOk;
+    float min_kept = 0;
+    Entries* const entries = encode_batch_topk(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias), total,
+                                               static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats), &min_kept, &status);
+    return std::make_unique<Owned>(entries, status, min_kept);
+  });
+  m.def("screen_bounds", [](FASTSAE_XW, address scale, address bias, bool bf16, address lo, address hi, int threads) {
+    py::gil_scoped_release release;
+    bool screens = false;
+    const i64 status = screen_bounds(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias), bf16,
+                                     pointer<float>(lo), pointer<float>(hi), &screens, threads);
+    return status == kOk && screens;
+  });
+#undef FASTSAE_XW
+#undef FASTSAE_X
+#undef FASTSAE_W
   m.attr("NO_MEMORY") = kNoMemory;
 
   m.def("levels", [] {  // built and supported here, ascending

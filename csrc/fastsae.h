@@ -73,28 +73,53 @@ int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matr
 int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, bool zero_untouched,
                        int threads);
 
-// encode_topk: the k largest scores of each row, descending; equal scores (-0 == +0): lower feature first; NaN above +inf.
+// ---- encode ----
+
+// x [rows, d] in any strides; row r as the score takes it is fl(x[r, :] - subtract) in fp32 (subtract may be null), or with eps > 0
+// fl(x[r, :] / max(norm, eps)) with norm = sqrt(sum of squares in the order of a score).
+struct Activations {
+  const void* data;
+  Dtype t;
+  int64_t rows, stride_row, stride_d;
+  const float* subtract;
+  float eps;
+};
+
+// The features in use: `features` rows of a dictionary [*, d] in any strides, all of them or those of `list` (ascending, without repetition).
+// With eps > 0 they are divided as rows of Activations are. `packed` may be null, or what `pack` wrote for the whole dictionary.
+struct Weights {
+  const void* data;
+  Dtype t;
+  int64_t stride_f, stride_d, d, features;
+  const int32_t* list;
+  float eps;
+  const uint32_t* packed;
+};
+
+// The packed form of a dictionary: 8-bit integers, rotated, and three numbers a feature; round_up(features, 32) * (about d + 12) bytes. It is
+// for screening only: what is undecided is scored from the weights themselves. packed_words is 0 where this level cannot screen.
+int64_t packed_words(int64_t features, int64_t d);
+int64_t pack(const Weights& w, uint32_t* packed, int threads);
+
+// The score of row r and feature f:
 //
-//   xc = fl(x[r, :] - b_pre)                    fp32; without b_pre, x itself
 //   total = 0                                   16 lanes; lane l sums the d with d mod 16 = l
 //   for block in d, 4096 elements at a time:
 //     part = 0
-//     for i in block, 16 elements at a time, in order: part = fma(xc[i..], W[f, i..], part)       missing elements are 0
+//     for i in block, 16 elements at a time, in order: part = fma(x[r, i..], W[f, i..], part)      missing elements are 0
 //     total = total + part                      (the first block is taken as it is)
 //   score = fl(fl(fold(total) * scale[f]) + bias[f])    lanes fold 8, 4, 2, 1; without scale or bias that step is left out
 //
-// values [rows, k] and indices [rows, k] are contiguous; `relu` clamps values at 0 after the selection (NaN stays). A NaN is returned as
-// the quiet NaN, -0 as +0. x has any strides; W has stride 1 along d or along the features. Null: b_pre [d], scale and bias [features].
+// scale and bias [dictionary] fp32, null where absent. Half-precision inputs are widened exactly.
 //
-// Two ways to the same bits. dense: every score is computed. screen (levels with bf16 dot products): bf16 products with a proven error
-// bound (cpu/engine.h) choose which features can be among the k; only those are scored. Rows for which that decides too little (flat,
+// Two ways to the same bits. dense: every score is computed. screen (levels with 8-bit dot products): products of 8-bit integers with a
+// proven error bound (cpu/tile.h) choose which features can be kept; only those are scored. Rows for which that decides too little (flat,
 // tied, zero, not finite) are scored densely. automatic: screen where it was measured to be faster.
 //
-// Workspace, whatever rows and features are, for chunks of C <= 1024 rows and T threads. d counts rounded up to 32.
-//   screen: C * (6 d + 8 * (4k + 272) + 40), and for each thread C * 12 * (block + 16) + 2 d * block + 40 d + 20 * block + 64 k bytes,
-//           with a strided W 4 d * block more. block = 32 to 256 features: packed ones fill 256 KiB (3 MiB with a strided W and its copy),
-//           or there are 32. C shrinks, down to 64, to keep all buffers of entries within 64 MiB.
-//   dense:  4 d a row of the chunk; T * 8 * min(2k + 64, features) a row, within 64 MiB (or for one row); with a strided W 256 d a thread.
+// Workspace, whatever rows and features are, for chunks of C <= 1024 rows and T threads, d rounded up to 32 (256 for the rotation):
+// screen: C * (5 d + 24) bytes, and for each thread 12 C (block + 16), the packed block (not with a handle) and 100 d; block = 32 to 256
+// features. A strided, normalised or (without screening) half-precision W: 4 d * block more for each thread. C shrinks, down to 64, to keep
+// all buffers of entries within 64 MiB.
 enum class EncodePath : int { automatic = 0, dense = 1, screen = 2 };
 struct EncodeStats {      // for tests and benches
   int64_t screened_rows;  // rows whose result came from screening
@@ -103,9 +128,42 @@ struct EncodeStats {      // for tests and benches
   int64_t survivors;      // of these, how many were still among the candidates at the end
   int64_t workspace;      // bytes, the largest at a time
 };
-int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t stride_d, const Matrix& w, int64_t features,
-                    const float* bias, const float* b_pre, const float* scale, int64_t k, bool relu, float* values, int64_t* indices,
-                    EncodePath path, int threads, EncodeStats* stats,
+
+// encode_topk: the k largest scores of each row, descending; equal scores (-0 == +0): lower feature first; NaN above +inf.
+//
+// values [rows, k] and indices [rows, k] are contiguous; `relu` clamps values at 0 after the selection (NaN stays). A NaN is returned as
+// the quiet NaN, -0 as +0. Workspace: that of the engine, and 8 * (4k + 272) bytes a row of the chunk; dense: 4 d a row of the chunk, and
+// T * 8 * min(2k + 64, features) a row within 64 MiB (or for one row).
+int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, float* values,
+                    int64_t* indices, EncodePath path, int threads, EncodeStats* stats,
                     uint8_t* survived);  // the last two may be null; survived [rows, features] is or-ed
+
+// What an encoder with any number of latents a row keeps: owned here until it is copied out, because its size is known only then.
+struct Entries;
+void free_entries(Entries* entries);
+int64_t entries_count(const Entries& entries);
+// values and flags (may be null) [count], col [count], crow [rows + 1]: features ascending in a row.
+void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* crow, uint8_t* flags, int threads);
+
+// encode_threshold: scores above max(threshold, 0), strictly, and NaN; threshold [dictionary]. With half_band >= 0 also those with
+// |fl(score - threshold)| < half_band; a score that is not above its threshold is then stored as 0. flags: 1 above, 2 in the band.
+// encode_gated: what is not (product + b_gate <= 0) and not (product * scale + bias <= 0); the value is the latter, or NaN if one is.
+// encode_batch_topk: the `total` largest positive scores (and NaN, above all) of all rows, by score, then row, then feature; min_kept is the
+// smallest of them, +inf where there is none.
+//
+// All three: status in *status. Workspace: that of the engine, and of batch_topk 16 bytes for each of 2 * total + one block's entries.
+// Where more than a quarter of a block's scores of a row are undecided, all of them are computed; where that holds for most rows, the next
+// blocks are not screened at all (at initialisation half of all scores are positive).
+Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
+                          float half_band, EncodePath path, int threads, EncodeStats* stats, int64_t* status);
+Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
+                      EncodePath path, int threads, EncodeStats* stats, int64_t* status);
+Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, EncodePath path,
+                           int threads, EncodeStats* stats, float* min_kept, int64_t* status);
+
+// For tests: the interval of every score, lo and hi [rows, features]; `bf16` takes the screen of spline codes. Rows that would take the exact
+// path have lo = -inf, hi = inf. kNoMemory, or kOk; false in *screens where this level cannot screen.
+int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,
+                      bool* screens, int threads);
 
 }  // namespace fastsae

@@ -108,7 +108,7 @@ bool level_supported(Level level) {
     case Level::avx512:
       return avx512;
     case Level::avx512_bf16:
-      return avx512 && c.avx512_bf16;
+      return avx512 && c.avx512_bf16 && c.avx512_vnni;
   }
   return false;
 }

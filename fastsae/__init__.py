@@ -1,7 +1,7 @@
 """fastsae: exact, deterministic kernels for sparse autoencoders, dictionary matching and spline codes.
 
 Operations (each with a PyTorch reference that every backend is verified against):
-    encode_topk, encode_threshold, encode_batch_topk, encode_gated; decode, decode_backward; reconstruct
+    encode_topk, encode_threshold, encode_batch_topk, encode_gated, pack; decode, decode_backward; reconstruct
     match_cosine, match, mmcs, mmcs_matrix
     spline_code, spline_hash, pack_signs, hash_signs, hash_code, spline_keys; hamming, hamming_topk; count_codes
 Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated.
@@ -19,6 +19,7 @@ from fastsae.ops.hamming import Neighbours, hamming, hamming_topk
 from fastsae.ops.match import Match, Matches, match, match_cosine, mmcs, mmcs_matrix
 from fastsae.ops.reconstruct import Reconstruction, reconstruct
 from fastsae.ops.spline import hash_code, hash_signs, pack_signs, spline_code, spline_hash, spline_keys
+from fastsae.packed import PackedWeights, pack
 from fastsae.sae import SAE
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Match",
     "Matches",
     "Neighbours",
+    "PackedWeights",
     "RaggedLatents",
     "ReLU",
     "Reconstruction",
@@ -56,6 +58,7 @@ __all__ = [
     "match_cosine",
     "mmcs",
     "mmcs_matrix",
+    "pack",
     "pack_signs",
     "reconstruct",
     "spline_code",

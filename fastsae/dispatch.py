@@ -94,6 +94,7 @@ class Op:
         batched: positions of arguments (and results) whose first dimension is the batch; used to test that a row's bits do not
             depend on the batch it stands in. Empty where a result depends on the whole batch.
         mutates: position of the argument that the schema marks as written, or None.
+        handle: positions of a weight and of its packed words (``fastsae.pack``), which change together; or None.
     """
 
     schema: str
@@ -104,6 +105,7 @@ class Op:
     workload: Callable[..., tuple]
     batched: tuple[int, ...] = ()
     mutates: int | None = None
+    handle: tuple[int, int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     name: str = field(init=False)
     rows: list[Row] = field(init=False)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
+from fastsae import native_encode
 from fastsae.dispatch import OPS, Op, Row
 from fastsae.testing import Mismatch, perturb
 from fastsae.verify import affordable, call, devices, variants
@@ -116,6 +117,9 @@ def test_drawn_inputs(op: Op, row: Row, context: Context, device: torch.device, 
     everything = list(op.samples(device, dtype, torch.Generator().manual_seed(seed)))
     args = data.draw(st.sampled_from(range(len(everything))).map(lambda number: everything[number]))
     args = perturb(args, data.draw(st.integers(0, 2**31 - 1)), keep=() if op.mutates is None else (op.mutates,))
+    if op.handle is not None:
+        weight, words = op.handle
+        args = (*args[:words], None if args[words] is None else native_encode.pack(args[weight]), *args[words + 1 :])
     with context():  # what a row refuses may depend on the instruction set
         if row.reason(args) is None and affordable(row, device, args):
             op.check(args, call(op, row, args))
@@ -243,16 +247,16 @@ def _reference_values(name: str) -> Callable[..., Any] | None:
     """The operation's reference on the same inputs, under autograd."""
     index = {"decode": _INDICES, "ragged": _INDICES.flatten()}
     return {
-        "encode_topk": lambda x, W, b, b_pre, scale: OPS["encode_topk"].reference(x, W, b, b_pre, scale, None, 4, True)[0],
-        "encode_topk_signed_subset": lambda x, W, b: OPS["encode_topk"].reference(x, W, b, None, None, torch.arange(0, 23, 2), 11, False)[
-            0
-        ],
-        "encode_threshold": lambda x, W, b, b_pre, scale: OPS["encode_threshold"].reference(
-            x, W, b, torch.tensor(0.3, dtype=torch.float64), b_pre, scale, None, None
+        "encode_topk": lambda x, W, b, b_pre, scale: OPS["encode_topk"].reference(x, W, b, b_pre, scale, None, None, 4, True)[0],
+        "encode_topk_signed_subset": lambda x, W, b: OPS["encode_topk"].reference(
+            x, W, b, None, None, torch.arange(0, 23, 2), None, 11, False
         )[0],
-        "encode_batch_topk": lambda x, W, b, b_pre, scale: OPS["encode_batch_topk"].reference(x, W, b, b_pre, scale, None, 3.5)[0],
+        "encode_threshold": lambda x, W, b, b_pre, scale: OPS["encode_threshold"].reference(
+            x, W, b, torch.tensor(0.3, dtype=torch.float64), b_pre, scale, None, None, None
+        )[0],
+        "encode_batch_topk": lambda x, W, b, b_pre, scale: OPS["encode_batch_topk"].reference(x, W, b, b_pre, scale, None, None, 3.5)[0],
         "encode_gated": lambda x, W, r_mag, b_pre, b_mag: OPS["encode_gated"].reference(
-            x, W, torch.linspace(-1, 1, 23, dtype=torch.float64), r_mag, b_mag, b_pre
+            x, W, torch.linspace(-1, 1, 23, dtype=torch.float64), r_mag, b_mag, b_pre, None
         )[0],
         "decode": lambda values, W, b: OPS["decode"].reference(values, index["decode"], None, W, b),
         "decode_ragged": lambda values, W, b: (

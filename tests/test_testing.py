@@ -39,10 +39,10 @@ def sample(op: str, **wanted: Any) -> tuple:
     indices = torch.randint(0, 50, (6, 5), generator=generator)
     words = torch.randint(-(2**63), 2**63 - 1, (9, 2), generator=generator)
     return {
-        "encode_topk": (x, W, b, None, None, None, 5, wanted.get("relu", False)),
-        "encode_threshold": (x, W, b, torch.full((50,), 2.0), None, None, None, wanted.get("bandwidth")),
-        "encode_batch_topk": (x, W, b, None, None, None, wanted.get("k", 4.0)),
-        "encode_gated": (x, W, b, b / 8 if not integers else b * 0, b.flip(0), None),
+        "encode_topk": (x, W, b, None, None, None, None, 5, wanted.get("relu", False)),
+        "encode_threshold": (x, W, b, torch.full((50,), 2.0), None, None, None, None, wanted.get("bandwidth")),
+        "encode_batch_topk": (x, W, b, None, None, None, None, wanted.get("k", 4.0)),
+        "encode_gated": (x, W, b, b / 8 if not integers else b * 0, b.flip(0), None, None),
         "decode": (normal(6, 5), indices, None, W, normal(W.shape[1])),
         "decode_dvalues": (normal(6, W.shape[1]), indices, None, W),
         "decode_dweight": (normal(6, 5), indices, None, normal(6, 8), torch.empty(50, 8)),
@@ -214,26 +214,26 @@ def test_topk(damage: Damage) -> None:
 
 
 def test_topk_does_not_clamp_without_relu_nor_the_reverse() -> None:
-    args = (*sample("encode_topk")[:6], 50, True)
+    args = (*sample("encode_topk")[:6], None, 50, True)
     result = OPS["encode_topk"].reference(*args)
     OPS["encode_topk"].check(args, result)
     with pytest.raises(Mismatch):
-        OPS["encode_topk"].check((*args[:7], False), result)
+        OPS["encode_topk"].check((*args[:8], False), result)
     with pytest.raises(Mismatch):
-        OPS["encode_topk"].check(args, OPS["encode_topk"].reference(*args[:7], False))
+        OPS["encode_topk"].check(args, OPS["encode_topk"].reference(*args[:8], False))
 
 
 def test_topk_ties() -> None:
     """Among equal scores the lower index stands first, and is kept first at the boundary."""
     x, W = torch.ones(1, 1), torch.tensor([[3.0], [5.0], [3.0], [5.0], [3.0]])
-    args = (x, W, None, None, None, None, 3, False)
+    args = (x, W, None, None, None, None, None, 3, False)
     check = OPS["encode_topk"].check
     check(args, (torch.tensor([[5.0, 5, 3]]), torch.tensor([[1, 3, 0]])))
     for indices in ([3, 1, 0], [1, 3, 2], [1, 3, 4], [0, 1, 3]):
         with pytest.raises(Mismatch):
             check(args, (W.T[:, indices], torch.tensor([indices])))
     # With relu equal clamped values hide different scores; equal scores stay ordered.
-    args = (x, -W, None, None, None, None, 3, True)
+    args = (x, -W, None, None, None, None, None, 3, True)
     check(args, (torch.zeros(1, 3), torch.tensor([[0, 2, 4]])))
     for indices in ([2, 0, 4], [0, 2, 1]):
         with pytest.raises(Mismatch):
@@ -242,7 +242,7 @@ def test_topk_ties() -> None:
 
 def test_topk_nan_and_infinity() -> None:
     scores = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), float("nan"), 2.0])
-    args = (torch.zeros(1, 0), torch.zeros(6, 0), scores, None, None, None, 4, False)
+    args = (torch.zeros(1, 0), torch.zeros(6, 0), scores, None, None, None, None, 4, False)
     check = OPS["encode_topk"].check
     check(args, (scores[[1, 4, 2, 5]][None], torch.tensor([[1, 4, 2, 5]])))
     for indices in ([4, 1, 2, 5], [2, 1, 4, 5], [1, 2, 5, 0], [1, 4, 5, 0], [1, 4, 2, 3]):
@@ -253,7 +253,7 @@ def test_topk_nan_and_infinity() -> None:
 
 
 def test_topk_of_a_subset() -> None:
-    args = (*sample("encode_topk")[:5], torch.arange(0, 50, 2), 5, False)
+    args = (*sample("encode_topk")[:5], torch.arange(0, 50, 2), None, 5, False)
     values, indices = OPS["encode_topk"].reference(*args)
     OPS["encode_topk"].check(args, (values, indices))
     with pytest.raises(Mismatch, match="not chosen"):
@@ -353,7 +353,7 @@ def test_min_kept() -> None:
 def test_batch_topk_ties() -> None:
     """Equal scores: the lower row, then the lower feature."""
     x, W = torch.ones(2, 1), torch.tensor([[2.0], [1.0], [2.0]])
-    args = (x, W, None, None, None, None, 1.5)  # three of the four twos
+    args = (x, W, None, None, None, None, None, 1.5)  # three of the four twos
     check = OPS["encode_batch_topk"].check
     check(args, (torch.full((3,), 2.0), torch.tensor([0, 2, 0]), torch.tensor([0, 2, 3]), torch.tensor(2.0)))
     for col, crow in (([0, 2, 2], [0, 2, 3]), ([0, 0, 2], [0, 1, 3]), ([2, 0, 2], [0, 1, 3])):
@@ -383,7 +383,7 @@ def test_straight_through_band(damage: Damage) -> None:
 
 
 def test_a_threshold_is_strict_on_integers() -> None:
-    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), None, torch.tensor(2.0), None, None, None, None)
+    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), None, torch.tensor(2.0), None, None, None, None, None)
     check, flags = OPS["encode_threshold"].check, torch.zeros(0, dtype=torch.uint8)
     check(args, (torch.tensor([3.0]), torch.tensor([2]), torch.tensor([0, 1]), flags))
     with pytest.raises(Mismatch, match="active entries differ"):
@@ -392,7 +392,7 @@ def test_a_threshold_is_strict_on_integers() -> None:
 
 def test_a_gate_is_strict_on_integers() -> None:
     zero = torch.zeros(2)
-    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0]]), torch.tensor([-1.0, -1.0]), zero, zero, None)
+    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0]]), torch.tensor([-1.0, -1.0]), zero, zero, None, None)
     check = OPS["encode_gated"].check
     check(args, (torch.tensor([2.0]), torch.tensor([1]), torch.tensor([0, 1])))
     with pytest.raises(Mismatch):

@@ -1,56 +1,39 @@
-// encode_topk: chunks of rows, which thread does what, and the exact selection. The sums and the screen are in encode.isa.cpp.
+// The encoders: exact selection, and what their consumers do with blocks of features. The driver is screen.h, the screens encode.isa.cpp.
 #include "cpu/encode.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <mutex>
+#include <vector>
 
-#include "fastsae.h"
-#include "isa.h"
-#include "parallel.h"
-#include "workspace.h"
+#include "cpu/screen.h"
 
 namespace fastsae {
 namespace {
 
-const EncodeKernels* const kTables[kLevels] = {
-    &portable::encode_kernels,
-    FASTSAE_AVX2(encode_kernels),
-    FASTSAE_AVX512(encode_kernels),
-    FASTSAE_AVX512_BF16(encode_kernels),
-};
+const EncodeKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(encode_kernels)};
 
-constexpr int64_t kChunkRows = 1024;
-constexpr int64_t kLeastChunk = 64;
-constexpr int64_t kBufferBytes = int64_t{64} << 20;
-constexpr int64_t kPanelBytes = int64_t{256} << 10;  // packed panels at work, a thread: they and the next ones' weights share the L2 cache
-constexpr int kMostPanels = 8;
-constexpr int64_t kColumnBytes = int64_t{3} << 20;  // packed and transposed features of a strided W, a thread
-constexpr int kMostWorkers = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// Null where the level in force cannot screen.
+const EncodeKernels* encode_kernels() {
+  const EncodeKernels* found = nullptr;
+  for (int level = 0; level <= static_cast<int>(current_level()); ++level)
+    if (kTables[level] != nullptr) found = kTables[level];
+  return found;
+}
 
 struct Problem {
-  const float* x;
-  int64_t rows, stride_row, stride_d;
-  const Matrix& w;
-  int64_t d, features;
-  const float* bias;
-  const float* b_pre;
+  const Activations& x;
+  const Weights& w;
   const float* scale;
-  int64_t k;
-  bool relu;
-  float* values;
-  int64_t* indices;
+  const float* bias;
   int threads;
   EncodeStats* stats;
-  uint8_t* survived;
 
-  const float* weights() const { return static_cast<const float*>(w.data); }
-  bool by_rows() const { return w.stride_d == 1 || d <= 1; }
-  int64_t padded() const { return round_up(std::max<int64_t>(d, 1), 32); }
+  int64_t d() const { return w.d; }
+  int64_t padded() const { return round_to(std::max<int64_t>(w.d, 1), 32); }
 };
+
+void note_workspace(EncodeStats* stats, int64_t bytes) {
+  if (stats != nullptr) stats->workspace = std::max(stats->workspace, bytes);
+}
 
 // ---- order: a key a score, ascending from the best; equal scores have equal keys, all NaN one key below all others ----
 
@@ -70,22 +53,27 @@ float score_of(uint32_t key) {
 }
 uint64_t entry(float score, int64_t feature) { return (uint64_t{key_of(score)} << 32) | static_cast<uint64_t>(feature); }
 
-// The k best of n entries (all different) to the output row.
-void select(const Problem& p, int64_t row, uint64_t* entries, int64_t n) {
-  if (p.k < n) std::nth_element(entries, entries + p.k, entries + n);
-  std::sort(entries, entries + p.k);
-  for (int64_t i = 0; i < p.k; ++i) {
-    const float score = score_of(static_cast<uint32_t>(entries[i] >> 32));
-    p.values[row * p.k + i] = p.relu && score < 0 ? 0.0f : score;
-    p.indices[row * p.k + i] = static_cast<int64_t>(entries[i] & 0xffffffffu);
+// ---- top-k ----
+
+struct TopkOutput {
+  int64_t k;
+  bool relu;
+  float* values;
+  int64_t* indices;
+  const int32_t* list;
+
+  // The k best of n entries (all different) to the output row.
+  void select(int64_t row, uint64_t* entries, int64_t n) const {
+    if (k < n) std::nth_element(entries, entries + k, entries + n);
+    std::sort(entries, entries + k);
+    for (int64_t i = 0; i < k; ++i) {
+      const float score = score_of(static_cast<uint32_t>(entries[i] >> 32));
+      const int64_t feature = static_cast<int64_t>(entries[i] & 0xffffffffu);
+      values[row * k + i] = relu && score < 0 ? 0.0f : score;
+      indices[row * k + i] = list != nullptr ? list[feature] : feature;
+    }
   }
-}
-
-void note_workspace(const Problem& p, size_t bytes) {
-  if (p.stats != nullptr) p.stats->workspace = std::max(p.stats->workspace, static_cast<int64_t>(bytes));
-}
-
-// ---- dense ----
+};
 
 // The best entries of one row among the features one worker sees, which come in ascending order: once a worker has k of them, an equal
 // score that comes later cannot be among the best, so the list never holds more than its capacity, whatever the input.
@@ -95,11 +83,13 @@ struct Best {
   float above;  // only scores greater than this, or NaN, can still enter
   bool any;     // everything still enters
 
-  void add(const Problem& p, int64_t capacity, float* scores, int64_t first, int64_t count) {
+  void add(const Problem& p, int64_t k, int64_t capacity, float* scores, int64_t first, int64_t count) {
+    const int32_t* const list = p.w.list;
+    const auto term = [&](const float* terms, int64_t j) { return terms[list != nullptr ? list[first + j] : first + j]; };
     if (p.scale != nullptr)
-      for (int64_t j = 0; j < count; ++j) scores[j] *= p.scale[first + j];
+      for (int64_t j = 0; j < count; ++j) scores[j] *= term(p.scale, j);
     if (p.bias != nullptr)
-      for (int64_t j = 0; j < count; ++j) scores[j] += p.bias[first + j];
+      for (int64_t j = 0; j < count; ++j) scores[j] += term(p.bias, j);
     for (int64_t j0 = 0; j0 < count; j0 += 16) {
       const int64_t j1 = std::min(j0 + 16, count);
       int pass = any ? 1 : 0;
@@ -108,7 +98,7 @@ struct Best {
       for (int64_t j = j0; j < j1; ++j) {
         if (!any && scores[j] <= above) continue;
         if (n == capacity) {
-          shrink(p.k);
+          shrink(k);
           if (scores[j] <= above) continue;
         }
         entries[n++] = entry(scores[j], first + j);
@@ -126,61 +116,63 @@ struct Best {
 };
 
 // Rows `list` (null: 0 .. count) of the chunk xc; row r of the chunk is row `base + r` of the output.
-int64_t dense(const EncodeKernels& kernels, const Problem& p, const float* xc, int64_t base, const int32_t* list, int64_t count) {
-  const int64_t padded = p.padded(), capacity = std::min(2 * p.k + 64, p.features);
+int64_t dense_topk(const EngineKernels& kernels, const Problem& p, const TopkOutput& out, const float* xc, int64_t base, const int32_t* list,
+                   int64_t count) {
+  const Weights& w = p.w;
+  const int64_t padded = p.padded(), capacity = std::min(2 * out.k + 64, w.features);
+  const bool plain = by_rows(w) && w.t == Dtype::f32 && w.eps == 0;
   // By rows: as many features as stay in the cache for all rows. By columns: wide, because each row of a strip is on another page.
-  const bool direct = !p.by_rows() && p.d > 0 && count <= kColumnRows;
-  const int64_t width = direct ? std::clamp(round_up(p.features / (4 * p.threads), 64), int64_t{256}, kColumnWidth / count / 64 * 64)
-                        : !p.by_rows() ? kDenseWidth
-                                       : std::clamp(round_up((int64_t{32} << 10) / padded, 16), int64_t{16}, kDenseWidth);
-  const int64_t units = ceil_div(p.features, width), stride = padded + 16;
-  const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, count * p.features * p.d / 8), units));
+  const bool direct = !by_rows(w) && w.stride_f == 1 && w.t == Dtype::f32 && w.eps == 0 && w.list == nullptr && p.d() > 0 && count <= kColumnRows;
+  const int64_t width = direct  ? std::clamp(round_to(w.features / (4 * p.threads), 64), int64_t{256}, kColumnWidth / count / 64 * 64)
+                        : plain ? std::clamp(round_to((int64_t{32} << 10) / padded, 16), int64_t{16}, kDenseWidth)
+                                : kDenseWidth;
+  const int64_t units = ceil_div(w.features, width), stride = padded + 16;
+  const int threads = static_cast<int>(std::min<int64_t>({useful_threads(p.threads, count * w.features * p.d() / 8), units, kMostWorkers}));
   const int64_t at_once = std::clamp(kBufferBytes / (8 * capacity * threads), int64_t{1}, count);
   constexpr int64_t kGroup = 16;
   const int64_t lanes = count * kScoreLanes * width;  // of direct: sums, totals, scores
-  const int64_t columns_each = direct        ? 2 * lanes + count * width
-                               : p.by_rows() ? 0
-                                             : kDenseWidth * stride,
-                columns_size = threads * columns_each;
-  const size_t bytes = Workspace::size<uint64_t>(threads * at_once * capacity) + Workspace::size<Best>(threads * at_once) +
-                       Workspace::size<float>(columns_size) + Workspace::size<uint64_t>(threads * threads * capacity);
-  Workspace space(bytes);
+  const int64_t copies_each = direct ? 2 * lanes + count * width : plain ? 0 : kDenseWidth * stride;
+  const int64_t bytes = Workspace::size<uint64_t>(threads * at_once * capacity) + Workspace::size<Best>(threads * at_once) +
+                        Workspace::size<float>(threads * copies_each) + Workspace::size<uint64_t>(threads * threads * capacity);
+  Workspace space(static_cast<size_t>(bytes));
   if (!space.ok()) return kNoMemory;
-  note_workspace(p, bytes);
+  note_workspace(p.stats, bytes);
   uint64_t* const entries = space.take<uint64_t>(threads * at_once * capacity);
   Best* const best = space.take<Best>(threads * at_once);
-  float* const columns = space.take<float>(columns_size);
+  float* const copies = space.take<float>(threads * copies_each);
   uint64_t* const merged = space.take<uint64_t>(threads * threads * capacity);
 
   for (int64_t r0 = 0; r0 < count; r0 += at_once) {
     const int64_t rows = std::min(at_once, count - r0);
+    const auto row_of = [&](int64_t i) { return list != nullptr ? list[r0 + i] : r0 + i; };
     for (int64_t i = 0; i < threads * at_once; ++i) best[i] = {entries + i * capacity, 0, -INFINITY, true};
     for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
-      const int64_t f0 = unit * width, n = std::min(width, p.features - f0);
+      const int64_t f0 = unit * width, n = std::min(width, w.features - f0);
       if (direct) {
         const float* x[kColumnRows];
-        float* const sums = columns + worker * columns_each;
+        float* const sums = copies + worker * copies_each;
         float* const scores = sums + 2 * lanes;
-        for (int64_t i = 0; i < rows; ++i) x[i] = xc + (list != nullptr ? list[r0 + i] : r0 + i) * padded;
-        kernels.columns({p.weights() + f0, p.w.stride_d, p.d, n, x, static_cast<int>(rows), sums, sums + lanes, scores, width});
-        for (int64_t i = 0; i < rows; ++i) best[worker * at_once + i].add(p, capacity, scores + i * width, f0, n);
+        for (int64_t i = 0; i < rows; ++i) x[i] = xc + row_of(i) * padded;
+        kernels.columns({static_cast<const float*>(w.data) + f0, w.stride_d, p.d(), n, x, static_cast<int>(rows), sums, sums + lanes, scores, width});
+        for (int64_t i = 0; i < rows; ++i) best[worker * at_once + i].add(p, out.k, capacity, scores + i * width, f0, n);
         return;
       }
-      const float* w[kDenseWidth];
-      if (p.by_rows()) {
-        for (int64_t j = 0; j < n; ++j) w[j] = p.weights() + (f0 + j) * p.w.stride_f;
+      const float* features[kDenseWidth];
+      if (plain) {
+        for (int64_t j = 0; j < n; ++j)
+          features[j] = static_cast<const float*>(w.data) + (w.list != nullptr ? w.list[f0 + j] : f0 + j) * w.stride_f;
       } else {
-        float* const to = columns + worker * columns_each;
-        kernels.transpose({p.weights() + f0, p.w.stride_d, p.d, n, to, padded, stride});
-        for (int64_t j = 0; j < n; ++j) w[j] = to + j * stride;
+        float* const to = copies + worker * copies_each;
+        kernels.load({w.data, w.t, w.stride_f, w.stride_d, p.d(), f0, n, w.list, nullptr, w.eps, to, padded, stride});
+        for (int64_t j = 0; j < n; ++j) features[j] = to + j * stride;
       }
       for (int64_t g = 0; g < rows; g += kGroup) {
         const float* x[kGroup];
         float scores[kGroup * kDenseWidth];
         const int64_t height = std::min(kGroup, rows - g);
-        for (int64_t i = 0; i < height; ++i) x[i] = xc + (list != nullptr ? list[r0 + g + i] : r0 + g + i) * padded;
-        kernels.products(x, height, w, n, p.d, scores, kDenseWidth);
-        for (int64_t i = 0; i < height; ++i) best[worker * at_once + g + i].add(p, capacity, scores + i * kDenseWidth, f0, n);
+        for (int64_t i = 0; i < height; ++i) x[i] = xc + row_of(g + i) * padded;
+        kernels.products(x, height, features, n, p.d(), scores, kDenseWidth);
+        for (int64_t i = 0; i < height; ++i) best[worker * at_once + g + i].add(p, out.k, capacity, scores + i * kDenseWidth, f0, n);
       }
     });
     for_each_unit_by_worker(threads, rows, [&](int64_t r, int worker) {
@@ -191,207 +183,557 @@ int64_t dense(const EncodeKernels& kernels, const Problem& p, const float* xc, i
         std::memcpy(all + n, b.entries, static_cast<size_t>(b.n) * sizeof(uint64_t));
         n += b.n;
       }
-      select(p, base + (list != nullptr ? list[r0 + r] : r0 + r), all, n);
+      out.select(base + row_of(r), all, n);
     });
   }
   return kOk;
 }
 
-// Rows [r0, r1) of a chunk.
-void centre_rows(const EncodeKernels& kernels, const Problem& p, int64_t base, int64_t r0, int64_t r1, float* xc) {
-  const int64_t padded = p.padded();
-  kernels.centre({p.x + (base + r0) * p.stride_row, p.stride_row, p.stride_d, p.d, p.b_pre, xc + r0 * padded, padded}, r1 - r0);
-}
-
-int64_t dense_all(const EncodeKernels& kernels, const Problem& p) {
-  const int64_t chunk = std::min(p.rows, kChunkRows);
-  Workspace space(Workspace::size<float>(chunk * p.padded()));
+int64_t dense_topk_all(const EngineKernels& kernels, const Problem& p, const TopkOutput& out) {
+  const int64_t chunk = std::min(p.x.rows, kChunkRows), padded = p.padded();
+  Workspace space(Workspace::size<float>(chunk * padded));
   if (!space.ok()) return kNoMemory;
-  float* const xc = space.take<float>(chunk * p.padded());
-  for (int64_t base = 0; base < p.rows; base += chunk) {
-    const int64_t rows = std::min(chunk, p.rows - base);
+  float* const xc = space.take<float>(chunk * padded);
+  for (int64_t base = 0; base < p.x.rows; base += chunk) {
+    const int64_t rows = std::min(chunk, p.x.rows - base);
     constexpr int64_t kRows = 16;
-    for_each_unit(useful_threads(p.threads, rows * p.d), ceil_div(rows, kRows),
-                  [&](int64_t unit) { centre_rows(kernels, p, base, unit * kRows, std::min((unit + 1) * kRows, rows), xc); });
-    const int64_t status = dense(kernels, p, xc, base, nullptr, rows);
+    for_each_unit(useful_threads(p.threads, rows * p.d()), ceil_div(rows, kRows), [&](int64_t unit) {
+      const int64_t r0 = unit * kRows, n = std::min(kRows, rows - r0);
+      kernels.load({p.x.data, p.x.t, p.x.stride_row, p.x.stride_d, p.d(), base + r0, n, nullptr, p.x.subtract, p.x.eps, xc + r0 * padded,
+                    padded, padded});
+    });
+    const int64_t status = dense_topk(kernels, p, out, xc, base, nullptr, rows);
     if (status != kOk) return status;
   }
   return kOk;
 }
 
-// ---- screened ----
-
-int64_t screened(const EncodeKernels& kernels, const Problem& p) {
-  const int64_t d = p.d, d2 = ceil_div(d, 2), padded = p.padded();
-  const int64_t capacity = 4 * p.k + 256, stride = capacity + 16;
-  const int64_t panel_words = d2 * kPanelWidth;
-  // Columns: each row of a strided W costs a page walk a block, so blocks are as wide as the last-level cache has room for them.
-  const int64_t panel_bytes = p.by_rows() ? kPanelBytes : kColumnBytes;
-  const int panels = static_cast<int>(std::clamp<int64_t>(panel_bytes / (panel_words * (p.by_rows() ? 4 : 12)), 1, kMostPanels));
-  const int64_t block = static_cast<int64_t>(panels) * kPanelWidth, blocks = ceil_div(p.features, block);
-  const int threads = static_cast<int>(std::min<int64_t>({p.threads, blocks, kMostWorkers}));
-  const int64_t undecided = block + 16;
-  const int64_t fit = kBufferBytes / (12 * undecided * threads + 8 * stride);
-  const int64_t chunk = std::min(p.rows, std::clamp(fit, kLeastChunk, kChunkRows));
-  const int64_t scratch_words = 16 * (round_up(d2, 16) + 16), room = stride + undecided;
-  const int64_t column_stride = padded + 16;  // not a power of two
-  const int64_t meta = 5 * block;
-  const size_t bytes = Workspace::size<float>(chunk * padded) + Workspace::size<uint32_t>(chunk * d2) + 2 * Workspace::size<float>(chunk) +
-                       2 * Workspace::size<uint8_t>(chunk) + 4 * Workspace::size<int32_t>(chunk) +
-                       2 * Workspace::size<float>(chunk * stride) +
-                       threads * (3 * Workspace::size<float>(chunk * undecided) + Workspace::size<int32_t>(chunk) +
-                                  Workspace::size<int64_t>(1) + Workspace::size<uint32_t>(panels * panel_words) +
-                                  Workspace::size<uint32_t>(scratch_words) + Workspace::size<float>(meta) + Workspace::size<float>(room) +
-                                  (p.by_rows() ? 0 : Workspace::size<float>(block * column_stride)) + Workspace::size<uint64_t>(capacity));
-  Workspace space(bytes);
-  if (!space.ok()) return kNoMemory;
-  note_workspace(p, bytes);
-  float* const xc = space.take<float>(chunk * padded);
-  uint32_t* const pairs = space.take<uint32_t>(chunk * d2);
-  float* const a = space.take<float>(chunk);
-  float* const c = space.take<float>(chunk);
-  int32_t* const list = space.take<int32_t>(chunk);
+struct TopkConsumer {
+  const EngineKernels& kernels;
+  const EncodeKernels& screens;
+  const Problem& p;
+  const TopkOutput& out;
+  uint8_t* survived;
   TopkBuffer shared{};
-  shared.score = space.take<float>(chunk * stride);
-  shared.feature = space.take<int32_t>(chunk * stride);
-  shared.kept = space.take<int32_t>(chunk);
-  shared.fresh = space.take<int32_t>(chunk);
-  shared.tau = space.take<int32_t>(chunk);
-  shared.lock = space.take<uint8_t>(chunk);
-  shared.exact = space.take<uint8_t>(chunk);
-  shared.kept_stride = stride;
-  shared.capacity = capacity;
-  shared.k = p.k;
-  shared.stride = undecided;
-  uint8_t* const exact = shared.exact;
-  struct Own {
-    uint32_t* data;
-    uint32_t* scratch;
-    float* meta;
-    float* columns;
-    uint64_t* entries;
-  };
-  TopkBuffer buffers[kMostWorkers];
-  Own own[kMostWorkers];
-  for (int t = 0; t < threads; ++t) {
-    TopkBuffer& b = buffers[t];
-    b = shared;
-    b.lo = space.take<float>(chunk * undecided);
-    b.hi = space.take<float>(chunk * undecided);
-    b.id = space.take<int32_t>(chunk * undecided);
-    b.n = space.take<int32_t>(chunk);
-    b.scored = space.take<int64_t>(1);
-    b.room = space.take<float>(room);
-    *b.scored = 0;
-    std::memset(b.n, 0, static_cast<size_t>(chunk) * sizeof(int32_t));
-    Own& o = own[t];
-    o.data = space.take<uint32_t>(panels * panel_words);
-    o.scratch = space.take<uint32_t>(scratch_words);
-    o.meta = space.take<float>(meta);
-    o.columns = p.by_rows() ? nullptr : space.take<float>(block * column_stride);
-    o.entries = space.take<uint64_t>(capacity);
-  }
-  const float underflow = static_cast<float>(4 * d + 128) * 0x1p-126f, lowest = -INFINITY;
+  TopkBuffer buffers[kMostWorkers] = {};
+  uint64_t* entries[kMostWorkers] = {};
+  int32_t* list = nullptr;
+  int threads = 0;
 
-  for (int64_t base = 0; base < p.rows; base += chunk) {
-    const int64_t rows = std::min(chunk, p.rows - base);
-    const int tiles = static_cast<int>(ceil_div(rows, kTileRows));
-    // 1. Rows: centred, and as pairs of bf16 with the factors of their bounds.
-    for (uint8_t* flags : {exact, shared.lock}) std::memset(flags, 0, static_cast<size_t>(rows));
-    for (int32_t* counts : {shared.kept, shared.fresh}) std::memset(counts, 0, static_cast<size_t>(rows) * sizeof(int32_t));
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(shared.tau + r, &lowest, 4);
-    for_each_unit(useful_threads(threads, rows * d), tiles, [&](int64_t t) {
-      const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-      centre_rows(kernels, p, base, r0, r1, xc);
-      kernels.rows({xc + r0 * padded, padded, d, static_cast<int>(r1 - r0), pairs + r0 * d2, a + r0, c + r0, exact + r0});
-    });
-    // 2. Features, a block of panels at a time: packed into the cache of the thread that screens them against all rows, and scores what
-    //    screening leaves undecided.
-    const ScreenRows screen_rows{pairs, rows, d2, tiles, a, c};
-    for_each_unit_by_worker(threads, blocks, [&](int64_t unit, int worker) {
-      const Own& o = own[worker];
-      const int64_t f0 = unit * block, n = std::min(block, p.features - f0);
-      const int here = static_cast<int>(ceil_div(n, kPanelWidth));
-      float* const norm = o.meta;
-      float* const loss = norm + block;
-      float* const floor = loss + block;
-      float* const scale = floor + block;
-      float* const bias = scale + block;
-      ScoreJob job{xc, padded, p.weights() + f0 * p.w.stride_f, p.w.stride_f, d};
-      if (!p.by_rows()) {
-        kernels.transpose({job.w, p.w.stride_d, d, n, o.columns, padded, column_stride});
-        job.w = o.columns;
-        job.stride_f = column_stride;
-      }
-      kernels.panels({job.w, job.stride_f, d, n, here, o.data, norm, loss, o.scratch});
-      for (int64_t j = 0; j < here * kPanelWidth; ++j) {
-        const float s = p.scale != nullptr && j < n ? p.scale[f0 + j] : 1.0f;
-        norm[j] = std::copysign(norm[j], s);
-        loss[j] = std::copysign(loss[j], s);
-        floor[j] = std::copysign(underflow, s);
-        scale[j] = s;
-        bias[j] = p.bias != nullptr && j < n ? p.bias[f0 + j] : 0.0f;
-      }
-      // Very likely the block that this thread gets next. Columns whose stride is a power of two evict each other from the second-level
-      // cache, but only to the third.
-      Ahead next{nullptr, 0, 1, 0};
-      const int64_t g0 = (unit + threads) * block, m = std::min(block, p.features - g0);
-      const char* const from = reinterpret_cast<const char*>(p.weights() + g0 * p.w.stride_f);
-      if (m > 0) next = p.by_rows() ? Ahead{from, m, ceil_div(d, 16), p.w.stride_f * 4} : Ahead{from, d, ceil_div(m, 16), p.w.stride_d * 4};
-      kernels.screen_topk(screen_rows, {o.data, here, f0, n, norm, loss, floor, p.scale != nullptr ? scale : nullptr, bias}, next, job,
-                          buffers[worker]);
-    });
-    // 3. The selection among what is left, by exact scores.
-    for_each_unit_by_worker(threads, rows, [&](int64_t r, int worker) {
+  int64_t capacity() const { return 4 * out.k + 256; }
+  int64_t stride() const { return capacity() + 16; }
+
+  int64_t bytes(const Plan& plan) const {
+    const int64_t chunk = plan.chunk, undecided = plan.block + 16;
+    return Workspace::size<int32_t>(chunk) * 4 + Workspace::size<uint8_t>(chunk) + 2 * Workspace::size<float>(chunk * stride()) +
+           plan.threads * (3 * Workspace::size<float>(chunk * undecided) + Workspace::size<int32_t>(chunk) + Workspace::size<int64_t>(1) +
+                           Workspace::size<float>(stride() + undecided) + Workspace::size<uint64_t>(capacity()));
+  }
+  void take(Workspace& space, const Plan& plan) {
+    const int64_t chunk = plan.chunk, undecided = plan.block + 16;
+    threads = plan.threads;
+    list = space.take<int32_t>(chunk);
+    shared.score = space.take<float>(chunk * stride());
+    shared.feature = space.take<int32_t>(chunk * stride());
+    shared.kept = space.take<int32_t>(chunk);
+    shared.fresh = space.take<int32_t>(chunk);
+    shared.tau = space.take<int32_t>(chunk);
+    shared.lock = space.take<uint8_t>(chunk);
+    shared.kept_stride = stride();
+    shared.capacity = capacity();
+    shared.k = out.k;
+    for (int t = 0; t < threads; ++t) {
+      TopkBuffer& b = buffers[t];
+      b = shared;
+      b.undecided = {space.take<float>(chunk * undecided), space.take<float>(chunk * undecided), space.take<int32_t>(chunk * undecided),
+                     space.take<int32_t>(chunk), undecided};
+      b.scored = space.take<int64_t>(1);
+      b.room = space.take<float>(stride() + undecided);
+      entries[t] = space.take<uint64_t>(capacity());
+      *b.scored = 0;
+      std::memset(b.undecided.n, 0, static_cast<size_t>(chunk) * sizeof(int32_t));
+    }
+  }
+  void begin(const Chunk& chunk) {
+    const float lowest = -INFINITY;
+    std::memset(shared.lock, 0, static_cast<size_t>(chunk.rows));
+    for (int32_t* counts : {shared.kept, shared.fresh}) std::memset(counts, 0, static_cast<size_t>(chunk.rows) * sizeof(int32_t));
+    for (int64_t r = 0; r < chunk.rows; ++r) std::memcpy(shared.tau + r, &lowest, 4);
+    shared.exact = chunk.exact;
+    for (int t = 0; t < threads; ++t) buffers[t].exact = chunk.exact;
+  }
+  void block(const Chunk&, const Block& b, int worker) { screens.screen_topk(b.rows, b.panels, b.next, b.job, buffers[worker]); }
+  int64_t end(const Chunk& chunk) {
+    const uint8_t* const exact = chunk.exact;
+    for_each_unit_by_worker(threads, chunk.rows, [&](int64_t r, int worker) {
       if (exact[r] != 0) return;
-      uint64_t* const entries = own[worker].entries;
-      const int64_t n = shared.kept[r] = static_cast<int32_t>(kernels.finish_topk(shared, r));
-      for (int64_t i = 0; i < n; ++i) entries[i] = entry(shared.score[r * stride + i], shared.feature[r * stride + i]);
-      select(p, base + r, entries, n);
+      const int64_t n = shared.kept[r] = static_cast<int32_t>(screens.finish_topk(shared, r));
+      for (int64_t i = 0; i < n; ++i) entries[worker][i] = entry(shared.score[r * stride() + i], shared.feature[r * stride() + i]);
+      out.select(chunk.base + r, entries[worker], n);
     });
-    // 4. Rows on which screening decided too little.
     int64_t count = 0;
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < chunk.rows; ++r)
       if (exact[r] != 0) list[count++] = static_cast<int32_t>(r);
     if (p.stats != nullptr) {
-      p.stats->screened_rows += rows - count;
+      p.stats->screened_rows += chunk.rows - count;
       p.stats->exact_rows += count;
-      for (int64_t r = 0; r < rows; ++r)
+      for (int64_t r = 0; r < chunk.rows; ++r)
         if (exact[r] == 0) p.stats->survivors += shared.kept[r];
+      for (int t = 0; t < threads; ++t) {
+        p.stats->scored += *buffers[t].scored;
+        *buffers[t].scored = 0;
+      }
     }
-    if (p.survived != nullptr)
-      for (int64_t r = 0; r < rows; ++r) {
-        uint8_t* const row = p.survived + (base + r) * p.features;
+    if (survived != nullptr)
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        uint8_t* const row = survived + (chunk.base + r) * p.w.features;
         if (exact[r] != 0) {
-          std::memset(row, 1, static_cast<size_t>(p.features));
+          std::memset(row, 1, static_cast<size_t>(p.w.features));
           continue;
         }
-        for (int64_t i = 0; i < shared.kept[r]; ++i) row[shared.feature[r * stride + i]] = 1;
+        for (int64_t i = 0; i < shared.kept[r]; ++i) row[shared.feature[r * stride() + i]] = 1;
       }
-    if (count > 0) {
-      const int64_t status = dense(kernels, p, xc, base, list, count);
-      if (status != kOk) return status;
+    return count > 0 ? dense_topk(kernels, p, out, chunk.xc, chunk.base, list, count) : kOk;
+  }
+};
+
+// ---- entries: any number a row ----
+
+struct Kept {
+  int32_t row;  // of the chunk
+  int32_t feature;
+  float value;
+  uint32_t flags;
+};
+
+}  // namespace
+
+struct Entries {
+  struct Part {  // a chunk's entries, in order
+    int64_t base;
+    std::vector<Kept> kept;
+  };
+  int64_t rows = 0;
+  std::vector<int64_t> crow;  // [rows + 1]
+  std::vector<Part> parts;
+};
+
+void free_entries(Entries* entries) { delete entries; }
+int64_t entries_count(const Entries& entries) { return entries.crow.back(); }
+void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* crow, uint8_t* flags, int threads) {
+  std::memcpy(crow, entries.crow.data(), entries.crow.size() * sizeof(int64_t));
+  for (const Entries::Part& part : entries.parts) {
+    const int64_t start = entries.crow[part.base], n = static_cast<int64_t>(part.kept.size());
+    constexpr int64_t kEach = 1 << 15;
+    for_each_unit(useful_threads(threads, n), ceil_div(n, kEach), [&](int64_t unit) {
+      for (int64_t i = unit * kEach; i < std::min((unit + 1) * kEach, n); ++i) {
+        values[start + i] = part.kept[i].value;
+        col[start + i] = part.kept[i].feature;
+        if (flags != nullptr) flags[start + i] = static_cast<uint8_t>(part.kept[i].flags);
+      }
+    });
+  }
+}
+
+namespace {
+
+// A worker's undecided features, all of them where screening is off or decides too little: what cut consumers share.
+struct Cuts {
+  const EngineKernels& kernels;
+  const EncodeKernels* screens;
+  const Problem& p;
+  Undecided undecided[kMostWorkers];
+  uint8_t* full[kMostWorkers];  // rows of which every score of the block is computed
+  int unscreened[kMostWorkers] = {};
+  int64_t scored[kMostWorkers] = {};
+
+  int64_t bytes(const Plan& plan) const {
+    return plan.threads * (3 * Workspace::size<float>(plan.chunk * (plan.block + 16)) + Workspace::size<int32_t>(plan.chunk) +
+                           Workspace::size<uint8_t>(plan.chunk));
+  }
+  void take(Workspace& space, const Plan& plan) {
+    const int64_t chunk = plan.chunk, stride = plan.block + 16;
+    for (int t = 0; t < plan.threads; ++t) {
+      undecided[t] = {space.take<float>(chunk * stride), space.take<float>(chunk * stride), space.take<int32_t>(chunk * stride),
+                      space.take<int32_t>(chunk), stride};
+      full[t] = space.take<uint8_t>(chunk);
+      std::memset(undecided[t].n, 0, static_cast<size_t>(chunk) * sizeof(int32_t));
     }
   }
-  if (p.stats != nullptr)
-    for (int t = 0; t < threads; ++t) p.stats->scored += *buffers[t].scored;
-  return kOk;
+
+  // 1. What the screen leaves open, with intervals.
+  void screen(const Chunk& chunk, const Block& b, int worker, Cut kind, const int32_t* cut) {
+    const Undecided& u = undecided[worker];
+    constexpr int kRest = 15;
+    std::memset(full[worker], 0, static_cast<size_t>(chunk.rows));
+    if (!chunk.plan.screens || unscreened[worker] > 0) {
+      if (unscreened[worker] > 0) --unscreened[worker];
+      std::memset(full[worker], 1, static_cast<size_t>(chunk.rows));
+    } else {
+      screens->screen_cut(kind, b.rows, b.panels, b.next, u, cut);
+      int64_t heavy = 0;
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        full[worker][r] = static_cast<uint8_t>(chunk.exact[r] != 0 || u.n[r] * 4 > b.count);
+        heavy += full[worker][r];
+      }
+      if (heavy * 2 > chunk.rows) unscreened[worker] = kRest;
+    }
+  }
+  // 2. Exact products of what is still open; every feature of a full row.
+  void score(const Chunk& chunk, const Block& b, int worker) {
+    const Undecided& u = undecided[worker];
+    int64_t rows[16], count = 0;
+    const bool plain = b.job.t == Dtype::f32;
+    if (chunk.plan.screens) screens->score_undecided(b.job, u, chunk.rows, full[worker]);
+    const auto flush = [&] {
+      // Half-precision features are widened where they are used, kDenseWidth at a time, in the room behind the list of rows.
+      const float* x[16];
+      const float* w[kDenseWidth];
+      for (int64_t i = 0; i < count; ++i) x[i] = chunk.xc + rows[i] * b.job.padded;
+      for (int64_t f0 = 0; f0 < b.count; f0 += kDenseWidth) {
+        const int64_t n = std::min(kDenseWidth, b.count - f0);
+        for (int64_t j = 0; j < n; ++j) {
+          const int64_t id = b.first + f0 + j + b.job.first;
+          w[j] = static_cast<const float*>(b.job.w) + (b.job.list != nullptr ? b.job.list[id] : id) * b.job.stride_f;
+        }
+        float products[16 * kDenseWidth];
+        kernels.products(x, count, w, n, b.job.d, products, kDenseWidth);
+        for (int64_t i = 0; i < count; ++i)
+          std::memcpy(u.hi + rows[i] * u.stride + f0, products + i * kDenseWidth, static_cast<size_t>(n) * sizeof(float));
+      }
+      count = 0;
+    };
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      if (full[worker][r] != 0) {
+        for (int64_t j = 0; j < b.count; ++j) u.id[r * u.stride + j] = static_cast<int32_t>(b.first + j);
+        u.n[r] = static_cast<int32_t>(b.count);
+        if (plain) {
+          rows[count++] = r;
+          if (count == 16) flush();
+        }
+      }
+      scored[worker] += u.n[r];
+    }
+    if (count > 0) flush();
+    if (!plain) {
+      for (int64_t r = 0; r < chunk.rows; ++r) full[worker][r] ^= 1;
+      screens->score_undecided(b.job, u, chunk.rows, full[worker]);
+    }
+  }
+  static float scored_as(const Block& b, int64_t at, float product) {
+    if (b.panels.scale != nullptr) product = product * b.panels.scale[at];
+    return product + b.panels.bias[at];
+  }
+  void note() {
+    if (p.stats != nullptr)
+      for (int64_t& n : scored) {
+        p.stats->scored += n;
+        n = 0;
+      }
+  }
+};
+
+// A range of a worker's entries: those of one block, by row, then feature.
+struct Segment {
+  int64_t first_feature;
+  int worker;
+  int64_t begin, end;
+};
+
+// Entries of blocks in the order of rows.
+struct Sorter {
+  std::vector<Kept> kept[kMostWorkers];
+  std::vector<Segment> segments;
+  std::mutex mutex;
+
+  void clear() {
+    for (std::vector<Kept>& k : kept) k.clear();
+    segments.clear();
+  }
+  void finish(const Chunk& chunk, Entries& entries) {
+    std::sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) { return a.first_feature < b.first_feature; });
+    std::vector<int64_t> cursor(static_cast<size_t>(chunk.rows) + 1, 0);
+    for (const Segment& s : segments)
+      for (int64_t i = s.begin; i < s.end; ++i) ++cursor[kept[s.worker][i].row + 1];
+    const int64_t start = entries.crow.back();
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      cursor[r + 1] += cursor[r];
+      entries.crow.push_back(start + cursor[r + 1]);
+    }
+    Entries::Part part{chunk.base, std::vector<Kept>(static_cast<size_t>(cursor[chunk.rows]))};
+    for (const Segment& s : segments)
+      for (int64_t i = s.begin; i < s.end; ++i) part.kept[cursor[kept[s.worker][i].row]++] = kept[s.worker][i];
+    entries.parts.push_back(std::move(part));
+    clear();
+  }
+};
+
+struct ThresholdConsumer : Cuts {
+  Cut kind;
+  const float* threshold;  // of the dictionary
+  float half_band;
+  Entries& entries;
+  Sorter sorter;
+
+  ThresholdConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, Cut kind, const float* threshold,
+                    float half_band, Entries& entries)
+      : Cuts{kernels, screens, p, {}, {}}, kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
+
+  void begin(const Chunk&) {}
+  void block(const Chunk& chunk, const Block& b, int worker) {
+    screen(chunk, b, worker, kind, nullptr);
+    score(chunk, b, worker);
+    const Undecided& u = undecided[worker];
+    std::vector<Kept>& kept = sorter.kept[worker];
+    const int64_t begin = static_cast<int64_t>(kept.size());
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      for (int64_t i = r * u.stride; i < r * u.stride + u.n[r]; ++i) {
+        const int64_t at = u.id[i] - b.first;
+        const int32_t feature = b.job.list != nullptr || p.w.list != nullptr ? p.w.list[u.id[i]] : u.id[i];
+        float score = scored_as(b, at, u.hi[i]);
+        if (kind == Cut::gate) {
+          const float gate = u.hi[i] + b.panels.extra[at];
+          if (!(gate <= 0) && !(score <= 0)) kept.push_back({static_cast<int32_t>(r), feature, gate != gate ? gate : score, 1});
+          continue;
+        }
+        const float theta = threshold[feature];
+        const bool active = score > (theta < 0 ? 0.0f : theta) || score != score;
+        const bool in_band = half_band >= 0 && std::fabs(score - theta) < half_band;
+        if (active || in_band)
+          kept.push_back({static_cast<int32_t>(r), feature, active ? score : 0.0f, (active ? 1u : 0u) | (in_band ? 2u : 0u)});
+      }
+      u.n[r] = 0;
+    }
+    const std::lock_guard<std::mutex> guard(sorter.mutex);
+    sorter.segments.push_back({b.first, worker, begin, static_cast<int64_t>(kept.size())});
+  }
+  int64_t end(const Chunk& chunk) {
+    sorter.finish(chunk, entries);
+    note();
+    return kOk;
+  }
+};
+
+// ---- the best of the whole batch ----
+
+struct Pooled {
+  uint32_t key;  // of the score: ascending from the best
+  int32_t feature;
+  int64_t row;
+  bool operator<(const Pooled& o) const {
+    if (key != o.key) return key < o.key;
+    return row != o.row ? row < o.row : feature < o.feature;
+  }
+};
+
+struct BatchConsumer : Cuts {
+  int64_t total;
+  std::vector<Pooled> pool;  // positive scores and NaN, not below tau
+  std::vector<float> room[kMostWorkers];
+  std::mutex mutex;
+  int64_t fresh = 0;
+  int32_t tau = 0;  // bits of a float, 0 at first: only positive scores are asked for
+
+  BatchConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, int64_t total)
+      : Cuts{kernels, screens, p, {}, {}}, total(total) {}
+
+  float load_tau() const {
+    const int32_t bits = __atomic_load_n(&tau, __ATOMIC_RELAXED);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  // Under the mutex.
+  void raise_to(float value) {
+    if (!(value > load_tau())) return;
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    __atomic_store_n(&tau, bits, __ATOMIC_RELAXED);
+  }
+  // The pool down to its best `total`; tau is then the score of the worst of them.
+  void shrink() {
+    fresh = 0;
+    if (total == 0 || static_cast<int64_t>(pool.size()) < total) return;
+    std::nth_element(pool.begin(), pool.begin() + (total - 1), pool.end());
+    pool.resize(static_cast<size_t>(total));
+    const float worst = score_of(pool[static_cast<size_t>(total - 1)].key);
+    raise_to(worst != worst ? INFINITY : worst);
+  }
+
+  void begin(const Chunk&) {}
+  void block(const Chunk& chunk, const Block& b, int worker) {
+    screen(chunk, b, worker, Cut::all, &tau);
+    const Undecided& u = undecided[worker];
+    // With many open ones, a better tau from the lower ends first.
+    int64_t open = 0;
+    for (int64_t r = 0; r < chunk.rows; ++r)
+      if (full[worker][r] == 0) open += u.n[r];
+    if (open > total / 4 + 64) {
+      std::vector<float>& values = room[worker];
+      values.clear();
+      for (int64_t r = 0; r < chunk.rows; ++r)
+        if (full[worker][r] == 0) values.insert(values.end(), u.lo + r * u.stride, u.lo + r * u.stride + u.n[r]);
+      const std::lock_guard<std::mutex> guard(mutex);
+      for (const Pooled& e : pool) values.push_back(score_of(e.key));
+      if (static_cast<int64_t>(values.size()) >= total)
+        raise_to(screens->kth_largest(values.data(), static_cast<int64_t>(values.size()), total));
+    }
+    if (open > 0) {
+      const float now = load_tau();
+      for (int64_t r = 0; r < chunk.rows; ++r)
+        if (full[worker][r] == 0 && u.n[r] != 0) screens->keep_undecided(u, r, now);
+    }
+    score(chunk, b, worker);
+    const std::lock_guard<std::mutex> guard(mutex);
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      for (int64_t i = r * u.stride; i < r * u.stride + u.n[r]; ++i) {
+        const float score = scored_as(b, u.id[i] - b.first, u.hi[i]);
+        if (score <= 0 || score < load_tau()) continue;
+        pool.push_back({key_of(score), p.w.list != nullptr ? p.w.list[u.id[i]] : u.id[i], chunk.base + r});
+        ++fresh;
+        if (static_cast<int64_t>(pool.size()) >= 2 * total + 1024) shrink();
+      }
+      u.n[r] = 0;
+    }
+    if (fresh > total / 4) shrink();
+  }
+  int64_t end(const Chunk&) {
+    note();
+    return kOk;
+  }
+
+  float finish(Entries& entries) {
+    shrink();
+    float least = INFINITY;
+    if (!pool.empty()) least = score_of(std::max_element(pool.begin(), pool.end())->key);
+    std::sort(pool.begin(), pool.end(), [](const Pooled& a, const Pooled& b) { return a.row != b.row ? a.row < b.row : a.feature < b.feature; });
+    Entries::Part part{0, {}};
+    part.kept.reserve(pool.size());
+    size_t i = 0;
+    for (int64_t r = 0; r < p.x.rows; ++r) {
+      for (; i < pool.size() && pool[i].row == r; ++i) part.kept.push_back({0, pool[i].feature, score_of(pool[i].key), 1});
+      entries.crow.push_back(static_cast<int64_t>(i));
+    }
+    entries.parts.push_back(std::move(part));
+    return least;
+  }
+};
+
+struct BoundsConsumer {
+  const EncodeKernels& screens;
+  Number number;
+  float* lo;
+  float* hi;
+  int64_t ld;
+
+  int64_t bytes(const Plan&) const { return 0; }
+  void take(Workspace&, const Plan&) {}
+  void begin(const Chunk&) {}
+  void block(const Chunk& chunk, const Block& b, int) {
+    screens.bounds(number, b.rows, b.panels, lo + chunk.base * ld, hi + chunk.base * ld, ld);
+  }
+  int64_t end(const Chunk& chunk) {
+    for (int64_t r = 0; r < chunk.rows; ++r)
+      if (chunk.exact[r] != 0)
+        for (int64_t f = 0; f < ld; ++f) {
+          lo[(chunk.base + r) * ld + f] = -INFINITY;
+          hi[(chunk.base + r) * ld + f] = INFINITY;
+        }
+    return kOk;
+  }
+};
+
+// Measured: with fewer rows, packing costs more than it saves; it is cheaper where columns have to be transposed anyway.
+bool pays(const Activations& x, const Weights& w) {
+  const int64_t rows = w.packed != nullptr && w.list == nullptr ? 1 : by_rows(w) ? 16 : 4;
+  return x.rows >= rows && w.d >= 32 && w.features >= 2048;
+}
+
+template <class Make>
+Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, int64_t* status, const Make& make) {
+  if (p.stats != nullptr) *p.stats = {};
+  Entries* const entries = new Entries;
+  entries->rows = p.x.rows;
+  entries->crow.push_back(0);
+  const EngineKernels& kernels = engine_kernels();
+  const EncodeKernels* const screens = encode_kernels();
+  const bool screen = screens != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays(p.x, p.w)));
+  const Plan plan = make_plan(kernels, p.x, p.w, Number::int8, screen, p.threads, 0);
+  int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
+  *status = make(kernels, screens, *entries, [&](auto& consumer) {
+    return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, consumer);
+  });
+  return entries;
 }
 
 }  // namespace
 
-int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t stride_d, const Matrix& w, int64_t features,
-                    const float* bias, const float* b_pre, const float* scale, int64_t k, bool relu, float* values, int64_t* indices,
-                    EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
+int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, float* values,
+                    int64_t* indices, EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
   if (stats != nullptr) *stats = {};
-  if (rows == 0 || k == 0) return kOk;
-  const EncodeKernels& kernels = pick(kTables);
-  const Problem p{x, rows, stride_row, stride_d, w, w.d, features, bias, b_pre, scale, k, relu, values, indices, threads, stats, survived};
-  const bool can = kernels.screen_topk != nullptr && w.d > 0 && w.d < (int64_t{1} << 20);
-  // Measured: with fewer rows, packing costs more than it saves; it is cheaper where columns have to be transposed anyway.
-  const bool pays = rows >= (p.by_rows() ? 8 : 4) && w.d >= 32 && features >= 2048 && features >= 32 * k;
-  if (can && (path == EncodePath::screen || (path == EncodePath::automatic && pays))) return screened(kernels, p);
-  return dense_all(kernels, p);
+  if (x.rows == 0 || k == 0) return kOk;
+  const EngineKernels& kernels = engine_kernels();
+  const EncodeKernels* const screens = encode_kernels();
+  const Problem p{x, w, scale, bias, threads, stats};
+  const TopkOutput out{k, relu, values, indices, w.list};
+  const bool wanted = path == EncodePath::screen || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
+  const Plan plan = make_plan(kernels, x, w, Number::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
+  if (!plan.screens) return dense_topk_all(kernels, p, out);
+  TopkConsumer consumer{kernels, *screens, p, out, survived};
+  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
+}
+
+Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
+                          float half_band, EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
+  const Problem p{x, w, scale, bias, threads, stats};
+  // What the screen may drop: not above the threshold and not in the band, with room for the rounding of their difference.
+  int64_t highest = w.features;
+  if (w.list != nullptr && w.features > 0) highest = w.list[w.features - 1] + 1;
+  std::vector<float> cut(static_cast<size_t>(highest));
+  for (int64_t f = 0; f < highest; ++f) {
+    const float theta = threshold[f];
+    cut[f] = theta < 0 ? 0.0f : theta;
+    if (half_band >= 0) {
+      const float below = theta - half_band - (std::fabs(theta) + half_band) * 0x1p-20f;
+      cut[f] = below < cut[f] || below != below ? below : cut[f];
+    }
+  }
+  return encode_entries(p, {scale, bias, cut.data()}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
+    ThresholdConsumer consumer(kernels, screens, p, Cut::each, threshold, half_band, entries);
+    return run(consumer);
+  });
+}
+
+Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
+                      EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
+  const Problem p{x, w, stretch, b_mag, threads, stats};
+  return encode_entries(p, {stretch, b_mag, b_gate}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
+    ThresholdConsumer consumer(kernels, screens, p, Cut::gate, nullptr, -1, entries);
+    return run(consumer);
+  });
+}
+
+Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, EncodePath path,
+                           int threads, EncodeStats* stats, float* min_kept, int64_t* status) {
+  const Problem p{x, w, scale, bias, threads, stats};
+  return encode_entries(p, {scale, bias, nullptr}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
+    BatchConsumer consumer(kernels, screens, p, total);
+    const int64_t done = total > 0 ? run(consumer) : kOk;
+    if (done == kOk) *min_kept = consumer.finish(entries);
+    return done;
+  });
+}
+
+int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,
+                      bool* screens, int threads) {
+  const EngineKernels& kernels = engine_kernels();
+  const EncodeKernels* const table = encode_kernels();
+  const Number number = bf16 ? Number::bf16 : Number::int8;
+  const Plan plan = make_plan(kernels, x, w, number, table != nullptr, threads, 0);
+  *screens = plan.screens;
+  if (!plan.screens || x.rows == 0) return kOk;
+  BoundsConsumer consumer{*table, number, lo, hi, w.features};
+  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, nullptr, consumer);
 }
 
 }  // namespace fastsae

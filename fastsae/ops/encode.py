@@ -24,6 +24,7 @@ from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import RaggedLatents, TopKLatents
 from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, sorted_subset
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, DECODE_DWEIGHT, weight_gradient
+from fastsae.packed import PackedWeights
 
 # ---------------------------------------------------------------- references
 
@@ -54,7 +55,15 @@ def merge_topk(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Ten
 
 
 def encode_topk_reference(
-    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, k: int, relu: bool
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
+    features: Tensor | None,
+    packed: Tensor | None,
+    k: int,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     chosen = sorted_subset(features, W.shape[0], "encode_topk: features")
     n = W.shape[0] if chosen is None else chosen.shape[0]
@@ -130,6 +139,7 @@ def encode_threshold_reference(
     b_pre: Tensor | None,
     scale: Tensor | None,
     features: Tensor | None,
+    packed: Tensor | None,
     bandwidth: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
@@ -151,7 +161,14 @@ def encode_threshold_reference(
 
 
 def encode_batch_topk_reference(
-    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, k: float
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    b_pre: Tensor | None,
+    scale: Tensor | None,
+    features: Tensor | None,
+    packed: Tensor | None,
+    k: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = sorted_subset(features, W.shape[0], "encode_batch_topk: features")
     total = int(k * x.shape[0])
@@ -177,7 +194,7 @@ def encode_batch_topk_reference(
 
 
 def encode_gated_reference(
-    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None
+    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulator(x.dtype)
     stretch = r_mag.to(wide).exp()
@@ -224,33 +241,40 @@ def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
     yield normal(1, 12).expand(4, 12), W, None, None, None, None
 
 
+def _packed(W: Tensor, count: int) -> Tensor | None:
+    """A handle's words for every second sample, where this machine has a use for them."""
+    from fastsae import native_encode
+
+    return native_encode.pack(W) if count % 2 else None
+
+
 def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for count, sample in enumerate(encode_samples(device, dtype, generator)):
         features = sample[5]
         n = sample[1].shape[0] if features is None else int(features.sum()) if features.dtype is torch.bool else features.shape[0]
         for k in sorted({1, min(n, 7), n}):
-            yield *sample, k, count % 2 == 0
+            yield *sample, _packed(sample[1], count), k, count % 2 == 0
 
 
 def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for x, W, b, b_pre, scale, features in encode_samples(device, dtype, generator):
+    for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
         per_feature = torch.randn(W.shape[0], generator=generator).to(device=device, dtype=dtype)
         for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
-            yield x, W, b, threshold, b_pre, scale, features, bandwidth
+            yield x, W, b, threshold, b_pre, scale, features, _packed(W, count), bandwidth
 
 
 def _batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for sample in encode_samples(device, dtype, generator):
+    for count, sample in enumerate(encode_samples(device, dtype, generator)):
         for k in (0.4, 3, 1e6):
-            yield *sample, float(k)
+            yield *sample, _packed(sample[1], count), float(k)
 
 
 def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     normal = _normal(device, dtype, generator)
-    for x, W, _, b_pre, _, features in encode_samples(device, dtype, generator):
+    for count, (x, W, _, b_pre, _, features) in enumerate(encode_samples(device, dtype, generator)):
         if features is None:
             n = W.shape[0]
-            yield x, W, normal(n), normal(n) / 4, normal(n), b_pre
+            yield x, W, normal(n), normal(n) / 4, normal(n), b_pre, _packed(W, count // 4)
 
 
 def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,13 +286,13 @@ def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator)
 
 def _gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
     x, W, b = _layer(device, dtype, generator)
-    return x, W, b - 2.5, b, b, None
+    return x, W, b - 2.5, b, b, None, None
 
 
 def _check_topk(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b, b_pre, scale, features, k, relu = args
+    x, W, b, b_pre, scale, features, _, k, relu = args
     score = testing.score_band(x, W, b, b_pre, scale)
     return testing.check_topk(score, sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
 
@@ -276,7 +300,7 @@ def _check_topk(args: tuple, result: Any) -> float:
 def _check_threshold(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b, threshold, b_pre, scale, features, bandwidth = args
+    x, W, b, threshold, b_pre, scale, features, _, bandwidth = args
     score = testing.score_band(x, W, b, b_pre, scale)
     return testing.check_threshold(score, sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
 
@@ -284,7 +308,7 @@ def _check_threshold(args: tuple, result: Any) -> float:
 def _check_batch_topk(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b, b_pre, scale, features, k = args
+    x, W, b, b_pre, scale, features, _, k = args
     score = testing.score_band(x, W, b, b_pre, scale)
     return testing.check_batch_topk(score, sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
 
@@ -292,7 +316,7 @@ def _check_batch_topk(args: tuple, result: Any) -> float:
 def _check_gated(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b_gate, r_mag, b_mag, b_pre = args
+    x, W, b_gate, r_mag, b_mag, b_pre, _ = args
     gate = testing.score_band(x, W, b_gate, b_pre, None)
     magnitude = testing.score_band(x, W, b_mag, b_pre, r_mag.to(accumulator(x.dtype)).exp())
     # Two correct exponentials differ by 2 ulp each: 8 units of the magnitudes, which the band counts D + 3 times twice.
@@ -304,7 +328,9 @@ def _check_gated(args: tuple, result: Any) -> float:
 # ---------------------------------------------------------------- rows
 
 
-def _fake_topk(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+def _fake_topk(
+    x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: int, relu: bool
+) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
@@ -314,34 +340,35 @@ def _fake_ragged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_threshold(
-    x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, bandwidth: Any
+    x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, packed: Any, bandwidth: Any
 ) -> tuple[Tensor, ...]:
     values, col, crow = _fake_ragged(x)
     return values, col, crow, x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
 
 
-def _fake_batch_topk(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: float) -> tuple[Tensor, ...]:
+def _fake_batch_topk(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: float) -> tuple[Tensor, ...]:
     return *_fake_ragged(x), x.new_empty((), dtype=accumulator(x.dtype))
 
 
-_INPUTS = "Tensor? b_pre, Tensor? scale, Tensor? features"
+_INPUTS = "Tensor? b_pre, Tensor? scale, Tensor? features, Tensor? packed"
 ENCODE_TOPK = Op(
     f"encode_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
     encode_topk_reference,
     fake=_fake_topk,
     samples=_topk_samples,
     check=_check_topk,
-    workload=lambda *where: (*_layer(*where), None, None, None, 32, True),
+    workload=lambda *where: (*_layer(*where), None, None, None, None, 32, True),
     batched=(0,),
+    handle=(1, 6),
 )
-ENCODE_TOPK.row("cpu", "fastsae.native:encode_topk", "fastsae.native:refuses_encode_topk")
 ENCODE_THRESHOLD = Op(
     f"encode_threshold(Tensor x, Tensor W, Tensor? b, Tensor threshold, {_INPUTS}, float? bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_threshold_reference,
     fake=_fake_threshold,
     samples=_threshold_samples,
     check=_check_threshold,
-    workload=lambda *where: (*_layer(*where), torch.tensor(2.5, device=where[0]), None, None, None, None),
+    workload=lambda *where: (*_layer(*where), torch.tensor(2.5, device=where[0]), None, None, None, None, None),
+    handle=(1, 7),
 )
 ENCODE_BATCH_TOPK = Op(
     f"encode_batch_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, float k) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -349,16 +376,21 @@ ENCODE_BATCH_TOPK = Op(
     fake=_fake_batch_topk,
     samples=_batch_topk_samples,
     check=_check_batch_topk,
-    workload=lambda *where: (*_layer(*where), None, None, None, 32.0),
+    workload=lambda *where: (*_layer(*where), None, None, None, None, 32.0),
+    handle=(1, 6),
 )
 ENCODE_GATED = Op(
-    "encode_gated(Tensor x, Tensor W, Tensor b_gate, Tensor r_mag, Tensor b_mag, Tensor? b_pre) -> (Tensor, Tensor, Tensor)",
+    "encode_gated(Tensor x, Tensor W, Tensor b_gate, Tensor r_mag, Tensor b_mag, Tensor? b_pre, Tensor? packed)"
+    " -> (Tensor, Tensor, Tensor)",
     encode_gated_reference,
     fake=lambda x, *_: _fake_ragged(x),
     samples=_gated_samples,
     check=_check_gated,
     workload=_gated_workload,
+    handle=(1, 6),
 )
+for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
+    _op.row("cpu", f"fastsae.native_encode:{_op.name}", f"fastsae.native_encode:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- backward
 
@@ -407,9 +439,19 @@ def score_gradients(
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: int, relu: bool, backend: str | None
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Any,
+        b_pre: Any,
+        scale: Any,
+        features: Any,
+        packed: Any,
+        k: int,
+        relu: bool,
+        backend: str | None,
     ) -> tuple[Tensor, Tensor]:
-        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, k, relu, backend=backend)
+        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, packed, k, relu, backend=backend)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(values, indices, x, W, b, b_pre, scale)
         ctx.relu, ctx.backend = relu, then_any(backend)
@@ -422,7 +464,7 @@ class _EncodeTopK(torch.autograd.Function):
         passes = values > 0 if ctx.relu else ~values.isnan()
         dscore = torch.where(passes, grad, 0)
         grads = score_gradients(dscore, indices, None, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class _EncodeThreshold(torch.autograd.Function):
@@ -436,10 +478,11 @@ class _EncodeThreshold(torch.autograd.Function):
         b_pre: Any,
         scale: Any,
         features: Any,
+        packed: Any,
         bandwidth: float | None,
         backend: str | None,
     ) -> tuple[Tensor, ...]:
-        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, bandwidth, backend=backend)
+        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, backend=backend)
         ctx.mark_non_differentiable(col, crow, flags)
         ctx.save_for_backward(values, col, crow, flags, x, W, b, threshold, b_pre, scale)
         ctx.bandwidth, ctx.backend = bandwidth, then_any(backend)
@@ -466,7 +509,7 @@ class _EncodeThreshold(torch.autograd.Function):
                 per_slot = torch.where((flags & 2).bool(), per_slot, 0)
                 dthreshold = _feature_sums(per_slot, col, crow, W.shape[0], ctx.backend)
                 dthreshold = (dthreshold if threshold.dim() else dthreshold.sum()).to(threshold.dtype)
-        return dx, dW, db, dthreshold, db_pre, dscale, None, None, None
+        return dx, dW, db, dthreshold, db_pre, dscale, None, None, None, None
 
 
 def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Tensor:
@@ -480,9 +523,9 @@ def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Te
 class _EncodeBatchTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, k: float, backend: str | None
+        ctx: Any, x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: float, backend: str | None
     ) -> tuple[Tensor, ...]:
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, k, backend=backend)
+        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, backend=backend)
         ctx.mark_non_differentiable(col, crow, min_kept)
         ctx.save_for_backward(values, col, crow, x, W, b, b_pre, scale)
         ctx.backend = then_any(backend)
@@ -494,15 +537,15 @@ class _EncodeBatchTopK(torch.autograd.Function):
         values, col, crow, x, W, b, b_pre, scale = ctx.saved_tensors
         dscore = torch.where(values.isnan(), 0, grad)
         grads = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 class _EncodeGated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, backend: str | None
+        ctx: Any, x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, packed: Any, backend: str | None
     ) -> tuple[Tensor, ...]:
-        values, col, crow = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, backend=backend)
+        values, col, crow = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, backend=backend)
         ctx.mark_non_differentiable(col, crow)
         ctx.save_for_backward(values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre)
         ctx.backend = then_any(backend)
@@ -519,7 +562,7 @@ class _EncodeGated(torch.autograd.Function):
         dx, dW, db_mag, db_pre, dstretch = score_gradients(dscore, col, crow, x, W, b_mag, b_pre, stretch, needs, ctx.backend)
         dr_mag = None if dstretch is None else (dstretch * stretch).to(r_mag.dtype)
         # The gate is a step: its gradient is zero (gated SAEs train it through an auxiliary loss).
-        return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None
+        return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None, None
 
 
 def _tracks(*tensors: Tensor | None) -> bool:
@@ -530,14 +573,19 @@ def _tracks(*tensors: Tensor | None) -> bool:
 
 
 def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[int, ...], list[Any]]:
-    """Checks, casts under autocast and flattens: (batch shape, [x [rows, D], W, vectors ..])."""
+    """Checks, casts under autocast and flattens: (batch shape, [x [rows, D], W, a handle's words, vectors ..])."""
     _checks.tensor(op, "x", x)
+    packed = None
+    if isinstance(W, PackedWeights):
+        packed, W = W.words(op), W.weight
     _checks.tensor(op, "W_enc", W, like=x)
     if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
     if _checks.autocasting(x.device):
+        given = W
         x, W, *cast = _checks.autocast(x, W, *vectors)
         vectors = tuple(cast)
+        packed = packed if W is given else None  # packed before the cast: of no use for the rounded weights
     _checks.same_dtype(op, "W_enc", W, "x", x)
     for name, vector in zip(names.split(), vectors):
         size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
@@ -545,12 +593,12 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
     batch = x.shape[:-1]
     if x.dim() != 2:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    return batch, [x, W, *vectors]
+    return batch, [x, W, packed, *vectors]
 
 
 def encode_topk(
     x: Tensor,
-    W_enc: Tensor,
+    W_enc: Tensor | PackedWeights,
     b_enc: Tensor | None = None,
     *,
     k: int,
@@ -565,7 +613,8 @@ def encode_topk(
 
     Args:
         x: activations ``[.., D]``; float32, bfloat16, float16 or float64; any strides.
-        W_enc: ``[F, D]``, dtype of ``x``; any strides, a transposed view of a ``[D, F]`` parameter is an equal citizen.
+        W_enc: ``[F, D]``, dtype of ``x``; any strides, a transposed view of a ``[D, F]`` parameter is an equal citizen; or a handle of
+            ``fastsae.pack``.
         b_enc: ``[F]``, dtype of ``x`` or float32.
         k: latents kept a row, ``1 <= k <=`` number of features (of those chosen by ``features``).
         b_pre: ``[D]`` subtracted from ``x`` first.
@@ -592,16 +641,16 @@ def encode_topk(
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
     """
     op = "encode_topk"
-    batch, (x, W, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
+    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
     _checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
     _checks.flag(op, "relu", relu)
     features = _checks.subset(op, "features", features, W.shape[0], x, "F")
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     backend = preference(backend)
     if _tracks(x, W, b, b_pre, scale):
-        values, indices = _EncodeTopK.apply(x, W, b, b_pre, scale, features, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
+        values, indices = _EncodeTopK.apply(x, W, b, b_pre, scale, features, packed, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, k, relu, backend=backend)
+        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, packed, k, relu, backend=backend)
     if len(batch) != 1:
         values, indices = values.reshape(*batch, k), indices.reshape(*batch, k)
     return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), W.shape[0])
@@ -609,7 +658,7 @@ def encode_topk(
 
 def encode_threshold(
     x: Tensor,
-    W_enc: Tensor,
+    W_enc: Tensor | PackedWeights,
     b_enc: Tensor | None = None,
     *,
     threshold: float | Tensor = 0.0,
@@ -642,7 +691,7 @@ def encode_threshold(
     Source: Rajamanoharan et al. 2024, "Jumping Ahead" (arXiv 2407.14435).
     """
     op = "encode_threshold"
-    batch, (x, W, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
+    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
     features = _checks.subset(op, "features", features, W.shape[0], x, "F")
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     if bandwidth is not None:
@@ -655,10 +704,10 @@ def encode_threshold(
         _checks.tensor(op, "threshold", threshold, _checks.beside(x), x)
     backend = preference(backend)
     if _tracks(x, W, b, threshold, b_pre, scale):
-        outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, bandwidth, backend)
+        outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, backend)
         values, col, crow, _, l0 = outputs  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, bandwidth, backend=backend)
+        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, backend=backend)
         l0 = _active_counts(flags, crow, accumulator(x.dtype)) if bandwidth is not None else None
     latents = RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch))
     return latents if bandwidth is None else (latents, l0.reshape(batch))  # pyright: ignore[reportOptionalMemberAccess]
@@ -666,7 +715,7 @@ def encode_threshold(
 
 def encode_batch_topk(
     x: Tensor,
-    W_enc: Tensor,
+    W_enc: Tensor | PackedWeights,
     b_enc: Tensor | None = None,
     *,
     k: float,
@@ -694,22 +743,22 @@ def encode_batch_topk(
     Source: Bussmann, Leask & Nanda 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410).
     """
     op = "encode_batch_topk"
-    batch, (x, W, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
+    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
     features = _checks.subset(op, "features", features, W.shape[0], x, "F")
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     k = float(_checks.number(op, "k", k))
     backend = preference(backend)
     if _tracks(x, W, b, b_pre, scale):
-        outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, k, backend)
+        outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, packed, k, backend)
     else:
-        outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, k, backend=backend)
+        outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, backend=backend)
     values, col, crow, min_kept = outputs  # pyright: ignore[reportGeneralTypeIssues]
     return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch)), min_kept
 
 
 def encode_gated(
     x: Tensor,
-    W_enc: Tensor,
+    W_enc: Tensor | PackedWeights,
     *,
     b_gate: Tensor,
     r_mag: Tensor,
@@ -735,12 +784,12 @@ def encode_gated(
     op = "encode_gated"
     for name, vector in (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag)):
         _checks.tensor(op, name, vector)
-    batch, (x, W, b_gate, r_mag, b_mag, b_pre) = _inputs(op, x, W_enc, "b_gate r_mag b_mag b_pre", b_gate, r_mag, b_mag, b_pre)
+    batch, (x, W, packed, b_gate, r_mag, b_mag, b_pre) = _inputs(op, x, W_enc, "b_gate r_mag b_mag b_pre", b_gate, r_mag, b_mag, b_pre)
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     backend = preference(backend)
     if _tracks(x, W, r_mag, b_mag, b_gate, b_pre):
-        outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, backend)
+        outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, packed, backend)
     else:
-        outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, backend=backend)
+        outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, backend=backend)
     values, col, crow = outputs  # pyright: ignore[reportGeneralTypeIssues]
     return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch))

@@ -1,0 +1,359 @@
+// The tile engine: a block of packed feature panels against tiles of packed rows, and what a consumer may conclude from it. Only for
+// *.isa.cpp of a level that can screen.
+//
+// A consumer is a class with
+//   void panel(const ScreenPanels& p, int panel);           the features of the products to come
+//   void row(int64_t row, __m512 r0, __m512 r1);            screened products of one row with features 0-15 and 16-31 of that panel
+// and gets from Features an interval that contains the score of fastsae.h. It decides what the interval decides and hands the rest to the
+// exact score (Scorer); nothing else may rest on a screened product.
+//
+// ---- The bound, and why it holds ----
+//
+// x is a row (centred or normalised, fp32, taken as it is), w a feature; u = 2^-24; norms are Euclidean. T = <x, w>, r* = the fp32 product
+// of fastsae.h, r~ = the screened one. H is the rotation: signs, then unnormalised Hadamard transforms of blocks of n = 2^m elements, so
+// <Hx, Hw> = n <x, w> and |Hx| = sqrt(n) |x|; bf16 has none (n = 1). x^ and w^ are the rounded rows as the instructions see them.
+//
+// (1) |r* - T| <= g |x||w| + d0, g = 1.01 k u with k = the longest chain of additions: min(ceil(D/16), 256) in a lane, one for each
+//     block of 4096, 4 to fold the lanes. Cauchy-Schwarz turns sum |x_d w_d| into |x||w|. 1.01 covers 1/(1 - k u).
+// (2) y = the computed Hx has |y - Hx| <= h sqrt(n) |x|, h = 1.01 m u: each of m stages rounds each element once, and conserves the
+//     norm up to sqrt(2). So |x^ - Hx| <= |x^ - y| + h sqrt(n)|x|. Divided by sqrt(n) (exact: n is a power of four) this is the loss l(x);
+//     likewise l(w). bf16: l(x) = |x^ - x|.
+// (3) |<x^, w^>/n - T| = |<x^ - Hx, Hw> + <x^, w^ - Hw>| / n <= l(x)|w| + (|x| + l(x)) l(w).
+// (4) |r~ - <x^, w^>/n| <= q |x^||w^|/n + d1.
+//     int8: x^ = s qx, w^ = t qw with integers of at most 127. VPDPBUSD multiplies qw + 128 (unsigned) by qx (signed) and adds exactly; the
+//     sum starts at -128 sum qx. 255 * 127 * D < 2^31 for D < 65536 (larger ones are not screened so). r~ = fl(fl(I) fl((s/n) t)) errs
+//     by three roundings: q = 4 u.
+//     bf16: a product of two bf16 numbers has 16 bits and is exact in fp32. VDPBF16PS adds two of them to its accumulator; whatever
+//     order and whatever rounding of the two sums (nearest, or towards zero) an implementation has, each addition errs by at most 2u of
+//     its result: 2 * 256 additions in a block of 512, one more a block and one to spare, each counted as 2u, times 1.01.
+// (5) d0 + d1 <= U. In r* and in bf16 each multiplication, addition or fused step that underflows, gradually or flushed to zero (MXCSR may
+//     say so, VDPBF16PS always does), errs by at most 2^-126, and there are fewer than 4 D + 100 of them, those of (8) included. In int8
+//     (s/n) t may underflow as a whole: then |<x^, w^>|/n <= 2^31 2^-126. Hence U = (4 D + 128) 2^-126, plus 2^-94 for int8.
+// (6) |x^| <= sqrt(n) X with X = |x| + l(x), and |w^| <= sqrt(n) (|w| + l(w)). So |r* - r~| <= E with
+//         E = |w| (l(x) + q X + g |x|)  +  l(w) (X + q X)  +  U.
+// (7) Norms are computed in fp32: a sum of squares of D terms errs by less than (D + 64) 2u relatively, its root by less than that, and an
+//     element below 2^-63 may vanish from it: the root is multiplied by 1 + (D + 72) 2u and sqrt(D) 2^-62 is added, so the computed norm
+//     is never below the true one. w^ - w is exact for bf16 (both are multiples of the last place of w, and the difference is small) and
+//     rounded once for int8, which the 72 covers.
+// (8) The interval [fl(r~ - e), fl(r~ + e)] must contain r*. fl errs by u (|r~| + e) <= 2^-22 X (|w| + l(w)), which is added to the
+//     factors; the computed e = fma(a, norm, fma(c, loss, U)) and the factors themselves err by a few u, covered by a factor 1 + 2^-20.
+//         a = (l(x) + (q + 2^-22) X + g |x|) (1 + 2^-20),      c = X (1 + q + 2^-22) (1 + 2^-20).
+// (9) score = fl(fl(r* scale) + bias) and both steps are monotone (falling, if scale < 0), so the ends of the interval, taken through the
+//     same two steps, enclose the score: no further rounding terms. norm, loss and U carry the sign of the scale, which swaps the ends
+//     where it must. An end that is NaN (inf * 0, inf - inf) decides nothing: hi is compared so that NaN passes, lo = NaN counts as -inf.
+//     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well.
+// (10) No overflow unseen: rows with |x| not <= 1e18 take the exact path, features with |w| not <= 1e18 (NaN, inf, huge) get norm = inf
+//     and hence an interval without ends; for all others no partial sum exceeds 16 * 1e18 * 1e18 * 1.01 < 2^127.
+#pragma once
+#include "cpu/engine.h"
+#include "vec.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+constexpr float kUnit = 0x1p-24f;
+constexpr float kHugeNorm = 1e18f;
+constexpr int64_t kCacheBytes = int64_t{512} << 10;  // of panels, of a second-level cache of 1 MiB or more
+
+FASTSAE_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTSAE_INLINE float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+
+// (7): an upper bound of the norm from the computed sum of squares; not below infinity for NaN and infinity.
+FASTSAE_INLINE float norm_above(float squares, int64_t d) {
+  if (!(squares <= 3e38f)) return __builtin_inff();
+  return root(squares) * (1.0f + static_cast<float>(d + 72) * 2 * kUnit) + root(static_cast<float>(d)) * 0x1p-62f;
+}
+
+struct RowFactors {
+  float a, c;
+};
+// (8) from |x| and l(x), both rounded up
+FASTSAE_INLINE RowFactors row_factors(Number number, float norm, float loss, int64_t d) {
+  const int64_t vectors = (d + 15) / 16, blocks = (d + kScoreBlock - 1) / kScoreBlock;
+  const float g = 1.01f * static_cast<float>(at_most(vectors, kScoreBlock / 16) + blocks + 5) * kUnit;
+  const float additions = static_cast<float>(at_most(d + 1, kScreenBlock) + (d + kScreenBlock - 1) / kScreenBlock + 3);
+  const float q = number == Number::int8 ? 4 * kUnit : 1.01f * additions * 2 * kUnit;
+  const float x = norm + loss;
+  return {(loss + (q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f), x * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)};
+}
+
+// The features of one panel, as vectors of 16.
+template <bool kScaled>
+struct Features {
+  __m512 norm[2], loss[2], floor[2], scale[2], bias[2];
+  int64_t first;
+  uint32_t exist;  // one bit a feature
+
+  FASTSAE_INLINE void set(const ScreenPanels& p, int panel) {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = static_cast<int64_t>(panel) * kPanelWidth + 16 * h;
+      norm[h] = _mm512_loadu_ps(p.norm + at);
+      loss[h] = _mm512_loadu_ps(p.loss + at);
+      floor[h] = _mm512_loadu_ps(p.floor + at);
+      if (kScaled) scale[h] = _mm512_loadu_ps(p.scale + at);
+      bias[h] = _mm512_loadu_ps(p.bias + at);
+    }
+    first = p.first + static_cast<int64_t>(panel) * kPanelWidth;
+    const int64_t left = p.features - static_cast<int64_t>(panel) * kPanelWidth;
+    exist = left >= kPanelWidth ? ~0u : (1u << left) - 1u;
+  }
+  FASTSAE_INLINE __m512 slack(int h, __m512 a, __m512 c) const {
+    return _mm512_fmadd_ps(a, norm[h], _mm512_fmadd_ps(c, loss[h], floor[h]));
+  }
+  // The bias is 0 where there is none: adding it only turns -0 into +0, which compare equal.
+  FASTSAE_INLINE __m512 score(int h, __m512 r) const {
+    if (kScaled) r = _mm512_mul_ps(r, scale[h]);
+    return _mm512_add_ps(r, bias[h]);
+  }
+  FASTSAE_INLINE __m512 upper(int h, __m512 r, __m512 e) const { return score(h, _mm512_add_ps(r, e)); }
+  FASTSAE_INLINE __m512 lower(int h, __m512 r, __m512 e) const { return score(h, _mm512_sub_ps(r, e)); }
+};
+
+FASTSAE_INLINE uint32_t joined(__mmask16 m0, __mmask16 m1) {
+  return _mm512_mask2int(m0) | (static_cast<uint32_t>(_mm512_mask2int(m1)) << 16);
+}
+
+// Appends the marked features of a panel to a row's undecided ones, with the ends of their intervals.
+template <bool kScaled>
+__attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t mask, const Features<kScaled>& f, __m512 r0, __m512 r1,
+                                      __m512 e0, __m512 e1) {
+  int64_t n = to.n[row];
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int h = 0; h < 2; ++h) {
+    const __mmask16 m = static_cast<__mmask16>(mask >> (16 * h));
+    if (m == 0) continue;
+    const __m512 r = h == 0 ? r0 : r1, e = h == 0 ? e0 : e1;
+    const int64_t at = row * to.stride + n;
+    if (to.lo != nullptr) {
+      _mm512_storeu_ps(to.lo + at, _mm512_maskz_compress_ps(m, f.lower(h, r, e)));
+      _mm512_storeu_ps(to.hi + at, _mm512_maskz_compress_ps(m, f.upper(h, r, e)));
+    }
+    _mm512_storeu_si512(
+        to.id + at, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
+    n += __builtin_popcount(m);
+  }
+  to.n[row] = static_cast<int32_t>(n);
+}
+
+// Walks the lines of `Ahead`, a few at a time.
+struct Prefetcher {
+  const char* at;
+  int64_t segments, lines, stride, line;
+  explicit FASTSAE_INLINE Prefetcher(const Ahead& a) : at(a.base), segments(a.segments), lines(a.lines), stride(a.stride), line(0) {}
+  FASTSAE_INLINE void some(int n) {
+    for (; n > 0 && segments > 0; --n) {
+      _mm_prefetch(at + line * 64, _MM_HINT_T1);
+      if (++line == lines) {
+        line = 0;
+        at += stride;
+        --segments;
+      }
+    }
+  }
+};
+
+constexpr int64_t kStep = 32;  // words between two prefetches
+
+// c[i][32] = integer products of MR rows and the 32 features of a panel, as fp32.
+template <int MR>
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, float* c, Prefetcher& ahead, int quota) {
+  __m512i s0[MR], s1[MR];
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_set1_epi32(start[i]);
+  for (int64_t d = 0; d < words;) {
+    const int64_t stop = at_most(d + kStep, words);
+    ahead.some(quota);
+    for (; d < stop; ++d) {
+      const __m512i w0 = _mm512_loadu_si512(w + d * kPanelWidth), w1 = _mm512_loadu_si512(w + d * kPanelWidth + 16);
+      const uint32_t* const xd = x + d * MR;
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; ++i) {
+        const __m512i xi = _mm512_set1_epi32(static_cast<int>(xd[i]));
+        // Not the intrinsic: gcc 12 spills every accumulator around it, which halves the speed.
+        asm("vpdpbusd %2, %1, %0" : "+v"(s0[i]) : "v"(w0), "v"(xi));
+        asm("vpdpbusd %2, %1, %0" : "+v"(s1[i]) : "v"(w1), "v"(xi));
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+    _mm512_store_ps(c + i * kPanelWidth, _mm512_cvtepi32_ps(s0[i]));
+    _mm512_store_ps(c + i * kPanelWidth + 16, _mm512_cvtepi32_ps(s1[i]));
+  }
+}
+
+// c[i][32] = <x^_i, w^_j> in bf16.
+template <int MR>
+void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, float* c, Prefetcher& ahead, int quota) {
+  __m512 s0[MR], s1[MR];
+  int64_t d = 0;
+  do {
+    const int64_t end = at_most(d + kScreenBlock / 2, words);
+    const bool first = d == 0;
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_setzero_ps();
+    while (d < end) {
+      const int64_t stop = at_most(d + kStep, end);
+      ahead.some(quota);
+      for (; d < stop; ++d) {
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth), w1 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth + 16);
+        const uint32_t* const xd = x + d * MR;
+#pragma GCC unroll 12
+        for (int i = 0; i < MR; ++i) {
+          const __m512bh xi = (__m512bh)_mm512_set1_epi32(static_cast<int>(xd[i]));
+          s0[i] = _mm512_dpbf16_ps(s0[i], xi, w0);
+          s1[i] = _mm512_dpbf16_ps(s1[i], xi, w1);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      float* const to = c + i * kPanelWidth;
+      if (!first) {
+        s0[i] = _mm512_add_ps(_mm512_load_ps(to), s0[i]);
+        s1[i] = _mm512_add_ps(_mm512_load_ps(to + 16), s1[i]);
+      }
+      _mm512_store_ps(to, s0[i]);
+      _mm512_store_ps(to + 16, s1[i]);
+    }
+  } while (d < words);
+}
+
+using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, float*, Prefetcher&, int);
+#define FASTSAE_TILES(tile)                                                                                                        \
+  {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
+constexpr TileKernel kTileKernels[2][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_TILES(tile_bf16)};
+#undef FASTSAE_TILES
+
+// All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
+// panels; of a larger block, a panel stays there for all tiles.
+template <Number kNumber, class Consumer>
+void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Consumer& consumer) {
+  alignas(64) float c[kTileRows * kPanelWidth];
+  Prefetcher ahead(next);
+  const int64_t steps = (x.words + kStep - 1) / kStep * p.panels * x.tiles;
+  const int quota = next.segments == 0 ? 0 : static_cast<int>(next.segments * next.lines / (steps > 0 ? steps : 1)) + 1;
+  const auto one = [&](int t, int panel) {
+    const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
+    const int height = static_cast<int>(r1 - r0);
+    kTileKernels[static_cast<int>(kNumber)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0, c,
+                                                    ahead, quota);
+    consumer.panel(p, panel);
+    __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
+    if (kNumber == Number::int8) {
+      unit0 = _mm512_loadu_ps(p.unit + panel * kPanelWidth);
+      unit1 = _mm512_loadu_ps(p.unit + panel * kPanelWidth + 16);
+    }
+    for (int i = 0; i < height; ++i) {
+      __m512 r0v = _mm512_load_ps(c + i * kPanelWidth), r1v = _mm512_load_ps(c + i * kPanelWidth + 16);
+      if (kNumber == Number::int8) {
+        const __m512 step = _mm512_set1_ps(x.unit[r0 + i]);
+        r0v = _mm512_mul_ps(r0v, _mm512_mul_ps(step, unit0));
+        r1v = _mm512_mul_ps(r1v, _mm512_mul_ps(step, unit1));
+      }
+      consumer.row(r0 + i, r0v, r1v);
+    }
+  };
+  if (x.words * kPanelWidth * 4 * p.panels <= kCacheBytes) {
+    for (int t = 0; t < x.tiles; ++t)
+      for (int panel = 0; panel < p.panels; ++panel) one(t, panel);
+  } else {
+    for (int panel = 0; panel < p.panels; ++panel)
+      for (int t = 0; t < x.tiles; ++t) one(t, panel);
+  }
+}
+
+// The exact products of a block's undecided features, while its weights are in the cache, written over `hi`.
+template <class T>
+struct Scorer {
+  const ScoreJob& job;
+  const Undecided& at;
+  static constexpr int kAtOnce = 4;
+  const float* x[kAtOnce] = {};
+  const T* w[kAtOnce] = {};
+  int64_t place[kAtOnce] = {};
+  int held = 0;
+
+  FASTSAE_INLINE Scorer(const ScoreJob& job, const Undecided& at) : job(job), at(at) {}
+
+  // N independent products, mostly of one row: one chain alone would wait for its own last addition.
+  template <int N, bool kSameRow>
+  FASTSAE_INLINE void score() {
+    Vec sum[N], total[N];
+    int64_t i = 0;
+    do {
+      const int64_t end = at_most(i + kScoreBlock, job.d);
+      const bool first = i == 0;
+#pragma GCC unroll 4
+      for (int a = 0; a < N; ++a) sum[a] = zero();
+      for (; i + kLanes <= end; i += kLanes) {
+        const Vec one = load(x[0] + i);
+#pragma GCC unroll 4
+        for (int a = 0; a < N; ++a) sum[a] = fma(kSameRow ? one : load(x[a] + i), load(w[a] + i), sum[a]);
+      }
+      if (i < end) {
+        const int n = static_cast<int>(end - i);
+        for (int a = 0; a < N; ++a) sum[a] = fma(load_part(x[a] + i, n), load_part(w[a] + i, n), sum[a]);
+        i = end;
+      }
+      for (int a = 0; a < N; ++a) total[a] = first ? sum[a] : add(total[a], sum[a]);
+    } while (i < job.d);
+    for (int a = 0; a < N; ++a) at.hi[place[a]] = reduce(total[a]);
+  }
+
+  FASTSAE_INLINE const T* feature(int64_t id) const {
+    return static_cast<const T*>(job.w) + (job.list != nullptr ? job.list[id] : id) * job.stride_f;
+  }
+
+  FASTSAE_INLINE void add_entry(int64_t row, int64_t position) {
+    place[held] = position;
+    x[held] = job.xc + row * job.padded;
+    w[held] = feature(at.id[position] + job.first);
+    if (++held == kAtOnce) {
+      if (x[0] == x[kAtOnce - 1])
+        score<kAtOnce, true>();
+      else
+        score<kAtOnce, false>();
+      held = 0;
+    }
+  }
+
+  // Entries [0, n) of a row.
+  FASTSAE_INLINE void row(int64_t row) {
+    const int64_t base = row * at.stride, n = at.n[row];
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + 2 * kAtOnce < n) {
+        const char* const later = reinterpret_cast<const char*>(feature(at.id[base + i + 2 * kAtOnce] + job.first));
+        for (int line = 0; line < 4; ++line) _mm_prefetch(later + 64 * line, _MM_HINT_T0);
+      }
+      add_entry(row, base + i);
+    }
+  }
+
+  FASTSAE_INLINE void finish() {
+    if (held == 3) score<3, false>();
+    if (held == 2) score<2, false>();
+    if (held == 1) score<1, false>();
+    held = 0;
+  }
+};
+
+// Calls body(scorer) with the scorer of the weights' type.
+template <class Body>
+FASTSAE_INLINE void with_scorer(const ScoreJob& job, const Undecided& at, const Body& body) {
+  if (job.t == Dtype::f32) {
+    Scorer<float> scorer(job, at);
+    body(scorer);
+  } else if (job.t == Dtype::bf16) {
+    Scorer<bf16> scorer(job, at);
+    body(scorer);
+  } else {
+    Scorer<f16> scorer(job, at);
+    body(scorer);
+  }
+}
+
+}  // namespace
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

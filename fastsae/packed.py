@@ -1,0 +1,70 @@
+"""Handles of weights that do not change: packed once, accepted wherever the weights are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import _checks
+
+
+class PackedWeights:
+    """A dictionary ``[F, D]`` with its packed form, made by ``fastsae.pack``.
+
+    The handle belongs to whoever made it: after the weights change, ``refresh()`` packs them again. A change in place that torch's version
+    counter saw raises an error at the next use; one behind its back (``p.data.mul_()``) is the owner's business.
+
+    Attributes:
+        weight: the tensor itself; gradients flow to it.
+    """
+
+    def __init__(self, weight: Tensor):
+        _checks.tensor("pack", "W", weight)
+        if weight.dim() != 2:
+            raise ValueError(f"pack: W must have shape [F, D], got {list(weight.shape)}")
+        self.weight = weight
+        self._words: Tensor | None = None
+        self.refresh()
+
+    def refresh(self) -> PackedWeights:
+        """Packs the weights as they are now; returns the handle."""
+        from fastsae import native_encode
+
+        self._words = native_encode.pack(self.weight.detach())
+        self._made_of = self._state()
+        return self
+
+    def _state(self) -> tuple[Any, ...]:
+        weight = self.weight
+        return weight.shape, weight.dtype, weight.device, None if weight.is_inference() else weight._version
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form: 0 where this CPU (or device, or dtype) has no use for one."""
+        return 0 if self._words is None else self._words.numel() * self._words.element_size()
+
+    def words(self, op: str) -> Tensor | None:
+        """The packed form, for the operations; an error where the weights have changed since."""
+        if not torch.compiler.is_compiling() and self._state() != self._made_of:
+            raise ValueError(f"{op}: the packed weights were changed since fastsae.pack; call refresh() on the handle")
+        return self._words
+
+    def __repr__(self) -> str:
+        return f"PackedWeights({list(self.weight.shape)} {str(self.weight.dtype)[6:]}, {self.nbytes} bytes)"
+
+
+def pack(W: Tensor) -> PackedWeights:
+    """Packs weights for repeated encoding: ``encode_topk(x, pack(W), ...)`` reads a quarter of the bytes and packs nothing.
+
+    Args:
+        W: ``[F, D]``, any strides; float32, bfloat16 or float16 on a CPU gain, others are accepted and gain nothing.
+
+    Returns:
+        ``PackedWeights``, accepted as ``W_enc`` by the encoders and ``reconstruct``. Results are the same bits. It takes about ``F * D``
+        bytes more than ``W``; for a ``W`` that is not row-major (a transposed view) also a row-major copy of it.
+
+    Raises: TypeError: no tensor, or a dtype that is not floating. ValueError: shape.
+    """
+    return PackedWeights(W)
