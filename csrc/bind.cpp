@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
     pointer<const void>(w), static_cast<Dtype>(w_type), stride_f, stride_d, d, features, pointer<const std::int32_t>(list), w_eps,  \
         pointer<const std::uint32_t>(packed)                                                                                        \
   }
+  m.def("packs", &packs);
   m.def("packed_words", &packed_words);
   m.def("pack", [](address w, int w_type, i64 stride_f, i64 stride_d, i64 d, i64 features, address packed, int threads) {
     py::gil_scoped_release release;

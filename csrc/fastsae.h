@@ -97,7 +97,8 @@ struct Weights {
 };
 
 // The packed form of a dictionary: 8-bit integers, rotated, and three numbers a feature; round_up(features, 32) * (about d + 12) bytes. It is
-// for screening only: what is undecided is scored from the weights themselves. packed_words is 0 where this level cannot screen.
+// for screening only: what is undecided is scored from the weights themselves. Its layout is one for all levels; `packs`: this one can.
+bool packs(int64_t d);
 int64_t packed_words(int64_t features, int64_t d);
 int64_t pack(const Weights& w, uint32_t* packed, int threads);
 

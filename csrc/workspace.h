@@ -1,5 +1,5 @@
-// Scratch memory of one call. Fresh pages cost about ten times as much as warm ones, so the last block is kept for the next call (up to
-// kKept bytes). A call that finds it taken, because another thread is computing, allocates its own.
+// Scratch memory of one call. Fresh pages cost about ten times as much as warm ones, so a few blocks are kept for the next calls (up to
+// kKept bytes in all). A call that finds none that is free and large enough allocates its own.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -292,9 +292,9 @@ def pack(W: Tensor) -> Tensor | None:
         return None
     kernels = native._C or native._load()
     n, d = W.shape
-    words = kernels.packed_words(n, d)
-    if words == 0:
+    if not kernels.packs(d):
         return None
+    words = kernels.packed_words(n, d)
     rows = 0 if W.stride(1) == 1 or d == 1 else (n * d * W.element_size() + 3) // 4
     blob = torch.empty(words + rows, dtype=torch.int32)
     if rows:

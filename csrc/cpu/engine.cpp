@@ -48,8 +48,9 @@ bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d) {
   return peaked * 8 > looked;
 }
 
+bool packs(int64_t d) { return engine_kernels().pack_features[0] != nullptr && d > 0 && d < 65536; }
+
 int64_t packed_words(int64_t features, int64_t d) {
-  if (engine_kernels().pack_features[0] == nullptr || d == 0 || d >= 65536) return 0;
   return packed_features(features) * (words_of(Number::int8, d, rotation_of(d)) + 3);
 }
 

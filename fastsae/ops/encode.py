@@ -243,9 +243,7 @@ def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
 
 def _packed(W: Tensor, count: int) -> Tensor | None:
     """A handle's words for every second sample, where this machine has a use for them."""
-    from fastsae import native_encode
-
-    return native_encode.pack(W) if count % 2 else None
+    return PackedWeights(W).words("samples") if count % 2 else None
 
 
 def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:

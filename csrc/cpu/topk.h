@@ -1,0 +1,153 @@
+// The running top-k of rows that several workers share: a consumer of the tile engine puts what it cannot decide through here. Only for
+// *.isa.cpp of a level that can screen.
+#pragma once
+#include "cpu/encode.h"
+#include "cpu/tile.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+constexpr int32_t kMinusInfinity = static_cast<int32_t>(0xff800000u);
+
+FASTSAE_INLINE float from_bits32(int32_t bits) { return as_float(static_cast<uint32_t>(bits)); }
+FASTSAE_INLINE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }  // its own inverse
+FASTSAE_INLINE __m512i ordered(__m512i bits) {
+  return _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff)));
+}
+
+// A number t with at least k of the n values not below t: the k-th largest. NaN counts as -inf. 0 < k <= n.
+float kth_largest(const float* values, int64_t n, int64_t k) {
+  const int64_t bottom = ordered(kMinusInfinity);
+  const auto key = [&](int64_t i) {
+    const __mmask16 m = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
+    const __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), m, values + i);
+    return ordered(_mm512_castps_si512(_mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()))));
+  };
+  __m512i high_v = _mm512_set1_epi32(INT32_MIN), low_v = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < n; i += 16) {
+    high_v = _mm512_max_epi32(high_v, key(i));
+    low_v = _mm512_min_epi32(low_v, key(i));
+  }
+  // Invariant: at least k keys >= low, fewer than k keys >= high. Padding lanes count as -inf, which only `low` may be.
+  int64_t low = _mm512_reduce_min_epi32(low_v), high = static_cast<int64_t>(_mm512_reduce_max_epi32(high_v)) + 1;
+  while (high - low > 1) {
+    const int64_t mid = low + (high - low) / 2;
+    const __m512i pivot = _mm512_set1_epi32(static_cast<int32_t>(mid));
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(_mm512_cmpge_epi32_mask(key(i), pivot));
+    if (count >= k) {
+      low = mid;
+      if (count == k) break;
+    } else {
+      high = mid;
+    }
+  }
+  return low <= bottom ? -__builtin_inff() : from_bits32(ordered(static_cast<int32_t>(low)));
+}
+
+FASTSAE_INLINE float load_tau(const int32_t* tau) { return from_bits32(__atomic_load_n(tau, __ATOMIC_RELAXED)); }
+
+// Never falls; what another worker sets in between stays if it is higher. Results do not depend on who was first: the last word is exact.
+FASTSAE_INLINE void raise_tau(int32_t* tau, float to) {
+  int32_t seen = __atomic_load_n(tau, __ATOMIC_RELAXED);
+  while (from_bits32(seen) < to &&
+         !__atomic_compare_exchange_n(tau, &seen, static_cast<int32_t>(as_bits(to)), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// Copies the entries with !(value < tau), to the same place or another; their number. Writes up to 15 elements beyond them.
+FASTSAE_INLINE int64_t keep_above(float tau, const float* value, const int32_t* id, const float* other, int64_t n, float* to_value,
+                                  int32_t* to_id, float* to_other) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
+    const __m512 v = _mm512_loadu_ps(value + i);
+    const __m512i f = _mm512_loadu_si512(id + i);
+    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ);
+    if (other != nullptr) _mm512_storeu_ps(to_other + kept, _mm512_maskz_compress_ps(m, _mm512_loadu_ps(other + i)));
+    _mm512_storeu_ps(to_value + kept, _mm512_maskz_compress_ps(m, v));
+    _mm512_storeu_si512(to_id + kept, _mm512_maskz_compress_epi32(m, f));
+    kept += __builtin_popcount(m);
+  }
+  return kept;
+}
+
+FASTSAE_INLINE void lock_row(uint8_t* lock) {
+  while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE) != 0) _mm_pause();
+}
+FASTSAE_INLINE void unlock_row(uint8_t* lock) { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
+
+constexpr int64_t kPatience = 4;  // tau is raised when k / kPatience scores are new
+
+// What is left of a row's undecided features after another look at tau; with many of them, after a better tau.
+FASTSAE_INLINE void reconsider(const TopkBuffer& buffer, int64_t row) {
+  const Undecided& u = buffer.undecided;
+  float* const lo = u.lo + row * u.stride;
+  float* const hi = u.hi + row * u.stride;
+  int32_t* const id = u.id + row * u.stride;
+  int64_t n = keep_above(load_tau(buffer.tau + row), hi, id, lo, u.n[row], hi, id, lo);
+  constexpr int64_t kMany = 8;
+  if (n >= kMany) {
+    lock_row(buffer.lock + row);
+    const int64_t kept = buffer.kept[row];
+    __builtin_memcpy(buffer.room, buffer.score + row * buffer.kept_stride, static_cast<size_t>(kept) * sizeof(float));
+    unlock_row(buffer.lock + row);
+    __builtin_memcpy(buffer.room + kept, lo, static_cast<size_t>(n) * sizeof(float));
+    if (kept + n >= buffer.k) {
+      raise_tau(buffer.tau + row, kth_largest(buffer.room, kept + n, buffer.k));
+      n = keep_above(load_tau(buffer.tau + row), hi, id, lo, n, hi, id, lo);
+    }
+  }
+  u.n[row] = static_cast<int32_t>(n);
+}
+
+int64_t raise(const TopkBuffer& buffer, int64_t row, int64_t kept) {
+  float* const score = buffer.score + row * buffer.kept_stride;
+  int32_t* const feature = buffer.feature + row * buffer.kept_stride;
+  if (kept >= buffer.k) raise_tau(buffer.tau + row, kth_largest(score, kept, buffer.k));
+  buffer.fresh[row] = 0;
+  return keep_above(load_tau(buffer.tau + row), score, feature, nullptr, kept, score, feature, nullptr);
+}
+
+// Exact products to scores, and those to the entries that all workers share.
+FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64_t row) {
+  const Undecided& u = buffer.undecided;
+  const int64_t base = row * u.stride, kept_base = row * buffer.kept_stride;
+  const int64_t n = u.n[row];
+  u.n[row] = 0;
+  for (int64_t i = base; i < base + n; ++i) {
+    const int64_t at = u.id[i] - p.first;
+    float score = u.hi[i];
+    if (p.scale != nullptr) score = score * p.scale[at];
+    u.hi[i] = score + p.bias[at];
+  }
+  float* const score = buffer.score + kept_base;
+  int32_t* const feature = buffer.feature + kept_base;
+  lock_row(buffer.lock + row);
+  int64_t kept = buffer.kept[row];
+  if (kept + n > buffer.capacity) kept = raise(buffer, row, kept);
+  if (kept + n > buffer.capacity) {
+    __atomic_store_n(buffer.exact + row, 1, __ATOMIC_RELAXED);
+    raise_tau(buffer.tau + row, __builtin_inff());
+    kept = 0;
+  } else {
+    kept += keep_above(load_tau(buffer.tau + row), u.hi + base, u.id + base, nullptr, n, score + kept, feature + kept, nullptr);
+    buffer.fresh[row] += static_cast<int32_t>(n);
+    if (buffer.fresh[row] > buffer.k / kPatience && kept >= buffer.k) kept = raise(buffer, row, kept);
+  }
+  buffer.kept[row] = static_cast<int32_t>(kept);
+  unlock_row(buffer.lock + row);
+}
+
+int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
+  float* const score = buffer.score + row * buffer.kept_stride;
+  int32_t* const feature = buffer.feature + row * buffer.kept_stride;
+  const int64_t kept = buffer.kept[row];
+  const float tau = kept > buffer.k ? kth_largest(score, kept, buffer.k) : -__builtin_inff();
+  return keep_above(tau, score, feature, nullptr, kept, score, feature, nullptr);
+}
+
+}  // namespace
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae
