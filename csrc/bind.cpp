@@ -119,6 +119,11 @@ PYBIND11_MODULE(_C, m) {
                                                static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats), &min_kept, &status);
     return std::make_unique<Owned>(entries, status, min_kept);
   });
+  m.def("spline_code", [](FASTSAE_XW, address bias, address words, int path, int threads, address stats) {
+    py::gil_scoped_release release;
+    return spline_code(FASTSAE_X, FASTSAE_W, pointer<const float>(bias), pointer<i64>(words), static_cast<EncodePath>(path), threads,
+                       pointer<EncodeStats>(stats));
+  });
   m.def("screen_bounds", [](FASTSAE_XW, address scale, address bias, bool bf16, address lo, address hi, int threads) {
     py::gil_scoped_release release;
     bool screens = false;

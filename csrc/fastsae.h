@@ -162,6 +162,15 @@ Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gat
 Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, EncodePath path,
                            int threads, EncodeStats* stats, float* min_kept, int64_t* status);
 
+// ---- spline codes ----
+
+// spline_code: bit j % 64 of words[r, j / 64] is score > 0 (0 for NaN); words [rows, ceil(features / 64)] contiguous, the bits beyond are 0.
+// A level with bf16 dot products decides most signs from bf16 products with a proven bound and computes the scores of the others; rows of at
+// most 16 elements are computed as they are. Workspace: that of the engine, and up to 32 MiB of packed features where there are more rows than
+// a chunk.
+int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, int threads,
+                    EncodeStats* stats);
+
 // For tests: the interval of every score, lo and hi [rows, features]; `bf16` takes the screen of spline codes. Rows that would take the exact
 // path have lo = -inf, hi = inf. kNoMemory, or kOk; false in *screens where this level cannot screen.
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,

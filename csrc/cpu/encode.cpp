@@ -4,20 +4,23 @@
 #include <mutex>
 #include <vector>
 
-#include "cpu/screen.h"
+#include "cpu/cuts.h"
 
 namespace fastsae {
 namespace {
 
 const EncodeKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(encode_kernels)};
 
-// Null where the level in force cannot screen.
+}  // namespace
+
 const EncodeKernels* encode_kernels() {
   const EncodeKernels* found = nullptr;
   for (int level = 0; level <= static_cast<int>(current_level()); ++level)
     if (kTables[level] != nullptr) found = kTables[level];
   return found;
 }
+
+namespace {
 
 struct Problem {
   const Activations& x;
@@ -337,102 +340,6 @@ void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* 
 
 namespace {
 
-// A worker's undecided features, all of them where screening is off or decides too little: what cut consumers share.
-struct Cuts {
-  const EngineKernels& kernels;
-  const EncodeKernels* screens;
-  const Problem& p;
-  Undecided undecided[kMostWorkers];
-  uint8_t* full[kMostWorkers];  // rows of which every score of the block is computed
-  int unscreened[kMostWorkers] = {};
-  int64_t scored[kMostWorkers] = {};
-
-  int64_t bytes(const Plan& plan) const {
-    return plan.threads * (3 * Workspace::size<float>(plan.chunk * (plan.block + 16)) + Workspace::size<int32_t>(plan.chunk) +
-                           Workspace::size<uint8_t>(plan.chunk));
-  }
-  void take(Workspace& space, const Plan& plan) {
-    const int64_t chunk = plan.chunk, stride = plan.block + 16;
-    for (int t = 0; t < plan.threads; ++t) {
-      undecided[t] = {space.take<float>(chunk * stride), space.take<float>(chunk * stride), space.take<int32_t>(chunk * stride),
-                      space.take<int32_t>(chunk), stride};
-      full[t] = space.take<uint8_t>(chunk);
-      std::memset(undecided[t].n, 0, static_cast<size_t>(chunk) * sizeof(int32_t));
-    }
-  }
-
-  // 1. What the screen leaves open, with intervals.
-  void screen(const Chunk& chunk, const Block& b, int worker, Cut kind, const int32_t* cut) {
-    const Undecided& u = undecided[worker];
-    constexpr int kRest = 15;
-    std::memset(full[worker], 0, static_cast<size_t>(chunk.rows));
-    if (!chunk.plan.screens || unscreened[worker] > 0) {
-      if (unscreened[worker] > 0) --unscreened[worker];
-      std::memset(full[worker], 1, static_cast<size_t>(chunk.rows));
-    } else {
-      screens->screen_cut(kind, b.rows, b.panels, b.next, u, cut);
-      int64_t heavy = 0;
-      for (int64_t r = 0; r < chunk.rows; ++r) {
-        full[worker][r] = static_cast<uint8_t>(chunk.exact[r] != 0 || u.n[r] * 4 > b.count);
-        heavy += full[worker][r];
-      }
-      if (heavy * 2 > chunk.rows) unscreened[worker] = kRest;
-    }
-  }
-  // 2. Exact products of what is still open; every feature of a full row.
-  void score(const Chunk& chunk, const Block& b, int worker) {
-    const Undecided& u = undecided[worker];
-    int64_t rows[16], count = 0;
-    const bool plain = b.job.t == Dtype::f32;
-    if (chunk.plan.screens) screens->score_undecided(b.job, u, chunk.rows, full[worker]);
-    const auto flush = [&] {
-      // Half-precision features are widened where they are used, kDenseWidth at a time, in the room behind the list of rows.
-      const float* x[16];
-      const float* w[kDenseWidth];
-      for (int64_t i = 0; i < count; ++i) x[i] = chunk.xc + rows[i] * b.job.padded;
-      for (int64_t f0 = 0; f0 < b.count; f0 += kDenseWidth) {
-        const int64_t n = std::min(kDenseWidth, b.count - f0);
-        for (int64_t j = 0; j < n; ++j) {
-          const int64_t id = b.first + f0 + j + b.job.first;
-          w[j] = static_cast<const float*>(b.job.w) + (b.job.list != nullptr ? b.job.list[id] : id) * b.job.stride_f;
-        }
-        float products[16 * kDenseWidth];
-        kernels.products(x, count, w, n, b.job.d, products, kDenseWidth);
-        for (int64_t i = 0; i < count; ++i)
-          std::memcpy(u.hi + rows[i] * u.stride + f0, products + i * kDenseWidth, static_cast<size_t>(n) * sizeof(float));
-      }
-      count = 0;
-    };
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      if (full[worker][r] != 0) {
-        for (int64_t j = 0; j < b.count; ++j) u.id[r * u.stride + j] = static_cast<int32_t>(b.first + j);
-        u.n[r] = static_cast<int32_t>(b.count);
-        if (plain) {
-          rows[count++] = r;
-          if (count == 16) flush();
-        }
-      }
-      scored[worker] += u.n[r];
-    }
-    if (count > 0) flush();
-    if (!plain) {
-      for (int64_t r = 0; r < chunk.rows; ++r) full[worker][r] ^= 1;
-      screens->score_undecided(b.job, u, chunk.rows, full[worker]);
-    }
-  }
-  static float scored_as(const Block& b, int64_t at, float product) {
-    if (b.panels.scale != nullptr) product = product * b.panels.scale[at];
-    return product + b.panels.bias[at];
-  }
-  void note() {
-    if (p.stats != nullptr)
-      for (int64_t& n : scored) {
-        p.stats->scored += n;
-        n = 0;
-      }
-  }
-};
-
 // A range of a worker's entries: those of one block, by row, then feature.
 struct Segment {
   int64_t first_feature;
@@ -469,6 +376,7 @@ struct Sorter {
 };
 
 struct ThresholdConsumer : Cuts {
+  const Problem& p;
   Cut kind;
   const float* threshold;  // of the dictionary
   float half_band;
@@ -477,11 +385,11 @@ struct ThresholdConsumer : Cuts {
 
   ThresholdConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, Cut kind, const float* threshold,
                     float half_band, Entries& entries)
-      : Cuts{kernels, screens, p, {}, {}}, kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
+      : Cuts{kernels, screens, p.stats, {}, {}}, p(p), kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
 
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
-    screen(chunk, b, worker, kind, nullptr);
+    screen(chunk, b, worker, [&](const Undecided& open) { screens->screen_cut(kind, b.rows, b.panels, b.next, open, nullptr); });
     score(chunk, b, worker);
     const Undecided& u = undecided[worker];
     std::vector<Kept>& kept = sorter.kept[worker];
@@ -527,6 +435,7 @@ struct Pooled {
 };
 
 struct BatchConsumer : Cuts {
+  const Problem& p;
   int64_t total;
   std::vector<Pooled> pool;  // positive scores and NaN, not below tau
   std::vector<float> room[kMostWorkers];
@@ -535,7 +444,7 @@ struct BatchConsumer : Cuts {
   int32_t tau = 0;  // bits of a float, 0 at first: only positive scores are asked for
 
   BatchConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, int64_t total)
-      : Cuts{kernels, screens, p, {}, {}}, total(total) {}
+      : Cuts{kernels, screens, p.stats, {}, {}}, p(p), total(total) {}
 
   float load_tau() const {
     const int32_t bits = __atomic_load_n(&tau, __ATOMIC_RELAXED);
@@ -562,7 +471,7 @@ struct BatchConsumer : Cuts {
 
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
-    screen(chunk, b, worker, Cut::all, &tau);
+    screen(chunk, b, worker, [&](const Undecided& still) { screens->screen_cut(Cut::all, b.rows, b.panels, b.next, still, &tau); });
     const Undecided& u = undecided[worker];
     // With many open ones, a better tau from the lower ends first.
     int64_t open = 0;

@@ -152,7 +152,9 @@ void bounds_as(const ScreenRows& rows, const ScreenPanels& panels, float* lo, fl
 }
 
 void bounds(Number number, const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
-  (number == Number::int8 ? bounds_as<Number::int8> : bounds_as<Number::bf16>)(rows, panels, lo, hi, ld);
+  constexpr void (*kBounds[kNumbers])(const ScreenRows&, const ScreenPanels&, float*, float*, int64_t) = {
+      bounds_as<Number::int8>, bounds_as<Number::bf16>, bounds_as<Number::exact>};
+  kBounds[static_cast<int>(number)](rows, panels, lo, hi, ld);
 }
 
 }  // namespace

@@ -56,30 +56,34 @@ int64_t packed_words(int64_t features, int64_t d) {
 
 int64_t pack(const Weights& w, uint32_t* packed, int threads) {
   const EngineKernels& kernels = engine_kernels();
-  const int rotation = rotation_of(w.d);
-  const int64_t words = words_of(Number::int8, w.d, rotation), rotated = round_to(w.d, 256), all = packed_features(w.features);
-  const int64_t panels = all / kPanelWidth, padded = round_to(w.d, 32), row_stride = padded + 16;
-  const int64_t scratch_words = 16 * (round_to(words, 16) + 16) + rotated + 64;
-  threads = static_cast<int>(std::min<int64_t>({useful_threads(threads, w.features * w.d), panels, kMostWorkers}));
-  const bool copied = !by_rows(w) || w.eps > 0;
-  Workspace space(static_cast<size_t>(Workspace::size<uint32_t>(rotated) +
-                                      threads * (Workspace::size<uint32_t>(scratch_words) +
-                                                 (copied ? Workspace::size<float>(kPanelWidth * row_stride) : 0))));
+  const Activations none{nullptr, w.t, 1, 0, 0, nullptr, 0};
+  return pack_all(kernels, w, make_plan(kernels, none, w, Number::int8, true, threads, 0), packed, threads);
+}
+
+int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& plan, uint32_t* packed, int threads) {
+  const int64_t words = words_of(plan.number, w.d, plan.rotation), rotated = round_to(w.d, 256), all = packed_features(w.features);
+  const int64_t padded = round_to(w.d, 32), row_stride = padded + 16;
+  const int64_t block = plan.copied ? plan.block : kPanelWidth, blocks = ceil_div(w.features, block);
+  const int64_t scratch_words = 16 * (round_to(words, 16) + 16) + rotated + words + 64;
+  threads = static_cast<int>(std::min<int64_t>({useful_threads(threads, w.features * w.d), blocks, kMostWorkers}));
+  Workspace space(static_cast<size_t>(
+      Workspace::size<uint32_t>(rotated) +
+      threads * (Workspace::size<uint32_t>(scratch_words) + (plan.copied ? Workspace::size<float>(block * row_stride) : 0))));
   if (!space.ok()) return kNoMemory;
   uint32_t* const signs = space.take<uint32_t>(rotated);
   uint32_t* scratch[kMostWorkers];
   float* rows[kMostWorkers];
   for (int t = 0; t < threads; ++t) {
     scratch[t] = space.take<uint32_t>(scratch_words);
-    rows[t] = copied ? space.take<float>(kPanelWidth * row_stride) : nullptr;
+    rows[t] = plan.copied ? space.take<float>(block * row_stride) : nullptr;
   }
   rotation_signs(signs, rotated);
   float* const facts = reinterpret_cast<float*>(packed + all * words);
-  for_each_unit_by_worker(threads, panels, [&](int64_t panel, int worker) {
-    const int64_t f0 = panel * kPanelWidth, n = std::min<int64_t>(kPanelWidth, w.features - f0);
-    PackFeaturesJob job{w.data, w.t, w.stride_f, w.d, f0, n, w.list, 1, rotation, signs, packed + f0 * words, facts + f0,
-                        facts + all + f0, facts + 2 * all + f0, scratch[worker]};
-    if (copied) {
+  for_each_unit_by_worker(threads, blocks, [&](int64_t unit, int worker) {
+    const int64_t f0 = unit * block, n = std::min(block, w.features - f0);
+    PackFeaturesJob job{w.data, w.t, w.stride_f, w.d, f0, n, w.list, static_cast<int>(ceil_div(n, kPanelWidth)), plan.rotation, signs,
+                        packed + f0 * words, facts + f0, facts + all + f0, facts + 2 * all + f0, scratch[worker]};
+    if (plan.copied) {
       kernels.load({w.data, w.t, w.stride_f, w.stride_d, w.d, f0, n, w.list, nullptr, w.eps, rows[worker], padded, row_stride});
       job.w = rows[worker];
       job.t = Dtype::f32;
@@ -87,7 +91,7 @@ int64_t pack(const Weights& w, uint32_t* packed, int threads) {
       job.first = 0;
       job.list = nullptr;
     }
-    kernels.pack_features[0](job);
+    kernels.pack_features[static_cast<int>(plan.number)](job);
   });
   return kOk;
 }

@@ -14,8 +14,11 @@ constexpr int kPanelWidth = 32;        // features of a screening panel
 constexpr int kTileRows = 12;          // most rows of a screening tile
 constexpr int64_t kScreenBlock = 512;  // elements of a bf16 screening sum before they join the total
 
-// How screening rounds: to 8-bit integers a row and a feature (after a rotation that spreads outliers), or to bf16.
-enum class Number : int { int8 = 0, bf16 = 1 };
+// How screening rounds: to 8-bit integers a row and a feature (after a rotation that spreads outliers), to bf16, or, where rows are so short
+// that this costs more than the product, not at all.
+enum class Number : int { int8 = 0, bf16 = 1, exact = 2 };
+constexpr int kNumbers = 3;
+constexpr int64_t kShortRow = 16;  // most elements of an exact screen: a score's sum then has one element a lane
 
 // ---- rows in their working form ----
 
@@ -50,7 +53,7 @@ struct ColumnsJob {
 
 // ---- packed forms ----
 
-// Elements are packed in words of 32 bits: four 8-bit integers, or two bf16 numbers, of neighbouring elements of a row.
+// Elements are packed in words of 32 bits: four 8-bit integers, two bf16 numbers or one fp32, of neighbouring elements of a row.
 struct PackRowsJob {  // rows of a tile, and the factors of their bounds
   const float* xc;    // [height, padded]
   int64_t padded, d;
@@ -89,7 +92,7 @@ inline int rotation_of(int64_t d) {
   return 1;
 }
 inline int64_t words_of(Number number, int64_t d, int rotation) {
-  return number == Number::bf16 ? (d + 1) / 2 : (round_to(d, rotation) + 3) / 4;
+  return number == Number::exact ? d : number == Number::bf16 ? (d + 1) / 2 : (round_to(d, rotation) + 3) / 4;
 }
 
 // A packed handle: panels, then norm, loss and unit of every feature, in words of 32 bits.
@@ -150,8 +153,8 @@ struct EngineKernels {
   // out[i*ld + j] = <x[i], w[j]>, i < rows, j < features
   void (*products)(const float* const* x, int64_t rows, const float* const* w, int64_t features, int64_t d, float* out, int64_t ld);
   // Null where the level cannot screen with this number.
-  void (*pack_rows[2])(const PackRowsJob&);
-  void (*pack_features[2])(const PackFeaturesJob&);
+  void (*pack_rows[kNumbers])(const PackRowsJob&);
+  void (*pack_features[kNumbers])(const PackFeaturesJob&);
 };
 
 namespace portable {

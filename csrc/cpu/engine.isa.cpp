@@ -522,6 +522,33 @@ void pack_bf16(const PackFeaturesJob& job) {
     pack_bf16_as<f16>(job);
 }
 
+void pack_rows_exact(const PackRowsJob& job) {
+  for (int i = 0; i < job.height; ++i) {
+    job.a[i] = job.c[i] = 0;
+    job.unit[i] = 1;
+    job.start[i] = 0;
+    for (int64_t p = 0; p < job.d; ++p) job.words[p * job.height + i] = as_bits(job.xc[i * job.padded + p]);
+  }
+}
+
+template <class T>
+void pack_exact_as(const PackFeaturesJob& job) {
+  for (int64_t f = 0; f < static_cast<int64_t>(job.panels) * kPanelWidth; ++f) {
+    uint32_t* const to = job.data + f / kPanelWidth * job.d * kPanelWidth + f % kPanelWidth;
+    for (int64_t p = 0; p < job.d; ++p) to[p * kPanelWidth] = f < job.features ? as_bits(widen(feature_row<T>(job, f)[p])) : 0;
+    set_feature(job, f, true, 0, 0, 1);
+  }
+}
+
+void pack_exact(const PackFeaturesJob& job) {
+  if (job.t == Dtype::f32)
+    pack_exact_as<float>(job);
+  else if (job.t == Dtype::bf16)
+    pack_exact_as<bf16>(job);
+  else
+    pack_exact_as<f16>(job);
+}
+
 #endif
 
 }  // namespace
@@ -532,11 +559,11 @@ const EngineKernels engine_kernels = {
     column_products,
     products,
 #ifdef FASTSAE_LEVEL_avx512_bf16
-    {pack_rows_int8, pack_rows_bf16},
-    {pack_int8, pack_bf16},
+    {pack_rows_int8, pack_rows_bf16, pack_rows_exact},
+    {pack_int8, pack_bf16, pack_exact},
 #else
-    {nullptr, nullptr},
-    {nullptr, nullptr},
+    {nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr},
 #endif
 };
 

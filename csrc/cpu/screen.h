@@ -50,6 +50,7 @@ struct Plan {
   int64_t block, blocks;
   int threads;
   int64_t chunk, padded, row_stride;
+  const uint32_t* packed;  // all features, in this number and rotation; null: each block is packed where it is used
 };
 
 struct Chunk {
@@ -75,7 +76,8 @@ inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const 
   Plan p{};
   const int64_t d = w.d;
   p.number = number;
-  p.screens = screens && kernels.pack_features[static_cast<int>(number)] != nullptr && d > 0 && d < 65536;
+  p.screens = screens && kernels.pack_features[static_cast<int>(number)] != nullptr && d > 0 &&
+              d <= (number == Number::exact ? kShortRow : 65535);
   const bool plain = by_rows(w) && w.eps == 0;
   p.copied = !plain;
   p.rotation = number == Number::int8 ? rotation_of(d) : 1;
@@ -93,6 +95,7 @@ inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const 
   p.row_stride = p.padded + 16;  // not a power of two
   const int64_t rows = kBufferBytes / std::max<int64_t>(bytes_a_row + 12 * (p.block + 16) * p.threads, 1);
   p.chunk = std::min(x.rows, std::clamp(rows, kLeastChunk, kChunkRows));
+  p.packed = packed && p.screens ? w.packed : nullptr;
   return p;
 }
 
@@ -105,7 +108,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
   const int number = static_cast<int>(plan.number);
   const int64_t d = w.d, chunk = plan.chunk, padded = plan.padded, block = plan.block;
   const int threads = plan.threads;
-  const bool in_place = plan.screens && plan.number == Number::int8 && w.packed != nullptr && w.list == nullptr && w.eps == 0;
+  const bool in_place = plan.packed != nullptr;
   const bool float_rows = plan.copied || (!plan.screens && w.t != Dtype::f32);
   const int64_t rotated = round_to(std::max<int64_t>(d, 1), 256);
   const int64_t scratch_words = 16 * (round_to(plan.words_most, 16) + 16) + rotated + plan.words_most + 64;
@@ -149,7 +152,8 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
     own[t].data = plan.screens && !in_place ? space.take<uint32_t>(plan.panels * plan.words_most * kPanelWidth) : nullptr;
   }
   consumer.take(space, plan);
-  const float underflow = static_cast<float>(4 * d + 128) * 0x1p-126f + (plan.number == Number::int8 ? 0x1p-94f : 0.0f);
+  const float rounding = static_cast<float>(4 * d + 128) * 0x1p-126f;
+  const float underflow = plan.number == Number::exact ? 0.0f : rounding + (plan.number == Number::int8 ? 0x1p-94f : 0.0f);
   const int64_t packed_count = packed_features(w.features);
 
   for (int64_t base = 0; base < x.rows; base += chunk) {
@@ -204,8 +208,8 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
           bias[j] = extra[j] = 0;
         }
         if (in_place) {
-          data = w.packed + f0 * plan.words;
-          const float* const facts = reinterpret_cast<const float*>(w.packed + packed_count * plan.words);
+          data = plan.packed + f0 * plan.words;
+          const float* const facts = reinterpret_cast<const float*>(plan.packed + packed_count * plan.words);
           std::memcpy(norm, facts + f0, static_cast<size_t>(all) * sizeof(float));
           std::memcpy(loss, facts + packed_count + f0, static_cast<size_t>(all) * sizeof(float));
           std::memcpy(step, facts + 2 * packed_count + f0, static_cast<size_t>(all) * sizeof(float));
@@ -222,7 +226,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
         // cache, but only to the third.
         const int64_t g0 = f0 + threads * block, m = std::min(block, w.features - g0);
         if (m > 0 && in_place) {
-          b.next = {reinterpret_cast<const char*>(w.packed + g0 * plan.words), 1, ceil_div(m, kPanelWidth) * kPanelWidth * plan.words / 16, 0};
+          b.next = {reinterpret_cast<const char*>(plan.packed + g0 * plan.words), 1, ceil_div(m, kPanelWidth) * kPanelWidth * plan.words / 16, 0};
         } else if (m > 0 && w.list == nullptr) {
           const int64_t size = size_of(w.t);
           if (by_rows(w))
@@ -240,6 +244,51 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
     if (status != kOk) return status;
   }
   return kOk;
+}
+
+// Packs all features of a plan at once: `packed` holds packed_features(w.features) * (plan.words + 3) words.
+int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& plan, uint32_t* packed, int threads);
+
+constexpr int64_t kPackOnceBytes = int64_t{32} << 20;
+
+// Runs one consumer, or where there are too few blocks of features to occupy the threads one for each range of rows: make(first row) returns a
+// consumer whose chunks count rows from there. Features are packed once where several chunks or ranges would each do it.
+template <class Make>
+int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const Weights& w, const Terms& terms, Plan plan, int64_t* workspace,
+                    const Make& make) {
+  const bool split = plan.blocks < 2 * plan.threads || plan.threads == 1;
+  const int wanted = plan.threads;
+  int64_t parts = 1;
+  const auto bytes = static_cast<int64_t>(packed_features(w.features) * (plan.words_most + 3) * 4);
+  const bool once = plan.screens && plan.packed == nullptr && bytes <= kPackOnceBytes && x.rows > plan.chunk / 2;
+  Workspace space(once ? static_cast<size_t>(bytes) : 64);
+  if (!space.ok()) return kNoMemory;
+  if (once) {
+    uint32_t* const packed = space.take<uint32_t>(bytes / 4);
+    const int64_t status = pack_all(kernels, w, plan, packed, plan.threads);
+    if (status != kOk) return status;
+    plan.packed = packed;
+    if (workspace != nullptr) *workspace += bytes;
+  }
+  if (!split || wanted == 1) {
+    auto consumer = make(0);
+    return run_engine(kernels, x, w, terms, plan, workspace, *consumer);
+  }
+  plan.threads = 1;
+  parts = std::max<int64_t>(1, std::min<int64_t>(wanted, x.rows / kTileRows));
+  std::atomic<int64_t> status{kOk};
+  for_each_unit(wanted, parts, [&](int64_t part) {
+    const int64_t r0 = x.rows * part / parts, r1 = x.rows * (part + 1) / parts;
+    Activations own = x;
+    own.data = static_cast<const char*>(x.data) + r0 * x.stride_row * size_of(x.t);
+    own.rows = r1 - r0;
+    Plan mine = plan;
+    mine.chunk = std::min(plan.chunk, own.rows);
+    auto consumer = make(r0);
+    const int64_t done = run_engine(kernels, own, w, terms, mine, part == 0 ? workspace : nullptr, *consumer);
+    if (done != kOk) status = done;
+  });
+  return status;
 }
 
 }  // namespace fastsae

@@ -26,6 +26,7 @@
 //     bf16: a product of two bf16 numbers has 16 bits and is exact in fp32. VDPBF16PS adds two of them to its accumulator; whatever
 //     order and whatever rounding of the two sums (nearest, or towards zero) an implementation has, each addition errs by at most 2u of
 //     its result: 2 * 256 additions in a block of 512, one more a block and one to spare, each counted as 2u, times 1.01.
+//     exact (rows of at most 16 elements): the same operations as the score's, r~ = r*, and all of E is 0.
 // (5) d0 + d1 <= U. In r* and in bf16 each multiplication, addition or fused step that underflows, gradually or flushed to zero (MXCSR may
 //     say so, VDPBF16PS always does), errs by at most 2^-126, and there are fewer than 4 D + 100 of them, those of (8) included. In int8
 //     (s/n) t may underflow as a whole: then |<x^, w^>|/n <= 2^31 2^-126. Hence U = (4 D + 128) 2^-126, plus 2^-94 for int8.
@@ -157,7 +158,7 @@ constexpr int64_t kStep = 32;  // words between two prefetches
 
 // c[i][32] = integer products of MR rows and the 32 features of a panel, as fp32.
 template <int MR>
-void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, float* c, Prefetcher& ahead, int quota) {
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& ahead, int quota) {
   __m512i s0[MR], s1[MR];
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_set1_epi32(start[i]);
@@ -185,7 +186,7 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
 
 // c[i][32] = <x^_i, w^_j> in bf16.
 template <int MR>
-void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, float* c, Prefetcher& ahead, int quota) {
+void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& ahead, int quota) {
   __m512 s0[MR], s1[MR];
   int64_t d = 0;
   do {
@@ -220,10 +221,44 @@ void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
   } while (d < words);
 }
 
-using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, float*, Prefetcher&, int);
+// c[i][32] = the exact products, for rows of at most kShortRow elements: one a lane, folded 8, 4, 2, 1 as a score is.
+template <int kLength>
+FASTSAE_INLINE void short_products(const float* x, const float* w, int64_t d, int height, float* c) {
+  for (int h = 0; h < 2; ++h) {
+    __m512 wv[kLength];
+    for (int l = 0; l < kLength; ++l) wv[l] = l < d ? _mm512_loadu_ps(w + l * kPanelWidth + 16 * h) : _mm512_setzero_ps();
+    for (int i = 0; i < height; ++i) {
+      __m512 p[kLength];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLength; ++l) p[l] = l < d ? _mm512_mul_ps(_mm512_set1_ps(x[l * height + i]), wv[l]) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int n = kLength / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < n; ++l) p[l] = _mm512_add_ps(p[l], p[l + n]);
+      _mm512_store_ps(c + i * kPanelWidth + 16 * h, p[0]);
+    }
+  }
+}
+
+template <int>
+void tile_exact(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int height, float* c, Prefetcher&, int) {
+  const float* const xf = reinterpret_cast<const float*>(x);
+  const float* const wf = reinterpret_cast<const float*>(w);
+  if (words <= 2)
+    short_products<2>(xf, wf, words, height, c);
+  else if (words <= 4)
+    short_products<4>(xf, wf, words, height, c);
+  else if (words <= 8)
+    short_products<8>(xf, wf, words, height, c);
+  else
+    short_products<16>(xf, wf, words, height, c);
+}
+
+using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, int, float*, Prefetcher&, int);
 #define FASTSAE_TILES(tile)                                                                                                        \
   {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
-constexpr TileKernel kTileKernels[2][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_TILES(tile_bf16)};
+constexpr TileKernel kTileKernels[kNumbers][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_TILES(tile_bf16),
+                                                              FASTSAE_TILES(tile_exact)};
 #undef FASTSAE_TILES
 
 // All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
@@ -237,8 +272,8 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Co
   const auto one = [&](int t, int panel) {
     const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
     const int height = static_cast<int>(r1 - r0);
-    kTileKernels[static_cast<int>(kNumber)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0, c,
-                                                    ahead, quota);
+    kTileKernels[static_cast<int>(kNumber)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0, height,
+                                                    c, ahead, quota);
     consumer.panel(p, panel);
     __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
     if (kNumber == Number::int8) {
