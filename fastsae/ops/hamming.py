@@ -135,6 +135,8 @@ HAMMING_TOPK = Op(
     batched=(0,),
     dtypes=(torch.int64,),
 )
+for _op in (HAMMING, HAMMING_TOPK):
+    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 

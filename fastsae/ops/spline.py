@@ -295,6 +295,8 @@ HASH_CODE = Op(
     batched=(0,),
     dtypes=(torch.float32,),
 )
+for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
+    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 
