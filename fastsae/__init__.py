@@ -10,6 +10,7 @@ Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae
 
 from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.counters import CodeCount, CodeCounter, CodeTable
 from fastsae.dispatch import BackendError, explain, use_backend
 from fastsae.latents import RaggedLatents, TopKLatents
 from fastsae.ops.count import UniqueCodes, count_codes
@@ -27,6 +28,9 @@ __all__ = [
     "SAE",
     "BackendError",
     "BatchTopK",
+    "CodeCount",
+    "CodeCounter",
+    "CodeTable",
     "DecodeGradients",
     "Gated",
     "JumpReLU",
