@@ -133,7 +133,7 @@ class _Sketch:
         return self.sketch.serialize_compact() if self.kind == "hll" else self.sketch.serialize()
 
     def summary(self) -> tuple[int, int | None]:
-        # Of a union of two: its estimate depends on what is in the sketch alone, where an unmerged sketch's depends on the order of updates.
+        # Of a union of two: its estimate depends on the content alone, an unmerged sketch's also on the order of updates.
         return round(self._union(self.sketch, self.sketch).get_estimate()), None
 
 
@@ -300,7 +300,7 @@ class CodeCounter:
             if self.sketch is None:
                 number = counts[start:stop]
                 if bool((part[1:] <= part[:-1]).any()) or bool((number < 1).any()) or int(number.sum()) != int(seen[place]):
-                    raise ValueError(f"the codes of layer {self.names[place]!r} are not sorted, or their counts do not sum to what was seen")
+                    raise ValueError(f"the codes of layer {self.names[place]!r} are not sorted, or their counts are not what was seen")
                 self._layers[place] = _Exact(part.copy(), number.copy())
             else:
                 self._layers[place] = _Sketch(self.sketch, self.lg_k, part.tobytes())
