@@ -195,7 +195,7 @@ class CodeCounter:
     def _empty(self) -> _Exact | _Sketch:
         return _Exact.empty() if self.sketch is None else _Sketch(self.sketch, self.lg_k)
 
-    def update(self, hashes: Tensor | Mapping[str | int, Tensor], mask: Tensor | None = None) -> None:
+    def update(self, hashes: Tensor | Mapping[Any, Tensor], mask: Tensor | None = None) -> None:
         """Counts a batch.
 
         Args:

@@ -38,7 +38,7 @@ def _find(model: nn.Module, layers: Any) -> dict[str, nn.Module]:
     modules = _all_names(model)
     activations = {name: module for name, module in modules if _is_activation(module)}
     if callable(layers):
-        wanted: dict[str, Callable[[str, nn.Module], bool]] = {"the callable": layers}
+        wanted: dict[str, Callable[[str, nn.Module], object]] = {"the callable": layers}
     elif isinstance(layers, str) or (isinstance(layers, Sequence) and all(isinstance(pattern, str) for pattern in layers)):
         # "*.mlp" also names an mlp at the top.
         patterns = [layers] if isinstance(layers, str) else layers

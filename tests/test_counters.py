@@ -176,7 +176,7 @@ def test_a_wrong_update_counts_nothing() -> None:
         (torch.zeros((), dtype=torch.int64), ValueError, r"got \[\]"),
     ):
         with pytest.raises(error, match=message):
-            counter.update(bad)
+            counter.update(bad)  # pyright: ignore[reportArgumentType]
     for mask, error, message in (
         (torch.ones(5), TypeError, "mask must have dtype bool, got float32"),
         (torch.ones(4, dtype=torch.bool), ValueError, r"mask must have the shape of the hashes of layer 'a' \[5\], got \[4\]"),
