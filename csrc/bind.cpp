@@ -134,6 +134,35 @@ PYBIND11_MODULE(_C, m) {
 #undef FASTSAE_XW
 #undef FASTSAE_X
 #undef FASTSAE_W
+  m.def("hamming", [](address a, i64 rows_a, i64 stride_a, address b, i64 rows_b, i64 stride_b, i64 words, address out, i64 out_stride_a,
+                      i64 out_stride_b, bool vpopcnt, int threads) {
+    py::gil_scoped_release release;
+    return hamming({pointer<const i64>(a), rows_a, stride_a, words}, {pointer<const i64>(b), rows_b, stride_b, words},
+                   pointer<std::int32_t>(out), out_stride_a, out_stride_b, vpopcnt, threads);
+  });
+  m.def("hamming_topk", [](address a, i64 rows_a, i64 stride_a, address b, i64 rows_b, i64 stride_b, i64 words, i64 k, address distance,
+                           address index, bool vpopcnt, int threads) {
+    py::gil_scoped_release release;
+    return hamming_topk({pointer<const i64>(a), rows_a, stride_a, words}, {pointer<const i64>(b), rows_b, stride_b, words}, k,
+                        pointer<std::int32_t>(distance), pointer<i64>(index), vpopcnt, threads);
+  });
+  m.def("pack_signs", [](address z, int signs, i64 rows, i64 stride, i64 neurons, address taking_part, address words, int threads) {
+    py::gil_scoped_release release;
+    return pack_signs(pointer<const void>(z), static_cast<Signs>(signs), rows, stride, neurons, pointer<const std::uint8_t>(taking_part),
+                      pointer<i64>(words), threads);
+  });
+  m.def("hash_signs", [](address z, int signs, i64 rows, i64 stride, i64 neurons, address taking_part, std::uint32_t layer,
+                         std::uint64_t seed, int bits, address hashes, int threads) {
+    py::gil_scoped_release release;
+    return hash_signs(pointer<const void>(z), static_cast<Signs>(signs), rows, stride, neurons, pointer<const std::uint8_t>(taking_part),
+                      {layer, seed, bits}, pointer<i64>(hashes), threads);
+  });
+  m.def("hash_code", [](address words, i64 rows, i64 stride, i64 n_words, address taking_part, std::uint32_t layer, std::uint64_t seed,
+                        int bits, address hashes, int threads) {
+    py::gil_scoped_release release;
+    return hash_code(pointer<const i64>(words), rows, stride, n_words, pointer<const std::uint8_t>(taking_part), {layer, seed, bits},
+                     pointer<i64>(hashes), threads);
+  });
   m.attr("NO_MEMORY") = kNoMemory;
 
   m.def("levels", [] {  // built and supported here, ascending

@@ -171,6 +171,46 @@ Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* 
 int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, int threads,
                     EncodeStats* stats);
 
+// Packed codes [rows, words] as int64: stride 1 along the words.
+struct Codes {
+  const int64_t* words_of;
+  int64_t rows, stride, words;
+};
+
+// hamming: out[i * stride_a + j * stride_b] = number of bits that differ between row i of a and row j of b. One of the strides is 1, or
+// the side of the other has one row at most.
+//
+// b is packed in panels of 16 codes side by side: at most 32 KiB, or 64 codes, a thread. `vpopcnt` allows VPOPCNTDQ where the CPU has it
+// (false is for tests).
+int64_t hamming(const Codes& a, const Codes& b, int32_t* out, int64_t stride_a, int64_t stride_b, bool vpopcnt, int threads);
+
+// hamming_topk: the k nearest rows of b for every row of a, by distance, then by lower index. 0 <= k <= b.rows < 2^32.
+//
+// distance and index [a.rows, k] contiguous. Workspace a thread: one panel as above, 136 * (codes in a panel) bytes, and 16 k + 8 bytes a
+// row for as many rows as fit 1 MiB (at least one, at most 512), and for one row more.
+int64_t hamming_topk(const Codes& a, const Codes& b, int64_t k, int32_t* distance, int64_t* index, bool vpopcnt, int threads);
+
+// Pre-activations whose signs are codes. z [rows, neurons] has stride 1 along the neurons; a bit is z > 0, and 0 for -0 and NaN.
+// `taking_part` [neurons] (null: all) is 0 where a neuron's bit is 0 whatever its sign.
+enum class Signs : int { f32 = 0, bf16 = 1, f16 = 2, boolean = 3 };
+
+// pack_signs: bit j % 64 of words[r, j / 64] = sign j of row r; words [rows, ceil(neurons / 64)] contiguous, the bits beyond are 0.
+int64_t pack_signs(const void* z, Signs t, int64_t rows, int64_t stride, int64_t neurons, const uint8_t* taking_part, int64_t* words,
+                   int threads);
+
+// hash_signs, hash_code: hashes[r] = XOR of the keys of the neurons whose bit is set; keys as in cpu/keys.h. hashes [rows] with 64 bits,
+// [rows, 2] with 128. hash_code takes packed words [rows, n_words] with stride 1 along the words, and taking_part [64 n_words].
+// Workspace: 8 bytes a neuron (16 with 128 bits), and 16 KiB a thread or four packed rows.
+struct HashKey {
+  uint32_t layer;
+  uint64_t seed;
+  int bits;  // 64 or 128
+};
+int64_t hash_signs(const void* z, Signs t, int64_t rows, int64_t stride, int64_t neurons, const uint8_t* taking_part, const HashKey& key,
+                   int64_t* hashes, int threads);
+int64_t hash_code(const int64_t* words, int64_t rows, int64_t stride, int64_t n_words, const uint8_t* taking_part, const HashKey& key,
+                  int64_t* hashes, int threads);
+
 // For tests: the interval of every score, lo and hi [rows, features]; `bf16` takes the screen of spline codes. Rows that would take the exact
 // path have lo = -inf, hi = inf. kNoMemory, or kOk; false in *screens where this level cannot screen.
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,

@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <atomic>
+#include <cstring>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -145,6 +146,12 @@ const Feature* cpu_features() {
       {nullptr, false},
   };
   return list;
+}
+
+bool cpu_has(const char* feature) {
+  for (const Feature* f = cpu_features(); f->name != nullptr; ++f)
+    if (std::strcmp(f->name, feature) == 0) return f->present;
+  return false;
 }
 
 }  // namespace fastsae

@@ -29,6 +29,7 @@ struct Feature {
   bool present;
 };
 const Feature* cpu_features();
+bool cpu_has(const char* feature);
 
 // A family of kernels keeps one table of function pointers per level; `tables[level]` is null where it has no body.
 template <class Table>

@@ -3,24 +3,27 @@
 Operations (each with a PyTorch reference that every backend is verified against):
     encode_topk, encode_threshold, encode_batch_topk, encode_gated, pack; decode, decode_backward; reconstruct
     match_cosine, match, mmcs, mmcs_matrix
-    spline_code, spline_hash, pack_signs, hash_signs, hash_code, spline_keys; hamming, hamming_topk; count_codes
+    spline_code, spline_hash, pack_signs, hash_signs, hash_code, combine_hashes, spline_keys; hamming, hamming_topk; count_codes
+Built on them: trace (codes while a model runs), CodeCounter (distinct codes of a stream), boundary_density, neighbour_graph.
 Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated.
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
 from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.counters import CodeCount, CodeCounter, CodeTable
 from fastsae.dispatch import BackendError, explain, use_backend
 from fastsae.latents import RaggedLatents, TopKLatents
 from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.decode import DecodeGradients, decode, decode_backward
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
-from fastsae.ops.hamming import Neighbours, hamming, hamming_topk
+from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, hamming, hamming_topk, neighbour_graph
 from fastsae.ops.match import Match, Matches, match, match_cosine, mmcs, mmcs_matrix
 from fastsae.ops.reconstruct import Reconstruction, reconstruct
-from fastsae.ops.spline import hash_code, hash_signs, pack_signs, spline_code, spline_hash, spline_keys
+from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack
 from fastsae.sae import SAE
+from fastsae.trace import trace
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,10 @@ __all__ = [
     "SAE",
     "BackendError",
     "BatchTopK",
+    "BoundaryDensity",
+    "CodeCount",
+    "CodeCounter",
+    "CodeTable",
     "DecodeGradients",
     "Gated",
     "JumpReLU",
@@ -41,7 +48,9 @@ __all__ = [
     "TopK",
     "TopKLatents",
     "UniqueCodes",
+    "boundary_density",
     "check",
+    "combine_hashes",
     "count_codes",
     "decode",
     "decode_backward",
@@ -58,11 +67,13 @@ __all__ = [
     "match_cosine",
     "mmcs",
     "mmcs_matrix",
+    "neighbour_graph",
     "pack",
     "pack_signs",
     "reconstruct",
     "spline_code",
     "spline_hash",
     "spline_keys",
+    "trace",
     "use_backend",
 ]

@@ -291,3 +291,159 @@ def _same(dtype: torch.dtype, *tensors: Tensor) -> None:
     for t in tensors:
         if t.dtype is not dtype or not t.is_cpu:
             raise TypeError(f"expected {dtype} on cpu, got {t.dtype} on {t.device}")
+
+
+# ---- codes: Hamming distances, packed signs and their hashes ----
+
+_SIGNS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+
+
+def _refuses_codes(*tensors: Tensor) -> str | None:
+    if not _tried:
+        unavailable()
+    if _reason is not None:
+        return _reason
+    for t in tensors:
+        if not t.is_cpu:
+            return f"device {t.device} (supported: cpu)"
+    return None
+
+
+def refuses_hamming(a: Tensor, b: Tensor, out: Tensor) -> str | None:
+    """Why `hamming` cannot serve these inputs, or None."""
+    if out.numel() and 1 not in out.shape and 1 not in out.stride():
+        return f"out with strides {out.stride()} (supported: stride 1 along one dimension)"
+    return _refuses_codes(a, b, out)
+
+
+def refuses_hamming_topk(a: Tensor, b: Tensor, k: int) -> str | None:
+    """Why `hamming_topk` cannot serve these inputs, or None."""
+    if b.shape[0] >= 2**32:
+        return f"{b.shape[0]} codes in b (supported: fewer than 2^32)"
+    return _refuses_codes(a, b)
+
+
+def refuses_pack_signs(z: Tensor, neurons: Tensor | None) -> str | None:
+    """Why `pack_signs` cannot serve these inputs, or None."""
+    if z.dtype not in _SIGNS:
+        return f"dtype {str(z.dtype)[6:]} ({_SUPPORTED}, bool)"
+    if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
+        return f"z with strides {z.stride()} (supported: stride 1 along H)"
+    return _refuses_codes(z)
+
+
+def refuses_hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
+    """Why `hash_signs` cannot serve these inputs, or None."""
+    return refuses_pack_signs(z, neurons)
+
+
+def refuses_hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
+    """Why `hash_code` cannot serve these inputs, or None."""
+    return _refuses_codes(words)
+
+
+def _code_rows(codes: Tensor) -> tuple[Tensor, int, int]:
+    """Codes with stride 1 along the words, their number, the stride of a row."""
+    if codes.shape[1] > 1 and codes.stride(1) != 1:
+        codes = codes.contiguous()
+    return codes, codes.shape[0], codes.stride(0)
+
+
+def _taking_part(neurons: Tensor | None, size: int) -> Tensor | None:
+    """An index or mask as a contiguous mask [size]; IndexError where an index is out of range."""
+    if neurons is None:
+        return None
+    if neurons.dtype is torch.bool:
+        return neurons.contiguous()
+    if neurons.numel() and (int(neurons.min()) < 0 or int(neurons.max()) >= size):
+        raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
+    return torch.zeros(size, dtype=torch.bool).index_fill_(0, neurons.long(), True)
+
+
+def hamming(a: Tensor, b: Tensor, out: Tensor, *, vpopcnt: bool = True) -> None:
+    """out[i, j] = the number of bits that differ between a[i] and b[j].
+
+    Args:
+        a, b: [N, words] and [M, words] int64; copied where the words of a code are not adjacent.
+        out: [N, M] int32, stride 1 along one dimension.
+        vpopcnt: False: as on a CPU without AVX512_VPOPCNTDQ, for tests.
+    """
+    kernels = _C or _load()
+    if a.shape[1] != b.shape[1] or out.shape != (a.shape[0], b.shape[0]):
+        raise ValueError(f"hamming: a {list(a.shape)}, b {list(b.shape)}, out {list(out.shape)}")
+    _same(torch.int64, a, b)
+    _same(torch.int32, out)
+    (a, n, stride_a), (b, m, stride_b) = _code_rows(a), _code_rows(b)
+    if (reason := refuses_hamming(a, b, out)) is not None:
+        raise ValueError(f"hamming: {reason}")
+    status = kernels.hamming(
+        a.data_ptr(), n, stride_a, b.data_ptr(), m, stride_b, a.shape[1], out.data_ptr(), *out.stride(), vpopcnt,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if status != -1:
+        raise MemoryError("fastsae: no memory for the workspace of hamming")
+
+
+def hamming_topk(a: Tensor, b: Tensor, k: int, *, vpopcnt: bool = True) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of b for every row of a: distances [N, k] int32 ascending, indices [N, k] int64; ties by index. As `hamming`."""
+    kernels = _C or _load()
+    if a.shape[1] != b.shape[1] or not 0 <= k <= b.shape[0]:
+        raise ValueError(f"hamming_topk: a {list(a.shape)}, b {list(b.shape)}, k {k}")
+    _same(torch.int64, a, b)
+    (a, n, stride_a), (b, m, stride_b) = _code_rows(a), _code_rows(b)
+    distance = torch.empty((n, k), dtype=torch.int32)
+    index = torch.empty((n, k), dtype=torch.int64)
+    status = kernels.hamming_topk(
+        a.data_ptr(), n, stride_a, b.data_ptr(), m, stride_b, a.shape[1], k, distance.data_ptr(), index.data_ptr(), vpopcnt,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if status != -1:
+        raise MemoryError("fastsae: no memory for the workspace of hamming_topk")
+    return distance, index
+
+
+def _signs(z: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, type, rows, stride of a row, neurons."""
+    if z.dim() != 2 or z.dtype not in _SIGNS or not z.is_cpu or (z.numel() and z.shape[1] > 1 and z.stride(1) != 1):
+        raise ValueError(f"z: expected [rows, H] on cpu with stride 1 along H, got {list(z.shape)} {z.dtype} with strides {z.stride()}")
+    return z.data_ptr(), _SIGNS[z.dtype], z.shape[0], z.stride(0), z.shape[1]
+
+
+def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
+    """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is z[row, j] > 0, and 0 where `neurons` leaves j out."""
+    kernels = _C or _load()
+    mask = _taking_part(neurons, z.shape[1])
+    words = torch.empty((z.shape[0], (z.shape[1] + 63) // 64), dtype=torch.int64)
+    status = kernels.pack_signs(*_signs(z), 0 if mask is None else mask.data_ptr(), words.data_ptr(), torch.get_num_threads())
+    if status != -1:
+        raise MemoryError("fastsae: no memory for the workspace of pack_signs")
+    return words
+
+
+def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+    """[rows] int64, or [rows, 2] with 128 bits: the XOR of the keys of the neurons with z > 0 that take part."""
+    kernels = _C or _load()
+    mask = _taking_part(neurons, z.shape[1])
+    hashes = torch.empty((z.shape[0],) if bits == 64 else (z.shape[0], 2), dtype=torch.int64)
+    status = kernels.hash_signs(
+        *_signs(z), 0 if mask is None else mask.data_ptr(), layer, seed & (2**64 - 1), bits, hashes.data_ptr(), torch.get_num_threads()
+    )
+    if status != -1:
+        raise MemoryError("fastsae: no memory for the workspace of hash_signs")
+    return hashes
+
+
+def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+    """The same from packed words [rows, w]; copied where the words of a code are not adjacent."""
+    kernels = _C or _load()
+    _same(torch.int64, words)
+    mask = _taking_part(neurons, 64 * words.shape[1])
+    words, rows, stride = _code_rows(words)
+    hashes = torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64)
+    status = kernels.hash_code(
+        words.data_ptr(), rows, stride, words.shape[1], 0 if mask is None else mask.data_ptr(), layer, seed & (2**64 - 1), bits,
+        hashes.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if status != -1:
+        raise MemoryError("fastsae: no memory for the workspace of hash_code")
+    return hashes

@@ -16,9 +16,7 @@ def refuses_spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor 
     return _refuses(x, W, (("b", b),), None if neurons is None or neurons.is_cpu else neurons)
 
 
-def refuses_spline_hash(
-    x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int
-) -> str | None:
+def refuses_spline_hash(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
     """Why `spline_hash` cannot serve these inputs, or None."""
     return refuses_spline_code(x, W, b, neurons)
 
@@ -31,7 +29,7 @@ def _mask(neurons: Tensor | None, size: int) -> Tensor | None:
         if neurons.numel() and (int(neurons.min()) < 0 or int(neurons.max()) >= size):
             raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
         neurons = torch.zeros(size, dtype=torch.bool).index_fill_(0, neurons.long(), True)
-    return native.pack_signs(neurons.unsqueeze(0), None)
+    return native.pack_signs(neurons.contiguous().unsqueeze(0), None)
 
 
 def spline_code(
@@ -68,6 +66,4 @@ def spline_hash(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, 
     at_once = max(1024, _HASHED_AT_ONCE // max(1, (W.shape[0] + 63) // 64))
     if x.shape[0] <= at_once:
         return native.hash_code(spline_code(x, W, b, neurons), None, layer, seed, bits)
-    return torch.cat(
-        [native.hash_code(spline_code(part, W, b, neurons), None, layer, seed, bits) for part in x.split(at_once)]
-    )
+    return torch.cat([native.hash_code(spline_code(part, W, b, neurons), None, layer, seed, bits) for part in x.split(at_once)])

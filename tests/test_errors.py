@@ -50,6 +50,8 @@ VALID: dict[str, dict[str, Any]] = {
     "hamming_topk": {"a": WORDS, "b": WORDS, "k": 2},
     "count_codes": {"hashes": WORDS},
     "spline_keys": {"n_neurons": 4},
+    "boundary_density": {"a": WORDS, "b": WORDS + 1, "x_a": draw(5, 3), "x_b": draw(5, 3) + 1},
+    "neighbour_graph": {"codes": WORDS, "k": 2},
 }
 
 
@@ -153,7 +155,7 @@ def test_wrong_sizes(op: str, name: str) -> None:
         ("hamming_topk", "a"): 1,
         ("hamming_topk", "b"): 1,
     }
-    alone = op in ("pack_signs", "hash_signs", "hash_code", "count_codes")
+    alone = op in ("pack_signs", "hash_signs", "hash_code", "count_codes", "neighbour_graph")
     for dim in range(value.dim()):
         if alone or ((op, name) in free and op not in ("decode", "reconstruct") and dim == 0):
             continue
@@ -195,6 +197,7 @@ def integers() -> Iterator[Any]:
         ("match_cosine", "k", 1, 7),
         ("match", "candidates", 1, None),
         ("hamming_topk", "k", 1, 5),
+        ("neighbour_graph", "k", 1, 4),
         ("spline_keys", "n_neurons", 0, 2**32 - 1),
         *((op, "layer", 0, 2**32 - 1) for op in ("spline_hash", "hash_signs", "hash_code", "spline_keys")),
         *((op, "seed", 0, 2**64 - 1) for op in ("spline_hash", "hash_signs", "hash_code", "spline_keys")),
@@ -242,7 +245,13 @@ def test_bits(op: str, bits: Any) -> None:
 
 @pytest.mark.parametrize(
     ("op", "name"),
-    [("encode_topk", "relu"), ("match_cosine", "absolute"), ("match_cosine", "exclude_self"), ("reconstruct", "return_latents")],
+    [
+        ("encode_topk", "relu"),
+        ("match_cosine", "absolute"),
+        ("match_cosine", "exclude_self"),
+        ("reconstruct", "return_latents"),
+        ("neighbour_graph", "symmetric"),
+    ],
 )
 @pytest.mark.parametrize("wrong", [1, 0.0, None, "no"])
 def test_flags(op: str, name: str, wrong: Any) -> None:
@@ -473,7 +482,7 @@ def test_reconstruct_arguments() -> None:
     rejects(ValueError, r"x must have shape \[.., D\], got \[\]", "reconstruct", x=torch.tensor(1.0), target=None)
 
 
-@pytest.mark.parametrize("op", [op for op in VALID if op not in ("match", "spline_keys")])
+@pytest.mark.parametrize("op", [op for op in VALID if op not in ("match", "spline_keys", "boundary_density")])
 def test_unknown_backends(op: str) -> None:
     rejects(ValueError, "unknown name 'gpu' in 'gpu'; known: cpu, triton, cuda, reference", op, backend="gpu")
 

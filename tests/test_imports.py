@@ -22,9 +22,10 @@ LAYERS = {
     "superposition": 5, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
     "ops": 4,
     "dispatch": 3, "packed": 3,
-    "native_encode": 2.5, "native_match": 2.5, "native_spline": 2.5,
+    "native_encode": 2.5, "native_match": 2.7, "native_spline": 2.7,
     "kernels": 2, "native": 2,
     "testing": 1, "plots": 1,
+    "counters": 5, "trace": 5,
     "latents": 0, "gradients": 0, "activations": 0, "private": 0, "_C": 0,  # and private modules, whose names begin with "_"
 }  # fmt: skip
 # Inside a function only: how a sample is checked, how a match is drawn.

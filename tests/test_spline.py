@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import hash_code, hash_signs, pack_signs, spline_code, spline_hash, spline_keys
+from fastsae import hash_code, hash_signs, native, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.ops import _common
 from fastsae.ops.spline import philox
 
@@ -297,3 +299,123 @@ def test_layers_of_a_network_combine_by_xor_and_name_its_region() -> None:
     regions = fastsae.count_codes(hashes)
     assert regions.unique.shape[0] == codes.shape[0] > 20
     assert all(torch.unique(hashes[inverse == region]).numel() == 1 for region in range(codes.shape[0]))
+
+
+# ---------------------------------------------------------------- the compiled rows
+
+native_only = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+
+@pytest.fixture(params=native.isa_levels() or ["none"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.use_isa(request.param):
+        yield request.param
+
+
+@native_only
+def test_compiled_keys_are_the_published_ones(level: str) -> None:
+    """One active neuron hashes to its key: counter 0, key 0 gives 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
+    key = native.hash_code(torch.tensor([[1]]), None, 0, 0, 128)
+    assert key.tolist() == [[signed(0xE169C58D6627E8D5), signed(0x9B00DBD8BC57AC4C)]]
+
+
+@native_only
+@pytest.mark.parametrize("layer", [0, 7, 2**32 - 1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_compiled_keys_are_those_of_python(layer: int, seed: int) -> None:
+    everyone = torch.eye(200, dtype=torch.bool)
+    assert torch.equal(hash_signs(everyone, layer=layer, seed=seed, bits=128, backend="cpu"), spline_keys(200, layer=layer, seed=seed))
+
+
+@native_only
+def test_golden_hashes_of_every_level(level: str) -> None:
+    words = torch.tensor(CODES)
+    for (layer, seed), expected in HASHES.items():
+        assert hash_code(words, layer=layer, seed=seed, backend="cpu").tolist() == expected
+    assert hash_code(words, layer=3, seed=0x123456789ABCDEF0, bits=128, backend="cpu").tolist() == HASHES_128
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool])
+@pytest.mark.parametrize("neurons", [1, 15, 63, 64, 65, 200, 1024])
+def test_every_level_packs_and_hashes_like_the_reference(level: str, dtype: torch.dtype, neurons: int) -> None:
+    for rows in (1, 3, 4, 9):
+        z = integers(rows, neurons, seed=rows).to(dtype)
+        wide = torch.ones(rows, neurons + 5).to(dtype)
+        wide[:, 2 : neurons + 2] = z
+        some = torch.rand(neurons, generator=torch.Generator().manual_seed(neurons)) > 0.4
+        for view in (z, wide[:, 2 : neurons + 2], z[:1].expand(rows, neurons), wide[::2, 2 : neurons + 2]):
+            for subset in (None, some, some.nonzero().flatten().flip(0).int()):
+                assert torch.equal(pack_signs(view, neurons=subset, backend="cpu"), pack_signs(view, neurons=subset, backend="reference"))
+                for bits in (64, 128):
+                    key = {"layer": 3, "seed": 2**63 + 5, "bits": bits, "neurons": subset}
+                    expected = hash_signs(view, **key, backend="reference")
+                    assert torch.equal(hash_signs(view, **key, backend="cpu"), expected)
+                    code = pack_signs(view)
+                    if subset is None or subset.dtype is not torch.bool:
+                        assert torch.equal(hash_code(code, **key, backend="cpu"), expected)
+                        spread = torch.zeros(code.shape[0], 2 * code.shape[1], dtype=torch.int64)
+                        spread[:, ::2] = code
+                        assert torch.equal(hash_code(spread[:, ::2], **key, backend="cpu"), expected)
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_sign_of_every_kind_of_float(level: str, dtype: torch.dtype) -> None:
+    """All 16-bit patterns, or as many float32 ones around every boundary; also where the CPU takes denormals as zero."""
+    if dtype is torch.float32:
+        edges = torch.tensor([0, 1, 0x007FFFFF, 0x00800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF])
+        bits = torch.cat([edges, edges | 1 << 31]).to(torch.int32)
+    else:
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    z = bits.view(dtype).unsqueeze(0)
+    infinity = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}[dtype]
+    expected = pack_signs((bits > 0) & (bits <= infinity)).unsqueeze(0)
+    assert torch.equal(expected, pack_signs(z, backend="reference"))
+    assert torch.equal(pack_signs(z, backend="cpu"), expected)
+    supported = torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(pack_signs(z, backend="cpu"), expected)
+    finally:
+        if supported:
+            torch.set_flush_denormal(False)
+
+
+@native_only
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_codes_do_not_depend_on_threads_or_batch(threads: int) -> None:
+    z = integers(3000, 300)
+    before = torch.get_num_threads()
+    expected = pack_signs(z, backend="reference"), hash_signs(z, bits=128, backend="reference")
+    try:
+        torch.set_num_threads(threads)
+        got = pack_signs(z, backend="cpu"), hash_signs(z, bits=128, backend="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(expected, got))
+        assert torch.equal(hash_code(got[0], bits=128, backend="cpu"), got[1])
+        assert torch.equal(hash_signs(z[1234:1240], bits=128, backend="cpu"), got[1][1234:1240])
+    finally:
+        torch.set_num_threads(before)
+
+
+@native_only
+def test_what_the_compiled_rows_refuse() -> None:
+    for z, reason in (
+        (integers(4, 5).double(), "dtype float64"),
+        (integers(5, 4).T, r"z with strides \(1, 4\) \(supported: stride 1 along H\)"),
+    ):
+        for run in (pack_signs, hash_signs):
+            with pytest.raises(fastsae.BackendError, match=reason):
+                run(z, backend="cpu")
+            assert torch.equal(run(z), run(z.float().contiguous()))
+
+
+@pytest.mark.slow
+def test_ten_million_random_codes_do_not_collide() -> None:
+    """10^7 distinct random codes of 1024 neurons: a collision among their 64-bit hashes has probability 3e-6."""
+    generator, hashes = torch.Generator().manual_seed(0), []
+    for start in range(0, 10_000_000, 500_000):
+        words = torch.randint(-(2**63), 2**63 - 1, (500_000, 16), generator=generator)
+        words[:, 7] = torch.arange(start, start + 500_000)  # distinct for certain
+        hashes.append(hash_code(words))
+    ranked = torch.cat(hashes).sort().values
+    assert not bool((ranked[1:] == ranked[:-1]).any())

@@ -90,6 +90,7 @@ struct Cuts {
     if (!plain) {
       for (int64_t r = 0; r < chunk.rows; ++r) full[worker][r] ^= 1;
       screens->score_undecided(b.job, u, chunk.rows, full[worker]);
+      for (int64_t r = 0; r < chunk.rows; ++r) full[worker][r] ^= 1;
     }
   }
   static float scored_as(const Block& b, int64_t at, float product) {

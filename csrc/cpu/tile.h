@@ -312,19 +312,20 @@ struct Scorer {
 
   FASTSAE_INLINE Scorer(const ScoreJob& job, const Undecided& at) : job(job), at(at) {}
 
-  // N independent products, mostly of one row: one chain alone would wait for its own last addition.
-  template <int N, bool kSameRow>
+  // Independent products, mostly of one row: one chain alone would wait for its own last addition.
+  template <bool kSameRow>
   FASTSAE_INLINE void score() {
+    constexpr int N = kAtOnce;
     Vec sum[N], total[N];
     int64_t i = 0;
     do {
       const int64_t end = at_most(i + kScoreBlock, job.d);
       const bool first = i == 0;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int a = 0; a < N; ++a) sum[a] = zero();
       for (; i + kLanes <= end; i += kLanes) {
         const Vec one = load(x[0] + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int a = 0; a < N; ++a) sum[a] = fma(kSameRow ? one : load(x[a] + i), load(w[a] + i), sum[a]);
       }
       if (i < end) {
@@ -347,9 +348,9 @@ struct Scorer {
     w[held] = feature(at.id[position] + job.first);
     if (++held == kAtOnce) {
       if (x[0] == x[kAtOnce - 1])
-        score<kAtOnce, true>();
+        score<true>();
       else
-        score<kAtOnce, false>();
+        score<false>();
       held = 0;
     }
   }
@@ -367,9 +368,13 @@ struct Scorer {
   }
 
   FASTSAE_INLINE void finish() {
-    if (held == 3) score<3, false>();
-    if (held == 2) score<2, false>();
-    if (held == 1) score<1, false>();
+    if (held == 0) return;
+    for (int a = held; a < kAtOnce; ++a) {  // the last one again, to the same place
+      place[a] = place[held - 1];
+      x[a] = x[held - 1];
+      w[a] = w[held - 1];
+    }
+    score<false>();
     held = 0;
   }
 };

@@ -135,6 +135,75 @@ void run_encode(int64_t rows, int64_t d, int64_t features, int64_t k, bool trans
   expect(std::memcmp(indices[0].get(), indices[1].get(), slots * sizeof(int64_t)) == 0, "encode indices", Dtype::f32, d, transposed);
 }
 
+// Codes, on exact-size blocks with a gap between rows; `twist` varies strides, subsets and which pre-activations are special.
+void run_codes(int64_t n, int64_t m, int64_t words, int twist) {
+  const auto draw64 = [](int64_t count) {
+    std::unique_ptr<int64_t[]> a(new int64_t[static_cast<size_t>(count)]);
+    for (int64_t i = 0; i < count; ++i)
+      a[i] = static_cast<int64_t>(static_cast<uint64_t>(draw()) << 42 ^ static_cast<uint64_t>(draw()) << 20 ^ draw());
+    return a;
+  };
+  const int64_t gap = twist % 3;
+  const auto rows_of = [&](int64_t rows) { return (rows - 1) * (words + gap) + words; };
+  const auto a = draw64(rows_of(n)), b = draw64(rows_of(m));
+  const Codes left{a.get(), n, words + gap, words}, right{b.get(), m, words + gap, words};
+  const int64_t k = 1 + draw() % m;
+  std::vector<int32_t> want(static_cast<size_t>(n * m));
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < m; ++j)
+      for (int64_t w = 0; w < words; ++w)
+        want[static_cast<size_t>(i * m + j)] +=
+            __builtin_popcountll(static_cast<uint64_t>(a[i * (words + gap) + w] ^ b[j * (words + gap) + w]));
+  const bool transposed = twist % 2 != 0;
+  for (const bool vpopcnt : {true, false}) {
+    std::unique_ptr<int32_t[]> out(new int32_t[static_cast<size_t>(n * m)]), distance(new int32_t[static_cast<size_t>(n * k)]);
+    std::unique_ptr<int64_t[]> index(new int64_t[static_cast<size_t>(n * k)]);
+    expect(hamming(left, right, out.get(), transposed ? 1 : m, transposed ? n : 1, vpopcnt, 2) == kOk, "hamming", Dtype::f32, m,
+           transposed);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < m; ++j)
+        expect(out[transposed ? j * n + i : i * m + j] == want[static_cast<size_t>(i * m + j)], "hamming", Dtype::f32, m, transposed);
+    expect(hamming_topk(left, right, k, distance.get(), index.get(), vpopcnt, 2) == kOk, "hamming_topk", Dtype::f32, m, false);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t s = 0; s < k; ++s) {
+        const int64_t j = index[i * k + s];
+        const bool inside = j >= 0 && j < m && distance[i * k + s] == want[static_cast<size_t>(i * m + j)];
+        const bool after = s == 0 || distance[i * k + s - 1] < distance[i * k + s] ||
+                           (distance[i * k + s - 1] == distance[i * k + s] && index[i * k + s - 1] < j);
+        expect(inside && after, "hamming_topk", Dtype::f32, m, false);
+      }
+  }
+
+  // Signs: n rows of m neurons, each type; the hash from pre-activations, and from the packed bits.
+  std::unique_ptr<uint8_t[]> some(new uint8_t[static_cast<size_t>(m)]);
+  for (int64_t i = 0; i < m; ++i) some[i] = draw() % 3 != 0;
+  const uint8_t* const taking_part = twist % 2 != 0 ? some.get() : nullptr;
+  const HashKey key{static_cast<uint32_t>(twist), 99, twist % 3 == 0 ? 64 : 128};
+  const int64_t packed = (m + 63) / 64, hash_words = key.bits / 64, stride = m + gap;
+  for (const Signs t : {Signs::f32, Signs::bf16, Signs::f16, Signs::boolean}) {
+    Buffer z(t == Signs::boolean ? Dtype::f32 : static_cast<Dtype>(t), (n - 1) * stride + m);
+    std::unique_ptr<uint8_t[]> flags(new uint8_t[static_cast<size_t>((n - 1) * stride + m)]);
+    for (int64_t i = 0; i < (n - 1) * stride + m; ++i) {
+      const float x = draw_float();
+      z.set(i, i % 7 == 0 ? -0.0f : x);
+      flags[i] = static_cast<uint8_t>(i % 7 != 0 && x > 0);
+    }
+    const void* const data = t == Signs::boolean ? static_cast<const void*>(flags.get()) : z.bytes.get();
+    std::unique_ptr<int64_t[]> codes(new int64_t[static_cast<size_t>(n * packed)]);
+    std::unique_ptr<int64_t[]> hashes(new int64_t[static_cast<size_t>(n * hash_words)]),
+        again(new int64_t[static_cast<size_t>(n * hash_words)]);
+    expect(pack_signs(data, t, n, stride, m, taking_part, codes.get(), 2) == kOk, "pack_signs", Dtype::f32, m, false);
+    expect(hash_signs(data, t, n, stride, m, taking_part, key, hashes.get(), 2) == kOk, "hash_signs", Dtype::f32, m, false);
+    expect(hash_code(codes.get(), n, packed, packed, nullptr, key, again.get(), 2) == kOk, "hash_code", Dtype::f32, m, false);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t j = 0; j < packed * 64; ++j) {
+        const bool on = j < m && flags[r * stride + j] != 0 && (taking_part == nullptr || taking_part[j] != 0);
+        expect(((static_cast<uint64_t>(codes[r * packed + j / 64]) >> (j % 64)) & 1) == on, "pack_signs", Dtype::f32, m, false);
+      }
+    expect(std::memcmp(hashes.get(), again.get(), static_cast<size_t>(n * hash_words) * 8) == 0, "hash_signs", Dtype::f32, m, false);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -159,6 +228,10 @@ int main() {
           for (int64_t features : {1, 31, 64, 300, 2100})
             for (int64_t k : {int64_t{1}, (features + 1) / 2, features})
               if (rows * d * features < 1000000) run_encode(rows, d, features, k, transposed, twist++);
+    for (int64_t n : {1, 3, 4, 9, 40})
+      for (int64_t m : {1, 15, 16, 17, 63, 64, 65, 130, 300})
+        for (int64_t words : {0, 1, 2, 8, 16, 17}) run_codes(n, m, words, twist++);
+    run_codes(600, 700, 3, 2);
     std::printf("%s: %s\n", level_name(level), failures == before ? "ok" : "FAILED");
   }
   return failures == 0 ? 0 : 1;

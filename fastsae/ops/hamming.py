@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference
-from fastsae.ops._common import chunks, full_precision
+from fastsae.ops._common import accumulator, chunks, full_precision
 from fastsae.ops.encode import merge_topk, select_topk
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # ---------------------------------------------------------------- references
 
@@ -135,6 +138,8 @@ HAMMING_TOPK = Op(
     batched=(0,),
     dtypes=(torch.int64,),
 )
+for _op in (HAMMING, HAMMING_TOPK):
+    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 
@@ -193,3 +198,122 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, backend: str | None = None) ->
     _inputs(op, a, b)
     _checks.integer(op, "k", k, 1, b.shape[0], f"M={b.shape[0]}")
     return Neighbours(*HAMMING_TOPK(a, b, k, backend=preference(backend)))
+
+
+class BoundaryDensity(NamedTuple):
+    """``mean``: a number; ``pairs [..]``: what it is the mean of."""
+
+    mean: Tensor
+    pairs: Tensor
+
+
+def _bit_count(words: Tensor) -> Tensor:
+    """Bits that are set in each int64: pairs, nibbles and bytes are summed inside the word (masks also undo the sign of shifts)."""
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (words * 0x0101010101010101) >> 56
+
+
+def boundary_density(a: Tensor, b: Tensor, x_a: Tensor | None = None, x_b: Tensor | None = None) -> BoundaryDensity:
+    """How many polytope boundaries separate the inputs of pairs, per unit of distance between them.
+
+    Args:
+        a, b: packed codes ``[.., words]`` int64 of the two inputs of each pair, one layer's or several layers' side by side.
+        x_a, x_b: those inputs ``[.., D]`` (of an MLP: its input, the residual stream); floating, of one dtype.
+
+    Returns:
+        ``BoundaryDensity(mean, pairs [..])``: of each pair ``Hamming(a, b) / ||x_a - x_b||`` (Euclidean), or the Hamming distance itself
+        without inputs, and the mean over pairs (NaN where there are none). Two equal inputs with equal codes have density 0, equal inputs
+        with different codes infinity. float32; float64 for float64 inputs.
+
+    For one affine layer the Hamming distance is the number of boundaries that the segment between the inputs crosses; over several layers
+    it is a lower bound. Along a path x of samples, with ``codes = spline_code(x, ...)``: ``boundary_density(codes[:-1], codes[1:], x[:-1],
+    x[1:])``. Divide by the number of neurons to compare layers of different width. No gradient. Memory: a few temporaries of the inputs'
+    size.
+
+    Raises: TypeError: dtype or device. ValueError: shape, or only one of ``x_a`` and ``x_b``.
+
+    Source: the quantity of Black et al. 2022 (arXiv 2211.12312) in the form of later work: one pair's Hamming over Euclidean distance.
+    """
+    op = "boundary_density"
+    _checks.tensor(op, "a", a, (torch.int64,))
+    _checks.tensor(op, "b", b, (torch.int64,), a)
+    if a.dim() == 0 or a.shape != b.shape:
+        raise ValueError(f"{op}: a and b must have the same shape [.., words], got {list(a.shape)} and {list(b.shape)}")
+    if (x_a is None) != (x_b is None):
+        raise ValueError(f"{op}: x_a and x_b must be given together, got {'x_b' if x_a is None else 'x_a'} alone")
+    crossed = _bit_count(a ^ b).sum(-1)
+    if x_a is None or x_b is None:
+        pairs = crossed.to(torch.float32)
+        return BoundaryDensity(pairs.mean(), pairs)
+    _checks.tensor(op, "x_a", x_a, like=a)
+    _checks.tensor(op, "x_b", x_b, like=a)
+    _checks.same_dtype(op, "x_b", x_b, "x_a", x_a)
+    for name, x in (("x_a", x_a), ("x_b", x_b)):
+        if x.shape[:-1] != a.shape[:-1] or x.dim() != a.dim() or x.shape != x_a.shape:
+            raise ValueError(f"{op}: {name} must have shape {[*a.shape[:-1], 'D']} for codes {list(a.shape)}, got {list(x.shape)}")
+    wide = accumulator(x_a.dtype)
+    distance = torch.linalg.vector_norm(x_a.detach().to(wide) - x_b.detach().to(wide), dim=-1)
+    pairs = torch.where((crossed == 0) & (distance == 0), 0.0, crossed.to(wide) / distance)
+    return BoundaryDensity(pairs.mean(), pairs)
+
+
+def neighbour_graph(
+    codes: Tensor, k: int, *, symmetric: bool = True, zero: float = 0.5, backend: str | None = None
+) -> scipy.sparse.csr_array:
+    """Hamming distances of every code to its k nearest others, as a sparse matrix for clustering with a precomputed metric.
+
+    Args:
+        codes: ``[N, words]`` int64, N >= 2. k: ``1 <= k <= N - 1``; of equal distances the lower index counts as nearer.
+        symmetric: an edge in both directions where either code is among the other's k; False: row i holds i's own k.
+        zero: stored in place of the distance 0 of equal codes: graph algorithms take a stored 0 for no edge. Any value below 1 keeps the
+            order of distances.
+        backend: see ``fastsae.use_backend``.
+
+    Returns:
+        ``scipy.sparse.csr_array [N, N]`` float64 with sorted indices; the diagonal is empty. Exact. Memory: ``O(N k)``.
+
+    HDBSCAN needs at least ``min_samples`` neighbours a row (take ``k >= min_samples``) and a connected graph: where
+    ``scipy.sparse.csgraph.connected_components`` finds several components, take a larger k or cluster each on its own.
+
+    Example:
+        >>> from sklearn.cluster import HDBSCAN
+        >>> graph = fastsae.neighbour_graph(fastsae.pack_signs(z), k=30)
+        >>> labels = HDBSCAN(min_cluster_size=20, min_samples=10, metric="precomputed").fit_predict(graph)
+
+    Raises: TypeError: dtype. ValueError: shape, k or zero. ImportError: without SciPy.
+    """
+    op = "neighbour_graph"
+    _checks.tensor(op, "codes", codes, (torch.int64,))
+    if codes.dim() != 2 or codes.shape[0] < 2:
+        raise ValueError(f"{op}: codes must have shape [N, words] with N at least 2, got {list(codes.shape)}")
+    n = codes.shape[0]
+    _checks.integer(op, "k", k, 1, n - 1, "N - 1")
+    _checks.flag(op, "symmetric", symmetric)
+    if not isinstance(zero, (int, float)) or isinstance(zero, bool) or not 0 <= zero < 1:
+        raise ValueError(f"{op}: zero must be a number of at least 0 and below 1, got {zero!r}")
+    try:
+        from scipy.sparse import csr_array
+    except ImportError as error:
+        raise ImportError(f"{op} needs SciPy: pip install 'fastsae-kernels[studies]'") from error
+    near = hamming_topk(codes, codes, k + 1, backend=backend)
+    # A code is among its own nearest unless k others are equal to it and come before: then the last one goes.
+    others = near.index != torch.arange(n, device=codes.device).unsqueeze(1)
+    others[:, -1] &= ~others.all(1)
+    row, column, distance = torch.arange(n).repeat_interleave(k), near.index[others].cpu(), near.distance[others].cpu()
+    if symmetric:
+        place, first = torch.cat([row * n + column, column * n + row]).sort()
+        distance = torch.cat([distance, distance])[first]
+        kept = torch.ones_like(place, dtype=torch.bool)
+        kept[1:] = place[1:] != place[:-1]
+        place, distance = place[kept], distance[kept]
+    else:
+        place, first = (row * n + column).sort()
+        distance = distance[first]
+    row, column = place // n, place % n
+    crow = torch.searchsorted(row, torch.arange(n + 1))
+    value = torch.where(distance == 0, float(zero), distance.double())
+    graph = csr_array((value.numpy(), column.numpy(), crow.numpy()), shape=(n, n))
+    graph.has_sorted_indices = True
+    return graph

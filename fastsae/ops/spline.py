@@ -9,7 +9,7 @@ Keys are Philox4x32-10 outputs (Salmon et al. 2011) for counter (neuron, layer, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -295,6 +295,11 @@ HASH_CODE = Op(
     batched=(0,),
     dtypes=(torch.float32,),
 )
+for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
+    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+
+for _op in (SPLINE_CODE, SPLINE_HASH):
+    _op.row("cpu", f"fastsae.native_spline:{_op.name}", f"fastsae.native_spline:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 
@@ -431,3 +436,28 @@ def hash_code(
     flat = words.reshape(words.shape[:-1].numel(), words.shape[-1])
     result = HASH_CODE(flat, neurons, layer, _signed(seed), bits, backend=preference(backend))
     return result.reshape((*words.shape[:-1], *result.shape[1:]))
+
+
+def combine_hashes(hashes: Iterable[Tensor]) -> Tensor:
+    """The hash of several layers' codes together: the XOR of the layers' hashes, in any order.
+
+    Args:
+        hashes: at least one int64 tensor of one shape and device, of layers with different ``layer=`` numbers and the same seed. (Two equal
+            numbers would give the same key to two neurons, and two equal layers would cancel.)
+
+    Returns:
+        Of the shape of each: ``combine_hashes([hash_signs(z0, layer=0), hash_signs(z1, layer=1)])`` names the region in which both layers
+        keep their signs; a prefix of the layers names the coarser region. Raises: TypeError: dtype or device. ValueError: shapes, nothing.
+    """
+    op = "combine_hashes"
+    if isinstance(hashes, Tensor) or not isinstance(hashes, Iterable):
+        raise TypeError(f"{op}: hashes must be a list of tensors, got {type(hashes).__name__}")
+    layers = list(hashes)
+    if not layers:
+        raise ValueError(f"{op}: hashes must hold at least one tensor, got none")
+    total = _checks.tensor(op, "hashes[0]", layers[0], (torch.int64,)).clone()
+    for number, layer in enumerate(layers[1:], 1):
+        _checks.tensor(op, f"hashes[{number}]", layer, (torch.int64,), total)
+        _checks.shape(op, f"hashes[{number}]", layer, total.shape, f"{list(total.shape)} like hashes[0]")
+        total ^= layer
+    return total

