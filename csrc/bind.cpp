@@ -124,6 +124,19 @@ PYBIND11_MODULE(_C, m) {
     return spline_code(FASTSAE_X, FASTSAE_W, pointer<const float>(bias), pointer<i64>(words), static_cast<EncodePath>(path), threads,
                        pointer<EncodeStats>(stats));
   });
+  m.def("match_cosine", [](FASTSAE_XW, i64 k, bool absolute, bool exclude_self, address similarity, address index, int path, int threads,
+                           address stats) {
+    py::gil_scoped_release release;
+    return match_cosine(FASTSAE_X, FASTSAE_W, k, absolute, exclude_self, pointer<float>(similarity), pointer<i64>(index),
+                        static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats));
+  });
+  m.def("match_pair", [](FASTSAE_XW, i64 k_ab, i64 k_ba, address ab, address ab_index, address ba, address ba_index, address low,
+                         address low_index, int threads, address stats) {
+    py::gil_scoped_release release;
+    return match_pair(FASTSAE_X, FASTSAE_W, k_ab, k_ba, pointer<float>(ab), pointer<i64>(ab_index), pointer<float>(ba),
+                      pointer<i64>(ba_index), pointer<float>(low), pointer<i64>(low_index), threads, pointer<EncodeStats>(stats));
+  });
+  m.attr("UNSUPPORTED") = kUnsupported;
   m.def("screen_bounds", [](FASTSAE_XW, address scale, address bias, bool bf16, address lo, address hi, int threads) {
     py::gil_scoped_release release;
     bool screens = false;

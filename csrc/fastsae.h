@@ -211,6 +211,21 @@ int64_t hash_signs(const void* z, Signs t, int64_t rows, int64_t stride, int64_t
 int64_t hash_code(const int64_t* words, int64_t rows, int64_t stride, int64_t n_words, const uint8_t* taking_part, const HashKey& key,
                   int64_t* hashes, int threads);
 
+// ---- match ----
+
+// A similarity is the score of a row of a and a row of b, both divided by max(norm, eps) (Activations and Weights with eps > 0).
+//
+// match_cosine: the k most similar rows of b for every row of a, descending, lower index first, NaN above all; `absolute`: by magnitude, with
+// the sign kept; `exclude_self`: not row i for row i. similarity and index [a.rows, k]. Workspace: that of encode_topk.
+int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool absolute, bool exclude_self, float* similarity, int64_t* index,
+                     EncodePath path, int threads, EncodeStats* stats);
+// match_pair: in one pass the k_ab best of b for every row of a, the k_ba best of a for every row of b, and for every row of a its lowest
+// similarity. kUnsupported where this level cannot screen, or for k_ba > 8. Workspace: twice that of encode_topk, and 20 * k_ba + 12 bytes for
+// each row of b. Nothing grows with a.rows * b.features.
+constexpr int64_t kUnsupported = INT64_MIN + 1;
+int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t k_ba, float* ab, int64_t* ab_index, float* ba,
+                   int64_t* ba_index, float* low, int64_t* low_index, int threads, EncodeStats* stats);
+
 // For tests: the interval of every score, lo and hi [rows, features]; `bf16` takes the screen of spline codes. Rows that would take the exact
 // path have lo = -inf, hi = inf. kNoMemory, or kOk; false in *screens where this level cannot screen.
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,

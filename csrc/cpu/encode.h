@@ -19,6 +19,7 @@ struct TopkBuffer {
   int64_t kept_stride, capacity, k;
   int32_t* tau;    // [rows] bits of a float
   uint8_t* exact;  // [rows] set: more undecided than a buffer is for; this row takes the exact path
+  int64_t self;    // match: feature self + r does not count for row r
 };
 
 // What an entry must be able to exceed: the cut of its feature (strictly), one number for all, or 0 twice (score, and product + extra).

@@ -375,7 +375,7 @@ FASTSAE_INLINE void set_row(const PackRowsJob& job, int i, Number number, bool u
     job.a[i] = factors.a;
     job.c[i] = factors.c;
   } else {
-    job.a[i] = job.c[i] = 0;
+    job.a[i] = job.c[i] = __builtin_inff();  // an interval without ends
     job.exact[i] = 1;
   }
 }

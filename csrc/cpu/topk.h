@@ -110,7 +110,8 @@ int64_t raise(const TopkBuffer& buffer, int64_t row, int64_t kept) {
   return keep_above(load_tau(buffer.tau + row), score, feature, nullptr, kept, score, feature, nullptr);
 }
 
-// Exact products to scores, and those to the entries that all workers share.
+// Exact products to scores (kAbsolute: to magnitudes, and features to 2 * feature + sign), and those to the entries that all workers share.
+template <bool kAbsolute = false>
 FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64_t row) {
   const Undecided& u = buffer.undecided;
   const int64_t base = row * u.stride, kept_base = row * buffer.kept_stride;
@@ -119,6 +120,11 @@ FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64
   for (int64_t i = base; i < base + n; ++i) {
     const int64_t at = u.id[i] - p.first;
     float score = u.hi[i];
+    if (kAbsolute) {
+      u.id[i] = 2 * u.id[i] + (score < 0 ? 1 : 0);
+      u.hi[i] = __builtin_fabsf(score);
+      continue;
+    }
     if (p.scale != nullptr) score = score * p.scale[at];
     u.hi[i] = score + p.bias[at];
   }
@@ -140,7 +146,7 @@ FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64
   unlock_row(buffer.lock + row);
 }
 
-int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
+[[maybe_unused]] int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
   float* const score = buffer.score + row * buffer.kept_stride;
   int32_t* const feature = buffer.feature + row * buffer.kept_stride;
   const int64_t kept = buffer.kept[row];

@@ -208,6 +208,9 @@ MATCH_PAIR = Op(
     workload=lambda *where: (*_pair(*where), 1, 1, 1e-8),
 )
 
+for _op in (MATCH_COSINE, MATCH_PAIR):
+    _op.row("cpu", f"fastsae.native_match:{_op.name}", f"fastsae.native_match:refuses_{_op.name}")
+
 # ---------------------------------------------------------------- backward
 
 

@@ -1,0 +1,169 @@
+// Cosine matching: the nearest rows of another dictionary, in one direction or both. The driver is screen.h, the screens match.isa.cpp.
+#include "cpu/match.h"
+
+#include <vector>
+
+#include "cpu/cuts.h"
+#include "cpu/rank.h"
+
+namespace fastsae {
+namespace {
+
+const MatchKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(match_kernels)};
+
+const MatchKernels* match_kernels() {
+  const MatchKernels* found = nullptr;
+  for (int level = 0; level <= static_cast<int>(current_level()); ++level)
+    if (kTables[level] != nullptr) found = kTables[level];
+  return found;
+}
+
+struct Ranked {
+  uint32_t key;  // of a score, ascending from the best
+  int64_t row;
+};
+
+// The rows' side is TopkConsumer's; columns are a worker's own within a chunk, and their rows come in ascending order.
+struct PairConsumer : Cuts {
+  const MatchKernels& match;
+  TopkConsumer best;
+  int64_t k_columns, columns, padded_columns;
+  float* similarity_columns;
+  int64_t* index_columns;
+  float* low;  // [rows] the lowest similarity of a row, and where
+  int64_t* low_index;
+  std::vector<Ranked> ranked;  // [columns][k_columns], ascending by key
+  std::vector<int64_t> found;  // [columns]
+  float* column_lows = nullptr;
+  float* column_tau = nullptr;
+  int32_t* low_tau = nullptr;
+  uint64_t* lowest[kMostWorkers] = {};  // [rows] key of the negated score, and the feature
+  PairBuffer buffers[kMostWorkers] = {};
+
+  PairConsumer(const EngineKernels& kernels, const EncodeKernels& screens, const MatchKernels& match, const Problem& p, const TopkOutput& out,
+               int64_t k_columns, float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
+      : Cuts{kernels, &screens, nullptr, {}, {}},
+        match(match),
+        best{kernels, screens, nullptr, p, out, nullptr},
+        k_columns(k_columns),
+        columns(p.w.features),
+        padded_columns(packed_features(p.w.features)),
+        similarity_columns(similarity_columns),
+        index_columns(index_columns),
+        low(low),
+        low_index(low_index),
+        ranked(static_cast<size_t>(columns * k_columns)),
+        found(static_cast<size_t>(columns), 0) {}
+
+  int64_t bytes(const Plan& plan) const {
+    return Cuts::bytes(plan) + best.bytes(plan) + Workspace::size<float>(padded_columns * k_columns) +
+           Workspace::size<float>(padded_columns) + Workspace::size<int32_t>(plan.chunk) +
+           plan.threads * Workspace::size<uint64_t>(plan.chunk);
+  }
+  void take(Workspace& space, const Plan& plan) {
+    Cuts::take(space, plan);
+    best.take(space, plan);
+    column_lows = space.take<float>(padded_columns * k_columns);
+    column_tau = space.take<float>(padded_columns);
+    low_tau = space.take<int32_t>(plan.chunk);
+    std::fill(column_lows, column_lows + padded_columns * k_columns, -INFINITY);
+    std::fill(column_tau, column_tau + padded_columns, -INFINITY);
+    for (int t = 0; t < plan.threads; ++t) lowest[t] = space.take<uint64_t>(plan.chunk);
+  }
+  void begin(const Chunk& chunk) {
+    best.begin(chunk);
+    const float none = -INFINITY;
+    for (int64_t r = 0; r < chunk.rows; ++r) std::memcpy(low_tau + r, &none, 4);
+    for (int t = 0; t < chunk.plan.threads; ++t) {
+      std::fill(lowest[t], lowest[t] + chunk.rows, ~uint64_t{0});
+      buffers[t] = {best.buffers[t], low_tau, column_lows, column_tau, padded_columns, k_columns};
+      buffers[t].rows.undecided = undecided[t];
+    }
+  }
+  void block(const Chunk& chunk, const Block& b, int worker) {
+    const PairBuffer& buffer = buffers[worker];
+    screen(chunk, b, worker, [&](const Undecided&) { match.screen_pair(b.rows, b.panels, b.next, buffer); });
+    score(chunk, b, worker);
+    const Undecided& u = undecided[worker];
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int64_t n = u.n[r];
+      if (n == 0) continue;
+      for (int64_t i = r * u.stride; i < r * u.stride + n; ++i) {
+        const float similarity = u.hi[i];
+        lowest[worker][r] = std::min(lowest[worker][r], entry(-similarity, u.id[i]));
+        insert(u.id[i], similarity, chunk.base + r);
+      }
+      const float least = score_of(static_cast<uint32_t>(lowest[worker][r] >> 32));
+      match.raise_low(low_tau + r, least != least ? INFINITY : least);
+      if (chunk.exact[r] == 0)
+        match.share(buffer.rows, b.panels, r);
+      else
+        u.n[r] = 0;
+    }
+  }
+  void insert(int64_t column, float similarity, int64_t row) {
+    Ranked* const list = ranked.data() + column * k_columns;
+    int64_t& n = found[column];
+    const uint32_t key = key_of(similarity);
+    if (n == k_columns && key >= list[n - 1].key) return;
+    int64_t at = n < k_columns ? n++ : n - 1;
+    for (; at > 0 && list[at - 1].key > key; --at) list[at] = list[at - 1];
+    list[at] = {key, row};
+    if (n < k_columns) return;
+    const float kth = score_of(list[n - 1].key);
+    column_tau[column] = kth != kth ? INFINITY : std::max(column_tau[column], kth);
+  }
+  int64_t end(const Chunk& chunk) {
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      uint64_t least = ~uint64_t{0};
+      for (int t = 0; t < chunk.plan.threads; ++t) least = std::min(least, lowest[t][r]);
+      low[chunk.base + r] = -score_of(static_cast<uint32_t>(least >> 32));
+      low_index[chunk.base + r] = static_cast<int64_t>(least & 0xffffffffu);
+    }
+    return best.end(chunk);
+  }
+  void finish() const {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t i = 0; i < k_columns; ++i) {
+        similarity_columns[c * k_columns + i] = score_of(ranked[c * k_columns + i].key);
+        index_columns[c * k_columns + i] = ranked[c * k_columns + i].row;
+      }
+  }
+};
+
+}  // namespace
+
+int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool absolute, bool exclude_self, float* similarity, int64_t* index,
+                     EncodePath path, int threads, EncodeStats* stats) {
+  if (stats != nullptr) *stats = {};
+  if (a.rows == 0 || k == 0) return kOk;
+  const EngineKernels& kernels = engine_kernels();
+  const MatchKernels* const match = match_kernels();
+  const Problem p{a, b, nullptr, nullptr, threads, stats, absolute, exclude_self};
+  const TopkOutput out{k, false, similarity, index, nullptr, absolute};
+  const bool wanted = path == EncodePath::screen || (path == EncodePath::automatic && a.rows >= 16 && b.d >= 16 && b.features >= 32 * k);
+  const Plan plan = make_plan(kernels, a, b, Number::int8, wanted && match != nullptr, threads, 8 * (4 * k + 272));
+  if (!plan.screens) return dense_topk_all(kernels, p, out);
+  TopkConsumer consumer{kernels, *encode_kernels(), absolute ? match->screen_match_absolute : match->screen_match, p, out, nullptr};
+  return run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
+}
+
+int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t k_ba, float* ab, int64_t* ab_index, float* ba,
+                   int64_t* ba_index, float* low, int64_t* low_index, int threads, EncodeStats* stats) {
+  if (stats != nullptr) *stats = {};
+  const EngineKernels& kernels = engine_kernels();
+  const MatchKernels* const match = match_kernels();
+  const Plan plan = make_plan(kernels, a, b, Number::int8, match != nullptr, threads, 8 * (4 * k_ab + 272));
+  if (!plan.screens || k_ba > kMostColumnBest) return kUnsupported;
+  const Problem p{a, b, nullptr, nullptr, threads, stats};
+  const TopkOutput out{k_ab, false, ab, ab_index, nullptr};
+  PairConsumer consumer(kernels, *encode_kernels(), *match, p, out, k_ba, ba, ba_index, low, low_index);
+  const int64_t status =
+      run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
+  if (status == kOk) consumer.finish();
+  if (stats != nullptr)
+    for (const int64_t n : consumer.scored) stats->scored += n;
+  return status;
+}
+
+}  // namespace fastsae

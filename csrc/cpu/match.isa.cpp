@@ -1,0 +1,142 @@
+// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.h states the bound.
+#include "cpu/match.h"
+
+#ifdef FASTSAE_LEVEL_avx512_bf16
+#include "cpu/tile.h"
+#include "cpu/topk.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+template <bool kAbsolute>
+struct MatchConsumer {
+  const TopkBuffer& buffer;
+  const ScreenRows& rows;
+  Features<false> f;
+
+  FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
+
+  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
+    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
+    const __m512 tau = _mm512_set1_ps(load_tau(buffer.tau + row));
+    const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
+    if (kAbsolute) {  // a magnitude errs by no more than the number
+      r0 = _mm512_abs_ps(r0);
+      r1 = _mm512_abs_ps(r1);
+    }
+    uint32_t m = joined(_mm512_cmp_ps_mask(_mm512_add_ps(r0, e0), tau, _CMP_NLT_UQ), _mm512_cmp_ps_mask(_mm512_add_ps(r1, e1), tau, _CMP_NLT_UQ)) &
+                 f.exist;
+    if (__builtin_expect(m != 0, 0)) {
+      const int64_t self = buffer.self + row - f.first;
+      if (self >= 0 && self < kPanelWidth) m &= ~(1u << self);
+      if (m != 0 && __atomic_load_n(buffer.exact + row, __ATOMIC_RELAXED) == 0) append(buffer.undecided, row, m, f, r0, r1, e0, e1);
+    }
+  }
+};
+
+template <bool kAbsolute>
+void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+  MatchConsumer<kAbsolute> consumer{buffer, rows, {}};
+  run_block<Number::int8>(rows, panels, next, consumer);
+  const Undecided& u = buffer.undecided;
+  with_scorer(job, u, [&](auto& scorer) {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      if (u.n[r] == 0) continue;
+      reconsider(buffer, r);
+      scorer.row(r);
+      *buffer.scored += u.n[r];
+    }
+    scorer.finish();
+  });
+  for (int64_t r = 0; r < rows.rows; ++r)
+    if (u.n[r] != 0) share<kAbsolute>(buffer, panels, r);
+}
+
+struct PairConsumer {
+  const PairBuffer& buffer;
+  const ScreenRows& rows;
+  Features<false> f;
+
+  FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
+
+  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
+    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
+    const __m512 tau = _mm512_set1_ps(load_tau(buffer.rows.tau + row));
+    const __m512 low_tau = _mm512_set1_ps(-load_tau(buffer.low_tau + row));
+    const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
+    uint32_t m = 0;
+    __m512 e[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m512 r = h == 0 ? r0 : r1;
+      e[h] = f.slack(h, a, c);
+      const __m512 hi = _mm512_add_ps(r, e[h]), lo = _mm512_sub_ps(r, e[h]);
+      float* const at = buffer.column_lows + f.first + 16 * h;
+      // Each list is sorted; the new one pushes what it beats down by one. A NaN counts as -inf.
+      __m512 v = _mm512_max_ps(lo, lowest), last = v;
+      const __m512 column = _mm512_loadu_ps(buffer.column_tau + f.first + 16 * h);
+      const __m512 kth = _mm512_max_ps(column, _mm512_loadu_ps(at + (buffer.k - 1) * buffer.columns));
+      for (int64_t j = 0; j < buffer.k; ++j) {
+        last = _mm512_loadu_ps(at + j * buffer.columns);
+        _mm512_storeu_ps(at + j * buffer.columns, _mm512_max_ps(v, last));
+        v = _mm512_min_ps(v, last);
+      }
+      const __mmask16 open = _mm512_cmp_ps_mask(hi, _mm512_min_ps(tau, kth), _CMP_NLT_UQ) | _mm512_cmp_ps_mask(lo, low_tau, _CMP_NGT_UQ);
+      m |= static_cast<uint32_t>(_mm512_mask2int(open)) << (16 * h);
+    }
+    m &= f.exist;
+    if (__builtin_expect(m != 0, 0)) append(buffer.rows.undecided, row, m, f, r0, r1, e[0], e[1]);
+  }
+};
+
+// A pair may have been open only because the block was young: another look, with what its rows have shown.
+void close_pairs(const PairBuffer& buffer, int64_t row) {
+  const Undecided& u = buffer.rows.undecided;
+  const TopkBuffer& best = buffer.rows;
+  float* const lo = u.lo + row * u.stride;
+  float* const hi = u.hi + row * u.stride;
+  int32_t* const id = u.id + row * u.stride;
+  const int64_t n = u.n[row];
+  constexpr int64_t kMany = 8;
+  if (n >= kMany && best.exact[row] == 0) {
+    lock_row(best.lock + row);
+    const int64_t kept = best.kept[row];
+    __builtin_memcpy(best.room, best.score + row * best.kept_stride, static_cast<size_t>(kept) * sizeof(float));
+    unlock_row(best.lock + row);
+    __builtin_memcpy(best.room + kept, lo, static_cast<size_t>(n) * sizeof(float));
+    if (kept + n >= best.k) raise_tau(best.tau + row, kth_largest(best.room, kept + n, best.k));
+    float low = __builtin_inff();
+    for (int64_t i = 0; i < n; ++i) low = hi[i] < low ? hi[i] : low;
+    raise_tau(buffer.low_tau + row, -low);
+  }
+  const float tau = load_tau(best.tau + row), low_tau = -load_tau(buffer.low_tau + row);
+  int64_t open = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float kth = buffer.column_lows[(buffer.k - 1) * buffer.columns + id[i]];
+    const float column = buffer.column_tau[id[i]] > kth ? buffer.column_tau[id[i]] : kth;
+    if (hi[i] < (tau < column ? tau : column) && lo[i] > low_tau) continue;
+    lo[open] = lo[i];
+    hi[open] = hi[i];
+    id[open++] = id[i];
+  }
+  u.n[row] = static_cast<int32_t>(open);
+}
+
+void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const PairBuffer& buffer) {
+  PairConsumer consumer{buffer, rows, {}};
+  run_block<Number::int8>(rows, panels, next, consumer);
+  for (int64_t r = 0; r < rows.rows; ++r)
+    if (buffer.rows.undecided.n[r] != 0) close_pairs(buffer, r);
+}
+
+void share_row(const TopkBuffer& buffer, const ScreenPanels& panels, int64_t row) { share(buffer, panels, row); }
+void raise_low(int32_t* tau, float to) { raise_tau(tau, to); }
+
+}  // namespace
+
+extern const MatchKernels match_kernels;
+const MatchKernels match_kernels = {screen_match<false>, screen_match<true>, screen_pair, share_row, raise_low};
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae
+#endif
