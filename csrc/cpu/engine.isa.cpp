@@ -127,8 +127,61 @@ void load_job(const LoadJob& job) {
 
 #if defined(__AVX512F__)
 constexpr int kDotRows = 4, kDotFeatures = 4;
+#elif defined(__AVX2__)
+constexpr int kDotRows = 4, kDotFeatures = 3;
 #else
 constexpr int kDotRows = 2, kDotFeatures = 2;
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Half of the lanes at a time: their accumulators fit the sixteen registers, those of both halves would not.
+template <int R, int C, int kHalf>
+FASTSAE_INLINE void dot_half(const float* const* x, const float* const* w, int64_t from, int64_t end, __m256 (&sum)[R * C]) {
+#pragma GCC unroll 12
+  for (int a = 0; a < R * C; ++a) sum[a] = _mm256_setzero_ps();
+  for (int64_t i = from + 8 * kHalf; i + 8 <= end; i += kLanes) {
+    __m256 wv[C];
+#pragma GCC unroll 3
+    for (int b = 0; b < C; ++b) wv[b] = _mm256_loadu_ps(w[b] + i);
+#pragma GCC unroll 4
+    for (int a = 0; a < R; ++a) {
+      const __m256 xv = _mm256_loadu_ps(x[a] + i);
+#pragma GCC unroll 3
+      for (int b = 0; b < C; ++b) sum[a * C + b] = _mm256_fmadd_ps(xv, wv[b], sum[a * C + b]);
+    }
+  }
+}
+
+template <int R, int C>
+FASTSAE_INLINE void dot_block(const float* const* x, const float* const* w, int64_t from, int64_t end, Vec (&sum)[R * C]) {
+  __m256 half[R * C];
+  const int64_t whole = from + (end - from) / kLanes * kLanes;
+  dot_half<R, C, 0>(x, w, from, whole, half);
+  for (int a = 0; a < R * C; ++a) sum[a].lo = half[a];
+  dot_half<R, C, 1>(x, w, from, whole, half);
+  for (int a = 0; a < R * C; ++a) sum[a].hi = half[a];
+}
+
+#else
+
+template <int R, int C>
+FASTSAE_INLINE void dot_block(const float* const* x, const float* const* w, int64_t from, int64_t end, Vec (&sum)[R * C]) {
+#pragma GCC unroll 16
+  for (int a = 0; a < R * C; ++a) sum[a] = zero();
+  for (int64_t i = from; i + kLanes <= end; i += kLanes) {
+    Vec wv[C];
+#pragma GCC unroll 4
+    for (int b = 0; b < C; ++b) wv[b] = load(w[b] + i);
+#pragma GCC unroll 4
+    for (int a = 0; a < R; ++a) {
+      const Vec xv = load(x[a] + i);
+#pragma GCC unroll 4
+      for (int b = 0; b < C; ++b) sum[a * C + b] = fma(xv, wv[b], sum[a * C + b]);
+    }
+  }
+}
+
 #endif
 
 // R x C products at a time, each with its own accumulator of 16 lanes.
@@ -139,19 +192,8 @@ FASTSAE_INLINE void dot_tile(const float* const* x, const float* const* w, int64
   do {
     const int64_t end = least(i + kScoreBlock, d);
     const bool first = i == 0;
-#pragma GCC unroll 16
-    for (int a = 0; a < R * C; ++a) sum[a] = zero();
-    for (; i + kLanes <= end; i += kLanes) {
-      Vec wv[C];
-#pragma GCC unroll 4
-      for (int b = 0; b < C; ++b) wv[b] = load(w[b] + i);
-#pragma GCC unroll 4
-      for (int a = 0; a < R; ++a) {
-        const Vec xv = load(x[a] + i);
-#pragma GCC unroll 4
-        for (int b = 0; b < C; ++b) sum[a * C + b] = fma(xv, wv[b], sum[a * C + b]);
-      }
-    }
+    dot_block<R, C>(x, w, i, end, sum);
+    i += (end - i) / kLanes * kLanes;
     if (i < end) {
       const int n = static_cast<int>(end - i);
       for (int a = 0; a < R; ++a)
@@ -167,14 +209,56 @@ FASTSAE_INLINE void dot_tile(const float* const* x, const float* const* w, int64
 
 // Sixteen sums at once, in the order of reduce(): lanes fold 8, 4, 2, 1.
 FASTSAE_INLINE Vec reduce16(Vec (&v)[16]) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = v[2 * i].x, y = v[2 * i + 1].x;
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 x = a[2 * i], y = a[2 * i + 1];
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 x = b[2 * i], y = b[2 * i + 1];
+    c[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+  }
+  const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), d)};
+#else
   transpose(v);
   for (int n = 8; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) v[i] = add(v[i], v[i + n]);
   return v[0];
+#endif
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Four sums at once, in the same order.
+FASTSAE_INLINE void reduce4(const Vec* v, float* out) {
+  __m256 s[4];
+  for (int i = 0; i < 4; ++i) s[i] = _mm256_add_ps(v[i].lo, v[i].hi);
+  const auto fold4 = [](__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  };
+  const __m256 a = fold4(s[0], s[1]), b = fold4(s[2], s[3]);
+  const __m256 c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  const __m256 d = _mm256_add_ps(_mm256_shuffle_ps(c, c, 0x88), _mm256_shuffle_ps(c, c, 0xdd));
+  _mm_storeu_ps(out, _mm_unpacklo_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+}
+#endif
 
 template <int R, int C>
 FASTSAE_INLINE void store_tile(Vec (&sum)[R * C], float* out, int64_t ld) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (R * C % 4 == 0) {
+    float flat[R * C];
+    for (int i = 0; i < R * C; i += 4) reduce4(sum + i, flat + i);
+    for (int a = 0; a < R; ++a)
+      for (int b = 0; b < C; ++b) out[a * ld + b] = flat[a * C + b];
+    return;
+  }
+#endif
   if constexpr (R * C == 16) {
     float flat[16];
     store(static_cast<float*>(flat), reduce16(sum));

@@ -7,7 +7,7 @@ namespace fastsae {
 
 // Measured: with fewer rows, packing costs more than it saves; it is cheaper where columns have to be transposed anyway.
 inline bool pays(const Activations& x, const Weights& w) {
-  const int64_t rows = w.packed != nullptr && w.list == nullptr ? 1 : by_rows(w) ? 16 : 4;
+  const int64_t rows = w.packed != nullptr && w.list == nullptr ? 1 : 12;
   return x.rows >= rows && w.d >= 32 && w.features >= 2048;
 }
 
