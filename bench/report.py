@@ -70,11 +70,11 @@ def rivals(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(entries: list[dict[str, Any]]) -> None:
-    print(f"\n{'operation':<20} {'shape':<22} {'who':<40} {'median ms':>10} {'min .. max':>20} {'ours / it':>9} {'extra MB':>9}")
+    print(f"\n{'operation':<32} {'shape':<22} {'who':<40} {'median ms':>10} {'min .. max':>20} {'ours / it':>9} {'extra MB':>9}")
     for entry in entries:
         rows = {f"fastsae ({entry['backend']})": entry["ours"], **entry["others"]}
         for position, (who, times) in enumerate(rows.items()):
-            head = f"{entry['op']:<20} {entry['shape']:<22}" if position == 0 else " " * 43
+            head = f"{entry['op']:<32} {entry['shape']:<22}" if position == 0 else " " * 55
             ratio = entry["ours"]["median"] / times["median"]
             memory = entry["extra_mb"].get("ours" if position == 0 else who)
             memory_text = "" if memory is None else f"{memory:.0f}"
