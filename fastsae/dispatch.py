@@ -127,6 +127,10 @@ class Op:
         self.rows.insert(len(self.rows) - 1, Row(backend, target, refuses))
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        # Torch's dispatcher costs as much as a small kernel; it is needed where something listens: compilers, modes, vmap, subclasses,
+        # the profiler.
+        if _nobody_listens() and all(type(arg) in _PLAIN for arg in args):
+            return self._body(*args, backend=backend)
         return self._torch_op(*args, backend=backend)
 
     def reasons(self, args: Sequence[Any]) -> tuple[tuple[str, str | None], ...]:
@@ -177,6 +181,19 @@ class Op:
         result = _without_autocast(row.run(), args)
         recorder.append(Choice(self.name, row.backend, self.reasons(args), time.perf_counter() - start))
         return result
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float}
+
+
+def _nobody_listens() -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def _without_autocast(run: Callable[..., Any], args: Sequence[Any]) -> Any:
