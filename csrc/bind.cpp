@@ -52,17 +52,23 @@ PYBIND11_MODULE(_C, m) {
     return decode_dweight(slots(indices, index, crow, rows, k, n, features), static_cast<Dtype>(dtype), pointer<const void>(values),
                           pointer<const void>(grad), {pointer<void>(out), stride_f, stride_d, d}, zero_untouched, threads);
   });
-  // x and W as (address, dtype, rows, stride_row, stride_d, b_pre, eps) and (address, dtype, stride_f, stride_d, d, features, list, eps, packed).
-#define FASTSAE_XW                                                                                                                      \
-  address x, int x_type, i64 rows, i64 stride_row, i64 x_stride_d, address b_pre, float x_eps, address w, int w_type, i64 stride_f,      \
+  // x and W as (address, dtype, rows, stride_row, stride_d, b_pre, eps) and (address, dtype, stride_f, stride_d, d, features, list, eps,
+  // packed).
+#define FASTSAE_XW                                                                                                                  \
+  address x, int x_type, i64 rows, i64 stride_row, i64 x_stride_d, address b_pre, float x_eps, address w, int w_type, i64 stride_f, \
       i64 stride_d, i64 d, i64 features, address list, float w_eps, address packed
 #define FASTSAE_X \
-  Activations { pointer<const void>(x), static_cast<Dtype>(x_type), rows, stride_row, x_stride_d, pointer<const float>(b_pre), x_eps }
-#define FASTSAE_W                                                                                                                   \
-  Weights {                                                                                                                         \
-    pointer<const void>(w), static_cast<Dtype>(w_type), stride_f, stride_d, d, features, pointer<const std::int32_t>(list), w_eps,  \
-        pointer<const std::uint32_t>(packed)                                                                                        \
-  }
+  Activations{pointer<const void>(x), static_cast<Dtype>(x_type), rows, stride_row, x_stride_d, pointer<const float>(b_pre), x_eps}
+#define FASTSAE_W                            \
+  Weights{pointer<const void>(w),            \
+          static_cast<Dtype>(w_type),        \
+          stride_f,                          \
+          stride_d,                          \
+          d,                                 \
+          features,                          \
+          pointer<const std::int32_t>(list), \
+          w_eps,                             \
+          pointer<const std::uint32_t>(packed)}
   m.def("packs", &packs);
   m.def("packed_words", &packed_words);
   m.def("pack", [](address w, int w_type, i64 stride_f, i64 stride_d, i64 d, i64 features, address packed, int threads) {
@@ -70,8 +76,8 @@ PYBIND11_MODULE(_C, m) {
     return pack({pointer<const void>(w), static_cast<Dtype>(w_type), stride_f, stride_d, d, features, nullptr, 0, nullptr},
                 pointer<std::uint32_t>(packed), threads);
   });
-  m.def("encode_topk", [](FASTSAE_XW, address scale, address bias, i64 k, bool relu, address values, address indices, int path,
-                          int threads, address stats, address survived) {
+  m.def("encode_topk", [](FASTSAE_XW, address scale, address bias, i64 k, bool relu, address values, address indices, int path, int threads,
+                          address stats, address survived) {
     py::gil_scoped_release release;
     return encode_topk(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias), k, relu, pointer<float>(values),
                        pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
@@ -94,21 +100,21 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         copy_entries(*o.entries, pointer<float>(values), pointer<i64>(col), pointer<i64>(crow), pointer<std::uint8_t>(flags), threads);
       });
-  m.def("encode_threshold", [](FASTSAE_XW, address scale, address bias, address threshold, float half_band, int path, int threads,
-                               address stats) {
-    py::gil_scoped_release release;
-    i64 status = kOk;
-    Entries* const entries = encode_threshold(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias),
-                                              pointer<const float>(threshold), half_band, static_cast<EncodePath>(path), threads,
-                                              pointer<EncodeStats>(stats), &status);
-    return std::make_unique<Owned>(entries, status, 0.0f);
-  });
+  m.def("encode_threshold",
+        [](FASTSAE_XW, address scale, address bias, address threshold, float half_band, int path, int threads, address stats) {
+          py::gil_scoped_release release;
+          i64 status = kOk;
+          Entries* const entries = encode_threshold(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias),
+                                                    pointer<const float>(threshold), half_band, static_cast<EncodePath>(path), threads,
+                                                    pointer<EncodeStats>(stats), &status);
+          return std::make_unique<Owned>(entries, status, 0.0f);
+        });
   m.def("encode_gated", [](FASTSAE_XW, address b_gate, address stretch, address b_mag, int path, int threads, address stats) {
     py::gil_scoped_release release;
     i64 status = kOk;
-    Entries* const entries = encode_gated(FASTSAE_X, FASTSAE_W, pointer<const float>(b_gate), pointer<const float>(stretch),
-                                          pointer<const float>(b_mag), static_cast<EncodePath>(path), threads,
-                                          pointer<EncodeStats>(stats), &status);
+    Entries* const entries =
+        encode_gated(FASTSAE_X, FASTSAE_W, pointer<const float>(b_gate), pointer<const float>(stretch), pointer<const float>(b_mag),
+                     static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats), &status);
     return std::make_unique<Owned>(entries, status, 0.0f);
   });
   m.def("encode_batch_topk", [](FASTSAE_XW, address scale, address bias, i64 total, int path, int threads, address stats) {
@@ -124,12 +130,12 @@ PYBIND11_MODULE(_C, m) {
     return spline_code(FASTSAE_X, FASTSAE_W, pointer<const float>(bias), pointer<i64>(words), static_cast<EncodePath>(path), threads,
                        pointer<EncodeStats>(stats));
   });
-  m.def("match_cosine", [](FASTSAE_XW, i64 k, bool absolute, bool exclude_self, address similarity, address index, int path, int threads,
-                           address stats) {
-    py::gil_scoped_release release;
-    return match_cosine(FASTSAE_X, FASTSAE_W, k, absolute, exclude_self, pointer<float>(similarity), pointer<i64>(index),
-                        static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats));
-  });
+  m.def("match_cosine",
+        [](FASTSAE_XW, i64 k, bool absolute, bool exclude_self, address similarity, address index, int path, int threads, address stats) {
+          py::gil_scoped_release release;
+          return match_cosine(FASTSAE_X, FASTSAE_W, k, absolute, exclude_self, pointer<float>(similarity), pointer<i64>(index),
+                              static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats));
+        });
   m.def("match_pair", [](FASTSAE_XW, i64 k_ab, i64 k_ba, address ab, address ab_index, address ba, address ba_index, address low,
                          address low_index, int threads, address stats) {
     py::gil_scoped_release release;

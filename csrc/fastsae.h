@@ -85,8 +85,9 @@ struct Activations {
   float eps;
 };
 
-// The features in use: `features` rows of a dictionary [*, d] in any strides, all of them or those of `list` (ascending, without repetition).
-// With eps > 0 they are divided as rows of Activations are. `packed` may be null, or what `pack` wrote for the whole dictionary.
+// The features in use: `features` rows of a dictionary [*, d] in any strides, all of them or those of `list` (ascending, without
+// repetition). With eps > 0 they are divided as rows of Activations are. `packed` may be null, or what `pack` wrote for the whole
+// dictionary.
 struct Weights {
   const void* data;
   Dtype t;
@@ -96,8 +97,8 @@ struct Weights {
   const uint32_t* packed;
 };
 
-// The packed form of a dictionary: 8-bit integers, rotated, and three numbers a feature; round_up(features, 32) * (about d + 12) bytes. It is
-// for screening only: what is undecided is scored from the weights themselves. Its layout is one for all levels; `packs`: this one can.
+// The packed form of a dictionary: 8-bit integers, rotated, and three numbers a feature; round_up(features, 32) * (about d + 12) bytes. It
+// is for screening only: what is undecided is scored from the weights themselves. Its layout is one for all levels; `packs`: this one can.
 bool packs(int64_t d);
 int64_t packed_words(int64_t features, int64_t d);
 int64_t pack(const Weights& w, uint32_t* packed, int threads);
@@ -149,8 +150,8 @@ void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* 
 // encode_threshold: scores above max(threshold, 0), strictly, and NaN; threshold [dictionary]. With half_band >= 0 also those with
 // |fl(score - threshold)| < half_band; a score that is not above its threshold is then stored as 0. flags: 1 above, 2 in the band.
 // encode_gated: what is not (product + b_gate <= 0) and not (product * scale + bias <= 0); the value is the latter, or NaN if one is.
-// encode_batch_topk: the `total` largest positive scores (and NaN, above all) of all rows, by score, then row, then feature; min_kept is the
-// smallest of them, +inf where there is none.
+// encode_batch_topk: the `total` largest positive scores (and NaN, above all) of all rows, by score, then row, then feature; min_kept is
+// the smallest of them, +inf where there is none.
 //
 // All three: status in *status. Workspace: that of the engine, and of batch_topk 16 bytes for each of 2 * total + one block's entries.
 // Where more than a quarter of a block's scores of a row are undecided, all of them are computed; where that holds for most rows, the next
@@ -164,10 +165,10 @@ Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* 
 
 // ---- spline codes ----
 
-// spline_code: bit j % 64 of words[r, j / 64] is score > 0 (0 for NaN); words [rows, ceil(features / 64)] contiguous, the bits beyond are 0.
-// A level with bf16 dot products decides most signs from bf16 products with a proven bound and computes the scores of the others; rows of at
-// most 16 elements are computed as they are. Workspace: that of the engine, and up to 32 MiB of packed features where there are more rows than
-// a chunk.
+// spline_code: bit j % 64 of words[r, j / 64] is score > 0 (0 for NaN); words [rows, ceil(features / 64)] contiguous, the bits beyond are
+// 0. A level with bf16 dot products decides most signs from bf16 products with a proven bound and computes the scores of the others; rows
+// of at most 16 elements are computed as they are. Workspace: that of the engine, and up to 32 MiB of packed features where there are more
+// rows than a chunk.
 int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, int threads,
                     EncodeStats* stats);
 
@@ -215,19 +216,19 @@ int64_t hash_code(const int64_t* words, int64_t rows, int64_t stride, int64_t n_
 
 // A similarity is the score of a row of a and a row of b, both divided by max(norm, eps) (Activations and Weights with eps > 0).
 //
-// match_cosine: the k most similar rows of b for every row of a, descending, lower index first, NaN above all; `absolute`: by magnitude, with
-// the sign kept; `exclude_self`: not row i for row i. similarity and index [a.rows, k]. Workspace: that of encode_topk.
+// match_cosine: the k most similar rows of b for every row of a, descending, lower index first, NaN above all; `absolute`: by magnitude,
+// with the sign kept; `exclude_self`: not row i for row i. similarity and index [a.rows, k]. Workspace: that of encode_topk.
 int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool absolute, bool exclude_self, float* similarity, int64_t* index,
                      EncodePath path, int threads, EncodeStats* stats);
 // match_pair: in one pass the k_ab best of b for every row of a, the k_ba best of a for every row of b, and for every row of a its lowest
-// similarity. kUnsupported where this level cannot screen, or for k_ba > 8. Workspace: twice that of encode_topk, and 20 * k_ba + 12 bytes for
-// each row of b. Nothing grows with a.rows * b.features.
+// similarity. kUnsupported where this level cannot screen, or for k_ba > 8. Workspace: twice that of encode_topk, and 20 * k_ba + 12 bytes
+// for each row of b. Nothing grows with a.rows * b.features.
 constexpr int64_t kUnsupported = INT64_MIN + 1;
 int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t k_ba, float* ab, int64_t* ab_index, float* ba,
                    int64_t* ba_index, float* low, int64_t* low_index, int threads, EncodeStats* stats);
 
-// For tests: the interval of every score, lo and hi [rows, features]; `bf16` takes the screen of spline codes. Rows that would take the exact
-// path have lo = -inf, hi = inf. kNoMemory, or kOk; false in *screens where this level cannot screen.
+// For tests: the interval of every score, lo and hi [rows, features]; `bf16` takes the screen of spline codes. Rows that would take the
+// exact path have lo = -inf, hi = inf. kNoMemory, or kOk; false in *screens where this level cannot screen.
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,
                       bool* screens, int threads);
 

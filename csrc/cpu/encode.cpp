@@ -238,7 +238,8 @@ struct BatchConsumer : Cuts {
     shrink();
     float least = INFINITY;
     if (!pool.empty()) least = score_of(std::max_element(pool.begin(), pool.end())->key);
-    std::sort(pool.begin(), pool.end(), [](const Pooled& a, const Pooled& b) { return a.row != b.row ? a.row < b.row : a.feature < b.feature; });
+    std::sort(pool.begin(), pool.end(),
+              [](const Pooled& a, const Pooled& b) { return a.row != b.row ? a.row < b.row : a.feature < b.feature; });
     Entries::Part part{0, {}};
     part.kept.reserve(pool.size());
     size_t i = 0;
@@ -286,9 +287,8 @@ Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, i
   const bool screen = screens != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays(p.x, p.w)));
   const Plan plan = make_plan(kernels, p.x, p.w, Number::int8, screen, p.threads, 0);
   int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
-  *status = make(kernels, screens, *entries, [&](auto& consumer) {
-    return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, consumer);
-  });
+  *status = make(kernels, screens, *entries,
+                 [&](auto& consumer) { return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, consumer); });
   return entries;
 }
 

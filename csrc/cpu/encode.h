@@ -4,8 +4,8 @@
 
 namespace fastsae {
 
-// What a top-k keeps. Entry e of row r is at r*kept_stride + e. `tau` of a row never exceeds its k-th largest score, and only rises; when it
-// rises first depends on the threads, what is selected in the end does not.
+// What a top-k keeps. Entry e of row r is at r*kept_stride + e. `tau` of a row never exceeds its k-th largest score, and only rises; when
+// it rises first depends on the threads, what is selected in the end does not.
 struct TopkBuffer {
   Undecided undecided;  // the worker's own, as the next two
   float* room;          // [kept_stride + undecided.stride]
@@ -31,8 +31,8 @@ struct EncodeKernels {
   int64_t (*finish_topk)(const TopkBuffer&, int64_t row);
   // `cut`: bits of the number for Cut::all.
   void (*screen_cut)(Cut, const ScreenRows&, const ScreenPanels&, const Ahead&, const Undecided&, const int32_t* cut);
-  void (*keep_undecided)(const Undecided&, int64_t row, float tau);                                 // those whose hi is not below tau
-  void (*score_undecided)(const ScoreJob&, const Undecided&, int64_t rows, const uint8_t* skip);    // hi = the exact product
+  void (*keep_undecided)(const Undecided&, int64_t row, float tau);                               // those whose hi is not below tau
+  void (*score_undecided)(const ScoreJob&, const Undecided&, int64_t rows, const uint8_t* skip);  // hi = the exact product
   float (*kth_largest)(const float* values, int64_t n, int64_t k);  // at least k values are not below it; NaN counts as -inf
   // The interval of every score of a block: rows of lo and hi are ld apart, features at their place.
   void (*bounds)(Number, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);

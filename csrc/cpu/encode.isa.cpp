@@ -1,5 +1,5 @@
-// The consumers of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level can
-// screen; encode.h states the jobs, tile.h the bound.
+// The consumers of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level
+// can screen; encode.h states the jobs, tile.h the bound.
 #include "cpu/encode.h"
 
 #ifdef FASTSAE_LEVEL_avx512_bf16
@@ -106,8 +106,7 @@ void screen_cut(Cut kind, const ScreenRows& rows, const ScreenPanels& panels, co
 
 void keep_undecided(const Undecided& u, int64_t row, float tau) {
   const int64_t base = row * u.stride;
-  u.n[row] = static_cast<int32_t>(
-      keep_above(tau, u.hi + base, u.id + base, u.lo + base, u.n[row], u.hi + base, u.id + base, u.lo + base));
+  u.n[row] = static_cast<int32_t>(keep_above(tau, u.hi + base, u.id + base, u.lo + base, u.n[row], u.hi + base, u.id + base, u.lo + base));
 }
 
 void score_undecided(const ScoreJob& job, const Undecided& u, int64_t rows, const uint8_t* skip) {

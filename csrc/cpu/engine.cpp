@@ -50,9 +50,7 @@ bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d) {
 
 bool packs(int64_t d) { return engine_kernels().pack_features[0] != nullptr && d > 0 && d < 65536; }
 
-int64_t packed_words(int64_t features, int64_t d) {
-  return packed_features(features) * (words_of(Number::int8, d, rotation_of(d)) + 3);
-}
+int64_t packed_words(int64_t features, int64_t d) { return packed_features(features) * (words_of(Number::int8, d, rotation_of(d)) + 3); }
 
 int64_t pack(const Weights& w, uint32_t* packed, int threads) {
   const EngineKernels& kernels = engine_kernels();
@@ -66,9 +64,9 @@ int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& pla
   const int64_t block = plan.copied ? plan.block : kPanelWidth, blocks = ceil_div(w.features, block);
   const int64_t scratch_words = 16 * (round_to(words, 16) + 16) + rotated + words + 64;
   threads = static_cast<int>(std::min<int64_t>({useful_threads(threads, w.features * w.d), blocks, kMostWorkers}));
-  Workspace space(static_cast<size_t>(
-      Workspace::size<uint32_t>(rotated) +
-      threads * (Workspace::size<uint32_t>(scratch_words) + (plan.copied ? Workspace::size<float>(block * row_stride) : 0))));
+  Workspace space(
+      static_cast<size_t>(Workspace::size<uint32_t>(rotated) + threads * (Workspace::size<uint32_t>(scratch_words) +
+                                                                          (plan.copied ? Workspace::size<float>(block * row_stride) : 0))));
   if (!space.ok()) return kNoMemory;
   uint32_t* const signs = space.take<uint32_t>(rotated);
   uint32_t* scratch[kMostWorkers];
@@ -81,8 +79,21 @@ int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& pla
   float* const facts = reinterpret_cast<float*>(packed + all * words);
   for_each_unit_by_worker(threads, blocks, [&](int64_t unit, int worker) {
     const int64_t f0 = unit * block, n = std::min(block, w.features - f0);
-    PackFeaturesJob job{w.data, w.t, w.stride_f, w.d, f0, n, w.list, static_cast<int>(ceil_div(n, kPanelWidth)), plan.rotation, signs,
-                        packed + f0 * words, facts + f0, facts + all + f0, facts + 2 * all + f0, scratch[worker]};
+    PackFeaturesJob job{w.data,
+                        w.t,
+                        w.stride_f,
+                        w.d,
+                        f0,
+                        n,
+                        w.list,
+                        static_cast<int>(ceil_div(n, kPanelWidth)),
+                        plan.rotation,
+                        signs,
+                        packed + f0 * words,
+                        facts + f0,
+                        facts + all + f0,
+                        facts + 2 * all + f0,
+                        scratch[worker]};
     if (plan.copied) {
       kernels.load({w.data, w.t, w.stride_f, w.stride_d, w.d, f0, n, w.list, nullptr, w.eps, rows[worker], padded, row_stride});
       job.w = rows[worker];

@@ -14,8 +14,8 @@ constexpr int kPanelWidth = 32;        // features of a screening panel
 constexpr int kTileRows = 12;          // most rows of a screening tile
 constexpr int64_t kScreenBlock = 512;  // elements of a bf16 screening sum before they join the total
 
-// How screening rounds: to 8-bit integers a row and a feature (after a rotation that spreads outliers), to bf16, or, where rows are so short
-// that this costs more than the product, not at all.
+// How screening rounds: to 8-bit integers a row and a feature (after a rotation that spreads outliers), to bf16, or, where rows are so
+// short that this costs more than the product, not at all.
 enum class Number : int { int8 = 0, bf16 = 1, exact = 2 };
 constexpr int kNumbers = 3;
 constexpr int64_t kShortRow = 16;  // most elements of an exact screen: a score's sum then has one element a lane

@@ -439,7 +439,8 @@ FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uin
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < words * 4; i += 16) {
     __m512 x = _mm512_setzero_ps();
-    if (usable) x = i + 16 <= size ? _mm512_loadu_ps(y + i) : i < size ? _mm512_maskz_loadu_ps(first(static_cast<int>(size - i)), y + i) : x;
+    if (usable)
+      x = i + 16 <= size ? _mm512_loadu_ps(y + i) : i < size ? _mm512_maskz_loadu_ps(first(static_cast<int>(size - i)), y + i) : x;
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
     const __m512 e = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(step), x);
     lost = _mm512_fmadd_ps(e, e, lost);

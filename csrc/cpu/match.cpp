@@ -40,8 +40,8 @@ struct PairConsumer : Cuts {
   uint64_t* lowest[kMostWorkers] = {};  // [rows] key of the negated score, and the feature
   PairBuffer buffers[kMostWorkers] = {};
 
-  PairConsumer(const EngineKernels& kernels, const EncodeKernels& screens, const MatchKernels& match, const Problem& p, const TopkOutput& out,
-               int64_t k_columns, float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
+  PairConsumer(const EngineKernels& kernels, const EncodeKernels& screens, const MatchKernels& match, const Problem& p,
+               const TopkOutput& out, int64_t k_columns, float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
       : Cuts{kernels, &screens, nullptr, {}, {}},
         match(match),
         best{kernels, screens, nullptr, p, out, nullptr},

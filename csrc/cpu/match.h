@@ -7,11 +7,11 @@ namespace fastsae {
 // Both directions of a match at once. A pair is open while it can be among the best of its row, the lowest of its row, or among the best of
 // its column.
 struct PairBuffer {
-  TopkBuffer rows;       // best of a row
-  int32_t* low_tau;      // [rows] bits: the largest negated score of a row is not below it
-  float* column_lows;    // [k][columns]: the k largest lower ends seen in a column, descending
-  float* column_tau;     // [columns]: its k-th largest score is not below it
-  int64_t columns, k;    // columns: of the padded arrays
+  TopkBuffer rows;     // best of a row
+  int32_t* low_tau;    // [rows] bits: the largest negated score of a row is not below it
+  float* column_lows;  // [k][columns]: the k largest lower ends seen in a column, descending
+  float* column_tau;   // [columns]: its k-th largest score is not below it
+  int64_t columns, k;  // columns: of the padded arrays
 };
 
 constexpr int64_t kMostColumnBest = 8;

@@ -1,4 +1,5 @@
-// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.h states the bound.
+// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.h states the
+// bound.
 #include "cpu/match.h"
 
 #ifdef FASTSAE_LEVEL_avx512_bf16
@@ -25,8 +26,9 @@ struct MatchConsumer {
       r0 = _mm512_abs_ps(r0);
       r1 = _mm512_abs_ps(r1);
     }
-    uint32_t m = joined(_mm512_cmp_ps_mask(_mm512_add_ps(r0, e0), tau, _CMP_NLT_UQ), _mm512_cmp_ps_mask(_mm512_add_ps(r1, e1), tau, _CMP_NLT_UQ)) &
-                 f.exist;
+    uint32_t m =
+        joined(_mm512_cmp_ps_mask(_mm512_add_ps(r0, e0), tau, _CMP_NLT_UQ), _mm512_cmp_ps_mask(_mm512_add_ps(r1, e1), tau, _CMP_NLT_UQ)) &
+        f.exist;
     if (__builtin_expect(m != 0, 0)) {
       const int64_t self = buffer.self + row - f.first;
       if (self >= 0 && self < kPanelWidth) m &= ~(1u << self);

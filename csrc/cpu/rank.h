@@ -117,13 +117,14 @@ struct Best {
 };
 
 // Rows `list` (null: 0 .. count) of the chunk xc; row r of the chunk is row `base + r` of the output.
-inline int64_t dense_topk(const EngineKernels& kernels, const Problem& p, const TopkOutput& out, const float* xc, int64_t base, const int32_t* list,
-                   int64_t count) {
+inline int64_t dense_topk(const EngineKernels& kernels, const Problem& p, const TopkOutput& out, const float* xc, int64_t base,
+                          const int32_t* list, int64_t count) {
   const Weights& w = p.w;
   const int64_t padded = p.padded(), capacity = std::min(2 * out.k + 64, w.features);
   const bool plain = by_rows(w) && w.t == Dtype::f32 && w.eps == 0;
   // By rows: as many features as stay in the cache for all rows. By columns: wide, because each row of a strip is on another page.
-  const bool direct = !by_rows(w) && w.stride_f == 1 && w.t == Dtype::f32 && w.eps == 0 && w.list == nullptr && p.d() > 0 && count <= kColumnRows;
+  const bool direct =
+      !by_rows(w) && w.stride_f == 1 && w.t == Dtype::f32 && w.eps == 0 && w.list == nullptr && p.d() > 0 && count <= kColumnRows;
   const int64_t width = direct  ? std::clamp(round_to(w.features / (4 * p.threads), 64), int64_t{256}, kColumnWidth / count / 64 * 64)
                         : plain ? std::clamp(round_to((int64_t{32} << 10) / padded, 16), int64_t{16}, kDenseWidth)
                                 : kDenseWidth;
@@ -154,7 +155,8 @@ inline int64_t dense_topk(const EngineKernels& kernels, const Problem& p, const 
         float* const sums = copies + worker * copies_each;
         float* const scores = sums + 2 * lanes;
         for (int64_t i = 0; i < rows; ++i) x[i] = xc + row_of(i) * padded;
-        kernels.columns({static_cast<const float*>(w.data) + f0, w.stride_d, p.d(), n, x, static_cast<int>(rows), sums, sums + lanes, scores, width});
+        kernels.columns(
+            {static_cast<const float*>(w.data) + f0, w.stride_d, p.d(), n, x, static_cast<int>(rows), sums, sums + lanes, scores, width});
         for (int64_t i = 0; i < rows; ++i) best[worker * at_once + i].add(p, base + row_of(i), out.k, capacity, scores + i * width, f0, n);
         return;
       }
@@ -173,7 +175,8 @@ inline int64_t dense_topk(const EngineKernels& kernels, const Problem& p, const 
         const int64_t height = std::min(kGroup, rows - g);
         for (int64_t i = 0; i < height; ++i) x[i] = xc + row_of(g + i) * padded;
         kernels.products(x, height, features, n, p.d(), scores, kDenseWidth);
-        for (int64_t i = 0; i < height; ++i) best[worker * at_once + g + i].add(p, base + row_of(g + i), out.k, capacity, scores + i * kDenseWidth, f0, n);
+        for (int64_t i = 0; i < height; ++i)
+          best[worker * at_once + g + i].add(p, base + row_of(g + i), out.k, capacity, scores + i * kDenseWidth, f0, n);
       }
     });
     for_each_unit_by_worker(threads, rows, [&](int64_t r, int worker) {

@@ -1,4 +1,5 @@
-// The driver of the tile engine (baseline code): chunks of rows, blocks of features, which thread does what. A consumer gives the operation.
+// The driver of the tile engine (baseline code): chunks of rows, blocks of features, which thread does what. A consumer gives the
+// operation.
 //
 //   int64_t bytes(const Plan&), void take(Workspace&, const Plan&)     its own memory, for all workers
 //   void begin(const Chunk&)                                           before the blocks of a chunk
@@ -76,8 +77,8 @@ inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const 
   Plan p{};
   const int64_t d = w.d;
   p.number = number;
-  p.screens = screens && kernels.pack_features[static_cast<int>(number)] != nullptr && d > 0 &&
-              d <= (number == Number::exact ? kShortRow : 65535);
+  p.screens =
+      screens && kernels.pack_features[static_cast<int>(number)] != nullptr && d > 0 && d <= (number == Number::exact ? kShortRow : 65535);
   const bool plain = by_rows(w) && w.eps == 0;
   p.copied = !plain;
   p.rotation = number == Number::int8 ? rotation_of(d) : 1;
@@ -163,7 +164,8 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
     // 1. Rows in their working form, and packed with the factors of their bounds.
     for_each_unit(useful_threads(threads, rows * d), tiles, [&](int64_t t) {
       const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-      kernels.load({x.data, x.t, x.stride_row, x.stride_d, d, base + r0, r1 - r0, nullptr, x.subtract, x.eps, xc + r0 * padded, padded, padded});
+      kernels.load(
+          {x.data, x.t, x.stride_row, x.stride_d, d, base + r0, r1 - r0, nullptr, x.subtract, x.eps, xc + r0 * padded, padded, padded});
     });
     if (plan.screens) {
       plan.rotation = plan.number == Number::int8 && (in_place || worth_rotating(xc, rows, padded, d)) ? rotation_of(d) : 1;
@@ -226,7 +228,8 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
         // cache, but only to the third.
         const int64_t g0 = f0 + threads * block, m = std::min(block, w.features - g0);
         if (m > 0 && in_place) {
-          b.next = {reinterpret_cast<const char*>(plan.packed + g0 * plan.words), 1, ceil_div(m, kPanelWidth) * kPanelWidth * plan.words / 16, 0};
+          b.next = {reinterpret_cast<const char*>(plan.packed + g0 * plan.words), 1,
+                    ceil_div(m, kPanelWidth) * kPanelWidth * plan.words / 16, 0};
         } else if (m > 0 && w.list == nullptr) {
           const int64_t size = size_of(w.t);
           if (by_rows(w))
@@ -251,8 +254,8 @@ int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& pla
 
 constexpr int64_t kPackOnceBytes = int64_t{32} << 20;
 
-// Runs one consumer, or where there are too few blocks of features to occupy the threads one for each range of rows: make(first row) returns a
-// consumer whose chunks count rows from there. Features are packed once where several chunks or ranges would each do it.
+// Runs one consumer, or where there are too few blocks of features to occupy the threads one for each range of rows: make(first row)
+// returns a consumer whose chunks count rows from there. Features are packed once where several chunks or ranges would each do it.
 template <class Make>
 int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const Weights& w, const Terms& terms, Plan plan, int64_t* workspace,
                     const Make& make) {

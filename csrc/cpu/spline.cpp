@@ -26,12 +26,11 @@ struct SignConsumer : Cuts {
                int64_t ld)
       : Cuts{kernels, screens, stats, {}, {}}, signs(signs), words(words), ld(ld) {}
 
-  void begin(const Chunk& chunk) {
-    std::memset(words + chunk.base * ld, 0, static_cast<size_t>(chunk.rows * ld) * sizeof(uint32_t));
-  }
+  void begin(const Chunk& chunk) { std::memset(words + chunk.base * ld, 0, static_cast<size_t>(chunk.rows * ld) * sizeof(uint32_t)); }
   void block(const Chunk& chunk, const Block& b, int worker) {
     uint32_t* const to = words + chunk.base * ld;
-    screen(chunk, b, worker, [&](const Undecided& open) { signs->screen_signs(chunk.plan.number, b.rows, b.panels, b.next, open, to, ld); });
+    screen(chunk, b, worker,
+           [&](const Undecided& open) { signs->screen_signs(chunk.plan.number, b.rows, b.panels, b.next, open, to, ld); });
     score(chunk, b, worker);
     const Undecided& u = undecided[worker];
     for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -66,7 +65,8 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   const bool screen = signs != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays));
   const Plan plan = make_plan(kernels, x, w, number, screen, threads, 0);
   return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, [&](int64_t first) {
-    return std::make_unique<SignConsumer>(kernels, screens, stats, signs, reinterpret_cast<uint32_t*>(words + first * n_words), 2 * n_words);
+    return std::make_unique<SignConsumer>(kernels, screens, stats, signs, reinterpret_cast<uint32_t*>(words + first * n_words),
+                                          2 * n_words);
   });
 }
 

@@ -20,7 +20,8 @@ struct SignConsumer {
   FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
     const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]), none = _mm512_setzero_ps();
     const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
-    const uint32_t on = joined(_mm512_cmp_ps_mask(f.lower(0, r0, e0), none, _CMP_GT_OQ), _mm512_cmp_ps_mask(f.lower(1, r1, e1), none, _CMP_GT_OQ));
+    const uint32_t on =
+        joined(_mm512_cmp_ps_mask(f.lower(0, r0, e0), none, _CMP_GT_OQ), _mm512_cmp_ps_mask(f.lower(1, r1, e1), none, _CMP_GT_OQ));
     const uint32_t maybe =
         joined(_mm512_cmp_ps_mask(f.upper(0, r0, e0), none, _CMP_NLE_UQ), _mm512_cmp_ps_mask(f.upper(1, r1, e1), none, _CMP_NLE_UQ));
     words[row * ld + f.first / 32] = on & f.exist;
@@ -30,7 +31,8 @@ struct SignConsumer {
 };
 
 template <Number kNumber>
-void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, uint32_t* words, int64_t ld) {
+void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, uint32_t* words,
+              int64_t ld) {
   SignConsumer consumer{undecided, rows, words, ld, {}};
   run_block<kNumber>(rows, panels, next, consumer);
 }

@@ -130,8 +130,8 @@ __attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t
       _mm512_storeu_ps(to.lo + at, _mm512_maskz_compress_ps(m, f.lower(h, r, e)));
       _mm512_storeu_ps(to.hi + at, _mm512_maskz_compress_ps(m, f.upper(h, r, e)));
     }
-    _mm512_storeu_si512(
-        to.id + at, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
+    _mm512_storeu_si512(to.id + at,
+                        _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
     n += __builtin_popcount(m);
   }
   to.n[row] = static_cast<int32_t>(n);
@@ -255,7 +255,7 @@ void tile_exact(const uint32_t* x, const uint32_t* w, int64_t words, const int32
 }
 
 using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, int, float*, Prefetcher&, int);
-#define FASTSAE_TILES(tile)                                                                                                        \
+#define FASTSAE_TILES(tile) \
   {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
 constexpr TileKernel kTileKernels[kNumbers][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_TILES(tile_bf16),
                                                               FASTSAE_TILES(tile_exact)};
@@ -272,8 +272,8 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Co
   const auto one = [&](int t, int panel) {
     const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
     const int height = static_cast<int>(r1 - r0);
-    kTileKernels[static_cast<int>(kNumber)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0, height,
-                                                    c, ahead, quota);
+    kTileKernels[static_cast<int>(kNumber)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
+                                                    height, c, ahead, quota);
     consumer.panel(p, panel);
     __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
     if (kNumber == Number::int8) {

@@ -14,7 +14,8 @@ using namespace fastsae;
 namespace {
 
 uint32_t state = 1;
-uint32_t draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
+uint32_t state_draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
+uint32_t draw() { return state_draw(); }
 float draw_float() { return static_cast<float>(static_cast<int>(draw() % 17) - 8) / 8.0f; }  // exact in all three types
 
 int failures = 0;
@@ -106,33 +107,113 @@ void run(Dtype t, int64_t rows, int64_t k, int64_t features, int64_t d, bool tra
   expect(decode(slots, t, values.bytes.get(), matrix, nullptr, y.bytes.get(), threads) == n - 1, "bad index", t, d, transposed);
 }
 
-// Arrays of exact size, so that a read beyond them is seen; both paths must give the same bits. `twist` varies what is in them.
-void run_encode(int64_t rows, int64_t d, int64_t features, int64_t k, bool transposed, int twist) {
+// What an operation wrote, to compare ways to the same bits.
+struct Outcome {
+  std::vector<char> bytes;
+  template <class T>
+  void add(const T* data, int64_t n) {
+    const char* const from = reinterpret_cast<const char*>(data);
+    if (n > 0) bytes.insert(bytes.end(), from, from + n * static_cast<int64_t>(sizeof(T)));
+  }
+  void add(Entries* entries, int64_t rows, int64_t status) {
+    const int64_t n = entries_count(*entries);
+    std::unique_ptr<float[]> values(new float[static_cast<size_t>(n)]);
+    std::unique_ptr<int64_t[]> col(new int64_t[static_cast<size_t>(n)]), crow(new int64_t[static_cast<size_t>(rows + 1)]);
+    std::unique_ptr<uint8_t[]> flags(new uint8_t[static_cast<size_t>(n)]);
+    copy_entries(*entries, values.get(), col.get(), crow.get(), flags.get(), 2);
+    free_entries(entries);
+    add(&status, 1), add(values.get(), n), add(col.get(), n), add(crow.get(), rows + 1), add(flags.get(), n);
+  }
+};
+
+// Arrays of exact size, so that a read beyond them is seen; all ways must give the same bits. `twist` varies what is in them.
+void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, bool transposed, int twist) {
   const auto draw = [](int64_t n) {
     std::unique_ptr<float[]> a(new float[static_cast<size_t>(n)]);
     for (int64_t i = 0; i < n; ++i) a[static_cast<size_t>(i)] = draw_float();
     return a;
   };
-  const auto x = draw(rows * d), w = draw(features * d), bias = draw(features), b_pre = draw(d), scale = draw(features);
-  if (twist % 7 == 3)
-    for (int64_t i = 0; i < d; ++i) x[static_cast<size_t>(i)] = 0;
-  if (twist % 5 == 3) x[0] = NAN;
-  if (twist % 6 == 1) w[static_cast<size_t>(features * d - 1)] = INFINITY;
-  const Matrix matrix{w.get(), transposed ? 1 : d, transposed ? features : 1, d};
-  const size_t slots = static_cast<size_t>(rows * k);
-  std::unique_ptr<float[]> values[2];
-  std::unique_ptr<int64_t[]> indices[2];
-  for (int path = 0; path < 2; ++path) {
-    values[path].reset(new float[slots]);
-    indices[path].reset(new int64_t[slots]);
-    const int64_t status =
-        encode_topk(x.get(), rows, d, 1, matrix, features, twist % 2 != 0 ? bias.get() : nullptr, twist % 3 != 0 ? b_pre.get() : nullptr,
-                    twist % 4 != 0 ? nullptr : scale.get(), k, twist % 2 != 0, values[path].get(), indices[path].get(),
-                    path == 0 ? EncodePath::dense : EncodePath::screen, 2, nullptr, nullptr);
-    expect(status == kOk, "encode status", Dtype::f32, d, transposed);
+  const auto bias = draw(features), b_pre = draw(d), scale = draw(features), theta = draw(features), stretch = draw(features);
+  for (int64_t f = 0; f < features; ++f) stretch[f] = std::fabs(stretch[f]);
+  Buffer x(t, rows * d), w(t, features * d);
+  for (int64_t i = 0; i < rows * d; ++i) x.set(i, twist % 7 == 3 && i < d ? 0.0f : twist % 5 == 3 && i == 0 ? NAN : draw_float());
+  for (int64_t i = 0; i < features * d; ++i) w.set(i, twist % 6 == 1 && i == features * d - 1 ? INFINITY : draw_float());
+  std::unique_ptr<int32_t[]> list(new int32_t[static_cast<size_t>(features)]);
+  int64_t chosen = 0;
+  for (int64_t f = 0; f < features; ++f)
+    if (f == 0 || state_draw() % 3 != 0) list[static_cast<size_t>(chosen++)] = static_cast<int32_t>(f);
+  std::unique_ptr<int32_t[]> exact_list(new int32_t[static_cast<size_t>(chosen)]);
+  std::memcpy(exact_list.get(), list.get(), static_cast<size_t>(chosen) * sizeof(int32_t));
+
+  const Activations rows_of{x.bytes.get(), t, rows, d, 1, twist % 3 != 0 ? b_pre.get() : nullptr, 0};
+  Weights all{w.bytes.get(), t, transposed ? 1 : d, transposed ? features : 1, d, features, nullptr, 0, nullptr};
+  std::unique_ptr<uint32_t[]> packed;
+  if (packs(d)) {
+    packed.reset(new uint32_t[static_cast<size_t>(packed_words(features, d))]);
+    expect(pack(all, packed.get(), 2) == kOk, "pack", t, d, transposed);
   }
-  expect(std::memcmp(values[0].get(), values[1].get(), slots * sizeof(float)) == 0, "encode values", Dtype::f32, d, transposed);
-  expect(std::memcmp(indices[0].get(), indices[1].get(), slots * sizeof(int64_t)) == 0, "encode indices", Dtype::f32, d, transposed);
+  const float* const maybe_scale = twist % 4 != 0 ? nullptr : scale.get();
+  const float* const maybe_bias = twist % 2 != 0 ? bias.get() : nullptr;
+  for (int subset = 0; subset < 2; ++subset) {
+    Outcome first;
+    for (int way = 0; way < 3; ++way) {
+      Weights in = all;
+      if (subset != 0) {
+        in.list = exact_list.get();
+        in.features = chosen;
+      }
+      if (way == 2) in.packed = packed.get();
+      const EncodePath path = way == 0 ? EncodePath::dense : EncodePath::screen;
+      const int64_t kept = k < in.features ? k : in.features;
+      std::unique_ptr<float[]> values(new float[static_cast<size_t>(rows * kept)]);
+      std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(rows * kept)]);
+      Outcome now;
+      int64_t status =
+          encode_topk(rows_of, in, maybe_scale, maybe_bias, kept, twist % 2 != 0, values.get(), indices.get(), path, 2, nullptr, nullptr);
+      now.add(&status, 1), now.add(values.get(), rows * kept), now.add(indices.get(), rows * kept);
+      for (const float band : {-1.0f, 0.5f})
+        now.add(encode_threshold(rows_of, in, maybe_scale, maybe_bias, theta.get(), band, path, 2, nullptr, &status), rows, status);
+      now.add(encode_gated(rows_of, in, theta.get(), stretch.get(), bias.get(), path, 2, nullptr, &status), rows, status);
+      float least = 0;
+      now.add(encode_batch_topk(rows_of, in, maybe_scale, maybe_bias, rows * k / 2, path, 2, nullptr, &least, &status), rows, status);
+      now.add(&least, 1);
+      if (subset == 0) {
+        const int64_t words = (features + 63) / 64;
+        std::unique_ptr<int64_t[]> code(new int64_t[static_cast<size_t>(rows * words)]);
+        status = spline_code(rows_of, in, maybe_bias, code.get(), path, 2, nullptr);
+        now.add(&status, 1), now.add(code.get(), rows * words);
+        Activations a = rows_of;
+        a.subtract = nullptr;
+        a.eps = in.eps = 1e-8f;
+        const bool self = twist % 2 != 0 && kept < features;
+        status = match_cosine(a, in, kept, twist % 3 == 0, self, values.get(), indices.get(), path, 2, nullptr);
+        now.add(&status, 1), now.add(values.get(), rows * kept), now.add(indices.get(), rows * kept);
+      }
+      if (way == 0) first = now;
+      expect(now.bytes == first.bytes, way == 1 ? "engine, screened" : "engine, packed", t, d, transposed);
+    }
+  }
+  if (!packs(d) || k > 8 || k > rows || 32 * k > features) return;
+  // Both directions in one pass, beside one after the other.
+  Activations a = rows_of, b{w.bytes.get(), t, features, all.stride_f, all.stride_d, nullptr, 1e-8f};
+  Weights in = all, back{x.bytes.get(), t, d, 1, d, rows, nullptr, 1e-8f, nullptr};
+  a.subtract = nullptr;
+  a.eps = in.eps = 1e-8f;
+  Outcome both, each;
+  const size_t forward = static_cast<size_t>(rows * k), backward = static_cast<size_t>(features * k);
+  std::unique_ptr<float[]> ab(new float[forward]), ba(new float[backward]), low(new float[static_cast<size_t>(rows)]);
+  std::unique_ptr<int64_t[]> ab_at(new int64_t[forward]), ba_at(new int64_t[backward]), low_at(new int64_t[static_cast<size_t>(rows)]);
+  const auto note = [&](Outcome& outcome) {
+    outcome.add(ab.get(), rows * k), outcome.add(ab_at.get(), rows * k);
+    outcome.add(ba.get(), features * k), outcome.add(ba_at.get(), features * k);
+  };
+  expect(match_pair(a, in, k, k, ab.get(), ab_at.get(), ba.get(), ba_at.get(), low.get(), low_at.get(), 2, nullptr) == kOk, "match_pair", t,
+         d, transposed);
+  note(both);
+  expect(match_cosine(a, in, k, false, false, ab.get(), ab_at.get(), EncodePath::dense, 2, nullptr) == kOk, "match", t, d, transposed);
+  expect(match_cosine(b, back, k, false, false, ba.get(), ba_at.get(), EncodePath::dense, 2, nullptr) == kOk, "match", t, d, transposed);
+  note(each);
+  expect(both.bytes == each.bytes, "match_pair", t, d, transposed);
 }
 
 // Codes, on exact-size blocks with a gap between rows; `twist` varies strides, subsets and which pre-activations are special.
@@ -224,10 +305,14 @@ int main() {
     int twist = 0;
     for (bool transposed : {false, true})
       for (int64_t rows : {1, 2, 13, 30})
-        for (int64_t d : {1, 15, 33, 64, 100, 513})
+        for (int64_t d : {1, 2, 15, 16, 33, 64, 100, 256, 513})
           for (int64_t features : {1, 31, 64, 300, 2100})
             for (int64_t k : {int64_t{1}, (features + 1) / 2, features})
-              if (rows * d * features < 1000000) run_encode(rows, d, features, k, transposed, twist++);
+              if (rows * d * features < 500000) {
+                run_engine(twist % 3 == 1 ? Dtype::bf16 : Dtype::f32, rows, d, features, k, transposed, twist);
+                ++twist;
+              }
+    for (int64_t k : {1, 3, 8}) run_engine(Dtype::f32, 60, 48, 700, k, k == 3, twist++);
     for (int64_t n : {1, 3, 4, 9, 40})
       for (int64_t m : {1, 15, 16, 17, 63, 64, 65, 130, 300})
         for (int64_t words : {0, 1, 2, 8, 16, 17}) run_codes(n, m, words, twist++);
