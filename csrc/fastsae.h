@@ -123,8 +123,8 @@ int64_t hamming(const Codes& a, const Codes& b, int32_t* out, int64_t stride_a, 
 
 // hamming_topk: the k nearest rows of b for every row of a, by distance, then by lower index. 0 <= k <= b.rows < 2^32.
 //
-// distance and index [a.rows, k] contiguous. Workspace a thread: one panel as above, 132 * (codes in a panel) bytes, and 8 k + 8 bytes a
-// row for as many rows as fit 4 MiB (at least one, at most 512).
+// distance and index [a.rows, k] contiguous. Workspace a thread: one panel as above, 136 * (codes in a panel) bytes, and 16 k + 8 bytes a
+// row for as many rows as fit 1 MiB (at least one, at most 512), and for one row more.
 int64_t hamming_topk(const Codes& a, const Codes& b, int64_t k, int32_t* distance, int64_t* index, bool vpopcnt, int threads);
 
 // Pre-activations whose signs are codes. z [rows, neurons] has stride 1 along the neurons; a bit is z > 0, and 0 for -0 and NaN.
