@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +94,20 @@ def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tens
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], "")
 
     return run
+
+
+_absent: set[str] = set()
+
+
+def optional(module: str, distribution: str | None = None) -> Any:
+    """A rival's module, or None with a warning that says what is left out."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if module not in _absent:
+            _absent.add(module)
+            warnings.warn(f"bench: no row for {distribution or module}: {error}", stacklevel=2)
+        return None
 
 
 def has_onednn() -> bool:

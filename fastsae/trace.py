@@ -193,8 +193,9 @@ def trace(
 
     Traced are nn.ReLU, LeakyReLU, PReLU, GELU and SiLU, and Hugging Face's activation modules of these kinds: a bit is the sign of what the
     model itself gives to its activation, whose last dimension is the neurons. Pre-activations are not kept: a row costs 8 or 16 bytes, or
-    one bit a neuron. The model's results and gradients do not change. Hooks are removed on leaving the block, also by an exception, and
-    what was collected can still be popped. Hashes combine over layers by ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
+    one bit a neuron. The model's results and gradients do not change. It must run eagerly: a compiled graph may skip hooks. Hooks are
+    removed on leaving the block, also by an exception, and what was collected can still be popped. Hashes combine over layers by
+    ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
 
     Example:
         >>> with torch.no_grad(), fastsae.trace(model, "encoder.*", mask="attention_mask") as t:

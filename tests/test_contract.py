@@ -327,6 +327,8 @@ CODES = {
     "hamming": lambda x, W: fastsae.hamming(fastsae.pack_signs(x), fastsae.pack_signs(W)),
     "hamming_topk": lambda x, W: fastsae.hamming_topk(fastsae.pack_signs(x), fastsae.pack_signs(W), 3),
     "count_codes": lambda x, W: fastsae.count_codes(fastsae.hash_signs(x)),
+    "combine_hashes": lambda x, W: fastsae.combine_hashes([fastsae.hash_signs(x), fastsae.hash_signs(-x, layer=1)]),
+    "boundary_density": lambda x, W: fastsae.boundary_density(fastsae.pack_signs(x), fastsae.pack_signs(-x), x, x + 1),
 }
 
 

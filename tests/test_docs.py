@@ -6,19 +6,37 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastsae
 from fastsae.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = EXAMPLES[0]
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert capsys.readouterr().out.count("chosen") == 1
     assert names["x_hat"].shape == names["x"].shape  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.ModuleDict({"mlp": torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.GELU(), torch.nn.Linear(8, 3))})
+
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.layer["mlp"](x)
+
+    batches = [{"x": torch.randn(2, n, 3), "attention_mask": torch.ones(2, n, dtype=torch.int64)} for n in (4, 6)]
+    names = {"torch": torch, "fastsae": fastsae, "model": Model(), "batches": batches}
+    exec(compile(EXAMPLES[1], "README.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed] == [["layer", "seen"], ["layer.mlp.1", "20"], ["all", "20"]]
 
 
 def test_documents_name_what_exists() -> None:

@@ -237,7 +237,7 @@ def test_boundary_density_along_a_segment_is_the_number_of_crossings_of_one_laye
 
 def test_boundary_density_errors() -> None:
     a, x = words(4, 2), torch.randn(4, 3)
-    for arguments, error, message in (
+    cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
         ((3, a), TypeError, "a must be a torch.Tensor, got int"),
         ((a.int(), a), TypeError, "a must have dtype int64, got int32"),
         ((a, a[:3]), ValueError, r"a and b must have the same shape \[.., words\], got \[4, 2\] and \[3, 2\]"),
@@ -246,7 +246,8 @@ def test_boundary_density_errors() -> None:
         ((a, a, x[:3], x[:3]), ValueError, r"x_a must have shape \[4, 'D'\] for codes \[4, 2\], got \[3, 3\]"),
         ((a, a, x, x[:, :2]), ValueError, r"x_b must have shape \[4, 'D'\] for codes \[4, 2\], got \[4, 2\]"),
         ((a, a.to("meta")), TypeError, "b must be on cpu"),
-    ):
+    ]
+    for arguments, error, message in cases:
         with pytest.raises(error, match=f"^boundary_density: {message}"):
             fastsae.boundary_density(*arguments)
 

@@ -23,7 +23,8 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;  // an output beyond this le
 constexpr int64_t kPanelBytes = int64_t{32} << 10;   // a packed panel of b stays close while all rows of a unit pass
 constexpr int64_t kUnitRows = 512;                   // rows that pay for packing a panel
 constexpr int64_t kNearRows = 32;                    // rows whose distances to one panel wait for the selection
-constexpr int64_t kHeapBytes = int64_t{4} << 20;     // candidates of the rows of a unit
+constexpr int64_t kScan = 64;                        // distances compared with one limit
+constexpr int64_t kKeptBytes = int64_t{1} << 20;     // candidates of the rows of a unit, next to the distances in the second-level cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -73,23 +74,24 @@ int64_t hamming_topk(const Codes& a, const Codes& b, int64_t k, int32_t* distanc
   threads = useful_threads(threads, a.rows * b.rows * (1 + a.words));
   // Enough units for all threads, but packing b once a unit has to pay.
   const int64_t share = std::max(kNearRows, ceil_div(a.rows, 4 * int64_t{threads}));
-  const int64_t height = std::max<int64_t>(1, std::min({kUnitRows, share, kHeapBytes / (8 * k)}));
+  const int64_t height = std::max<int64_t>(1, std::min({kUnitRows, share, kKeptBytes / (16 * k)}));
   const int64_t near_elements = kNearRows * width;
   Workspace space(static_cast<size_t>(threads) *
-                  (Workspace::size<int32_t>(panel_elements) + Workspace::size<int32_t>(near_elements) + Workspace::size<int32_t>(width) +
-                   Workspace::size<uint64_t>(height * k) + Workspace::size<int64_t>(height)));
+                  (Workspace::size<int32_t>(panel_elements) + Workspace::size<int32_t>(near_elements) +
+                   Workspace::size<uint64_t>((height + 1) * 2 * k + width) + Workspace::size<int64_t>(height)));
   if (!space.ok()) return kNoMemory;
   int32_t* const panel_memory = space.take<int32_t>(threads * panel_elements);
   int32_t* const near_memory = space.take<int32_t>(threads * near_elements);
-  int32_t* const found_memory = space.take<int32_t>(threads * width);
-  uint64_t* const heap_memory = space.take<uint64_t>(threads * height * k);
+  const int64_t kept_elements = (height + 1) * 2 * k + width;
+  uint64_t* const kept_memory = space.take<uint64_t>(threads * kept_elements);
   int64_t* const size_memory = space.take<int64_t>(threads * height);
 
   for_each_unit_by_worker(threads, ceil_div(a.rows, height), [&](int64_t unit, int worker) {
     int32_t* const panel = panel_memory + worker * panel_elements;
     int32_t* const near = near_memory + worker * near_elements;
-    int32_t* const found = found_memory + worker * width;
-    uint64_t* const heaps = heap_memory + worker * height * k;  // each row's best so far as distance << 32 | index, the worst in front
+    int32_t found[kScan];
+    uint64_t* const all = kept_memory + worker * kept_elements;  // up to 2 k candidates a row, as distance << 32 | index
+    uint64_t* const merged = all + height * 2 * k;
     int64_t* const sizes = size_memory + worker * height;
     const int64_t first = unit * height, rows = std::min(height, a.rows - first);
     std::fill(sizes, sizes + rows, 0);
@@ -100,30 +102,34 @@ int64_t hamming_topk(const Codes& a, const Codes& b, int64_t k, int32_t* distanc
         const int64_t some = std::min(kNearRows, rows - i);
         distances({a.words_of + (first + i) * a.stride, a.stride, some, a.words, panel, codes, near, width, false});
         for (int64_t r = 0; r < some; ++r) {
-          uint64_t* const heap = heaps + (i + r) * k;
+          uint64_t* const kept = all + (i + r) * 2 * k;
           int64_t& size = sizes[i + r];
-          // Codes come by index, so an equal distance never displaces one that is kept.
-          const auto limit = [&] { return size < k ? INT32_MAX : static_cast<int32_t>(heap[0] >> 32); };
-          const int64_t count = kernels.below(near + r * width, codes, limit(), found);
-          for (int64_t c = 0; c < count; ++c) {
-            const int32_t d = near[r * width + found[c]];
-            if (d >= limit()) continue;
-            if (size == k)
-              std::pop_heap(heap, heap + k);
-            else
-              ++size;
-            heap[size - 1] = static_cast<uint64_t>(d) << 32 | static_cast<uint64_t>(j + found[c]);
-            std::push_heap(heap, heap + size);
+          for (int64_t c = 0; c < codes; c += kScan) {
+            const int32_t* const block = near + r * width + c;
+            // Where k are known, the k-th stands at k - 1. Codes come by index, so an equal distance never displaces one that is kept.
+            const int32_t limit = size < k ? INT32_MAX : static_cast<int32_t>(kept[k - 1] >> 32);
+            const int64_t count = kernels.below(block, std::min(kScan, codes - c), limit, found);
+            if (count == 0) continue;
+            uint64_t* const to = size + count <= 2 * k ? kept : std::copy(kept, kept + size, merged) - size;
+            for (int64_t f = 0; f < count; ++f)
+              to[size + f] = static_cast<uint64_t>(block[found[f]]) << 32 | static_cast<uint64_t>(j + c + found[f]);
+            const bool knew = size >= k;
+            size += count;
+            if (size < k || (knew && size <= 2 * k)) continue;
+            std::nth_element(to, to + k - 1, to + size);
+            size = k;
+            if (to == merged) std::copy(merged, merged + k, kept);
           }
         }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      uint64_t* const heap = heaps + r * k;
-      std::sort_heap(heap, heap + k);
+      uint64_t* const kept = all + r * 2 * k;
+      if (sizes[r] > k) std::nth_element(kept, kept + k - 1, kept + sizes[r]);
+      std::sort(kept, kept + k);
       for (int64_t s = 0; s < k; ++s) {
-        distance[(first + r) * k + s] = static_cast<int32_t>(heap[s] >> 32);
-        index[(first + r) * k + s] = static_cast<int64_t>(heap[s] & 0xffffffffu);
+        distance[(first + r) * k + s] = static_cast<int32_t>(kept[s] >> 32);
+        index[(first + r) * k + s] = static_cast<int64_t>(kept[s] & 0xffffffffu);
       }
     }
   });
