@@ -117,7 +117,7 @@ int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t st
 //   w = w * fl(1 - lr * weight_decay)
 //   m = m + (1 - beta1) * (g - m)                 one fma; from the side of g, g - beta1 * (g - m), where beta1 <= 0.5
 //   v = fma(fl((1 - beta2) * g), g, fl(beta2 * v))
-//   w = w + fl(-s * m) / (fl(sqrt v) + e)         r = sqrt(1 - beta2^step), s = fl(lr * r / (1 - beta1^step)), e = fl(eps * r)
+//   w = fma(m, -s / (fl(sqrt v) + e), w)          r = sqrt(1 - beta2^step), s = fl(lr * r / (1 - beta1^step)), e = fl(eps * r)
 //   w = w * fl(1 / |w|)                           with `normalise`, unless |w| < 1e-8; |w|^2 is summed as <g, w> is
 //
 // A feature without slots has g = 0 * factor and is not projected; its moments decay and it moves, as in every dense Adam. Each element

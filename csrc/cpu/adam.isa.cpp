@@ -51,7 +51,7 @@ FASTSAE_INLINE void step_row(const AdamJob& job, const float* g, float* w, float
     gi = mul(gi, factor);
     mi = fma(lerp, sub(gi, mi), job.from_m ? mi : gi);
     vi = fma(mul(fresh2, gi), gi, mul(beta2, vi));
-    wi = add(mul(wi, decay), div(mul(minus_s, mi), add(root(vi), e)));
+    wi = fma(mi, div(minus_s, add(root(vi), e)), mul(wi, decay));
     store_n(m + i, mi, n);
     store_n(v + i, vi, n);
     store_n(w + i, wi, n);
@@ -88,7 +88,12 @@ float squares(const float* g, const float* w, int64_t size) {
   if (w == nullptr) return dot(g, g, size);
   const Vec minus_along = broadcast(-dot(g, w, size));
   return sum_row(size, [&](Vec sum, int64_t i, int n) {
-    const Vec gi = fma(minus_along, load_n(w + i, n), load_n(g + i, n));
+    Vec gi = fma(minus_along, load_n(w + i, n), load_n(g + i, n));
+    if (n != kLanes) {  // an infinite product makes NaN of the zeros beyond the row
+      float kept[kLanes];
+      store(static_cast<float*>(kept), gi);
+      gi = load_part(static_cast<const float*>(kept), n);
+    }
     return fma(gi, gi, sum);
   });
 }
