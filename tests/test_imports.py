@@ -24,7 +24,7 @@ LAYERS = {
     "dispatch": 3,
     "kernels": 2, "native": 2,
     "testing": 1, "plots": 1,
-    "latents": 0, "activations": 0, "private": 0, "_C": 0,  # and private modules, whose names begin with "_"
+    "latents": 0, "gradients": 0, "activations": 0, "private": 0, "_C": 0,  # and private modules, whose names begin with "_"
 }  # fmt: skip
 # Inside a function only: how a sample is checked, how a match is drawn.
 LAZY_LEAVES = {"testing", "plots"}
