@@ -18,7 +18,8 @@ const AdamKernels* const kTables[kLevels] = {
     nullptr,
 };
 
-constexpr int64_t kFeatures = 32;    // a unit of work
+constexpr int64_t kFeatures = 32;    // a unit of work, at most
+constexpr int64_t kBlock = 24576;    // elements of its gradient
 constexpr int64_t kColumns = 256;    // and of a hot feature
 constexpr int64_t kElements = 8192;  // and where rows do not matter
 
@@ -39,46 +40,52 @@ struct GradientRows {
         d(d),
         threads(useful_threads(threads, ((slots != nullptr ? slots->n : 0) + features) * d)) {}
 
+  // Features whose rows are formed before they are used: so many that the slots ahead can be fetched, and so few that they stay in cache.
+  int64_t height() const { return std::clamp<int64_t>(kBlock / std::max<int64_t>(d, 1), 1, kFeatures); }
   int64_t padded() const { return ceil_div(d, 16) * 16; }
+  int64_t scratch() const { return slots == nullptr ? 0 : height() * padded(); }
   size_t bytes() const {
-    return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32) + Workspace::size<float>(threads * padded());
+    return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32) + Workspace::size<float>(threads * scratch());
   }
 
   // body(f, g) once for every feature, with its row, or null where it has no slots.
   template <class Body>
   void for_each(Workspace& space, const Body& body) const {
-    if (slots == nullptr) return each_feature([&](int64_t f, int) { body(f, grad + f * d); });
+    const int64_t blocks = ceil_div(features, height());
+    if (slots == nullptr) {
+      for_each_unit(threads, blocks, [&](int64_t block) {
+        for (int64_t f = block * height(); f < std::min((block + 1) * height(), features); ++f) body(f, grad + f * d);
+      });
+      return;
+    }
     const FeatureMajor sorted(*slots, Dtype::f32, values, space);
-    float* const scratch = space.take<float>(threads * padded());
+    float* const rows = space.take<float>(threads * scratch());
     const auto sum = pick_decode_kernels().sum[static_cast<int>(Dtype::f32)][static_cast<int>(Index::i32)];
-    const auto into = [&](float* row) {
-      return SumJob{sorted.values, sorted.rows, sorted.offsets, 0, slots->n, grad, d, nullptr, row, 0, false};
+    const auto into = [&](float* first, int64_t f) {
+      return SumJob{sorted.values, sorted.rows, sorted.offsets, 0, slots->n, grad, d, nullptr, first - f * padded(), padded(), false};
     };
     const auto hot = [&](int64_t f) { return threads > 1 && sorted.hot(f); };
-    each_feature([&](int64_t f, int worker) {
-      if (hot(f)) return;
-      if (!sorted.has_slot(f)) return body(f, nullptr);
-      float* const row = scratch + worker * padded();
-      sum(into(row), f, f + 1, 0, d);
-      body(f, row);
+    const auto here = [&](int64_t f) { return sorted.has_slot(f) && !hot(f); };
+    for_each_unit_by_worker(threads, blocks, [&](int64_t block, int worker) {
+      const int64_t begin = block * height(), end = std::min(begin + height(), features);
+      float* const mine = rows + worker * scratch();
+      const SumJob job = into(mine, begin);
+      for (int64_t f = begin; f < end; ++f) {
+        const int64_t first = f;
+        while (f < end && here(f)) ++f;
+        if (first < f) sum(job, first, f, 0, d);
+      }
+      for (int64_t f = begin; f < end; ++f)
+        if (!hot(f)) body(f, sorted.has_slot(f) ? mine + (f - begin) * padded() : nullptr);
     });
     if (threads > 1)
       for (int64_t f = 0; f < features; ++f)
         if (hot(f)) {
-          const SumJob job = into(scratch);
+          const SumJob job = into(rows, f);
           for_each_unit(threads, ceil_div(d, kColumns),
                         [&](int64_t unit) { sum(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
-          body(f, scratch);
+          body(f, rows);
         }
-  }
-
- private:
-  template <class Body>
-  void each_feature(const Body& body) const {
-    for_each_unit_by_worker(threads, ceil_div(features, kFeatures), [&](int64_t unit, int worker) {
-      const int64_t end = std::min((unit + 1) * kFeatures, features);
-      for (int64_t f = unit * kFeatures; f < end; ++f) body(f, worker);
-    });
   }
 };
 
