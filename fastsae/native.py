@@ -404,7 +404,8 @@ def _refuses_gradient(grad: Tensor, values: Tensor | None, indices: Tensor | Non
 
 
 def refuses_adam(
-    W: Tensor, m: Tensor, v: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
+    W: Tensor, m: Tensor, v: Tensor,
+    grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     *options: float,
 ) -> str | None:  # fmt: skip
     """Why `adam` cannot serve these inputs, or None."""
@@ -424,7 +425,6 @@ def _gradient(
     W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None
 ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """The arguments that say where a gradient lies, and the tensors that hold what they point to."""
-    features, d = W.shape
     if not grad.is_contiguous():
         grad = grad.contiguous()
     if values is None or indices is None:
@@ -433,7 +433,7 @@ def _gradient(
         _same(torch.float32, grad)
         return (False, 0, 0, 0, 0, 0, 0, 0, grad.data_ptr()), (grad,)
     indices, rows, k, n, crow, crow_address = _slots(indices, crow)
-    if values.shape != indices.shape or grad.shape != (rows, d):
+    if values.shape != indices.shape or grad.shape != (rows, W.shape[1]):
         raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for W {list(W.shape)}")
     _same(torch.float32, grad, values)
     if not values.is_contiguous():
@@ -443,7 +443,8 @@ def _gradient(
 
 
 def adam(
-    W: Tensor, m: Tensor, v: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
+    W: Tensor, m: Tensor, v: Tensor,
+    grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
 ) -> None:  # fmt: skip
     """One step of Adam on W, m, v [F, D], contiguous; csrc/fastsae.h has the arithmetic.
@@ -467,9 +468,7 @@ def adam(
         _fail(status, indices, crow, W.shape[0])  # pyright: ignore[reportArgumentType]
 
 
-def grad_squares(
-    W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool
-) -> Tensor:
+def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool) -> Tensor:
     """The sum of squares of the gradient of W [F, D], []; arguments as in `adam`."""
     kernels = _C or _load()
     if not W.is_contiguous():

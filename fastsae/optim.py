@@ -91,7 +91,8 @@ class Adam:
             if name not in self.parameters or self.parameters[name].dim() < 2:
                 matrices = [name for name, p in self.parameters.items() if p.dim() >= 2]
                 raise ValueError(f"{op}: unit_rows must name matrices among {matrices}, got {name!r}")
-        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.lr, self.eps, self.weight_decay = lr, eps, weight_decay
+        self.betas: tuple[float, float] = betas
         self.clip, self.schedule, self.unit_rows = clip, schedule, unit_rows
         self.steps = 0
         self.grad_norm: Tensor | None = None
@@ -190,7 +191,6 @@ class Adam:
         self._states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
         for name in _OPTIONS:
             setattr(self, name, state_dict[name])
-        self.betas = tuple(self.betas)
         self.steps = state_dict["steps"]
 
     def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> _State:

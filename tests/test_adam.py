@@ -1,4 +1,4 @@
-"""What is special to the fused step: equality with torch's own optimiser, and bits that do not depend on threads or on the form of the gradient."""
+"""What is special to the fused step: equality with torch's optimiser, bits that depend neither on threads nor on the gradient's form."""
 
 from __future__ import annotations
 
@@ -250,8 +250,8 @@ def test_refusals_give_the_reason() -> None:
 def test_a_transposed_view_takes_the_reference() -> None:
     W, m, v = normal(F, D), torch.zeros(F, D), torch.zeros(F, D)
     other = tuple(t.T.contiguous().T for t in (W, m, v))
-    for matrices in ((W, m, v), other):
-        fastsae.adam_(*matrices, slots("plain", 1), step=1)
+    for a, b, c in ((W, m, v), other):
+        fastsae.adam_(a, b, c, slots("plain", 1), step=1)
     for a, b in zip((W, m, v), other):
         # Sums in another order; where they cancel, the first step is lr times the sign of the rounding.
         assert ((a - b).abs() <= 1e-5).float().mean() > 0.999

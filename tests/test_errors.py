@@ -82,7 +82,13 @@ def test_the_valid_arguments_are_valid(op: str) -> None:
 
 
 def test_every_registered_operation_is_covered() -> None:
-    composed = {"adam": "adam_", "grad_squares": "adam_", "decode_dvalues": "decode_backward", "decode_dweight": "decode_backward", "match_pair": "match"}
+    composed = {
+        "adam": "adam_",
+        "grad_squares": "adam_",
+        "decode_dvalues": "decode_backward",
+        "decode_dweight": "decode_backward",
+        "match_pair": "match",
+    }
     assert {composed.get(name, name) for name in OPS} <= set(VALID)
 
 
@@ -516,7 +522,11 @@ ROW_GRADIENT = fastsae.RowGradient(LATENTS.values, LATENTS.indices, None, draw(R
         ({"n_features": F + 1}, ValueError, "gradient.n_features must be the 12 rows of the weights, got 13"),
         ({"values": draw(ROWS, 2)}, ValueError, r"gradient.indices must have shape of values \[4, 2\], got \[4, 3\]"),
         ({"values": draw(ROWS + 1, 3)}, ValueError, r"gradient.values must have shape \[n=4, K\], got \[5, 3\]"),
-        ({"values": draw(ROWS, 3, dtype=torch.float64)}, TypeError, "gradient.values must have dtype float32, bfloat16, float16, got float64"),
+        (
+            {"values": draw(ROWS, 3, dtype=torch.float64)},
+            TypeError,
+            "gradient.values must have dtype float32, bfloat16, float16, got float64",
+        ),
         ({"indices": LATENTS.indices.float()}, TypeError, "gradient.indices must have dtype int64, int32, got float32"),
         ({"rows": draw(ROWS, D + 1)}, ValueError, r"gradient.rows must have shape \[n, D=8\], got \[4, 9\]"),
         ({"rows": draw(ROWS, D).to("meta")}, TypeError, "gradient.rows must be on cpu like the other tensors, got meta"),
@@ -537,8 +547,8 @@ def test_adam_arguments(changes: dict[str, Any], error: type[Exception], message
 def test_a_bad_slot_of_a_gradient_leaves_the_weights(bad: int, backend: str | None) -> None:
     indices = LATENTS.indices.clone()
     indices[2, 1] = bad
-    matrices = [draw(F, D), torch.zeros(F, D), torch.zeros(F, D)]
+    W, m, v = matrices = [draw(F, D), torch.zeros(F, D), torch.zeros(F, D)]
     before = [t.clone() for t in matrices]
     with pytest.raises(IndexError, match=rf"{bad} at \[2, 1\].*0 <= index < {F}"):
-        fastsae.adam_(*matrices, dataclasses.replace(ROW_GRADIENT, indices=indices), step=1, backend=backend)  # pyright: ignore[reportArgumentType]
+        fastsae.adam_(W, m, v, dataclasses.replace(ROW_GRADIENT, indices=indices), step=1, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(before, matrices))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastsae
 from fastsae import RowGradient, TiledGradient
+from fastsae.dispatch import OPS
 from fastsae.optim import Adam, warmup_linear_decay
 
 B, D, F, K = 32, 20, 50, 4
@@ -60,7 +61,9 @@ class Stub(nn.Module):
 
 def bits(opt: Adam) -> list[Tensor]:
     states = opt.state_dict()["state"]
-    return [p.detach().clone() for p in opt.parameters.values()] + [s[key].clone() for s in states.values() for key in ("exp_avg", "exp_avg_sq")]
+    return [p.detach().clone() for p in opt.parameters.values()] + [
+        s[key].clone() for s in states.values() for key in ("exp_avg", "exp_avg_sq")
+    ]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -127,7 +130,7 @@ def test_forms_of_a_gradient_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     _, gradients = Stub().step_gradients(normal(B, D))
     of_rows: RowGradient = gradients["W_dec"]
     matrix = torch.empty(F, D)
-    fastsae.dispatch.OPS["decode_dweight"](of_rows.values, of_rows.indices, None, of_rows.rows, matrix)
+    OPS["decode_dweight"](of_rows.values, of_rows.indices, None, of_rows.rows, matrix)
     asked: list[slice] = []
 
     def compute(part: slice) -> Tensor:
@@ -298,9 +301,8 @@ def test_continuing_from_torch_gives_the_same_numbers(decay: float, as_state: bo
     if as_state:
         opt = Adam.from_torch(ours, theirs.state_dict(), unit_rows=())
     else:
-        opt = Adam.from_torch(other, theirs, unit_rows=())
-        opt.parameters = dict(ours.named_parameters())
-        opt.module = ours
+        opt = Adam(ours, unit_rows=())
+        opt.load_state_dict(Adam.from_torch(other, theirs).state_dict())
     assert (opt.lr, opt.betas, opt.weight_decay, opt.steps) == (1e-2, (0.8, 0.99), decay, 3)
     run(range(3, 6))
     for step in range(3, 6):
@@ -329,7 +331,11 @@ def test_warmup_linear_decay() -> None:
     assert [warmup_linear_decay(0, 0, 2)(step) for step in range(3)] == [1.0, 0.5, 0.0]
     assert [warmup_linear_decay(0, 2, 2)(step) for step in range(3)] == [1.0, 1.0, 0.0]
     assert pickle.loads(pickle.dumps(warmup_linear_decay(4, 6, 10)))(0) == 0.25
-    for arguments, message in (((-1, 2, 3), "warmup must be at least 0"), ((4, 3, 9), "decay_start must be at least 4"), ((1, 5, 4), "total")):
+    for arguments, message in (
+        ((-1, 2, 3), "warmup must be at least 0"),
+        ((4, 3, 9), "decay_start must be at least 4"),
+        ((1, 5, 4), "total"),
+    ):
         with pytest.raises(ValueError, match=message):
             warmup_linear_decay(*arguments)
     with pytest.raises(TypeError, match="warmup must be an int, got float"):
@@ -372,8 +378,18 @@ def test_wrong_construction(params: Any, options: dict[str, Any], error: type[Ex
         ("b_enc", normal(F, 1), ValueError, r"gradient of b_enc must have shape \[50\], got \[50, 1\]"),
         ("W_enc", normal(F, D).double(), TypeError, "gradient of W_enc must have dtype float32, got float64"),
         ("W_enc", normal(F, D).to("meta"), TypeError, "gradient of W_enc must be on cpu like the other tensors, got meta"),
-        ("W_enc", TiledGradient(lambda part: normal(F, D)[part], F - 1), ValueError, "n_features must be the 50 rows of the weights, got 49"),
-        ("W_enc", TiledGradient(lambda part: normal(F, D - 1)[part], F), ValueError, r"gradient of W_enc must have shape .* got \[50, 19\]"),
+        (
+            "W_enc",
+            TiledGradient(lambda part: normal(F, D)[part], F - 1),
+            ValueError,
+            "n_features must be the 50 rows of the weights, got 49",
+        ),
+        (
+            "W_enc",
+            TiledGradient(lambda part: normal(F, D - 1)[part], F),
+            ValueError,
+            r"gradient of W_enc must have shape .* got \[50, 19\]",
+        ),
         ("b_enc", TiledGradient(lambda part: normal(F, 1)[part], F), ValueError, "n_features must be the 1 rows of the weights, got 50"),
         (
             "W_enc",
@@ -414,7 +430,7 @@ def test_options_may_be_set_and_are_checked() -> None:
     stub = Stub()
     opt = Adam(stub)
     opt.lr = float("nan")
-    with pytest.raises(ValueError, match="Adam.apply: lr must be a finite number, got nan"):
+    with pytest.raises(ValueError, match=r"Adam\.apply: lr must be a finite number, got nan"):
         opt.step(normal(B, D))
     opt.lr = 0.0
     before = stub.W_enc.detach().clone()
@@ -427,7 +443,7 @@ def test_wrong_states() -> None:
     opt = Adam(stub)
     opt.step(normal(B, D))
     good = opt.state_dict()
-    with pytest.raises(ValueError, match="not a state of fastsae.optim.Adam: 'steps' is missing"):
+    with pytest.raises(ValueError, match=r"not a state of fastsae\.optim\.Adam: 'steps' is missing"):
         opt.load_state_dict({"state": {}})
     with pytest.raises(ValueError, match="unknown parameter 'V'; known: W_enc"):
         opt.load_state_dict({**good, "state": {"V": good["state"]["W_enc"]}})

@@ -85,7 +85,8 @@ def _move(
 
 
 def adam_reference(
-    W: Tensor, m: Tensor, v: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
+    W: Tensor, m: Tensor, v: Tensor,
+    grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
 ) -> None:  # fmt: skip
     for part, g in _gradient_tiles(W, grad, values, indices, crow, project):
@@ -155,8 +156,12 @@ def _size_of_gradient(args: tuple) -> Tensor:
     return torch.cat([W.new_zeros(0, W.shape[1]), *(g for _, g in tiles)])  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _double(args: tuple) -> tuple:
+def _double(args: tuple) -> tuple[Any, ...]:
     return tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def _copies(args: tuple) -> list[Any]:
+    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
 
 def _check_adam(args: tuple, result: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -167,7 +172,7 @@ def _check_adam(args: tuple, result: tuple[Tensor, Tensor, Tensor]) -> float:
     from fastsae.testing import check_values
 
     W, m, v, grad, values, indices, crow, factor, lr, beta1, beta2, eps, weight_decay, step, project, normalise = args
-    exact, plain = (tuple(t.clone() if isinstance(t, Tensor) else t for t in given) for given in (_double(args), args))
+    exact, plain = map(_copies, (_double(args), args))
     adam_reference(*exact)
     adam_reference(*plain)
     size = _size_of_gradient((W, grad, values, indices, crow, project)) * (1 if factor is None else factor.double().abs())
