@@ -297,7 +297,7 @@ def _named(params: Any) -> dict[str, Tensor]:
 
 def _matrix(p: Tensor) -> Tensor:
     """``[rows, D]`` on the same memory; a vector or number is one row."""
-    return p.detach() if p.dim() == 2 else p.detach().view(-1, p.shape[-1] if p.dim() > 1 else p.numel())
+    return p.detach().flatten(0, -2) if p.dim() > 1 else p.detach().view(1, p.numel())
 
 
 def warmup_linear_decay(warmup: int, decay_start: int, total: int) -> Callable[[int], float]:

@@ -171,7 +171,7 @@ def test_the_grad_attributes_serve_too() -> None:
 
 
 def test_vectors_numbers_and_stacks_of_matrices() -> None:
-    shapes = [(), (1,), (5,), (2, 3, 4), (3, 0)]
+    shapes = [(), (1,), (5,), (2, 3, 4), (3, 0), (2, 3, 0)]
     ours = [(str(shape), nn.Parameter(normal(*shape))) for shape in shapes]
     other = [nn.Parameter(p.detach().clone()) for _, p in ours]
     opt, theirs = Adam(ours, lr=0.1), torch.optim.Adam(other, lr=0.1)

@@ -48,9 +48,9 @@ struct GradientRows {
     return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32) + Workspace::size<float>(threads * scratch());
   }
 
-  // body(f, g) once for every feature, with its row, or null where it has no slots.
-  template <class Body>
-  void for_each(Workspace& space, const Body& body) const {
+  // body(f, g) once for every feature, with its row, or null where it has no slots; ahead(f) some time before it where there are slots.
+  template <class Ahead, class Body>
+  void for_each(Workspace& space, const Ahead& ahead, const Body& body) const {
     const int64_t blocks = ceil_div(features, height());
     if (slots == nullptr) {
       for_each_unit(threads, blocks, [&](int64_t block) {
@@ -70,6 +70,8 @@ struct GradientRows {
       const int64_t begin = block * height(), end = std::min(begin + height(), features);
       float* const mine = rows + worker * scratch();
       const SumJob job = into(mine, begin);
+      for (int64_t f = begin; f < end; ++f)
+        if (here(f)) ahead(f);
       for (int64_t f = begin; f < end; ++f) {
         const int64_t first = f;
         while (f < end && here(f)) ++f;
@@ -119,7 +121,8 @@ int64_t adam(const Slots* slots, const float* values, const float* grad, const f
   const GradientRows rows(slots, values, grad, features, d, threads);
   Workspace space(rows.bytes());
   if (!space.ok()) return kNoMemory;
-  rows.for_each(space, [&](int64_t f, const float* g) { step(job, g, w + f * d, m + f * d, v + f * d, d); });
+  const auto ahead = [](int64_t) {};  // every row is read, in order: the hardware knows
+  rows.for_each(space, ahead, [&](int64_t f, const float* g) { step(job, g, w + f * d, m + f * d, v + f * d, d); });
   return kOk;
 }
 
@@ -132,7 +135,11 @@ int64_t grad_squares(const Slots* slots, const float* values, const float* grad,
   Workspace space(rows.bytes() + Workspace::size<float>(features));
   if (!space.ok()) return kNoMemory;
   float* const each = space.take<float>(features);
-  rows.for_each(space, [&](int64_t f, const float* g) { each[f] = g == nullptr ? 0 : squares(g, project ? w + f * d : nullptr, d); });
+  const auto ahead = [&](int64_t f) {
+    for (int64_t i = 0; project && i < d; i += 16) __builtin_prefetch(w + f * d + i, 0, 2);
+  };
+  rows.for_each(space, ahead,
+                [&](int64_t f, const float* g) { each[f] = g == nullptr ? 0 : squares(g, project ? w + f * d : nullptr, d); });
   double sum = 0;
   for (int64_t f = 0; f < features; ++f) sum += each[f];
   *total = static_cast<float>(sum);
