@@ -37,14 +37,23 @@ FASTSAE_INLINE float dot(const float* a, const float* b, int64_t size) {
   return sum_row(size, [&](Vec sum, int64_t i, int n) { return fma(load_n(a + i, n), load_n(b + i, n), sum); });
 }
 
+// The first n lanes, then zeros: what is computed beyond a row may be NaN.
+FASTSAE_INLINE Vec only(Vec a, int n) {
+  if (n == kLanes) return a;
+  float kept[kLanes];
+  store(static_cast<float*>(kept), a);
+  return load_part(static_cast<const float*>(kept), n);
+}
+
 enum Source { kNone, kGiven, kProjected };
 
+// Returns the new |w|^2.
 template <Source kSource>
-FASTSAE_INLINE void step_row(const AdamJob& job, const float* g, float* w, float* m, float* v, int64_t size) {
+FASTSAE_INLINE float step_row(const AdamJob& job, const float* g, float* w, float* m, float* v, int64_t size) {
   const Vec factor = broadcast(job.factor), decay = broadcast(job.decay), lerp = broadcast(job.lerp), beta2 = broadcast(job.beta2),
             fresh2 = broadcast(job.fresh2), minus_s = broadcast(job.minus_s), e = broadcast(job.e);
   const Vec minus_along = kSource == kProjected ? broadcast(-dot(g, w, size)) : zero();
-  const auto part = [&](int64_t i, int n) {
+  return sum_row(size, [&](Vec sum, int64_t i, int n) {
     Vec wi = load_n(w + i, n), mi = load_n(m + i, n), vi = load_n(v + i, n);
     Vec gi = kSource == kNone ? zero() : load_n(g + i, n);
     if (kSource == kProjected) gi = fma(minus_along, wi, gi);
@@ -55,27 +64,23 @@ FASTSAE_INLINE void step_row(const AdamJob& job, const float* g, float* w, float
     store_n(m + i, mi, n);
     store_n(v + i, vi, n);
     store_n(w + i, wi, n);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) part(i, kLanes);
-  if (i < size) part(i, static_cast<int>(size - i));
+    wi = only(wi, n);
+    return fma(wi, wi, sum);
+  });
 }
 
 void step(const AdamJob& job, const float* g, float* w, float* m, float* v, int64_t size) {
-  if (g == nullptr)
-    step_row<kNone>(job, g, w, m, v, size);
-  else if (!job.project)
-    step_row<kGiven>(job, g, w, m, v, size);
-  else
-    step_row<kProjected>(job, g, w, m, v, size);
+  const float squares = g == nullptr   ? step_row<kNone>(job, g, w, m, v, size)
+                        : !job.project ? step_row<kGiven>(job, g, w, m, v, size)
+                                       : step_row<kProjected>(job, g, w, m, v, size);
   if (!job.normalise) return;
-  // Memory would idle while the row is read again in the cache: let the next one come in meanwhile.
+  // Memory would idle while the row is scaled in the cache: let the next one come in meanwhile.
   for (int64_t i = size; i < 2 * size; i += kLanes) {
     prefetch_far(w + i);
     prefetch_far(m + i);
     prefetch_far(v + i);
   }
-  const float norm = __builtin_sqrtf(dot(w, w, size));
+  const float norm = __builtin_sqrtf(squares);
   if (norm < 1e-8f) return;
   const Vec scale = broadcast(1.0f / norm);
   for (int64_t i = 0; i < size; i += kLanes) {
@@ -88,12 +93,7 @@ float squares(const float* g, const float* w, int64_t size) {
   if (w == nullptr) return dot(g, g, size);
   const Vec minus_along = broadcast(-dot(g, w, size));
   return sum_row(size, [&](Vec sum, int64_t i, int n) {
-    Vec gi = fma(minus_along, load_n(w + i, n), load_n(g + i, n));
-    if (n != kLanes) {  // an infinite product makes NaN of the zeros beyond the row
-      float kept[kLanes];
-      store(static_cast<float*>(kept), gi);
-      gi = load_part(static_cast<const float*>(kept), n);
-    }
+    const Vec gi = only(fma(minus_along, load_n(w + i, n), load_n(g + i, n)), n);
     return fma(gi, gi, sum);
   });
 }
