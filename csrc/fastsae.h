@@ -121,8 +121,7 @@ int64_t encode_topk(const float* x, int64_t rows, int64_t stride_row, int64_t st
 //   w = w * fl(1 / |w|)                           with `normalise`, unless |w| < 1e-8; |w|^2 is summed as <g, w> is
 //
 // A feature without slots has g = 0 * factor and is not projected; its moments decay and it moves, as in every dense Adam. Each element
-// of w, m and v is read and written once. Workspace with slots: that of decode_dweight, and for
-// each thread the larger of 96 KiB and one row.
+// of w, m and v is read and written once. Workspace with slots: that of decode_dweight, and a thread the larger of 96 KiB and one row.
 struct AdamOptions {
   double lr, beta1, beta2, eps, weight_decay;
   int64_t step;  // 1 at the first step
