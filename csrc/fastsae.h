@@ -172,6 +172,35 @@ Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* 
 int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, int threads,
                     EncodeStats* stats);
 
+// ---- the optimiser ----
+
+// adam: one step of Adam on w [features, d], with its moments m and v, all contiguous. For every feature f, in fp32:
+//
+//   g = grad[f, :]                                without slots: grad is [features, d]
+//     = what decode_dweight writes into row f     with slots: grad is [slots->rows, d], values [n]; same order, same bits
+//   g = fma(-<g, w>, w, g)                        with `project`; the product is summed as decode_dvalues does (stride_d = 1)
+//   g = g * factor                                factor is read from memory: whoever computes it need not wait; null: 1
+//   w = w * fl(1 - lr * weight_decay)
+//   m = m + (1 - beta1) * (g - m)                 one fma; from the side of g, g - beta1 * (g - m), where beta1 <= 0.5
+//   v = fma(fl((1 - beta2) * g), g, fl(beta2 * v))
+//   w = fma(m, -s / (fl(sqrt v) + e), w)          r = sqrt(1 - beta2^step), s = fl(lr * r / (1 - beta1^step)), e = fl(eps * r)
+//   w = w * fl(1 / |w|)                           with `normalise`, unless |w| < 1e-8; |w|^2 is summed as <g, w> is
+//
+// A feature without slots has g = 0 * factor and is not projected; its moments decay and it moves, as in every dense Adam. Each element
+// of w, m and v is read and written once. Workspace with slots: that of decode_dweight, and a thread the larger of 96 KiB and one row.
+struct AdamOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step;  // 1 at the first step
+  bool project, normalise;
+};
+int64_t adam(const Slots* slots, const float* values, const float* grad, const float* factor, float* w, float* m, float* v,
+             int64_t features, int64_t d, const AdamOptions& options, int threads);
+
+// grad_squares: total = the sum of g^2 over all features, with g as in adam up to its factor, for clipping by the global norm. A row is
+// summed as <g, w> is; rows are added in order, in fp64. w may be null without `project`. Workspace: that of adam, and 4 * features bytes.
+int64_t grad_squares(const Slots* slots, const float* values, const float* grad, const float* w, int64_t features, int64_t d, bool project,
+                     float* total, int threads);
+
 // Packed codes [rows, words] as int64: stride 1 along the words.
 struct Codes {
   const int64_t* words_of;

@@ -70,6 +70,7 @@ FASTSAE_INLINE void narrow(float x, f16* out) {
 // ---- vectors ----
 // load / store: 16 elements at any address. load_part / store_part: the first n (0..16), never touching the rest; lanes beyond n
 // read as 0. stream: a store past the caches, `to` aligned to kLanes elements. gather: 16 elements of p at int32 offsets.
+// add, sub, mul, div and root round as IEEE says, so that they are the same on every level.
 
 #if defined(__AVX512F__)
 
@@ -82,6 +83,10 @@ struct Vec {
 FASTSAE_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
 FASTSAE_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 FASTSAE_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
+FASTSAE_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
+FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+FASTSAE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
+FASTSAE_INLINE Vec root(Vec a) { return {_mm512_sqrt_ps(a.x)}; }
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 FASTSAE_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -172,6 +177,10 @@ struct Vec {
 FASTSAE_INLINE Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 FASTSAE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 FASTSAE_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+FASTSAE_INLINE Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+FASTSAE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+FASTSAE_INLINE Vec root(Vec a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 FASTSAE_INLINE __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 
@@ -286,6 +295,14 @@ struct Vec {
 FASTSAE_INLINE Vec zero() { return {Lanes{}}; }
 FASTSAE_INLINE Vec broadcast(float x) { return {Lanes{} + x}; }
 FASTSAE_INLINE Vec add(Vec a, Vec b) { return {a.x + b.x}; }
+FASTSAE_INLINE Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
+FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
+FASTSAE_INLINE Vec div(Vec a, Vec b) { return {a.x / b.x}; }
+FASTSAE_INLINE Vec root(Vec a) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r.x[i] = __builtin_sqrtf(a.x[i]);
+  return r;
+}
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #ifdef __FP_FAST_FMAF  // aarch64 and other baselines with the instruction; elsewhere a software fma would cost a hundred times more
   Vec r;
@@ -359,6 +376,7 @@ FASTSAE_INLINE void fence() {}
 #endif
 
 FASTSAE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+FASTSAE_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // not into the first-level cache
 
 }  // namespace
 }  // namespace FASTSAE_ISA

@@ -6,14 +6,18 @@ Operations (each with a PyTorch reference that every backend is verified against
     spline_code, spline_hash, pack_signs, hash_signs, hash_code, combine_hashes, spline_keys; hamming, hamming_topk; count_codes
 Built on them: trace (codes while a model runs), CodeCounter (distinct codes of a stream), boundary_density, neighbour_graph.
 Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated.
+Optimisers: adam_ (one step, one matrix); optim.Adam, optim.warmup_linear_decay over RowGradient, TiledGradient and dense gradients.
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
+from fastsae import optim
 from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.counters import CodeCount, CodeCounter, CodeTable
 from fastsae.dispatch import BackendError, explain, use_backend
+from fastsae.gradients import RowGradient, TiledGradient
 from fastsae.latents import RaggedLatents, TopKLatents
+from fastsae.ops.adam import adam_
 from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.decode import DecodeGradients, decode, decode_backward
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
@@ -45,9 +49,12 @@ __all__ = [
     "RaggedLatents",
     "ReLU",
     "Reconstruction",
+    "RowGradient",
+    "TiledGradient",
     "TopK",
     "TopKLatents",
     "UniqueCodes",
+    "adam_",
     "boundary_density",
     "check",
     "combine_hashes",
@@ -68,6 +75,7 @@ __all__ = [
     "mmcs",
     "mmcs_matrix",
     "neighbour_graph",
+    "optim",
     "pack",
     "pack_signs",
     "reconstruct",

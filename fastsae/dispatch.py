@@ -93,7 +93,7 @@ class Op:
         workload: ``workload(device, dtype, generator)`` is one argument tuple of a realistic, moderate size, for timing.
         batched: positions of arguments (and results) whose first dimension is the batch; used to test that a row's bits do not
             depend on the batch it stands in. Empty where a result depends on the whole batch.
-        mutates: position of the argument that the schema marks as written, or None.
+        mutates: positions of the arguments that the schema marks as written; what they hold before may be read.
         handle: positions of a weight and of its packed words (``fastsae.pack``), which change together; or None.
     """
 
@@ -104,7 +104,7 @@ class Op:
     check: Callable[[tuple, Any], float]
     workload: Callable[..., tuple]
     batched: tuple[int, ...] = ()
-    mutates: int | None = None
+    mutates: tuple[int, ...] = ()
     handle: tuple[int, int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     name: str = field(init=False)
@@ -175,6 +175,8 @@ class Op:
     def _body(self, *args: Any, backend: str | None = None) -> Any:
         row = self.choose(args, backend)
         recorder = _recorder.get()
+        # A kernel writes through an address, which autograd does not see.
+        torch.autograd.graph.increment_version([args[position] for position in self.mutates if not args[position].is_inference()])
         if recorder is None:
             return _without_autocast(row.run(), args)
         start = time.perf_counter()

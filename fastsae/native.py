@@ -447,3 +447,106 @@ def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits
     if status != -1:
         raise MemoryError("fastsae: no memory for the workspace of hash_code")
     return hashes
+
+
+# ---- adam ----
+
+
+def _refuses_gradient(grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, **matrices: Tensor) -> str | None:
+    if not _tried:
+        unavailable()
+    if _reason is not None:
+        return _reason
+    for name, t in (*matrices.items(), ("grad", grad), ("values", values)):
+        if t is not None and t.dtype is not torch.float32:
+            return f"dtype {str(t.dtype)[6:]} of {name} (supported: float32)"
+        if t is not None and not t.is_cpu:
+            return f"device {t.device} of {name} (supported: cpu)"
+    if indices is not None and (not indices.is_cpu or indices.dtype not in _INDEX):
+        return f"indices {str(indices.dtype)[6:]} on {indices.device} (supported: int64, int32 on cpu)"
+    if crow is not None and (not crow.is_cpu or crow.dtype is not torch.int64):
+        return f"crow {str(crow.dtype)[6:]} on {crow.device} (supported: int64 on cpu)"
+    for name, t in matrices.items():
+        if not t.is_contiguous():
+            return f"{name} with strides {t.stride()} (supported: contiguous rows)"
+    return None
+
+
+def refuses_adam(
+    W: Tensor, m: Tensor, v: Tensor,
+    grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
+    *options: float,
+) -> str | None:  # fmt: skip
+    """Why `adam` cannot serve these inputs, or None."""
+    if factor is not None and (factor.dtype is not torch.float32 or not factor.is_cpu):
+        return f"factor {str(factor.dtype)[6:]} on {factor.device} (supported: float32 on cpu)"
+    return _refuses_gradient(grad, values, indices, crow, W=W, m=m, v=v)
+
+
+def refuses_grad_squares(
+    W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool
+) -> str | None:
+    """Why `grad_squares` cannot serve these inputs, or None."""
+    return _refuses_gradient(grad, values, indices, crow, W=W)
+
+
+def _gradient(
+    W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None
+) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """The arguments that say where a gradient lies, and the tensors that hold what they point to."""
+    if not grad.is_contiguous():
+        grad = grad.contiguous()
+    if values is None or indices is None:
+        if grad.shape != W.shape:
+            raise ValueError(f"grad: expected {list(W.shape)}, got {list(grad.shape)}")
+        _same(torch.float32, grad)
+        return (False, 0, 0, 0, 0, 0, 0, 0, grad.data_ptr()), (grad,)
+    indices, rows, k, n, crow, crow_address = _slots(indices, crow)
+    if values.shape != indices.shape or grad.shape != (rows, W.shape[1]):
+        raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for W {list(W.shape)}")
+    _same(torch.float32, grad, values)
+    if not values.is_contiguous():
+        values = values.contiguous()
+    where = (True, indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, values.data_ptr(), grad.data_ptr())
+    return where, (grad, values, indices, crow)
+
+
+def adam(
+    W: Tensor, m: Tensor, v: Tensor,
+    grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
+) -> None:  # fmt: skip
+    """One step of Adam on W, m, v [F, D], contiguous; csrc/fastsae.h has the arithmetic.
+
+    Args:
+        grad: [F, D] without slots; else [rows, D], with values, indices [rows, K], or [nnz] with crow [rows + 1].
+        factor: None, or [] which multiplies the gradient.
+    """
+    kernels = _C or _load()
+    for name, t in (("W", W), ("m", m), ("v", v)):
+        if t.shape != W.shape or not t.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous {list(W.shape)}, got {list(t.shape)} with strides {t.stride()}")
+    _same(torch.float32, W, m, v, *(() if factor is None else (factor,)))
+    where, held = _gradient(W, grad, values, indices, crow)
+    status = kernels.adam(
+        *where, 0 if factor is None else factor.data_ptr(), W.data_ptr(), m.data_ptr(), v.data_ptr(), *W.shape,
+        lr, beta1, beta2, eps, weight_decay, step, project, normalise, torch.get_num_threads(),
+    )  # fmt: skip
+    del held
+    if status != -1:
+        _fail(status, indices, crow, W.shape[0])  # pyright: ignore[reportArgumentType]
+
+
+def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool) -> Tensor:
+    """The sum of squares of the gradient of W [F, D], []; arguments as in `adam`."""
+    kernels = _C or _load()
+    if not W.is_contiguous():
+        raise ValueError(f"W: expected contiguous {list(W.shape)}, got strides {W.stride()}")
+    _same(torch.float32, W)
+    where, held = _gradient(W, grad, values, indices, crow)
+    total = torch.empty((), dtype=torch.float32)
+    status = kernels.grad_squares(*where, W.data_ptr(), *W.shape, project, total.data_ptr(), torch.get_num_threads())
+    del held
+    if status != -1:
+        _fail(status, indices, crow, W.shape[0])  # pyright: ignore[reportArgumentType]
+    return total

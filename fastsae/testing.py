@@ -39,6 +39,15 @@ def check_linear(reference: Callable[..., Any], args: tuple, result: Tensor) -> 
     plain = reference(*args)
     exact = reference(*map(_double, args))
     size = reference(*map(_magnitude, args))
+    return check_values(result, exact, plain, size)
+
+
+def check_values(result: Tensor, exact: Tensor, plain: Tensor, size: Tensor) -> float:
+    """Checks a result by the tolerance of values; returns the error as a fraction of the allowed one.
+
+    Args:
+        exact: in float64. plain: the plain PyTorch computation in the dtype that the result must have. size: the sum of magnitudes.
+    """
     if result.shape != plain.shape or result.dtype != plain.dtype:
         raise Mismatch(f"expected {list(plain.shape)} {plain.dtype}, got {list(result.shape)} {result.dtype}")
     return _compare(result.double(), exact, plain.double(), size, torch.finfo(result.dtype))

@@ -68,9 +68,11 @@ def affordable(row: Row, device: torch.device, args: tuple) -> bool:
 
 
 def call(op: Op, row: Row, args: tuple) -> Any:
-    """The row's result; for an operation that writes into an argument, that argument."""
-    result = op(*args, backend=row.backend)
-    return result if op.mutates is None else args[op.mutates]
+    """The row's result; for an operation that writes into arguments, the copies of them that it was given to write into."""
+    copies = [arg.clone() if position in op.mutates else arg for position, arg in enumerate(args)]
+    result = op(*copies, backend=row.backend)
+    written = tuple(copies[position] for position in op.mutates)
+    return result if not written else written[0] if len(written) == 1 else written
 
 
 def verify_row(
@@ -107,7 +109,7 @@ def time_rows(op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextMan
                 continue
             with context():
                 start = time.perf_counter()
-                call(op, row, args)
+                op(*args, backend=row.backend)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 elapsed = time.perf_counter() - start

@@ -6,6 +6,7 @@ tensor beside CPU ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ VALID: dict[str, dict[str, Any]] = {
     "spline_keys": {"n_neurons": 4},
     "boundary_density": {"a": WORDS, "b": WORDS + 1, "x_a": draw(5, 3), "x_b": draw(5, 3) + 1},
     "neighbour_graph": {"codes": WORDS, "k": 2},
+    "adam_": {"W": draw(F, D), "exp_avg": draw(F, D), "exp_avg_sq": draw(F, D).square(), "gradient": draw(F, D), "step": 1},
 }
 
 
@@ -82,7 +84,13 @@ def test_the_valid_arguments_are_valid(op: str) -> None:
 
 
 def test_every_registered_operation_is_covered() -> None:
-    composed = {"decode_dvalues": "decode_backward", "decode_dweight": "decode_backward", "match_pair": "match"}
+    composed = {
+        "adam": "adam_",
+        "grad_squares": "adam_",
+        "decode_dvalues": "decode_backward",
+        "decode_dweight": "decode_backward",
+        "match_pair": "match",
+    }
     assert {composed.get(name, name) for name in OPS} <= set(VALID)
 
 
@@ -496,3 +504,60 @@ def test_wrong_inputs_leave_no_trace() -> None:
         fastsae.decode_backward(draw(ROWS, OUT), bad, draw(F, OUT), out=out, backend="reference")
     assert bool((out == 7).all())
     assert torch.get_float32_matmul_precision() == before
+
+
+# ---------------------------------------------------------------- adam_
+
+ROW_GRADIENT = fastsae.RowGradient(LATENTS.values, LATENTS.indices, None, draw(ROWS, D), F)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"step": 0}, ValueError, "step must be at least 1, got 0"),
+        ({"step": 1.0}, TypeError, "step must be an int, got float"),
+        ({"lr": -1e-3}, ValueError, "lr must be at least 0, got -0.001"),
+        ({"lr": "1"}, TypeError, "lr must be a number, got str"),
+        ({"eps": float("nan")}, ValueError, "eps must be a finite number, got nan"),
+        ({"weight_decay": -1}, ValueError, "weight_decay must be at least 0, got -1"),
+        ({"betas": 0.9}, ValueError, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas must be at least 0 and below 1, got \(0.9, 1.0\)"),
+        ({"factor": 1.0}, TypeError, "factor must be a torch.Tensor, got float"),
+        ({"factor": torch.ones(1)}, ValueError, r"factor must have shape \[\], got \[1\]"),
+        ({"project": 1}, TypeError, "project must be a bool, got int"),
+        ({"normalise": None}, TypeError, "normalise must be a bool, got NoneType"),
+        ({"W": draw(1, D).expand(F, D)}, ValueError, "W must not be an expanded tensor"),
+        ({"gradient": None}, TypeError, "gradient must be a torch.Tensor or a RowGradient, got NoneType"),
+        ({"n_features": F + 1}, ValueError, "gradient.n_features must be the 12 rows of the weights, got 13"),
+        ({"values": draw(ROWS, 2)}, ValueError, r"gradient.indices must have shape of values \[4, 2\], got \[4, 3\]"),
+        ({"values": draw(ROWS + 1, 3)}, ValueError, r"gradient.values must have shape \[n=4, K\], got \[5, 3\]"),
+        (
+            {"values": draw(ROWS, 3, dtype=torch.float64)},
+            TypeError,
+            "gradient.values must have dtype float32, bfloat16, float16, got float64",
+        ),
+        ({"indices": LATENTS.indices.float()}, TypeError, "gradient.indices must have dtype int64, int32, got float32"),
+        ({"rows": draw(ROWS, D + 1)}, ValueError, r"gradient.rows must have shape \[n, D=8\], got \[4, 9\]"),
+        ({"rows": draw(ROWS, D).to("meta")}, TypeError, "gradient.rows must be on cpu like the other tensors, got meta"),
+        ({"crow": torch.arange(ROWS + 1)}, ValueError, r"gradient.values must have shape \[nnz\], got \[4, 3\]"),
+        ({"crow": torch.arange(ROWS)}, ValueError, r"gradient.crow must have shape \[n \+ 1 = 5\], got \[4\]"),
+        ({"crow": torch.arange(ROWS + 1).int()}, TypeError, "gradient.crow must have dtype int64, got int32"),
+    ],
+)
+def test_adam_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    of_gradient = {name: value for name, value in changes.items() if hasattr(ROW_GRADIENT, name)}
+    if of_gradient:
+        changes = {"gradient": dataclasses.replace(ROW_GRADIENT, **of_gradient)}
+    rejects(error, f"^adam_: {message}", "adam_", **changes)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("bad", [-1, F, 2**31 - 1])
+def test_a_bad_slot_of_a_gradient_leaves_the_weights(bad: int, backend: str | None) -> None:
+    indices = LATENTS.indices.clone()
+    indices[2, 1] = bad
+    W, m, v = matrices = [draw(F, D), torch.zeros(F, D), torch.zeros(F, D)]
+    before = [t.clone() for t in matrices]
+    with pytest.raises(IndexError, match=rf"{bad} at \[2, 1\].*0 <= index < {F}"):
+        fastsae.adam_(W, m, v, dataclasses.replace(ROW_GRADIENT, indices=indices), step=1, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(before, matrices))

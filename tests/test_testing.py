@@ -16,13 +16,13 @@ from torch import Tensor
 from fastsae import testing
 from fastsae.dispatch import OPS, Op
 from fastsae.testing import Mismatch
+from fastsae.verify import call
 
 CPU = torch.device("cpu")
 
 
 def run(op: Op, args: tuple) -> Any:
-    result = op(*args, backend="reference")
-    return result if op.mutates is None else args[op.mutates]
+    return call(op, op.rows[-1], args)
 
 
 def sample(op: str, **wanted: Any) -> tuple:
@@ -46,6 +46,8 @@ def sample(op: str, **wanted: Any) -> tuple:
         "decode": (normal(6, 5), indices, None, W, normal(W.shape[1])),
         "decode_dvalues": (normal(6, W.shape[1]), indices, None, W),
         "decode_dweight": (normal(6, 5), indices, None, normal(6, 8), torch.empty(50, 8)),
+        "adam": (W, W / 9, W.square(), normal(6, 40), normal(6, 5), indices, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.1, 3, True, True),
+        "grad_squares": (W, normal(6, 40), normal(6, 5), indices, None, True),
         "match_cosine": (x, W, 5, wanted.get("absolute", False), False, 1e-8),
         "match_pair": (x, W, 5, 3, 1e-8),
         "spline_code": (x, W, b, None),

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/slots.h"
 #include "fastsae.h"
 #include "isa.h"
 #include "parallel.h"
@@ -20,7 +21,6 @@ const DecodeKernels* const kTables[kLevels] = {
 };
 
 constexpr int64_t kStreamBytes = int64_t{16} << 20;  // an output beyond this leaves the caches anyway
-constexpr int64_t kHot = 1024;                       // a feature with more slots is split over columns, for balance
 constexpr int64_t kScatterRows = 64, kScatterColumns = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -42,17 +42,6 @@ int64_t first_bad_index(const I* indices, int64_t n, int64_t features) {
       if (static_cast<uint64_t>(static_cast<int64_t>(indices[i])) >= limit) return i;
   }
   return kOk;
-}
-
-int64_t check(const Slots& s) {
-  if (s.crow != nullptr) {
-    if (s.crow[0] != 0) return crow_error(0);
-    for (int64_t r = 0; r < s.rows; ++r)
-      if (s.crow[r + 1] < s.crow[r] || s.crow[r + 1] > s.n) return crow_error(r + 1);
-    if (s.crow[s.rows] != s.n) return crow_error(s.rows);
-  }
-  return s.index == Index::i32 ? first_bad_index(static_cast<const int32_t*>(s.indices), s.n, s.features)
-                               : first_bad_index(static_cast<const int64_t*>(s.indices), s.n, s.features);
 }
 
 template <class Visit>
@@ -170,10 +159,59 @@ struct Panels {
 
 }  // namespace
 
+int64_t check(const Slots& s) {
+  if (s.crow != nullptr) {
+    if (s.crow[0] != 0) return crow_error(0);
+    for (int64_t r = 0; r < s.rows; ++r)
+      if (s.crow[r + 1] < s.crow[r] || s.crow[r + 1] > s.n) return crow_error(r + 1);
+    if (s.crow[s.rows] != s.n) return crow_error(s.rows);
+  }
+  return s.index == Index::i32 ? first_bad_index(static_cast<const int32_t*>(s.indices), s.n, s.features)
+                               : first_bad_index(static_cast<const int64_t*>(s.indices), s.n, s.features);
+}
+
+const DecodeKernels& pick_decode_kernels() { return pick(kTables); }
+
+size_t FeatureMajor::bytes(const Slots& slots, Dtype t) {
+  return 2 * Workspace::size<int64_t>(slots.features + 1) + Workspace::size<int32_t>(slots.n) +
+         Workspace::size<char>(slots.n * element_size(t));
+}
+
+FeatureMajor::FeatureMajor(const Slots& slots, Dtype t, const void* from, Workspace& space)
+    : offsets(space.take<int64_t>(slots.features + 1)),
+      rows(space.take<int32_t>(slots.n)),
+      values(space.take<char>(slots.n * element_size(t))) {
+  const int64_t features = slots.features;
+  int64_t* const cursor = space.take<int64_t>(features + 1);
+  std::memset(offsets, 0, static_cast<size_t>(features + 1) * sizeof(int64_t));
+  for_each_slot(slots, [&](int64_t, int64_t f) { ++offsets[f + 1]; });
+  for (int64_t f = 0; f < features; ++f) {
+    cursor[f] = offsets[f];
+    offsets[f + 1] += offsets[f];
+  }
+  const auto place = [&](auto* to, const auto* each) {
+    int64_t r = 0;
+    for_each_slot(slots, [&](int64_t i, int64_t f) {
+      if (slots.crow != nullptr) {
+        while (i >= slots.crow[r + 1]) ++r;
+      } else if (i == (r + 1) * slots.k) {
+        ++r;
+      }
+      const int64_t p = cursor[f]++;
+      rows[p] = static_cast<int32_t>(r);
+      to[p] = each[i];
+    });
+  };
+  if (t == Dtype::f32)
+    place(static_cast<uint32_t*>(values), static_cast<const uint32_t*>(from));
+  else
+    place(static_cast<uint16_t*>(values), static_cast<const uint16_t*>(from));
+}
+
 int64_t decode(const Slots& slots, Dtype t, const void* values, const Matrix& w, const float* bias, void* y, int threads) {
   const int64_t status = check(slots);
   if (status != kOk) return status;
-  const DecodeKernels& kernels = pick(kTables);
+  const DecodeKernels& kernels = pick_decode_kernels();
   const SumJob job{values, slots.indices, slots.crow, slots.k, slots.n, w.data, w.stride_f, bias, y, w.d, false};
   if (w.stride_d == 1 || w.d <= 1 || slots.n == 0) {
     sum_all(kernels, t, slots.index, job, slots.rows, w.d, threads);
@@ -200,7 +238,7 @@ int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matr
   const int64_t status = check(slots);
   if (status != kOk) return status;
   if (slots.n == 0) return kOk;
-  const DecodeKernels& kernels = pick(kTables);
+  const DecodeKernels& kernels = pick_decode_kernels();
   const int type = static_cast<int>(t);
   threads = useful_threads(threads, slots.n * w.d);
   const auto slot_units = [&](int inside, const auto& body) {
@@ -276,52 +314,23 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
   if (status != kOk) return status;
   const int64_t features = slots.features, d = out.d;
   if (features == 0 || d == 0) return kOk;
-  const DecodeKernels& kernels = pick(kTables);
+  const DecodeKernels& kernels = pick_decode_kernels();
 
-  // Stable counting sort: offsets[f] ends as the first slot of feature f in the feature-major list.
-  Workspace space(2 * Workspace::size<int64_t>(features + 1) + Workspace::size<int32_t>(slots.n) +
-                  Workspace::size<char>(slots.n * element_size(t)));
+  Workspace space(FeatureMajor::bytes(slots, t));
   if (!space.ok()) return kNoMemory;
-  int64_t* const offsets = space.take<int64_t>(features + 1);
-  int64_t* const cursor = space.take<int64_t>(features + 1);
-  int32_t* const rows = space.take<int32_t>(slots.n);
-  void* const sorted = space.take<char>(slots.n * element_size(t));
-  std::memset(offsets, 0, static_cast<size_t>(features + 1) * sizeof(int64_t));
-  for_each_slot(slots, [&](int64_t, int64_t f) { ++offsets[f + 1]; });
-  for (int64_t f = 0; f < features; ++f) {
-    cursor[f] = offsets[f];
-    offsets[f + 1] += offsets[f];
-  }
-  const auto place = [&](auto* to, const auto* from) {
-    int64_t r = 0;
-    for_each_slot(slots, [&](int64_t i, int64_t f) {
-      if (slots.crow != nullptr) {
-        while (i >= slots.crow[r + 1]) ++r;
-      } else if (i == (r + 1) * slots.k) {
-        ++r;
-      }
-      const int64_t p = cursor[f]++;
-      rows[p] = static_cast<int32_t>(r);
-      to[p] = from[i];
-    });
-  };
-  if (t == Dtype::f32)
-    place(static_cast<uint32_t*>(sorted), static_cast<const uint32_t*>(values));
-  else
-    place(static_cast<uint16_t*>(sorted), static_cast<const uint16_t*>(values));
+  const FeatureMajor sorted(slots, t, values, space);
 
-  SumJob job{sorted, rows, offsets, 0, slots.n, grad, d, nullptr, out.data, out.stride_f, false};
+  SumJob job{sorted.values, sorted.rows, sorted.offsets, 0, slots.n, grad, d, nullptr, out.data, out.stride_f, false};
   job.stream = zero_untouched && features * d * element_size(t) >= kStreamBytes;
   const auto run = kernels.sum[static_cast<int>(t)][static_cast<int>(Index::i32)];
   threads = useful_threads(threads, (slots.n + (zero_untouched ? features : 0)) * d);
-  const auto has_slot = [&](int64_t f) { return offsets[f + 1] > offsets[f]; };
-  const auto hot = [&](int64_t f) { return threads > 1 && offsets[f + 1] - offsets[f] > kHot; };
+  const auto hot = [&](int64_t f) { return threads > 1 && sorted.hot(f); };
 
   if (out.stride_d == 1 || d == 1) {
     constexpr int64_t kFeatures = 32, kColumns = 256;
     for_each_unit(threads, ceil_div(features, kFeatures), [&](int64_t unit) {
       const int64_t end = std::min((unit + 1) * kFeatures, features);
-      const auto here = [&](int64_t f) { return !hot(f) && (zero_untouched || has_slot(f)); };
+      const auto here = [&](int64_t f) { return !hot(f) && (zero_untouched || sorted.has_slot(f)); };
       for (int64_t f = unit * kFeatures; f < end;) {
         if (!here(f)) {
           ++f;
@@ -372,7 +381,7 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
         continue;
       }
       for (int64_t f = f0; f < f1; ++f)
-        if (has_slot(f)) put(f, f + 1);
+        if (sorted.has_slot(f)) put(f, f + 1);
     }
   });
   return kOk;

@@ -285,6 +285,74 @@ void run_codes(int64_t n, int64_t m, int64_t words, int twist) {
   }
 }
 
+// One step, by slots and from the matrix that decode_dweight writes: the same bits, and close to a double-precision loop.
+void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged, bool unit, int threads) {
+  const auto copy = [](const std::unique_ptr<float[]>& from, int64_t n) {
+    std::unique_ptr<float[]> to(new float[static_cast<size_t>(n)]);
+    if (n > 0) std::memcpy(to.get(), from.get(), static_cast<size_t>(n) * sizeof(float));
+    return to;
+  };
+  const auto draw_floats = [](int64_t n, float least) {
+    std::unique_ptr<float[]> a(new float[static_cast<size_t>(n)]);
+    for (int64_t i = 0; i < n; ++i) a[static_cast<size_t>(i)] = std::fmax(draw_float(), least);
+    return a;
+  };
+  const int64_t n = rows * k, size = features * d;
+  std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(n)]), crow(new int64_t[static_cast<size_t>(rows + 1)]);
+  for (int64_t i = 0; i < n; ++i) indices[i] = i % 3 == 0 ? 0 : draw() % features;
+  for (int64_t r = 0; r <= rows; ++r) crow[r] = r == 0 ? 0 : r == rows ? n : crow[r - 1] + (n - crow[r - 1]) / 3;
+  const auto values = draw_floats(n, -9), grad = draw_floats(rows * d, -9), w = draw_floats(size, -9), m = draw_floats(size, -9),
+             v = draw_floats(size, 0.25f);
+  const Slots slots{indices.get(), ragged ? crow.get() : nullptr, rows, k, n, features, Index::i64};
+  const AdamOptions options{1e-2, 0.9, 0.99, 1e-8, 0.1, 3, unit, unit};
+  const float factor = 0.5f;
+
+  std::unique_ptr<float[]> matrix(new float[static_cast<size_t>(size)]);
+  expect(decode_dweight(slots, Dtype::f32, values.get(), grad.get(), {matrix.get(), d, 1, d}, true, threads) == kOk, "status", Dtype::f32,
+         d, false);
+  std::unique_ptr<float[]> after[2][3];
+  for (int sparse = 0; sparse < 2; ++sparse) {
+    auto& [a, b, c] = after[sparse];
+    a = copy(w, size), b = copy(m, size), c = copy(v, size);
+    expect(adam(sparse != 0 ? &slots : nullptr, values.get(), sparse != 0 ? grad.get() : matrix.get(), &factor, a.get(), b.get(), c.get(),
+                features, d, options, threads) == kOk,
+           "adam status", Dtype::f32, d, unit);
+  }
+  for (int i = 0; i < 3; ++i)
+    expect(size == 0 || std::memcmp(after[0][i].get(), after[1][i].get(), static_cast<size_t>(size) * sizeof(float)) == 0, "adam bits",
+           Dtype::f32, d, unit);
+  double squares = 0;
+  for (int64_t f = 0; f < features; ++f) {
+    double along = 0, norm = 0;
+    std::vector<double> moved(static_cast<size_t>(d));
+    for (int64_t e = f * d; unit && e < (f + 1) * d; ++e) along += static_cast<double>(matrix[e]) * w[e];
+    for (int64_t e = f * d; e < (f + 1) * d; ++e) {
+      const double free = matrix[e] - along * w[e], g = factor * free;
+      squares += free * free;
+      const double me = 0.9 * m[e] + 0.1 * g, ve = 0.99 * v[e] + 0.01 * g * g;
+      const double we = w[e] * (1 - 1e-3) - 1e-2 / (1 - std::pow(0.9, 3)) * me / (std::sqrt(ve / (1 - std::pow(0.99, 3))) + 1e-8);
+      moved[static_cast<size_t>(e - f * d)] = we;
+      norm += we * we;
+      expect(std::fabs(after[1][1][e] - me) <= 1e-4 * (1 + std::fabs(me)), "adam m", Dtype::f32, d, unit);
+    }
+    for (int64_t e = 0; e < d; ++e) {
+      const double want = moved[static_cast<size_t>(e)] / (unit && norm > 0 ? std::sqrt(norm) : 1);
+      expect(std::fabs(after[1][0][f * d + e] - want) <= 1e-4 * (1 + std::fabs(want)), "adam w", Dtype::f32, d, unit);
+    }
+  }
+  float total = -1;
+  expect(grad_squares(&slots, values.get(), grad.get(), w.get(), features, d, unit, &total, threads) == kOk, "norm", Dtype::f32, d, unit);
+  expect(std::fabs(total - squares) <= 1e-3 * (1 + squares), "grad_squares", Dtype::f32, d, unit);
+
+  if (n == 0 || size == 0) return;
+  indices[n - 1] = -1;
+  const auto kept = copy(after[1][0], size);
+  expect(adam(&slots, values.get(), grad.get(), nullptr, after[1][0].get(), after[1][1].get(), after[1][2].get(), features, d, options,
+              threads) == n - 1,
+         "adam bad index", Dtype::f32, d, unit);
+  expect(std::memcmp(kept.get(), after[1][0].get(), static_cast<size_t>(size) * sizeof(float)) == 0, "adam writes", Dtype::f32, d, unit);
+}
+
 }  // namespace
 
 int main() {
@@ -317,6 +385,14 @@ int main() {
       for (int64_t m : {1, 15, 16, 17, 63, 64, 65, 130, 300})
         for (int64_t words : {0, 1, 2, 8, 16, 17}) run_codes(n, m, words, twist++);
     run_codes(600, 700, 3, 2);
+    for (bool ragged : {false, true})
+      for (bool unit : {false, true}) {
+        for (int64_t d : {0, 1, 15, 16, 17, 64, 257, 600})
+          for (int64_t features : {1, 5, 33, 100}) run_adam(7, 3, features, d, ragged, unit, 2);
+        run_adam(0, 3, 4, 20, ragged, unit, 2);
+        run_adam(1200, 3, 70, 40, ragged, unit, 2);
+        run_adam(3, 2, 2, 30000, ragged, unit, 2);
+      }
     std::printf("%s: %s\n", level_name(level), failures == before ? "ok" : "FAILED");
   }
   return failures == 0 ? 0 : 1;

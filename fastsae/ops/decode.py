@@ -41,7 +41,7 @@ def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Te
             gathered = W[indices[part]].to(wide)  # [r, K, D]
             parts.append(torch.einsum("rk,rkd->rd", values[part].to(wide), gathered))
     else:
-        bounds = _checked_bounds(crow, indices.shape[0])
+        bounds = checked_bounds(crow, indices.shape[0])
         for start, stop in _row_groups(bounds, W.shape[1]):
             slots = slice(bounds[start], bounds[stop])
             products = values[slots].to(wide).unsqueeze(1) * W[indices[slots]].to(wide)  # [slots, D]
@@ -53,7 +53,7 @@ def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Te
 def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
     wide = accumulator(W.dtype)
     if crow is not None:
-        _checked_bounds(crow, indices.shape[0])
+        checked_bounds(crow, indices.shape[0])
     row = row_of_slot(crow, indices)
     mark, slots = guard(grad.new_zeros(indices.shape, dtype=wide), indices, W.shape[0], _index_name(crow))
     mark, slots = mark.reshape(-1), slots.reshape(-1)
@@ -65,7 +65,7 @@ def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None,
 
 def decode_dweight_reference(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
     if crow is not None:
-        _checked_bounds(crow, indices.shape[0])
+        checked_bounds(crow, indices.shape[0])
     values, slots = guard(values, indices, out.shape[0], _index_name(crow))
     row = row_of_slot(crow, indices)
     slots, order = torch.sort(slots.reshape(-1), stable=True)
@@ -83,7 +83,7 @@ def _segment_sum(products: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(products, "sum", offsets=offsets, initial=0.0, unsafe=True)
 
 
-def _checked_bounds(crow: Tensor, nnz: int) -> list[int]:
+def checked_bounds(crow: Tensor, nnz: int) -> list[int]:
     bounds = crow.tolist()
     if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"latents.crow must rise from 0 to nnz={nnz}, got {bounds[:4]} .. {bounds[-1]}")
@@ -216,7 +216,7 @@ DECODE_DWEIGHT = Op(
     samples=_dweight_samples,
     check=_check(_dweight_result),
     workload=_workload(lambda values, indices, W: (values, indices, None, values @ W[:32], torch.empty_like(W))),
-    mutates=4,
+    mutates=(4,),
 )
 for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
     _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")

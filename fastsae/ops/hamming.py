@@ -125,7 +125,7 @@ HAMMING = Op(
     samples=_samples,
     check=_check,
     workload=lambda device, dtype, generator: (*_pair(device, generator), torch.empty(1024, 1024, dtype=torch.int32, device=device)),
-    mutates=2,
+    mutates=(2,),
     dtypes=(torch.int64,),
 )
 HAMMING_TOPK = Op(

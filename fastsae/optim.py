@@ -1,0 +1,318 @@
+"""Optimisers over the fused step of ``fastsae.ops.adam``: exact dense Adam from gradients that need not exist as matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsae import _checks
+from fastsae.gradients import Gradient, TiledGradient
+from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient, checked_options
+
+_TILE = 1 << 21  # elements of a TiledGradient that exist at a time
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "clip")
+
+_Slots = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # grad, values, indices, crow
+
+
+@dataclass
+class _State:
+    step: int
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One parameter of one step, checked: its ``[rows, D]`` view and its gradient."""
+
+    name: str
+    W: Tensor
+    gradient: TiledGradient | _Slots
+    unit: bool
+
+    def tiles(self) -> Iterator[tuple[slice, _Slots]]:
+        """Ranges of rows, and the gradient of each."""
+        if not isinstance(self.gradient, TiledGradient):
+            yield slice(None), self.gradient
+            return
+        height = max(1, _TILE // max(self.W.shape[1], 1))
+        for start in range(0, self.W.shape[0], height):
+            part = slice(start, min(start + height, self.W.shape[0]))
+            yield part, checked_gradient("Adam.apply", f"gradient of {self.name}", self.gradient.compute(part), self.W[part])
+
+
+class Adam:
+    """Adam over every feature, also those that no token touched, in one pass over weights and moments (AdamW with ``weight_decay``).
+
+    Order of a step (SPEC section 3): gradient, without its component along the row for ``unit_rows``; clipping by the global norm; decay;
+    Adam; rows of norm 1 again. Everything else agrees with ``torch.optim.Adam`` to rounding, and the state converts both ways. A parameter
+    whose gradient is missing or None, or that is frozen (``requires_grad`` False), keeps its value, moments and step, as in torch.
+
+    Args:
+        params: a module (an ``SAE``), or named parameters such as ``module.named_parameters()``; float32 or float64.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; may be set between steps.
+        clip: largest global norm of the gradient, or None. ``grad_norm`` then holds that of the last step, before clipping.
+        schedule: ``schedule(number of steps done)`` is a factor of ``lr``, e.g. ``warmup_linear_decay``; None: 1.
+        unit_rows: names of matrices whose rows keep norm 1; None: what the module says in its attribute ``unit_rows``, or none.
+
+    Example:
+        >>> opt = fastsae.optim.Adam(sae, lr=3e-4, clip=1.0, schedule=fastsae.optim.warmup_linear_decay(1000, 8000, 10000))
+        >>> metrics = opt.step(x)
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[tuple[str, Tensor]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        clip: float | None = None,
+        schedule: Callable[[int], float] | None = None,
+        unit_rows: Sequence[str] | None = None,
+    ):
+        op = "optim.Adam"
+        self.module = params if isinstance(params, nn.Module) else None
+        self.parameters = _named(params)
+        checked_options(op, lr, betas, eps, weight_decay)
+        if clip is not None:
+            _checks.number(op, "clip", clip)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"{op}: schedule must be callable, got {type(schedule).__name__}")
+        unit_rows = tuple(getattr(params, "unit_rows", ()) if unit_rows is None else unit_rows)
+        for name in unit_rows:
+            if name not in self.parameters or self.parameters[name].dim() < 2:
+                matrices = [name for name, p in self.parameters.items() if p.dim() >= 2]
+                raise ValueError(f"{op}: unit_rows must name matrices among {matrices}, got {name!r}")
+        self.lr, self.eps, self.weight_decay = lr, eps, weight_decay
+        self.betas: tuple[float, float] = betas
+        self.clip, self.schedule, self.unit_rows = clip, schedule, unit_rows
+        self.steps = 0
+        self.grad_norm: Tensor | None = None
+        self._states: dict[str, _State] = {}
+
+    def step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Any:
+        """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
+
+        Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them.
+        """
+        if not hasattr(self.module, "step_gradients"):
+            raise TypeError(f"Adam.step: needs a module with step_gradients, got {type(self.module).__name__}; use Adam.apply(gradients)")
+        metrics, gradients = self.module.step_gradients(x, target=target, mask=mask, **loss_options)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+        self.apply(gradients)
+        return metrics
+
+    @torch.no_grad()
+    def apply(self, gradients: Mapping[str, Gradient | None] | None = None) -> None:
+        """One step from gradients by parameter name; None: from the ``grad`` of each parameter, as after ``backward()``.
+
+        Args:
+            gradients: of a parameter, its shape: a tensor; of a matrix ``[F, D]``, or ``[E, F, D]`` taken as ``[E * F, D]``, also a
+                ``RowGradient`` or a ``TiledGradient``.
+
+        Raises:
+            TypeError, ValueError: an unknown name, a wrong type, shape, dtype or device, a parameter that has changed since its first
+                step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
+        """
+        checked_options("Adam.apply", self.lr, self.betas, self.eps, self.weight_decay)
+        jobs = self._jobs({name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
+        factor = self._clip(jobs)
+        lr = self.lr * (1.0 if self.schedule is None else float(self.schedule(self.steps)))
+        self.steps += 1
+        for job in jobs:
+            state = self._states[job.name]
+            state.step += 1
+            m, v = state.exp_avg.view_as(job.W), state.exp_avg_sq.view_as(job.W)
+            scale = None if factor is None else factor.to(job.W)
+            options = (lr, *map(float, self.betas), float(self.eps), float(self.weight_decay), state.step, job.unit, job.unit)
+            for rows, tile in job.tiles():
+                ADAM(job.W[rows], m[rows], v[rows], *tile, scale, *options)
+
+    def _jobs(self, gradients: Mapping[str, Gradient | None]) -> list[_Job]:
+        """The parameters to step, everything checked, their state made."""
+        op = "Adam.apply"
+        if unknown := [name for name in gradients if name not in self.parameters]:
+            raise ValueError(f"{op}: unknown parameter {unknown[0]!r}; known: {', '.join(self.parameters)}")
+        jobs, fresh = [], {}
+        for name, gradient in gradients.items():
+            p = self.parameters[name]
+            if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
+                continue
+            _checks.tensor(op, name, p, DTYPES)
+            state = self._states.get(name) or _State(0, torch.zeros_like(p), torch.zeros_like(p))
+            for what in ("dtype", "device", "shape"):
+                was, now = getattr(state.exp_avg, what), getattr(p, what)
+                if was != now:
+                    error = ValueError if what == "shape" else TypeError
+                    raise error(f"{op}: {name} was {was} at its first step and is {now} now: make the optimiser after changing a module")
+            fresh[name] = state
+            what, W = f"gradient of {name}", _matrix(p)
+            if isinstance(gradient, TiledGradient):
+                if gradient.n_features != W.shape[0]:
+                    raise ValueError(f"{op}: {what}.n_features must be the {W.shape[0]} rows of the weights, got {gradient.n_features}")
+                checked: Any = gradient
+            elif isinstance(gradient, Tensor):
+                _checks.tensor(op, what, gradient, (p.dtype,), p)
+                _checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
+                checked = (gradient.reshape(W.shape), None, None, None)
+            else:
+                checked = checked_gradient(op, what, gradient, W)
+            jobs.append(_Job(name, W, checked, name in self.unit_rows))
+        self._states.update(fresh)
+        return jobs
+
+    def _clip(self, jobs: Sequence[_Job]) -> Tensor | None:
+        """The factor that brings the global norm down to ``clip``, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+        if self.clip is None or not jobs:
+            self.grad_norm = None
+            return None
+        squares = [GRAD_SQUARES(job.W[rows], *tile, job.unit) for job in jobs for rows, tile in job.tiles()]
+        self.grad_norm = torch.stack([s.to(squares[0].device, torch.float32) for s in squares]).sum().sqrt()
+        return (self.clip / (self.grad_norm + 1e-6)).clamp_max(1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``steps``, the options, and ``state``: step and moments by parameter name. A schedule is a function and not in it."""
+        state = {name: {"step": s.step, "exp_avg": s.exp_avg, "exp_avg_sq": s.exp_avg_sq} for name, s in self._states.items()}
+        return {"steps": self.steps, **{name: getattr(self, name) for name in _OPTIONS}, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what ``state_dict`` gave, options included; the next step gives the bits it would have given there."""
+        op = "Adam.load_state_dict"
+        if missing := [name for name in ("steps", *_OPTIONS, "state") if name not in state_dict]:
+            raise ValueError(f"{op}: not a state of fastsae.optim.Adam: {missing[0]!r} is missing")
+        self._states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
+        for name in _OPTIONS:
+            setattr(self, name, state_dict[name])
+        self.steps = state_dict["steps"]
+
+    def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> _State:
+        if name not in self.parameters:
+            raise ValueError(f"{op}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")
+        p = self.parameters[name]
+        moments = []
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = _checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype,))
+            _checks.shape(op, f"{key} of {name}", moment, tuple(p.shape), str(list(p.shape)))
+            moments.append(torch.zeros_like(p).copy_(moment))
+        return _State(int(entry["step"]), *moments)
+
+    def to_torch(self, **options: Any) -> torch.optim.Adam:
+        """A ``torch.optim.Adam`` (``AdamW`` with a weight decay) over the same parameters with a copy of this state.
+
+        It has no clipping, schedule or unit rows of its own. ``options`` go to its constructor, e.g. ``fused=True``.
+        """
+        kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
+        parameters = list(self.parameters.values())
+        made = kind(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, **options)
+        state = {
+            number: {"step": torch.tensor(float(s.step)), "exp_avg": s.exp_avg.clone(), "exp_avg_sq": s.exp_avg_sq.clone()}
+            for number, name in enumerate(self.parameters)
+            if (s := self._states.get(name)) is not None
+        }
+        made.load_state_dict({"state": state, "param_groups": made.state_dict()["param_groups"]})
+        return made
+
+    @classmethod
+    def from_torch(
+        cls,
+        params: nn.Module | Iterable[tuple[str, Tensor]],
+        optimizer: torch.optim.Adam | Mapping[str, Any],
+        *,
+        clip: float | None = None,
+        schedule: Callable[[int], float] | None = None,
+        unit_rows: Sequence[str] | None = None,
+    ) -> Adam:
+        """From a ``torch.optim.Adam`` or ``AdamW``, or its ``state_dict()``, with a copy of its state.
+
+        Args:
+            params: as in the constructor. An optimiser's parameters are found by identity; those of a state are taken in this order.
+            optimizer: with the same options in all its groups, without amsgrad and maximize; a weight decay must be AdamW's.
+        """
+        op = "Adam.from_torch"
+        if isinstance(params, nn.Module):
+            named: Any = params
+        else:
+            named = list(params)
+        names = list(_named(named))
+        if isinstance(optimizer, torch.optim.Optimizer):
+            by_id = {id(p): name for name, p in _named(named).items()}
+            order = [by_id.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
+            if None in order:
+                raise ValueError(f"{op}: parameter {order.index(None)} of the optimizer is not among {', '.join(names)}")
+            state = optimizer.state_dict()
+        else:
+            state, order = optimizer, names
+            count = sum(len(group["params"]) for group in state["param_groups"])
+            if count != len(names):
+                raise ValueError(f"{op}: the state has {count} parameters, expected {len(names)}: {', '.join(names)}")
+        groups = state["param_groups"]
+        for key in ("lr", "betas", "eps", "weight_decay"):
+            if len({str(group.get(key)) for group in groups}) != 1 or key not in groups[0]:
+                raise ValueError(f"{op}: {key} must be the same in every group, got {[group.get(key) for group in groups]}")
+        for group in groups:
+            if group.get("amsgrad") or group.get("maximize"):
+                raise ValueError(f"{op}: amsgrad and maximize are not supported")
+            if group["weight_decay"] and not group.get("decoupled_weight_decay"):
+                raise ValueError(f"{op}: weight_decay must be decoupled (AdamW's), got the L2 penalty of torch.optim.Adam")
+        options = {key: float(groups[0][key]) for key in ("lr", "eps", "weight_decay")}
+        betas = (float(groups[0]["betas"][0]), float(groups[0]["betas"][1]))
+        made = cls(named, betas=betas, clip=clip, schedule=schedule, unit_rows=unit_rows, **options)
+        numbers = [number for group in groups for number in group["params"]]
+        for number, name in zip(numbers, order, strict=True):
+            if number in state["state"]:
+                made._states[name] = made._checked_state(op, name, state["state"][number])  # pyright: ignore[reportArgumentType]
+        made.steps = max((s.step for s in made._states.values()), default=0)
+        return made
+
+
+def _named(params: Any) -> dict[str, Tensor]:
+    """Checked parameters by name."""
+    op = "optim.Adam"
+    if isinstance(params, Mapping) or not isinstance(params, (nn.Module, Iterable)):
+        raise TypeError(f"{op}: params must be a module or named parameters, got {type(params).__name__}")
+    parameters: dict[str, Tensor] = {}
+    for entry in params.named_parameters() if isinstance(params, nn.Module) else params:
+        if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise TypeError(f"{op}: params must be a module or pairs of name and parameter, got {type(entry).__name__}")
+        name, p = entry
+        _checks.tensor(op, name, p, DTYPES)
+        if name in parameters:
+            raise ValueError(f"{op}: {name!r} is given twice")
+        if p.dim() != 2 and not p.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous or a matrix, got {list(p.shape)} with strides {list(p.stride())}")
+        _checks.writable(op, name, p)
+        parameters[name] = p
+    if not parameters:
+        raise ValueError(f"{op}: there are no parameters")
+    return parameters
+
+
+def _matrix(p: Tensor) -> Tensor:
+    """``[rows, D]`` on the same memory; a vector or number is one row."""
+    return p.detach().flatten(0, -2) if p.dim() > 1 else p.detach().view(1, p.numel())
+
+
+def warmup_linear_decay(warmup: int, decay_start: int, total: int) -> Callable[[int], float]:
+    """A schedule: up linearly over ``warmup`` steps, 1 until ``decay_start``, then down linearly to 0 at ``total`` steps.
+
+    ``0 <= warmup <= decay_start <= total``. The first step has the factor ``1 / warmup``; from ``total`` on it is 0. Can be pickled.
+    """
+    op = "warmup_linear_decay"
+    _checks.integer(op, "warmup", warmup, 0)
+    _checks.integer(op, "decay_start", decay_start, warmup)
+    _checks.integer(op, "total", total, decay_start)
+    return partial(_warmup_linear_decay, warmup, decay_start, total)
+
+
+def _warmup_linear_decay(warmup: int, decay_start: int, total: int, step: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 if step < decay_start else max(0.0, (total - step) / max(total - decay_start, 1))
