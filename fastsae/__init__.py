@@ -4,7 +4,7 @@ Operations (each with a PyTorch reference that every backend is verified against
     encode_topk, encode_threshold, encode_batch_topk, encode_gated; decode, decode_backward; reconstruct
     match_cosine, match, mmcs, mmcs_matrix
     spline_code, spline_hash, pack_signs, hash_signs, hash_code, spline_keys; hamming, hamming_topk; count_codes
-Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated.
+Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, the dead-feature loss AuxK, Loss and Metrics.
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
@@ -12,6 +12,7 @@ from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.dispatch import BackendError, explain, use_backend
 from fastsae.latents import RaggedLatents, TopKLatents
+from fastsae.losses import AuxK, Loss, Metrics
 from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.decode import DecodeGradients, decode, decode_backward
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
@@ -25,13 +26,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "AuxK",
     "BackendError",
     "BatchTopK",
     "DecodeGradients",
     "Gated",
     "JumpReLU",
+    "Loss",
     "Match",
     "Matches",
+    "Metrics",
     "Neighbours",
     "RaggedLatents",
     "ReLU",

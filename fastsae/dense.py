@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from fastsae.gradients import TiledGradient
-from fastsae.losses import Pass, Weights
+from fastsae.losses import Pass, Weights, quotient
 from fastsae.ops._common import accumulator, centre, chunks, full_precision, scores
 
 DENSITY = 1 / 8
@@ -116,6 +115,8 @@ def _tile(
 
 def forward(x: Tensor, w: Weights, penalised: bool) -> Pass:
     """The loss's pass over all tiles; each is computed again in the backward."""
+    from torch.utils.checkpoint import checkpoint  # 60 ms that an import of fastsae need not wait for
+
     F, rows, dtype = w.W_enc.shape[0], x.shape[0], x.dtype
     tiles = list(_tiles(rows, x.shape[1], w.prefixes))
     sizes = [part.stop - part.start for _, part in tiles]
@@ -196,7 +197,7 @@ class Backward:
     def __init__(self, x: Tensor, w: Weights, grads: Tensor, frozen: Tensor | None, l1: float, l0: float):
         wide = accumulator(x.dtype)
         self.w, self.dtype, self.l1, self.l0 = w, x.dtype, l1, l0
-        self.xc = centre(x, w.b_pre).to(x.dtype).to(wide)
+        self.xc = centre(x, w.b_pre)
         self.grads, self.frozen = grads.to(wide), None if frozen is None else frozen.to(wide)
         # Biases and thresholds are changed in place by the optimiser, perhaps before the last tile is asked for.
         self.own = {
@@ -282,10 +283,6 @@ class Backward:
             vectors = {"b_gate": dgate.sum(0), "b_mag": dmagnitude.sum(0), "r_mag": (dmagnitude * p).sum(0) * stretch}
         shrink = None
         if norm is not None:
-            shrink = self.l1 * ratio_of_sums(weighed.abs().sum(0), norm)
+            shrink = self.l1 * quotient(weighed.abs().sum(0), norm)
         return _Tile(code.to(self.dtype).to(p.dtype), dproducts, vectors, shrink)
 
-
-def ratio_of_sums(sums: Tensor, norm: Tensor) -> Tensor:
-    """``sums / norm``, 0 where the norm is: the gradient of a norm, but for the direction."""
-    return torch.where(norm > 0, sums / torch.where(norm > 0, norm, 1.0), 0)

@@ -30,6 +30,7 @@ from fastsae.losses import (
     combine,
     dead_share,
     fired,
+    quotient,
     ratio,
     spread,
 )
@@ -127,6 +128,11 @@ class _Sum:
 def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
     """Metrics and gradients for the rows that count; observes them (dead features, running threshold) where the module trains."""
     x, target, w = sae._cast(x, target)
+    with sae._no_autocast(x):
+        return _step(sae, x, target, w, terms)
+
+
+def _step(sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
     backend = then_any(preference(None))
     rows, P, wide = x.shape[0], len(w.prefixes), accumulator(x.dtype)
     tokens = max(rows, 1)
@@ -139,7 +145,7 @@ def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, di
         slots = encode_slots(x, w, sae.activation, getattr(sae.activation, "k", 0))
         groups = _Groups.of(slots, w.prefixes, rows)
         partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=backend)
-        x_hats = partial.reshape(P, rows, -1).to(wide).cumsum(0) + w.b_dec
+        x_hats = partial.reshape(P, rows, w.W_dec.shape[1]).to(wide).cumsum(0) + w.b_dec
         if w.skip is not None:
             x_hats += torch.nn.functional.linear(x, w.skip)
         weighed, frozen = slots, None
@@ -186,7 +192,7 @@ def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, di
             slope = (terms.l1 / tokens * norm[penalised.indices.long()] * penalised.values.sign()).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, dgate) if dgate is None else (dvalues, dgate + slope)
             sums = _feature_sums(penalised.values.abs(), penalised.indices, penalised.crow, n_features, backend)
-            grad.add("W_dec", _shrinking(terms.l1 / tokens * dense.ratio_of_sums(sums, norm), w.W_dec))
+            grad.add("W_dec", _shrinking(terms.l1 / tokens * quotient(sums, norm), w.W_dec))
         stretch = None if w.r_mag is None else w.r_mag.to(wide).exp()
         _through_scores(grad, slots, torch.where(slots.passes, dvalues, 0), x, xc, w, stretch, backend)
         if gate is not None and dgate is not None:
@@ -243,7 +249,7 @@ def _aux(
     residual = target.to(wide) - x_hat.to(wide)
     denominator = aux_denominator(aux, residual, target)
     difference = e_hat - residual
-    g = (2 * aux.coefficient * share * ratio(difference, denominator)).to(w.W_dec.dtype)
+    g = (2 * aux.coefficient * share * quotient(difference, denominator)).to(w.W_dec.dtype)
     dvalues = DECODE_DVALUES(g, indices, None, w.W_dec, backend=backend)
     passes = values > 0 if aux.relu else ~values.isnan()
     grad.add("W_dec", RowGradient(values, indices, None, g, w.W_enc.shape[0]))
@@ -252,4 +258,4 @@ def _aux(
     xc = next((part.rows for part in grad.parts["W_enc"] if isinstance(part, RowGradient)), None)
     xc = xc if xc is not None else x if w.b_pre is None else centre(x, w.b_pre).to(x.dtype)
     _through_scores(grad, Slots(values, indices, None, passes), torch.where(passes, dvalues, 0), x, xc, w, None, backend)
-    return share * ratio(difference.square().sum(), denominator)
+    return share * quotient(difference.square().sum(), denominator)

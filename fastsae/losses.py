@@ -48,7 +48,8 @@ class AuxK:
         coefficient: weight in the loss.
         relu: clamp those scores at 0.
         bias: ``e_hat`` includes ``b_dec`` (which ``x_hat`` has already: two of the libraries below do it).
-        denominator: "residual", ``sum (e - mean e)^2``; "total", ``sum (x - mean x)^2``; or "tokens", their number.
+        denominator: "residual", ``sum (e - mean e)^2``; "total", ``sum (x - mean x)^2``; or "tokens", their number. Where it is 0 (a single
+            token) so is the term.
 
     Source: Gao et al. 2024 (arXiv 2406.04093). ``dictionary_learning()``, ``saelens()`` and ``sparsify()`` make each library's choices.
     """
@@ -121,6 +122,11 @@ def spread(x: Tensor) -> Tensor:
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """``a / b`` with 0/0 = 0, also in the gradient."""
     return a / torch.where((a == 0) & (b == 0), 1.0, b)
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b``, 0 where ``b`` is, also in the gradient: the slope of a norm, an AuxK term of a single token."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0)
 
 
 def features(latents: Latents) -> Tensor:

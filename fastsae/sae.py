@@ -29,7 +29,7 @@ from fastsae.losses import (
     dead_share,
     features,
     fired,
-    ratio,
+    quotient,
     squares,
 )
 from fastsae.ops._common import accumulator
@@ -351,7 +351,7 @@ class SAE(nn.Module):
         e_hat = decode(latents, self.W_dec, self.b_dec if aux.bias else None)
         wide = accumulator(x_hat.dtype)
         residual = target.to(wide) - x_hat.detach().to(wide)
-        return share * ratio(squares(e_hat.to(wide), residual).sum(), aux_denominator(aux, residual, target))
+        return share * quotient(squares(e_hat.to(wide), residual).sum(), aux_denominator(aux, residual, target))
 
     @torch.no_grad()
     def step_gradients(
