@@ -26,7 +26,7 @@ _SAMPLE_ROWS, _SAMPLE_FEATURES = 32, 256
 
 
 def measured_density(x: Tensor, w: Weights) -> float:
-    """Share of stored scores, of up to 32 rows times 256 features, evenly spaced (a standard error of 0.02 or less at 1/8 of independent scores)."""
+    """Share of stored scores, estimated on about 32 rows times 256 features, evenly spaced."""
     rows = x[:: max(1, x.shape[0] // _SAMPLE_ROWS)]
     pick = slice(None, None, max(1, w.W_enc.shape[0] // _SAMPLE_FEATURES))
 
@@ -104,6 +104,7 @@ def _tile(
         weighed = code
     else:
         p = scores(xc, W_enc, None, None, None)
+        assert b_gate is not None and b_mag is not None
         gate, magnitude = p + b_gate, p * r_mag.to(p.dtype).exp() + b_mag
         code = torch.where((gate > 0) & (magnitude > 0), magnitude, 0)
         weighed, counted = gate.relu(), None
@@ -201,7 +202,7 @@ class Backward:
         self.grads, self.frozen = grads.to(wide), None if frozen is None else frozen.to(wide)
         # Biases and thresholds are changed in place by the optimiser, perhaps before the last tile is asked for.
         self.own = {
-            name: None if t is None else t.clone() for name, t in vars(w).items() if isinstance(t, Tensor) and t.dim() < 2 or t is None
+            name: None if t is None else t.clone() for name, t in vars(w).items() if (isinstance(t, Tensor) and t.dim() < 2) or t is None
         }
         self.enc, self.dec = _Kept(w.W_enc), _Kept(w.W_dec)
 
@@ -231,8 +232,7 @@ class Backward:
         W_enc, known = self.enc.take(part)
         if not known:
             self.dec.keep(part)
-        rows = self._rows(part, W_enc, self.w.W_dec[part], lambda tile, group: tile.code.T @ self.grads[group], True)
-        return rows
+        return self._rows(part, W_enc, self.w.W_dec[part], lambda tile, group: tile.code.T @ self.grads[group], True)
 
     def _rows(self, part: slice, W_enc: Tensor, W_dec: Tensor, product: Any, decoder: bool = False) -> Tensor:
         out = W_dec.new_empty(part.stop - part.start, (W_dec if decoder else W_enc).shape[1])
@@ -285,4 +285,3 @@ class Backward:
         if norm is not None:
             shrink = self.l1 * quotient(weighed.abs().sum(0), norm)
         return _Tile(code.to(self.dtype).to(p.dtype), dproducts, vectors, shrink)
-

@@ -236,9 +236,7 @@ def _shrinking(factor: Tensor, W: Tensor) -> TiledGradient:
     return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0])
 
 
-def _aux(
-    grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, backend: str | None
-) -> Tensor | None:
+def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, backend: str | None) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
     k, share = dead_share(aux, x.shape[1], int(dead.sum()))
     if k == 0 or x.shape[0] == 0:

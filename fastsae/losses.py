@@ -1,6 +1,7 @@
 """Terms of an SAE's loss, shared by the autograd path (``SAE.loss``) and the fused one (``SAE.step_gradients``).
 
-    loss = mean over prefixes of error / unit  [+ gate error / unit]  + l1 * sum |latent| ||W_dec row|| / tokens  + l0 * latents / tokens  + AuxK
+    loss = mean over prefixes of error / unit  (+ a gated SAE's error of the reconstruction from its gate / unit)
+         + l1 * sum |latent| ||W_dec row|| / tokens + l0 * number of latents / tokens + AuxK
 
 with ``error = sum (target - x_hat)^2`` and ``unit`` the number of tokens ("mse") or ``sum (target - mean target)^2`` ("fvu").
 """
@@ -39,7 +40,7 @@ class Metrics(NamedTuple):
 
 @dataclass(frozen=True)
 class AuxK:
-    """Dead features reconstruct the error: ``coefficient * min(n_dead / k, 1) * ||e - e_hat||^2 / denominator``, ``e = (x - x_hat).detach()``.
+    """Dead features reconstruct the error: ``coefficient * min(n_dead / k, 1) * ||e - e_hat||^2 / denominator``, ``e`` the error detached.
 
     ``e_hat`` decodes the ``min(k, n_dead)`` largest scores among the dead features of each row. Gradients reach encoder and decoder.
 

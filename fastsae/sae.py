@@ -80,6 +80,8 @@ class SAE(nn.Module):
     Raises: TypeError, ValueError as the operations do.
     """
 
+    b_enc: nn.Parameter  # None with Gated
+    W_skip: nn.Parameter | None
     silent: Tensor
     scale: Tensor
     running_threshold: Tensor
@@ -147,7 +149,7 @@ class SAE(nn.Module):
         if not tied:
             self.W_enc = nn.Parameter(W.clone() if self.d_out == d_in else directions(d_in))
         if isinstance(activation, Gated):
-            self.b_enc = None
+            self.register_parameter("b_enc", None)
             self.b_gate, self.r_mag, self.b_mag = (vector(start) for start in (activation.b_gate, activation.r_mag, activation.b_mag))
         else:
             self.b_enc = vector(0.0)
@@ -174,7 +176,7 @@ class SAE(nn.Module):
 
     @property
     def k(self) -> float:
-        """Latents a row of TopK and BatchTopK; assign to anneal it."""
+        """Latents a row of TopK and BatchTopK; assign to anneal it (rounded for TopK)."""
         if not isinstance(self.activation, (TopK, BatchTopK)):
             raise AttributeError(f"SAE: {type(self.activation).__name__} has no k")
         return self.activation.k
@@ -183,8 +185,8 @@ class SAE(nn.Module):
     def k(self, value: float) -> None:
         if not isinstance(self.activation, (TopK, BatchTopK)):
             raise AttributeError(f"SAE: {type(self.activation).__name__} has no k")
-        if isinstance(self.activation, TopK) and isinstance(value, float) and value.is_integer():
-            value = int(value)
+        if isinstance(self.activation, TopK) and isinstance(value, float):
+            value = round(value)
         activation = replace(self.activation, k=value)  # pyright: ignore[reportArgumentType]
         _check_activation(activation, self.d_sae)
         self.activation = activation
@@ -238,7 +240,8 @@ class SAE(nn.Module):
 
     def _encode(self, x: Tensor) -> tuple[Latents, Tensor | None, Tensor | None]:
         """(latents, straight-through counts, smallest score kept by BatchTopK)."""
-        pre, activation = {"b_pre": self._b_pre}, self.activation
+        activation = self.activation
+        pre: dict[str, Any] = {"b_pre": self._b_pre}
         if isinstance(activation, TopK):
             return encode_topk(x, self.W_enc, self.b_enc, k=activation.k, relu=activation.relu, **pre), None, None
         if isinstance(activation, Gated):
@@ -290,8 +293,8 @@ class SAE(nn.Module):
         l0: float | None = None,
         aux: AuxK | Literal[False] | None = None,
     ) -> Loss:
-        """Mean squared error a token (summed over D; the mean over ``prefixes``), plus ``l1 * sum |latents|`` and ``l0 * number of latents``
-        a token, plus the AuxK term, plus a gated SAE's error of the reconstruction from its gate.
+        """Mean squared error a token (summed over D; the mean over ``prefixes``), plus ``l1 * sum |latents|`` and ``l0 * number of
+        latents`` a token, plus the AuxK term, plus a gated SAE's error of the reconstruction from its gate.
 
         Args:
             x: ``[.., D]``.
@@ -368,11 +371,11 @@ class SAE(nn.Module):
         Args: as ``loss``.
 
         Returns:
-            ``(Metrics(loss, fvu, l0, dead, aux), {parameter: gradient})``. Vectors (and ``W_skip``) come as tensors; ``W_enc`` and ``W_dec``
-            as ``RowGradient``, or as ``TiledGradient`` in the dense regime and where a term is not made of slots (``l1``'s on the decoder's
-            norms). A ``TiledGradient`` reads the weights when asked: take each range before it is changed. ``gradients.accumulate`` adds
-            up micro-batches. Equal to autograd's of ``loss`` up to rounding. Metrics are not waited for; the host waits for a device only
-            with ``mask``, ``aux`` and the ragged activations' slots.
+            ``(Metrics(loss, fvu, l0, dead, aux), {parameter: gradient})``. Vectors (and ``W_skip``) come as tensors; ``W_enc``
+            and ``W_dec`` as ``RowGradient``, or as ``TiledGradient`` in the dense regime and where a term is not made of slots
+            (``l1``'s on the decoder's norms). A ``TiledGradient`` reads the weights when asked: take each range before it is changed.
+            ``gradients.accumulate`` adds up micro-batches. Equal to autograd's of ``loss`` up to rounding. Metrics are not waited for; the
+            host waits for a device only with ``mask``, ``aux`` and the ragged activations' slots.
         """
         x, target, terms = self._arguments("SAE.step_gradients", x, target, mask, l1, l0, aux)
         if not _checks.autocasting(x.device):
@@ -418,16 +421,17 @@ class SAE(nn.Module):
 
     def _cast(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Weights]:
         """Inputs and weights as a computation outside the operations takes them: under autocast cast as they would be."""
-        gates = tuple(getattr(self, name, None) for name in ("b_gate", "r_mag", "b_mag"))
         threshold = None
         if isinstance(self.activation, (ReLU, JumpReLU)) or (isinstance(self.activation, BatchTopK) and not self.training):
             threshold = self._threshold(x.dtype)
             threshold = threshold if isinstance(threshold, Tensor) else x.new_zeros((), dtype=accumulator(x.dtype))
-        tensors = (self.W_enc, self.W_dec, self.b_dec, self.b_enc, self._b_pre, self.W_skip)
-        cast, *tensors = _checks.autocast(x, *tensors)
+        named: dict[str, Any] = {"b_pre": self._b_pre, "skip": self.W_skip}
+        named |= {name: getattr(self, name, None) for name in ("W_enc", "W_dec", "b_dec", "b_enc", "b_gate", "r_mag", "b_mag")}
+        cast, *tensors = _checks.autocast(x, *named.values())
         bandwidth = getattr(self.activation, "bandwidth", None)
-        vectors = (threshold if threshold is None or not threshold.dim() else _checks.autocast(threshold)[0], *_checks.autocast(x, *gates)[1:])
-        return cast, target, Weights(*tensors, *vectors, bandwidth=bandwidth, prefixes=self.prefixes or [self.d_sae])
+        prefixes = self.prefixes or [self.d_sae]
+        weights = Weights(**dict(zip(named, tensors)), threshold=threshold, bandwidth=bandwidth, prefixes=prefixes)
+        return cast, target, weights
 
     def _no_autocast(self, x: Tensor) -> Any:
         return torch.autocast(x.device.type, enabled=False) if _checks.autocasting(x.device) else nullcontext()
@@ -479,7 +483,11 @@ class SAE(nn.Module):
         Returns: the module.
         """
         op = "SAE.init_from"
-        for name, value, known in (("b_dec", b_dec, ("mean", "geometric_median")), ("norm", norm, ("rms",)), ("encoder", encoder, ("transpose",))):
+        for name, value, known in (
+            ("b_dec", b_dec, ("mean", "geometric_median")),
+            ("norm", norm, ("rms",)),
+            ("encoder", encoder, ("transpose",)),
+        ):
             if value is not None and value not in known:
                 raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, known))} or None, got {value!r}")
         self.scale.fill_(1)
@@ -524,7 +532,7 @@ class SAE(nn.Module):
         if not self._scaled:
             return tensors
         s, t = self.scale.to(torch.float64).unbind() if self.scale.device.type != "mps" else self.scale.unbind()
-        factors = {name: 1 / s for name in ("b_enc", "b_gate", "b_mag", "threshold", "running_threshold")}
+        factors = dict.fromkeys(("b_enc", "b_gate", "b_mag", "threshold", "running_threshold"), 1 / s)
         factors |= {"b_dec": 1 / t}
         if self.transcoder:
             factors |= {"W_dec": s / t, "W_skip": s / t}
