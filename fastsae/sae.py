@@ -177,9 +177,7 @@ class SAE(nn.Module):
     @property
     def k(self) -> float:
         """Latents a row of TopK and BatchTopK; assign to anneal it (rounded for TopK)."""
-        if not isinstance(self.activation, (TopK, BatchTopK)):
-            raise AttributeError(f"SAE: {type(self.activation).__name__} has no k")
-        return self.activation.k
+        return self.activation.k  # pyright: ignore[reportAttributeAccessIssue]
 
     @k.setter
     def k(self, value: float) -> None:
@@ -386,7 +384,7 @@ class SAE(nn.Module):
         self, op: str, x: Tensor, target: Tensor | None, mask: Tensor | None, l1: Any, l0: Any, aux: Any
     ) -> tuple[Tensor, Tensor, Terms]:
         """Checked: the rows that count, scaled, and the terms."""
-        _checks.tensor(op, "x", x)
+        _checks.tensor(op, "x", x, like=self.W_dec)
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"{op}: x must have shape [.., d_in={self.d_in}], got {list(x.shape)}")
         terms = self._terms(op, l1, l0, aux)
@@ -656,12 +654,14 @@ def _check_activation(activation: Any, d_sae: int) -> None:
 
 def _geometric_median(x: Tensor, steps: int = 100) -> Tensor:
     """The point of least summed distance to the rows, by Weiszfeld's iteration from the mean until it moves by less than 1e-6 of the
-    mean distance."""
+    median distance."""
     guess = x.mean(0)
     for _ in range(steps):
         distance = torch.linalg.vector_norm(x - guess, dim=1)
-        weight = 1 / distance.clamp_min(1e-12 * float(distance.max()) + torch.finfo(x.dtype).tiny)
+        if not bool(distance.any()):
+            break
+        weight = 1 / distance.clamp_min(1e-6 * float(distance.mean()))  # a row at the guess itself pulls no harder than that
         before, guess = guess, (weight @ x) / weight.sum()
-        if float(torch.linalg.vector_norm(guess - before)) <= 1e-6 * float(distance.mean()):
+        if float(torch.linalg.vector_norm(guess - before)) <= 1e-6 * float(distance.median()):
             break
     return guess

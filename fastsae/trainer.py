@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -80,7 +79,7 @@ def load_checkpoint(
             opt.load_state_dict(content["opt"])
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # reading damaged bytes may raise anything
         raise ValueError(f"load_checkpoint: {path} is damaged or of something else: {error}") from error
     return Checkpoint(sae, extra)
 
