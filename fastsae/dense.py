@@ -19,8 +19,8 @@ from fastsae.losses import Pass, Weights, quotient
 from fastsae.ops._common import accumulator, centre, chunks, full_precision, scores
 
 DENSITY = 1 / 8
-"""Share of all scores from which on tiles are used. A slot costs 12 bytes and a random gather, a dense entry 4 bytes and a product at
-GEMM speed, twice."""
+"""Share of all scores from which on tiles are used: a slot takes about 32 bytes with what a step keeps beside it (value, feature, flag,
+gradients, row), an entry of the dense latents 4. The bound is one of memory: on a CPU slots are still the faster ones there."""
 
 _SAMPLE_ROWS, _SAMPLE_FEATURES = 32, 256
 
@@ -205,6 +205,7 @@ class Backward:
             name: None if t is None else t.clone() for name, t in vars(w).items() if (isinstance(t, Tensor) and t.dim() < 2) or t is None
         }
         self.enc, self.dec = _Kept(w.W_enc), _Kept(w.W_dec)
+        self.last: tuple[slice, _Tile] | None = None  # the other weight asks for the same range next, mostly
 
     def vectors(self) -> dict[str, Tensor]:
         """Gradients ``[F]`` of b_enc, threshold, b_gate, r_mag, b_mag as far as there are any, and ``b_pre [D_in]``."""
@@ -249,6 +250,12 @@ class Backward:
         return out
 
     def _tile(self, group: int, part: slice, W_enc: Tensor, W_dec: Tensor) -> _Tile:
+        if self.last is None or self.last[0] != part:
+            self.last = None  # freed before the next one is made
+            self.last = part, self._new_tile(group, part, W_enc, W_dec)
+        return self.last[1]
+
+    def _new_tile(self, group: int, part: slice, W_enc: Tensor, W_dec: Tensor) -> _Tile:
         def own(name: str) -> Any:
             vector = self.own[name]
             return vector[part] if vector is not None and vector.dim() else vector

@@ -31,7 +31,6 @@ from fastsae.losses import (
     dead_share,
     fired,
     quotient,
-    ratio,
     spread,
 )
 from fastsae.ops._common import accumulator, centre, row_of_slot
@@ -145,7 +144,8 @@ def _step(sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms) -> tupl
         slots = encode_slots(x, w, sae.activation, getattr(sae.activation, "k", 0))
         groups = _Groups.of(slots, w.prefixes, rows)
         partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=backend)
-        x_hats = partial.reshape(P, rows, w.W_dec.shape[1]).to(wide).cumsum(0) + w.b_dec
+        partial = partial.reshape(P, rows, w.W_dec.shape[1]).to(wide)
+        x_hats = (partial if P == 1 else partial.cumsum(0)) + w.b_dec
         if w.skip is not None:
             x_hats += torch.nn.functional.linear(x, w.skip)
         weighed, frozen = slots, None
@@ -163,9 +163,10 @@ def _step(sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms) -> tupl
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
     unit = spread(target) if sae.objective == "fvu" else x.new_full((), tokens, dtype=wide)
-    grads = 2 * ratio(run.x_hats.to(wide) - target.to(wide), unit) / P
-    G = grads.flip(0).cumsum(0).flip(0).to(w.W_dec.dtype)
-    dfrozen = None if run.frozen is None else (2 * ratio(run.frozen.to(wide) - target.to(wide), unit)).to(w.W_dec.dtype)
+    scale = quotient(unit.new_full((), 2.0), unit)
+    grads = (run.x_hats.to(wide) - target.to(wide)) * (scale / P)
+    G = (grads if P == 1 else grads.flip(0).cumsum(0).flip(0)).to(w.W_dec.dtype)
+    dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
 
     grad = _Sum()
     grad.add("b_dec", G[0].sum(0, dtype=wide))
@@ -247,7 +248,7 @@ def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: 
     residual = target.to(wide) - x_hat.to(wide)
     denominator = aux_denominator(aux, residual, target)
     difference = e_hat - residual
-    g = (2 * aux.coefficient * share * quotient(difference, denominator)).to(w.W_dec.dtype)
+    g = (difference * quotient(denominator.new_full((), 2 * aux.coefficient * share), denominator)).to(w.W_dec.dtype)
     dvalues = DECODE_DVALUES(g, indices, None, w.W_dec, backend=backend)
     passes = values > 0 if aux.relu else ~values.isnan()
     grad.add("W_dec", RowGradient(values, indices, None, g, w.W_enc.shape[0]))

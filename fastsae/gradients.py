@@ -36,7 +36,9 @@ class RowGradient:
 class TiledGradient:
     """A gradient that is computed a range of features at a time, where latents are dense: ``compute(slice)`` returns ``[len(slice), D]``.
 
-    ``compute`` may be asked for every feature once, in ascending ranges of any size, and at most once more for a norm.
+    ``compute`` may be asked for every feature once, in ascending ranges of any size, and at most once more for a norm. Rows that it has
+    returned may be changed in the weight before the next call, also before the other weight's gradient is asked for (which then costs
+    a copy of those rows until it is; asking for both weights' gradients range by range keeps one range).
     """
 
     compute: Callable[[slice], Tensor]

@@ -3,7 +3,8 @@
     loss = mean over prefixes of error / unit  (+ a gated SAE's error of the reconstruction from its gate / unit)
          + l1 * sum |latent| ||W_dec row|| / tokens + l0 * number of latents / tokens + AuxK
 
-with ``error = sum (target - x_hat)^2`` and ``unit`` the number of tokens ("mse") or ``sum (target - mean target)^2`` ("fvu").
+with ``error = sum (target - x_hat)^2`` and ``unit`` the number of tokens ("mse") or ``sum (target - mean target)^2`` ("fvu"; where it is
+0, so is the term).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def spread(x: Tensor) -> Tensor:
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b`` with 0/0 = 0, also in the gradient."""
+    """``a / b`` with 0/0 = 0."""
     return a / torch.where((a == 0) & (b == 0), 1.0, b)
 
 
@@ -159,7 +160,7 @@ def combine(run: Pass, target: Tensor, terms: Terms, objective: str, aux: Tensor
     error = squares(run.x_hats, target).sum((1, 2))
     whole = spread(target)
     fit = error.mean() if run.frozen is None else error.mean() + squares(run.frozen, target).sum()
-    loss = ratio(fit, whole) if objective == "fvu" else fit / tokens
+    loss = quotient(fit, whole) if objective == "fvu" else fit / tokens
     if run.magnitude is not None:
         loss = loss + terms.l1 * run.magnitude / tokens
     if run.counted is not None:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, dense
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, accumulate, densify, total
@@ -231,6 +233,41 @@ def test_drawn(kind: str, n: int, d: int, f: int, data: st.DataObject) -> None:
         "mask": None if mask is None else torch.tensor(mask).bool(),
     }
     compare(sae, batch)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                Largest.elements = max(Largest.elements, tensor.numel())
+        return result
+
+
+@each
+@pytest.mark.parametrize("regime", [False, True], ids=["slots", "tiles"])
+def test_no_gradient_matrix_and_no_dense_latents(kind: str, regime: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsae.ops._common.WORKSPACE_ELEMENTS", 1 << 12)
+    activation, terms = KINDS[kind]
+    activation = {"jumprelu_band": JumpReLU(3.0, bandwidth=0.2), "gated": Gated(torch.tensor(-3.0))}.get(kind, activation)
+    sae = SAE(64, 4096, activation, seed=0, dense=regime, dead_after=1, aux=None if kind == "gated" else AuxK(8), **terms)
+    if kind in ("relu", "jumprelu"):
+        with torch.no_grad():
+            sae.b_enc.sub_(2.5)
+    x = rows(96, 64, dtype=torch.float32)
+    Largest.elements = 0
+    with Largest():
+        _, gradients = sae.step_gradients(x)
+        for gradient in gradients.values():
+            if isinstance(gradient, TiledGradient):
+                for start in range(0, 4096, 64):
+                    gradient.compute(slice(start, start + 64))
+    # [B, F] and [F, D] have 2^18 or more; vectors 2^12, rows of both kinds 2^13.6, their slots 2^16 at most.
+    assert Largest.elements <= 1 << 16
 
 
 @each
