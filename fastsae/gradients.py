@@ -9,9 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fastsae.dispatch import preference, then_any
-from fastsae.ops._common import row_of_slot
-from fastsae.ops.decode import DECODE, DECODE_DWEIGHT
+from fastsae.dispatch import OPS, preference, then_any
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ def densify(gradient: Gradient) -> Tensor:
     """The gradient as a tensor ``[F, D]``: for tests, and for optimisers that know no other kind."""
     if isinstance(gradient, RowGradient):
         out = gradient.rows.new_empty(gradient.n_features, gradient.rows.shape[1])
-        DECODE_DWEIGHT(gradient.values, gradient.indices, gradient.crow, gradient.rows, out, backend=then_any(preference(None)))
+        _run("decode_dweight", gradient.values, gradient.indices, gradient.crow, gradient.rows, out)
         return out
     return gradient.compute(slice(0, gradient.n_features)) if isinstance(gradient, TiledGradient) else gradient
 
@@ -119,6 +117,17 @@ def _pointers(gradient: RowGradient) -> Tensor:
     return torch.arange(n + 1, device=gradient.values.device) * k
 
 
+def _row_of_slot(gradient: RowGradient) -> Tensor:
+    lengths = _pointers(gradient).diff()
+    row = torch.arange(lengths.shape[0], device=lengths.device)
+    return torch.repeat_interleave(row, lengths, output_size=gradient.indices.numel())
+
+
+def _run(operation: str, *args: Tensor | None) -> Tensor:
+    """An operation by its name in the table: operations take these gradients, so that this module stands below them."""
+    return OPS[operation](*args, backend=then_any(preference(None)))
+
+
 def _tile(gradient: Gradient) -> Callable[[slice], Tensor]:
     """``compute`` of any gradient; of slots through their transpose, sorted by feature at the first call."""
     if isinstance(gradient, TiledGradient):
@@ -131,11 +140,11 @@ def _tile(gradient: Gradient) -> Callable[[slice], Tensor]:
         if not transposed:
             feature, order = torch.sort(gradient.indices.reshape(-1).long(), stable=True)
             pointers = torch.searchsorted(feature, torch.arange(gradient.n_features + 1, device=feature.device))
-            transposed.extend((gradient.values.reshape(-1)[order], row_of_slot(gradient.crow, gradient.indices)[order], pointers))
+            transposed.extend((gradient.values.reshape(-1)[order], _row_of_slot(gradient)[order], pointers))
         values, row, pointers = transposed
         start, stop, _ = part.indices(gradient.n_features)
         slots = slice(int(pointers[start]), int(pointers[stop]))
         crow = pointers[start : stop + 1] - slots.start
-        return DECODE(values[slots], row[slots], crow, gradient.rows, None, backend=then_any(preference(None)))
+        return _run("decode", values[slots], row[slots], crow, gradient.rows, None)
 
     return compute
