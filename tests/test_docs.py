@@ -13,12 +13,16 @@ from fastsae.dispatch import OPS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_readme_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example, training = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert capsys.readouterr().out.count("chosen") == 1
     assert names["x_hat"].shape == names["x"].shape  # pyright: ignore[reportAttributeAccessIssue]
+    pytest.importorskip("safetensors")
+    exec(compile(training, "README.md", "exec"), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pt", "sae"]
 
 
 def test_documents_name_what_exists() -> None:
