@@ -132,33 +132,11 @@ def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, di
 
 
 def _step(sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
-    backend = then_any(preference(None))
-    rows, P, wide = x.shape[0], len(w.prefixes), accumulator(x.dtype)
-    tokens = max(rows, 1)
-    slots = gate = groups = norm = None
-    if sae._is_dense(x, w):
-        run = dense.forward(x, w, bool(terms.l1))
-        if terms.l0:
-            run = run._replace(counted=run.active.to(wide))
-    else:
-        slots = encode_slots(x, w, sae.activation, getattr(sae.activation, "k", 0))
-        groups = _Groups.of(slots, w.prefixes, rows)
-        partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=backend)
-        partial = partial.reshape(P, rows, w.W_dec.shape[1]).to(wide)
-        x_hats = (partial if P == 1 else partial.cumsum(0)) + w.b_dec
-        if w.skip is not None:
-            x_hats += torch.nn.functional.linear(x, w.skip)
-        weighed, frozen = slots, None
-        if w.r_mag is not None:
-            weighed = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=wide), None)
-            frozen = DECODE(gate.values, gate.indices, gate.crow, w.W_dec, w.b_dec.to(w.W_dec.dtype), backend=backend)
-        norm = torch.linalg.vector_norm(w.W_dec, dim=1, dtype=wide) if terms.l1 else None
-        magnitude = None if norm is None else (weighed.values.to(wide).abs() * norm[weighed.indices.long()]).sum()
-        active = (slots.values != 0).sum()
-        counted = active.to(wide) if terms.l0 else None
-        hit = fired(slots.indices.long(), slots.values, w.W_enc.shape[0])
-        run = Pass(x_hats.to(x.dtype), frozen, magnitude, counted, active, hit, slots.min_kept)
-    sae._observe(rows, run)
+    P, wide, tokens = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1)
+    slots = None if sae._is_dense(x, w) else _SlotPass(sae.activation, x, w, terms)
+    run = dense.forward(x, w, bool(terms.l1)) if slots is None else slots.run
+    run = run._replace(counted=run.active.to(wide) if terms.l0 else None)
+    sae._observe(x.shape[0], run)
     dead = sae.dead_features
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
@@ -172,61 +150,101 @@ def _step(sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms) -> tupl
     grad.add("b_dec", G[0].sum(0, dtype=wide))
     if w.skip is not None:
         grad.add("W_skip", G[0].T @ x)
-    if slots is None or groups is None:
-        backward = dense.Backward(x, w, G, dfrozen, terms.l1 / tokens, terms.l0 / tokens)
-        for name, vector in backward.vectors().items():
-            grad.add("b_dec" if name == "b_pre" else name, vector if name != "b_pre" or w.b_pre is not None else None)
-        W_enc, W_dec = backward.weights()
-        grad.add("W_enc", W_enc)
-        grad.add("W_dec", W_dec)
+    if slots is None:
+        _dense_backward(grad, dense.Backward(x, w, G, dfrozen, terms.l1 / tokens, terms.l0 / tokens))
     else:
-        n_features = w.W_enc.shape[0]
-        xc = x if w.b_pre is None else centre(x, w.b_pre).to(x.dtype)
-        dvalues = DECODE_DVALUES(G.flatten(0, 1), groups.indices, groups.crow, w.W_dec, backend=backend)
+        slots.backward(grad, G, dfrozen, terms.l1 / tokens, terms.l0 / tokens)
+    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux)
+    loss, fvu, l0 = combine(run, target, terms, sae.objective, aux)
+    return Metrics(loss, fvu, l0, dead.sum(), loss.new_zeros(()) if aux is None else aux), grad.result(sae)
+
+
+def _dense_backward(grad: _Sum, backward: dense.Backward) -> None:
+    for name, vector in backward.vectors().items():
+        if name != "b_pre" or backward.w.b_pre is not None:
+            grad.add("b_dec" if name == "b_pre" else name, vector)
+    for name, gradient in zip(("W_enc", "W_dec"), backward.weights()):
+        grad.add(name, gradient)
+
+
+class _SlotPass:
+    """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
+
+    def __init__(self, activation: Activation, x: Tensor, w: Weights, terms: Terms):
+        self.x, self.w, self.backend, self.wide = x, w, then_any(preference(None)), accumulator(x.dtype)
+        self.slots = encode_slots(x, w, activation, getattr(activation, "k", 0))
+        self.groups = _Groups.of(self.slots, w.prefixes, x.shape[0])
+        groups = self.groups
+        partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=self.backend).to(self.wide)
+        x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
+        x_hats = (x_hats if len(w.prefixes) == 1 else x_hats.cumsum(0)) + w.b_dec
+        if w.skip is not None:
+            x_hats += torch.nn.functional.linear(x, w.skip)
+        self.gate = frozen = None
+        if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
+            self.gate = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
+            frozen = DECODE(gate.values, gate.indices, gate.crow, w.W_dec, w.b_dec.to(w.W_dec.dtype), backend=self.backend)
+        self.penalised = self.gate or self.slots
+        self.norm = torch.linalg.vector_norm(w.W_dec, dim=1, dtype=self.wide) if terms.l1 else None
+        magnitude = None
+        if self.norm is not None:
+            magnitude = (self.penalised.values.to(self.wide).abs() * self.norm[self.penalised.indices.long()]).sum()
+        hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
+        active = (self.slots.values != 0).sum()
+        self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
+
+    def backward(self, grad: _Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+        """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
+        x, w, slots, gate, groups, n_features = self.x, self.w, self.slots, self.gate, self.groups, self.w.W_enc.shape[0]
+        xc = _centred(x, w)
+        G = G.flatten(0, 1)
+        grad.add("W_dec", RowGradient(groups.values, groups.indices, groups.crow, G, n_features))
+        dvalues = DECODE_DVALUES(G, groups.indices, groups.crow, w.W_dec, backend=self.backend)
         dvalues = groups.restore(dvalues, slots.values)
-        grad.add("W_dec", RowGradient(groups.values, groups.indices, groups.crow, G.flatten(0, 1), n_features))
         dgate = None
         if gate is not None and dfrozen is not None:
-            dgate = DECODE_DVALUES(dfrozen, gate.indices, gate.crow, w.W_dec, backend=backend)
-        if norm is not None:
-            penalised = slots if gate is None else gate
-            slope = (terms.l1 / tokens * norm[penalised.indices.long()] * penalised.values.sign()).to(dvalues.dtype)
-            dvalues, dgate = (dvalues + slope, dgate) if dgate is None else (dvalues, dgate + slope)
-            sums = _feature_sums(penalised.values.abs(), penalised.indices, penalised.crow, n_features, backend)
-            grad.add("W_dec", _shrinking(terms.l1 / tokens * quotient(sums, norm), w.W_dec))
-        stretch = None if w.r_mag is None else w.r_mag.to(wide).exp()
-        _through_scores(grad, slots, torch.where(slots.passes, dvalues, 0), x, xc, w, stretch, backend)
-        if gate is not None and dgate is not None:
-            _through_scores(grad, gate, torch.where(gate.passes, dgate, 0), x, xc, w, None, backend, "b_gate")
+            dgate = DECODE_DVALUES(dfrozen, gate.indices, gate.crow, w.W_dec, backend=self.backend)
+        if self.norm is not None:
+            values, indices = self.penalised.values, self.penalised.indices
+            slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
+            dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
+            sums = _feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
+            grad.add("W_dec", _shrinking(l1 * quotient(sums, self.norm), w.W_dec))
+        if gate is None or dgate is None:
+            _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend)
+        else:
+            _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag)
+            _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend)
         if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
-            theta = w.threshold.to(wide)[slots.indices.long()]
-            per_slot = -(theta * dvalues.to(wide) + terms.l0 / tokens) / w.bandwidth
-            per_slot = torch.where((slots.flags & 2).bool(), per_slot, 0)
-            grad.add("threshold", _feature_sums(per_slot, slots.indices, slots.crow, n_features, backend))
-    aux = _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux, backend) if terms.aux is not None else None
-    loss, fvu, l0 = combine(run, target, terms, sae.objective, aux)
-    nothing = loss.new_zeros(())
-    return Metrics(loss, fvu, l0, dead.sum(), nothing if aux is None else aux), grad.result(sae)
+            theta = w.threshold.to(self.wide)[slots.indices.long()]
+            per_slot = torch.where((slots.flags & 2).bool(), -(theta * dvalues.to(self.wide) + l0) / w.bandwidth, 0)
+            grad.add("threshold", _feature_sums(per_slot, slots.indices, slots.crow, n_features, self.backend))
+
+
+def _centred(x: Tensor, w: Weights) -> Tensor:
+    return x if w.b_pre is None else centre(x, w.b_pre).to(x.dtype)
 
 
 def _through_scores(
     grad: _Sum,
     slots: Slots,
-    dscore: Tensor,
+    dvalues: Tensor,
     x: Tensor,
     xc: Tensor,
     w: Weights,
-    stretch: Tensor | None,
+    bias: str,
     backend: str | None,
-    bias: str = "b_enc",
+    r_mag: Tensor | None = None,
 ) -> None:
-    """Adds what the gradient of the slots' scores gives W_enc, the bias, the pre-bias and the stretch of a gated SAE's magnitudes."""
-    b = w.b_mag if stretch is not None else getattr(w, bias)
-    needs = (False, False, b is not None, w.b_pre is not None, stretch is not None)
+    """Adds what the gradient of the slots' values gives W_enc, the bias, the pre-bias and, with ``r_mag``, the magnitudes' stretch."""
+    dscore = torch.where(slots.passes, dvalues, 0)
+    stretch = None if r_mag is None else r_mag.to(accumulator(x.dtype)).exp()
+    needs = (False, False, True, w.b_pre is not None, stretch is not None)
+    b = getattr(w, bias)
     _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
     through = dscore if stretch is None else (dscore * stretch[slots.indices.long()]).to(dscore.dtype)
     grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
-    grad.add("b_mag" if stretch is not None else bias, db)
+    grad.add(bias, db)
     grad.add("b_dec", db_pre)
     if dstretch is not None and stretch is not None:
         grad.add("r_mag", dstretch * stretch)
@@ -237,12 +255,12 @@ def _shrinking(factor: Tensor, W: Tensor) -> TiledGradient:
     return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0])
 
 
-def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, backend: str | None) -> Tensor | None:
+def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
     k, share = dead_share(aux, x.shape[1], int(dead.sum()))
     if k == 0 or x.shape[0] == 0:
         return None
-    wide = accumulator(x.dtype)
+    wide, backend = accumulator(x.dtype), then_any(preference(None))
     values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, k, aux.relu, backend=backend)
     e_hat = DECODE(values, indices, None, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, backend=backend).to(wide)
     residual = target.to(wide) - x_hat.to(wide)
@@ -254,7 +272,8 @@ def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: 
     grad.add("W_dec", RowGradient(values, indices, None, g, w.W_enc.shape[0]))
     if aux.bias:
         grad.add("b_dec", g.sum(0, dtype=wide))
+    # The rows of the main slots where there are such: their sets of slots then lie side by side on one copy of the rows.
     xc = next((part.rows for part in grad.parts["W_enc"] if isinstance(part, RowGradient)), None)
-    xc = xc if xc is not None else x if w.b_pre is None else centre(x, w.b_pre).to(x.dtype)
-    _through_scores(grad, Slots(values, indices, None, passes), torch.where(passes, dvalues, 0), x, xc, w, None, backend)
+    xc = _centred(x, w) if xc is None else xc
+    _through_scores(grad, Slots(values, indices, None, passes), dvalues, x, xc, w, "b_enc", backend)
     return share * quotient(difference.square().sum(), denominator)
