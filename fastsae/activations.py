@@ -20,7 +20,7 @@ class BatchTopK:
     """The ``int(k * rows)`` largest positive scores of the batch; see ``encode_batch_topk``.
 
     An SAE in evaluation mode keeps the scores above its running threshold, to which each training batch brings its smallest kept score at
-    ``rate`` (the first one in full).
+    ``rate`` (the first one in full; before it, every positive score is kept).
     """
 
     k: float

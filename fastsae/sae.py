@@ -138,6 +138,8 @@ class SAE(nn.Module):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
 
         def directions(width: int) -> Tensor:
+            if device is not None and torch.device(device).type == "meta":
+                return torch.empty(d_sae, width, device=device, dtype=dtype)
             rows = torch.randn(d_sae, width, generator=generator)
             return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(device=device, dtype=dtype)
 

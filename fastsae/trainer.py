@@ -65,9 +65,9 @@ def load_checkpoint(
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config, state, extra = content["config"], content["sae"], content["extra"]
-        fresh = SAE.from_config(config, dtype=state["W_dec"].dtype, device="meta" if sae is not None else device, seed=0)
+        fresh = SAE.from_config(config, dtype=state["W_dec"].dtype, device="meta")
         if sae is None:
-            sae = fresh
+            sae = fresh.to_empty(device=device or "cpu")
         elif type(sae.activation) is not type(fresh.activation):
             raise ValueError(f"it holds {fresh.activation}, the module has {sae.activation}")
         sae.load_state_dict(state)
