@@ -5,8 +5,9 @@ Operations (each with a PyTorch reference that every backend is verified against
     match_cosine, match, mmcs, mmcs_matrix
     spline_code, spline_hash, pack_signs, hash_signs, hash_code, combine_hashes, spline_keys; hamming, hamming_topk; count_codes
 Built on them: trace (codes while a model runs), CodeCounter (distinct codes of a stream), boundary_density, neighbour_graph.
-Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated.
-Optimisers: adam_ (one step, one matrix); optim.Adam, optim.warmup_linear_decay over RowGradient, TiledGradient and dense gradients.
+Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK.
+Training: Trainer, save_checkpoint, load_checkpoint (fastsae.trainer: data order, schedules); optim.Adam, exact and fused, over RowGradient,
+    TiledGradient and dense gradients; adam_ (one step, one matrix).
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
@@ -17,6 +18,7 @@ from fastsae.counters import CodeCount, CodeCounter, CodeTable
 from fastsae.dispatch import BackendError, explain, use_backend
 from fastsae.gradients import RowGradient, TiledGradient
 from fastsae.latents import RaggedLatents, TopKLatents
+from fastsae.losses import AuxK
 from fastsae.ops.adam import adam_
 from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.decode import DecodeGradients, decode, decode_backward
@@ -28,11 +30,13 @@ from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, pack_signs
 from fastsae.packed import PackedWeights, pack
 from fastsae.sae import SAE
 from fastsae.trace import trace
+from fastsae.trainer import Trainer, load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "AuxK",
     "BackendError",
     "BatchTopK",
     "BoundaryDensity",
@@ -53,6 +57,7 @@ __all__ = [
     "TiledGradient",
     "TopK",
     "TopKLatents",
+    "Trainer",
     "UniqueCodes",
     "adam_",
     "boundary_density",
@@ -70,6 +75,7 @@ __all__ = [
     "hamming_topk",
     "hash_code",
     "hash_signs",
+    "load_checkpoint",
     "match",
     "match_cosine",
     "mmcs",
@@ -79,6 +85,7 @@ __all__ = [
     "pack",
     "pack_signs",
     "reconstruct",
+    "save_checkpoint",
     "spline_code",
     "spline_hash",
     "spline_keys",

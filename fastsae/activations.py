@@ -17,9 +17,14 @@ class TopK:
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """The ``int(k * rows)`` largest positive scores of the batch; see ``encode_batch_topk``."""
+    """The ``int(k * rows)`` largest positive scores of the batch; see ``encode_batch_topk``.
+
+    An SAE in evaluation mode keeps the scores above its running threshold, to which each training batch brings its smallest kept score at
+    ``rate`` (the first one in full; before it, every positive score is kept).
+    """
 
     k: float
+    rate: float = 0.01
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 
+import torch
 from torch import Tensor
+
+from fastsae.dispatch import OPS, preference, then_any
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +34,9 @@ class RowGradient:
 class TiledGradient:
     """A gradient that is computed a range of features at a time, where latents are dense: ``compute(slice)`` returns ``[len(slice), D]``.
 
-    ``compute`` may be asked for every feature once, in ascending ranges of any size, and at most once more for a norm.
+    ``compute`` may be asked for every feature once, in ascending ranges of any size, and at most once more for a norm. Rows that it has
+    returned may be changed in the weight before the next call, also before the other weight's gradient is asked for (which then costs
+    a copy of those rows until it is; asking for both weights' gradients range by range keeps one range).
     """
 
     compute: Callable[[slice], Tensor]
@@ -38,3 +44,107 @@ class TiledGradient:
 
 
 Gradient = Tensor | RowGradient | TiledGradient
+
+
+def accumulate(steps: Sequence[Mapping[str, Gradient]], weights: Sequence[float] | None = None) -> dict[str, Gradient]:
+    """The sum of the gradients of several micro-batches, each ``{parameter: gradient}`` as ``SAE.step_gradients`` returns them.
+
+    Slots are concatenated and their rows stacked, dense tensors added; nothing of the size of a weight is formed.
+
+    Args:
+        steps: gradients with the same names, taken at the same weights.
+        weights: factor of each (``1 / n`` for the mean of n equal micro-batches); default 1.
+
+    Raises: ValueError where names or numbers differ, or nothing is given.
+    """
+    if not steps or any(set(step) != set(steps[0]) for step in steps):
+        raise ValueError(f"accumulate: steps must hold gradients of the same parameters, got {[sorted(step) for step in steps]}")
+    if weights is not None:
+        if len(weights) != len(steps):
+            raise ValueError(f"accumulate: weights must be {len(steps)} numbers, one a step, got {len(weights)}")
+        steps = [{name: _scaled(gradient, weight) for name, gradient in step.items()} for step, weight in zip(steps, weights)]
+    return {name: total([step[name] for step in steps]) for name in steps[0]}
+
+
+def total(gradients: Sequence[Gradient]) -> Gradient:
+    """The sum of gradients of one parameter; sets of slots stay one set of slots, different kinds become tiles."""
+    if all(isinstance(gradient, Tensor) for gradient in gradients):
+        return sum(gradients[1:], gradients[0])  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType, reportOperatorIssue]
+    if all(isinstance(gradient, RowGradient) for gradient in gradients):
+        return reduce(_joined, gradients)  # pyright: ignore[reportArgumentType]
+    if len(gradients) == 1:
+        return gradients[0]
+    tiles = [_tile(gradient) for gradient in gradients]
+    n_features = next(gradient.n_features for gradient in gradients if not isinstance(gradient, Tensor))
+    return TiledGradient(lambda part: sum((tile(part) for tile in tiles[1:]), tiles[0](part)), n_features)
+
+
+def densify(gradient: Gradient) -> Tensor:
+    """The gradient as a tensor ``[F, D]``: for tests, and for optimisers that know no other kind."""
+    if isinstance(gradient, RowGradient):
+        out = gradient.rows.new_empty(gradient.n_features, gradient.rows.shape[1])
+        _run("decode_dweight", gradient.values, gradient.indices, gradient.crow, gradient.rows, out)
+        return out
+    return gradient.compute(slice(0, gradient.n_features)) if isinstance(gradient, TiledGradient) else gradient
+
+
+def _scaled(gradient: Gradient, weight: float) -> Gradient:
+    if isinstance(gradient, RowGradient):
+        return replace(gradient, values=gradient.values * weight)
+    if isinstance(gradient, TiledGradient):
+        return replace(gradient, compute=lambda part: gradient.compute(part) * weight)
+    return gradient * weight
+
+
+def _joined(a: RowGradient, b: RowGradient) -> RowGradient:
+    fixed = a.crow is None and b.crow is None
+    indices = (a.indices, b.indices) if a.indices.dtype is b.indices.dtype else (a.indices.long(), b.indices.long())
+    if fixed and a.rows is b.rows:
+        return replace(a, values=torch.cat([a.values, b.values], 1), indices=torch.cat(indices, 1))
+    rows = torch.cat([a.rows, b.rows])
+    if fixed and a.values.shape[1] == b.values.shape[1]:
+        return RowGradient(torch.cat([a.values, b.values]), torch.cat(indices), None, rows, a.n_features)
+    first, second = _pointers(a), _pointers(b)
+    crow = torch.cat([first, second[1:] + a.values.numel()])
+    values = torch.cat([a.values.reshape(-1), b.values.reshape(-1)])
+    return RowGradient(values, torch.cat([i.reshape(-1) for i in indices]), crow, rows, a.n_features)
+
+
+def _pointers(gradient: RowGradient) -> Tensor:
+    if gradient.crow is not None:
+        return gradient.crow
+    n, k = gradient.values.shape
+    return torch.arange(n + 1, device=gradient.values.device) * k
+
+
+def _row_of_slot(gradient: RowGradient) -> Tensor:
+    lengths = _pointers(gradient).diff()
+    row = torch.arange(lengths.shape[0], device=lengths.device)
+    return torch.repeat_interleave(row, lengths, output_size=gradient.indices.numel())
+
+
+def _run(operation: str, *args: Tensor | None) -> Tensor:
+    """An operation by its name in the table: operations take these gradients, so that this module stands below them."""
+    return OPS[operation](*args, backend=then_any(preference(None)))
+
+
+def _tile(gradient: Gradient) -> Callable[[slice], Tensor]:
+    """``compute`` of any gradient; of slots through their transpose, sorted by feature at the first call."""
+    if isinstance(gradient, TiledGradient):
+        return gradient.compute
+    if isinstance(gradient, Tensor):
+        return lambda part: gradient[part]
+    transposed: list[Tensor] = []
+
+    def compute(part: slice) -> Tensor:
+        if not transposed:
+            feature, order = torch.sort(gradient.indices.reshape(-1).long(), stable=True)
+            pointers = torch.searchsorted(feature, torch.arange(gradient.n_features + 1, device=feature.device))
+            transposed.extend((gradient.values.reshape(-1)[order], _row_of_slot(gradient)[order], pointers))
+        values, row, pointers = transposed
+        start, stop, _ = part.indices(gradient.n_features)
+        slots = slice(int(pointers[start]), int(pointers[stop]))
+        crow = pointers[start : stop + 1] - slots.start
+        return _run("decode", values[slots], row[slots], crow, gradient.rows, None)
+
+    return compute

@@ -1,63 +1,108 @@
-"""A sparse autoencoder as a torch module, on the fused operations; trains with any torch optimiser."""
+"""A sparse autoencoder or transcoder as a torch module, on the fused operations; trains with any torch optimiser or by fused steps."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks
-from fastsae.activations import JumpReLU, ReLU, TopK
+from fastsae import _checks, _files, dense, fused
+from fastsae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.gradients import Gradient
 from fastsae.latents import Latents
+from fastsae.losses import (
+    AuxK,
+    Loss,
+    Metrics,
+    Pass,
+    Terms,
+    Weights,
+    aux_denominator,
+    combine,
+    dead_share,
+    features,
+    fired,
+    quotient,
+    squares,
+)
 from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
-from fastsae.ops.encode import encode_threshold
-from fastsae.ops.reconstruct import Reconstruction, encode
+from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
+from fastsae.ops.reconstruct import Reconstruction
 
 _WEIGHTS = "sae.safetensors"
 _CONFIG = "cfg.json"
-
-
-class Loss(NamedTuple):
-    """``loss []`` to call ``backward`` on; ``fvu []`` and ``l0 []`` detached, of the tokens that count."""
-
-    loss: Tensor
-    fvu: Tensor
-    l0: Tensor
-
-
-def _squares(a: Tensor, b: Tensor) -> Tensor:
-    """``(a - b)^2`` in the accumulation dtype."""
-    wide = accumulator(a.dtype)
-    return (a.to(wide) - b.to(wide)).square()
+_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+"""Names of sparsify's files, by which ours load there."""
 
 
 class SAE(nn.Module):
     """Sparse autoencoder: ``latents = activation(W_enc (x - b_dec) + b_enc)``, ``x_hat = W_dec^T latents + b_dec``.
 
-    Parameters: ``W_enc [F, D]``, ``b_enc [F]``, ``W_dec [F, D]`` (unit rows at the start), ``b_dec [D]``, feature-major; with JumpReLU
-    ``threshold [F]``.
+    With ``d_out`` it is a transcoder: it reconstructs a ``target`` from ``x``, ``b_dec [d_out]`` is not subtracted from ``x``, and ``skip``
+    adds ``W_skip x``.
+
+    Parameters: ``W_enc [F, D]``, ``b_enc [F]``, ``W_dec [F, d_out]`` (unit rows at the start), ``b_dec [d_out]``, feature-major; JumpReLU:
+    ``threshold [F]``, raw (scores are compared with ``max(threshold, 0)``, so that one below 0 acts as ReLU and is still pulled back
+    by the scores in its band; a logarithm would rescale its gradient and other libraries' files hold raw thresholds); Gated:
+    ``b_gate, r_mag, b_mag [F]`` in place of ``b_enc``; ``W_skip [d_out, D]``. Buffers: ``silent [F]``, tokens since each feature last
+    fired; ``running_threshold []`` (BatchTopK); ``scale [2]``, of ``init_from``'s normalisation.
+
+    In training mode ``loss`` and ``step_gradients`` count silent features and move the running threshold; BatchTopK selects over the
+    batch. In evaluation mode they leave the buffers alone and BatchTopK keeps the scores above its running threshold.
 
     Args:
         d_in: activation dimension D, at least 1.
         d_sae: number of features F, at least 1.
-        activation: ``TopK(k)``, ``ReLU()`` (train with ``l1``) or ``JumpReLU(threshold, bandwidth)`` (train with ``l0``).
+        activation: ``TopK(k)``, ``BatchTopK(k)``, ``ReLU()`` (train with ``l1``), ``JumpReLU(threshold, bandwidth)`` (train with ``l0``) or
+            ``Gated()`` (train with ``l1``; its loss has the gate's reconstruction error as a further term, arXiv 2404.16014).
+        prefixes: ascending dictionary sizes that end in F: the loss is the mean over the reconstructions from the features below each
+            (Matryoshka, arXiv 2503.17547).
+        d_out: dimension of the target of a transcoder, D or another.
+        skip: a transcoder's linear path past the dictionary (starts at 0).
+        tied: encoder and decoder are one parameter, ``W_dec`` (``W_enc`` is another name of it).
+        objective: "mse", squared error a token (summed over d_out), or "fvu", fraction of variance unexplained.
+        l1, l0, aux: the loss's further terms where a call gives none; see ``loss`` and ``AuxK``.
+        dead_after: tokens without firing after which a feature counts as dead.
+        normalise_decoder: decoder rows are meant to stay of norm 1, see ``unit_rows``; default: yes, but not for transcoders.
+        dense: run the loss tile by tile over F; None: where more than 1/8 of the scores would be stored, by a sample of them
+            (ReLU, JumpReLU, Gated).
         dtype, device: of the parameters.
         seed: of the decoder's random directions; None draws from torch's global generator.
 
     Raises: TypeError, ValueError as the operations do.
     """
 
+    b_enc: nn.Parameter  # None with Gated
+    W_skip: nn.Parameter | None
+    silent: Tensor
+    scale: Tensor
+    running_threshold: Tensor
+
     def __init__(
         self,
         d_in: int,
         d_sae: int,
-        activation: TopK | ReLU | JumpReLU = TopK(64),  # noqa: B008 (a frozen dataclass)
+        activation: Activation = TopK(64),  # noqa: B008 (a frozen dataclass)
         *,
+        prefixes: Sequence[int] | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
+        tied: bool = False,
+        objective: Literal["mse", "fvu"] = "mse",
+        l1: float = 0.0,
+        l0: float = 0.0,
+        aux: AuxK | None = None,
+        dead_after: int = 10_000_000,
+        normalise_decoder: bool | None = None,
+        dense: bool | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         seed: int | None = None,
@@ -65,95 +110,339 @@ class SAE(nn.Module):
         super().__init__()
         _checks.integer("SAE", "d_in", d_in, 1)
         _checks.integer("SAE", "d_sae", d_sae, 1)
-        if not isinstance(activation, (TopK, ReLU, JumpReLU)):
-            raise TypeError(f"SAE: activation must be TopK, ReLU or JumpReLU, got {type(activation).__name__}")
-        if isinstance(activation, TopK):
-            _checks.integer("SAE", "activation.k", activation.k, 1, d_sae, f"d_sae={d_sae}")
-        if isinstance(activation, JumpReLU):
-            if isinstance(activation.threshold, Tensor):
-                _checks.tensor("SAE", "activation.threshold", activation.threshold)
-                if activation.threshold.dim():
-                    _checks.shape("SAE", "activation.threshold", activation.threshold, (d_sae,), f"[d_sae={d_sae}] or []")
-            else:
-                _checks.number("SAE", "activation.threshold", activation.threshold, positive=False)
-            if activation.bandwidth is not None:
-                _checks.number("SAE", "activation.bandwidth", activation.bandwidth)
+        _check_activation(activation, d_sae)
+        if d_out is not None:
+            _checks.integer("SAE", "d_out", d_out, 1)
+        for name, value in (("skip", skip), ("tied", tied)):
+            _checks.flag("SAE", name, value)
+        if skip and d_out is None:
+            raise ValueError("SAE: skip needs d_out (an autoencoder could copy its input through it)")
+        if tied and d_out not in (None, d_in):
+            raise ValueError(f"SAE: tied needs d_out = d_in = {d_in}, got d_out={d_out}")
+        if prefixes is not None:
+            prefixes = [_checks.integer("SAE", "prefixes", size, 1, d_sae, f"d_sae={d_sae}") for size in prefixes]
+            if prefixes != sorted(set(prefixes)) or not prefixes or prefixes[-1] != d_sae:
+                raise ValueError(f"SAE: prefixes must ascend strictly and end in d_sae={d_sae}, got {prefixes}")
+        if objective not in ("mse", "fvu"):
+            raise ValueError(f"SAE: objective must be 'mse' or 'fvu', got {objective!r}")
+        _checks.integer("SAE", "dead_after", dead_after, 1)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"SAE: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         self.d_in, self.d_sae, self.activation = d_in, d_sae, activation
+        self.transcoder, self.d_out, self.skip, self.tied = d_out is not None, d_out or d_in, skip, tied
+        self.prefixes, self.objective, self.dead_after, self.dense = prefixes, objective, dead_after, dense
+        self.normalise_decoder = not self.transcoder if normalise_decoder is None else normalise_decoder
+        self.l1, self.l0, self.aux = l1, l0, aux
+        self._terms("SAE", None, None, None)
+
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        directions = torch.randn(d_sae, d_in, generator=generator)
-        directions = (directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)).to(device=device, dtype=dtype)
-        self.W_enc = nn.Parameter(directions.clone())
-        self.b_enc = nn.Parameter(directions.new_zeros(d_sae))
-        self.W_dec = nn.Parameter(directions)
-        self.b_dec = nn.Parameter(directions.new_zeros(d_in))
+
+        def directions(width: int) -> Tensor:
+            if device is not None and torch.device(device).type == "meta":
+                return torch.empty(d_sae, width, device=device, dtype=dtype)
+            rows = torch.randn(d_sae, width, generator=generator)
+            return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(device=device, dtype=dtype)
+
+        W = directions(self.d_out)
+
+        def vector(start: float | Tensor | None) -> nn.Parameter:
+            return nn.Parameter(W.new_zeros(d_sae) + (start.detach().to(W) if isinstance(start, Tensor) else start or 0.0))
+
+        if not tied:
+            self.W_enc = nn.Parameter(W.clone() if self.d_out == d_in else directions(d_in))
+        if isinstance(activation, Gated):
+            self.register_parameter("b_enc", None)
+            self.b_gate, self.r_mag, self.b_mag = (vector(start) for start in (activation.b_gate, activation.r_mag, activation.b_mag))
+        else:
+            self.b_enc = vector(0.0)
+        self.W_dec = nn.Parameter(W)
+        if tied:
+            self.W_enc = self.W_dec
+        self.b_dec = nn.Parameter(W.new_zeros(self.d_out))
+        self.W_skip = nn.Parameter(W.new_zeros(self.d_out, d_in)) if skip else None
         if isinstance(activation, JumpReLU):
-            start = activation.threshold.detach().to(directions) if isinstance(activation.threshold, Tensor) else activation.threshold
-            self.threshold = nn.Parameter(directions.new_zeros(d_sae) + start)
+            self.threshold = vector(activation.threshold)
+        self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64, device=device))
+        self.register_buffer("scale", torch.ones(2, device=device))
+        if isinstance(activation, BatchTopK):
+            self.register_buffer("running_threshold", torch.full((), -1.0, device=device))
+        self._scaled = False
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, activation={self.activation}"
+        more = [f"{name}={getattr(self, name)}" for name in ("prefixes", "tied", "aux") if getattr(self, name)]
+        if self.transcoder:
+            more.append(f"d_out={self.d_out}, skip={self.skip}")
+        return ", ".join([f"d_in={self.d_in}, d_sae={self.d_sae}, activation={self.activation}", *more])
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def k(self) -> float:
+        """Latents a row of TopK and BatchTopK; assign to anneal it (rounded for TopK)."""
+        return self.activation.k  # pyright: ignore[reportAttributeAccessIssue]
+
+    @k.setter
+    def k(self, value: float) -> None:
+        if not isinstance(self.activation, (TopK, BatchTopK)):
+            raise AttributeError(f"SAE: {type(self.activation).__name__} has no k")
+        if isinstance(self.activation, TopK) and isinstance(value, float):
+            value = round(value)
+        activation = replace(self.activation, k=value)  # pyright: ignore[reportArgumentType]
+        _check_activation(activation, self.d_sae)
+        self.activation = activation
+
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """Parameters whose rows an optimiser keeps at norm 1 (their gradient without its component along each row)."""
+        return ("W_dec",) if self.normalise_decoder else ()
+
+    @property
+    def dead_features(self) -> Tensor:
+        """``[F]`` bool: silent for ``dead_after`` tokens."""
+        return self.silent >= self.dead_after
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SAE:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # pyright: ignore[reportCallIssue]
+        for name, before in exact.items():  # a running mean stops moving in half precision
+            now = self._buffers[name]
+            if now is not None and now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        if self.tied:
+            self.W_enc = self.W_dec
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name, buffer in self._buffers.items():  # a state from before the buffers existed
+            if buffer is not None:
+                state_dict.setdefault(prefix + name, buffer)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._scaled = not self.scale.is_meta and bool((self.scale != 1).any())
+
+    @torch.no_grad()
+    def _observe(self, tokens: int, run: Pass) -> None:
+        if not self.training:
+            return
+        self.silent.add_(tokens).masked_fill_(run.fired, 0)
+        if run.min_kept is not None and isinstance(self.activation, BatchTopK):
+            now, new = self.running_threshold, run.min_kept.to(self.running_threshold.dtype)
+            moved = torch.where(now < 0, new, now + self.activation.rate * (new - now))
+            now.copy_(torch.where(new.isfinite(), moved, now))  # a batch that kept nothing says nothing
+
+    # ------------------------------------------------------------ latents and back
 
     def encode(self, x: Tensor) -> Latents:
-        """``[.., D]`` to latents over F features."""
-        return self._encode(x)[0]
+        """``[.., D]`` to latents over F features (after ``init_from(norm=)`` and until saved or folded: of the normalised input)."""
+        return self._encode(self._scale_in(x))[0]
 
-    def _encode(self, x: Tensor) -> tuple[Latents, Tensor | None]:
-        if isinstance(self.activation, JumpReLU):
-            bandwidth = self.activation.bandwidth
-            result = encode_threshold(x, self.W_enc, self.b_enc, threshold=self.threshold, b_pre=self.b_dec, bandwidth=bandwidth)
-            return (result, None) if bandwidth is None else result
-        return encode(x, self.W_enc, self.b_enc, self.activation, b_pre=self.b_dec), None
+    def _scale_in(self, x: Tensor) -> Tensor:
+        return x * self.scale[0] if self._scaled else x
 
-    def decode(self, latents: Latents) -> Tensor:
-        """Latents to ``[.., D]``."""
-        return decode(latents, self.W_dec, self.b_dec)
+    def _encode(self, x: Tensor) -> tuple[Latents, Tensor | None, Tensor | None]:
+        """(latents, straight-through counts, smallest score kept by BatchTopK)."""
+        activation = self.activation
+        pre: dict[str, Any] = {"b_pre": self._b_pre}
+        if isinstance(activation, TopK):
+            return encode_topk(x, self.W_enc, self.b_enc, k=activation.k, relu=activation.relu, **pre), None, None
+        if isinstance(activation, Gated):
+            return encode_gated(x, self.W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, **pre), None, None
+        if isinstance(activation, BatchTopK) and self.training:
+            latents, min_kept = encode_batch_topk(x, self.W_enc, self.b_enc, k=activation.k, **pre)
+            return latents, None, min_kept
+        bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else None
+        threshold = self._threshold(x.dtype)
+        result = encode_threshold(x, self.W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, **pre)
+        return (result, None, None) if bandwidth is None else (*result, None)
 
-    def forward(self, x: Tensor) -> Reconstruction:
-        """``Reconstruction(x_hat, latents, squared_error)`` of ``x [.., D]``."""
+    @property
+    def _b_pre(self) -> Tensor | None:
+        return None if self.transcoder else self.b_dec
+
+    def _threshold(self, dtype: torch.dtype) -> float | Tensor:
+        if isinstance(self.activation, BatchTopK):
+            return self.running_threshold.to(accumulator(dtype))
+        return self.threshold if isinstance(self.activation, JumpReLU) else 0.0
+
+    def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
+        """Latents to ``[.., d_out]``; with a skip connection also the input ``x [.., D]``."""
+        if self.skip and x is None:
+            raise ValueError("SAE.decode: x must be given, the skip connection needs it")
+        y = self._decode(latents, None if x is None else self._scale_in(x))
+        return y / self.scale[1] if self._scaled else y
+
+    def _decode(self, latents: Latents, x: Tensor | None, prefixes: list[int] | None = None) -> Tensor:
+        return decode(latents, self.W_dec, self.b_dec, x=x if self.skip else None, skip=self.W_skip, prefixes=prefixes)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Reconstruction:
+        """``Reconstruction(x_hat, latents, squared_error)`` of ``x [.., D]``; a transcoder's error is None without a ``target``."""
         latents = self.encode(x)
-        x_hat = self.decode(latents)
-        return Reconstruction(x_hat, latents, _squares(x_hat, x).sum(-1))
+        x_hat = self.decode(latents, x)
+        target = x if target is None and not self.transcoder else target
+        error = None if target is None else squares(x_hat, target).sum(-1)
+        return Reconstruction(x_hat, latents, error)  # pyright: ignore[reportArgumentType]
 
-    def loss(self, x: Tensor, *, mask: Tensor | None = None, l1: float = 0.0, l0: float = 0.0) -> Loss:
-        """Mean squared error a token (summed over D), plus ``l1 * sum |latents|`` and ``l0 * number of latents`` a token.
+    # ------------------------------------------------------------ training
+
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        l1: float | None = None,
+        l0: float | None = None,
+        aux: AuxK | Literal[False] | None = None,
+    ) -> Loss:
+        """Mean squared error a token (summed over D; the mean over ``prefixes``), plus ``l1 * sum |latents|`` and ``l0 * number of
+        latents`` a token, plus the AuxK term, plus a gated SAE's error of the reconstruction from its gate.
 
         Args:
             x: ``[.., D]``.
-            mask: bool ``[..]``: tokens that count (False: padding, BOS; they take no part).
-            l1: weight of the L1 penalty, scaled by the decoder's row norms so that it cannot be evaded.
+            target: ``[.., d_out]``, what is to be reconstructed; default ``x``; a transcoder needs one.
+            mask: bool ``[..]``: tokens that count (False: padding, BOS; they take no part anywhere).
+            l1: weight of the L1 penalty, scaled by the decoder's row norms so that it cannot be evaded; a gated SAE's is on its gate.
             l0: weight of the straight-through L0 penalty; needs ``JumpReLU(bandwidth=...)``.
+            aux: the AuxK term, False for none. None in these three: the module's own.
 
         Returns:
-            ``Loss(loss, fvu, l0)``. ``fvu = sum (x - x_hat)^2 / sum (x - mean x)^2``, 0/0 = 0.
+            ``Loss(loss, fvu, l0)``. ``fvu = sum (x - x_hat)^2 / sum (x - mean x)^2`` of the whole dictionary, 0/0 = 0.
+
+        Where ReLU, JumpReLU or Gated fire on more than 1/8 of the scores this runs tile by tile over F (see ``dense``) with the same
+        result up to rounding. Memory: the latents, or ``[B, tile]``.
         """
-        _checks.tensor("SAE.loss", "x", x)
-        if x.dim() == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(f"SAE.loss: x must have shape [.., d_in={self.d_in}], got {list(x.shape)}")
-        l1, l0 = (_checks.number("SAE.loss", name, value, positive=False) for name, value in (("l1", l1), ("l0", l0)))
-        if mask is not None:
-            _checks.tensor("SAE.loss", "mask", mask, (torch.bool,), x)
-            _checks.shape("SAE.loss", "mask", mask, tuple(x.shape[:-1]), str(list(x.shape[:-1])))
-            x = x[mask]
-        x = x.reshape(x.shape[:-1].numel(), self.d_in)
-        latents, counted = self._encode(x)
-        x_hat = self.decode(latents)
-        tokens = max(x.shape[0], 1)
-        error = _squares(x_hat, x).sum()
-        loss = error / tokens
-        if l1:
-            feature = latents.indices if hasattr(latents, "indices") else latents.col  # pyright: ignore[reportAttributeAccessIssue]
+        op = "SAE.loss"
+        x, target, terms = self._arguments(op, x, target, mask, l1, l0, aux)
+        cast, _, w = self._cast(x, target)
+        if self._is_dense(cast, w):
+            with self._no_autocast(x):
+                run = dense.forward(cast, w, bool(terms.l1))
+            run = run if terms.l0 else run._replace(counted=None)
+        else:
+            run = self._run(x, terms)
+        self._observe(x.shape[0], run)
+        term = None if terms.aux is None else self._aux(x, target, run.x_hats[-1], terms.aux)
+        return combine(run, target, terms, self.objective, term)
+
+    def _run(self, x: Tensor, terms: Terms) -> Pass:
+        latents, counted, min_kept = self._encode(x)
+        penalised, frozen = latents, None
+        if isinstance(self.activation, Gated):
+            penalised = encode_threshold(x, self.W_enc, self.b_gate, b_pre=self._b_pre)
+            frozen = decode(penalised, self.W_dec.detach(), self.b_dec.detach())
+        magnitude = None
+        if terms.l1:
             norms = torch.linalg.vector_norm(self.W_dec, dim=1)
-            loss = loss + l1 * (latents.values.abs() * norms[feature.long()]).sum() / tokens
-        if l0:
-            if counted is None:
-                raise ValueError(f"SAE.loss: l0 needs JumpReLU with a bandwidth, the activation is {self.activation}")
-            loss = loss + l0 * counted.sum() / tokens
-        spread = _squares(x, x.to(error.dtype).mean(0)).sum() if x.shape[0] else error.new_zeros(())
-        fvu = torch.where((spread == 0) & (error == 0), 0.0, error.detach() / spread.detach())
-        active = (latents.values.detach() != 0).sum() / tokens
-        return Loss(loss, fvu, active)
+            magnitude = (penalised.values.abs() * norms[features(penalised)]).sum()
+        values = latents.values.detach()
+        return Pass(
+            self._decode(latents, x, self.prefixes or [self.d_sae]),
+            frozen,
+            magnitude,
+            counted.sum() if counted is not None and terms.l0 else None,
+            (values != 0).sum(),
+            fired(features(latents), values, self.d_sae),
+            min_kept,
+        )
+
+    def _aux(self, x: Tensor, target: Tensor, x_hat: Tensor, aux: AuxK) -> Tensor | None:
+        """The AuxK term before its coefficient. Waits for the number of dead features."""
+        dead = self.dead_features
+        k, share = dead_share(aux, self.d_in, int(dead.sum()))
+        if k == 0 or x.shape[0] == 0:
+            return None
+        latents = encode_topk(x, self.W_enc, self.b_enc, k=k, b_pre=self._b_pre, features=dead, relu=aux.relu)
+        e_hat = decode(latents, self.W_dec, self.b_dec if aux.bias else None)
+        wide = accumulator(x_hat.dtype)
+        residual = target.to(wide) - x_hat.detach().to(wide)
+        return share * quotient(squares(e_hat.to(wide), residual).sum(), aux_denominator(aux, residual, target))
+
+    @torch.no_grad()
+    def step_gradients(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        l1: float | None = None,
+        l0: float | None = None,
+        aux: AuxK | Literal[False] | None = None,
+    ) -> tuple[Metrics, dict[str, Gradient]]:
+        """The loss's metrics and the gradient of every parameter, without autograd and without a gradient matrix: for fused optimisers.
+
+        Args: as ``loss``.
+
+        Returns:
+            ``(Metrics(loss, fvu, l0, dead, aux), {parameter: gradient})``. Vectors (and ``W_skip``) come as tensors; ``W_enc``
+            and ``W_dec`` as ``RowGradient``, or as ``TiledGradient`` in the dense regime and where a term is not made of slots
+            (``l1``'s on the decoder's norms). A ``TiledGradient`` reads the weights when asked: take each range before it is changed.
+            ``gradients.accumulate`` adds up micro-batches. Equal to autograd's of ``loss`` up to rounding. Metrics are not waited for; the
+            host waits for a device only with ``mask``, ``aux`` and the ragged activations' slots.
+        """
+        x, target, terms = self._arguments("SAE.step_gradients", x, target, mask, l1, l0, aux)
+        if not _checks.autocasting(x.device):
+            _checks.same_dtype("SAE.step_gradients", "x", x, "the parameters", self.W_dec)
+        return fused.step(self, x, target, terms)
+
+    def _arguments(
+        self, op: str, x: Tensor, target: Tensor | None, mask: Tensor | None, l1: Any, l0: Any, aux: Any
+    ) -> tuple[Tensor, Tensor, Terms]:
+        """Checked: the rows that count, scaled, and the terms."""
+        _checks.tensor(op, "x", x, like=self.W_dec)
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"{op}: x must have shape [.., d_in={self.d_in}], got {list(x.shape)}")
+        terms = self._terms(op, l1, l0, aux)
+        if target is None and self.transcoder:
+            raise ValueError(f"{op}: target must be given for a transcoder, got None")
+        if target is not None:
+            _checks.tensor(op, "target", target, like=x)
+            want = (*x.shape[:-1], self.d_out)
+            _checks.shape(op, "target", target, want, str(list(want)))
+        if mask is not None:
+            _checks.tensor(op, "mask", mask, (torch.bool,), x)
+            _checks.shape(op, "mask", mask, tuple(x.shape[:-1]), str(list(x.shape[:-1])))
+            x, target = x[mask], None if target is None else target[mask]
+        rows = x.shape[:-1].numel()
+        x = self._scale_in(x.reshape(rows, self.d_in))
+        if target is None:
+            return x, x, terms
+        target = target.reshape(rows, self.d_out)
+        return x, target * self.scale[1] if self._scaled else target, terms
+
+    def _terms(self, op: str, l1: Any, l0: Any, aux: Any) -> Terms:
+        l1, l0 = self.l1 if l1 is None else l1, self.l0 if l0 is None else l0
+        l1, l0 = (_checks.number(op, name, value, positive=False) for name, value in (("l1", l1), ("l0", l0)))
+        if l0 and getattr(self.activation, "bandwidth", None) is None:
+            raise ValueError(f"{op}: l0 needs JumpReLU with a bandwidth, the activation is {self.activation}")
+        aux = self.aux if aux is None else aux or None
+        if aux is not None and not isinstance(aux, AuxK):
+            raise TypeError(f"{op}: aux must be an AuxK, False or None, got {type(aux).__name__}")
+        if aux is not None and isinstance(self.activation, Gated):
+            raise ValueError(f"{op}: aux does not go with Gated, whose gate has a reconstruction error of its own")
+        return Terms(l1, l0, aux)
+
+    def _cast(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Weights]:
+        """Inputs and weights as a computation outside the operations takes them: under autocast cast as they would be."""
+        threshold = None
+        if isinstance(self.activation, (ReLU, JumpReLU)) or (isinstance(self.activation, BatchTopK) and not self.training):
+            threshold = self._threshold(x.dtype)
+            threshold = threshold if isinstance(threshold, Tensor) else x.new_zeros((), dtype=accumulator(x.dtype))
+        named: dict[str, Any] = {"b_pre": self._b_pre, "skip": self.W_skip}
+        named |= {name: getattr(self, name, None) for name in ("W_enc", "W_dec", "b_dec", "b_enc", "b_gate", "r_mag", "b_mag")}
+        cast, *tensors = _checks.autocast(x, *named.values())
+        bandwidth = getattr(self.activation, "bandwidth", None)
+        prefixes = self.prefixes or [self.d_sae]
+        weights = Weights(**dict(zip(named, tensors)), threshold=threshold, bandwidth=bandwidth, prefixes=prefixes)
+        return cast, target, weights
+
+    def _no_autocast(self, x: Tensor) -> Any:
+        return torch.autocast(x.device.type, enabled=False) if _checks.autocasting(x.device) else nullcontext()
+
+    def _is_dense(self, x: Tensor, w: Weights) -> bool:
+        if not isinstance(self.activation, (ReLU, JumpReLU, Gated)) or x.shape[0] == 0:
+            return False
+        if self.dense is not None:
+            return self.dense
+        with torch.no_grad():
+            return dense.measured_density(x, w) > dense.DENSITY
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
@@ -168,26 +457,163 @@ class SAE(nn.Module):
             along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``cfg.json`` and ``sae.safetensors`` into a folder; TopK ones load in EleutherAI's sparsify. Needs safetensors.
+    # ------------------------------------------------------------ start
 
-        Both are written under a temporary name and renamed, so that a crash leaves the older file readable.
+    @torch.no_grad()
+    def init_from(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        b_dec: Literal["mean", "geometric_median"] | None = "mean",
+        norm: Literal["rms"] | None = None,
+        encoder: Literal["transpose"] | None = "transpose",
+    ) -> SAE:
+        """Starts from data: the decoder's bias at the centre of what is to be reconstructed, the encoder at the decoder's rows.
+
+        Args:
+            x: ``[.., D]``, a sample of activations. target, mask: as in ``loss``.
+            b_dec: "mean"; "geometric_median" (Weiszfeld's iteration, less moved by outliers); None leaves it.
+            norm: "rms" multiplies inputs, and targets, by one number each such that their entries have mean square 1: learning rates and
+                penalties then mean the same on every layer. The loss is in these units. ``save`` and ``fold_`` fold the numbers into the
+                weights.
+            encoder: "transpose" sets ``W_enc = W_dec`` (where their shapes agree); None leaves it.
+
+        Returns: the module.
+        """
+        op = "SAE.init_from"
+        for name, value, known in (
+            ("b_dec", b_dec, ("mean", "geometric_median")),
+            ("norm", norm, ("rms",)),
+            ("encoder", encoder, ("transpose",)),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, known))} or None, got {value!r}")
+        self.scale.fill_(1)
+        self._scaled = False
+        x, target, _ = self._arguments(op, x, target, mask, None, None, None)
+        if x.shape[0] == 0:
+            raise ValueError(f"{op}: x must hold at least one token that counts, got none")
+        wide = accumulator(x.dtype)
+        if norm == "rms":
+            self.scale.copy_(torch.stack([1 / t.to(wide).square().mean().sqrt() for t in (x, target)]))
+            if not bool(self.scale.isfinite().all()):
+                self.scale.fill_(1)
+                raise ValueError(f"{op}: norm='rms' needs activations that are finite and not all 0")
+            self._scaled = True
+        if b_dec is not None:
+            centre = target.to(wide).mean(0) if b_dec == "mean" else _geometric_median(target.to(wide))
+            self.b_dec.copy_(centre * self.scale[1])
+        if encoder == "transpose" and self.d_out == self.d_in:
+            self.W_enc.copy_(self.W_dec)
+        return self
+
+    @torch.no_grad()
+    def fold_(self) -> SAE:
+        """Folds the normalisation of ``init_from`` into the weights: latents and reconstructions are then in the units of the data."""
+        for name, tensor in self._folded().items():
+            getattr(self, name).copy_(tensor)
+        if isinstance(self.activation, JumpReLU) and self.activation.bandwidth is not None:
+            self.activation = replace(self.activation, bandwidth=self._folded_bandwidth())
+        self.scale.fill_(1)
+        self._scaled = False
+        return self
+
+    def _folded_bandwidth(self) -> float | None:
+        bandwidth = getattr(self.activation, "bandwidth", None)
+        return bandwidth / float(self.scale[0]) if self._scaled and bandwidth is not None else bandwidth
+
+    def _folded(self) -> dict[str, Tensor]:
+        """Parameters and the running threshold in the units of the data. Every activation commutes with a positive factor."""
+        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        if isinstance(self.activation, BatchTopK):
+            tensors["running_threshold"] = self.running_threshold
+        if not self._scaled:
+            return tensors
+        s, t = self.scale.to(torch.float64).unbind() if self.scale.device.type != "mps" else self.scale.unbind()
+        factors = dict.fromkeys(("b_enc", "b_gate", "b_mag", "threshold", "running_threshold"), 1 / s)
+        factors |= {"b_dec": 1 / t}
+        if self.transcoder:
+            factors |= {"W_dec": s / t, "W_skip": s / t}
+        return {name: (tensor * factors[name]).to(tensor.dtype) if name in factors else tensor for name, tensor in tensors.items()}
+
+    # ------------------------------------------------------------ files
+
+    def config(self) -> dict[str, Any]:
+        """What ``from_config`` builds an equal module of, in JSON's types; the names that sparsify knows are its own."""
+        activation = self.activation
+        config: dict[str, Any] = {"d_in": self.d_in, "num_latents": self.d_sae, "activation": type(activation).__name__.lower()}
+        if isinstance(activation, TopK):
+            config |= {"k": activation.k, "relu": activation.relu}
+        if isinstance(activation, BatchTopK):
+            config |= {"k": activation.k, "rate": activation.rate}
+        if isinstance(activation, JumpReLU):
+            config["bandwidth"] = activation.bandwidth
+        return config | {
+            "expansion_factor": 0,
+            "normalize_decoder": self.normalise_decoder,
+            "transcode": self.transcoder,
+            "d_out": self.d_out,
+            "skip_connection": self.skip,
+            "tied": self.tied,
+            "prefixes": self.prefixes,
+            "objective": self.objective,
+            "l1": self.l1,
+            "l0": self.l0,
+            "aux": None if self.aux is None else asdict(self.aux),
+            "dead_after": self.dead_after,
+        }
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> SAE:
+        """A fresh module of a ``config()``; KeyError, TypeError or ValueError where it is none."""
+        kind = config["activation"]
+        activation: Activation
+        if kind == "topk":
+            activation = TopK(config["k"], config.get("relu", True))
+        elif kind == "batchtopk":
+            activation = BatchTopK(config["k"], config.get("rate", 0.01))
+        elif kind == "jumprelu":
+            activation = JumpReLU(bandwidth=config.get("bandwidth"))
+        elif kind in ("relu", "gated"):
+            activation = ReLU() if kind == "relu" else Gated()
+        else:
+            raise ValueError(f"unknown activation {kind!r}")
+        options = {name: config[name] for name in ("prefixes", "tied", "objective", "l1", "l0", "dead_after") if name in config}
+        options |= {"skip": config.get("skip_connection", False), "normalise_decoder": config.get("normalize_decoder")}
+        options["d_out"] = config["d_out"] if config.get("transcode") else None
+        options["aux"] = AuxK(**config["aux"]) if config.get("aux") else None
+        return cls(config["d_in"], config["num_latents"], activation, **options, dtype=dtype, device=device, seed=seed)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes ``cfg.json`` and ``sae.safetensors`` into a folder, normalisation folded in; TopK ones load in EleutherAI's sparsify.
+        Needs safetensors.
+
+        Both are written under a temporary name and renamed, so that a crash leaves the older file readable. Training state (optimiser,
+        silent features, unfolded normalisation) is what ``save_checkpoint`` keeps.
         """
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"encoder.weight": self.W_enc, "encoder.bias": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        config: dict[str, Any] = {"d_in": self.d_in, "num_latents": self.d_sae, "activation": type(self.activation).__name__.lower()}
-        if isinstance(self.activation, TopK):
-            config |= {"k": self.activation.k, "relu": self.activation.relu, "expansion_factor": 0, "normalize_decoder": True}
-        if isinstance(self.activation, JumpReLU):
-            tensors["threshold"] = self.threshold
-            config["bandwidth"] = self.activation.bandwidth
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / f"{_WEIGHTS}.part")
-        (folder / f"{_CONFIG}.part").write_text(json.dumps(config, indent=1))
-        for name in (_WEIGHTS, _CONFIG):
-            os.replace(folder / f"{name}.part", folder / name)
+        tensors = self._folded()
+        if self.tied:
+            tensors["W_enc"] = tensors["W_dec"].clone()
+        names = {ours: theirs for theirs, ours in _NAMES.items()}
+        tensors = {names.get(name, name): tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        config = self.config()
+        if "bandwidth" in config:
+            config["bandwidth"] = self._folded_bandwidth()
+        _files.replace(folder / _WEIGHTS, lambda path: save_file(tensors, path))
+        _files.replace(folder / _CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
         return folder
 
     @classmethod
@@ -200,19 +626,44 @@ class SAE(nn.Module):
         try:
             config = json.loads((folder / _CONFIG).read_text())
             tensors = load_file(folder / _WEIGHTS, device=str(device or "cpu"))
-            kind = config["activation"]
-            activation: TopK | ReLU | JumpReLU
-            if kind == "topk":
-                activation = TopK(config["k"], config.get("relu", True))
-            elif kind == "jumprelu":
-                activation = JumpReLU(bandwidth=config.get("bandwidth"))
-            elif kind == "relu":
-                activation = ReLU()
-            else:
-                raise ValueError(f"unknown activation {kind!r}")
-            sae = cls(config["d_in"], config["num_latents"], activation, dtype=tensors["W_dec"].dtype, device=device, seed=0)
-            names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
-            sae.load_state_dict({names.get(name, name): tensor for name, tensor in tensors.items()})
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            sae = cls.from_config(config, dtype=tensors["W_dec"].dtype, device=device, seed=0)
+            sae.load_state_dict({_NAMES.get(name, name): tensor for name, tensor in tensors.items()})
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"SAE.load: {folder} is not a folder that SAE.save wrote: {error}") from error
         return sae
+
+
+def _check_activation(activation: Any, d_sae: int) -> None:
+    if not isinstance(activation, (TopK, BatchTopK, JumpReLU, ReLU, Gated)):
+        raise TypeError(f"SAE: activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(activation).__name__}")
+    if isinstance(activation, TopK):
+        _checks.integer("SAE", "activation.k", activation.k, 1, d_sae, f"d_sae={d_sae}")
+    if isinstance(activation, BatchTopK):
+        _checks.number("SAE", "activation.k", activation.k)
+        _checks.number("SAE", "activation.rate", activation.rate)
+    if isinstance(activation, JumpReLU):
+        if not isinstance(activation.threshold, Tensor):
+            _checks.number("SAE", "activation.threshold", activation.threshold, positive=False)
+        if activation.bandwidth is not None:
+            _checks.number("SAE", "activation.bandwidth", activation.bandwidth)
+    for name in ("threshold", "b_gate", "r_mag", "b_mag"):
+        value = getattr(activation, name, None)
+        if isinstance(value, Tensor) or (value is not None and name != "threshold"):
+            _checks.tensor("SAE", f"activation.{name}", value)
+            if value.dim():
+                _checks.shape("SAE", f"activation.{name}", value, (d_sae,), f"[d_sae={d_sae}] or []")
+
+
+def _geometric_median(x: Tensor, steps: int = 100) -> Tensor:
+    """The point of least summed distance to the rows, by Weiszfeld's iteration from the mean until it moves by less than 1e-6 of the
+    median distance."""
+    guess = x.mean(0)
+    for _ in range(steps):
+        distance = torch.linalg.vector_norm(x - guess, dim=1)
+        if not bool(distance.any()):
+            break
+        weight = 1 / distance.clamp_min(1e-6 * float(distance.mean()))  # a row at the guess itself pulls no harder than that
+        before, guess = guess, (weight @ x) / weight.sum()
+        if float(torch.linalg.vector_norm(guess - before)) <= 1e-6 * float(distance.median()):
+            break
+    return guess

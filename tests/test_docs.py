@@ -15,12 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = EXAMPLES[0]
+def test_readme_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example, training = EXAMPLES[0], next(text for text in EXAMPLES if "Trainer" in text)
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert capsys.readouterr().out.count("chosen") == 1
     assert names["x_hat"].shape == names["x"].shape  # pyright: ignore[reportAttributeAccessIssue]
+    pytest.importorskip("safetensors")
+    exec(compile(training, "README.md", "exec"), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pt", "sae"]
 
 
 def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +38,7 @@ def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -
 
     batches = [{"x": torch.randn(2, n, 3), "attention_mask": torch.ones(2, n, dtype=torch.int64)} for n in (4, 6)]
     names = {"torch": torch, "fastsae": fastsae, "model": Model(), "batches": batches}
-    exec(compile(EXAMPLES[1], "README.md", "exec"), names)
+    exec(compile(next(text for text in EXAMPLES if "fastsae.trace" in text), "README.md", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in printed] == [["layer", "seen"], ["layer.mlp.1", "20"], ["all", "20"]]
 

@@ -14,19 +14,22 @@ import fastsae
 
 PACKAGE = Path(fastsae.__file__).parent
 
-# superposition, polytopes, patch, sae, optim -> ops -> dispatch -> (kernels | native): a module may import what is lower, or of its own
-# layer where that layer is one family (the operations). What everybody shares is below all of them.
+# trainer -> superposition, polytopes, patch, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels | native): a
+# module may import what is lower, or of its own layer where that layer is one family (the operations). What everybody shares is below
+# all of them.
 LAYERS = {
     "__main__": 8, "demo": 7, "verify": 6,
     "__init__": 6,
-    "superposition": 5, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
+    "trainer": 5.9, "superposition": 5, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
+    "fused": 4.9, "dense": 4.8, "losses": 4.7,
     "ops": 4,
+    "gradients": 3.5,
     "dispatch": 3, "packed": 3,
     "native_encode": 2.5, "native_match": 2.7, "native_spline": 2.7,
     "kernels": 2, "native": 2,
     "testing": 1, "plots": 1,
     "counters": 5, "trace": 5,
-    "latents": 0, "gradients": 0, "activations": 0, "private": 0, "_C": 0,  # and private modules, whose names begin with "_"
+    "latents": 0, "activations": 0, "private": 0, "_C": 0,  # and private modules, whose names begin with "_"
 }  # fmt: skip
 # Inside a function only: how a sample is checked, how a match is drawn.
 LAZY_LEAVES = {"testing", "plots"}

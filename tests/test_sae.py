@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastsae
-from fastsae import SAE, JumpReLU, ReLU, TopK
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 KINDS = {
     "topk": TopK(3),
@@ -22,6 +21,8 @@ KINDS = {
     "jumprelu": JumpReLU(0.2),
     "jumprelu_band": JumpReLU(0.2, bandwidth=0.5),
     "jumprelu_tensor": JumpReLU(torch.linspace(0, 1, 20), bandwidth=0.5),
+    "batchtopk": BatchTopK(2.5),
+    "gated": Gated(torch.linspace(-1, 0.5, 20), torch.linspace(-0.5, 0.5, 20), torch.linspace(-0.3, 0.4, 20)),
 }
 each = pytest.mark.parametrize("kind", KINDS)
 
@@ -29,7 +30,8 @@ each = pytest.mark.parametrize("kind", KINDS)
 def build(kind: str, **options: Any) -> SAE:
     sae = SAE(7, 20, KINDS[kind], seed=3, **options)
     with torch.no_grad():  # biases that matter
-        sae.b_enc.copy_(torch.linspace(-0.3, 0.3, 20))
+        if sae.b_enc is not None:
+            sae.b_enc.copy_(torch.linspace(-0.3, 0.3, 20))
         sae.b_dec.copy_(torch.linspace(-1, 1, 7))
     return sae
 
@@ -40,8 +42,15 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 def plain(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """(dense latents, x_hat)."""
-    z = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
-    if isinstance(sae.activation, TopK):
+    p = (x - sae.b_dec) @ sae.W_enc.T
+    if isinstance(sae.activation, Gated):
+        code = (p + sae.b_gate > 0) * (p * sae.r_mag.exp() + sae.b_mag).relu()
+        return code, code @ sae.W_dec + sae.b_dec
+    z = p + sae.b_enc
+    if isinstance(sae.activation, BatchTopK):
+        kept = z.relu().flatten().topk(min(int(sae.activation.k * z[..., 0].numel()), z.numel()))
+        code = torch.zeros(z.numel(), dtype=z.dtype).scatter(0, kept.indices, kept.values).reshape(z.shape)
+    elif isinstance(sae.activation, TopK):
         top = z.topk(sae.activation.k, dim=-1)
         code = torch.zeros_like(z).scatter(-1, top.indices, top.values.relu() if sae.activation.relu else top.values)
     else:
@@ -63,21 +72,31 @@ def test_forward(kind: str, batch: tuple[int, ...]) -> None:
 
 
 @each
-def test_loss(kind: str) -> None:
-    sae, x = build(kind, dtype=torch.float64), rows(2, 6, 7, dtype=torch.float64)
+@pytest.mark.parametrize("dense", [False, True, None])
+def test_loss(kind: str, dense: bool | None) -> None:
+    sae, x = build(kind, dtype=torch.float64, dense=dense), rows(2, 6, 7, dtype=torch.float64)
     code, x_hat = plain(sae, x)
     result = sae.loss(x)
     error = (x_hat - x).square().sum()
-    torch.testing.assert_close(result.loss, error / 12, rtol=1e-12, atol=1e-12)
+    penalised, leaves = code, [sae.W_enc, sae.W_dec, sae.b_dec]
+    if isinstance(sae.activation, Gated):
+        penalised = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_gate).relu()
+        frozen = (penalised @ sae.W_dec.detach() + sae.b_dec.detach() - x).square().sum()
+        leaves += [sae.b_gate, sae.r_mag, sae.b_mag]
+    else:
+        frozen = torch.zeros_like(error)
+        leaves += [sae.b_enc]
+    torch.testing.assert_close(result.loss, (error + frozen) / 12, rtol=1e-12, atol=1e-12)
     spread = (x - x.reshape(-1, 7).mean(0)).square().sum()
     torch.testing.assert_close(result.fvu, (error / spread).detach(), rtol=1e-12, atol=1e-12)
     assert float(result.l0) == pytest.approx(float((code != 0).sum()) / 12)
     assert not result.fvu.requires_grad
     assert not result.l0.requires_grad
-    penalty = (code.abs() * sae.W_dec.norm(dim=1)).sum() / 12
-    torch.testing.assert_close(sae.loss(x, l1=0.7).loss, error / 12 + 0.7 * penalty, rtol=1e-12, atol=1e-12)
-    got = torch.autograd.grad(sae.loss(x, l1=0.7).loss, [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec])
-    want = torch.autograd.grad(error / 12 + 0.7 * penalty, [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec])
+    penalty = (penalised.abs() * sae.W_dec.norm(dim=1)).sum() / 12
+    whole = (error + frozen) / 12 + 0.7 * penalty
+    torch.testing.assert_close(sae.loss(x, l1=0.7).loss, whole, rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(sae.loss(x, l1=0.7).loss, leaves)
+    want = torch.autograd.grad(whole, leaves)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
 
@@ -262,6 +281,206 @@ def test_copies_keep_the_function(kind: str) -> None:
         assert not any(p.data_ptr() == q.data_ptr() for p in again.parameters() for q in sae.parameters())
 
 
+# ---------------------------------------------------------------- variants
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "matryoshka": {"prefixes": [4, 5, 20]},
+    "tied": {"tied": True},
+    "transcoder": {"d_out": 5},
+    "skip": {"d_out": 5, "skip": True, "prefixes": [11, 20]},
+}
+variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def build_variant(kind: str, name: str, **options: Any) -> SAE:
+    sae = SAE(7, 20, KINDS[kind], seed=3, **VARIANTS[name], **options)
+    with torch.no_grad():
+        for number, parameter in enumerate(sae.parameters()):
+            parameter.add_(rows(*parameter.shape, seed=number, dtype=parameter.dtype), alpha=0.1)
+    return sae
+
+
+@each
+@variant
+def test_variants_in_words(kind: str, name: str) -> None:
+    sae, x = build_variant(kind, name, dtype=torch.float64), rows(9, 7, dtype=torch.float64)
+    target = rows(9, sae.d_out, seed=1, dtype=torch.float64)
+    latents = sae.encode(x)
+    code = latents.to_dense()
+    if sae.transcoder:  # x itself is encoded
+        bare = copy.deepcopy(sae)
+        with torch.no_grad():
+            bare.b_dec.zero_()
+        assert torch.equal(bare.encode(x).to_dense(), code)
+    past = x @ sae.W_skip.T if sae.skip else torch.zeros_like(target)
+    x_hats = [code[:, :size] @ sae.W_dec[:size] + sae.b_dec + past for size in sae.prefixes or [20]]
+    torch.testing.assert_close(sae(x).x_hat, x_hats[-1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sae.decode(latents, x), x_hats[-1], rtol=1e-12, atol=1e-12)
+    errors = [(x_hat - target).square().sum() for x_hat in x_hats]
+    if not isinstance(sae.activation, Gated):
+        torch.testing.assert_close(sae.loss(x, target).loss, sum(errors) / len(errors) / 9, rtol=1e-12, atol=1e-12)
+    spread = (target - target.mean(0)).square().sum()
+    torch.testing.assert_close(sae.loss(x, target).fvu, (errors[-1] / spread).detach(), rtol=1e-12, atol=1e-12)
+    assert (sae(x).squared_error is None) == sae.transcoder
+    torch.testing.assert_close(sae(x, target).squared_error, (x_hats[-1] - target).square().sum(1), rtol=1e-12, atol=1e-12)
+    assert (sae.W_enc is sae.W_dec) == sae.tied
+    assert sae.unit_rows == (() if sae.transcoder else ("W_dec",))
+
+
+def test_the_fvu_objective() -> None:
+    sae = build("topk", objective="fvu")
+    result = sae.loss(rows(9, 7))
+    torch.testing.assert_close(result.loss.detach(), result.fvu)
+
+
+def test_objective_of_constant_rows_has_a_gradient() -> None:
+    sae = SAE(7, 20, TopK(3), seed=0, objective="fvu")
+    sae.loss(torch.zeros(5, 7)).loss.backward()  # 0 / 0
+    assert all(bool((p.grad == 0).all()) for p in sae.parameters())
+
+
+def test_annealing_k() -> None:
+    sae, x = build("topk"), rows(5, 7)
+    assert sae.k == 3
+    sae.k = 6.6  # rounded: a schedule's value
+    assert sae.encode(x).values.shape == (5, 7)
+    assert sae.activation == TopK(7)
+    signed = build("topk_signed")
+    signed.k = 2
+    assert signed.activation == TopK(2, relu=False)
+    batch = build("batchtopk")
+    batch.k = 1.2
+    assert batch.encode(x).values.shape == (6,)
+
+
+def test_batch_topk_in_evaluation_keeps_what_exceeds_the_running_threshold() -> None:
+    sae, x = build("batchtopk"), rows(40, 7)
+    z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    torch.testing.assert_close(sae.eval().encode(x).to_dense(), z.relu())  # no batch seen yet
+    for _ in range(3):
+        sae.train().loss(x)
+    threshold = float(sae.running_threshold)
+    assert threshold == pytest.approx(float(z.flatten().topk(100).values[-1]), rel=1e-5)
+    sae.eval()
+    torch.testing.assert_close(sae.encode(x).to_dense(), z * (z > threshold))
+    torch.testing.assert_close(sae.encode(x[3:4]).to_dense(), sae.encode(x).to_dense()[3:4])  # whatever the batch
+    assert sae.encode(x).values.shape[0] in (99, 100)
+
+
+@pytest.mark.parametrize("name", [None, "tied"])
+def test_moves(name: str | None) -> None:
+    sae = build("batchtopk") if name is None else build_variant("batchtopk", name)
+    sae.loss(rows(9, 7))
+    running, silent = sae.running_threshold.clone(), sae.silent.clone()
+    half = copy.deepcopy(sae).to(torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.running_threshold.dtype is half.scale.dtype is torch.float32  # a running mean needs its digits
+    assert torch.equal(half.running_threshold, running)
+    assert torch.equal(half.silent, silent)
+    assert half(rows(4, 7, dtype=torch.bfloat16)).x_hat.dtype is torch.bfloat16
+    for moved in (half, half.to("meta"), half.to_empty(device="cpu"), pickle.loads(pickle.dumps(sae)), copy.deepcopy(sae).double()):
+        assert (moved.W_enc is moved.W_dec) == (name == "tied")
+        assert len(list(moved.parameters())) == (3 if name == "tied" else 4)
+
+
+def test_meta_is_refused_or_empty() -> None:
+    sae = build("topk").to("meta")
+    with pytest.raises(TypeError, match="must be on cpu"):
+        sae(rows(3, 7))
+    empty = SAE(7, 20, TopK(3), device="meta")
+    assert {p.device.type for p in [*empty.parameters(), *empty.buffers()]} == {"meta"}
+    empty.to_empty(device="cpu").load_state_dict(build("topk").state_dict())
+    assert torch.equal(empty(rows(3, 7)).x_hat, build("topk")(rows(3, 7)).x_hat)
+
+
+def test_a_state_from_before_the_buffers() -> None:
+    state = {name: tensor for name, tensor in build("topk").state_dict().items() if name not in ("silent", "scale")}
+    sae = SAE(7, 20, TopK(3), seed=9)
+    sae.load_state_dict(state)
+    assert torch.equal(sae(rows(3, 7)).x_hat, build("topk")(rows(3, 7)).x_hat)
+    with pytest.raises(RuntimeError, match="W_enc"):
+        sae.load_state_dict({name: tensor for name, tensor in state.items() if name != "W_enc"})
+
+
+@each
+def test_autocast(kind: str) -> None:
+    sae, x = build(kind), rows(6, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, loss = sae(x), sae.loss(x)
+    assert result.x_hat.dtype is torch.bfloat16
+    assert loss.loss.dtype is torch.float32
+    loss.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in sae.parameters())
+    torch.testing.assert_close(float(loss.loss.detach()), float(sae.loss(x).loss.detach()), rtol=0.05, atol=0)  # 8 bits of 3 products
+
+
+# ---------------------------------------------------------------- start from data
+
+
+def test_start_at_the_mean() -> None:
+    x = rows(50, 7) * 3 + 2
+    mask = torch.arange(50) % 2 == 0
+    sae = build("topk").init_from(torch.where(mask.unsqueeze(1), x, float("nan")), mask=mask)
+    torch.testing.assert_close(sae.b_dec.detach(), x[mask].mean(0))
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    before = sae.b_dec.detach().clone()
+    assert torch.equal(sae.init_from(x + 1, b_dec=None).b_dec, before)
+    target = rows(50, 5)
+    torch.testing.assert_close(build("topk", d_out=7).init_from(x, x + 1).b_dec.detach(), (x + 1).mean(0))
+    sae = SAE(7, 20, TopK(3), d_out=5, seed=0)
+    torch.testing.assert_close(sae.init_from(x, target).b_dec.detach(), target.mean(0))
+
+
+def test_start_at_the_geometric_median() -> None:
+    x = rows(41, 7, dtype=torch.float64)
+    x[:5] += 1e4  # outliers
+    point = build("topk", dtype=torch.float64).init_from(x, b_dec="geometric_median").b_dec.detach().requires_grad_()
+    pull = torch.autograd.grad((x - point).norm(dim=1).sum(), point)[0]
+    assert float(pull.norm()) < 1e-3  # of 41 unit vectors' sum: the minimum, to the iteration's accuracy
+    assert float(point.detach().norm()) < 3
+    single = build("topk").init_from(torch.ones(4, 7), b_dec="geometric_median")  # all distances 0
+    torch.testing.assert_close(single.b_dec.detach(), torch.ones(7))
+
+
+@each
+@pytest.mark.parametrize("name", [None, *VARIANTS])
+def test_normalisation_is_folded(kind: str, name: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    dtype = torch.float64
+    sae = build(kind, dtype=dtype) if name is None else build_variant(kind, name, dtype=dtype)
+    x = 30 * rows(40, 7, dtype=dtype) + 5
+    target = 0.01 * rows(40, 5, seed=4, dtype=dtype) if sae.transcoder else None
+    sae.init_from(x, target, norm="rms")
+    s, t = sae.scale.double()
+    torch.testing.assert_close((s * x).square().mean(), torch.ones((), dtype=dtype), rtol=1e-6, atol=0)  # the factor is a float32
+    assert (float(s) == float(t)) == (target is None)
+    sae.loss(x, target)  # BatchTopK's running threshold
+    sae.eval()
+    if kind == "batchtopk":
+        sae.running_threshold.mul_(0.999)  # not exactly a score, of which rounding would decide
+    plain = copy.deepcopy(sae)
+    plain._scaled = False
+    loss, unscaled = sae.loss(x, target), plain.loss(s * x, None if target is None else t * target)
+    torch.testing.assert_close(loss.loss, unscaled.loss)
+    reconstruction = sae(x, target)
+    torch.testing.assert_close(reconstruction.x_hat, plain(s * x).x_hat / t)
+    again = SAE.load(sae.save(tmp_path / "sae")).eval()
+    assert float(again.scale[0]) == 1
+    # Folded vectors and the factor are rounded: relative to values near 30.
+    torch.testing.assert_close(again(x).x_hat, reconstruction.x_hat, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(again.encode(x).to_dense(), sae.encode(x).to_dense() / s, rtol=1e-6, atol=1e-6)
+    if sae.unit_rows:
+        assert torch.equal(again.W_dec, sae.W_dec)
+    metrics, _ = sae.step_gradients(x, target)
+    torch.testing.assert_close(metrics.fvu, loss.fvu)
+    folded = copy.deepcopy(sae).fold_()
+    torch.testing.assert_close(folded(x).x_hat, reconstruction.x_hat, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(folded.loss(x, target).fvu, loss.fvu, rtol=1e-6, atol=1e-9)
+    state = SAE(7, 20, KINDS[kind], **VARIANTS.get(name or "", {}), dtype=dtype)
+    state.load_state_dict(sae.state_dict())
+    assert torch.equal(state.eval()(x).x_hat, reconstruction.x_hat)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -337,6 +556,31 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         SAE.load(folder)
 
 
+@each
+@variant
+def test_save_and_load_variants(tmp_path: Path, kind: str, name: str) -> None:
+    pytest.importorskip("safetensors")
+    aux = None if kind == "gated" else AuxK(5, relu=False, denominator="total")
+    sae = build_variant(kind, name, objective="fvu", l1=0.25, aux=aux, dead_after=77)
+    sae.loss(rows(9, 7), rows(9, sae.d_out))
+    again = SAE.load(sae.save(tmp_path / "sae"))
+    assert again.config() == sae.config()
+    for (name, a), (_, b) in zip(sae.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(again.eval()(rows(9, 7)).x_hat, sae.eval()(rows(9, 7)).x_hat)
+
+
+def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    sae = build("jumprelu_band")
+    tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec, "threshold": sae.threshold}
+    safetensors.save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, tmp_path / "sae.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": 7, "num_latents": 20, "activation": "jumprelu", "bandwidth": 0.5}))
+    again = SAE.load(tmp_path)
+    assert torch.equal(again.loss(rows(5, 7), l0=1.0).loss, sae.loss(rows(5, 7), l0=1.0).loss)
+    assert again.unit_rows == ("W_dec",)
+
+
 def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     sae = SAE(7, 20, TopK(3), seed=0)
@@ -364,8 +608,53 @@ def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
         (lambda: SAE(4.0, 4), TypeError, "d_in must be an int, got float"),
         (lambda: SAE(4, 8, TopK(9)), ValueError, r"activation.k must be at least 1 and at most 8 .* got 9"),
         (lambda: SAE(4, 8, TopK(0)), ValueError, "activation.k"),
-        (lambda: SAE(4, 8, TopK), TypeError, "activation must be TopK, ReLU or JumpReLU, got type"),
-        (lambda: SAE(4, 8, fastsae.BatchTopK(3)), TypeError, "got BatchTopK"),
+        (lambda: SAE(4, 8, TopK), TypeError, "activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got type"),
+        (lambda: SAE(4, 8, BatchTopK(0)), ValueError, "activation.k must be a finite number above 0, got 0"),
+        (lambda: SAE(4, 8, BatchTopK(3, rate=0.0)), ValueError, "activation.rate must be a finite number above 0, got 0.0"),
+        (lambda: SAE(4, 8, Gated(b_mag=0.5)), TypeError, "activation.b_mag must be a torch.Tensor, got float"),
+        (lambda: SAE(4, 8, Gated(b_gate=torch.ones(7))), ValueError, r"activation.b_gate must have shape \[d_sae=8\] or \[\], got \[7\]"),
+        (lambda: SAE(4, 8, TopK(2), d_out=0), ValueError, "d_out must be at least 1, got 0"),
+        (lambda: SAE(4, 8, TopK(2), skip=True), ValueError, "skip needs d_out"),
+        (lambda: SAE(4, 8, TopK(2), skip=1), TypeError, "skip must be a bool, got int"),
+        (lambda: SAE(4, 8, TopK(2), d_out=5, tied=True), ValueError, "tied needs d_out = d_in = 4, got d_out=5"),
+        (lambda: SAE(4, 8, TopK(2), prefixes=[2, 7]), ValueError, r"prefixes must ascend strictly and end in d_sae=8, got \[2, 7\]"),
+        (lambda: SAE(4, 8, TopK(2), prefixes=[4, 2, 8]), ValueError, "prefixes must ascend strictly"),
+        (lambda: SAE(4, 8, TopK(2), prefixes=[]), ValueError, "prefixes must ascend strictly"),
+        (lambda: SAE(4, 8, TopK(2), prefixes=[0, 8]), ValueError, r"prefixes must be at least 1 and at most 8 \(d_sae=8\), got 0"),
+        (lambda: SAE(4, 8, TopK(2), prefixes=[2.0, 8]), TypeError, "prefixes must be an int, got float"),
+        (lambda: SAE(4, 8, TopK(2), objective="l2"), ValueError, "objective must be 'mse' or 'fvu', got 'l2'"),
+        (lambda: SAE(4, 8, TopK(2), dead_after=0), ValueError, "dead_after must be at least 1, got 0"),
+        (lambda: SAE(4, 8, TopK(2), l1=float("nan")), ValueError, "l1 must be a finite number, got nan"),
+        (lambda: SAE(4, 8, TopK(2), l0=0.1), ValueError, "SAE: l0 needs JumpReLU with a bandwidth"),
+        (lambda: SAE(4, 8, TopK(2), aux=32), TypeError, "aux must be an AuxK, False or None, got int"),
+        (lambda: SAE(4, 8, Gated(), aux=AuxK()), ValueError, "aux does not go with Gated"),
+        (lambda: AuxK(0), ValueError, "AuxK: k must be at least 1, got 0"),
+        (lambda: AuxK(coefficient=0), ValueError, "AuxK: coefficient must be a finite number above 0, got 0"),
+        (lambda: AuxK(relu=1), TypeError, "AuxK: relu must be a bool, got int"),
+        (lambda: AuxK(denominator="none"), ValueError, "denominator must be 'residual', 'total' or 'tokens', got 'none'"),
+        (lambda: SAE(7, 20, TopK(3), d_out=3).loss(rows(4, 7)), ValueError, r"SAE\.loss: target must be given for a transcoder, got None"),
+        (lambda: build("topk").loss(rows(4, 7), rows(4, 6)), ValueError, r"SAE\.loss: target must have shape \[4, 7\], got \[4, 6\]"),
+        (lambda: build("topk").loss(rows(4, 7), [1]), TypeError, r"SAE\.loss: target must be a torch.Tensor, got list"),
+        (lambda: build("topk").step_gradients(rows(4, 6)), ValueError, r"SAE\.step_gradients: x must have shape \[.., d_in=7\]"),
+        (lambda: build("topk").step_gradients(rows(4, 7).double()), TypeError, r"SAE\.step_gradients: x must have the dtype of the param"),
+        (lambda: build("topk").step_gradients(rows(4, 7).to("meta")), TypeError, "x must be on cpu .* got meta"),
+        (lambda: SAE(7, 20, TopK(3), d_out=3, skip=True).decode(build("topk").encode(rows(1, 7))), ValueError, "decode: x must be given"),
+        (lambda: setattr(build("topk"), "k", 21), ValueError, r"activation.k must be at least 1 and at most 20 \(d_sae=20\), got 21"),
+        (lambda: build("relu").k, AttributeError, "no attribute 'k'"),
+        (lambda: setattr(build("relu"), "k", 3), AttributeError, "ReLU has no k"),
+        (
+            lambda: build("topk").init_from(rows(4, 7), b_dec="median"),
+            ValueError,
+            r"SAE\.init_from: b_dec must be 'mean' or 'geometric_median'",
+        ),
+        (lambda: build("topk").init_from(rows(4, 7), norm="l2"), ValueError, r"norm must be 'rms' or None, got 'l2'"),
+        (lambda: build("topk").init_from(rows(4, 7), encoder="random"), ValueError, r"encoder must be 'transpose' or None, got 'random'"),
+        (lambda: build("topk").init_from(rows(0, 7)), ValueError, "x must hold at least one token that counts, got none"),
+        (
+            lambda: build("topk").init_from(0 * rows(4, 7), norm="rms"),
+            ValueError,
+            "norm='rms' needs activations that are finite and not all 0",
+        ),
         (lambda: SAE(4, 8, JumpReLU(torch.ones(7))), ValueError, r"activation.threshold must have shape \[d_sae=8\]"),
         (lambda: SAE(4, 8, JumpReLU("0.1")), TypeError, "activation.threshold must be a number, got str"),
         (lambda: SAE(4, 8, JumpReLU(float("nan"))), ValueError, "activation.threshold must be a finite number"),

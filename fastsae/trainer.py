@@ -1,0 +1,320 @@
+"""Training loop with checkpoints: small enough to read in one sitting, and to replace by your own."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import _checks, _files
+from fastsae.activations import BatchTopK, TopK
+from fastsae.sae import SAE
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Checkpoint(NamedTuple):
+    """What ``load_checkpoint`` found."""
+
+    sae: SAE
+    extra: dict[str, Any]
+
+
+def save_checkpoint(path: str | os.PathLike[str], sae: SAE, opt: Any = None, extra: Mapping[str, Any] | None = None) -> Path:
+    """Writes everything that training goes on from into one file; a crash at any moment leaves the older file, or the new one, whole.
+
+    Args:
+        path: of the file; its folder is made where missing. The file is written beside it, flushed to the disk and renamed.
+        sae: with its buffers (silent features, running threshold, normalisation, which is not folded here).
+        opt: an optimiser with ``state_dict()``, or None.
+        extra: numbers, text, tensors, and lists, tuples and dictionaries of them.
+
+    Raises: TypeError for anything else in ``extra`` or the optimiser's state: it could not be read back without running code.
+    """
+    content = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
+    content["opt"] = None if opt is None else opt.state_dict()
+    for part in ("opt", "extra"):
+        _check_plain(part, content[part])
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _files.replace(path, lambda part: torch.save(content, part))
+    return path
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], sae: SAE | None = None, opt: Any = None, *, device: torch.device | str | None = None
+) -> Checkpoint:
+    """Reads a file of ``save_checkpoint``; nothing in it is run.
+
+    Args:
+        path: of the file.
+        sae: takes the state in place; None builds a module of the stored configuration.
+        opt: takes its state in place (``load_state_dict``).
+        device: of a module built here; default the CPU.
+
+    Returns: ``Checkpoint(sae, extra)``.
+
+    Raises: FileNotFoundError; ValueError for a damaged file, or one that does not fit ``sae`` or ``opt``.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        config, state, extra = content["config"], content["sae"], content["extra"]
+        fresh = SAE.from_config(config, dtype=state["W_dec"].dtype, device="meta")
+        if sae is None:
+            sae = fresh.to_empty(device=device or "cpu")
+        elif type(sae.activation) is not type(fresh.activation):
+            raise ValueError(f"it holds {fresh.activation}, the module has {sae.activation}")
+        sae.load_state_dict(state)
+        if isinstance(fresh.activation, (TopK, BatchTopK)):
+            sae.k = fresh.k
+        if opt is not None:
+            if content["opt"] is None:
+                raise ValueError("it holds no optimiser's state")
+            opt.load_state_dict(content["opt"])
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # reading damaged bytes may raise anything
+        raise ValueError(f"load_checkpoint: {path} is damaged or of something else: {error}") from error
+    return Checkpoint(sae, extra)
+
+
+def _check_plain(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_plain(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(f"{name}.{index}", item)
+    elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, Tensor):
+        raise TypeError(f"save_checkpoint: {name} must be a number, text, tensor, list, tuple or dict, got {type(value).__name__}")
+
+
+# ---------------------------------------------------------------- data and schedules
+
+
+class Batches:
+    """Endless batches of stored activations in a seeded order, whose position a checkpoint keeps.
+
+    Args:
+        x: ``[n, D]``. target: ``[n, d_out]``. mask: bool ``[n]``. size: rows a batch, at most n.
+        seed: of the order; every pass has another one. The rows left over at the end of a pass are dropped.
+    """
+
+    def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, *, size: int, seed: int = 0):
+        _checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
+        self.columns = {name: column for name, column in (("x", x), ("target", target), ("mask", mask)) if column is not None}
+        if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
+            raise ValueError(f"Batches: x, target and mask must have as many rows, got {[c.shape[0] for c in self.columns.values()]}")
+        self.size, self.seed, self.pass_number, self.position = size, seed, 0, 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        n = self.columns["x"].shape[0]
+        while True:
+            # One number for (seed, pass): distinct for all that can occur.
+            generator = torch.Generator().manual_seed((self.seed << 32) + self.pass_number)
+            order = torch.randperm(n, generator=generator).to(self.columns["x"].device)
+            while self.position + self.size <= n:
+                rows = order[self.position : self.position + self.size]
+                self.position += self.size
+                yield {name: column[rows] for name, column in self.columns.items()}
+            self.pass_number, self.position = self.pass_number + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "pass_number": self.pass_number, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.seed, self.pass_number, self.position = state["seed"], state["pass_number"], state["position"]
+
+
+def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
+    """From ``start`` to ``end`` in ``steps`` steps, then constant: for ``Trainer(anneal={"k": linear(256, 64, 1000)})``."""
+    return lambda step: start + (end - start) * min(step / max(steps, 1), 1.0)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class Trainer:
+    """Trains an SAE with any torch optimiser, or with a fused one.
+
+    Args:
+        sae: the module.
+        opt: a torch optimiser over its parameters (the loss goes through autograd, the decoder's rows of ``sae.unit_rows`` stay of norm
+            1), or an object with ``step(x, target=, mask=) -> Metrics`` that does all of it.
+        schedule: factor of each group's learning rate at a step, e.g. ``fastsae.optim.warmup_linear_decay(500, 8_000, 10_000)``; a fused
+            optimiser has its own.
+        anneal: attributes of ``sae`` as functions of the step: ``{"k": linear(256, 64, 1000), "l1": ...}``.
+        clip: largest norm of all gradients together (torch optimisers).
+        reduce: called with the parameters between backward and step, e.g. to average gradients over processes.
+        callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead.
+        checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used).
+        progress: a tqdm bar where tqdm is installed, else lines on stderr.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        opt: Any,
+        *,
+        schedule: Callable[[int], float] | None = None,
+        anneal: Mapping[str, Callable[[int], float]] | None = None,
+        clip: float | None = None,
+        reduce: Callable[[list[Tensor]], object] | None = None,
+        callback: Callable[[int, dict[str, float]], object] | None = None,
+        log_every: int = 100,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 1000,
+        progress: bool = True,
+    ):
+        if not callable(getattr(opt, "step", None)):
+            raise TypeError(f"Trainer: opt must be an optimiser with a step method, got {type(opt).__name__}")
+        self.fused = "target" in inspect.signature(opt.step).parameters
+        for name, value in (("schedule", schedule), ("clip", clip), ("reduce", reduce)):
+            if self.fused and value is not None:
+                raise ValueError(f"Trainer: {name} is for torch optimisers; give {type(opt).__name__} its own")
+        for name, value in (("log_every", log_every), ("every", every)):
+            _checks.integer("Trainer", name, value, 1)
+        for name in anneal or ():
+            if not hasattr(sae, name):
+                raise ValueError(f"Trainer: anneal must name attributes of the SAE, got {name!r}")
+        self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
+        self.callback, self.log_every, self.progress = callback, log_every, progress
+        self.checkpoint, self.every = None if checkpoint is None else Path(checkpoint), every
+        self.step = 0
+
+    def fit(self, batches: Iterable[Any], steps: int | None = None, *, resume: bool = False) -> dict[str, float]:
+        """Trains on batches until step ``steps`` (counted from the very first, over resumes; None: until the batches end).
+
+        Args:
+            batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each; iterated again
+                where it ends before ``steps``. One with ``state_dict`` and ``load_state_dict`` (``Batches``, a stateful loader) goes on
+                where the checkpoint was taken; another is the caller's to position.
+            resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run.
+
+        Returns: the metrics of the last step.
+        """
+        if resume and self.checkpoint is not None and self.checkpoint.exists():
+            self.load(self.checkpoint, batches)
+        self.sae.train()
+        last: dict[str, float] = {}
+        with _bar(self.progress, steps, self.step) as bar:
+            for batch in self._stream(batches, steps):
+                result = self.train_step(*_columns(batch, self.sae.W_dec.device))
+                self.step += 1
+                final = self.step == steps
+                bar.update()
+                if final or self.step % self.log_every == 0:
+                    last = {name: float(value) for name, value in result.items()}  # the only wait for a device
+                    bar.show(last)
+                    if self.callback is not None:
+                        self.callback(self.step, last)
+                if self.checkpoint is not None and (final or self.step % self.every == 0):
+                    self.save(self.checkpoint, batches)
+            if steps is None:
+                last = {name: float(value) for name, value in result.items()} if self.step else {}
+                if self.checkpoint is not None and self.step:
+                    self.save(self.checkpoint, batches)
+        return last
+
+    def train_step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """One step; the metrics as 0-d tensors."""
+        for name, value in self.anneal.items():
+            setattr(self.sae, name, value(self.step))
+        if self.fused:
+            return self.opt.step(x, target=target, mask=mask)._asdict()
+        if self.schedule is not None:
+            for group in self.opt.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.schedule(self.step)
+        self.opt.zero_grad()
+        result = self.sae.loss(x, target, mask=mask)
+        result.loss.backward()
+        parameters: list[Tensor] = [p for p in self.sae.parameters() if p.grad is not None]
+        if self.reduce is not None:
+            self.reduce(parameters)
+        if self.sae.unit_rows:
+            self.sae.remove_parallel_gradient_()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.opt.step()
+        if self.sae.unit_rows:
+            self.sae.normalise_decoder_()
+        return {"loss": result.loss.detach(), "fvu": result.fvu, "l0": result.l0, "dead": self.sae.dead_features.sum()}
+
+    def save(self, path: str | os.PathLike[str], batches: Any = None) -> None:
+        """A checkpoint of module, optimiser, step, torch's random state and the position in ``batches``."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        extra = {"step": self.step, "rng": torch.get_rng_state()}
+        if hasattr(batches, "state_dict"):
+            extra["data"] = batches.state_dict()
+        save_checkpoint(path, self.sae, self.opt, extra)
+
+    def load(self, path: str | os.PathLike[str], batches: Any = None) -> None:
+        """Goes on from a checkpoint."""
+        extra = load_checkpoint(path, self.sae, self.opt).extra
+        self.step = extra["step"]
+        torch.set_rng_state(extra["rng"])
+        if "data" in extra and hasattr(batches, "load_state_dict"):
+            batches.load_state_dict(extra["data"])
+
+    def _stream(self, batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
+        while steps is None or self.step < steps:
+            before = self.step
+            for batch in batches:
+                yield batch
+                if self.step == steps:
+                    return
+            if steps is None:
+                return
+            if self.step == before:
+                raise ValueError(f"Trainer.fit: batches ended after step {self.step} of {steps} and give no more")
+
+
+def _columns(batch: Any, device: torch.device) -> tuple[Any, ...]:
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    elif isinstance(batch, Mapping) and "x" in batch and not set(batch) - {"x", "target", "mask"}:
+        batch = (batch["x"], batch.get("target"), batch.get("mask"))
+    elif not isinstance(batch, (tuple, list)) or not 1 <= len(batch) <= 3:
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f"Trainer.fit: a batch must be x, (x, target), (x, target, mask) or a dict of these names, got {got}")
+    return tuple(None if column is None else column.to(device, non_blocking=True) for column in batch)
+
+
+class _bar:  # noqa: N801 (used as a function)
+    """tqdm's bar, or a line on stderr every time metrics are shown."""
+
+    def __init__(self, wanted: bool, total: int | None, start: int):
+        self.bar, self.wanted, self.step, self.total = None, wanted, start, total
+        if wanted:
+            try:
+                from tqdm.auto import tqdm
+
+                self.bar = tqdm(total=total, initial=start, unit=" steps", mininterval=0.5)
+            except ImportError:
+                pass
+
+    def update(self) -> None:
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, metrics: dict[str, float]) -> None:
+        text = f"FVU {metrics['fvu']:.3f}, L0 {metrics['l0']:.1f}, dead {metrics['dead']:.0f}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+        elif self.wanted:
+            print(f"step {self.step}{'' if self.total is None else f' of {self.total}'}: {text}", file=sys.stderr)
+
+    def __enter__(self) -> _bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
