@@ -192,8 +192,8 @@ def _nobody_listens() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.autograd._profiler_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        and not torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._get_tracing_state() is None
     )
 
