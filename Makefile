@@ -69,7 +69,7 @@ sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh
 
 deep: $(VENV)/dev.stamp ## many more drawn inputs than CI
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_contract.py -k drawn
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_contract.py tests/test_engine.py -k "drawn or anything"
 
 clean: ## remove what was built (not the virtual environment)
 	rm -rf build dist *.egg-info fastsae/*.so fastsae/_build_info.json demo

@@ -631,7 +631,7 @@ def encode_topk(
     ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through kept entries, with ``relu`` only where the value is above
     0, never through NaN. Deterministic. Memory beyond the output, whatever ``B`` and ``F``: temporaries of 64 MiB each in the
     reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels and candidate buffers, kept for reuse
-    (``csrc/fastsae.h`` states the bytes).
+    (``csrc/fastsae.h`` states the bytes; 3 MB at B = 256, D = 768, F = 24576, k = 32).
 
     Raises:
         TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range.
@@ -682,7 +682,8 @@ def encode_threshold(
     NaN is kept, with zero gradient. Gradients flow through the active scores to x, W_enc, b_enc, b_pre and scale, and with ``bandwidth``
     e to the threshold: ``d value / d threshold = -(threshold / e)`` and ``d l0 / d threshold = -1 / e`` where
     ``|score - threshold| < e / 2``; without it the threshold's gradient is zero. Deterministic. Memory beyond the output: temporaries
-    of 64 MiB each in the reference; the output holds what fires, at initialisation about half of ``[B, F]`` for ReLU.
+    of 64 MiB each in the reference; in the C++ row that of ``encode_topk`` and 16 bytes a latent until they are copied out. The output
+    holds what fires, at initialisation about half of ``[B, F]`` for ReLU (``SAE`` then works tile by tile).
 
     Raises: as ``encode_topk``; ValueError for a bandwidth not above 0.
 
@@ -734,7 +735,8 @@ def encode_batch_topk(
         smallest kept score, ``+inf`` where none is kept: its running mean is the threshold for inference.
 
     Ties: by score, then the lower row, then the lower feature. NaN ranks above +inf and is kept, with zero gradient. Gradients flow
-    through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and temporaries of 64 MiB each.
+    through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and temporaries of 64 MiB each in the
+    reference, 48 bytes a latent and the workspace of ``encode_topk`` in the C++ row.
 
     Raises: as ``encode_topk``; ValueError for k not above 0.
 
@@ -774,8 +776,8 @@ def encode_gated(
     Returns:
         ``RaggedLatents`` of the entries above 0, columns ascending, values in the dtype of ``x``. NaN is kept, with zero gradient.
 
-    Gradients: x, W_enc, r_mag, b_mag, b_pre through kept entries; the gate is a step, so b_gate's is zero. Deterministic. Memory: the
-    output and temporaries of 64 MiB each in the reference. Raises: as ``encode_topk``.
+    Gradients: x, W_enc, r_mag, b_mag, b_pre through kept entries; the gate is a step, so b_gate's is zero. Deterministic. Memory: as
+    ``encode_threshold``. Raises: as ``encode_topk``.
 
     Source: Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv 2404.16014).
     """

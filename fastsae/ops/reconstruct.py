@@ -15,7 +15,9 @@ from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 
 _ROWS = 4096
-"""Rows encoded and decoded back to back where nothing has to be kept for a backward pass."""
+"""Most rows encoded and decoded back to back where nothing has to be kept for a backward pass."""
+_SCORES = 1 << 23
+"""Most scores of those rows where any number of them can be kept: at initialisation ReLU keeps half."""
 
 
 class Reconstruction(NamedTuple):
@@ -103,6 +105,7 @@ def reconstruct(
         x_hat, latents, error = run(x, target)
         return Reconstruction(x_hat, latents if return_latents else None, error)
     flat, flat_target = x.flatten(0, -2), target.flatten(0, -2)
-    parts = [run(flat[i : i + _ROWS], flat_target[i : i + _ROWS]) for i in range(0, max(flat.shape[0], 1), _ROWS)]
+    step = _ROWS if isinstance(activation, TopK) else max(16, min(_ROWS, _SCORES // max(W_dec.shape[0], 1)))
+    parts = [run(flat[i : i + step], flat_target[i : i + step]) for i in range(0, max(flat.shape[0], 1), step)]
     x_hat, error = torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
     return Reconstruction(x_hat.reshape(*x.shape[:-1], W_dec.shape[1]), None, error.reshape(x.shape[:-1]))
