@@ -735,8 +735,8 @@ def encode_batch_topk(
         smallest kept score, ``+inf`` where none is kept: its running mean is the threshold for inference.
 
     Ties: by score, then the lower row, then the lower feature. NaN ranks above +inf and is kept, with zero gradient. Gradients flow
-    through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and temporaries of 64 MiB each in the
-    reference, 48 bytes a latent and the workspace of ``encode_topk`` in the C++ row.
+    through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and temporaries of 64 MiB
+    each in the reference, 48 bytes a latent and the workspace of ``encode_topk`` in the C++ row.
 
     Raises: as ``encode_topk``; ValueError for k not above 0.
 
