@@ -1,5 +1,9 @@
 #include "parallel.h"
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
@@ -29,10 +33,29 @@ bool threads_available() { return runtime != nullptr && !serial.load(std::memory
 void force_serial() { serial.store(true, std::memory_order_relaxed); }
 
 void run_on_threads(int threads, void (*body)(void*), void* data) {
-  if (threads > 1 && threads_available())
-    runtime(body, data, static_cast<unsigned>(threads), 0);
-  else
+  if (threads <= 1 || !threads_available()) {
     body(data);
+    return;
+  }
+#ifdef __SSE2__
+  // Rounding and flushing of denormals belong to a thread: all of them take the caller's, or bits would depend on who computes.
+  struct Call {
+    void (*body)(void*);
+    void* data;
+    unsigned control;
+  } call{body, data, _mm_getcsr()};
+  runtime(
+      [](void* p) {
+        const Call& c = *static_cast<Call*>(p);
+        const unsigned own = _mm_getcsr();
+        _mm_setcsr(c.control);
+        c.body(c.data);
+        _mm_setcsr(own);
+      },
+      &call, static_cast<unsigned>(threads), 0);
+#else
+  runtime(body, data, static_cast<unsigned>(threads), 0);
+#endif
 }
 
 }  // namespace fastsae

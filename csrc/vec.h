@@ -43,8 +43,9 @@ FASTSAE_INLINE float widen(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return as_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));
-  // Placing the exponent 112 too low and multiplying by 2^112 also normalises subnormals.
-  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));
+  // Subnormals by way of an integer: as fp32 denormals they would be lost where MXCSR reads those as zero.
+  if (magnitude < 0x400) return as_float(sign | as_bits(static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f));
+  return as_float(sign | ((magnitude << 13) + 0x38000000));
 }
 
 FASTSAE_INLINE void narrow(float x, float* out) { *out = x; }

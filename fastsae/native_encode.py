@@ -111,6 +111,9 @@ class _Call:
         if packed is not None and packed.numel():
             blob = packed.data_ptr()
             words = self.kernels.packed_words(self.size, d)
+            rows = (W.numel() * W.element_size() + 3) // 4
+            if packed.dtype is not torch.int32 or packed.numel() not in (words, words + rows) or not packed.is_contiguous():
+                raise ValueError(f"{op}: packed {list(packed.shape)} {packed.dtype} is not what pack returned for W {list(W.shape)}")
             if packed.numel() > words:  # rows of a transposed W are part of the handle
                 address, stride_f, stride_d = blob + 4 * words, d, 1
         self.tensors = (x, W, packed)
@@ -136,6 +139,8 @@ def _address(value: Tensor | None) -> int:
 
 def _ascending(features: Tensor, n: int) -> Tensor:
     """A mask or index as ascending unique int32; IndexError where one is out of range."""
+    if features.dim() != 1 or (features.dtype is torch.bool and features.shape[0] != n):
+        raise ValueError(f"features: expected a 1-D index or a mask [{n}], got {list(features.shape)} {features.dtype}")
     if features.dtype is torch.bool:
         return features.nonzero().flatten().int()
     index = torch.unique(features)
@@ -250,6 +255,8 @@ def encode_batch_topk(
     call = _Call("encode_batch_topk", x, W, b_pre, features, packed)
     b, scale = call.vector("b", b), call.vector("scale", scale)
     numbers = _numbers(stats)
+    if not k > 0:
+        raise ValueError(f"encode_batch_topk: k must be above 0, got {k}")
     total = min(int(k * x.shape[0]), x.shape[0] * call.count)
     entries = call.kernels.encode_batch_topk(
         *call.arguments, _address(scale), _address(b), total, _PATHS[path], torch.get_num_threads(), _address(numbers)

@@ -125,6 +125,8 @@ class Adam:
         jobs = self._jobs({name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
         factor = self._clip(jobs)
         lr = self.lr * (1.0 if self.schedule is None else float(self.schedule(self.steps)))
+        if not 0 <= lr < float("inf"):
+            raise ValueError(f"Adam.apply: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
         self.steps += 1
         for job in jobs:
             state = self._states[job.name]
@@ -286,6 +288,8 @@ def _named(params: Any) -> dict[str, Tensor]:
         _checks.tensor(op, name, p, DTYPES)
         if name in parameters:
             raise ValueError(f"{op}: {name!r} is given twice")
+        if other := next((known for known, q in parameters.items() if q is p), None):
+            raise ValueError(f"{op}: {name!r} and {other!r} are the same parameter")
         if p.dim() != 2 and not p.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous or a matrix, got {list(p.shape)} with strides {list(p.stride())}")
         _checks.writable(op, name, p)

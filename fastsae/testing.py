@@ -194,7 +194,7 @@ def check_topk(score: Score, chosen: Tensor | None, k: int, relu: bool, result: 
             f"expected [{rows}, {k}] {dtype} and int64, got {list(values.shape)} {values.dtype}, {list(indices.shape)} {indices.dtype}"
         )
     local = _local(indices, chosen, n)
-    if rows == 0:
+    if rows == 0 or k == 0:
         return 0.0
     _expect(local.sort(1).values.diff(dim=1) > 0, "indices repeat")
     kept = score.exact.gather(1, local)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import native, native_encode
+from fastsae import native, native_encode, native_match, native_spline
 from fastsae.dispatch import OPS
 
 CHECK = OPS["encode_topk"].check
@@ -473,3 +473,78 @@ def test_gradients_reach_the_weights_behind_a_handle() -> None:
     W = case["W"].requires_grad_()
     got = torch.autograd.grad(fastsae.encode_topk(case["x"], fastsae.pack(W), k=4).values.sum(), W)[0]
     assert torch.equal(got, torch.autograd.grad(fastsae.encode_topk(case["x"], W, k=4).values.sum(), W)[0])
+
+
+def test_a_nan_score_passes_an_infinite_threshold() -> None:
+    case = draw(64, 64, 4096)
+    case["W"][7, 3] = float("nan")
+    theta = torch.full((4096,), 30.0).index_fill_(0, torch.tensor([7]), float("inf"))
+    for path in ("dense", "screen", "auto"):
+        values, col, crow, _ = native_encode.encode_threshold(case["x"], case["W"], None, theta, None, None, None, None, None, path=path)
+        assert bool(values.isnan().all())
+        assert torch.equal(col, torch.full((64,), 7))
+        assert torch.equal(crow, torch.arange(65))
+
+
+@needs_screen
+def test_scores_too_close_to_screen_are_given_up() -> None:
+    g = torch.Generator().manual_seed(0)
+    common = torch.randn(256, generator=g)
+    common *= 16 / common.norm()
+    case = draw(64, 256, 8192, k=32)
+    case["x"], case["W"] = torch.randn(64, 256, generator=g) + 20 * common, torch.randn(8192, 256, generator=g) * 1e-2 + common
+    stats = verify(case, exact_rows=64)
+    assert stats["scored"] <= 64 * (4 * 32 + 256 + 8192 / 4)
+    similar = native_match.match_cosine(case["x"], case["W"], 8, False, False, 1e-8, path="screen", stats=stats)
+    same(similar, native_match.match_cosine(case["x"], case["W"], 8, False, False, 1e-8, path="dense"))
+    assert stats["exact_rows"] == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_flushed_denormals_give_the_same_bits_on_every_way(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(2)
+    small = {torch.float32: 2.0**-70, torch.bfloat16: 2.0**-70, torch.float16: 3e-5}[dtype]
+    x, W = (torch.randn(64, 64, generator=g) * small).to(dtype), (torch.randn(4096, 64, generator=g) * small).to(dtype)
+    threads = torch.get_num_threads()
+    native_encode.encode_topk(x, W, None, None, None, None, None, 8, False)  # the pool's threads exist before the flag is set
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        results = []
+        for count in (1, 2, threads):
+            torch.set_num_threads(count)
+            for weight in (W, W.T.contiguous().T, W.repeat_interleave(2, 1)[:, ::2]):
+                for path in ("dense", "screen"):
+                    results.append(native_encode.encode_topk(x, weight, None, None, None, None, None, 8, False, path=path))
+        short = [native_spline.spline_code(x[:, :8], W[:, :8], None, None, path=path) for path in ("dense", "screen")]
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    for values, indices in results[1:]:
+        assert torch.equal(indices, results[0][1])
+        assert torch.equal(values, results[0][0])
+    assert torch.equal(*short)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1.0, 1e19, 1e37])
+def test_cosines_do_not_depend_on_the_size_of_rows(size: float) -> None:
+    case = draw(20, 40, 300)
+    want = native_match.match_cosine(case["x"], case["W"], 3, False, False, 1e-37, path="dense")
+    for path in ("dense", "screen"):
+        got = native_match.match_cosine(case["x"] * size, case["W"] * size, 3, False, False, 1e-37, path=path)
+        assert torch.equal(got[1], want[1])
+        # Scaling rounds each element once; powers of two would not.
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-6)
+    one = torch.tensor([[3e38]])
+    assert native_match.match_cosine(one, -one, 1, False, False, 1e-8)[0].item() == -1
+
+
+def test_native_arguments_are_checked() -> None:
+    case = draw(3, 8, 20)
+    x, W = case["x"], case["W"]
+    with pytest.raises(ValueError, match="mask"):
+        native_encode.encode_topk(x, W, None, None, None, torch.ones(21, dtype=torch.bool), None, 1, True)
+    with pytest.raises(ValueError, match="packed"):
+        native_encode.encode_topk(x, W, None, None, None, None, torch.zeros(5, dtype=torch.int32), 1, True)
+    with pytest.raises(ValueError, match="k must be above 0"):
+        native_encode.encode_batch_topk(x, W, None, None, None, None, None, -1.0)

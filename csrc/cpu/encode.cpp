@@ -1,6 +1,7 @@
 // The encoders: exact selection, and what their consumers do with blocks of features. The driver is screen.h, the screens encode.isa.cpp.
 #include "cpu/encode.h"
 
+#include <cfloat>
 #include <mutex>
 #include <vector>
 
@@ -323,6 +324,7 @@ Entries* encode_threshold(const Activations& x, const Weights& w, const float* s
       const float below = theta - half_band - (std::fabs(theta) + half_band) * 0x1p-20f;
       cut[f] = below < cut[f] || below != below ? below : cut[f];
     }
+    cut[f] = std::min(cut[f], FLT_MAX);  // NaN stays; a NaN score has an infinite upper end, which must pass strictly
   }
   return encode_entries(p, {scale, bias, cut.data()}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
     ThresholdConsumer consumer(kernels, screens, p, Cut::each, threshold, half_band, entries);

@@ -7,9 +7,11 @@ namespace fastsae {
 // What a top-k keeps. Entry e of row r is at r*kept_stride + e. `tau` of a row never exceeds its k-th largest score, and only rises; when
 // it rises first depends on the threads, what is selected in the end does not.
 struct TopkBuffer {
-  Undecided undecided;  // the worker's own, as the next two
+  Undecided undecided;  // the worker's own, as the next four
   float* room;          // [kept_stride + undecided.stride]
   int64_t* scored;      // counts scores
+  int64_t* seen;        // features of the chunk so far
+  int32_t* spent;       // [rows] scores of the chunk so far
   // Shared by all workers: scores not below tau, and their features.
   float* score;
   int32_t* feature;

@@ -31,6 +31,8 @@ struct TopkConsumer {
 };
 
 void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+  if (all_exact(buffer, rows.rows)) return;
+  *buffer.seen += panels.features;
   if (panels.scale != nullptr) {
     TopkConsumer<true> consumer{buffer, rows, {}};
     run_block<Number::int8>(rows, panels, next, consumer);
@@ -43,6 +45,7 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead
     for (int64_t r = 0; r < rows.rows; ++r) {
       if (u.n[r] == 0) continue;
       reconsider(buffer, r);
+      if (!worth_scoring(buffer, r)) continue;
       scorer.row(r);
       *buffer.scored += u.n[r];
     }

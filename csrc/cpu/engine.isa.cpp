@@ -107,8 +107,22 @@ void load_as(const LoadJob& job) {
     if (job.subtract != nullptr)
       for (int64_t d = 0; d < job.d; ++d) to[d] = to[d] - job.subtract[d];
     if (job.eps > 0) {
-      const float norm = square_root(sum_of_squares(to, job.d));
-      const float divisor = norm < job.eps ? job.eps : norm;  // NaN stays NaN
+      float squares = sum_of_squares(to, job.d), unit = 1;
+      if (!(squares >= 0x1p-80f && squares <= 0x1p126f)) {  // squares that are lost or infinite: by a power of two of the largest element
+        float largest = 0;
+        for (int64_t d = 0; d < job.d; ++d) {
+          const float size = __builtin_fabsf(to[d]);
+          largest = size > largest ? size : largest;
+        }
+        const uint32_t exponent = as_bits(largest) >> 23;
+        if (exponent > 0 && exponent < 255) {  // a normal number
+          unit = as_float((exponent < 254 ? 254 - exponent : 1) << 23);
+          for (int64_t d = 0; d < job.d; ++d) to[d] = to[d] * unit;
+          squares = sum_of_squares(to, job.d);
+        }
+      }
+      const float norm = square_root(squares), least = job.eps * unit;  // both times `unit`
+      const float divisor = norm < least ? least : norm;                // NaN stays NaN
       for (int64_t d = 0; d < job.d; ++d) to[d] = to[d] / divisor;
     }
   }

@@ -39,6 +39,8 @@ struct MatchConsumer {
 
 template <bool kAbsolute>
 void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+  if (all_exact(buffer, rows.rows)) return;
+  *buffer.seen += panels.features;
   MatchConsumer<kAbsolute> consumer{buffer, rows, {}};
   run_block<Number::int8>(rows, panels, next, consumer);
   const Undecided& u = buffer.undecided;
@@ -46,6 +48,7 @@ void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Ahea
     for (int64_t r = 0; r < rows.rows; ++r) {
       if (u.n[r] == 0) continue;
       reconsider(buffer, r);
+      if (!worth_scoring(buffer, r)) continue;
       scorer.row(r);
       *buffer.scored += u.n[r];
     }

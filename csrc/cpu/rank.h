@@ -231,7 +231,8 @@ struct TopkConsumer {
   int64_t bytes(const Plan& plan) const {
     const int64_t chunk = plan.chunk, undecided = plan.block + 16;
     return Workspace::size<int32_t>(chunk) * 4 + Workspace::size<uint8_t>(chunk) + 2 * Workspace::size<float>(chunk * stride()) +
-           plan.threads * (3 * Workspace::size<float>(chunk * undecided) + Workspace::size<int32_t>(chunk) + Workspace::size<int64_t>(1) +
+           plan.threads * (3 * Workspace::size<float>(chunk * undecided) + 2 * Workspace::size<int32_t>(chunk) +
+                           2 * Workspace::size<int64_t>(1) +
                            Workspace::size<float>(stride() + undecided) + Workspace::size<uint64_t>(capacity()));
   }
   void take(Workspace& space, const Plan& plan) {
@@ -253,6 +254,8 @@ struct TopkConsumer {
       b.undecided = {space.take<float>(chunk * undecided), space.take<float>(chunk * undecided), space.take<int32_t>(chunk * undecided),
                      space.take<int32_t>(chunk), undecided};
       b.scored = space.take<int64_t>(1);
+      b.seen = space.take<int64_t>(1);
+      b.spent = space.take<int32_t>(chunk);
       b.room = space.take<float>(stride() + undecided);
       entries[t] = space.take<uint64_t>(capacity());
       *b.scored = 0;
@@ -265,7 +268,11 @@ struct TopkConsumer {
     for (int32_t* counts : {shared.kept, shared.fresh}) std::memset(counts, 0, static_cast<size_t>(chunk.rows) * sizeof(int32_t));
     for (int64_t r = 0; r < chunk.rows; ++r) std::memcpy(shared.tau + r, &lowest, 4);
     shared.exact = chunk.exact;
-    for (int t = 0; t < threads; ++t) buffers[t].exact = chunk.exact;
+    for (int t = 0; t < threads; ++t) {
+      buffers[t].exact = chunk.exact;
+      *buffers[t].seen = 0;
+      std::memset(buffers[t].spent, 0, static_cast<size_t>(chunk.rows) * sizeof(int32_t));
+    }
   }
   void block(const Chunk& chunk, const Block& b, int worker) {
     buffers[worker].self = p.exclude_self ? chunk.base : -(int64_t{1} << 40);

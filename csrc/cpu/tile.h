@@ -30,6 +30,7 @@
 // (5) d0 + d1 <= U. In r* and in bf16 each multiplication, addition or fused step that underflows, gradually or flushed to zero (MXCSR may
 //     say so, VDPBF16PS always does), errs by at most 2^-126, and there are fewer than 4 D + 100 of them, those of (8) included. In int8
 //     (s/n) t may underflow as a whole: then |<x^, w^>|/n <= 2^31 2^-126. Hence U = (4 D + 128) 2^-126, plus 2^-94 for int8.
+//     Where MXCSR reads denormal elements as zero, what they would add is less than what (7) adds to the norms.
 // (6) |x^| <= sqrt(n) X with X = |x| + l(x), and |w^| <= sqrt(n) (|w| + l(w)). So |r* - r~| <= E with
 //         E = |w| (l(x) + q X + g |x|)  +  l(w) (X + q X)  +  U.
 // (7) Norms are computed in fp32: a sum of squares of D terms errs by less than (D + 64) 2u relatively, its root by less than that, and an
@@ -42,7 +43,7 @@
 // (9) score = fl(fl(r* scale) + bias) and both steps are monotone (falling, if scale < 0), so the ends of the interval, taken through the
 //     same two steps, enclose the score: no further rounding terms. norm, loss and U carry the sign of the scale, which swaps the ends
 //     where it must. An end that is NaN (inf * 0, inf - inf) decides nothing: hi is compared so that NaN passes, lo = NaN counts as -inf.
-//     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well.
+//     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well (a strict cut is finite).
 // (10) No overflow unseen: rows with |x| not <= 1e18 take the exact path, features with |w| not <= 1e18 (NaN, inf, huge) get norm = inf
 //     and hence an interval without ends; for all others no partial sum exceeds 16 * 1e18 * 1e18 * 1.01 < 2^127.
 #pragma once

@@ -110,6 +110,25 @@ int64_t raise(const TopkBuffer& buffer, int64_t row, int64_t kept) {
   return keep_above(load_tau(buffer.tau + row), score, feature, nullptr, kept, score, feature, nullptr);
 }
 
+// Scores closer together than the bound cannot be told apart by screening: a row for which a quarter of the features (and what any row needs
+// at the start) had to be scored one by one is cheaper on the exact path. Whether to score what is open now.
+FASTSAE_INLINE bool worth_scoring(const TopkBuffer& buffer, int64_t row) {
+  const int64_t n = buffer.undecided.n[row];
+  buffer.spent[row] += static_cast<int32_t>(n);
+  if (buffer.spent[row] <= 4 * buffer.k + 256 + *buffer.seen / 4) return true;
+  __atomic_store_n(buffer.exact + row, 1, __ATOMIC_RELAXED);
+  raise_tau(buffer.tau + row, __builtin_inff());
+  buffer.undecided.n[row] = 0;
+  return false;
+}
+
+// Whether every row of the chunk is left to the exact path.
+FASTSAE_INLINE bool all_exact(const TopkBuffer& buffer, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    if (__atomic_load_n(buffer.exact + r, __ATOMIC_RELAXED) == 0) return false;
+  return true;
+}
+
 // Exact products to scores (kAbsolute: to magnitudes, and features to 2 * feature + sign), and those to the entries that all workers share.
 template <bool kAbsolute = false>
 FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64_t row) {
