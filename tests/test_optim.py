@@ -470,8 +470,8 @@ def test_torch_optimisers_that_do_not_convert() -> None:
 def test_one_parameter_twice_and_a_broken_schedule_are_refused() -> None:
     p = torch.nn.Parameter(torch.ones(3, 4))
     with pytest.raises(ValueError, match="the same parameter"):
-        optim.Adam([("a", p), ("b", p)])
-    opt = optim.Adam([("a", p)], schedule=lambda step: float("nan"))
+        Adam([("a", p), ("b", p)])
+    opt = Adam([("a", p)], schedule=lambda step: float("nan"))
     with pytest.raises(ValueError, match="learning rate at step 0"):
         opt.apply({"a": torch.ones(3, 4)})
     assert torch.equal(p, torch.ones(3, 4))

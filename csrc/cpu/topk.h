@@ -151,8 +151,12 @@ FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64
   int32_t* const feature = buffer.feature + kept_base;
   lock_row(buffer.lock + row);
   int64_t kept = buffer.kept[row];
-  if (kept + n > buffer.capacity) kept = raise(buffer, row, kept);
+  bool tied = false;  // as many again as the best k are not below the k-th: it would go on so
   if (kept + n > buffer.capacity) {
+    kept = raise(buffer, row, kept);
+    tied = kept > 2 * buffer.k + 128;
+  }
+  if (tied || kept + n > buffer.capacity) {
     __atomic_store_n(buffer.exact + row, 1, __ATOMIC_RELAXED);
     raise_tau(buffer.tau + row, __builtin_inff());
     kept = 0;
