@@ -218,7 +218,7 @@ _absent: set[str] = set()
 def peers(start: Start, names: list[str] | None = None) -> dict[str, Runner]:
     """Those that can be imported and built here; the others with a warning that says why not."""
     found: dict[str, Runner] = {}
-    for name in names or PEERS:
+    for name in PEERS if names is None else names:
         if name in _absent:
             continue
         try:
