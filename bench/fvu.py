@@ -1,0 +1,191 @@
+"""Held-out FVU against steps and seconds: ours, plain torch and the peers on a model's activations, from equal weights and batches.
+
+    python -m bench.fvu                # the demo's activations (all-MiniLM-L6-v2); JSON and plot in bench/results/
+    python -m bench.fvu --smoke        # tiny synthetic run, a few seconds
+
+Everyone takes the same number of steps with the same Adam and learning rates, in turns of a few steps, so that a slow spell of the machine
+meets all. Seconds are those of the steps alone, by the clock and of CPU time (which other work on the machine distorts less; over all
+threads); FVU is taken by one plain torch function from everyone's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench import training
+from fastsae import _activations_minilm, demo
+from fastsae._machine import machine
+from fastsae.optim import warmup_linear_decay
+from fastsae.plots import figure
+from fastsae.trainer import Batches
+
+OURS, PLAIN = "fastsae", "plain torch"
+BOUND = 1.02
+"""Ours must stay below this times a peer's FVU after equal steps."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.fvu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for fvu.json and fvu.png")
+    parser.add_argument("--cache", type=Path, default=Path("build/fvu-activations.safetensors"), help="extracted activations")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on synthetic data: checks that everything runs")
+    parser.add_argument("--peers", nargs="*", default=["sparsify, torch Adam", "SAELens"], help=f"of: {'; '.join(training.PEERS)}")
+    for name, kind, value in (
+        ("features", int, 2048),
+        ("k", int, 32),
+        ("batch", int, 512),
+        ("steps", int, 300),
+        ("seeds", int, 3),
+        ("threads", int, 1),
+        ("lr", float, 4e-3),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=value, help="default: %(default)s")
+    args = parser.parse_args()
+    if unknown := set(args.peers) - set(training.PEERS):
+        parser.error(f"--peers must be of {', '.join(map(repr, training.PEERS))}, got {sorted(unknown)}")
+    if args.smoke:
+        args.features, args.k, args.batch, args.steps, args.seeds = 256, 8, 128, 40, 2
+    return args
+
+
+def data(args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
+    """Training and held-out rows, scaled so that their mean distance from the mean is 1, and what they are."""
+    absent = None if args.smoke else _activations_minilm.missing()
+    if args.smoke or absent:
+        if absent:
+            print(f"{absent} is not installed: synthetic superposition data instead of a model's activations")
+        found = demo.synthetic_data(4000 if args.smoke else 56_000, 64 if args.smoke else 256)
+        source = "synthetic superposition"
+    else:
+        args.cache.parent.mkdir(parents=True, exist_ok=True)
+        found = demo._load_data(demo.Settings(synthetic=False), args.cache, fresh=False)
+        source = "all-MiniLM-L6-v2, layer 3, Python's documentation"
+    x, held = found["x"][~found["held"]], found["x"][found["held"]]
+    scale = 1 / (x - x.mean(0)).norm(dim=1).mean()
+    return x * scale, held * scale, source
+
+
+@torch.no_grad()
+def fvu(weights: training.Weights, x: Tensor, k: int) -> float:
+    """``sum (x - x_hat)^2 / sum (x - mean x)^2``."""
+    error = 0.0
+    for part in x.split(2048):
+        top = functional.linear(part - weights.b_dec, weights.W_enc, weights.b_enc).topk(k)
+        y = functional.embedding_bag(top.indices, weights.W_dec.contiguous(), per_sample_weights=top.values.relu(), mode="sum")
+        error += float((y + weights.b_dec - part).square().sum())
+    return error / float((x - x.mean(0)).square().sum())
+
+
+def train(args: argparse.Namespace, seed: int, x: Tensor, held: Tensor) -> dict[str, list[dict[str, float]]]:
+    """By name: points ``{"step", "seconds", "cpu_seconds", "fvu"}``, the first before any step."""
+    from tqdm import tqdm
+
+    directions = torch.randn(args.features, x.shape[1], generator=torch.Generator().manual_seed(seed))
+    W = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+    start = training.Start(W, x.mean(0), args.k, args.lr, (0.9, 0.99))
+    runners = {OURS: training.ours(start), PLAIN: training.plain(start), **training.peers(start, args.peers)}
+    curves: dict[str, list[dict[str, float]]] = {
+        who: [{"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "fvu": fvu(runner.weights(), held, args.k)}]
+        for who, runner in runners.items()
+    }
+    schedule = warmup_linear_decay(max(1, args.steps // 20), args.steps // 2, args.steps)
+    batches = iter(Batches(x, size=args.batch, seed=seed))
+    turn = max(1, args.steps // 15)
+    order = list(runners)
+    with tqdm(total=args.steps * len(runners), desc=f"seed {seed}", unit=" steps", mininterval=0.5) as progress:
+        for first in range(0, args.steps, turn):
+            steps = range(first, min(first + turn, args.steps))
+            rows = [next(batches)["x"] for _ in steps]
+            for who in order:
+                begin = time.perf_counter(), time.process_time()
+                for step, batch in zip(steps, rows):
+                    runners[who].set_lr(args.lr * schedule(step))
+                    runners[who].step(batch)
+                point = {"step": steps.stop, "seconds": time.perf_counter() - begin[0], "cpu_seconds": time.process_time() - begin[1]}
+                point |= {key: curves[who][-1][key] + point[key] for key in ("seconds", "cpu_seconds")}
+                curves[who].append({**point, "fvu": fvu(runners[who].weights(), held, args.k)})
+                progress.update(len(steps))
+            order = order[1:] + order[:1]  # nobody is always the one after somebody
+    return curves
+
+
+def summary(curves: list[dict[str, list[dict[str, float]]]]) -> dict[str, dict[str, Any]]:
+    """At the end, by name: FVU and seconds of each seed, ours divided by theirs."""
+    result: dict[str, dict[str, Any]] = {}
+    for who in curves[0]:
+        ends = [(seed[who][-1], seed[OURS][-1]) for seed in curves]
+        ratios = [mine["fvu"] / theirs["fvu"] for theirs, mine in ends]
+        result[who] = {
+            "fvu": [theirs["fvu"] for theirs, _ in ends],
+            "seconds": [theirs["seconds"] for theirs, _ in ends],
+            "cpu_seconds": [theirs["cpu_seconds"] for theirs, _ in ends],
+            "ours_to_theirs_fvu": ratios,
+            "ours_to_theirs_seconds": [mine["seconds"] / theirs["seconds"] for theirs, mine in ends],
+            "ours_to_theirs_cpu_seconds": [mine["cpu_seconds"] / theirs["cpu_seconds"] for theirs, mine in ends],
+            "within_bound": max(ratios) <= BOUND,
+        }
+    return result
+
+
+def plot(curves: list[dict[str, list[dict[str, float]]]], title: str, path: Path) -> None:
+    canvas, panels = figure(figsize=(10, 4), columns=2)
+    for axes, key, label in zip(panels, ("cpu_seconds", "step"), ("CPU seconds of training", "steps")):
+        for number, who in enumerate(curves[0]):
+            for seed, curve in enumerate(curves):
+                points = curve[who][1:]
+                axes.plot(
+                    [p[key] for p in points],
+                    [p["fvu"] for p in points],
+                    color=f"C{number}",
+                    lw=1.2,
+                    alpha=0.8,
+                    label=f"{who}: {statistics.mean(c[who][-1]['fvu'] for c in curves):.4f}" if seed == 0 else None,
+                )
+        axes.set(xlabel=label, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.25, which="both")
+    panels[0].set_ylabel("held-out FVU")
+    panels[0].legend(frameon=False, title="mean at the end")
+    canvas.suptitle(title, fontsize=10)
+    canvas.savefig(path, dpi=150)
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    x, held, source = data(args)
+    curves = [train(args, seed, x, held) for seed in range(args.seeds)]
+    found = summary(curves)
+    settings = {name: getattr(args, name) for name in ("features", "k", "batch", "steps", "seeds", "lr")}
+    shape = {"source": source, "training_rows": x.shape[0], "held_out_rows": held.shape[0], "D": x.shape[1]}
+    about = {"date": datetime.date.today().isoformat(), **machine(), "settings": settings, "data": shape}
+    report = {**about, "results": found, "curves": curves}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "fvu.json").write_text(json.dumps(report, indent=1) + "\n")
+    title = f"{source}: D {x.shape[1]}, F {args.features}, k {args.k}, batch {args.batch}, {args.threads} thread(s), {args.seeds} seeds"
+    plot(curves, title, args.out / "fvu.png")
+    print(f"{'who':<26} {'FVU, mean (each seed)':<36} {'seconds':>8} {'ours / theirs: FVU':>20} {'seconds':>8} {'CPU':>6}")
+    for who, row in found.items():
+        each = " ".join(f"{value:.4f}" for value in row["fvu"])
+        print(
+            f"{who:<26} {statistics.mean(row['fvu']):.4f} ({each})".ljust(63)
+            + f" {statistics.mean(row['seconds']):>8.1f} {max(row['ours_to_theirs_fvu']):>16.4f} max"
+            + f" {statistics.median(row['ours_to_theirs_seconds']):>8.2f} {statistics.median(row['ours_to_theirs_cpu_seconds']):>6.2f}"
+            + ("" if row["within_bound"] else f"   above {BOUND}")
+        )
+    print(f"stored {args.out / 'fvu.json'} and fvu.png")
+
+
+if __name__ == "__main__":
+    main()

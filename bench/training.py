@@ -1,0 +1,291 @@
+"""One training step of a TopK SAE by everybody: ours, plain torch and the peer libraries, all from the same weights.
+
+Everyone has squared error (sparsify: divided by the variance, which Adam does not see), dense Adam and rows of norm 1 in the decoder, its
+gradient without the component along them; where a peer's own step differs, its function says so.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastsae
+from bench.harness import has_onednn
+from fastsae._activations_minilm import _checkout_hidden
+
+
+class Weights(NamedTuple):
+    """``W_enc, W_dec [F, D]``, ``b_enc [F]``, ``b_dec [D]``; latents are ``topk(relu(W_enc (x - b_dec) + b_enc))``."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where everyone starts: ``W [F, D]`` of unit rows is encoder and decoder, ``b_dec [D]``, ``b_enc`` 0."""
+
+    W: Tensor
+    b_dec: Tensor
+    k: int
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class Runner:
+    step: Callable[[Tensor], object]
+    weights: Callable[[], Weights]
+    set_lr: Callable[[float], None]
+    moments: Callable[[], dict[str, Tensor]] | None = None
+    """Adam's first moments by our names of the parameters."""
+
+
+def ours(start: Start) -> Runner:
+    sae = _sae(start)
+    opt = fastsae.optim.Adam(sae, lr=start.lr, betas=start.betas)
+
+    def moments() -> dict[str, Tensor]:
+        return {name: state["exp_avg"] for name, state in opt.state_dict()["state"].items()}
+
+    return Runner(opt.step, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), lambda lr: setattr(opt, "lr", lr), moments)
+
+
+def ours_autograd(start: Start) -> Runner:
+    """Our operations under autograd, torch's fused Adam: what a user's own loop does."""
+    sae = _sae(start)
+    opt = torch.optim.Adam(sae.parameters(), lr=start.lr, betas=start.betas, fused=True)
+
+    def step(x: Tensor) -> None:
+        sae.loss(x).loss.backward()
+        sae.remove_parallel_gradient_()
+        opt.step()
+        sae.normalise_decoder_()
+        opt.zero_grad()
+
+    return _runner(step, opt, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), dict(sae.named_parameters()))
+
+
+def plain(start: Start, gathered: bool = False) -> Runner:
+    """Plain torch: linear, top-k, ``embedding_bag``, fused Adam.
+
+    ``gathered``: the scores come without autograd from oneDNN's product (on many CPUs faster than the one behind ``F.linear``) and only the
+    selected ones are formed again from gathered rows, so that the backward needs no product of [B, F] with x.
+    """
+    parameters = {
+        name: torch.nn.Parameter(value.clone())
+        for name, value in (("W_enc", start.W), ("b_enc", start.W.new_zeros(start.W.shape[0])), ("W_dec", start.W), ("b_dec", start.b_dec))
+    }
+    W_enc, b_enc, W_dec, b_dec = parameters.values()
+    opt = torch.optim.Adam(parameters.values(), lr=start.lr, betas=start.betas, fused=True)
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        centred = x - b_dec
+        if not gathered:
+            values, indices = functional.linear(centred, W_enc, b_enc).topk(start.k, sorted=False)
+            return values.relu(), indices
+        with torch.no_grad():
+            indices = torch.ops.mkldnn._linear_pointwise(centred, W_enc, b_enc, "none", [], "").topk(start.k, sorted=False).indices
+        rows = functional.embedding(indices, W_enc)
+        return (torch.bmm(rows, centred.unsqueeze(2)).squeeze(2) + b_enc[indices]).relu(), indices
+
+    def step(x: Tensor) -> None:
+        values, indices = encode(x)
+        y = functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+        ((y - x).square().sum() / x.shape[0]).backward()
+        with torch.no_grad():
+            grad = W_dec.grad
+            assert grad is not None
+            grad.addcmul_(W_dec, (grad * W_dec).sum(1, keepdim=True), value=-1)
+            opt.step()
+            W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        opt.zero_grad()
+
+    return _runner(step, opt, lambda: _detached(W_enc, b_enc, W_dec, b_dec), parameters)
+
+
+def sparsify(start: Start, signum: bool = False) -> Runner:
+    """sparsify's module and the step of its trainer; ``signum``: its default optimiser in place of torch's Adam."""
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it chooses a decoder at import, not by device
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(start.W.shape[1], SparseCoderConfig(num_latents=start.W.shape[0], k=start.k), device=start.W.device)
+    _copy((sae.encoder.weight, start.W), (sae.encoder.bias, 0), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    opt: Any
+    if signum:
+        from schedulefree import ScheduleFreeWrapper
+        from sparsify.sign_sgd import SignSGD
+
+        opt = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=start.lr), momentum=0.95)
+        opt.train()
+    else:
+        opt = torch.optim.Adam(sae.parameters(), lr=start.lr, betas=start.betas)
+
+    def step(x: Tensor) -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        sae(x).fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        opt.step()
+        opt.zero_grad()
+
+    return _runner(step, opt, lambda: _detached(sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec))
+
+
+def saelens(start: Start) -> Runner:
+    """SAELens's ``SAETrainer.step``: rows of any norm, latents scaled by it; gradients clipped to norm 1; AuxK once features are dead."""
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    features, width = start.W.shape
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=start.k, device=str(start.W.device)))
+    _copy((sae.W_enc, start.W.T), (sae.b_enc, 0), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    config = SAETrainerConfig(
+        total_training_samples=10**12,
+        train_batch_size_samples=1024,
+        device=str(start.W.device),
+        lr=start.lr,
+        lr_end=start.lr,
+        lr_scheduler_name="constant",
+        adam_beta1=start.betas[0],
+        adam_beta2=start.betas[1],
+    )
+    trainer = SAETrainer(config, sae, iter([]))
+
+    def weights() -> Weights:
+        norm = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)  # folded in: score times norm, row over norm
+        return _detached(sae.W_enc.T * norm, sae.b_enc * norm.squeeze(1), sae.W_dec / norm, sae.b_dec)
+
+    return _runner(trainer.step, trainer.optimizer, weights)
+
+
+def dictionary_learning(start: Start) -> Runner:
+    """dictionary_learning's ``TopKTrainer.update``: gradients clipped to norm 1, a running threshold, AuxK once features are dead."""
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    features, width = start.W.shape
+    trainer = TopKTrainer(
+        steps=10**9,
+        activation_dim=width,
+        dict_size=features,
+        k=start.k,
+        layer=0,
+        lm_name="none",
+        lr=start.lr,
+        device=str(start.W.device),
+        seed=0,
+    )
+    sae = trainer.ae
+    _copy((sae.encoder.weight, start.W), (sae.encoder.bias, 0), (sae.decoder.weight, start.W.T), (sae.b_dec, start.b_dec))
+    for group in trainer.optimizer.param_groups:
+        group["betas"] = start.betas
+    steps = [0]
+
+    def step(x: Tensor) -> None:
+        steps[0] += 1  # from 1: at step 0 it would set b_dec
+        trainer.update(steps[0], x)
+
+    return _runner(step, trainer.optimizer, lambda: _detached(sae.encoder.weight, sae.encoder.bias, sae.decoder.weight.T, sae.b_dec))
+
+
+PEERS: dict[str, Callable[[Start], Runner]] = {
+    "sparsify, torch Adam": sparsify,
+    "sparsify, its signum": lambda start: sparsify(start, signum=True),
+    "SAELens": saelens,
+    "dictionary_learning": dictionary_learning,
+}
+
+
+def plain_ways(start: Start) -> dict[str, Runner]:
+    ways = {"plain torch": plain(start)}
+    if start.W.device.type == "cpu" and has_onednn():
+        ways["plain torch, oneDNN and gathered rows"] = plain(start, gathered=True)
+    return ways
+
+
+_absent: set[str] = set()
+
+
+def peers(start: Start, names: list[str] | None = None) -> dict[str, Runner]:
+    """Those that can be imported and built here; the others with a warning that says why not."""
+    found: dict[str, Runner] = {}
+    for name in PEERS if names is None else names:
+        if name in _absent:
+            continue
+        try:
+            with _checkout_hidden():
+                found[name] = PEERS[name](start)
+        except Exception as error:  # an import of theirs may raise anything
+            _absent.add(name)
+            warnings.warn(f"bench: no row for {name}: {type(error).__name__}: {error}", stacklevel=2)
+    return found
+
+
+def distinct_rows(x: Tensor, start: Start, rows: int) -> Tensor:
+    """The first ``rows`` of ``x`` whose k-th and next scores differ by more than rounding, so that everyone selects the same features."""
+    with torch.no_grad():
+        top = functional.linear((x - start.b_dec).double(), start.W.double()).topk(start.k + 1).values
+    clear = x[top[:, -2] - top[:, -1] > 1e-5 * top[:, 0].abs()]
+    if clear.shape[0] < rows:
+        raise ValueError(f"bench: {rows} rows without near ties are needed, {clear.shape[0]} of {x.shape[0]} are")
+    return clear[:rows].contiguous()
+
+
+def check_step(mine: Runner, theirs: Runner, x: Tensor, lr: float) -> None:
+    """Raises AssertionError unless the first step of both is the same up to rounding.
+
+    First moments are the gradients times ``1 - beta1``: they agree to 1e-5 of their norm (sums of up to B float32 terms in another order).
+    At a first step a weight moves by lr times the sign of its gradient, rounding included where that cancels, hence the share of 1e-3.
+    """
+    mine.step(x)
+    theirs.step(x)
+    if mine.moments is None or theirs.moments is None:
+        raise TypeError("check_step: both runners must give their moments")
+    a, b = mine.moments(), theirs.moments()
+    for name in Weights._fields:
+        error = float(torch.linalg.vector_norm(a[name] - b[name]) / torch.linalg.vector_norm(b[name]))
+        if not error < 1e-5:
+            raise AssertionError(f"gradient of {name} differs by {error:.1e} of its norm")
+        off = (getattr(mine.weights(), name) - getattr(theirs.weights(), name)).abs() > 1e-3 * lr + 1e-6
+        if not float(off.double().mean()) < 1e-3:
+            raise AssertionError(f"{name} differs in {int(off.sum())} of {off.numel()} elements after one step")
+
+
+def _sae(start: Start) -> fastsae.SAE:
+    sae = fastsae.SAE(start.W.shape[1], start.W.shape[0], fastsae.TopK(start.k), device=start.W.device, seed=0)
+    _copy((sae.W_enc, start.W), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    return sae
+
+
+@torch.no_grad()
+def _copy(*pairs: tuple[Tensor, Tensor | float]) -> None:
+    for parameter, value in pairs:
+        parameter.copy_(torch.as_tensor(value, device=parameter.device))
+
+
+def _detached(*tensors: Tensor) -> Weights:
+    return Weights(*(tensor.detach() for tensor in tensors))
+
+
+def _runner(
+    step: Callable[[Tensor], object], opt: Any, weights: Callable[[], Weights], named: dict[str, torch.nn.Parameter] | None = None
+) -> Runner:
+    """Over a torch optimiser."""
+
+    def set_lr(lr: float) -> None:
+        for group in opt.param_groups:
+            group["lr"] = lr
+
+    def moments() -> dict[str, Tensor]:
+        return {name: opt.state[parameter]["exp_avg"] for name, parameter in (named or {}).items()}
+
+    return Runner(step, weights, set_lr, None if named is None else moments)
