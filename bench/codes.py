@@ -3,9 +3,9 @@
     python -m bench.codes [--smoke] [--tokens 56000] [--out bench/results/codes]
 
 all-MiniLM-L6-v2 reads Python's documentation; ``fastsae.trace`` hashes and packs the signs before its six GELUs. ``CodeCounter`` counts
-codes of all neurons and of nested random subsets of them; ``neighbour_graph`` joins tokens of near codes. The plain ways are the products of
-0/1 matrices of NASWOT (Mellor et al. 2021, agreement of all pairs) and TE-NAS (Chen, Gong & Wang 2021, distinct patterns from all
-pairs), written here from their formulas. Writes ``codes.json`` and four plots. Needs the extra ``demo``.
+codes of all neurons, ``count_codes`` those of nested random subsets; ``neighbour_graph`` joins tokens of near codes. The plain ways are the
+products of 0/1 matrices of NASWOT (Mellor et al. 2021, agreement of all pairs) and TE-NAS (Chen, Gong & Wang 2021, distinct patterns from
+all pairs), written here from their formulas. Writes ``codes.json`` and four plots. Needs the extra ``demo``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def count(codes: list[Tensor], hashes: list[Tensor], neurons: int) -> dict[str, 
 
 
 def neighbours(codes: list[Tensor], kind: Tensor, sample: int, k: int) -> tuple[dict[str, Any], Any, Tensor]:
-    """How often a neighbour by Hamming distance is the same token, a layer; and the last layer but one's graph, drawn from the same rows."""
+    """How often a neighbour by Hamming distance is the same token, by layer; the last layer's graph; the token numbers of its rows."""
     from scipy.sparse.csgraph import connected_components
 
     chosen = torch.randperm(kind.shape[0], generator=torch.Generator().manual_seed(1))[:sample]
@@ -167,7 +167,7 @@ def draw(out: Path, results: dict[str, Any], graph: Any, kind: Tensor, words: li
 
     canvas, axes = figure(figsize=(7, 4.2))
     sizes = counts["sizes"]
-    axes.plot(sizes, [min(2.0**n, tokens) for n in sizes], ":", color="0.5", label="most possible: min(2^neurons, tokens)")
+    axes.plot(sizes, [min(2 ** min(n, 62), tokens) for n in sizes], ":", color="0.5", label="most possible: min(2^neurons, tokens)")
     for i, (name, distinct) in enumerate(counts["distinct"].items()):
         axes.plot(sizes, distinct, "o-", ms=3, color=(0.15 * i, 0.3, 0.9 - 0.15 * i), label=name)
     axes.set_xscale("log", base=2)
@@ -181,7 +181,9 @@ def draw(out: Path, results: dict[str, Any], graph: Any, kind: Tensor, words: li
     canvas, axes = figure(figsize=(7, 3.8))
     axes.bar([row["layer"] for row in near["layers"]], [100 * row["same_token"] for row in near["layers"]], color="C0", width=0.6)
     axes.axhline(100 * near["chance"], color="C1", ls="--", label=f"by chance: {100 * near['chance']:.1f} %")
-    axes.set(xlabel="layer", ylabel=f"% of the {near['k']} nearest that are\nthe same token", title="Neighbours by Hamming distance of codes")
+    axes.set(
+        xlabel="layer", ylabel=f"% of the {near['k']} nearest that are\nthe same token", title="Neighbours by Hamming distance of codes"
+    )
     axes.legend(frameon=False)
     finish(canvas, axes, "neighbours.png")
 
@@ -249,7 +251,7 @@ def main() -> int:
             raise RuntimeError(f"codes: hashes of {names[number]} while it ran and of its packed codes differ")
     counts = count(codes, hashes, neurons)
     near, graph, sampled = neighbours(codes, kind, args.sample, args.k)
-    sizes = [128, 256, 512] if args.smoke else [512, 1024, 2048, 4096, 8192]
+    sizes = [128, 256, 512] if args.smoke else [512, 1024, 2048, 4096]
     results = {
         "model": "all-MiniLM-L6-v2",
         "tokens": kind.shape[0],
@@ -262,8 +264,8 @@ def main() -> int:
         "neighbours": near,
         "timing": timing(codes[len(codes) // 2], neurons, sizes),
     }
-    written = draw(args.out, results, graph, sampled, tokeniser.convert_ids_to_tokens(list(range(len(tokeniser)))))
     (args.out / "codes.json").write_text(json.dumps(results, indent=1) + "\n")
+    written = draw(args.out, results, graph, sampled, tokeniser.convert_ids_to_tokens(list(range(len(tokeniser)))))
     print(f"wrote codes.json, {', '.join(written)} into {args.out}")
     return 0
 
