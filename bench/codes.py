@@ -28,6 +28,7 @@ from fastsae._machine import machine
 from fastsae.plots import figure
 
 ROUNDS = 5
+FREQUENT = 12
 
 
 def arguments() -> argparse.Namespace:
@@ -45,11 +46,11 @@ def arguments() -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list[str], Tensor, Any]:
-    """(codes a layer, hashes a layer, names of the layers, token numbers, the tokeniser)."""
+def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list[str], Tensor]:
+    """(codes a layer, hashes a layer, names of the layers, token numbers)."""
     from tqdm import tqdm
 
-    model, tokeniser, windows, sequences = _activations_minilm.load(tokens)
+    model, _, windows, sequences = _activations_minilm.load(tokens)
     inner = torch.ones_like(sequences)
     inner[:, [0, -1]] = 0  # [CLS] and [SEP] do not count
     codes: list[dict[str, Tensor]] = []
@@ -67,7 +68,7 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
             progress.update(int(mask.sum()))
     names = list(codes[0])
     joined = [[torch.cat([part[name] for part in parts]) for name in names] for parts in (codes, hashes)]
-    return joined[0], joined[1], names, windows.flatten(), tokeniser
+    return joined[0], joined[1], names, windows.flatten()
 
 
 def count(codes: list[Tensor], hashes: list[Tensor], neurons: int) -> dict[str, Any]:
@@ -94,25 +95,37 @@ def count(codes: list[Tensor], hashes: list[Tensor], neurons: int) -> dict[str, 
     return {"table": [row._asdict() for row in table], "sizes": sizes, "distinct": subsets}
 
 
-def neighbours(codes: list[Tensor], kind: Tensor, sample: int, k: int) -> tuple[dict[str, Any], Any, Tensor]:
-    """How often a neighbour by Hamming distance is the same token, by layer; the last layer's graph; the token numbers of its rows."""
+def neighbours(codes: list[Tensor], kind: Tensor, words: list[str], sample: int, k: int) -> dict[str, Any]:
+    """How often a neighbour by Hamming distance is the same token, by layer; and for the most frequent tokens, which token it is."""
     from scipy.sparse.csgraph import connected_components
 
     chosen = torch.randperm(kind.shape[0], generator=torch.Generator().manual_seed(1))[:sample]
     mine = kind[chosen]
-    share = torch.bincount(mine).double() / len(mine)
-    chance = float(((share * len(mine)) * (share * len(mine) - 1)).sum() / (len(mine) * (len(mine) - 1)))
+    counts = torch.bincount(mine, minlength=len(words))
+    chance = float((counts * (counts - 1)).sum()) / (len(mine) * (len(mine) - 1))
+    frequent = counts.argsort(descending=True, stable=True)[:FREQUENT]
+    place = torch.full((len(words),), FREQUENT).scatter(0, frequent, torch.arange(FREQUENT))[mine]
     rows = []
-    graph = None
     for layer, code in enumerate(codes):
         graph = fastsae.neighbour_graph(code[chosen], k, symmetric=False)
         row = torch.arange(len(chosen)).repeat_interleave(k)
         column = torch.from_numpy(graph.indices.astype("int64"))
         same = float((mine[row] == mine[column]).double().mean())
+        between = torch.bincount(place[row] * (FREQUENT + 1) + place[column], minlength=(FREQUENT + 1) ** 2)
+        shares = between.view(FREQUENT + 1, -1)[:FREQUENT].double()
+        shares /= shares.sum(1, keepdim=True)
         parts = int(connected_components(graph, directed=False)[0])
-        rows.append({"layer": layer, "same_token": same, "mean_distance": float(graph.data.mean()), "components": parts})
+        rows.append(
+            {
+                "layer": layer,
+                "same_token": same,
+                "mean_distance": float(graph.data.mean()),
+                "components": parts,
+                "shares": [[round(share, 4) for share in line] for line in shares.tolist()],
+            }
+        )
         print(f"layer {layer}: {100 * same:.1f} % of the {k} nearest are the same token (chance {100 * chance:.1f} %), {parts} components")
-    return {"sample": len(chosen), "k": k, "chance": chance, "layers": rows}, graph, mine
+    return {"sample": len(chosen), "k": k, "chance": chance, "frequent": [words[t] for t in frequent.tolist()], "layers": rows}
 
 
 def unpacked(codes: Tensor, neurons: int) -> Tensor:
@@ -158,7 +171,7 @@ def timing(code: Tensor, neurons: int, sizes: list[int]) -> list[dict[str, Any]]
     return rows
 
 
-def draw(out: Path, results: dict[str, Any], graph: Any, kind: Tensor, words: list[str]) -> list[str]:
+def draw(out: Path, results: dict[str, Any]) -> list[str]:
     counts, near, tokens = results["counts"], results["neighbours"], results["tokens"]
 
     def finish(canvas: Any, axes: Any, name: str) -> None:
@@ -187,17 +200,15 @@ def draw(out: Path, results: dict[str, Any], graph: Any, kind: Tensor, words: li
     axes.legend(frameon=False)
     finish(canvas, axes, "neighbours.png")
 
-    place = spectral(graph)
-    canvas, axes = figure(figsize=(7.5, 6))
-    axes.scatter(place[:, 0], place[:, 1], s=2, color="0.82", lw=0)
-    full = torch.bincount(kind)
-    letters = [t for t in full.argsort(descending=True).tolist() if words[t].isalpha()][:9]
-    for colour, token in enumerate(letters):
-        rows = (kind == token).numpy()
-        axes.scatter(place[rows, 0], place[rows, 1], s=9, color=f"C{colour}", lw=0, label=f"{words[token]} ({int(full[token])})")
-    axes.set(xticks=[], yticks=[], title=f"Neighbour graph of {len(kind):,} tokens, last layer: two spectral coordinates")
-    axes.legend(frameon=False, fontsize=8, markerscale=1.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    finish(canvas, axes, "graph.png")
+    canvas, panels = figure(figsize=(11, 5), columns=2)
+    labels = near["frequent"]
+    for axes, row in zip(panels, (near["layers"][0], near["layers"][-1])):
+        image = axes.imshow(row["shares"], vmin=0, vmax=1, cmap="viridis")
+        axes.set_xticks(range(len(labels) + 1), [*labels, "any other"], rotation=60, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(title=f"layer {row['layer']}", xlabel="token of the neighbour", ylabel="token")
+    canvas.colorbar(image, ax=panels, shrink=0.8, label=f"share of the {near['k']} nearest")
+    canvas.savefig(out / "graph.png", dpi=130)
 
     canvas, axes = figure(figsize=(7.5, 4.4))
     rows = results["timing"]
@@ -216,26 +227,6 @@ def draw(out: Path, results: dict[str, Any], graph: Any, kind: Tensor, words: li
     return ["distinct.png", "neighbours.png", "graph.png", "timing.png"]
 
 
-def spectral(graph: Any) -> Any:
-    """Two eigenvectors of the normalised graph's largest component (others at nan), edges weighted by nearness, ranks for even spacing."""
-    import numpy as np
-    from scipy.sparse import diags_array
-    from scipy.sparse.csgraph import connected_components
-    from scipy.sparse.linalg import eigsh
-
-    nearness = graph.copy()
-    nearness.data = np.exp(-np.square(nearness.data / np.median(nearness.data)))
-    nearness = nearness + nearness.T
-    labels = connected_components(nearness, directed=False)[1]
-    main = labels == np.bincount(labels).argmax()
-    kept = nearness.tocsr()[main][:, main]
-    scale = diags_array(1 / np.sqrt(kept.sum(1)))
-    vectors = eigsh(scale @ kept @ scale, k=3, v0=np.ones(kept.shape[0]))[1]
-    place = np.full((graph.shape[0], 2), np.nan)
-    place[main] = vectors[:, [1, 0]].argsort(0).argsort(0) / kept.shape[0]
-    return place
-
-
 def main() -> int:
     args = arguments()
     if (absent := _activations_minilm.missing()) is not None:
@@ -243,14 +234,15 @@ def main() -> int:
         return 1
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    codes, hashes, names, kind, tokeniser = read(args.tokens)
+    codes, hashes, names, kind = read(args.tokens)
+    words = _activations_minilm.words()
     # The model's MLP width, from its words: 64 neurons each.
     neurons = codes[0].shape[1] * 64
     for number, (code, value) in enumerate(zip(codes, hashes)):
         if not torch.equal(fastsae.hash_code(code, layer=number), value):
             raise RuntimeError(f"codes: hashes of {names[number]} while it ran and of its packed codes differ")
     counts = count(codes, hashes, neurons)
-    near, graph, sampled = neighbours(codes, kind, args.sample, args.k)
+    near = neighbours(codes, kind, words, args.sample, args.k)
     sizes = [128, 256, 512] if args.smoke else [512, 1024, 2048, 4096]
     results = {
         "model": "all-MiniLM-L6-v2",
@@ -265,7 +257,7 @@ def main() -> int:
         "timing": timing(codes[len(codes) // 2], neurons, sizes),
     }
     (args.out / "codes.json").write_text(json.dumps(results, indent=1) + "\n")
-    written = draw(args.out, results, graph, sampled, tokeniser.convert_ids_to_tokens(list(range(len(tokeniser)))))
+    written = draw(args.out, results)
     print(f"wrote codes.json, {', '.join(written)} into {args.out}")
     return 0
 

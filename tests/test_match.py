@@ -345,9 +345,13 @@ def test_what_variants_refuse() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             mmcs(a, b, **options)
-    for wrong in ({"direction": "up"}, {"summary": "median"}, {"exclude_self": True, "one_to_one": True}):
+    for wrong in (
+        lambda: MmcsVariant("up"),
+        lambda: MmcsVariant(summary="median"),
+        lambda: MmcsVariant(exclude_self=True, one_to_one=True),
+    ):
         with pytest.raises(ValueError, match=r"^MmcsVariant: "):
-            MmcsVariant(**wrong)
+            wrong()
 
 
 # ---------------------------------------------------------------- inputs

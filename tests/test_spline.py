@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -308,7 +309,7 @@ def test_every_way_to_a_hash_gives_the_same(data: st.DataObject) -> None:
     draw = data.draw(st.integers(0, 2**31), label="draw")
     rows, width = (data.draw(st.integers(1, high), label=name) for name, high in (("rows", 20), ("width", 40)))
     sizes = data.draw(st.lists(st.integers(1, 200), min_size=1, max_size=3), label="neurons of the layers")
-    key = {"seed": data.draw(st.sampled_from(SEEDS)), "bits": data.draw(st.sampled_from([64, 128]))}
+    key: dict[str, Any] = {"seed": data.draw(st.sampled_from(SEEDS)), "bits": data.draw(st.sampled_from([64, 128]))}
     generator = torch.Generator().manual_seed(draw)
     x = integers(rows, width, seed=draw)
     whole: list[Tensor] = []
