@@ -208,7 +208,7 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
         axes.set_yticks(range(len(labels)), labels)
         axes.set(title=f"layer {row['layer']}", xlabel="token of the neighbour", ylabel="token")
     canvas.colorbar(image, ax=panels, shrink=0.8, label=f"share of the {near['k']} nearest")
-    canvas.savefig(out / "graph.png", dpi=130)
+    canvas.savefig(out / "graph.png", dpi=130, bbox_inches="tight")
 
     canvas, axes = figure(figsize=(7.5, 4.4))
     rows = results["timing"]
