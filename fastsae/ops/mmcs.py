@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,30 +54,28 @@ class MmcsVariant:
 _SHARKEY = "Sharkey, Braun & Millidge 2022, Taking features out of superposition with sparse autoencoders"
 _METRICS = "HoagyC/sparse_coding, standard_metrics.py"
 
-MMCS_VARIANTS: Mapping[str, MmcsVariant] = MappingProxyType(
-    {
-        "truth_recovery": MmcsVariant("a_to_b", source=f"{_SHARKEY}: a is the truth, b what was learned"),
-        "representedness": MmcsVariant("a_to_b", source=f"{_METRICS}, representedness(features, model)"),
-        "larger_dictionary": MmcsVariant("small_to_large", source=f"{_SHARKEY}: the proxy without a truth, the next larger dictionary"),
-        "mcs_duplicates": MmcsVariant("b_to_a", source=f"{_METRICS}, mmcs(model, model2), mcs_duplicates(ground, model), mmcs_to_fixed"),
-        "big_sweep": MmcsVariant("large_to_small", source="HoagyC/sparse_coding, big_sweep.py: mcs_duplicates(smaller, larger)"),
-        "both_directions": MmcsVariant("mean", source="symmetrised MMCS of later replications"),
-        "absolute": MmcsVariant("mean", absolute=True, source="later replications: magnitudes, both directions"),
-        "hungarian": MmcsVariant(one_to_one=True, source=f"{_METRICS}, run_mmcs_with_larger: the mean"),
-        "hungarian_above": MmcsVariant(one_to_one=True, summary="above", source=f"{_METRICS}, run_mmcs_with_larger: the share above 0.9"),
-        "mcc": MmcsVariant(absolute=True, one_to_one=True, source="mean correlation coefficient: SAELens' synthetic benchmark, mcc"),
-        "cosine_hungarian_loss": MmcsVariant(
-            one_to_one=True, summary="distance_sum", source="KempnerInstitute/overcomplete, metrics.py, cosine_hungarian_loss"
-        ),
-        "self_similarity": MmcsVariant(exclude_self=True, source="mean best cosine of a dictionary's features to its others"),
-        "dictionary_collinearity": MmcsVariant(
-            absolute=True,
-            exclude_self=True,
-            summary="max",
-            source="KempnerInstitute/overcomplete, metrics.py, dictionary_collinearity: the largest off-diagonal magnitude",
-        ),
-    }
-)
+MMCS_VARIANTS: Mapping[str, MmcsVariant] = {
+    "truth_recovery": MmcsVariant("a_to_b", source=f"{_SHARKEY}: a is the truth, b what was learned"),
+    "representedness": MmcsVariant("a_to_b", source=f"{_METRICS}, representedness(features, model)"),
+    "larger_dictionary": MmcsVariant("small_to_large", source=f"{_SHARKEY}: the proxy without a truth, the next larger dictionary"),
+    "mcs_duplicates": MmcsVariant("b_to_a", source=f"{_METRICS}, mmcs(model, model2), mcs_duplicates(ground, model), mmcs_to_fixed"),
+    "big_sweep": MmcsVariant("large_to_small", source="HoagyC/sparse_coding, big_sweep.py: mcs_duplicates(smaller, larger)"),
+    "both_directions": MmcsVariant("mean", source="symmetrised MMCS of later replications"),
+    "absolute": MmcsVariant("mean", absolute=True, source="later replications: magnitudes, both directions"),
+    "hungarian": MmcsVariant(one_to_one=True, source=f"{_METRICS}, run_mmcs_with_larger: the mean"),
+    "hungarian_above": MmcsVariant(one_to_one=True, summary="above", source=f"{_METRICS}, run_mmcs_with_larger: the share above 0.9"),
+    "mcc": MmcsVariant(absolute=True, one_to_one=True, source="mean correlation coefficient: SAELens' synthetic benchmark, mcc"),
+    "cosine_hungarian_loss": MmcsVariant(
+        one_to_one=True, summary="distance_sum", source="KempnerInstitute/overcomplete, metrics.py, cosine_hungarian_loss"
+    ),
+    "self_similarity": MmcsVariant(exclude_self=True, source="mean best cosine of a dictionary's features to its others"),
+    "dictionary_collinearity": MmcsVariant(
+        absolute=True,
+        exclude_self=True,
+        summary="max",
+        source="KempnerInstitute/overcomplete, metrics.py, dictionary_collinearity: the largest off-diagonal magnitude",
+    ),
+}
 """Published variants of MMCS by the names that papers and code use; see ``mmcs``.
 
 ===========================  ===========================================================================
