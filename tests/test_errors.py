@@ -44,6 +44,7 @@ VALID: dict[str, dict[str, Any]] = {
     "match": {"a": draw(6, D), "b": draw(7, D), "candidates": 2},
     "spline_code": NEURONS,
     "spline_hash": NEURONS,
+    "near_zero_counts": NEURONS,
     "pack_signs": {"z": draw(ROWS, F)},
     "hash_signs": {"z": draw(ROWS, F)},
     "hash_code": {"words": WORDS},
@@ -490,7 +491,7 @@ def test_reconstruct_arguments() -> None:
     rejects(ValueError, r"x must have shape \[.., D\], got \[\]", "reconstruct", x=torch.tensor(1.0), target=None)
 
 
-@pytest.mark.parametrize("op", [op for op in VALID if op not in ("match", "spline_keys", "boundary_density")])
+@pytest.mark.parametrize("op", [op for op in VALID if op not in ("match", "spline_keys", "boundary_density", "near_zero_counts")])
 def test_unknown_backends(op: str) -> None:
     rejects(ValueError, "unknown name 'gpu' in 'gpu'; known: cpu, triton, cuda, reference", op, backend="gpu")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import match, match_cosine, mmcs, mmcs_matrix
+from fastsae import MMCS_VARIANTS, MmcsVariant, match, match_cosine, mmcs, mmcs_matrix, native
 from fastsae.ops import _common
 
 optimize = pytest.importorskip("scipy.optimize")
@@ -256,7 +259,7 @@ def test_truth_recovery_is_a_to_b_with_the_truth_first() -> None:
 
 
 def test_absolute_cosines_find_flipped_features() -> None:
-    truth = draw(6, 40)
+    truth = draw(60, 40)
     assert match_cosine(truth, -truth, absolute=True).similarity.double().mean() == pytest.approx(-1)
     assert match(truth, -truth).most_negative.similarity.mean() == pytest.approx(-1)
 
@@ -280,6 +283,75 @@ def test_mmcs_matrix() -> None:
     assert torch.equal(mean, mean.T)
     torch.testing.assert_close(mean, (forward + forward.T) / 2)
     assert not torch.allclose(forward, forward.T)
+
+
+def plain(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Every variant by its definition, from the full matrix of cosines."""
+    full, own = cosines(a, b), cosines(a, a).fill_diagonal_(-2)
+    rows, columns = optimize.linear_sum_assignment(1 - full.numpy())
+    pairs = full[rows, columns]
+    by_size = full.max(1) if a.shape[0] <= b.shape[0] else full.max(0)
+    by_size_turned = full.max(0) if a.shape[0] <= b.shape[0] else full.max(1)
+    magnitude = full.abs()
+    rows, columns = optimize.linear_sum_assignment(1 - magnitude.numpy())
+    return {
+        "truth_recovery": float(full.max(1).values.mean()),
+        "representedness": float(full.max(1).values.mean()),
+        "larger_dictionary": float(by_size.values.mean()),
+        "mcs_duplicates": float(full.max(0).values.mean()),
+        "big_sweep": float(by_size_turned.values.mean()),
+        "both_directions": float(full.max(1).values.mean() + full.max(0).values.mean()) / 2,
+        "absolute": float(magnitude.max(1).values.mean() + magnitude.max(0).values.mean()) / 2,
+        "hungarian": float(pairs.mean()),
+        "hungarian_above": float((pairs > 0.9).double().mean()),
+        "mcc": float(magnitude[rows, columns].mean()),
+        "cosine_hungarian_loss": float((1 - pairs).sum()),
+        "self_similarity": float(own.max(1).values.mean()),
+        "dictionary_collinearity": float(cosines(a, a).fill_diagonal_(0).abs().max()),
+    }
+
+
+@pytest.mark.parametrize("shape", [(30, 47), (47, 30), (40, 40)])
+@pytest.mark.parametrize("name", MMCS_VARIANTS)
+def test_variants_by_their_definitions(name: str, shape: tuple[int, int]) -> None:
+    a, b = draw(shape[0], 6), draw(shape[1], 6, seed=1)
+    b[:12] = -2 * a[:12]
+    b[12:20] = a[12:20] + 0.1 * draw(8, 6, seed=2)
+    other = a if MMCS_VARIANTS[name].exclude_self else b
+    assert mmcs(a, other, variant=name) == pytest.approx(plain(a, b)[name], abs=1e-9)
+    assert mmcs(a, other, variant=MMCS_VARIANTS[name]) == mmcs(a, other, variant=name)
+    assert MMCS_VARIANTS[name].source
+
+
+def test_variants_take_the_options_of_match() -> None:
+    a, b = draw(20, 6), draw(33, 6, seed=1)
+    alive = torch.arange(33) % 3 > 0
+    for name, expected in plain(a, b[alive]).items():
+        if not MMCS_VARIANTS[name].exclude_self:
+            assert mmcs(a, b, variant=name, alive=(None, alive)) == pytest.approx(expected, abs=1e-9)
+    weight = draw(20, seed=2).abs()
+    best = cosines(a, b).abs().max(1).values
+    loud = mmcs(a, b, variant=MmcsVariant("a_to_b", absolute=True), weights=(weight, None))
+    assert loud == pytest.approx(float((best * weight).sum() / weight.sum()), abs=1e-9)
+
+
+def test_what_variants_refuse() -> None:
+    a, b = draw(9, 6), draw(12, 6, seed=1)
+    for options, message in (
+        ({"variant": "median"}, r"^mmcs: variant must be .*truth_recovery.* got 'median'"),
+        ({"variant": "mcc", "direction": "a_to_b"}, "^mmcs: give direction or variant"),
+        ({"variant": "self_similarity"}, r"^mmcs: a variant with exclude_self .* got \[9, 6\] and \[12, 6\]"),
+        ({"variant": "mcc", "weights": (torch.ones(9, dtype=torch.float64), None)}, "^mmcs: weights go with the mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mmcs(a, b, **options)
+    for wrong in (
+        lambda: MmcsVariant("up"),
+        lambda: MmcsVariant(summary="median"),
+        lambda: MmcsVariant(exclude_self=True, one_to_one=True),
+    ):
+        with pytest.raises(ValueError, match=r"^MmcsVariant: "):
+            wrong()
 
 
 # ---------------------------------------------------------------- inputs
@@ -309,6 +381,43 @@ def test_transposed_views_and_saes_and_files(tmp_path: Path) -> None:
         mmcs(tmp_path / "missing.safetensors", other)
 
 
+def test_two_matrices_that_may_be_transposed_warn() -> None:
+    a, b = draw(8, 20), draw(8, 20, seed=1)
+    with pytest.warns(UserWarning, match=r"^match: a and b are both \[8, 20\].*pass a.T and b.T$"):
+        match(a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pair in ((a.T, b.T), (a, a), (a, b[:7])):
+            match(*pair)
+
+
+class Coder:
+    """What a library's SAE shows of itself."""
+
+    def __init__(self, W_dec: Tensor, b_dec: Tensor) -> None:
+        self.W_dec, self.b_dec = W_dec, b_dec
+
+
+def test_a_decoder_beside_a_bias_that_shows_its_orientation(tmp_path: Path) -> None:
+    W, other, bias = (draw(*shape, dtype=torch.float32) for shape in ((10, 6), (7, 6), (6,)))
+    assert mmcs(Coder(W, bias), other) == mmcs(W, other)
+    with pytest.raises(ValueError, match=r"^match: b\.W_dec must be \[F, D=6\] beside its b_dec, got \[6, 10\].*W_dec\.T"):
+        match(other, Coder(W.T, bias))
+    safetensors = pytest.importorskip("safetensors.torch")
+    files = {
+        "sparsify.safetensors": {"encoder.weight": W, "encoder.bias": W[:, 0].clone(), "W_dec": W.clone(), "b_dec": bias},
+        "sae_weights.safetensors": {"W_enc": W.T.contiguous(), "b_enc": W[:, 0].clone(), "W_dec": W.clone(), "b_dec": bias},
+        "turned.safetensors": {"W_dec": W.T.contiguous(), "b_dec": bias},
+    }
+    for name, tensors in files.items():
+        safetensors.save_file(tensors, tmp_path / name)
+        if name == "turned.safetensors":
+            with pytest.raises(ValueError, match="feature-major"):
+                mmcs(tmp_path / name, tmp_path / name)
+        else:
+            assert mmcs(tmp_path / name, other) == mmcs(W, other)
+
+
 @given(st.data())
 def test_drawn_dictionaries(data: st.DataObject) -> None:
     n, m, width = (data.draw(st.integers(1, high), label=name) for name, high in (("n", 20), ("m", 20), ("width", 40)))
@@ -325,3 +434,54 @@ def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     match(draw(30, 5), draw(40, 5, seed=1)).plot(tmp_path / "match.png")
     assert (tmp_path / "match.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- size and exactness
+
+native_only = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+MEMORY = """
+import sys
+import torch
+from bench.harness import extra_megabytes, unit_rows
+import fastsae
+torch.set_num_threads(1)
+a, b = unit_rows(16384, 512), unit_rows(8192, 512, seed=1)
+fastsae.match(a[:64], b[:64])
+print(extra_megabytes(lambda: fastsae.match(a, b)))
+"""
+
+
+@pytest.mark.slow
+@native_only
+def test_memory_of_a_match() -> None:
+    """300 MB above the inputs at 65,536 x 32,768 x 512: beside 192 MiB of inputs; here a quarter of it at a quarter of the rows."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, check=True)
+    if done.stdout.strip() == "None":
+        pytest.skip("this system shows no peak of memory")
+    assert float(done.stdout) <= 300 / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native_only)])
+def test_every_match_is_right_where_plain_bfloat16_gets_some_wrong(backend: str) -> None:
+    a, b = (torch.nn.functional.normalize(draw(4096, 512, seed=seed, dtype=torch.float32)) for seed in (0, 1))
+    exact = a.double() @ b.double().T
+    best = exact.max(1).values
+    # Rounding of norms, quotients and products in float32, on both sides of a comparison.
+    band = 6 * (512 + 3) * 2.0**-24 * float((a.abs() @ b.abs().T).max())
+
+    def wrong(index: Tensor) -> int:
+        return int((exact.gather(1, index.unsqueeze(1))[:, 0] != best).sum())
+
+    ours = match_cosine(a, b, backend=backend).index[:, 0]
+    lost = best - exact.gather(1, ours.unsqueeze(1))[:, 0]
+    assert float(lost.max()) <= band
+    # Outside the band: the second best is farther than that, and then only one answer is right.
+    clear = exact.topk(2, dim=1).values.diff(dim=1)[:, 0].abs() > band
+    assert int(clear.sum()) > 4000
+    assert torch.equal(ours[clear], exact.argmax(1)[clear])
+    low = (a.bfloat16() @ b.bfloat16().T).max(1).indices
+    assert wrong(ours) <= 4096 - int(clear.sum())
+    assert 20 < wrong(low) < 400  # about 2 %

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import fastsae
 from fastsae import hash_code, hash_signs, native, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.ops import _common
 from fastsae.ops.spline import philox
+from fastsae.testing import score_band
 
 SEEDS = [0, 1, 2**63, 2**64 - 1]
 
@@ -299,6 +301,96 @@ def test_layers_of_a_network_combine_by_xor_and_name_its_region() -> None:
     regions = fastsae.count_codes(hashes)
     assert regions.unique.shape[0] == codes.shape[0] > 20
     assert all(torch.unique(hashes[inverse == region]).numel() == 1 for region in range(codes.shape[0]))
+
+
+@given(st.data())
+def test_every_way_to_a_hash_gives_the_same(data: st.DataObject) -> None:
+    """Fused, packed, given pre-activations, XOR of layers, sharded neurons, and everything computed in another order."""
+    draw = data.draw(st.integers(0, 2**31), label="draw")
+    rows, width = (data.draw(st.integers(1, high), label=name) for name, high in (("rows", 20), ("width", 40)))
+    sizes = data.draw(st.lists(st.integers(1, 200), min_size=1, max_size=3), label="neurons of the layers")
+    key: dict[str, Any] = {"seed": data.draw(st.sampled_from(SEEDS)), "bits": data.draw(st.sampled_from([64, 128]))}
+    generator = torch.Generator().manual_seed(draw)
+    x = integers(rows, width, seed=draw)
+    whole: list[Tensor] = []
+    for layer, size in enumerate(sizes):
+        W, b = integers(size, width, seed=draw + layer + 1), integers(size, seed=draw + layer + 9)
+        z = x @ W.T + b
+        fused = spline_hash(x, W, b, layer=layer, **key)
+        assert torch.equal(hash_code(spline_code(x, W, b), layer=layer, **key), fused)
+        assert torch.equal(hash_signs(z, layer=layer, **key), fused)
+        shards = torch.arange(size) % 3
+        parts = [spline_hash(x, W, b, neurons=shards == shard, layer=layer, **key) for shard in (2, 0, 1)]
+        assert torch.equal(fastsae.combine_hashes(parts), fused)
+        order, columns = torch.randperm(rows, generator=generator), torch.randperm(width, generator=generator)
+        again = spline_hash(x[order][:, columns], W[:, columns].T.contiguous().T, b, layer=layer, **key)
+        assert torch.equal(again, fused[order])
+        whole.append(fused)
+    assert torch.equal(fastsae.combine_hashes(whole), fastsae.combine_hashes(whole[::-1]))
+
+
+KEYS = {
+    (0, 0): [
+        [-2204013331526194987, -7277575273911440308],
+        [6679402142117448868, 684265014234019051],
+        [5892734326067077929, 5012847114214249389],
+    ],
+    (7, 0x123456789ABCDEF0): [
+        [-6543180732349329546, -5602072191837270617],
+        [3703790735747653641, 8983217984904968350],
+        [7224026849340844129, 8418923073748235697],
+    ],
+}
+
+
+def test_golden_keys_never_change() -> None:
+    for (layer, seed), expected in KEYS.items():
+        assert spline_keys(3, layer=layer, seed=seed).tolist() == expected
+
+
+def test_near_zero_counts() -> None:
+    x, W, b = integers(30, 5), integers(70, 5, seed=1), integers(70, seed=2)
+    z = x @ W.T + b
+    for eps in (0, 1, 2.5):
+        assert torch.equal(fastsae.near_zero_counts(x, W, b, eps), (z.abs() <= eps).sum(1))
+    assert torch.equal(fastsae.near_zero_counts(x, W, None, 1), ((x @ W.T).abs() <= 1).sum(1))
+    mask = torch.arange(70) % 3 == 0
+    for neurons in (mask, mask.nonzero().flatten()):
+        assert torch.equal(fastsae.near_zero_counts(x, W, b, 1, neurons=neurons), (z[:, mask].abs() <= 1).sum(1))
+    assert fastsae.near_zero_counts(x.reshape(2, 15, 5), W, b, 1).shape == (2, 15)
+    assert fastsae.near_zero_counts(x[:0], W, b).shape == (0,)
+    broken = x.clone()
+    broken[0] = float("nan")
+    assert int(fastsae.near_zero_counts(broken, W, b, 100)[0]) == 0
+    for eps, message in ((-1, "eps must be at least 0, got -1"), (float("inf"), "eps must be a finite number")):
+        with pytest.raises(ValueError, match=f"^near_zero_counts: {message}"):
+            fastsae.near_zero_counts(x, W, b, eps)
+
+
+def test_rows_without_a_near_zero_have_one_code_in_any_arithmetic() -> None:
+    x, W, b = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in ((400, 768), (96, 768), (96,)))
+    band = float(score_band(x, W, b).band.max())
+    sure = fastsae.near_zero_counts(x, W, b, 2 * band) == 0
+    assert 0 < int(sure.sum()) <= 400
+    assert torch.equal(spline_code(x, W, b)[sure], spline_code(x.double(), W.double(), b.double())[sure])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_signs_are_those_of_float64_outside_the_rounding_band(backend: str) -> None:
+    if backend == "cpu" and native.unavailable() is not None:
+        pytest.skip(str(native.unavailable()))
+    x, W, b = (torch.randn(shape, generator=torch.Generator().manual_seed(4)) for shape in ((2048, 768), (3072, 768), (3072,)))
+    score = score_band(x, W, b)
+    exact = x.double() @ W.double().T + b.double()
+    clear = exact.abs() > score.band
+    assert int((~clear).sum()) < 1e-2 * clear.numel()  # the band is a proven bound, about 0.1 % of normal scores
+    code = spline_code(x, W, b, backend=backend)
+    got = ((code.unsqueeze(-1) >> torch.arange(64)) & 1).bool().flatten(1)
+    assert int(((got != (exact > 0)) & clear).sum()) == 0
+    # What the band is for: a product in bfloat16 has other signs.
+    low = (x.bfloat16() @ W.bfloat16().T).float() + b
+    assert int((((low > 0) != (exact > 0)) & clear).sum()) > 1000
 
 
 # ---------------------------------------------------------------- the compiled rows

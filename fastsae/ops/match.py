@@ -1,4 +1,4 @@
-"""Top-k cosine matching of two dictionaries, and MMCS (mean max cosine similarity) built on it, without the ``[N, M]`` matrix.
+"""Top-k cosine matching of two dictionaries without the ``[N, M]`` matrix; MMCS and its published variants are in ``fastsae.ops.mmcs``.
 
 ``match_cosine`` finds the k nearest rows of ``b`` for every row of ``a``; ``match_pair`` does both directions and the most negative
 match in one pass over the tiles. ``match`` wraps the latter in an object that answers what people ask of two dictionaries.
@@ -7,6 +7,7 @@ match in one pass over the tiles. ``match`` wraps the latter in an object that a
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -382,11 +383,12 @@ class Match:
         counts = {name: torch.histogram(values.detach().float().cpu().clamp(-1, 1), edges).hist.long() for name, values in named.items()}
         return {"edges": edges, **counts}
 
-    def one_to_one(self, candidates: int | None = None) -> OneToOne:
+    def one_to_one(self, candidates: int | None = None, *, absolute: bool = False) -> OneToOne:
         """The best one-to-one matching on each feature's nearest candidates, by SciPy's sparse assignment.
 
         Args:
             candidates: of each feature of the smaller dictionary; more than ``match`` has kept cost another pass. None: those kept.
+            absolute: match by magnitude, and give magnitudes as ``similarity``; costs another pass.
 
         A feature that finds none of its candidates free takes a dummy worth its last candidate, so ``bound`` is an upper bound on the
         optimum, and exact where no dummy is used. Needs SciPy (extra ``studies``).
@@ -398,7 +400,7 @@ class Match:
         except ImportError as error:
             raise ImportError("Match.one_to_one needs SciPy: pip install 'fastsae-kernels[studies]'") from error
         small = 0 if self.shape[0] <= self.shape[1] else 1
-        forward = self._candidates(small, candidates)
+        forward = self._candidates(small, candidates, _checks.flag("Match.one_to_one", "absolute", absolute))
         if bool(forward.similarity.isnan().any()):
             raise ValueError("Match.one_to_one: similarities must not be NaN; leave broken features out with alive=")
         n, k = forward.index.shape
@@ -419,16 +421,16 @@ class Match:
         left, right = (left, right) if small == 0 else (right, left)
         return OneToOne(left, right, torch.from_numpy(value), float(value.mean()) if n else float("nan"), not bool(dummy.any()))
 
-    def _candidates(self, small: int, candidates: int | None) -> Matches:
+    def _candidates(self, small: int, candidates: int | None, absolute: bool) -> Matches:
         kept = (self.a_to_b, self.b_to_a)[small]
-        if candidates is None:
-            return kept
-        k = min(_checks.integer("Match.one_to_one", "candidates", candidates, 1), self.shape[1 - small])
-        if k <= kept.index.shape[1]:
+        k = kept.index.shape[1]
+        if candidates is not None:
+            k = min(_checks.integer("Match.one_to_one", "candidates", candidates, 1), self.shape[1 - small])
+        if k <= kept.index.shape[1] and not absolute:
             return Matches(kept.similarity[:, :k], kept.index[:, :k])
         few, many = self.sides[small][self.rows[small]], self.sides[1 - small][self.rows[1 - small]]
-        found = match_cosine(few, many, k=k, eps=self.eps)
-        return Matches(found.similarity, self.rows[1 - small][found.index])
+        found = match_cosine(few, many, k=k, absolute=absolute, eps=self.eps)
+        return Matches(found.similarity.abs() if absolute else found.similarity, self.rows[1 - small][found.index])
 
     def plot(self, path: Any, bins: int = 60) -> None:
         """Draws both directions' histograms with the random null. Needs matplotlib (extra ``plot``)."""
@@ -443,7 +445,7 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
         return value
     weight = getattr(value, "W_dec", None)
     if isinstance(weight, Tensor):
-        return weight
+        return _beside_bias(op, name, weight, getattr(value, "b_dec", None))
     if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
         try:
             from safetensors import SafetensorError, safe_open
@@ -455,11 +457,33 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
             with safe_open(value, framework="pt") as file:  # pyright: ignore[reportArgumentType]
                 names = sorted(file.keys())
                 if "W_dec" in names:
-                    return file.get_tensor("W_dec")
+                    bias = file.get_tensor("b_dec") if "b_dec" in names else None
+                    return _beside_bias(op, name, file.get_tensor("W_dec"), bias)
         except SafetensorError as error:
             raise ValueError(f"{op}: {name}={value!r} is not a safetensors file: {error}") from error
         raise ValueError(f"{op}: {name}={value!r} holds no tensor 'W_dec', only {names}")
     raise TypeError(f"{op}: {name} must be a tensor [F, D], an SAE with W_dec, or a safetensors file, got {type(value).__name__}")
+
+
+def _beside_bias(op: str, name: str, weight: Tensor, bias: Any) -> Tensor:
+    """A ``W_dec``, which the length D of its ``b_dec`` must show to be [F, D]."""
+    if isinstance(bias, Tensor) and weight.dim() == 2 and bias.dim() == 1 and bias.shape[0] != weight.shape[1]:
+        hint = " (it looks like [D, F]: dictionaries are feature-major, pass W_dec.T)" if bias.shape[0] == weight.shape[0] else ""
+        raise ValueError(f"{op}: {name}.W_dec must be [F, D={bias.shape[0]}] beside its b_dec, got {list(weight.shape)}{hint}")
+    return weight
+
+
+def _warn_of_columns(op: str, a: Any, b: Any) -> None:
+    """A warning where both are bare tensors of one shape with fewer rows than columns, which two [D, F] matrices have as well."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a is b or a.shape != b.shape or a.dim() != 2:
+        return
+    rows, columns = a.shape
+    if 1 < rows < columns:
+        warnings.warn(
+            f"{op}: a and b are both [{rows}, {columns}], read as {rows} features of width {columns}; if they are [D, F] matrices of "
+            f"{columns} features, pass a.T and b.T",
+            stacklevel=3,
+        )
 
 
 def _both(op: str, name: str, pair: Any) -> tuple[Any, Any]:
@@ -494,8 +518,9 @@ def match(
     """Matches two dictionaries in both directions, in one pass.
 
     Args:
-        a, b: ``[N, D]`` and ``[M, D]`` tensors, SAEs with a ``W_dec``, or safetensors files that hold one. A ``[D, F]`` matrix given by
-            mistake raises where the shapes tell.
+        a, b: ``[N, D]`` and ``[M, D]`` tensors, SAEs with a ``W_dec``, or safetensors files that hold one (of ``SAE.save``, sparsify,
+            SAELens). A ``[D, F]`` matrix given by mistake raises where the shapes tell (one side only, or a ``W_dec`` beside its
+            ``b_dec``), and two bare tensors of one shape with fewer rows than columns warn.
         alive: masks ``([N], [M])`` of the features that take part; None: all.
         weights: non-negative ``([N], [M])``, e.g. the mean coefficient of each feature: ``mmcs`` becomes a weighted mean, in which
             coefficients carry the scale and unit features do not. This is our reading of a metric proposed beside MMCS that has no
@@ -512,6 +537,7 @@ def match(
     Source: Sharkey, Braun & Millidge 2022, "Taking features out of superposition with sparse autoencoders".
     """
     op = "match"
+    _warn_of_columns(op, a, b)
     a, b = (_dictionary(op, name, value).detach() for name, value in (("a", a), ("b", b)))
     _check_dictionaries(op, a, b)
     rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), (a, b))))
@@ -545,29 +571,3 @@ def match(
         (a, b),
         eps,
     )
-
-
-def mmcs(a: Any, b: Any, direction: str = "mean", **options: Any) -> float:
-    """``match(a, b, **options).mmcs(direction)``: mean max cosine similarity of two dictionaries."""
-    return match(a, b, **options).mmcs(direction)
-
-
-def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **options: Any) -> Tensor:
-    """MMCS of all ordered pairs ``[n, n]`` float64: entry (i, j) is ``mmcs(dictionaries[i], dictionaries[j], direction)``, 1 for i = j.
-
-    With ``direction="mean"`` it is symmetric, otherwise not.
-    """
-    if direction not in ("a_to_b", "b_to_a", "mean"):
-        raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
-    sides = [_dictionary("mmcs_matrix", f"dictionaries[{i}]", d) for i, d in enumerate(dictionaries)]
-    result = torch.eye(len(sides), dtype=torch.float64)
-    for i in range(len(sides)):
-        for j in range(i):
-            pair = match(sides[i], sides[j], **options)
-            forward, backward = pair.mmcs("a_to_b"), pair.mmcs("b_to_a")
-            if direction == "mean":
-                forward = backward = (forward + backward) / 2
-            elif direction == "b_to_a":
-                forward, backward = backward, forward
-            result[i, j], result[j, i] = forward, backward
-    return result

@@ -107,9 +107,13 @@ def _xor(active: Tensor, layer: int, seed: int, bits: int) -> Tensor:
     return result[:, 0] if bits == 64 else result
 
 
-def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
+def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
     for rows in chunks(x.shape[0], max(W.shape[0], x.shape[1])):
-        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b, None, None) > 0
+        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b, None, None)
+
+
+def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
+    return (z > 0 for z in _scores(x, W, b))
 
 
 def spline_code_reference(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Tensor:
@@ -436,6 +440,29 @@ def hash_code(
     flat = words.reshape(words.shape[:-1].numel(), words.shape[-1])
     result = HASH_CODE(flat, neurons, layer, _signed(seed), bits, backend=preference(backend))
     return result.reshape((*words.shape[:-1], *result.shape[1:]))
+
+
+def near_zero_counts(x: Tensor, W: Tensor, b: Tensor | None = None, eps: float = 1e-5, *, neurons: Tensor | None = None) -> Tensor:
+    """Neurons of each row whose score is so near 0 that other arithmetic may give another sign, and with it another code.
+
+    Args:
+        x, W, b, neurons: as in ``spline_code``. eps: counted is ``|score| <= eps``, 0 or more; NaN is not.
+
+    Returns:
+        ``[..]`` int64. A row with 0 has the same code in any arithmetic whose scores err by less than ``eps``.
+
+    In PyTorch on any device, in chunks of rows (a few temporaries of at most 64 MiB each). No gradient.
+
+    Raises: as ``spline_code``; ValueError: ``eps`` negative or not finite.
+    """
+    op = "near_zero_counts"
+    batch, x, W, b, neurons = _layer_inputs(op, x, W, b, neurons)
+    eps = float(_checks.number(op, "eps", eps, positive=False))
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    neurons = _mask(neurons, W.shape[0])
+    parts = [_selected(z.abs() <= eps, neurons).sum(1) for z in _scores(x, W, b)]
+    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=x.device)).reshape(batch)
 
 
 def combine_hashes(hashes: Iterable[Tensor]) -> Tensor:
