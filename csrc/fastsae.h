@@ -149,9 +149,9 @@ void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* 
 
 // encode_threshold: scores above max(threshold, 0), strictly, and NaN; threshold [dictionary]. With half_band >= 0 also those with
 // |fl(score - threshold)| < half_band; a score that is not above its threshold is then stored as 0. flags: 1 above, 2 in the band.
-// encode_gated: what is not (product + b_gate <= 0) and not (product * scale + bias <= 0); the value is the latter, or NaN if one is.
-// encode_batch_topk: the `total` largest positive scores (and NaN, above all) of all rows, by score, then row, then feature; min_kept is
-// the smallest of them, +inf where there is none.
+// encode_gated: what is not (product + b_gate <= 0) and not (product * scale + bias <= 0); the value is the latter, or NaN if one is (a NaN
+// is the quiet NaN). encode_batch_topk: the `total` largest positive scores (and NaN, above all) of all rows, by score, then row, then
+// feature; min_kept is the smallest of them, +inf where there is none.
 //
 // All three: status in *status. Workspace: that of the engine, and of batch_topk 16 bytes for each of 2 * total + one block's entries.
 // Where more than a quarter of a block's scores of a row are undecided, all of them are computed; where that holds for most rows, the next

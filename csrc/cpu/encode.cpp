@@ -125,20 +125,22 @@ struct ThresholdConsumer : Cuts {
         float score = scored_as(b, at, u.hi[i]);
         if (kind == Cut::gate) {
           const float gate = u.hi[i] + b.panels.extra[at];
-          if (!(gate <= 0) && !(score <= 0)) kept.push_back({static_cast<int32_t>(r), feature, gate != gate ? gate : score, 1});
+          if (!(gate <= 0) && !(score <= 0)) kept.push_back({static_cast<int32_t>(r), feature, plain(gate != gate ? gate : score), 1});
           continue;
         }
         const float theta = threshold[feature];
         const bool active = score > (theta < 0 ? 0.0f : theta) || score != score;
         const bool in_band = half_band >= 0 && std::fabs(score - theta) < half_band;
         if (active || in_band)
-          kept.push_back({static_cast<int32_t>(r), feature, active ? score : 0.0f, (active ? 1u : 0u) | (in_band ? 2u : 0u)});
+          kept.push_back({static_cast<int32_t>(r), feature, active ? plain(score) : 0.0f, (active ? 1u : 0u) | (in_band ? 2u : 0u)});
       }
       u.n[r] = 0;
     }
     const std::lock_guard<std::mutex> guard(sorter.mutex);
     sorter.segments.push_back({b.first, worker, begin, static_cast<int64_t>(kept.size())});
   }
+  // One NaN for all: its sign and payload depend on how a sum was formed.
+  static float plain(float score) { return score != score ? std::nanf("") : score; }
   int64_t end(const Chunk& chunk) {
     sorter.finish(chunk, entries);
     note();

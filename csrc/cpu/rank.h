@@ -231,9 +231,9 @@ struct TopkConsumer {
   int64_t bytes(const Plan& plan) const {
     const int64_t chunk = plan.chunk, undecided = plan.block + 16;
     return Workspace::size<int32_t>(chunk) * 4 + Workspace::size<uint8_t>(chunk) + 2 * Workspace::size<float>(chunk * stride()) +
-           plan.threads * (3 * Workspace::size<float>(chunk * undecided) + 2 * Workspace::size<int32_t>(chunk) +
-                           2 * Workspace::size<int64_t>(1) +
-                           Workspace::size<float>(stride() + undecided) + Workspace::size<uint64_t>(capacity()));
+           plan.threads *
+               (3 * Workspace::size<float>(chunk * undecided) + 2 * Workspace::size<int32_t>(chunk) + 2 * Workspace::size<int64_t>(1) +
+                Workspace::size<float>(stride() + undecided) + Workspace::size<uint64_t>(capacity()));
   }
   void take(Workspace& space, const Plan& plan) {
     const int64_t chunk = plan.chunk, undecided = plan.block + 16;

@@ -110,8 +110,8 @@ int64_t raise(const TopkBuffer& buffer, int64_t row, int64_t kept) {
   return keep_above(load_tau(buffer.tau + row), score, feature, nullptr, kept, score, feature, nullptr);
 }
 
-// Scores closer together than the bound cannot be told apart by screening: a row for which a quarter of the features (and what any row needs
-// at the start) had to be scored one by one is cheaper on the exact path. Whether to score what is open now.
+// Scores closer together than the bound cannot be told apart by screening: a row for which a quarter of the features (and what any row
+// needs at the start) had to be scored one by one is cheaper on the exact path. Whether to score what is open now.
 FASTSAE_INLINE bool worth_scoring(const TopkBuffer& buffer, int64_t row) {
   const int64_t n = buffer.undecided.n[row];
   buffer.spent[row] += static_cast<int32_t>(n);
