@@ -257,30 +257,28 @@ constexpr int64_t kPackOnceBytes = int64_t{32} << 20;
 // Runs one consumer, or where there are too few blocks of features to occupy the threads one for each range of rows: make(first row)
 // returns a consumer whose chunks count rows from there. Features are packed once where several chunks or ranges would each do it.
 template <class Make>
-int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const Weights& w, const Terms& terms, Plan plan, int64_t* workspace,
-                    const Make& make) {
-  const bool split = plan.blocks < 2 * plan.threads || plan.threads == 1;
-  const int wanted = plan.threads;
-  int64_t parts = 1;
+int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const Weights& w, const Terms& terms, Plan plan, int threads,
+                    int64_t* workspace, const Make& make) {
+  const bool split = threads > 1 && plan.blocks < 2 * threads;
   const auto bytes = static_cast<int64_t>(packed_features(w.features) * (plan.words_most + 3) * 4);
   const bool once = plan.screens && plan.packed == nullptr && bytes <= kPackOnceBytes && x.rows > plan.chunk / 2;
   Workspace space(once ? static_cast<size_t>(bytes) : 64);
   if (!space.ok()) return kNoMemory;
   if (once) {
     uint32_t* const packed = space.take<uint32_t>(bytes / 4);
-    const int64_t status = pack_all(kernels, w, plan, packed, plan.threads);
+    const int64_t status = pack_all(kernels, w, plan, packed, threads);
     if (status != kOk) return status;
     plan.packed = packed;
     if (workspace != nullptr) *workspace += bytes;
   }
-  if (!split || wanted == 1) {
+  if (!split) {
     auto consumer = make(0);
     return run_engine(kernels, x, w, terms, plan, workspace, *consumer);
   }
   plan.threads = 1;
-  parts = std::max<int64_t>(1, std::min<int64_t>(wanted, x.rows / kTileRows));
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(useful_threads(threads, x.rows * w.features * w.d), x.rows / kTileRows));
   std::atomic<int64_t> status{kOk};
-  for_each_unit(wanted, parts, [&](int64_t part) {
+  for_each_unit(threads, parts, [&](int64_t part) {
     const int64_t r0 = x.rows * part / parts, r1 = x.rows * (part + 1) / parts;
     Activations own = x;
     own.data = static_cast<const char*>(x.data) + r0 * x.stride_row * size_of(x.t);

@@ -64,10 +64,11 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   const bool pays = x.rows >= 8 && w.features >= 32;
   const bool screen = signs != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays));
   const Plan plan = make_plan(kernels, x, w, number, screen, threads, 0);
-  return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, [&](int64_t first) {
-    return std::make_unique<SignConsumer>(kernels, screens, stats, signs, reinterpret_cast<uint32_t*>(words + first * n_words),
-                                          2 * n_words);
-  });
+  return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, threads, stats != nullptr ? &stats->workspace : nullptr,
+                     [&](int64_t first) {
+                       return std::make_unique<SignConsumer>(kernels, screens, stats, signs,
+                                                             reinterpret_cast<uint32_t*>(words + first * n_words), 2 * n_words);
+                     });
 }
 
 }  // namespace fastsae
