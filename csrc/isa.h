@@ -39,6 +39,14 @@ const Table& pick(const Table* const (&tables)[kLevels]) {
   return *tables[level];
 }
 
+// The same for what low levels cannot do: null where no level up to the current one has a body.
+template <class Table>
+const Table* pick_if(const Table* const (&tables)[kLevels]) {
+  int level = static_cast<int>(current_level());
+  while (level >= 0 && tables[level] == nullptr) --level;
+  return level >= 0 ? tables[level] : nullptr;
+}
+
 #ifdef FASTSAE_BUILT_avx2
 #define FASTSAE_AVX2(table) (&avx2::table)
 #else

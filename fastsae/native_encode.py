@@ -31,7 +31,7 @@ def _refuses(x: Tensor, W: Tensor, vectors: tuple[tuple[str, Tensor | None], ...
         if t is not None and not t.is_cpu:
             return f"device {t.device} of {name} (supported: cpu)"
     if features is not None and not features.is_cpu:
-        return f"device {features.device} of features (supported: cpu)"
+        return f"device {features.device} of the subset (supported: cpu)"
     if W.shape[0] >= 2**31:
         return f"{W.shape[0]} features (supported: fewer than 2^31)"
     if x.shape[0] * W.numel() > _PORTABLE_WORK and (native._C or native._load()).level() == "portable":

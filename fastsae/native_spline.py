@@ -13,7 +13,7 @@ _HASHED_AT_ONCE = 1 << 23  # words of codes that wait for their hash
 
 def refuses_spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> str | None:
     """Why `spline_code` cannot serve these inputs, or None."""
-    return _refuses(x, W, (("b", b),), None if neurons is None or neurons.is_cpu else neurons)
+    return _refuses(x, W, (("b", b),), neurons)
 
 
 def refuses_spline_hash(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:

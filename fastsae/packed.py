@@ -13,8 +13,8 @@ from fastsae import _checks
 class PackedWeights:
     """A dictionary ``[F, D]`` with its packed form, made by ``fastsae.pack``.
 
-    The handle belongs to whoever made it: after the weights change, ``refresh()`` packs them again. A change in place that torch's version
-    counter saw raises an error at the next use; one behind its back (``p.data.mul_()``) is the owner's business.
+    The handle belongs to whoever made it: after the weights change, ``refresh()`` packs them again. Other memory, or a change in place that
+    torch's version counter saw, raises an error at the next use; a change behind its back (``p.data.mul_()``) is the owner's business.
 
     Attributes:
         weight: the tensor itself; gradients flow to it.
@@ -38,7 +38,7 @@ class PackedWeights:
 
     def _state(self) -> tuple[Any, ...]:
         weight = self.weight
-        return weight.shape, weight.dtype, weight.device, None if weight.is_inference() else weight._version
+        return weight.shape, weight.dtype, weight.device, weight.data_ptr(), None if weight.is_inference() else weight._version
 
     @property
     def nbytes(self) -> int:

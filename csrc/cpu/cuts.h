@@ -9,7 +9,6 @@ namespace fastsae {
 // Null where the level in force cannot screen.
 const EncodeKernels* encode_kernels();
 
-// A worker's undecided features, all of them where screening is off or decides too little: what cut consumers share.
 struct Cuts {
   const EngineKernels& kernels;
   const EncodeKernels* screens;

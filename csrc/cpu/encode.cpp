@@ -2,6 +2,7 @@
 #include "cpu/encode.h"
 
 #include <cfloat>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -15,12 +16,7 @@ const EncodeKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSA
 
 }  // namespace
 
-const EncodeKernels* encode_kernels() {
-  const EncodeKernels* found = nullptr;
-  for (int level = 0; level <= static_cast<int>(current_level()); ++level)
-    if (kTables[level] != nullptr) found = kTables[level];
-  return found;
-}
+const EncodeKernels* encode_kernels() { return pick_if(kTables); }
 
 namespace {
 
@@ -40,7 +36,6 @@ struct Entries {
     int64_t base;
     std::vector<Kept> kept;
   };
-  int64_t rows = 0;
   std::vector<int64_t> crow;  // [rows + 1]
   std::vector<Part> parts;
 };
@@ -77,10 +72,6 @@ struct Sorter {
   std::vector<Segment> segments;
   std::mutex mutex;
 
-  void clear() {
-    for (std::vector<Kept>& k : kept) k.clear();
-    segments.clear();
-  }
   void finish(const Chunk& chunk, Entries& entries) {
     std::sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) { return a.first_feature < b.first_feature; });
     std::vector<int64_t> cursor(static_cast<size_t>(chunk.rows) + 1, 0);
@@ -95,7 +86,8 @@ struct Sorter {
     for (const Segment& s : segments)
       for (int64_t i = s.begin; i < s.end; ++i) part.kept[cursor[kept[s.worker][i].row]++] = kept[s.worker][i];
     entries.parts.push_back(std::move(part));
-    clear();
+    for (std::vector<Kept>& k : kept) k.clear();
+    segments.clear();
   }
 };
 
@@ -121,7 +113,7 @@ struct ThresholdConsumer : Cuts {
     for (int64_t r = 0; r < chunk.rows; ++r) {
       for (int64_t i = r * u.stride; i < r * u.stride + u.n[r]; ++i) {
         const int64_t at = u.id[i] - b.first;
-        const int32_t feature = b.job.list != nullptr || p.w.list != nullptr ? p.w.list[u.id[i]] : u.id[i];
+        const int32_t feature = p.w.list != nullptr ? p.w.list[u.id[i]] : u.id[i];
         float score = scored_as(b, at, u.hi[i]);
         if (kind == Cut::gate) {
           const float gate = u.hi[i] + b.panels.extra[at];
@@ -282,8 +274,7 @@ struct BoundsConsumer {
 template <class Make>
 Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, int64_t* status, const Make& make) {
   if (p.stats != nullptr) *p.stats = {};
-  Entries* const entries = new Entries;
-  entries->rows = p.x.rows;
+  auto entries = std::make_unique<Entries>();
   entries->crow.push_back(0);
   const EngineKernels& kernels = engine_kernels();
   const EncodeKernels* const screens = encode_kernels();
@@ -292,7 +283,7 @@ Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, i
   int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
   *status = make(kernels, screens, *entries,
                  [&](auto& consumer) { return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, consumer); });
-  return entries;
+  return entries.release();
 }
 
 }  // namespace

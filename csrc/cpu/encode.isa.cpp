@@ -40,19 +40,7 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead
     TopkConsumer<false> consumer{buffer, rows, {}};
     run_block<Number::int8>(rows, panels, next, consumer);
   }
-  const Undecided& u = buffer.undecided;
-  with_scorer(job, u, [&](auto& scorer) {
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      if (u.n[r] == 0) continue;
-      reconsider(buffer, r);
-      if (!worth_scoring(buffer, r)) continue;
-      scorer.row(r);
-      *buffer.scored += u.n[r];
-    }
-    scorer.finish();
-  });
-  for (int64_t r = 0; r < rows.rows; ++r)
-    if (u.n[r] != 0) share(buffer, panels, r);
+  settle<false>(rows, panels, job, buffer);
 }
 
 // ---- cuts: a threshold a feature, one for all, a gate ----

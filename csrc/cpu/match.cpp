@@ -11,12 +11,7 @@ namespace {
 
 const MatchKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(match_kernels)};
 
-const MatchKernels* match_kernels() {
-  const MatchKernels* found = nullptr;
-  for (int level = 0; level <= static_cast<int>(current_level()); ++level)
-    if (kTables[level] != nullptr) found = kTables[level];
-  return found;
-}
+const MatchKernels* match_kernels() { return pick_if(kTables); }
 
 struct Ranked {
   uint32_t key;  // of a score, ascending from the best

@@ -43,19 +43,7 @@ void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Ahea
   *buffer.seen += panels.features;
   MatchConsumer<kAbsolute> consumer{buffer, rows, {}};
   run_block<Number::int8>(rows, panels, next, consumer);
-  const Undecided& u = buffer.undecided;
-  with_scorer(job, u, [&](auto& scorer) {
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      if (u.n[r] == 0) continue;
-      reconsider(buffer, r);
-      if (!worth_scoring(buffer, r)) continue;
-      scorer.row(r);
-      *buffer.scored += u.n[r];
-    }
-    scorer.finish();
-  });
-  for (int64_t r = 0; r < rows.rows; ++r)
-    if (u.n[r] != 0) share<kAbsolute>(buffer, panels, r);
+  settle<kAbsolute>(rows, panels, job, buffer);
 }
 
 struct PairConsumer {

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 #include "cpu/engine.h"
 #include "fastsae.h"
@@ -157,6 +158,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
   const float underflow = plan.number == Number::exact ? 0.0f : rounding + (plan.number == Number::int8 ? 0x1p-94f : 0.0f);
   const int64_t packed_count = packed_features(w.features);
 
+  std::atomic<bool> failed{false};
   for (int64_t base = 0; base < x.rows; base += chunk) {
     const int64_t rows = std::min(chunk, x.rows - base);
     const int tiles = static_cast<int>(ceil_div(rows, kTileRows));
@@ -240,8 +242,13 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
         b.rows = {words, rows, plan.words, tiles, unit, start, a, c};
       }
       b.panels = {data, plan.words, panels, f0, n, norm, loss, floor, step, terms.scale != nullptr ? scale : nullptr, bias, extra};
-      consumer.block(now, b, worker);
+      try {
+        consumer.block(now, b, worker);
+      } catch (const std::bad_alloc&) {  // an exception must not leave a thread of the pool
+        failed = true;
+      }
     });
+    if (failed) return kNoMemory;
     // 3. Selection.
     const int64_t status = consumer.end(now);
     if (status != kOk) return status;

@@ -10,12 +10,7 @@ namespace {
 
 const SplineKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(spline_kernels)};
 
-const SplineKernels* spline_kernels() {
-  const SplineKernels* found = nullptr;
-  for (int level = 0; level <= static_cast<int>(current_level()); ++level)
-    if (kTables[level] != nullptr) found = kTables[level];
-  return found;
-}
+const SplineKernels* spline_kernels() { return pick_if(kTables); }
 
 struct SignConsumer : Cuts {
   const SplineKernels* signs;

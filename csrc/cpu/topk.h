@@ -169,6 +169,24 @@ FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64
   unlock_row(buffer.lock + row);
 }
 
+// After the screen of a block: the exact scores of what it left open, to what the workers share.
+template <bool kAbsolute>
+FASTSAE_INLINE void settle(const ScreenRows& rows, const ScreenPanels& panels, const ScoreJob& job, const TopkBuffer& buffer) {
+  const Undecided& u = buffer.undecided;
+  with_scorer(job, u, [&](auto& scorer) {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      if (u.n[r] == 0) continue;
+      reconsider(buffer, r);
+      if (!worth_scoring(buffer, r)) continue;
+      scorer.row(r);
+      *buffer.scored += u.n[r];
+    }
+    scorer.finish();
+  });
+  for (int64_t r = 0; r < rows.rows; ++r)
+    if (u.n[r] != 0) share<kAbsolute>(buffer, panels, r);
+}
+
 [[maybe_unused]] int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
   float* const score = buffer.score + row * buffer.kept_stride;
   int32_t* const feature = buffer.feature + row * buffer.kept_stride;
