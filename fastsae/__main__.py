@@ -1,4 +1,4 @@
-"""Command line: ``fastsae info | verify | bench | demo`` (also ``python -m fastsae``)."""
+"""Command line: ``fastsae info | verify | bench | demo | study`` (also ``python -m fastsae``)."""
 
 from __future__ import annotations
 
@@ -125,6 +125,12 @@ def demo(options: argparse.Namespace) -> int:
     return module.run(options)
 
 
+def study(options: argparse.Namespace) -> int:
+    from fastsae.studies import _frame
+
+    return _frame.main(options)
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="fastsae", description="Exact, deterministic kernels for sparse autoencoders.")
     result.add_argument("--version", action="version", version=fastsae.__version__)
@@ -154,6 +160,12 @@ def parser() -> argparse.ArgumentParser:
 
     add_arguments(one)
     one.set_defaults(run=demo)
+
+    one = commands.add_parser("study", help="run an experiment: tables, plots and JSON; without a name, list them")
+    from fastsae.studies._frame import add_arguments
+
+    add_arguments(one)
+    one.set_defaults(run=study)
     return result
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
+    """Of what every figure depends on, and of the distributions named."""
     from fastsae import __version__
 
     found = {"fastsae": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("numpy", "triton"):
+    for name in ("numpy", "triton", *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

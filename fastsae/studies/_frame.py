@@ -1,0 +1,240 @@
+"""What every study has in common: its sizes, seeds, progress, tables, plots and the JSON file with machine and versions."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import pkgutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae import _checks, _files, plots
+from fastsae._machine import machine, versions
+
+T = TypeVar("T")
+
+_SIZES = ("smoke", "quick", "default")
+
+
+def names() -> list[str]:
+    """The studies there are."""
+    package = importlib.import_module("fastsae.studies")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+
+
+def _module(name: str) -> Any:
+    if name not in names():
+        raise ValueError(f"study: name must be one of {', '.join(names())}, got {name!r}")
+    return importlib.import_module(f"fastsae.studies.{name}")
+
+
+class Study:
+    """One run of a study: ``study["steps"]`` is a parameter of its size; findings go through ``table``, ``record``, ``say`` and ``save``.
+
+    Attributes:
+        name, size, seed: what runs; size is "smoke", "quick" or "default".
+        parameters: of this size, by name.
+        out: folder that everything is written to.
+        progress: whether bars are shown (on stderr).
+    """
+
+    def __init__(self, name: str, size: str, seed: int, out: Path, parameters: Mapping[str, Any], *, progress: bool = True):
+        self.name, self.size, self.seed, self.out, self.progress = name, size, seed, out, progress
+        self.parameters = dict(parameters)
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.results: dict[str, Any] = {}
+        self.findings: list[str] = []
+        self.plots: list[str] = []
+
+    def __getitem__(self, parameter: str) -> Any:
+        return self.parameters[parameter]
+
+    def generator(self, stream: int = 0) -> torch.Generator:
+        """A generator of this run's seed; another ``stream`` is another sequence."""
+        return torch.Generator().manual_seed((self.seed << 20) + stream)
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """``items`` with a progress bar (tqdm's, or a line every ten seconds where tqdm is missing)."""
+        with self.bar(label, total if total is not None else len(items) if hasattr(items, "__len__") else None) as advance:  # pyright: ignore[reportArgumentType]
+            for item in items:
+                yield item
+                advance()
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Any]:
+        """A progress bar to advance by hand: ``with study.bar("training", 100) as advance: advance(); advance(10)``."""
+        if not self.progress:
+            yield lambda count=1: None
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            yield _Lines(label, total).advance
+            return
+        with tqdm(total=total, desc=label, leave=False, mininterval=0.5) as shown:
+            yield lambda count=1: shown.update(count) and None
+
+    def table(self, name: str, rows: Any) -> None:
+        """Prints a table and keeps it for the JSON file.
+
+        Args:
+            name: key in the file. rows: a pandas data frame, or a list of dictionaries with the same keys.
+        """
+        rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+        self.tables[name] = [{str(key): _plain(value) for key, value in row.items()} for row in rows]
+        print(f"\n{name}\n{_aligned(self.tables[name])}")
+
+    def record(self, **values: Any) -> None:
+        """Numbers, text, tensors, lists and dictionaries for the JSON file, by name."""
+        self.results.update({name: _plain(value) for name, value in values.items()})
+
+    def say(self, sentence: str) -> None:
+        """A finding, printed and kept."""
+        self.findings.append(sentence)
+        print(f"\n{sentence}")
+
+    def figure(self, **options: Any) -> Any:
+        """A matplotlib figure and its axes (``rows``, ``columns``, ``figsize``)."""
+        return plots.figure(**options)
+
+    def save(self, canvas: Any, name: str) -> Path:
+        """Writes a figure to ``NAME.png`` in the output folder."""
+        path = self.out / f"{name}.png"
+        canvas.savefig(path, dpi=150)
+        self.plots.append(path.name)
+        return path
+
+    def write(self, seconds: float) -> Path:
+        """The JSON file."""
+        where = machine()
+        where["versions"] = versions("matplotlib", "pandas", "scikit-learn", "scipy")
+        report = {
+            "study": self.name,
+            "size": self.size,
+            "seed": self.seed,
+            "parameters": _plain(self.parameters),
+            "seconds": round(seconds, 1),
+            **where,
+            "findings": self.findings,
+            "tables": self.tables,
+            "results": self.results,
+            "plots": self.plots,
+        }
+        path = self.out / f"{self.name}.json"
+        _files.replace(path, lambda part: part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n"))
+        return path
+
+
+class _Lines:
+    def __init__(self, label: str, total: int | None):
+        self.label, self.total, self.done, self.shown = label, total, 0, time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if time.monotonic() - self.shown > 10:
+            self.shown = time.monotonic()
+            print(f"{self.label}: {self.done}{'' if self.total is None else f' of {self.total}'}", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    """A value in JSON's types; what is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"study: results must be numbers, text, tensors, lists and dictionaries, got {type(value).__name__}")
+
+
+def _aligned(rows: list[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    if not rows:
+        return "(no rows)"
+    columns = list(rows[0])
+    lines = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
+
+
+def run_study(
+    name: str, size: str = "default", *, out: str | Path | None = None, seed: int = 0, progress: bool = True, **changes: Any
+) -> Study:
+    """Runs a study and writes its plots and ``NAME.json``.
+
+    Args:
+        name: one of ``names()``.
+        size: "default"; "quick", minutes; "smoke", seconds: does it run?
+        out: folder; default ``studies/NAME``.
+        seed: of everything random, at least 0.
+        progress: show progress bars on stderr.
+        changes: parameters of the size to be replaced, e.g. ``steps=500``.
+
+    Returns: the ``Study``, with its tables, results, findings and the names of its plots.
+
+    Raises: ValueError: an unknown study, size or parameter. ImportError: a missing package, with what to install.
+    """
+    module = _module(name)
+    if size not in _SIZES:
+        raise ValueError(f"study: size must be one of {', '.join(_SIZES)}, got {size!r}")
+    _checks.integer("study", "seed", seed, 0)
+    parameters = module.SIZES[size]
+    if unknown := [key for key in changes if key not in parameters]:
+        raise ValueError(f"study: unknown parameter {unknown[0]!r} of {name}; known: {', '.join(parameters)}")
+    folder = Path("studies", name) if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = Study(name, size, seed, folder, {**parameters, **changes}, progress=progress)
+    start = time.perf_counter()
+    module.run(study)
+    seconds = time.perf_counter() - start
+    print(f"\n{seconds:.0f} s; {study.write(seconds)}" + "".join(f", {study.out / plot}" for plot in study.plots))
+    return study
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``fastsae study``."""
+    parser.add_argument("name", nargs="?", help="the study; without it, a list of all")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: minutes on two cores")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds: does it run?")
+    parser.add_argument("--out", type=Path, help="folder for JSON and plots (default: studies/NAME)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """``fastsae study``."""
+    if options.name is None:
+        print(f"{'study':<13} {'minutes (quick)':<16} question")
+        for name in names():
+            module = _module(name)
+            minutes = f"{module.SIZES['default']['minutes']:g} ({module.SIZES['quick']['minutes']:g})"
+            print(f"{name:<13} {minutes:<16} {(module.__doc__ or '').strip().splitlines()[0]}")
+        return 0
+    size = "smoke" if options.smoke else "quick" if options.quick else "default"
+    try:
+        minutes = _module(options.name).SIZES[size]["minutes"]
+        print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} minutes on two cores", file=sys.stderr)
+        run_study(options.name, size, out=options.out, seed=options.seed, progress=sys.stderr.isatty())
+    except (ValueError, ImportError) as error:
+        print(f"fastsae study: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,1 @@
+"""Superposition: data with known features, initialisations, statistics of activations, sweeps."""

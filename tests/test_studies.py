@@ -1,0 +1,106 @@
+"""Every study runs in its smallest size, and the frame keeps what a study finds."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastsae.__main__ import main
+from fastsae.studies import Study, _frame, names, run_study
+
+pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
+
+
+@pytest.mark.parametrize("name", names())
+def test_study_runs_in_its_smallest_size(name: str, tmp_path: Path) -> None:
+    assert main(["study", name, "--smoke", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / f"{name}.json").read_text())
+    assert report["study"] == name
+    assert report["size"] == "smoke"
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["tables"] and report["findings"] and report["plots"]
+    assert all((tmp_path / plot).stat().st_size > 1000 for plot in report["plots"])
+
+
+@pytest.mark.parametrize("name", names())
+def test_study_has_its_three_sizes(name: str) -> None:
+    module = _frame._module(name)
+    assert list(module.SIZES) == ["smoke", "quick", "default"]
+    keys = {frozenset(size) for size in module.SIZES.values()}
+    assert len(keys) == 1 and "minutes" in next(iter(keys))
+    assert module.__doc__
+
+
+@pytest.fixture
+def coin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(study: Study) -> None:
+        with study.bar("throwing") as advance:
+            heads = torch.rand(study["throws"], generator=study.generator()) < 0.5
+            advance(study["throws"])
+        share = float(heads.float().mean())
+        study.table("heads", [{"throws": study["throws"], "share": share, "odds": math.inf, "side": None}])
+        study.record(first=heads[:3], count=np.int64(7), nested={"a": [np.float32(0.5), (1, math.nan)]}, path=study.out)
+        study.say(f"heads: {share:.3f}")
+        canvas, axes = study.figure(figsize=(2, 2))
+        axes.plot([0, 1])
+        study.save(canvas, "line")
+
+    sizes = {size: {"minutes": 0.1, "throws": 10**power} for size, power in (("smoke", 1), ("quick", 2), ("default", 3))}
+    module = types.SimpleNamespace(SIZES=sizes, run=run, __doc__="How often does a fair coin show heads?\n\nMore.")
+    monkeypatch.setattr(_frame, "names", lambda: ["coin"])
+    monkeypatch.setattr(_frame.importlib, "import_module", lambda _: module)
+    return module
+
+
+def test_frame_keeps_what_a_study_finds(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = run_study("coin", "quick", out=tmp_path, seed=3)
+    report = json.loads((tmp_path / "coin.json").read_text())
+    assert report["parameters"] == {"minutes": 0.1, "throws": 100}
+    assert report["seed"] == 3 and report["commit"] is not False
+    assert report["tables"]["heads"][0] == {"throws": 100, "share": study.tables["heads"][0]["share"], "odds": None, "side": None}
+    assert report["results"]["nested"] == {"a": [0.5, [1, None]]}
+    assert report["results"]["count"] == 7 and len(report["results"]["first"]) == 3
+    assert report["plots"] == ["line.png"] and (tmp_path / "line.png").exists()
+    printed = capsys.readouterr().out
+    assert "throws" in printed and "heads: " in printed and str(tmp_path / "coin.json") in printed
+    again = run_study("coin", "quick", out=tmp_path, seed=3, progress=False)
+    assert again.tables == study.tables
+    assert run_study("coin", out=tmp_path, seed=3, throws=7).tables["heads"][0]["throws"] == 7
+
+
+def test_frame_says_what_is_wrong(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ({"name": "dice"}, "name must be one of coin, got 'dice'"),
+        ({"name": "coin", "size": "huge"}, "size must be one of smoke, quick, default, got 'huge'"),
+        ({"name": "coin", "seed": -1}, "seed must be at least 0, got -1"),
+        ({"name": "coin", "sides": 2}, "unknown parameter 'sides' of coin; known: minutes, throws"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_study(**arguments, out=tmp_path)
+    with pytest.raises(TypeError, match="got object"):
+        Study("coin", "smoke", 0, tmp_path, {}).record(thing=object())
+    assert main(["study", "dice"]) == 2
+    assert "got 'dice'" in capsys.readouterr().err
+
+
+def test_command_lists_the_studies(coin: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study"]) == 0
+    line = capsys.readouterr().out.splitlines()[1].split(maxsplit=3)
+    assert line == ["coin", "0.1", "(0.1)", "How often does a fair coin show heads?"]
+
+
+def test_bar_without_tqdm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(_frame.time, "monotonic", lambda: next(clock))
+    study = Study("coin", "smoke", 0, tmp_path, {})
+    assert list(study.track(range(4), "throwing")) == [0, 1, 2, 3]
+    assert capsys.readouterr().err.startswith("throwing: 2 of 4\n")
