@@ -34,7 +34,7 @@ LAYERS = {
 }  # fmt: skip
 # Inside a function only: how a sample is checked, how a match is drawn.
 LAZY_LEAVES = {"testing", "plots"}
-FAMILIES = {"ops", "kernels", "superposition", "studies"}
+FAMILIES = {"ops", "kernels", "polytopes", "superposition", "studies"}
 
 
 def layer(module: str) -> str:
