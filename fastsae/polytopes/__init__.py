@@ -17,7 +17,7 @@ from fastsae.polytopes.affine import (
     frobenius_topk,
     soft_affine_map,
 )
-from fastsae.polytopes.crossings import Crossings, Shell, crossings, local_complexity, shell
+from fastsae.polytopes.boundaries import Crossings, Shell, crossings, local_complexity, shell
 from fastsae.polytopes.net import Net, as_net, mlp_block
 from fastsae.polytopes.soft import expected_hamming, soft_code
 

@@ -231,7 +231,7 @@ def frobenius_topk(net: Net, codes: Tensor, others: Tensor, k: int) -> Neighbour
         s = a[rows].unsqueeze(1) - b[index[rows]]
         distance[rows] = _norm(s.flatten(0, 1), M).reshape(s.shape[:2])
     index, order = index.sort(1)
-    distance, last = distance.gather(1, order).sort(1, stable=True)
+    distance, last = distance.gather(1, order).sort(dim=1, stable=True)
     return Neighbours(distance, index.gather(1, last))
 
 

@@ -439,7 +439,7 @@ def shell(
         starts.append(hash_signs(z, seed=seed, bits=bits))
         # On and falling, or off and rising; a neuron that is 0 here and rises is on behind the origin.
         ray, neuron = torch.where(z > 0, slope < 0, slope > 0).nonzero(as_tuple=True)
-        found.append((ray + rows.start, -z[ray, neuron] / slope[ray, neuron], torch.zeros_like(ray), neuron))
+        found.append((ray + rows.start, (z[ray, neuron] / slope[ray, neuron]).abs(), torch.zeros_like(ray), neuron))
     result = _assembled(found, torch.cat(starts), net.widths, seed, bits)
     return Shell(*result)
 
