@@ -1,10 +1,10 @@
 """Superposition: data with known features, initialisations, statistics of real activations, sweeps.
 
-    SuperpositionData, PRESETS          samples with their true features; published generators by name
-    toy_model_features                  features as a trained toy model of superposition places them
-    sweep, train_many                   dictionaries over L1 x size x seeds, until converged
-    init                                starting points of dictionaries; which tokens of a sequence to take
-    ActivationStatistics                moments, quantiles, sparsity, kurtosis of a stream of activations
+SuperpositionData, PRESETS          samples with their true features; published generators by name
+toy_model_features                  features as a trained toy model of superposition places them
+sweep, train_many                   dictionaries over L1 x size x seeds, until converged
+init                                starting points of dictionaries; which tokens of a sequence to take
+ActivationStatistics                moments, quantiles, sparsity, kurtosis of a stream of activations
 """
 
 from fastsae.superposition import init

@@ -149,7 +149,9 @@ class SuperpositionData:
         if link == "copula" and (covariance is None or redraw != "sample" or rescale != "expected"):
             raise ValueError(f"{op}: link='copula' needs a covariance, redraw='sample' and rescale='expected'")
         if rescale is None and covariance is not None:
-            raise ValueError(f"{op}: rescale=None goes with covariance=None, got {covariance if isinstance(covariance, str) else 'a tensor'}")
+            raise ValueError(
+                f"{op}: rescale=None goes with covariance=None, got {covariance if isinstance(covariance, str) else 'a tensor'}"
+            )
         if parents is not None:
             parents = _checked_parents(op, parents, n_features)
 
@@ -339,7 +341,11 @@ class SuperpositionData:
             counts = counts + empty
         crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         latents = RaggedLatents(
-            values.to(device=self.device, dtype=self.dtype), crow.to(self.device), columns.to(self.device), self.n_features, torch.Size((n,))
+            values.to(device=self.device, dtype=self.dtype),
+            crow.to(self.device),
+            columns.to(self.device),
+            self.n_features,
+            torch.Size((n,)),
         )
         x = decode(latents, self.features)
         if self.noise:

@@ -32,8 +32,8 @@ class Training:
 
         mean over samples of ( sum over D of (x - x_hat)^2 + l1 * sum over F of latent )
 
-    by ``optim.Adam``, decoder rows of norm 1. (The same l1 means something else elsewhere: where the error is averaged over D, l1 / D; where
-    also the latents are averaged over F, as in the first replication of Sharkey et al. 2022, l1 * F / D.)
+    by ``optim.Adam``, decoder rows of norm 1. The same l1 means something else elsewhere: where the error is averaged over D, it is l1 / D;
+    where the latents are averaged over F besides, as in the first replication of Sharkey et al. 2022, l1 * F / D.
 
     Attributes:
         stop: "converged", or a number of steps. Converged: the mean loss of the last ``window`` steps is less than ``tolerance`` (relative)
@@ -42,7 +42,7 @@ class Training:
         batch: samples a step. lr: of Adam.
         start: None, random directions; or a function of (n_features, x ``[4096, D]``, seed) that gives rows ``[F, D]``, e.g. of
             ``fastsae.superposition.init``.
-        snapshots: steps at which the best cosines of the true features are kept.
+        snapshots: steps at which the best cosines of the true features are kept, and at the last step where there are any.
     """
 
     stop: Literal["converged"] | int = "converged"
@@ -74,7 +74,8 @@ class Run:
 
     Attributes:
         l1, n_features, seed: what it was asked for.
-        steps: trained. converged: whether the loss had stopped falling (None with a fixed number of steps). seconds: it took.
+        steps: trained. converged: whether the loss had stopped falling (None with a fixed number of steps).
+        seconds: it took, by the clock; cpu_seconds: of this process meanwhile.
         fvu, l0: on fresh samples. loss: mean of the last window. losses: of every window.
         dead: features ``[F]`` bool that fire on none of ``EVALUATION`` fresh samples.
         dictionary: ``[F, D]``, the decoder's rows.
@@ -88,6 +89,7 @@ class Run:
     steps: int
     converged: bool | None
     seconds: float
+    cpu_seconds: float
     loss: float
     fvu: float
     l0: float
@@ -114,6 +116,7 @@ class Run:
             "steps": self.steps,
             "converged": self.converged,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
         }
 
 
@@ -138,9 +141,10 @@ class _Stream:
         return self.data[:: max(1, self.data.shape[0] // rows)][:rows]
 
 
-def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: int, seed: int = 0, training: Training = Training()) -> Run:  # noqa: B008 (frozen)
+def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: int, seed: int = 0, training: Training | None = None) -> Run:
     """Trains one dictionary; ``data`` is used from its present state on and moved by it. See ``sweep``."""
-    begin = time.perf_counter()
+    training = training or Training()
+    begin = time.perf_counter(), time.process_time()
     stream = _Stream(data, training.batch)
     x = stream.fresh(4096)
     # Slots from the first step on: with F this small memory is no concern, and they are faster than tiles (``dense=True``) on a CPU.
@@ -158,7 +162,7 @@ def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: in
     end = fixed if fixed is not None else training.max_steps
     step = 0
     while True:
-        if step in wanted and stream.truth is not None:
+        if stream.truth is not None and (step in wanted or (wanted and step >= end)):
             snapshots.append((step, match(stream.truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
         if step >= end:
             break
@@ -172,14 +176,16 @@ def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: in
                 flat = flat + 1 if windows[-2] - windows[-1] < training.tolerance * abs(windows[-2]) else 0
                 if flat == 2:
                     converged, end = True, min(step + training.cooldown, training.max_steps)
-    return _evaluated(stream, sae, Run(
-        l1, n_features, seed, step, converged, time.perf_counter() - begin, windows[-1], 0.0, 0.0,
-        torch.empty(0), sae.W_dec.detach().clone(), None, None, windows, snapshots,
-    ))  # fmt: skip
+    seconds, cpu_seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    return Run(
+        l1, n_features, seed, step, converged, seconds, cpu_seconds, windows[-1], **_evaluated(stream, sae),
+        dictionary=sae.W_dec.detach().clone(), losses=windows, snapshots=snapshots,
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def _evaluated(stream: _Stream, sae: SAE, run: Run) -> Run:
+def _evaluated(stream: _Stream, sae: SAE) -> dict[str, Any]:
+    """What fresh samples say, and the truth."""
     error = spread = active = 0.0
     x = stream.fresh(EVALUATION)
     mean = x.double().mean(0)
@@ -195,8 +201,8 @@ def _evaluated(stream: _Stream, sae: SAE, run: Run) -> Run:
     if stream.truth is not None:
         found = match(stream.truth, sae.W_dec)
         similarity, learned = found.a_to_b.similarity[:, 0].clone(), found.b_to_a.similarity[:, 0].clone()
-    measured = {"fvu": error / spread if spread else 0.0, "l0": active / x.shape[0], "dead": ~fired}
-    return Run(**{**vars(run), **measured, "similarity": similarity, "learned": learned})
+    fvu = error / spread if spread else 0.0
+    return {"fvu": fvu, "l0": active / x.shape[0], "dead": ~fired, "similarity": similarity, "learned": learned}
 
 
 def train_many(
@@ -299,8 +305,8 @@ def sweep(
 
     Returns:
         Columns l1, n_features, seed; mmcs (truth to dictionary: mean over true features of the best cosine) and recovered (share of them
-        above 0.9), NaN without a truth; dead (features that fire on none of 16,384 fresh samples), l0, fvu, loss, steps, converged, seconds.
-        ``train_many`` returns the dictionaries too.
+        above 0.9), NaN without a truth; dead (features that fire on none of 16,384 fresh samples), l0, fvu, loss, steps, converged,
+        seconds, cpu_seconds. ``train_many`` returns the dictionaries too.
 
     Raises: TypeError, ValueError as usual. ImportError without pandas (extra ``studies``).
 
