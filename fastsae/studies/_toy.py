@@ -60,16 +60,16 @@ def heat(axes: Any, rows: Sequence[dict[str, Any]], column: str, title: str, *, 
     axes.imshow(grid.numpy(), origin="lower", aspect="auto", vmin=low, vmax=high, cmap="viridis")
     for i, j in torch.cartesian_prod(torch.arange(len(weights)), torch.arange(len(sizes))).tolist():
         value = float(grid[i, j])
-        dark = (value - low) < 0.6 * (high - low)
-        text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
+        dark = value <= low + 0.6 * (high - low)
+        text = f"{value:.0f}" if value == round(value) or abs(value) >= 10 else f"{value:.2f}"
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.set_xticks(range(len(sizes)), list(map(str, sizes)), fontsize=8)
     axes.set_yticks(range(len(weights)), [f"{weight:.3g}" for weight in weights], fontsize=8)
     axes.set(title=title, xlabel="dictionary size F", ylabel="L1")
 
 
-def histograms(axes: Any, snapshots: Sequence[tuple[int, Tensor]], title: str, bins: int = 40) -> None:
-    """Distributions of the true features' best cosines at several steps, early ones light, late ones dark."""
+def histograms(axes: Any, snapshots: Sequence[tuple[int, Tensor]], title: str, *, name: str = "step", bins: int = 40) -> None:
+    """Distributions of the true features' best cosines at several steps (or whatever ``name`` says), first ones light, last ones dark."""
     from matplotlib import colormaps
 
     edges = torch.linspace(0, 1, bins + 1)
@@ -77,7 +77,7 @@ def histograms(axes: Any, snapshots: Sequence[tuple[int, Tensor]], title: str, b
         counts = torch.histogram(similarity.float().clamp(0, 1), edges).hist
         colour = colormaps["viridis_r"](0.1 + 0.9 * place / max(len(snapshots) - 1, 1))
         mean = float(similarity.double().mean())
-        axes.stairs(counts.numpy() / similarity.shape[0], edges.numpy(), color=colour, lw=1.5, label=f"step {step}: mean {mean:.2f}")
+        axes.stairs(counts.numpy() / similarity.shape[0], edges.numpy(), color=colour, lw=1.5, label=f"{name} {step}: mean {mean:.2f}")
     axes.set(title=title, xlabel="best cosine of a true feature", ylabel="share of true features", xlim=(0, 1.01), yscale="log")
     axes.legend(frameon=False, fontsize=7, loc="upper left")
     tidy(axes)

@@ -24,6 +24,9 @@ from fastsae.latents import RaggedLatents
 from fastsae.ops._common import chunks
 from fastsae.ops.decode import decode
 
+_STREAM = 1 << 62
+"""Added to the seed, so that a dictionary which starts from random directions of the same seed does not start at the true features."""
+
 _COVARIANCES = ("low_rank", "symmetric_uniform", "wishart", "wishart_over_max", "wishart_over_count")
 _LAWS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
     "uniform": lambda count, g: torch.rand(count, generator=g),
@@ -143,7 +146,7 @@ class SuperpositionData:
         _checks.flag(op, "ensure_nonempty", ensure_nonempty)
         if _checks.number(op, "noise", noise, positive=False) < 0:
             raise ValueError(f"{op}: noise must be at least 0, got {noise}")
-        _checks.integer(op, "seed", seed, 0)
+        _checks.integer(op, "seed", seed, 0, (1 << 62) - 1)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         if link == "copula" and (covariance is None or redraw != "sample" or rescale != "expected"):
@@ -159,7 +162,7 @@ class SuperpositionData:
         self.redraw, self.link, self.rescale, self.coefficients = redraw, link, rescale, coefficients
         self.ensure_nonempty, self.parents, self.noise, self.seed = ensure_nonempty, parents, float(noise), seed
         self.dtype, self.device = dtype, torch.device(device or "cpu")
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(_STREAM + seed)
         made = unit_features(n_features, d, self.generator, torch.float64)
         if features is not None:
             _checks.tensor(op, "features", features)

@@ -40,8 +40,8 @@ class Training:
             below that of the window before, twice in a row, or ``max_steps`` are reached. Then, and before a fixed number of steps ends,
             the learning rate falls linearly to 0 over ``cooldown`` steps, which count as steps.
         batch: samples a step. lr: of Adam.
-        start: None, random directions; or a function of (n_features, x ``[4096, D]``, seed) that gives rows ``[F, D]``, e.g. of
-            ``fastsae.superposition.init``.
+        start: None, random directions; or a function of (n_features, x ``[4096, D]``, a seed of this run's own) that gives rows ``[F, D]``,
+            e.g. of ``fastsae.superposition.init``.
         snapshots: steps at which the best cosines of the true features are kept, and at the last step where there are any.
     """
 
@@ -148,9 +148,10 @@ def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: in
     stream = _Stream(data, training.batch)
     x = stream.fresh(4096)
     # Slots from the first step on: with F this small memory is no concern, and they are faster than tiles (``dense=True``) on a CPU.
-    sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, dense=False, seed=seed, dtype=x.dtype, device=x.device)
+    own = (seed << 32) + n_features  # starts of two sizes are unrelated: one would else begin with the rows of the other
+    sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, dense=False, seed=own, dtype=x.dtype, device=x.device)
     if training.start is not None:
-        start_from(sae, training.start(n_features, x, seed).to(x))
+        start_from(sae, training.start(n_features, x, own).to(x))
     sae.init_from(x)
     opt = Adam(sae, lr=training.lr)
     windows: list[float] = []
@@ -230,7 +231,7 @@ def train_many(
         if _checks.number(op, "l1", weight, positive=False) < 0:
             raise ValueError(f"{op}: l1 must be at least 0, got {weight}")
     for seed in grid[2]:
-        _checks.integer(op, "seeds", seed, 0)
+        _checks.integer(op, "seeds", seed, 0, (1 << 31) - 1)
     _checks.integer(op, "workers", workers, 1)
     options = Training(**training)
     jobs = [(weight, size, seed) for size, weight, seed in itertools.product(*grid)]
