@@ -14,14 +14,14 @@ import fastsae
 
 PACKAGE = Path(fastsae.__file__).parent
 
-# studies -> trainer -> superposition -> polytopes, patch, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels |
+# studies -> superposition -> trainer -> polytopes, patch, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels |
 # native): a module may import what is lower, or of its own layer where that layer is one family (the operations). What everybody shares is
 # below all of them.
 LAYERS = {
     "__main__": 8, "demo": 7, "verify": 6,
     "__init__": 6,
     "studies": 6.5,
-    "trainer": 5.9, "superposition": 5.5, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
+    "superposition": 5.95, "trainer": 5.9, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
     "fused": 4.9, "dense": 4.8, "losses": 4.7,
     "ops": 4,
     "gradients": 3.5,

@@ -1,0 +1,87 @@
+"""What the studies of superposition share: their data, processes, and drawings."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae.studies._frame import Study
+from fastsae.superposition import Run, SuperpositionData, train_many
+
+
+def powers(first: float, last: float, count: int) -> list[float]:
+    """``count`` numbers from 10^first to 10^last, evenly spaced in their logarithms."""
+    return [round(10 ** (first + (last - first) * i / max(count - 1, 1)), 4) for i in range(count)]
+
+
+def train(study: Study, label: str, data: SuperpositionData | Tensor, **options: Any) -> list[Run]:
+    """``train_many`` with a bar, in as many processes as there are cores (in this one for the smallest size)."""
+    sizes = [len(options[name]) if isinstance(options[name], Sequence) else 1 for name in ("l1", "n_features")]
+    seeds = options.setdefault("seeds", [study.seed])
+    workers = 1 if study.size == "smoke" else os.cpu_count() or 1
+    with study.bar(label, math.prod(sizes) * len(seeds)) as advance:
+        return train_many(data, **options, workers=workers, callback=lambda run: advance())
+
+
+def antipodal(dictionary: Tensor, alive: Tensor | None = None, below: float = -0.9) -> float:
+    """Share of (alive) features with another one at a cosine below -0.9."""
+    if alive is not None and not bool(alive.any()):
+        return float("nan")
+    mask = None if alive is None else (alive, alive)
+    return float((fastsae.match(dictionary, dictionary, alive=mask).most_negative.similarity < below).double().mean())
+
+
+def frame(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Rows of a table: those of ``sweep``, with the share of alive features that have an antipode."""
+    return [{**run.row(), "antipodal": antipodal(run.dictionary, ~run.dead)} for run in runs]
+
+
+def best(rows: Sequence[dict[str, Any]], column: str = "mmcs") -> dict[str, Any]:
+    return max(rows, key=lambda row: row[column])
+
+
+def share_between(values: Tensor, low: float, high: float) -> float:
+    return float(((values > low) & (values < high)).double().mean())
+
+
+def heat(axes: Any, rows: Sequence[dict[str, Any]], column: str, title: str, *, limits: tuple[float, float] | None = None) -> None:
+    """A heat map over dictionary size (right) and l1 (up) with the numbers in it."""
+    sizes, weights = (sorted({row[name] for row in rows}) for name in ("n_features", "l1"))
+    grid = torch.full((len(weights), len(sizes)), float("nan"), dtype=torch.float64)
+    for row in rows:
+        grid[weights.index(row["l1"]), sizes.index(row["n_features"])] = row[column]
+    low, high = limits or (float(grid[grid.isfinite()].min()), float(grid[grid.isfinite()].max()))
+    axes.imshow(grid.numpy(), origin="lower", aspect="auto", vmin=low, vmax=high, cmap="viridis")
+    for i, j in torch.cartesian_prod(torch.arange(len(weights)), torch.arange(len(sizes))).tolist():
+        value = float(grid[i, j])
+        dark = value <= low + 0.6 * (high - low)
+        text = f"{value:.0f}" if value == round(value) or abs(value) >= 10 else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axes.set_xticks(range(len(sizes)), list(map(str, sizes)), fontsize=8)
+    axes.set_yticks(range(len(weights)), [f"{weight:.3g}" for weight in weights], fontsize=8)
+    axes.set(title=title, xlabel="dictionary size F", ylabel="L1")
+
+
+def histograms(axes: Any, snapshots: Sequence[tuple[int, Tensor]], title: str, *, name: str = "step", bins: int = 40) -> None:
+    """Distributions of the true features' best cosines at several steps (or whatever ``name`` says), first ones light, last ones dark."""
+    from matplotlib import colormaps
+
+    edges = torch.linspace(0, 1, bins + 1)
+    for place, (step, similarity) in enumerate(snapshots):
+        counts = torch.histogram(similarity.float().clamp(0, 1), edges).hist
+        colour = colormaps["viridis_r"](0.1 + 0.9 * place / max(len(snapshots) - 1, 1))
+        mean = float(similarity.double().mean())
+        axes.stairs(counts.numpy() / similarity.shape[0], edges.numpy(), color=colour, lw=1.5, label=f"{name} {step}: mean {mean:.2f}")
+    axes.set(title=title, xlabel="best cosine of a true feature", ylabel="share of true features", xlim=(0, 1.01), yscale="log")
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    tidy(axes)
+
+
+def tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)

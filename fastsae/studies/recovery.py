@@ -1,0 +1,77 @@
+"""Which L1 and dictionary size take features out of superposition?
+
+The experiment of Sharkey, Braun & Millidge 2022: sparse combinations of G = 2 D random features; ReLU dictionaries over L1 x size; MMCS of
+the truth with what was learned. Published picture: a ridge of good L1 at each size, and dead features beyond the true size. New here: how
+the distribution of the best cosines moves during training (are features half represented, or some fully and some not at all?), and
+antipodal pairs. The L1 convention is that of ``fastsae.superposition.Training``.
+"""
+
+from __future__ import annotations
+
+from fastsae.studies import Study
+from fastsae.studies._toy import best, frame, heat, histograms, powers, share_between, train
+from fastsae.superposition import SuperpositionData
+
+SIZES = {
+    "smoke": {
+        "minutes": 0.05, "preset": "hoagy_correlated", "n_features": 24, "d": 12, "mean_active": 2.0, "rate": 0.97,
+        "sizes": [12, 48], "l1": [0.05, 0.2], "stop": 60, "max_steps": 60, "cooldown": 10, "snapshots": [0, 20, 60],
+    },
+    "quick": {
+        "minutes": 3, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
+        "sizes": [64, 128, 256, 512, 1024], "l1": powers(-1.5, 0, 5), "stop": "converged", "max_steps": 3000, "cooldown": 1000,
+        "snapshots": [0, 50, 100, 250, 500, 1000, 2000, 3000],
+    },
+    "default": {
+        "minutes": 20, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
+        "sizes": [128, 256, 512, 1024, 2048, 4096], "l1": powers(-1.75, 0, 8), "stop": "converged", "max_steps": 6000, "cooldown": 1000,
+        "snapshots": [0, 50, 100, 250, 500, 1000, 2000, 4000, 6000],
+    },
+}  # fmt: skip
+
+
+def run(study: Study) -> None:
+    G, D = study["n_features"], study["d"]
+    data = SuperpositionData.preset(
+        study["preset"], n_features=G, d=D, mean_active=study["mean_active"], rate=study["rate"], seed=1000 + study.seed
+    )
+    options = {name: study[name] for name in ("stop", "max_steps", "cooldown", "snapshots", "l1")}
+    runs = train(study, "dictionaries", data, n_features=study["sizes"], **options)
+    rows = frame(runs)
+    study.table("runs", rows)
+
+    top = best(rows)
+    study.say(
+        f"Best of {len(rows)} dictionaries: MMCS of the truth {top['mmcs']:.3f}, {top['recovered']:.1%} of {G} true features above 0.9, at "
+        f"L1 = {top['l1']:g}, F = {top['n_features']} ({top['dead']} dead), G / D = {G / D:g}."
+    )
+    ridge = [best([row for row in rows if row["n_features"] == size]) for size in study["sizes"]]
+    study.table("ridge", [{name: row[name] for name in ("n_features", "l1", "mmcs", "recovered", "dead", "l0", "fvu")} for row in ridge])
+    places = ", ".join(f"{row['l1']:g} (F = {row['n_features']})" for row in ridge)
+    alive = ", ".join(str(row["n_features"] - row["dead"]) for row in ridge)
+    study.say(f"Ridge: the best L1 of each size, {places}. Alive features there: {alive}; the truth has {G}.")
+    on_ridge = {row["n_features"]: next(r for r in runs if (r.n_features, r.l1) == (row["n_features"], row["l1"])) for row in ridge}
+    middling = {size: share_between(r.snapshots[-1][1], 0.5, 0.9) for size, r in on_ridge.items()}
+    shares = ", ".join(f"{share:.1%} (F = {size})" for size, share in middling.items())
+    study.say(f"True features whose best cosine ends between 0.5 and 0.9, on the ridge: {shares}.")
+    study.record(middling=middling, cpu_seconds=sum(run.cpu_seconds for run in runs))
+    study.record(histograms={size: [[step, cosines.sort().values] for step, cosines in r.snapshots] for size, r in on_ridge.items()})
+
+    canvas, axes = study.figure(rows=2, columns=3, figsize=(15, 8.5))
+    for place, (column, title, limits) in enumerate((
+        ("mmcs", "MMCS of the truth", (0.2, 1.0)),
+        ("recovered", "true features found (cosine > 0.9)", (0.0, 1.0)),
+        ("dead", "dead features", None),
+        ("fvu", "fraction of variance unexplained", (0.0, 1.0)),
+        ("l0", "latents a sample (L0)", (0.0, 30.0)),
+        ("antipodal", "alive features with an antipode (< -0.9)", (0.0, 1.0)),
+    )):  # fmt: skip
+        heat(axes[place // 3][place % 3], rows, column, title, limits=limits)
+    canvas.suptitle(f"Recovery of {G} features in {D} dimensions, {study['mean_active']:g} active ({study['preset']})")
+    study.save(canvas, "heatmaps")
+
+    canvas, axes = study.figure(rows=1, columns=len(on_ridge), figsize=(4.2 * len(on_ridge), 4))
+    for axis, (size, r) in zip(axes, on_ridge.items()):
+        histograms(axis, r.snapshots, f"F = {size}, L1 = {r.l1:g}")
+    canvas.suptitle("How the true features' best cosines move during training")
+    study.save(canvas, "histograms")

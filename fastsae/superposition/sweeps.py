@@ -1,0 +1,324 @@
+"""Many small dictionaries on one source of data, trained until they have converged, as a data frame."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastsae import _checks
+from fastsae.activations import ReLU
+from fastsae.ops.match import match
+from fastsae.optim import Adam
+from fastsae.sae import SAE
+from fastsae.superposition.data import SuperpositionData
+from fastsae.superposition.init import start_from
+from fastsae.trainer import Batches
+
+EVALUATION = 16_384
+"""Samples that fvu, l0 and dead features are measured on, after those of training."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every dictionary of a sweep is trained: a ReLU ``SAE`` with the loss
+
+        mean over samples of ( sum over D of (x - x_hat)^2 + l1 * sum over F of latent )
+
+    by ``optim.Adam``, decoder rows of norm 1. The same l1 means something else elsewhere: where the error is averaged over D, it is l1 / D;
+    where the latents are averaged over F besides, as in the first replication of Sharkey et al. 2022, l1 * F / D.
+
+    Attributes:
+        stop: "converged", or a number of steps. Converged: the mean loss of the last ``window`` steps is less than ``tolerance`` (relative)
+            below that of the window before, twice in a row, or ``max_steps`` are reached. Then, and before a fixed number of steps ends,
+            the learning rate falls linearly to 0 over ``cooldown`` steps, which count as steps.
+        batch: samples a step. lr: of Adam.
+        start: None, random directions; or a function of (n_features, x ``[4096, D]``, a seed of this run's own) that gives rows ``[F, D]``,
+            e.g. of ``fastsae.superposition.init``.
+        snapshots: steps at which the best cosines of the true features are kept, and at the last step where there are any.
+    """
+
+    stop: Literal["converged"] | int = "converged"
+    batch: int = 256
+    lr: float = 3e-3
+    window: int = 500
+    tolerance: float = 0.01
+    cooldown: int = 1000
+    max_steps: int = 20_000
+    start: Callable[[int, Tensor, int], Tensor] | None = None
+    snapshots: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        op = "Training"
+        if self.stop != "converged":
+            _checks.integer(op, "stop", self.stop, 1)
+        for name in ("batch", "window", "max_steps"):
+            _checks.integer(op, name, getattr(self, name), 1)
+        _checks.integer(op, "cooldown", self.cooldown, 0)
+        for name in ("lr", "tolerance"):
+            _checks.number(op, name, getattr(self, name))
+        for step in self.snapshots:
+            _checks.integer(op, "snapshots", step, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One trained dictionary.
+
+    Attributes:
+        l1, n_features, seed: what it was asked for.
+        steps: trained. converged: whether the loss had stopped falling (None with a fixed number of steps).
+        seconds: it took, by the clock; cpu_seconds: of this process meanwhile.
+        fvu, l0: on fresh samples. loss: mean of the last window. losses: of every window.
+        dead: features ``[F]`` bool that fire on none of ``EVALUATION`` fresh samples.
+        dictionary: ``[F, D]``, the decoder's rows.
+        similarity: ``[G]``, best cosine of each true feature; None without a truth. learned: ``[F]``, of each learned feature.
+        snapshots: (step, ``[G]`` best cosines of the true features).
+    """
+
+    l1: float
+    n_features: int
+    seed: int
+    steps: int
+    converged: bool | None
+    seconds: float
+    cpu_seconds: float
+    loss: float
+    fvu: float
+    l0: float
+    dead: Tensor
+    dictionary: Tensor
+    similarity: Tensor | None
+    learned: Tensor | None
+    losses: list[float] = field(default_factory=list)
+    snapshots: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """Its line in the data frame."""
+        truth = self.similarity
+        return {
+            "l1": self.l1,
+            "n_features": self.n_features,
+            "seed": self.seed,
+            "mmcs": float("nan") if truth is None else float(truth.double().mean()),
+            "recovered": float("nan") if truth is None else float((truth > 0.9).double().mean()),
+            "dead": int(self.dead.sum()),
+            "l0": self.l0,
+            "fvu": self.fvu,
+            "loss": self.loss,
+            "steps": self.steps,
+            "converged": self.converged,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+        }
+
+
+class _Stream:
+    """Batches of the data from its own beginning, for training and, after them, evaluation."""
+
+    def __init__(self, data: SuperpositionData | Tensor, batch: int):
+        self.truth = data.features if isinstance(data, SuperpositionData) else None
+        self.data = data
+        if isinstance(data, SuperpositionData):
+            self.next: Iterator[Any] = iter(data.batches(batch))
+        else:
+            self.next = (columns["x"] for columns in Batches(data, size=min(batch, data.shape[0])))
+
+    def batch(self) -> Tensor:
+        return next(self.next)
+
+    def fresh(self, rows: int) -> Tensor:
+        """Rows to look at: new samples, or evenly spaced ones of given activations."""
+        if isinstance(self.data, SuperpositionData):
+            return self.data.sample(rows).x
+        return self.data[:: max(1, self.data.shape[0] // rows)][:rows]
+
+
+def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: int, seed: int = 0, training: Training | None = None) -> Run:
+    """Trains one dictionary; ``data`` is used from its present state on and moved by it. See ``sweep``."""
+    training = training or Training()
+    begin = time.perf_counter(), time.process_time()
+    stream = _Stream(data, training.batch)
+    x = stream.fresh(4096)
+    # Slots from the first step on: with F this small memory is no concern, and they are faster than tiles (``dense=True``) on a CPU.
+    own = (seed << 32) + n_features  # starts of two sizes are unrelated: one would else begin with the rows of the other
+    sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, dense=False, seed=own, dtype=x.dtype, device=x.device)
+    if training.start is not None:
+        start_from(sae, training.start(n_features, x, own).to(x))
+    sae.init_from(x)
+    opt = Adam(sae, lr=training.lr)
+    windows: list[float] = []
+    losses: list[Tensor] = []
+    snapshots: list[tuple[int, Tensor]] = []
+    wanted = set(training.snapshots)
+    fixed = training.stop if isinstance(training.stop, int) else None
+    converged, flat = None if fixed else False, 0
+    end = fixed if fixed is not None else training.max_steps
+    step = 0
+    while True:
+        if stream.truth is not None and (step in wanted or (wanted and step >= end)):
+            snapshots.append((step, match(stream.truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
+        if step >= end:
+            break
+        opt.lr = training.lr * min(1.0, (end - step) / (training.cooldown + 1))
+        losses.append(opt.step(stream.batch()).loss)
+        step += 1
+        if len(losses) == training.window or step == end:
+            windows.append(float(torch.stack(losses).mean()))
+            losses.clear()
+            if converged is False and len(windows) > 1 and end == training.max_steps:
+                flat = flat + 1 if windows[-2] - windows[-1] < training.tolerance * abs(windows[-2]) else 0
+                if flat == 2:
+                    converged, end = True, min(step + training.cooldown, training.max_steps)
+    seconds, cpu_seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    return Run(
+        l1, n_features, seed, step, converged, seconds, cpu_seconds, windows[-1], **_evaluated(stream, sae),
+        dictionary=sae.W_dec.detach().clone(), losses=windows, snapshots=snapshots,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _evaluated(stream: _Stream, sae: SAE) -> dict[str, Any]:
+    """What fresh samples say, and the truth."""
+    error = spread = active = 0.0
+    x = stream.fresh(EVALUATION)
+    mean = x.double().mean(0)
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
+    for part in x.split(2048):
+        result = sae(part)
+        error += float(result.squared_error.double().sum())
+        spread += float((part.double() - mean).square().sum())
+        latents = result.latents
+        active += float((latents.values > 0).sum())
+        fired[latents.col[latents.values > 0]] = True
+    similarity = learned = None
+    if stream.truth is not None:
+        found = match(stream.truth, sae.W_dec)
+        similarity, learned = found.a_to_b.similarity[:, 0].clone(), found.b_to_a.similarity[:, 0].clone()
+    fvu = error / spread if spread else 0.0
+    return {"fvu": fvu, "l0": active / x.shape[0], "dead": ~fired, "similarity": similarity, "learned": learned}
+
+
+def train_many(
+    data: SuperpositionData | Tensor,
+    *,
+    l1: float | Sequence[float],
+    n_features: int | Sequence[int],
+    seeds: int | Sequence[int] = 0,
+    workers: int = 1,
+    callback: Callable[[Run], object] | None = None,
+    **training: Any,
+) -> list[Run]:
+    """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed)."""
+    op = "sweep"
+    if isinstance(data, Tensor):
+        _checks.tensor(op, "data", data)
+        if data.dim() != 2 or data.shape[0] == 0:
+            raise ValueError(f"{op}: data must have shape [n, D] with n > 0, got {list(data.shape)}")
+    elif not isinstance(data, SuperpositionData):
+        raise TypeError(f"{op}: data must be SuperpositionData or a tensor [n, D], got {type(data).__name__}")
+    grid = [_several(op, name, value) for name, value in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
+    for size in grid[0]:
+        _checks.integer(op, "n_features", size, 1)
+    for weight in grid[1]:
+        if _checks.number(op, "l1", weight, positive=False) < 0:
+            raise ValueError(f"{op}: l1 must be at least 0, got {weight}")
+    for seed in grid[2]:
+        _checks.integer(op, "seeds", seed, 0, (1 << 31) - 1)
+    _checks.integer(op, "workers", workers, 1)
+    options = Training(**training)
+    jobs = [(weight, size, seed) for size, weight, seed in itertools.product(*grid)]
+    runs: dict[tuple[float, int, int], Run] = {}
+
+    def done(run: Run) -> None:
+        runs[run.l1, run.n_features, run.seed] = run
+        if callback is not None:
+            callback(run)
+
+    content = pickle.dumps(data)
+    if workers == 1:
+        for job in jobs:
+            done(train_dictionary(pickle.loads(content), *job, options))
+    else:
+        _in_processes(content, sorted(jobs, key=lambda job: -job[1]), options, min(workers, len(jobs)), done)
+    return [runs[job] for job in jobs]
+
+
+def _several(op: str, name: str, value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, Sequence) else value.tolist() if hasattr(value, "tolist") else [value]
+    values = values if isinstance(values, list) else [values]
+    if not values or len(set(values)) != len(values):
+        raise ValueError(f"{op}: {name} must be a number or different numbers, got {values}")
+    return values
+
+
+def _in_processes(content: bytes, jobs: list[Any], options: Training, workers: int, done: Callable[[Run], None]) -> None:
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Bytes, not tensors: torch would pass those through shared files that end with their process.
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        futures = [pool.submit(_job, pickle.dumps((content, job, options))) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                done(pickle.loads(future.result()))
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _job(packed: bytes) -> bytes:
+    content, job, options = pickle.loads(packed)
+    return pickle.dumps(train_dictionary(pickle.loads(content), *job, options))
+
+
+def sweep(
+    data: SuperpositionData | Tensor,
+    *,
+    l1: float | Sequence[float],
+    n_features: int | Sequence[int],
+    seeds: int | Sequence[int] = 0,
+    stop: Literal["converged"] | int = "converged",
+    workers: int = 1,
+    callback: Callable[[Run], object] | None = None,
+    **training: Any,
+) -> Any:
+    """Trains a dictionary for every (n_features, l1, seed) and returns a pandas data frame with a row for each.
+
+    Args:
+        data: ``SuperpositionData`` (left as it is; every run sees the same samples, from its present state on), or activations ``[n, D]``.
+        l1: weights of the L1 penalty, at least 0; ``Training`` states the convention.
+        n_features: dictionary sizes F. seeds: of the dictionaries' starts.
+        stop: "converged", or a number of steps; see ``Training``.
+        workers: processes; each has its share of the cores. (More than one starts Python anew: guard a script by ``if __name__ ==
+            "__main__"``.) The results do not depend on it but for the rounding of torch's products on other numbers of threads.
+        callback: called with each ``Run`` as it ends (in any order).
+        training: attributes of ``Training``: batch, lr, window, tolerance, cooldown, max_steps, start, snapshots.
+
+    Returns:
+        Columns l1, n_features, seed; mmcs (truth to dictionary: mean over true features of the best cosine) and recovered (share of them
+        above 0.9), NaN without a truth; dead (features that fire on none of 16,384 fresh samples), l0, fvu, loss, steps, converged,
+        seconds, cpu_seconds. ``train_many`` returns the dictionaries too.
+
+    Raises: TypeError, ValueError as usual. ImportError without pandas (extra ``studies``).
+
+    Example:
+        >>> data = SuperpositionData(128, 64, mean_active=3)
+        >>> frame = sweep(data, l1=[0.05, 0.1, 0.2], n_features=[64, 128, 256], stop="converged")
+        >>> frame.pivot(index="l1", columns="n_features", values="mmcs")
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("sweep needs pandas: pip install 'fastsae-kernels[studies]'") from error
+    runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, workers=workers, callback=callback, stop=stop, **training)
+    return pandas.DataFrame([run.row() for run in runs])
