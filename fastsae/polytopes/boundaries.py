@@ -368,8 +368,8 @@ def _assembled(found: list[tuple[Tensor, ...]], start: Tensor, widths: Sequence[
     begin = start.cpu().numpy().reshape(start.shape[0], bits // 64)
     hashes = prefix[1:] ^ (prefix[offsets[:-1]] ^ begin)[segment]
     hashes = hashes[:, 0] if bits == 64 else hashes
-    tensors = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (t, layer, neuron, hashes, offsets))
-    return Crossings(*tensors, start)
+    where = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (t, layer, neuron, hashes, offsets)]
+    return Crossings(where[0], where[1], where[2], where[3], where[4], start)
 
 
 class Shell(NamedTuple):

@@ -254,7 +254,8 @@ def _stages(op: str, module: Any) -> list[Stage]:
     if isinstance(module, nn.Linear):
         return [Affine(module.weight, module.bias)]
     if _hf(module) == "Conv1D":
-        return [Affine(module.weight.T, module.bias)]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        parameters: Any = module  # of transposed weights
+        return [Affine(parameters.weight.T, parameters.bias)]
     if isinstance(module, nn.LayerNorm):
         if len(module.normalized_shape) != 1:
             raise ValueError(f"{op}: LayerNorm must be over the last dimension alone, got normalized_shape={module.normalized_shape}")

