@@ -27,6 +27,11 @@ def test_readme_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pt", "sae"]
 
 
+def test_readme_example_of_polytopes(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(next(text for text in EXAMPLES if "fastsae.crossings" in text), "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("tensor") == 2
+
+
 def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:

@@ -45,13 +45,8 @@ def cluster(graph: Any, least: int, samples: int) -> Tensor:
         if int(sizes[part]) < max(least, samples + 1):
             continue
         rows = torch.from_numpy((component == part).nonzero()[0])
-        method = HDBSCAN(
-            min_cluster_size=least,
-            min_samples=samples,
-            metric="precomputed",
-            allow_single_cluster=int(sizes[part]) < len(labels) // 2,
-            copy=True,
-        )
+        options: Any = {"allow_single_cluster": int(sizes[part]) < len(labels) // 2, "copy": True}
+        method = HDBSCAN(min_cluster_size=least, min_samples=samples, metric="precomputed", **options)
         found = torch.from_numpy(method.fit_predict(graph[rows.numpy()][:, rows.numpy()])).long()
         labels[rows] = torch.where(found >= 0, found + int(labels.max()) + 1, -1)
     return labels
