@@ -52,9 +52,11 @@ def _map(op: str, net: Net, x: Tensor, pieces: Any) -> tuple[Tensor, Tensor, lis
 
 
 def _map_inputs(op: str, net: Any, x: Any) -> tuple[Net, Tensor]:
+    """The net and x in the dtype of sums."""
     net = check_net(op, net)
-    check_points(op, "x", x, net)
-    return net.to(x.dtype), x.detach()
+    check_points(op, "x", x, net, same=True)
+    wide = accumulator(x.dtype)
+    return net.to(wide), x.detach().to(wide)
 
 
 @torch.no_grad()
@@ -62,19 +64,19 @@ def affine_map(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     """The affine map of the polytope that x lies in: ``net(x') = A x' + c`` for every x' in it.
 
     Args:
-        net: ReLU and LeakyReLU layers, residual branches. x: ``[.., d_in]`` floating.
+        net: ReLU and LeakyReLU layers, residual branches. x: ``[.., d_in]`` of the net's dtype.
 
     Returns:
-        ``A [.., d_out, d_in]``, ``c [.., d_out]`` in the dtype of x. A neuron at 0 counts as off. No gradient. Memory: a few times the
-        widest ``[rows, width, d_in]``.
+        ``A [.., d_out, d_in]``, ``c [.., d_out]`` in the dtype of x, sums in float32 (float64 for float64). A neuron at 0 counts as off. No
+        gradient. Memory: a few times the widest ``[rows, width, d_in]``.
 
     Raises: TypeError: dtype, device or type. ValueError: shape; a smooth activation (see ``soft_affine_map``) or a normalisation.
     """
     op = "affine_map"
-    net, x = _map_inputs(op, net, x)
-    _piecewise(op, net)
-    A, c, _ = _map(op, net, x.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, None))
-    return A.reshape(*x.shape[:-1], *A.shape[1:]), c.reshape(*x.shape[:-1], c.shape[1])
+    wide, rows = _map_inputs(op, net, x)
+    _piecewise(op, wide)
+    A, c, _ = _map(op, wide, rows.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, None))
+    return A.reshape(*x.shape[:-1], *A.shape[1:]).to(x.dtype), c.reshape(*x.shape[:-1], c.shape[1]).to(x.dtype)
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def soft_affine_map(net: Net, x: Tensor, beta: float | None = None) -> tuple[Ten
     code.
 
     Args:
-        net: any activations of ``as_net``; neurons and layers are taken as independent. x: ``[.., d_in]`` floating.
+        net: any activations of ``as_net``; neurons and layers are taken as independent. x: ``[.., d_in]`` of the net's dtype.
         beta: None: each activation's own code (``soft_code``). A number in [0, 1]: that of a β-VQ (1: the hard code).
 
     Returns:
@@ -97,9 +99,9 @@ def soft_affine_map(net: Net, x: Tensor, beta: float | None = None) -> tuple[Ten
     Source: soft VQ of Balestriero & Baraniuk 2018 (arXiv 1810.09274).
     """
     op = "soft_affine_map"
-    net, x = _map_inputs(op, net, x)
-    A, c, _ = _map(op, net, x.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, beta))
-    return A.reshape(*x.shape[:-1], *A.shape[1:]), c.reshape(*x.shape[:-1], c.shape[1])
+    wide, rows = _map_inputs(op, net, x)
+    A, c, _ = _map(op, wide, rows.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, beta))
+    return A.reshape(*x.shape[:-1], *A.shape[1:]).to(x.dtype), c.reshape(*x.shape[:-1], c.shape[1]).to(x.dtype)
 
 
 # ---------------------------------------------------------------- distances
@@ -241,7 +243,7 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
 
     Args:
         net: ReLU and LeakyReLU layers; or one MLP as in ``frobenius_distance``.
-        x: ``[B, d_in]``, where in the other neurons' regions; None: one MLP, for which it does not matter.
+        x: ``[B, d_in]`` of the net's dtype, where in the other neurons' regions; None: one MLP, for which it does not matter.
 
     Returns:
         One tensor for each activation layer: ``[H]`` float64 without x (``||W_out[:, i]|| ||W_in[i]||``), ``[B, H]`` in the dtype of x with
@@ -256,6 +258,7 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
     if x is None:
         M, _ = _gram(op, net)
         return [M.diagonal().clamp_min(0).sqrt()]
+    dtype = x.dtype if isinstance(x, Tensor) else None
     net, x = _map_inputs(op, net, x)
     _piecewise(op, net)
     if x.dim() != 2:
@@ -278,7 +281,7 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
                 saved.append(G)
             else:
                 G = G + saved.pop()
-    return result
+    return [norms.to(dtype) for norms in result]
 
 
 def _piecewise(op: str, net: Net) -> None:

@@ -317,8 +317,9 @@ def crossings(net: Net, p: Tensor, q: Tensor, *, seed: int = 0, bits: int = 64) 
 
     Arithmetic is float64. Each position is a root of the computed pre-activation; its error is that of the pre-activation over its slope.
     Where a neuron nearly touches 0, two crossings less than such an error apart may be missed or found. No gradient. Memory beyond the
-    result: one block of breakpoints a layer, a few times 16 MiB in the first layer and 1 MiB in each deeper one (16 rows of the widest
-    layer at least), whatever the number of regions.
+    result: the weights twice in float64, and the pre-activations at one block of breakpoints a layer. A block is at most 2 Mi elements in a
+    net of one layer, and in deeper ones 128 Ki (16 rows of the widest layer at least) plus what is found between its breakpoints, at most
+    one row a neuron and piece.
 
     Raises: TypeError: dtype, device or type. ValueError: shapes; values that are not finite; a layer whose input is not piecewise affine.
     """
@@ -449,7 +450,7 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     """How many neurons change sign among the vertices of a small cross-polytope around each point, layer by layer.
 
     Args:
-        net: of ``as_net`` or ``mlp_block``, any activations. x: ``[B, d_in]``.
+        net: of ``as_net`` or ``mlp_block``, any activations. x: ``[B, d_in]``, of the dtype of the net.
         radius: distance of the vertices from x, above 0. vertices: their number, even, at most ``2 d_in``: plus and minus
             orthonormal directions, one random frame for all points.
         seed: of the frame.
@@ -466,7 +467,7 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     """
     op = "local_complexity"
     net = check_net(op, net)
-    check_points(op, "x", x, net)
+    check_points(op, "x", x, net, same=True)
     if x.dim() != 2:
         raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
     radius = float(_checks.number(op, "radius", radius))

@@ -152,6 +152,11 @@ class Net:
         tensors = (t for stage in self.stages for t in vars(stage).values() if isinstance(t, Tensor))
         return next((t.device for t in tensors), torch.device("cpu"))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        tensors = (t for stage in self.stages for t in vars(stage).values() if isinstance(t, Tensor))
+        return next((t.dtype for t in tensors), torch.get_default_dtype())
+
     def __repr__(self) -> str:
         def show(stage: Stage) -> str:
             if isinstance(stage, Affine):
@@ -384,9 +389,9 @@ def check_net(op: str, net: Any) -> Net:
     return net
 
 
-def check_points(op: str, name: str, x: Any, net: Net, like: Tensor | None = None) -> Tensor:
-    """``x [.., d_in]`` floating on the net's device."""
-    _checks.tensor(op, name, x, like=like)
+def check_points(op: str, name: str, x: Any, net: Net, like: Tensor | None = None, same: bool = False) -> Tensor:
+    """``x [.., d_in]`` floating on the net's device, and of its dtype where ``same``."""
+    _checks.tensor(op, name, x, (net.dtype,) if same else _checks.FLOATS, like)
     if x.device != net.device:
         raise TypeError(f"{op}: {name} must be on {net.device} like the net, got {x.device}")
     if x.dim() == 0 or x.shape[-1] != net.d_in:

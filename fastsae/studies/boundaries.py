@@ -63,13 +63,15 @@ def run(study: Study) -> None:
     for network in ("trained", "untrained"):
         means = []
         for b in range(8):
-            inside, across = (density[network, kind][bins[kind] == b].sum(1) for kind in kinds)
+            inside, across = (density[network, kind][bins[kind] == b] for kind in kinds)
             if len(inside) and len(across):
-                means.append((float(inside.mean()), float(across.mean())))
-        within, between = (sum(column) / len(means) for column in zip(*means))
-        matched.append({"network": network, "within": within, "between": between, "ratio": between / within, "bins": len(means)})
+                means.append(torch.stack([inside.mean(0), across.mean(0)]))
+        within, between = torch.stack(means).mean(0)
+        for layer, (near, far) in enumerate(zip(within.tolist(), between.tolist())):
+            matched.append({"network": network, "layer": layer, "within": near, "between": far, "ratio": far / near, "bins": len(means)})
     study.table("at_equal_distance", matched)
-    study.say(f"At equal distance: {matched[0]['ratio']:.3f} times as many trained, {matched[1]['ratio']:.3f} untrained.")
+    shown = {n: ", ".join(f"{row['ratio']:.3f}" for row in matched if row["network"] == n) for n in ("trained", "untrained")}
+    study.say(f"At equal distance, by layer: {shown['trained']} times as many between classes (trained), {shown['untrained']} (untrained).")
 
     # Around the first change of the prediction: boundaries per unit of distance by signed distance from it.
     crossed, length = found["trained", "between"]

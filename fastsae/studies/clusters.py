@@ -116,7 +116,7 @@ def run(study: Study) -> None:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].set(xlim=(0, 1), title="HDBSCAN against what each sample is")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     for name in names[:2]:
         sizes = torch.bincount(labels[name][labels[name] >= 0]).sort(descending=True).values
         axes[1].plot(range(1, len(sizes) + 1), sizes, ".-", label=name)
