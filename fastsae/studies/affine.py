@@ -130,7 +130,7 @@ def run(study: Study) -> None:
     axes[2].plot(hamming[i[shown], j[shown]], distance[i[shown], j[shown]], ",", color="0.5")
     axes[2].plot(hamming[same], distance[same], ".", ms=1, color="C0", alpha=0.4, label="same kind")
     line = torch.linspace(1, float(hamming.max()), 50)
-    axes[2].plot(line, (line * float(weight.mean())).sqrt(), "k--", lw=1, label="orthogonal contributions")
+    axes[2].plot(line, (line * float(weight.mean())).sqrt(), "k--", lw=1, label="orthogonal contributions, mean norms")
     axes[2].set(xlabel="Hamming distance", ylabel="Frobenius distance", title=f"Pairs of samples, correlation {correlation:.2f}")
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)

@@ -73,8 +73,7 @@ def run(study: Study) -> None:
     shown = {n: ", ".join(f"{row['ratio']:.3f}" for row in matched if row["network"] == n) for n in ("trained", "untrained")}
     study.say(f"At equal distance, by layer: {shown['trained']} times as many between classes (trained), {shown['untrained']} (untrained).")
 
-    # Around the first change of the prediction: boundaries per unit of distance by signed distance from it.
-    crossed, length = found["trained", "between"]
+    # Around the first change of the trained network's prediction: boundaries per unit of distance by signed distance from it.
     a, b = kinds["between"]
     t = torch.linspace(0, 1, 401)
     change = torch.full((len(a),), float("nan"), dtype=torch.float64)
@@ -84,28 +83,27 @@ def run(study: Study) -> None:
         if len(changes):
             change[i] = float(t[int(changes[0])] + t[1] / 2)
     edges = torch.linspace(-WINDOW, WINDOW, 21, dtype=torch.float64)
-    offset = (crossed.t - change[crossed.segment]) * length[crossed.segment]
-    # What part of each segment lies in each bin: the ends cut some off.
-    start, stop = -change * length, (1 - change) * length
-    covered = (torch.minimum(stop.unsqueeze(1), edges[1:]) - torch.maximum(start.unsqueeze(1), edges[:-1])).clamp_min(0)
-    covered = covered.nan_to_num().sum(0)
-    counts = torch.stack(
-        [torch.histogram(offset[crossed.layer == layer].nan_to_num(1e9), edges).hist for layer in range(len(study["hidden"]))]
-    )
-    profile = counts / covered
-    middle = (profile[:, 8:12] * covered[8:12]).sum(1) / covered[8:12].sum()
-    away = (profile * covered)[:, [0, 1, 2, 17, 18, 19]].sum(1) / covered[[0, 1, 2, 17, 18, 19]].sum()
-    study.table("at_the_decision", [
-        {"layer": layer, "near": float(near), "away": float(far),
-        "ratio": float(near / far)} for layer, (near, far) in enumerate(zip(middle, away))
-    ])  # fmt: skip
+    near, far = range(8, 12), (0, 1, 2, 17, 18, 19)  # bins within 0.2, and 0.7 to 1 away
+    profiles, rows = {}, []
+    for network in ("trained", "untrained"):
+        crossed, length = found[network, "between"]
+        offset = ((crossed.t - change[crossed.segment]) * length[crossed.segment]).nan_to_num(1e9)
+        # What part of each segment lies in each bin: the ends cut some off.
+        start, stop = (-change * length).unsqueeze(1), ((1 - change) * length).unsqueeze(1)
+        covered = (torch.minimum(stop, edges[1:]) - torch.maximum(start, edges[:-1])).clamp_min(0).nan_to_num().sum(0)
+        counts = torch.stack([torch.histogram(offset[crossed.layer == layer], edges).hist for layer in range(len(study["hidden"]))])
+        profiles[network] = counts / covered
+        for layer, count in enumerate(counts):
+            at, away = (float(count[list(bins)].sum() / covered[list(bins)].sum()) for bins in (near, far))
+            rows.append({"network": network, "layer": layer, "near": at, "away": away, "ratio": at / away})
+    study.table("at_the_decision", rows)
+    shown = {n: ", ".join(f"{row['ratio']:.2f}" for row in rows if row["network"] == n) for n in ("trained", "untrained")}
     study.say(
-        f"Within 0.2 of where the prediction first changes there are {', '.join(f'{r:.2f}' for r in (middle / away).tolist())} times "
-        f"(by layer) as many "
-        f"boundaries per unit of distance as 0.7 to 1 away from it ({int(change.isfinite().sum())} of {len(a)} segments change the "
-        f"prediction)."
+        f"Within 0.2 of where the prediction first changes there are, by layer, {shown['trained']} times as many boundaries per unit of "
+        f"distance as 0.7 to 1 away from it; untrained, at the same places, {shown['untrained']} times "
+        f"({int(change.isfinite().sum())} of {len(a)} segments change the prediction)."
     )
-    study.record(profile=profile, edges=edges, accuracy=data.accuracy)
+    study.record(profiles=profiles, edges=edges, accuracy=data.accuracy)
 
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     for axis, network in zip(axes, ("trained", "untrained")):
@@ -114,14 +112,14 @@ def run(study: Study) -> None:
         for (kind, values), colour in zip(totals.items(), ("C0", "C1")):
             axis.hist(values.numpy(), bins, alpha=0.55, color=colour, label=f"{kind} classes, mean {float(values.mean()):.1f}")
         axis.set(xlabel="boundaries per unit of distance", ylabel="pairs", title=f"{network} network")
-        axis.legend(frameon=False)
+        axis.set_ylim(top=1.25 * axis.get_ylim()[1])
+        axis.legend(frameon=False, loc="upper left")
     centres = (edges[1:] + edges[:-1]) / 2
-    for layer, line in enumerate(profile):
-        axes[2].plot(centres, line, "o-", ms=3, label=f"layer {layer}")
+    for network, style in (("trained", "o-"), ("untrained", ":")):
+        for layer, line in enumerate(profiles[network]):
+            axes[2].plot(centres, line, style, ms=3, color=f"C{layer}", label=f"layer {layer}, {network}")
     axes[2].axvline(0, color="0.6", lw=1)
-    axes[2].set(
-        xlabel="distance from the change of the prediction", ylabel="boundaries per unit of distance", title="Around the decision (trained)"
-    )
+    axes[2].set(xlabel="distance from the change of the prediction", ylabel="boundaries per unit of distance", title="Around the decision")
     axes[2].set_ylim(bottom=0)
-    axes[2].legend(frameon=False)
+    axes[2].legend(frameon=False, fontsize=8, ncols=2)
     study.save(canvas, "density")
