@@ -1,9 +1,9 @@
 """Is there a shell of polytope boundaries, and how far can an activation be scaled before its code changes?
 
 Two remarks of the authors of the polytope lens: there may be a range of distances from the origin through which many boundaries pass; and a
-direction means something only in a range of magnitudes. On a classifier of digits: boundaries per unit of distance along rays from the
-origin, random ones and ones through images, trained and untrained; then activations of the first hidden layer scaled by s, with the exact
-interval of s in which no later neuron changes sign, and how far the code and the prediction have changed beyond.
+direction means something only in a range of magnitudes. On a classifier of digits: boundaries met for each doubling of the distance along
+rays from the origin, random ones and ones through images, trained and untrained; then activations of the first hidden layer scaled by s,
+with the exact interval of s in which no later neuron changes sign, and how far the code and the prediction have changed beyond.
 """
 
 from __future__ import annotations
@@ -28,27 +28,35 @@ def run(study: Study) -> None:
     norm = float(images.norm(dim=1).mean())
     radius = study["reach"] * norm
     random = torch.randn(len(images), images.shape[1], generator=study.generator(5))
-    edges = torch.linspace(0, radius, 61, dtype=torch.float64)
+    edges = radius * 2.0 ** torch.linspace(-10, 0, 41, dtype=torch.float64)  # four bins for each doubling of the distance
     profiles, rows = {}, []
     for network, net in (("trained", data.net), ("untrained", data.untrained)):
         for kind, directions in (("random", random), ("through images", images)):
             rays = fastsae.shell(net, directions, radius)
             hist = torch.stack([torch.histogram(rays.distance[rays.layer == layer], edges).hist for layer in range(len(net.widths))])
-            profiles[network, kind] = hist / len(directions) / (edges[1] - edges[0])
+            profiles[network, kind] = 4 * hist / len(directions)  # boundaries for each doubling
             peak = int(hist.sum(0).argmax())
             half = rays.distance.sort().values
             q = [float(half[int(share * (len(half) - 1))]) if len(half) else 0.0 for share in (0.1, 0.5, 0.9)]
             rows.append({
                 "network": network, "rays": kind, "crossings_a_ray": len(rays.distance) / len(directions),
-                "densest_at": float(edges[peak : peak + 2].mean()),
-                "10 %": q[0], "median": q[1], "90 %": q[2], "most_neurons": sum(net.widths),
+                "densest_doubling_at": float(edges[peak : peak + 2].mean()),
+                "10 %": q[0], "median": q[1], "90 %": q[2],
+                "per_unit_inside": float((rays.distance < norm / 10).sum()) / len(directions) / (norm / 10),
+                "per_unit_at_images": float(((rays.distance / norm - 1).abs() < 0.2).sum()) / len(directions) / (0.4 * norm),
+                "most_neurons": sum(net.widths),
             })  # fmt: skip
     study.table("shell", rows)
+    through, before, anyway = rows[1], rows[3], rows[0]
     study.say(
         f"Images have norm {norm:.2f}. Along rays through them half of the boundaries within {radius:.1f} lie inside "
-        f"{rows[1]['median']:.2f} (trained) and "
-        f"{rows[3]['median']:.2f} (untrained); densest at {rows[1]['densest_at']:.2f} and {rows[3]['densest_at']:.2f}. Along random rays "
-        f"(trained): half inside {rows[0]['median']:.2f}, densest at {rows[0]['densest_at']:.2f}."
+        f"{through['median']:.2f} (trained) and {before['median']:.2f} (untrained), along random rays (trained) inside "
+        f"{anyway['median']:.2f}. Most boundaries for a doubling of the distance are met at {through['densest_doubling_at']:.2f}, "
+        f"{before['densest_doubling_at']:.2f} and {anyway['densest_doubling_at']:.2f}."
+    )
+    study.say(
+        f"Per unit of distance on rays through images (trained): {through['per_unit_inside']:.1f} boundaries within a tenth of the images' "
+        f"norm of the origin, {through['per_unit_at_images']:.1f} between 0.8 and 1.2 of it."
     )
 
     # Scaling the first hidden layer: the network behind it, along s * h.
@@ -75,27 +83,30 @@ def run(study: Study) -> None:
             }
         )
     study.table("scaling", curve[:: max(1, len(curve) // 12)])
+    halved, doubled = (min(curve, key=lambda row, s=s: abs(row["scale"] - s)) for s in (0.5, 2.0))
     study.say(
         f"An activation of the first hidden layer keeps the code of all {sum(back.widths)} later neurons for s from "
-        f"{float(below.median()):.3f} to "
-        f"{float(above.median()):.3f} (medians). Halved, {curve[len(curve) // (2 * int(top))]['code_changed']:.1%} of the bits have "
-        f"changed, doubled "
-        f"{curve[2 * (len(curve) - 1) // int(top)]['code_changed']:.1%}; the prediction changes for "
-        f"{curve[len(curve) // (2 * int(top))]['prediction_changed']:.1%} and "
-        f"{curve[2 * (len(curve) - 1) // int(top)]['prediction_changed']:.1%} of the images."
+        f"{float(below.median()):.3f} to {float(above.median()):.3f} (medians). Halved, {halved['code_changed']:.1%} of the bits have "
+        f"changed, doubled {doubled['code_changed']:.1%}; the prediction changes for {halved['prediction_changed']:.1%} and "
+        f"{doubled['prediction_changed']:.1%} of the images."
     )
     study.record(
         edges=edges, profiles={" ".join(key): value for key, value in profiles.items()}, scaling=curve, valid_from=below, valid_to=above
     )
 
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
-    centres = (edges[1:] + edges[:-1]) / 2
+    centres = (edges[1:] * edges[:-1]).sqrt()
     for axis, network in zip(axes, ("trained", "untrained")):
         for kind, style in (("through images", "-"), ("random", ":")):
             for layer, line in enumerate(profiles[network, kind]):
                 axis.plot(centres, line, style, color=f"C{layer}", label=f"layer {layer}, {kind}")
+        axis.set_xscale("log")
         axis.axvline(norm, color="0.6", lw=1)
-        axis.set(xlabel="distance from the origin (grey: images)", ylabel="boundaries per unit of distance", title=f"{network} network")
+        axis.set(
+            xlabel="distance from the origin (grey: images)",
+            ylabel="boundaries a ray and doubling of the distance",
+            title=f"{network} network",
+        )
         axis.legend(frameon=False, fontsize=8)
     axes[2].plot([c["scale"] for c in curve], [c["code_changed"] for c in curve], label="share of later bits changed")
     axes[2].plot([c["scale"] for c in curve], [c["prediction_changed"] for c in curve], label="predictions changed")
