@@ -20,6 +20,7 @@ from torch import Tensor
 import fastsae
 from fastsae import _checks, _files, plots
 from fastsae._machine import machine, versions
+from fastsae.superposition.data import stream_seed
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class Study:
 
     def generator(self, stream: int = 0) -> torch.Generator:
         """A generator of this run's seed; another ``stream`` is another sequence."""
-        return torch.Generator().manual_seed((self.seed << 20) + stream)
+        return torch.Generator().manual_seed(stream_seed(self.seed, stream))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """``items`` with a progress bar (tqdm's, or a line every ten seconds where tqdm is missing)."""

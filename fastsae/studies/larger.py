@@ -67,8 +67,8 @@ def run(study: Study) -> None:
     if known:
         top = max(known, key=lambda row: row["best_with_larger"])
         study.say(
-            f"Agreement with the next larger dictionary peaks at {top['best_with_larger']:.3f} for L1 = {top['l1']:g}, F = {top['at_size']}, "
-            f"with {top['alive_there']} features alive; the truth has {G}, and MMCS of the truth is {top['mmcs_there']:.3f} there."
+            f"Agreement with the next larger dictionary peaks at {top['best_with_larger']:.3f} for L1 = {top['l1']:g}, F = "
+            f"{top['at_size']}, with {top['alive_there']} features alive. The truth has {G}, and MMCS of the truth is {top['mmcs_there']:.3f} there."
         )
     steps = {size: max(row["steps"] for row in rows if row["n_features"] == size) for size in sizes}
     slow = sum(row["converged"] is False for row in rows)
