@@ -66,9 +66,10 @@ def run(study: Study) -> None:
     known = [row for row in estimates if row["best_with_larger"] is not None]
     if known:
         top = max(known, key=lambda row: row["best_with_larger"])
+        place = f"L1 = {top['l1']:g}, F = {top['at_size']}, with {top['alive_there']} features alive"
         study.say(
-            f"Agreement with the next larger dictionary peaks at {top['best_with_larger']:.3f} for L1 = {top['l1']:g}, F = "
-            f"{top['at_size']}, with {top['alive_there']} features alive. The truth has {G}, and MMCS of the truth is {top['mmcs_there']:.3f} there."
+            f"Agreement with the next larger dictionary peaks at {top['best_with_larger']:.3f} for {place}. The truth has {G} features, and "
+            f"its MMCS is {top['mmcs_there']:.3f} there."
         )
     steps = {size: max(row["steps"] for row in rows if row["n_features"] == size) for size in sizes}
     slow = sum(row["converged"] is False for row in rows)

@@ -253,7 +253,7 @@ def train_many(
             callback(run)
 
     content = pickle.dumps(data)
-    if workers == 1:
+    if min(workers, len(jobs)) == 1:
         for job in jobs:
             done(train_dictionary(pickle.loads(content), *job, options))
     else:
@@ -275,7 +275,7 @@ def _in_processes(content: bytes, jobs: list[Any], options: Training, workers: i
 
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)) as pool:
         futures = [pool.submit(_job, pickle.dumps((content, job, options))) for job in jobs]
         try:
             for future in as_completed(futures):
