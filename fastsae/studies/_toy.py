@@ -69,17 +69,18 @@ def heat(axes: Any, rows: Sequence[dict[str, Any]], column: str, title: str, *, 
 
 
 def histograms(axes: Any, snapshots: Sequence[tuple[int, Tensor]], title: str, *, name: str = "step", bins: int = 40) -> None:
-    """Distributions of the true features' best cosines at several steps (or whatever ``name`` says), first ones light, last ones dark."""
+    """Distributions of the true features' best cosines, one above the other, the first at the top; heights are roots of shares."""
     from matplotlib import colormaps
 
     edges = torch.linspace(0, 1, bins + 1)
-    for place, (step, similarity) in enumerate(snapshots):
-        counts = torch.histogram(similarity.float().clamp(0, 1), edges).hist
-        colour = colormaps["viridis_r"](0.1 + 0.9 * place / max(len(snapshots) - 1, 1))
-        mean = float(similarity.double().mean())
-        axes.stairs(counts.numpy() / similarity.shape[0], edges.numpy(), color=colour, lw=1.5, label=f"{name} {step}: mean {mean:.2f}")
-    axes.set(title=title, xlabel="best cosine of a true feature", ylabel="share of true features", xlim=(0, 1.01), yscale="log")
-    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    for place, (_, similarity) in enumerate(snapshots):
+        share = torch.histogram(similarity.float().clamp(0, 1), edges).hist / similarity.shape[0]
+        colour = colormaps["viridis"](place / max(len(snapshots), 1))
+        axes.stairs(share.sqrt().numpy() - place, edges.numpy(), baseline=-place, fill=True, color=colour, alpha=0.85)
+    axes.set_yticks([-place for place in range(len(snapshots))], [f"{name} {step}" for step, _ in snapshots], fontsize=8)
+    for place, (_, similarity) in enumerate(snapshots):
+        axes.text(0.01, 0.12 - place, f"mean {float(similarity.double().mean()):.2f}", fontsize=7)
+    axes.set(title=title, xlabel="best cosine of a true feature", xlim=(0, 1.01), ylim=(0.1 - len(snapshots), 1.05))
     tidy(axes)
 
 

@@ -22,7 +22,7 @@ SIZES = {
     },
     "quick": {
         "minutes": 3, "preset": "hoagy_correlated", "n_features": 128, "d": 64, "mean_active": 4.0, "rate": 0.97,
-        "sizes": [32, 64, 128, 256, 512, 1024], "l1": powers(-1.25, -0.5, 3), "stop": "converged", "max_steps": 6000, "cooldown": 1000,
+        "sizes": [32, 64, 128, 256, 512, 1024], "l1": powers(-1.25, -0.5, 3), "stop": "converged", "max_steps": 4000, "cooldown": 1000,
     },
     "default": {
         "minutes": 20, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,

@@ -19,13 +19,13 @@ SIZES = {
     },
     "quick": {
         "minutes": 3, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
-        "sizes": [64, 128, 256, 512, 1024], "l1": powers(-1.5, 0, 5), "stop": "converged", "max_steps": 3000, "cooldown": 1000,
-        "snapshots": [0, 50, 100, 250, 500, 1000, 2000, 3000],
+        "sizes": [64, 128, 256, 512, 1024], "l1": powers(-1.5, 0, 5), "stop": "converged", "max_steps": 2400, "cooldown": 800,
+        "snapshots": [0, 100, 250, 500, 1000],
     },
     "default": {
         "minutes": 20, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
         "sizes": [128, 256, 512, 1024, 2048, 4096], "l1": powers(-1.75, 0, 8), "stop": "converged", "max_steps": 6000, "cooldown": 1000,
-        "snapshots": [0, 50, 100, 250, 500, 1000, 2000, 4000, 6000],
+        "snapshots": [0, 100, 250, 500, 1000, 2000],
     },
 }  # fmt: skip
 
@@ -73,5 +73,5 @@ def run(study: Study) -> None:
     canvas, axes = study.figure(rows=1, columns=len(on_ridge), figsize=(4.2 * len(on_ridge), 4))
     for axis, (size, r) in zip(axes, on_ridge.items()):
         histograms(axis, r.snapshots, f"F = {size}, L1 = {r.l1:g}")
-    canvas.suptitle("How the true features' best cosines move during training")
+    canvas.suptitle("Best cosines of the true features during training (heights: roots of shares)")
     study.save(canvas, "histograms")

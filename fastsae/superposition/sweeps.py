@@ -255,7 +255,7 @@ def train_many(
     content = pickle.dumps(data)
     if min(workers, len(jobs)) == 1:
         for job in jobs:
-            done(train_dictionary(pickle.loads(content), *job, options))
+            done(train_dictionary(pickle.loads(content), *job, training=options))
     else:
         _in_processes(content, sorted(jobs, key=lambda job: -job[1]), options, min(workers, len(jobs)), done)
     return [runs[job] for job in jobs]
@@ -303,7 +303,7 @@ def _begin(threads: int) -> None:
 
 def _job(packed: bytes) -> bytes:
     content, job, options = pickle.loads(packed)
-    return pickle.dumps(train_dictionary(pickle.loads(content), *job, options))
+    return pickle.dumps(train_dictionary(pickle.loads(content), *job, training=options))
 
 
 def sweep(
