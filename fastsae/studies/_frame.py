@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import pkgutil
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -132,7 +133,7 @@ class Study:
             "plots": self.plots,
         }
         path = self.out / f"{self.name}.json"
-        _files.replace(path, lambda part: part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n"))
+        _files.replace(path, lambda part: part.write_text(_compact(report) + "\n"))
         return path
 
 
@@ -164,6 +165,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"study: results must be numbers, text, tensors, lists and dictionaries, got {type(value).__name__}")
+
+
+def _compact(report: dict[str, Any]) -> str:
+    """JSON with lists of numbers on one line each."""
+    text = json.dumps(report, indent=1, allow_nan=False)
+    return re.sub(r"\[\s+((?:-?\d[^\s,\]]*|null)(?:,\s+(?:-?\d[^\s,\]]*|null))*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
 
 
 def _aligned(rows: list[dict[str, Any]]) -> str:
