@@ -8,13 +8,14 @@ Operations (each with a PyTorch reference that every backend is verified against
 Built on them: trace (codes while a model runs), CodeCounter (distinct codes of a stream), boundary_density, neighbour_graph.
 Polytopes: as_net, mlp_block; crossings, shell, local_complexity; affine_map, soft_affine_map, frobenius_distance, frobenius_pairs,
     frobenius_topk, boundary_norms; soft_code, expected_hamming; NearestAffine.
+Superposition: superposition (data whose true features are known, initialisations, sweeps, statistics of activations); `fastsae study`.
 Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK.
 Training: Trainer, save_checkpoint, load_checkpoint (fastsae.trainer: data order, schedules); optim.Adam, exact and fused, over RowGradient,
     TiledGradient and dense gradients; adam_ (one step, one matrix).
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
-from fastsae import optim
+from fastsae import optim, superposition
 from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.counters import CodeCount, CodeCounter, CodeTable
@@ -132,6 +133,7 @@ __all__ = [
     "spline_code",
     "spline_hash",
     "spline_keys",
+    "superposition",
     "trace",
     "use_backend",
 ]

@@ -48,6 +48,14 @@ def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -
     assert [line.split()[:2] for line in printed] == [["layer", "seen"], ["layer.mlp.1", "20"], ["all", "20"]]
 
 
+def test_readme_example_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pandas")
+    text = next(text for text in EXAMPLES if "sweep(" in text)
+    assert 'stop="converged"' in text
+    exec(compile(text.replace('stop="converged"', "stop=3"), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 5  # two lines of header, a line for each L1
+
+
 def test_documents_name_what_exists() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
     for path in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import pkgutil
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 import fastsae
 from fastsae import _checks, _files, plots
 from fastsae._machine import machine, versions
+from fastsae.superposition.data import stream_seed
 
 T = TypeVar("T")
 
@@ -61,7 +63,7 @@ class Study:
 
     def generator(self, stream: int = 0) -> torch.Generator:
         """A generator of this run's seed; another ``stream`` is another sequence."""
-        return torch.Generator().manual_seed((self.seed << 20) + stream)
+        return torch.Generator().manual_seed(stream_seed(self.seed, stream))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """``items`` with a progress bar (tqdm's, or a line every ten seconds where tqdm is missing)."""
@@ -131,7 +133,7 @@ class Study:
             "plots": self.plots,
         }
         path = self.out / f"{self.name}.json"
-        _files.replace(path, lambda part: part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n"))
+        _files.replace(path, lambda part: part.write_text(_compact(report) + "\n"))
         return path
 
 
@@ -163,6 +165,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"study: results must be numbers, text, tensors, lists and dictionaries, got {type(value).__name__}")
+
+
+def _compact(report: dict[str, Any]) -> str:
+    """JSON with lists of numbers on one line each."""
+    text = json.dumps(report, indent=1, allow_nan=False)
+    return re.sub(r"\[\s+((?:-?\d[^\s,\]]*|null)(?:,\s+(?:-?\d[^\s,\]]*|null))*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
 
 
 def _aligned(rows: list[dict[str, Any]]) -> str:

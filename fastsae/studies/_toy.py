@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,18 +68,34 @@ def heat(axes: Any, rows: Sequence[dict[str, Any]], column: str, title: str, *, 
     axes.set(title=title, xlabel="dictionary size F", ylabel="L1")
 
 
-def histograms(axes: Any, snapshots: Sequence[tuple[int, Tensor]], title: str, *, name: str = "step", bins: int = 40) -> None:
-    """Distributions of the true features' best cosines at several steps (or whatever ``name`` says), first ones light, last ones dark."""
+BINS = 40
+
+
+class Distribution(NamedTuple):
+    """Best cosines of the true features at one moment: counts over ``BINS`` equal bins of 0 .. 1, and their mean."""
+
+    label: str
+    mean: float
+    counts: list[int]
+
+
+def distribution(label: str, cosines: Tensor) -> Distribution:
+    counts = torch.histogram(cosines.float().clamp(0, 1), torch.linspace(0, 1, BINS + 1)).hist
+    return Distribution(label, float(cosines.double().mean()), counts.long().tolist())
+
+
+def ridgeline(axes: Any, distributions: Sequence[Distribution], title: str) -> None:
+    """Distributions one above the other, the first at the top; heights are roots of shares."""
     from matplotlib import colormaps
 
-    edges = torch.linspace(0, 1, bins + 1)
-    for place, (step, similarity) in enumerate(snapshots):
-        counts = torch.histogram(similarity.float().clamp(0, 1), edges).hist
-        colour = colormaps["viridis_r"](0.1 + 0.9 * place / max(len(snapshots) - 1, 1))
-        mean = float(similarity.double().mean())
-        axes.stairs(counts.numpy() / similarity.shape[0], edges.numpy(), color=colour, lw=1.5, label=f"{name} {step}: mean {mean:.2f}")
-    axes.set(title=title, xlabel="best cosine of a true feature", ylabel="share of true features", xlim=(0, 1.01), yscale="log")
-    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    edges = torch.linspace(0, 1, BINS + 1).numpy()
+    for place, (_, mean, counts) in enumerate(distributions):
+        heights = (torch.tensor(counts) / max(sum(counts), 1)).sqrt().numpy()
+        colour = colormaps["viridis"](place / max(len(distributions), 1))
+        axes.stairs(heights - place, edges, baseline=-place, fill=True, color=colour, alpha=0.85)
+        axes.text(0.62, 0.45 - place, f"mean {mean:.2f}", fontsize=7)
+    axes.set_yticks([-place for place in range(len(distributions))], [label for label, _, _ in distributions], fontsize=8)
+    axes.set(title=title, xlabel="best cosine of a true feature", xlim=(0, 1.01), ylim=(0.9 - len(distributions), 1.05))
     tidy(axes)
 
 

@@ -13,21 +13,21 @@ import torch
 
 import fastsae
 from fastsae.studies import Study
-from fastsae.studies._toy import best, frame, histograms, powers, tidy, train
+from fastsae.studies._toy import best, distribution, frame, powers, ridgeline, tidy, train
 from fastsae.superposition import SuperpositionData, unit_features
 
 SIZES = {
     "smoke": {
         "minutes": 0.05, "d": 12, "ratios": [1, 4], "mean_active": 2.0, "over": 2, "l1": [0.1], "stop": 60, "max_steps": 60,
-        "cooldown": 10, "snapshots": [0, 20, 60],
+        "cooldown": 10,
     },
     "quick": {
         "minutes": 3, "d": 64, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 3.0, "over": 2, "l1": powers(-1.25, -0.75, 2),
-        "stop": "converged", "max_steps": 3000, "cooldown": 1000, "snapshots": [0, 100, 300, 1000, 3000],
+        "stop": "converged", "max_steps": 2000, "cooldown": 600,
     },
     "default": {
         "minutes": 20, "d": 128, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 5.0, "over": 2, "l1": powers(-1.5, -0.5, 4),
-        "stop": "converged", "max_steps": 10000, "cooldown": 1000, "snapshots": [0, 100, 300, 1000, 3000, 10000],
+        "stop": "converged", "max_steps": 10000, "cooldown": 1000,
     },
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ def run(study: Study) -> None:
     for ratio in study["ratios"]:
         G, F = ratio * D, ratio * D * study["over"]
         data = SuperpositionData(G, D, mean_active=study["mean_active"], decay=None, seed=1000 + study.seed)
-        options = {name: study[name] for name in ("stop", "max_steps", "cooldown", "snapshots", "l1")}
+        options = {name: study[name] for name in ("stop", "max_steps", "cooldown", "l1")}
         runs = train(study, f"G / D = {ratio}", data, n_features=F, **options)
         table = frame(runs)
         row = best(table)
@@ -61,7 +61,8 @@ def run(study: Study) -> None:
         f"Antipodes among the alive features: {rows[0]['antipodal']:.1%} at G / D = {rows[0]['ratio']}, {rows[-1]['antipodal']:.1%} at "
         f"{rows[-1]['ratio']}."
     )
-    study.record(histograms={ratio: r.similarity for ratio, r in winners.items()})
+    found = [distribution(f"G / D = {ratio}", torch.as_tensor(r.similarity)) for ratio, r in winners.items()]
+    study.record(distributions=found)
 
     canvas, axes = study.figure(rows=1, columns=2, figsize=(12, 4.5))
     ratios = [row["ratio"] for row in rows]
@@ -77,5 +78,5 @@ def run(study: Study) -> None:
     axes[0].set_xticks(ratios, list(map(str, ratios)))
     axes[0].legend(frameon=False, fontsize=8)
     tidy(axes[0])
-    histograms(axes[1], [(ratio, torch.as_tensor(r.similarity)) for ratio, r in winners.items()], "At the end", name="G / D =")
+    ridgeline(axes[1], found, "At the end (heights: roots of shares)")
     study.save(canvas, "interference")

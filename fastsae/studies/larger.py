@@ -22,7 +22,7 @@ SIZES = {
     },
     "quick": {
         "minutes": 3, "preset": "hoagy_correlated", "n_features": 128, "d": 64, "mean_active": 4.0, "rate": 0.97,
-        "sizes": [32, 64, 128, 256, 512, 1024], "l1": powers(-1.25, -0.5, 3), "stop": "converged", "max_steps": 6000, "cooldown": 1000,
+        "sizes": [32, 64, 128, 256, 512, 1024], "l1": powers(-1.25, -0.5, 3), "stop": "converged", "max_steps": 3000, "cooldown": 800,
     },
     "default": {
         "minutes": 20, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
@@ -66,9 +66,10 @@ def run(study: Study) -> None:
     known = [row for row in estimates if row["best_with_larger"] is not None]
     if known:
         top = max(known, key=lambda row: row["best_with_larger"])
+        place = f"L1 = {top['l1']:g}, F = {top['at_size']}, with {top['alive_there']} features alive"
         study.say(
-            f"Agreement with the next larger dictionary peaks at {top['best_with_larger']:.3f} for L1 = {top['l1']:g}, F = {top['at_size']}, "
-            f"with {top['alive_there']} features alive; the truth has {G}, and MMCS of the truth is {top['mmcs_there']:.3f} there."
+            f"Agreement with the next larger dictionary peaks at {top['best_with_larger']:.3f} for {place}. "
+            f"The truth has {G} features, and its MMCS is {top['mmcs_there']:.3f} there."
         )
     steps = {size: max(row["steps"] for row in rows if row["n_features"] == size) for size in sizes}
     slow = sum(row["converged"] is False for row in rows)

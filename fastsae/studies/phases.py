@@ -64,7 +64,7 @@ def run(study: Study) -> None:
         + f"At most {row['most_in_between']:.0%} of the features are between the two at any one time."
     )  # fmt: skip
     if row["log_correlation"] is not None:
-        study.say(f"Rarer features are learnt later: correlation of log frequency and log step {row['log_correlation']:.2f}.")
+        study.say(f"Correlation of the log step at which a feature is learnt with its log frequency: {row['log_correlation']:.2f}.")
 
     canvas, axes = study.figure(rows=1, columns=3, figsize=(16, 4.6))
     bins = 50

@@ -8,8 +8,10 @@ antipodal pairs. The L1 convention is that of ``fastsae.superposition.Training``
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastsae.studies import Study
-from fastsae.studies._toy import best, frame, heat, histograms, powers, share_between, train
+from fastsae.studies._toy import Distribution, best, distribution, frame, heat, powers, ridgeline, share_between, train
 from fastsae.superposition import SuperpositionData
 
 SIZES = {
@@ -19,13 +21,13 @@ SIZES = {
     },
     "quick": {
         "minutes": 3, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
-        "sizes": [64, 128, 256, 512, 1024], "l1": powers(-1.5, 0, 5), "stop": "converged", "max_steps": 3000, "cooldown": 1000,
-        "snapshots": [0, 50, 100, 250, 500, 1000, 2000, 3000],
+        "sizes": [64, 128, 256, 512, 1024], "l1": powers(-1.5, 0, 5), "stop": "converged", "max_steps": 2400, "cooldown": 800,
+        "snapshots": [0, 100, 250, 500, 1000],
     },
     "default": {
         "minutes": 20, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
         "sizes": [128, 256, 512, 1024, 2048, 4096], "l1": powers(-1.75, 0, 8), "stop": "converged", "max_steps": 6000, "cooldown": 1000,
-        "snapshots": [0, 50, 100, 250, 500, 1000, 2000, 4000, 6000],
+        "snapshots": [0, 100, 250, 500, 1000, 2000],
     },
 }  # fmt: skip
 
@@ -54,9 +56,15 @@ def run(study: Study) -> None:
     middling = {size: share_between(r.snapshots[-1][1], 0.5, 0.9) for size, r in on_ridge.items()}
     shares = ", ".join(f"{share:.1%} (F = {size})" for size, share in middling.items())
     study.say(f"True features whose best cosine ends between 0.5 and 0.9, on the ridge: {shares}.")
-    study.record(middling=middling, cpu_seconds=sum(run.cpu_seconds for run in runs))
-    study.record(histograms={size: [[step, cosines.sort().values] for step, cosines in r.snapshots] for size, r in on_ridge.items()})
+    moving = {
+        f"F = {size}, L1 = {r.l1:g}": [distribution(f"step {step}", cosines) for step, cosines in r.snapshots]
+        for size, r in on_ridge.items()
+    }
+    study.record(middling=middling, distributions=moving, cpu_seconds=sum(run.cpu_seconds for run in runs))
+    draw(study, rows, moving)
 
+
+def draw(study: Study, rows: list[dict[str, Any]], moving: dict[str, list[Distribution]]) -> None:
     canvas, axes = study.figure(rows=2, columns=3, figsize=(15, 8.5))
     for place, (column, title, limits) in enumerate((
         ("mmcs", "MMCS of the truth", (0.2, 1.0)),
@@ -67,11 +75,13 @@ def run(study: Study) -> None:
         ("antipodal", "alive features with an antipode (< -0.9)", (0.0, 1.0)),
     )):  # fmt: skip
         heat(axes[place // 3][place % 3], rows, column, title, limits=limits)
-    canvas.suptitle(f"Recovery of {G} features in {D} dimensions, {study['mean_active']:g} active ({study['preset']})")
+    canvas.suptitle(
+        f"Recovery of {study['n_features']} features in {study['d']} dimensions, {study['mean_active']:g} active ({study['preset']})"
+    )
     study.save(canvas, "heatmaps")
 
-    canvas, axes = study.figure(rows=1, columns=len(on_ridge), figsize=(4.2 * len(on_ridge), 4))
-    for axis, (size, r) in zip(axes, on_ridge.items()):
-        histograms(axis, r.snapshots, f"F = {size}, L1 = {r.l1:g}")
-    canvas.suptitle("How the true features' best cosines move during training")
+    canvas, axes = study.figure(rows=1, columns=len(moving), figsize=(3.6 * len(moving), 4.5))
+    for axis, (title, distributions) in zip(axes, moving.items()):
+        ridgeline(axis, distributions, title)
+    canvas.suptitle("Best cosines of the true features during training, at each size's best L1 (heights: roots of shares)")
     study.save(canvas, "histograms")

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,6 @@ from fastsae import _checks
 from fastsae.latents import RaggedLatents
 from fastsae.ops._common import chunks
 from fastsae.ops.decode import decode
-
-_STREAM = 1 << 62
-"""Added to the seed, so that a dictionary which starts from random directions of the same seed does not start at the true features."""
 
 _COVARIANCES = ("low_rank", "symmetric_uniform", "wishart", "wishart_over_max", "wishart_over_count")
 _LAWS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
@@ -43,6 +41,15 @@ class SuperpositionBatch(NamedTuple):
     x: Tensor
     latents: RaggedLatents
     features: Tensor
+
+
+_DATA = 0xDA7A
+"""The stream of samples, so that a dictionary which starts from random directions of the same seed does not start at the true features."""
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """A seed of 32 bits for one of several streams of a seed. (Of a larger one torch's CPU generator reads the low 32 bits only.)"""
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
 
 
 def unit_features(n_features: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -146,7 +153,7 @@ class SuperpositionData:
         _checks.flag(op, "ensure_nonempty", ensure_nonempty)
         if _checks.number(op, "noise", noise, positive=False) < 0:
             raise ValueError(f"{op}: noise must be at least 0, got {noise}")
-        _checks.integer(op, "seed", seed, 0, (1 << 62) - 1)
+        _checks.integer(op, "seed", seed, 0)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         if link == "copula" and (covariance is None or redraw != "sample" or rescale != "expected"):
@@ -162,7 +169,7 @@ class SuperpositionData:
         self.redraw, self.link, self.rescale, self.coefficients = redraw, link, rescale, coefficients
         self.ensure_nonempty, self.parents, self.noise, self.seed = ensure_nonempty, parents, float(noise), seed
         self.dtype, self.device = dtype, torch.device(device or "cpu")
-        self.generator = torch.Generator().manual_seed(_STREAM + seed)
+        self.generator = torch.Generator().manual_seed(stream_seed(seed, _DATA))
         made = unit_features(n_features, d, self.generator, torch.float64)
         if features is not None:
             _checks.tensor(op, "features", features)
@@ -510,4 +517,4 @@ def toy_model_features(
             loss.backward()
         optimizer.step()
         schedule.step()
-    return ToyModel(W.detach(), bias.detach(), float(loss))
+    return ToyModel(W.detach(), bias.detach(), float(loss.detach()))

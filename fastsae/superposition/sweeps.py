@@ -18,7 +18,7 @@ from fastsae.activations import ReLU
 from fastsae.ops.match import match
 from fastsae.optim import Adam
 from fastsae.sae import SAE
-from fastsae.superposition.data import SuperpositionData
+from fastsae.superposition.data import SuperpositionData, stream_seed
 from fastsae.superposition.init import start_from
 from fastsae.trainer import Batches
 
@@ -148,7 +148,7 @@ def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: in
     stream = _Stream(data, training.batch)
     x = stream.fresh(4096)
     # Slots from the first step on: with F this small memory is no concern, and they are faster than tiles (``dense=True``) on a CPU.
-    own = (seed << 32) + n_features  # starts of two sizes are unrelated: one would else begin with the rows of the other
+    own = stream_seed(seed, n_features)  # starts of two sizes are unrelated: one would else begin with the rows of the other
     sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, dense=False, seed=own, dtype=x.dtype, device=x.device)
     if training.start is not None:
         start_from(sae, training.start(n_features, x, own).to(x))
@@ -179,9 +179,19 @@ def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: in
                     converged, end = True, min(step + training.cooldown, training.max_steps)
     seconds, cpu_seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
     return Run(
-        l1, n_features, seed, step, converged, seconds, cpu_seconds, windows[-1], **_evaluated(stream, sae),
-        dictionary=sae.W_dec.detach().clone(), losses=windows, snapshots=snapshots,
-    )  # fmt: skip
+        l1=l1,
+        n_features=n_features,
+        seed=seed,
+        steps=step,
+        converged=converged,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        loss=windows[-1],
+        dictionary=sae.W_dec.detach().clone(),
+        losses=windows,
+        snapshots=snapshots,
+        **_evaluated(stream, sae),
+    )
 
 
 @torch.no_grad()
@@ -231,7 +241,7 @@ def train_many(
         if _checks.number(op, "l1", weight, positive=False) < 0:
             raise ValueError(f"{op}: l1 must be at least 0, got {weight}")
     for seed in grid[2]:
-        _checks.integer(op, "seeds", seed, 0, (1 << 31) - 1)
+        _checks.integer(op, "seeds", seed, 0)
     _checks.integer(op, "workers", workers, 1)
     options = Training(**training)
     jobs = [(weight, size, seed) for size, weight, seed in itertools.product(*grid)]
@@ -243,9 +253,9 @@ def train_many(
             callback(run)
 
     content = pickle.dumps(data)
-    if workers == 1:
+    if min(workers, len(jobs)) == 1:
         for job in jobs:
-            done(train_dictionary(pickle.loads(content), *job, options))
+            done(train_dictionary(pickle.loads(content), *job, training=options))
     else:
         _in_processes(content, sorted(jobs, key=lambda job: -job[1]), options, min(workers, len(jobs)), done)
     return [runs[job] for job in jobs]
@@ -265,7 +275,7 @@ def _in_processes(content: bytes, jobs: list[Any], options: Training, workers: i
 
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)) as pool:
         futures = [pool.submit(_job, pickle.dumps((content, job, options))) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -276,9 +286,24 @@ def _in_processes(content: bytes, jobs: list[Any], options: Training, workers: i
             raise
 
 
+def _begin(threads: int) -> None:
+    """In a new process: its share of the cores, and an end with its parent, also where that is killed."""
+    from multiprocessing import parent_process
+    from threading import Thread
+
+    def follow() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    torch.set_num_threads(threads)
+    Thread(target=follow, daemon=True).start()
+
+
 def _job(packed: bytes) -> bytes:
     content, job, options = pickle.loads(packed)
-    return pickle.dumps(train_dictionary(pickle.loads(content), *job, options))
+    return pickle.dumps(train_dictionary(pickle.loads(content), *job, training=options))
 
 
 def sweep(
