@@ -503,6 +503,26 @@ def test_nearest_affine_learns() -> None:
     assert not equal.nearest(draw(5, 3, dtype=torch.float32)).any()  # the lowest of equal ones
 
 
+def test_autocast_changes_nothing() -> None:
+    module = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)).requires_grad_(False)
+    net, x = as_net(module), draw(5, 6, dtype=torch.float32)
+    p = x.sigmoid()
+    system = NearestAffine(x[:3], draw(3, 2, 6, dtype=torch.float32))
+    calls = (
+        lambda: affine_map(net, x),
+        lambda: soft_affine_map(net, x, 0.5),
+        lambda: boundary_norms(net, x),
+        lambda: crossings(net, x, x + 1),
+        lambda: local_complexity(net, x, 0.3, 6),
+        lambda: (expected_hamming(p, p), system(x)),
+    )
+    for call in calls:
+        plain = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = call()
+        assert all(a.equal(b) for a, b in zip(plain, found))
+
+
 # ---------------------------------------------------------------- nets
 
 

@@ -18,7 +18,7 @@ from fastsae.ops._common import accumulator, chunks
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.hamming import Neighbours
 from fastsae.ops.spline import _unpack
-from fastsae.polytopes.net import PIECEWISE, Activation, Add, Affine, Mlp, Net, Norm, Save, check_net, check_points, one_mlp
+from fastsae.polytopes.net import PIECEWISE, Activation, Add, Affine, Mlp, Net, Norm, Save, check_net, check_points, full_products, one_mlp
 from fastsae.polytopes.soft import unit_pieces
 
 # ---------------------------------------------------------------- maps
@@ -60,6 +60,7 @@ def _map_inputs(op: str, net: Any, x: Any) -> tuple[Net, Tensor]:
 
 
 @torch.no_grad()
+@full_products
 def affine_map(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     """The affine map of the polytope that x lies in: ``net(x') = A x' + c`` for every x' in it.
 
@@ -80,6 +81,7 @@ def affine_map(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@full_products
 def soft_affine_map(net: Net, x: Tensor, beta: float | None = None) -> tuple[Tensor, Tensor]:
     """The average of the affine maps of all polytopes, weighted by their probabilities at x: each neuron's code is drawn from its soft
     code.
@@ -238,6 +240,7 @@ def frobenius_topk(net: Net, codes: Tensor, others: Tensor, k: int) -> Neighbour
 
 
 @torch.no_grad()
+@full_products
 def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
     """How much the affine map changes across each neuron's boundary: the Frobenius norm of the rank-one difference.
 
@@ -343,6 +346,7 @@ class NearestAffine(nn.Module):
             raise ValueError(f"{op}: x must have shape [.., D={self.centres.shape[1]}], got {list(x.shape)}")
         return x.reshape(-1, x.shape[-1])
 
+    @full_products
     def nearest(self, x: Tensor) -> Tensor:
         """The index of the centre nearest to each row of x, ``[..]`` int64."""
         return self._nearest(self._rows("NearestAffine.nearest", x)).reshape(x.shape[:-1])
@@ -354,6 +358,7 @@ class NearestAffine(nn.Module):
         half = -0.5 * wide.square().sum(1)
         return encode_topk(rows.detach(), centres, half, k=1, relu=False).indices[:, 0]
 
+    @full_products
     def forward(self, x: Tensor) -> Tensor:
         rows = self._rows("NearestAffine", x)
         index = self._nearest(rows)

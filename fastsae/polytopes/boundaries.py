@@ -19,7 +19,20 @@ from torch.nn import functional as F
 from fastsae import _checks
 from fastsae.ops.hamming import _bit_count
 from fastsae.ops.spline import _check_key, combine_hashes, hash_signs, pack_signs, spline_code, spline_keys
-from fastsae.polytopes.net import PIECEWISE, Activation, Add, Affine, Net, Norm, Save, Stage, activate, check_net, check_points
+from fastsae.polytopes.net import (
+    PIECEWISE,
+    Activation,
+    Add,
+    Affine,
+    Net,
+    Norm,
+    Save,
+    Stage,
+    activate,
+    check_net,
+    check_points,
+    full_products,
+)
 
 _BLOCK = 1 << 17
 """Most elements of the pre-activations of a block of breakpoints that goes through the deeper layers at once: it stays in a cache."""
@@ -446,6 +459,7 @@ def shell(
 
 
 @torch.no_grad()
+@full_products
 def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed: int = 0) -> Tensor:
     """How many neurons change sign among the vertices of a small cross-polytope around each point, layer by layer.
 

@@ -6,15 +6,18 @@ Modules are recognised by what they are (PyTorch) or by their names (Hugging Fac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastsae import _checks
+from fastsae.ops._common import full_precision
 
 PIECEWISE = ("relu", "leaky_relu")
 GATES = ("gelu", "gelu_tanh", "silu", "quick_gelu")
@@ -378,7 +381,23 @@ def mlp_block(model: nn.Module, layer: int, *, norm: bool = True, residual: bool
     return Net([Save(), *stages, Add()] if residual else stages)
 
 
-# ---------------------------------------------------------------- shared checks
+# ---------------------------------------------------------------- shared by what asks nets
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def full_products(function: Function) -> Function:
+    """Runs a function with products in the dtype of its tensors: no autocast, no TF32."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.device("cpu"))
+        off = torch.autocast(device.type, enabled=False) if _checks.autocasting(device) else contextlib.nullcontext()
+        with full_precision(), off:
+            return function(*args, **kwargs)
+
+    return run  # pyright: ignore[reportReturnType]
 
 
 def check_net(op: str, net: Any) -> Net:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsae import _checks
 from fastsae.ops._common import accumulator
-from fastsae.polytopes.net import GATES, Activation
+from fastsae.polytopes.net import GATES, Activation, full_products
 
 _KINDS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "sigmoid", "tanh", "softmax")
 
@@ -94,6 +94,7 @@ def unit_pieces(z: Tensor, act: Activation, beta: float | None) -> tuple[Tensor,
     return torch.zeros_like(q), 2 * q - 1 if act.kind == "tanh" else q
 
 
+@full_products
 def expected_hamming(p: Tensor, q: Tensor) -> Tensor:
     """Expected Hamming distance of all pairs of soft codes, their bits drawn independently.
 
