@@ -24,11 +24,11 @@ SIZES = {
         "l1": 0.1, "steps": 60, "cooldown": 10, "seeds": 1, "every": 20,
     },
     "quick": {
-        "minutes": 3, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
+        "minutes": 2, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
         "l1": 0.1, "steps": 2000, "cooldown": 500, "seeds": 2, "every": 50,
     },
     "default": {
-        "minutes": 12, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024,
+        "minutes": 6, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024,
         "l1": 0.1, "steps": 4000, "cooldown": 1000, "seeds": 3, "every": 50,
     },
 }  # fmt: skip
