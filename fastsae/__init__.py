@@ -9,6 +9,7 @@ Built on them: trace (codes while a model runs), CodeCounter (distinct codes of 
 Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK.
 Training: Trainer, save_checkpoint, load_checkpoint (fastsae.trainer: data order, schedules); optim.Adam, exact and fused, over RowGradient,
     TiledGradient and dense gradients; adam_ (one step, one matrix).
+Other libraries' objects (fastsae.patch): accelerate, accelerated, restore, report; encode and reconstruct of any supported SAE.
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
@@ -27,9 +28,10 @@ from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold
 from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, hamming, hamming_topk, neighbour_graph
 from fastsae.ops.match import Match, Matches, match, match_cosine
 from fastsae.ops.mmcs import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
-from fastsae.ops.reconstruct import Reconstruction, reconstruct
+from fastsae.ops.reconstruct import Reconstruction
 from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, near_zero_counts, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack
+from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
 from fastsae.sae import SAE
 from fastsae.trace import trace
 from fastsae.trainer import Trainer, load_checkpoint, save_checkpoint
@@ -63,6 +65,8 @@ __all__ = [
     "TopKLatents",
     "Trainer",
     "UniqueCodes",
+    "accelerate",
+    "accelerated",
     "adam_",
     "boundary_density",
     "check",
@@ -70,6 +74,7 @@ __all__ = [
     "count_codes",
     "decode",
     "decode_backward",
+    "encode",
     "encode_batch_topk",
     "encode_gated",
     "encode_threshold",
@@ -90,6 +95,8 @@ __all__ = [
     "pack",
     "pack_signs",
     "reconstruct",
+    "report",
+    "restore",
     "save_checkpoint",
     "spline_code",
     "spline_hash",

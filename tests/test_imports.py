@@ -14,13 +14,13 @@ import fastsae
 
 PACKAGE = Path(fastsae.__file__).parent
 
-# trainer -> superposition, polytopes, patch, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels | native): a
+# trainer -> patch -> superposition, polytopes, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels | native): a
 # module may import what is lower, or of its own layer where that layer is one family (the operations). What everybody shares is below
 # all of them.
 LAYERS = {
     "__main__": 8, "demo": 7, "verify": 6,
     "__init__": 6,
-    "trainer": 5.9, "superposition": 5, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
+    "trainer": 5.9, "patch": 5.5, "superposition": 5, "polytopes": 5, "sae": 5, "optim": 5,
     "fused": 4.9, "dense": 4.8, "losses": 4.7, "pretrained": 4.6,
     "ops": 4,
     "gradients": 3.5,
@@ -33,7 +33,7 @@ LAYERS = {
 }  # fmt: skip
 # Inside a function only: how a sample is checked, how a match is drawn.
 LAZY_LEAVES = {"testing", "plots"}
-FAMILIES = {"ops", "kernels", "superposition"}
+FAMILIES = {"ops", "kernels", "superposition", "patch"}
 
 
 def layer(module: str) -> str:

@@ -422,7 +422,7 @@ def test_pre_bias_is_an_option_of_its_own() -> None:
     _, gradients = sae.step_gradients(X)
     for name, parameter in sae.named_parameters():
         gradient = gradients[name]
-        dense = gradient if isinstance(gradient, Tensor) else gradient.rows_of(slice(0, F))
+        dense = gradient if isinstance(gradient, Tensor) else gradient.compute(slice(0, F))  # pyright: ignore[reportAttributeAccessIssue]
         torch.testing.assert_close(dense, parameter.grad, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="pre_bias needs d_out = d_in = 6, got d_out=5"):
         SAE(D, F, ReLU(), d_out=5, pre_bias=True)
