@@ -138,7 +138,7 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
 
     Args:
         obj: an instance of a supported class itself (a subclass of your own may mean something else by a method that would be replaced).
-            A trainer's or runner's SAE is accelerated with it. A second call does nothing.
+            A trainer's or runner's SAE is accelerated with it, where its class is supported. A second call does nothing.
         any_version: go on where the installed library is not of a tested version.
 
     Returns: ``obj``, patched in place. ``report(obj)`` says what was done; ``restore(obj)`` undoes it.
@@ -157,7 +157,7 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
         raise RuntimeError(f"{op}: {reason} (any_version=True goes on)")
     state = _State()
     for part in adapter.parts(obj).values():
-        if not _is_accelerated(part):
+        if not _is_accelerated(part) and _is_supported(part):
             state.parts.append(accelerate(part, any_version=any_version))
     if adapter.mixin is not None:
         obj.__class__ = _accelerated_class(type(obj))
@@ -194,6 +194,9 @@ def report(obj: Any) -> Report:
     library, adapter = _lookup("report", obj)
     replaced, left, now = dict(adapter.replaces), dict(adapter.leaves), dict(adapter.now(obj))
     for name, part in adapter.parts(obj).items():
+        if not _is_supported(part):
+            left[name] = f"{type(part).__module__}.{type(part).__qualname__} is not a supported class"
+            continue
         of_part = report(part)
         for rows, more in ((replaced, of_part.replaced), (left, of_part.left), (now, of_part.now)):
             rows.update({f"{name}.{method}": text for method, text in more.items()})
@@ -287,6 +290,14 @@ def _base(cls: type) -> type:
 
 def _of_library(obj: Any) -> bool:
     return isinstance(obj, SAE) or type(obj).__module__.split(".")[0] in _LIBRARIES
+
+
+def _is_supported(obj: Any) -> bool:
+    try:
+        _lookup("", obj)
+    except TypeError:
+        return False
+    return True
 
 
 def _lookup(op: str, obj: Any) -> tuple[Library, Adapter]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.gradients import Gradient, TiledGradient
+from fastsae.dispatch import preference, then_any
+from fastsae.gradients import Gradient, RowGradient, TiledGradient
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient
+from fastsae.ops.decode import DECODE_DWEIGHT
 
 _TILE = 1 << 21  # elements of a TiledGradient that exist at a time
 
@@ -66,7 +68,9 @@ def step(optimizer: torch.optim.Adam, gradients: Mapping[Tensor, Gradient | Feat
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             gradient = gradients[p]
             tensors = p.detach(), state["exp_avg"], state["exp_avg_sq"]
-            if isinstance(gradient, Feature):
+            if isinstance(gradient, Feature) and isinstance(gradient.gradient, RowGradient):
+                gradient = _stored(gradient.gradient, p)
+            elif isinstance(gradient, Feature):
                 gradient, tensors = gradient.gradient, tuple(t.T for t in tensors)
             elif p.dim() != 2:
                 tensors = tuple(t.reshape(1, -1) if t.is_contiguous() else t.unsqueeze(0) for t in tensors)
@@ -86,6 +90,14 @@ def step(optimizer: torch.optim.Adam, gradients: Mapping[Tensor, Gradient | Feat
             ADAM(W[rows], m[rows], v[rows], *tile, scale, *options)
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # what schedulers look for before their first step
     return norm
+
+
+def _stored(gradient: RowGradient, p: Tensor) -> Tensor:
+    """The gradient in the layout of ``p [D, F]``."""
+    out = torch.empty_like(p)
+    values, rows = gradient.values.to(p.dtype), gradient.rows.to(p.dtype)
+    DECODE_DWEIGHT(values, gradient.indices, gradient.crow, rows, out.T, backend=then_any(preference(None)))
+    return out
 
 
 def _tiles(W: Tensor, gradient: Any) -> Any:
