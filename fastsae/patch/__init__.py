@@ -42,7 +42,9 @@ __all__ = ["Adapter", "Library", "Report", "accelerate", "accelerated", "encode"
 T = TypeVar("T")
 
 _LIBRARIES = {
+    "dictionary_learning": "fastsae.patch.dictionary_learning",
     "sae_lens": "fastsae.patch.saelens",
+    "sparsify": "fastsae.patch.sparsify",
 }
 """Adapter module of each library, by the first part of its classes' module names; its ``LIBRARY`` is a ``Library``."""
 

@@ -5,7 +5,7 @@ For trainers that build such an optimiser: its ``state_dict``, learning-rate sch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,9 @@ class Feature:
     gradient: Gradient
 
 
-def refuses(optimizer: Any) -> str | None:
-    """Why ``step`` cannot stand for ``optimizer.step()``, or None."""
-    if type(optimizer) is not torch.optim.Adam:
+def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
+    """Why ``step`` cannot stand for ``optimizer.step()``, or None; ``adam`` is the class that it must be of."""
+    if type(optimizer) is not adam:
         return f"the optimiser is {type(optimizer).__module__}.{type(optimizer).__qualname__}, not torch.optim.Adam"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "the optimiser has step hooks"
@@ -48,14 +48,23 @@ def refuses(optimizer: Any) -> str | None:
 
 
 @torch.no_grad()
-def step(optimizer: torch.optim.Adam, gradients: Mapping[Tensor, Gradient | Feature], max_norm: float | None = None) -> Tensor | None:
+def step(
+    optimizer: torch.optim.Adam,
+    gradients: Mapping[Tensor, Gradient | Feature],
+    max_norm: float | None = None,
+    project: Collection[Tensor] = (),
+    normalise: Collection[Tensor] = (),
+) -> Tensor | None:
     """``clip_grad_norm_(parameters, max_norm)`` and ``optimizer.step()``; returns the norm before clipping.
 
     Args:
         optimizer: one that ``refuses`` does not refuse.
         gradients: by parameter; of its shape, or ``Feature`` of its transpose. A parameter without one is left alone, as in torch.
         max_norm: of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` takes it; None: no clipping.
+        project: weights of unit features, from whose gradient the component along each feature is removed first.
+        normalise: weights whose features have norm 1 afterwards. Both need feature-major memory.
     """
+    projected, normalised = {id(p) for p in project}, {id(p) for p in normalise}
     jobs = []
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -68,24 +77,24 @@ def step(optimizer: torch.optim.Adam, gradients: Mapping[Tensor, Gradient | Feat
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             gradient = gradients[p]
             tensors = p.detach(), state["exp_avg"], state["exp_avg_sq"]
-            if isinstance(gradient, Feature) and isinstance(gradient.gradient, RowGradient):
+            if isinstance(gradient, Feature) and isinstance(gradient.gradient, RowGradient) and not p.T.is_contiguous():
                 gradient = _stored(gradient.gradient, p)
             elif isinstance(gradient, Feature):
                 gradient, tensors = gradient.gradient, tuple(t.T for t in tensors)
             elif p.dim() != 2:
                 tensors = tuple(t.reshape(1, -1) if t.is_contiguous() else t.unsqueeze(0) for t in tensors)
                 gradient = gradient.reshape(1, -1)  # pyright: ignore[reportAttributeAccessIssue]
-            jobs.append((group, state, tensors, gradient))
+            jobs.append((group, state, tensors, gradient, id(p) in projected, id(p) in normalised))
     norm = factor = None
     if max_norm is not None:
-        squares = [GRAD_SQUARES(W[rows], *tile, False) for _, _, (W, *_), gradient in jobs for rows, tile in _tiles(W, gradient)]
+        squares = [GRAD_SQUARES(W[rows], *tile, unit) for _, _, (W, *_), gradient, unit, _ in jobs for rows, tile in _tiles(W, gradient)]
         norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt() if squares else torch.zeros(())
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for group, state, (W, m, v), gradient in jobs:
+    for group, state, (W, m, v), gradient, unit, normal in jobs:
         state["step"] += 1
         beta1, beta2 = group["betas"]
         scale = None if factor is None else factor.to(W)
-        options = (float(group["lr"]), beta1, beta2, group["eps"], 0.0, int(state["step"]), False, False)
+        options = (float(group["lr"]), beta1, beta2, group["eps"], 0.0, int(state["step"]), unit, normal)
         for rows, tile in _tiles(W, gradient):
             ADAM(W[rows], m[rows], v[rows], *tile, scale, *options)
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # what schedulers look for before their first step
