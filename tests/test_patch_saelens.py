@@ -173,15 +173,15 @@ def test_hooks_fire_with_the_same_values(name: str) -> None:
     assert list(a) == list(b) and "hook_sae_acts_pre" in b
     for point in b:
         same(a[point], b[point])
-    seen: dict[int, list[Tensor]] = {}
-    for sae in (mine, theirs):  # a hook that changes the latents, and one that sees gradients
+    seen: tuple[list[Tensor], list[Tensor]] = [], []
+    for sae, log in ((mine, seen[0]), (theirs, seen[1])):  # a hook that changes the latents, and one that sees gradients
         sae.add_hook("hook_sae_acts_post", lambda acts, hook: acts * 0.5)
-        sae.add_hook("hook_sae_recons", lambda g, hook, log=seen.setdefault(id(sae), []): log.append(g.clone()), dir="bwd")
+        sae.add_hook("hook_sae_recons", lambda g, hook, log=log: log.append(g.clone()), dir="bwd")
     same(mine(rows()), theirs(rows()))
     for sae in (mine, theirs):
         sae(rows()).square().sum().backward()
     same_gradients(mine, theirs)
-    for g, h in zip(seen[id(mine)], seen[id(theirs)], strict=True):
+    for g, h in zip(*seen, strict=True):
         same(g, h)
 
 
@@ -291,7 +291,7 @@ def test_copies_pickles_and_the_librarys_files(tmp_path: Path) -> None:
     assert bool(sae.W_enc.any()) and not bool(twin.encode(rows())[:, 1:].sum() == sae.encode(rows())[:, 1:].sum())
     fastsae.restore(twin)
     assert fastsae.report(sae).accelerated and not fastsae.report(twin).accelerated
-    with pytest.raises((AttributeError, pickle.PicklingError), match="local object|lambda"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match=r"local object|lambda"):
         pickle.dumps(make("TopKSAE"))  # the library's SAEs hold lambdas
     for part in ("reshape_fn_in", "reshape_fn_out", "run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out"):
         setattr(sae, part, _first)
@@ -327,15 +327,15 @@ def test_what_is_refused() -> None:
     mine = Mine(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5))
     with pytest.raises(TypeError, match="a subclass of TopKSAE: subclasses are left alone"):
         fastsae.accelerate(mine)
-    with pytest.raises(TypeError, match="accelerate it first, then compile it"):
+    with pytest.raises(TypeError, match=r"accelerate it first, then compile it"):
         fastsae.accelerate(torch.compile(make("TopKSAE")))
-    with pytest.raises(TypeError, match="got torch.nn.modules.linear.Linear"):
+    with pytest.raises(TypeError, match=r"got torch.nn.modules.linear.Linear"):
         fastsae.accelerate(torch.nn.Linear(2, 2))
     left = saes.AbsTopKSAE(saes.AbsTopKSAEConfig(d_in=D, d_sae=F, k=5))
     assert "selects by magnitude" in str(fastsae.report(fastsae.accelerate(left))) and type(left) is saes.AbsTopKSAE
-    with pytest.raises(TypeError, match="AbsTopKSAE is not an SAE with a sparse encoder .it selects by magnitude"):
+    with pytest.raises(TypeError, match=r"AbsTopKSAE is not an SAE with a sparse encoder .it selects by magnitude"):
         fastsae.encode(left, rows())
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
         fastsae.encode(make("TopKSAE"), [1.0])
     with pytest.raises(ValueError, match=r"target must have shape \[40, 24\], got \[40, 2\]"):
         fastsae.reconstruct(make("TopKSAE"), rows(), target=torch.zeros(ROWS, 2))
@@ -438,7 +438,7 @@ def test_training_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(dense) == (0 if case in BY_SLOTS else 6)
     assert died or case in ("topk, normalised", "standard", "gated", "jumprelu, many fire")
     if case in BY_SLOTS:
-        with pytest.raises(RuntimeError, match="forms no .B, F. pre-activations"):
+        with pytest.raises(RuntimeError, match=r"forms no .B, F. pre-activations"):
             _ = a.hidden_pre
 
 
