@@ -103,9 +103,9 @@ def output_class() -> type:
                 return iter((tuple.__getitem__(self, 0), tuple.__getitem__(self, 1), self.pre_acts))
 
             def __getitem__(self, item: Any) -> Any:
-                if item in (0, 1, -3, -2) and not isinstance(item, slice):
-                    return tuple.__getitem__(self, item)
-                return tuple(self)[item]
+                asked = range(3)[item]
+                dense = asked == 2 if isinstance(asked, int) else 2 in asked
+                return tuple(self)[item] if dense else tuple.__getitem__(self, item)
 
             def __reduce__(self) -> Any:
                 return base, tuple(self)
