@@ -113,8 +113,6 @@ def why_not_fused(trainer: Any, x: Tensor) -> str | None:
         return f"the batch is {list(x.shape)} {x.dtype} on {x.device} (supported: rows of the dtype and device of the weights)"
     if any(not p.requires_grad or (p.grad is not None and not recipe(trainer).clears_first) for p in ae.parameters()):
         return "a parameter is frozen or has a gradient already"
-    if kind_of(ae).activation == "jumprelu" and not bool((ae.threshold >= 0).all()):
-        return "a threshold is below 0, where the library keeps negative latents"
     if kind_of(ae).activation in ("relu", "gated", "jumprelu") and _fires(ae, x):
         return MANY_FIRE
     return None
@@ -364,19 +362,27 @@ def _gated(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any
 
 
 def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]:
-    """JumpReLU and the squared distance of L0 from its target, straight-through in the thresholds (which are not below 0)."""
+    """JumpReLU and the squared distance of L0 from its target, straight-through in the thresholds.
+
+    As in the library, the count compares latents, not scores, with the thresholds: zeros count where a threshold is below 0, and are in its
+    band where it is near 0.
+    """
     ae, width, rows = trainer.ae, float(trainer.bandwidth), x.shape[0]
     back = _Backward(ae, x)
     theta = ae.threshold.detach()
-    values, col, crow, flags = ENCODE_THRESHOLD(x, back.W, ae.b_enc, theta, None, None, None, None, width, backend=preference(None))
+    low = theta.clamp_max(0)  # scores above a negative threshold are kept, negative ones too: as scores above 0 of a raised bias
+    values, col, crow, flags = ENCODE_THRESHOLD(
+        x, back.W, ae.b_enc - low, theta - low, None, None, None, None, width, backend=preference(None)
+    )
     active, band = (flags & 1).bool(), (flags & 2).bool()
+    values = torch.where(active, values + low[col], 0)
     slots = Slots(values, col, crow, active & ~values.isnan())
     error = x - back.decode(slots) - ae.b_dec
     counts = torch.bincount(col[active], minlength=back.n_features)
     trainer.num_tokens_since_fired += rows
-    trainer.num_tokens_since_fired[counts > 0] = 0
+    trainer.num_tokens_since_fired[back.sums(values, slots) > 0] = 0
     trainer.dead_features = (trainer.num_tokens_since_fired > trainer.dead_feature_threshold).sum().item()
-    l0 = counts.sum().to(x.dtype) / rows
+    l0 = torch.where(theta < 0, rows, counts).sum().to(x.dtype) / rows
     weight = trainer.sparsity_coefficient * trainer.sparsity_warmup_fn(step)
     loss = error.square().sum(-1).mean() + weight * (l0 / trainer.target_l0 - 1).square()
     dl0 = weight * 2 * (l0 / trainer.target_l0 - 1) / trainer.target_l0 / rows
@@ -385,10 +391,8 @@ def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     back.into_decoder(slots, G)
     da = back.dvalues(slots, G)
     back.into_encoder(slots, da, ae.b_enc)
-    # The count's step sees latents, not scores: above the threshold those inside the band, else 0, itself inside where theta is small.
     per_slot = torch.where(band, theta[col] * da + torch.where(active, dl0, 0), 0)
-    dtheta = back.sums(per_slot, slots)
-    dtheta = dtheta + torch.where(theta / width < 0.5, (rows - counts) * dl0, 0)
+    dtheta = back.sums(per_slot, slots) + torch.where((theta / width).abs() < 0.5, (rows - counts) * dl0, 0)
     return loss, back.result() | {ae.threshold: (-dtheta / width).to(theta.dtype)}
 
 
