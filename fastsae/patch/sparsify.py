@@ -314,7 +314,6 @@ def _gradients(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, alpha
     decoder: list[Gradient] = [RowGradient(values, indices, None, G, F)]
     dvalues = DECODE_DVALUES(G, indices, None, W_dec, backend=backend)
     fvu, auxk_loss, multi = error.pow(2).sum() / variance, out.new_tensor(0.0), out.new_tensor(0.0)
-    skip = None if coder.W_skip is None else G.mT @ x
     if dead_mask is not None and (dead := int(dead_mask.sum())) > 0:
         most = y.shape[-1] // 2
         aux_values, aux_indices = _aux(inputs, dead_mask, min(most, dead))
@@ -339,8 +338,8 @@ def _gradients(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, alpha
         W_dec: total(decoder),
         coder.b_dec: b_dec,
     }
-    if skip is not None:
-        gradients[coder.W_skip] = skip
+    if coder.W_skip is not None:
+        gradients[coder.W_skip] = G.mT @ x
     return sys.modules["sparsify.sparse_coder"].ForwardOutput(out, *latents, fvu, auxk_loss, multi), gradients
 
 
