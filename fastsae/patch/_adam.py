@@ -77,10 +77,9 @@ def step(
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             gradient = gradients[p]
             tensors = p.detach(), state["exp_avg"], state["exp_avg_sq"]
-            if isinstance(gradient, Feature) and isinstance(gradient.gradient, RowGradient) and not p.T.is_contiguous():
-                gradient = _stored(gradient.gradient, p)
-            elif isinstance(gradient, Feature):
-                gradient, tensors = gradient.gradient, tuple(t.T for t in tensors)
+            if isinstance(gradient, Feature):
+                whole = id(p) in projected or id(p) in normalised  # rows have to be features
+                gradient, tensors = _oriented(gradient.gradient, tensors, whole)
             elif p.dim() != 2:
                 tensors = tuple(t.reshape(1, -1) if t.is_contiguous() else t.unsqueeze(0) for t in tensors)
                 gradient = gradient.reshape(1, -1)  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,12 +100,19 @@ def step(
     return norm
 
 
-def _stored(gradient: RowGradient, p: Tensor) -> Tensor:
-    """The gradient in the layout of ``p [D, F]``."""
-    out = torch.empty_like(p)
-    values, rows = gradient.values.to(p.dtype), gradient.rows.to(p.dtype)
-    DECODE_DWEIGHT(values, gradient.indices, gradient.crow, rows, out.T, backend=then_any(preference(None)))
-    return out
+def _oriented(gradient: Gradient, tensors: tuple[Tensor, ...], whole: bool) -> tuple[Gradient, tuple[Tensor, ...]]:
+    """The gradient of feature-major views and those views; or, where only the reference takes such views, both as they are stored."""
+    views = tuple(t.T for t in tensors)
+    if whole or not isinstance(gradient, RowGradient):
+        return gradient, views
+    given = checked_gradient("step", "gradient", gradient, views[0])
+    request = preference(None)
+    if ADAM.choose((*views, *given, None, 0.0, 0.0, 0.0, 0.0, 0.0, 1, False, False), request).backend != "reference":
+        return gradient, views
+    out = torch.empty_like(tensors[0])
+    rows, values, indices, crow = given
+    DECODE_DWEIGHT(values, indices, crow, rows, out.T, backend=then_any(request))
+    return out, tensors
 
 
 def _tiles(W: Tensor, gradient: Any) -> Any:

@@ -98,6 +98,7 @@ LIBRARY = Library(
         "sae_lens.multi_sae_training_runner.MultiSAETrainingRunner": Adapter(
             _train.MultiRunnerMethods,
             {"_run_with_interruption_handling": "the trainers made in run are accelerated for the run"},
+            parts=lambda runner: {f"saes[{name!r}]": sae for name, sae in runner.saes.items()},
         ),
     },
 )
