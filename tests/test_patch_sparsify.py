@@ -184,7 +184,7 @@ def test_groupmax_is_left_alone_with_a_reason() -> None:
         a = mine.encode(rows())
     for got, expected in zip(a, theirs.encode(rows())):
         assert torch.equal(got, expected)
-    assert torch.equal(mine(rows()).sae_out, theirs(rows()).sae_out)
+    same(mine(rows()).sae_out, theirs(rows()).sae_out)
     with pytest.raises(ValueError, match="groupmax"):
         fastsae.encode(mine, rows())
 
@@ -247,6 +247,16 @@ def test_only_the_instance_is_patched_copied_saved_and_restored(tmp_path: Path) 
     with fastsae.accelerated(coder):
         assert type(coder) is not SparseCoder
     assert type(coder) is SparseCoder
+
+
+def test_compiled() -> None:
+    coder = fastsae.accelerate(make())
+    expected = coder(rows())
+    compiled = torch.compile(coder, backend="aot_eager", fullgraph=True)
+    out = compiled(rows())
+    same(out.sae_out, expected.sae_out)
+    out.fvu.backward()
+    assert bool(coder.encoder.weight.grad.any())
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,8 @@ from fastsae.ops.encode import ENCODE_TOPK, _feature_sums, encode_topk, score_gr
 from fastsae.ops.reconstruct import Reconstruction
 from fastsae.patch import Adapter, Library, _adam, warn_once
 
+_BF16 = torch.cuda.is_bf16_supported()
+"""Whether ``forward`` runs under autocast on a GPU; the library, too, settles it when it is imported."""
 GROUPMAX = "groupmax keeps the best of each group of features, which no encoder here does"
 
 
@@ -208,7 +210,7 @@ class CoderMethods:
     ) -> Any:
         if why_dense(self) is not None:
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)  # pyright: ignore[reportAttributeAccessIssue]
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_bf16_supported()):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=_BF16):
             return _forward(self, x, y, dead_mask, total_variance)
 
     @torch.no_grad()
