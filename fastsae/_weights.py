@@ -71,13 +71,12 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> dict[str, Te
 
 
 def _read_pt(path: Path, names: Collection[str] | None) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # an unpickler that reads a damaged file raises what it stumbles over
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads: {reason}") from error
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # an unpickler raises what it stumbles over
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise ValueError(f"{path} must hold a state dict of named tensors, got {type(state).__name__}")
     return {name: value for name, value in state.items() if names is None or name in names}
@@ -87,29 +86,37 @@ def _read_npz(path: Path, names: Collection[str] | None) -> dict[str, Tensor]:
     import numpy as np
 
     tensors: dict[str, Tensor] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
-                if names is not None and name not in names:
-                    continue
-                with archive.open(member) as file:
-                    version = np.lib.format.read_magic(file)
-                    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-                    if header is None:
-                        raise ValueError(f"{name}: version {version} of the array format")
-                    shape, _, dtype = header(file)
-                    if dtype.kind != "f":
-                        raise ValueError(f"{name} must hold floating point numbers, got {dtype}")
-                    held = member.file_size - file.tell()
-                    if math.prod(shape) * dtype.itemsize != held:
-                        raise ValueError(f"{name} claims the shape {list(shape)} of {dtype} but holds {held} bytes")
-                with archive.open(member) as file:
-                    array = np.lib.format.read_array(file, allow_pickle=False)
-                tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError, NotImplementedError, RuntimeError, MemoryError, SyntaxError) as error:
-        raise ValueError(f"{path} is not an .npz file of numbers: {error}") from error
+    with open(path, "rb") as raw:
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                for member in archive.infolist():
+                    name = member.filename.removesuffix(".npy")
+                    if names is not None and name not in names:
+                        continue
+                    with archive.open(member) as file:
+                        _check_header(name, file, member.file_size)
+                    with archive.open(member) as file:
+                        array = np.lib.format.read_array(file, allow_pickle=False)
+                    tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
+        except Exception as error:  # so does a reader of archives
+            raise ValueError(f"{path} is not an .npz file of numbers: {error}") from error
     return tensors
+
+
+def _check_header(name: str, file: Any, size: int) -> None:
+    """An array's header claims floating point numbers, and as many as there are bytes for; ValueError otherwise."""
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(file)
+    header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if header is None:
+        raise ValueError(f"{name}: version {version} of the array format")
+    shape, _, dtype = header(file)
+    if dtype.kind != "f":
+        raise ValueError(f"{name} must hold floating point numbers, got {dtype}")
+    held = size - file.tell()
+    if math.prod(shape) * dtype.itemsize != held:
+        raise ValueError(f"{name} claims the shape {list(shape)} of {dtype} but holds {held} bytes")
 
 
 def locate(source: str | os.PathLike[str], format: str | None = None) -> tuple[str, Path, Path | None]:  # noqa: A002

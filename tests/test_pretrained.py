@@ -10,14 +10,17 @@ import math
 import pickle
 import sys
 import types
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor
 
 from fastsae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, mmcs
@@ -626,3 +629,30 @@ def test_arguments(tmp_path: Path) -> None:
     for factor in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scaling_factor must be a finite number above 0"):
             SAE.from_pretrained(lens, scaling_factor=factor)
+
+
+@given(data=st.data())
+def test_flipped_bytes_load_or_raise_value_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Nothing but ValueError, whatever bytes of the weights or the configuration are changed, cut out or repeated."""
+    folder = tmp_path_factory.mktemp("flipped")
+    READABLE[data.draw(st.sampled_from(sorted(READABLE)))](folder)
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.one_of(st.integers(0, min(300, len(raw) - 1)), st.integers(max(0, len(raw) - 300), len(raw) - 1)))
+        kind = data.draw(st.sampled_from(["set", "cut", "repeat"]))
+        piece = raw[at : at + data.draw(st.integers(1, 16))]
+        if kind == "set":
+            raw[at] = data.draw(st.integers(0, 255))
+        else:
+            raw[at : at + len(piece)] = b"" if kind == "cut" else piece + piece
+        if not raw:
+            break
+    path.write_bytes(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the unpickler
+        try:
+            sae = SAE.from_pretrained(folder)
+        except ValueError:
+            return
+        assert sae(X[:, : sae.d_in]).x_hat.shape == (9, sae.d_out)
