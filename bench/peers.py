@@ -100,15 +100,20 @@ def check_encode(peer: Peer, sae: Any, accelerated: Any, x: Tensor) -> None:
 
 
 def check_step(mine: Training, theirs: Training, x: Tensor, lr: float) -> None:
-    """Raises AssertionError unless one step of both is the same up to rounding, in weights and moments; tolerances of ``training``."""
+    """Raises AssertionError unless one step of both is the same up to rounding, in weights and moments; tolerances of ``training``.
+
+    A factor within 1e-3 of 1 between the moments is torch's: ``clip_grad_norm_`` sums millions of squares in float32 (against float64 it is
+    off by 1e-5 to 1e-4 at these shapes, ours by 1e-7).
+    """
     mine.step(x)
     theirs.step(x)
     for (name, p), q in zip(mine.module.named_parameters(), theirs.module.parameters(), strict=True):
         for moment in ("exp_avg", "exp_avg_sq"):
             a, b = mine.optimiser.state[p][moment], theirs.optimiser.state[q][moment]
-            error = float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-30))
-            if not error < 1e-5:
-                raise AssertionError(f"{moment} of {name} differs by {error:.1e} of its norm")
+            factor = float((a * b).sum(dtype=torch.float64) / a.square().sum(dtype=torch.float64).clamp_min(1e-30))
+            error = float(torch.linalg.vector_norm(a * factor - b) / torch.linalg.vector_norm(b).clamp_min(1e-30))
+            if not (error < 1e-5 and abs(factor - 1) < 1e-3):
+                raise AssertionError(f"{moment} of {name} differs by {error:.1e} of its norm, factor {factor}")
         off = (p - q).abs() > 1e-3 * lr + 1e-6
         if not float(off.double().mean()) < 1e-3:
             raise AssertionError(f"{name} differs in {int(off.sum())} of {off.numel()} elements after one step")
