@@ -101,7 +101,8 @@ def test_outputs_and_gradients_of_any_sae(data: st.DataObject) -> None:
     heads = not kind.transcoder and not kind.training and data.draw(st.booleans())
     if heads:
         more["reshape_activations"] = "hook_z"
-    batch = data.draw(st.sampled_from([(), (1,), (7,), (2, 5)]))
+    # The library's JumpReLU has a backward for 2 dimensions only.
+    batch = data.draw(st.sampled_from([(1,), (7,)] if name == "JumpReLUTrainingSAE" else [(), (1,), (7,), (2, 5)]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mine, theirs = pair(name, **more)
@@ -443,6 +444,7 @@ def test_training_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(dense) == (0 if case in BY_SLOTS else 6)
     assert died or case in ("topk, normalised", "standard", "gated", "jumprelu, many fire")
     if case in BY_SLOTS:
+        assert repr(a).startswith("TrainStepOutput(loss=")
         with pytest.raises(RuntimeError, match=r"forms no .B, F. pre-activations"):
             _ = a.hidden_pre
 

@@ -340,7 +340,8 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     if isinstance(reduced, str):
         return reduced
     make, args, *rest = reduced
-    return _rebuild, (make, tuple(_base(cls) if arg is cls else arg for arg in args)), *rest
+    make, *args = (_base(cls) if part is cls else part for part in (make, *args))
+    return _rebuild, (make, tuple(args)), *rest
 
 
 def _rebuild(make: Callable[..., Any] = copyreg.__newobj__, args: tuple[Any, ...] = ()) -> Any:  # pyright: ignore[reportAttributeAccessIssue]

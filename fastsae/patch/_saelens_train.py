@@ -363,6 +363,9 @@ def output_class() -> Callable[..., Any]:
             def hidden_pre(self, value: Any) -> None:
                 pass
 
+            def __repr__(self) -> str:
+                return f"TrainStepOutput(loss={self.loss}, losses={self.losses}, metrics={self.metrics}, ..)"
+
         TrainStepOutput.__module__ = base.__module__
         TrainStepOutput.__qualname__ = base.__qualname__
         _outputs.append(TrainStepOutput)
