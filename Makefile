@@ -8,10 +8,10 @@ TORCH  := torch==2.13.0
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-fast lint verify demo bench gpu peers sanitize deep clean
+.PHONY: help build test test-fast lint verify demo bench gpu peers test-peers sanitize deep clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/base.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,9 +61,16 @@ bench: $(VENV)/dev.stamp ## time every operation beside the best plain torch; JS
 gpu: ## on a CUDA machine with torch and triton: build, verify, bench; OUT=folder for the JSON
 	bash bench/gpu.sh $(or $(OUT),bench/results)
 
-peers: $(VENV)/dev.stamp ## install the peer libraries that some benches compare with (3.3 GB)
-	$(PIP) sae-lens eai-sparsify dictionary-learning faiss-cpu usearch
+peers: $(VENV)/peers.stamp ## install the peer libraries that some tests and benches compare with (3.3 GB)
+
+$(VENV)/peers.stamp: $(VENV)/dev.stamp
+	$(PIP) --no-build-isolation -e '.[peers]'
+	$(PIP) faiss-cpu usearch
 	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
+	@touch $@
+
+test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
+	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q $(wildcard tests/test_patch_*.py tests/test_*_peers.py)
 
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh

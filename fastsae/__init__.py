@@ -12,6 +12,7 @@ Superposition: superposition (data whose true features are known, initialisation
 Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK.
 Training: Trainer, save_checkpoint, load_checkpoint (fastsae.trainer: data order, schedules); optim.Adam, exact and fused, over RowGradient,
     TiledGradient and dense gradients; adam_ (one step, one matrix).
+Other libraries' objects (fastsae.patch): accelerate, accelerated, restore, report; encode and reconstruct of any supported SAE.
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
@@ -30,9 +31,10 @@ from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold
 from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, hamming, hamming_topk, neighbour_graph
 from fastsae.ops.match import Match, Matches, match, match_cosine
 from fastsae.ops.mmcs import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
-from fastsae.ops.reconstruct import Reconstruction, reconstruct
+from fastsae.ops.reconstruct import Reconstruction
 from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, near_zero_counts, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack
+from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
 from fastsae.polytopes import (
     Crossings,
     NearestAffine,
@@ -89,6 +91,8 @@ __all__ = [
     "TopKLatents",
     "Trainer",
     "UniqueCodes",
+    "accelerate",
+    "accelerated",
     "adam_",
     "affine_map",
     "as_net",
@@ -100,6 +104,7 @@ __all__ = [
     "crossings",
     "decode",
     "decode_backward",
+    "encode",
     "encode_batch_topk",
     "encode_gated",
     "encode_threshold",
@@ -126,6 +131,8 @@ __all__ = [
     "pack",
     "pack_signs",
     "reconstruct",
+    "report",
+    "restore",
     "save_checkpoint",
     "shell",
     "soft_affine_map",

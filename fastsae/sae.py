@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks, _files, dense, fused
+from fastsae import _checks, _files, dense, fused, pretrained
 from fastsae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents
@@ -39,15 +39,13 @@ from fastsae.ops.reconstruct import Reconstruction
 
 _WEIGHTS = "sae.safetensors"
 _CONFIG = "cfg.json"
-_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
-"""Names of sparsify's files, by which ours load there."""
 
 
 class SAE(nn.Module):
     """Sparse autoencoder: ``latents = activation(W_enc (x - b_dec) + b_enc)``, ``x_hat = W_dec^T latents + b_dec``.
 
     With ``d_out`` it is a transcoder: it reconstructs a ``target`` from ``x``, ``b_dec [d_out]`` is not subtracted from ``x``, and ``skip``
-    adds ``W_skip x``.
+    adds ``W_skip x``. ``pre_bias`` says otherwise.
 
     Parameters: ``W_enc [F, D]``, ``b_enc [F]``, ``W_dec [F, d_out]`` (unit rows at the start), ``b_dec [d_out]``, feature-major; JumpReLU:
     ``threshold [F]``, raw (scores are compared with ``max(threshold, 0)``, so that one below 0 acts as ReLU and is still pulled back
@@ -68,6 +66,7 @@ class SAE(nn.Module):
         d_out: dimension of the target of a transcoder, D or another.
         skip: a transcoder's linear path past the dictionary (starts at 0).
         tied: encoder and decoder are one parameter, ``W_dec`` (``W_enc`` is another name of it).
+        pre_bias: subtract ``b_dec`` from ``x`` first; default: yes, but not for transcoders (True needs ``d_out = d_in``).
         objective: "mse", squared error a token (summed over d_out), or "fvu", fraction of variance unexplained.
         l1, l0, aux: the loss's further terms where a call gives none; see ``loss`` and ``AuxK``.
         dead_after: tokens without firing after which a feature counts as dead.
@@ -96,6 +95,7 @@ class SAE(nn.Module):
         d_out: int | None = None,
         skip: bool = False,
         tied: bool = False,
+        pre_bias: bool | None = None,
         objective: Literal["mse", "fvu"] = "mse",
         l1: float = 0.0,
         l0: float = 0.0,
@@ -117,6 +117,9 @@ class SAE(nn.Module):
             _checks.flag("SAE", name, value)
         if skip and d_out is None:
             raise ValueError("SAE: skip needs d_out (an autoencoder could copy its input through it)")
+        pre_bias = d_out is None if pre_bias is None else _checks.flag("SAE", "pre_bias", pre_bias)
+        if pre_bias and d_out not in (None, d_in):
+            raise ValueError(f"SAE: pre_bias needs d_out = d_in = {d_in}, got d_out={d_out}")
         if tied and d_out not in (None, d_in):
             raise ValueError(f"SAE: tied needs d_out = d_in = {d_in}, got d_out={d_out}")
         if prefixes is not None:
@@ -130,7 +133,7 @@ class SAE(nn.Module):
             raise TypeError(f"SAE: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         self.d_in, self.d_sae, self.activation = d_in, d_sae, activation
         self.transcoder, self.d_out, self.skip, self.tied = d_out is not None, d_out or d_in, skip, tied
-        self.prefixes, self.objective, self.dead_after, self.dense = prefixes, objective, dead_after, dense
+        self.pre_bias, self.prefixes, self.objective, self.dead_after, self.dense = pre_bias, prefixes, objective, dead_after, dense
         self.normalise_decoder = not self.transcoder if normalise_decoder is None else normalise_decoder
         self.l1, self.l0, self.aux = l1, l0, aux
         self._terms("SAE", None, None, None)
@@ -172,6 +175,8 @@ class SAE(nn.Module):
         more = [f"{name}={getattr(self, name)}" for name in ("prefixes", "tied", "aux") if getattr(self, name)]
         if self.transcoder:
             more.append(f"d_out={self.d_out}, skip={self.skip}")
+        if self.pre_bias is self.transcoder:
+            more.append(f"pre_bias={self.pre_bias}")
         return ", ".join([f"d_in={self.d_in}, d_sae={self.d_sae}, activation={self.activation}", *more])
 
     # ------------------------------------------------------------ state
@@ -256,7 +261,7 @@ class SAE(nn.Module):
 
     @property
     def _b_pre(self) -> Tensor | None:
-        return None if self.transcoder else self.b_dec
+        return self.b_dec if self.pre_bias else None
 
     def _threshold(self, dtype: torch.dtype) -> float | Tensor:
         if isinstance(self.activation, BatchTopK):
@@ -495,6 +500,8 @@ class SAE(nn.Module):
         x, target, _ = self._arguments(op, x, target, mask, None, None, None)
         if x.shape[0] == 0:
             raise ValueError(f"{op}: x must hold at least one token that counts, got none")
+        if norm is not None and self.transcoder and self.pre_bias:
+            raise ValueError(f"{op}: norm does not go with a transcoder that has a pre_bias, whose b_dec would need two scales")
         wide = accumulator(x.dtype)
         if norm == "rms":
             self.scale.copy_(torch.stack([1 / t.to(wide).square().mean().sqrt() for t in (x, target)]))
@@ -553,7 +560,9 @@ class SAE(nn.Module):
         return config | {
             "expansion_factor": 0,
             "normalize_decoder": self.normalise_decoder,
-            "transcode": self.transcoder,
+            "transcode": not self.pre_bias,  # sparsify's word for it
+            "transcoder": self.transcoder,
+            "pre_bias": self.pre_bias,
             "d_out": self.d_out,
             "skip_connection": self.skip,
             "tied": self.tied,
@@ -587,9 +596,9 @@ class SAE(nn.Module):
             activation = ReLU() if kind == "relu" else Gated()
         else:
             raise ValueError(f"unknown activation {kind!r}")
-        options = {name: config[name] for name in ("prefixes", "tied", "objective", "l1", "l0", "dead_after") if name in config}
+        options = {name: config[name] for name in ("prefixes", "tied", "objective", "l1", "l0", "dead_after", "pre_bias") if name in config}
         options |= {"skip": config.get("skip_connection", False), "normalise_decoder": config.get("normalize_decoder")}
-        options["d_out"] = config["d_out"] if config.get("transcode") else None
+        options["d_out"] = config["d_out"] if config.get("transcoder", config.get("transcode")) else None
         options["aux"] = AuxK(**config["aux"]) if config.get("aux") else None
         return cls(config["d_in"], config["num_latents"], activation, **options, dtype=dtype, device=device, seed=seed)
 
@@ -604,33 +613,150 @@ class SAE(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = self._folded()
-        if self.tied:
-            tensors["W_enc"] = tensors["W_dec"].clone()
-        names = {ours: theirs for theirs, ours in _NAMES.items()}
+        tensors, config = self._portable()
+        names = {ours: theirs for theirs, ours in pretrained.NAMES.items()}
         tensors = {names.get(name, name): tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        config = self.config()
-        if "bandwidth" in config:
-            config["bandwidth"] = self._folded_bandwidth()
         _files.replace(folder / _WEIGHTS, lambda path: save_file(tensors, path))
         _files.replace(folder / _CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
         return folder
 
+    def _portable(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, configuration) with the normalisation folded in and no memory shared between tensors."""
+        tensors, config = self._folded(), self.config()
+        if self.tied:
+            tensors["W_enc"] = tensors["W_dec"].clone()
+        if "bandwidth" in config:
+            config["bandwidth"] = self._folded_bandwidth()
+        return tensors, config
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SAE:
         """Reads a folder that ``save`` has written. Needs safetensors. A damaged folder raises ValueError."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
         try:
-            config = json.loads((folder / _CONFIG).read_text())
-            tensors = load_file(folder / _WEIGHTS, device=str(device or "cpu"))
-            sae = cls.from_config(config, dtype=tensors["W_dec"].dtype, device=device, seed=0)
-            sae.load_state_dict({_NAMES.get(name, name): tensor for name, tensor in tensors.items()})
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            return cls._of(pretrained.read(folder, "fastsae", pretrained.Options()), None, device)
+        except ValueError as error:
             raise ValueError(f"SAE.load: {folder} is not a folder that SAE.save wrote: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        format: Literal["fastsae", "saelens", "sparsify", "dictionary_learning", "gemma_scope"] | None = None,  # noqa: A002
+        subfolder: str | None = None,
+        revision: str | None = None,
+        fold_decoder_norm: bool | None = None,
+        scaling_factor: float | None = None,
+        pre_bias: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SAE:
+        """Reads an SAE that this library, SAELens, sparsify, dictionary_learning or Gemma Scope has saved; in evaluation mode.
+
+        Args:
+            source: a folder, the weights' file in it, or a Hub repository ``"owner/name"`` (needs huggingface_hub; only files of known
+                names are downloaded).
+            format: "fastsae" (``save``), "saelens" (``cfg.json`` and ``sae_weights.safetensors``, of version 6 or older), "sparsify"
+                (``cfg.json``, ``sae.safetensors``), "dictionary_learning" (``config.json``, ``ae.pt`` or a checkpoint) or "gemma_scope"
+                (``params.npz``). None: by the names of the files.
+            subfolder: path inside the folder or repository, e.g. sparsify's hookpoint ``"layers.5.mlp"``.
+            revision: of the Hub repository: branch, tag or commit.
+            fold_decoder_norm: give the decoder unit rows and the latents their norms: the same reconstruction. None: what the library's own
+                loader does (dictionary_learning's ``AutoEncoder``: yes; others: no). Not for top k, whose choice it would change.
+            scaling_factor: for SAELens's ``normalize_activations="expected_average_only_in"`` that has not been folded: the factor of the
+                inputs, which the file does not hold.
+            pre_bias: for dictionary_learning's ``JumpReluAutoEncoder``, whose files do not say whether ``b_dec`` is subtracted from the
+                input. None: no, as its loader assumes.
+            dtype: of the parameters; None: the file's (SAELens: the one that its configuration names; Gemma Scope: float32).
+            device: of the parameters; None: the CPU.
+
+        What differs from the other library's module: the input is flat (SAELens's ``hook_z`` SAEs: pass ``z.flatten(-2)``); SAELens's
+        decoder norms of top k (``rescale_acts_by_decoder_norm``), ``finetuning_scaling_factor`` and input scale are folded into the
+        weights; a BatchTopK keeps, as there, the scores above its running threshold (all positive ones where it is still -1), and the
+        batch's best in training mode; dictionary_learning's optional threshold of a TopK is left out.
+
+        Refused by name: normalisations that depend on each row (``layer_norm``, ``constant_norm_rescale``), whitening that is not folded,
+        and architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal, AbsTopK).
+
+        Nothing in a file is executed: tensors come from safetensors, torch's weights-only unpickler or arrays without pickles.
+
+        Raises:
+            FileNotFoundError: a folder or file that is not there. ValueError: a damaged or contradictory file, or one that is not
+            supported; the message says what came. ImportError: safetensors or huggingface_hub is not installed.
+        """
+        op = "SAE.from_pretrained"
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"{op}: source must be a path or the name of a Hub repository, got {type(source).__name__}")
+        if format is not None and format not in pretrained.FORMATS:
+            raise ValueError(f"{op}: format must be one of {', '.join(pretrained.FORMATS)} or None, got {format!r}")
+        for name, value in (("fold_decoder_norm", fold_decoder_norm), ("pre_bias", pre_bias)):
+            if value is not None:
+                _checks.flag(op, name, value)
+        if dtype is not None and dtype not in _checks.FLOATS:
+            raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        if not Path(source).exists() and pretrained.is_repository(source):
+            path = pretrained.fetch(str(source), subfolder, revision, format)
+        else:
+            path = Path(source, subfolder) if subfolder else Path(source)
+        options = pretrained.Options(fold_decoder_norm, scaling_factor, pre_bias, dtype)
+        try:
+            return cls._of(pretrained.read(path, format, options), dtype, device).eval()
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from error
+
+    @classmethod
+    def _of(cls, loaded: pretrained.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> SAE:
+        """The module that has these tensors as its parameters, without a copy where dtype and device are theirs."""
+        config, tensors = loaded
+        exact = ("running_threshold",)
+        try:
+            dtype = dtype or tensors["W_dec"].dtype
+            tensors = {name: tensor.to(device=device, dtype=tensor.dtype if name in exact else dtype) for name, tensor in tensors.items()}
+            # On the meta device, so that no size that a configuration claims is ever allocated.
+            sae = cls.from_config(config, dtype=dtype, device="meta")
+            W = tensors["W_dec"]
+            if W.dim() != 2 or tuple(W.shape) != (sae.d_sae, sae.d_out):
+                raise ValueError(f"W_dec must have shape [F={sae.d_sae}, {sae.d_out}], got {list(W.shape)}")
+            state = {"silent": W.new_zeros(sae.d_sae, dtype=torch.int64), "scale": W.new_ones(2, dtype=torch.float32)}
+            if isinstance(sae.activation, BatchTopK):
+                state["running_threshold"] = W.new_full((), -1.0, dtype=torch.float32)
+            sae.load_state_dict({**state, **tensors}, assign=True)
+            if sae.tied:
+                sae.W_enc = sae.W_dec
+        except (AttributeError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"configuration and tensors do not fit: {error!r}") from error
         return sae
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        format: Literal["fastsae", "saelens", "sparsify", "dictionary_learning"] = "fastsae",  # noqa: A002
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Writes a folder that another library's loader reads; returns it. Normalisation is folded in.
+
+        Args:
+            folder: is made where it does not exist.
+            format: "fastsae" is ``save``. "saelens": version 6; a BatchTopK becomes, as there, a JumpReLU at its running threshold.
+                "sparsify": TopK only. "dictionary_learning": the class of that activation; where it has a fixed pre-bias that differs
+                from this module's, ``b_dec`` moves into or out of the encoder's bias (the same scores up to rounding).
+            metadata: JSON values to write beside: SAELens's ``metadata`` (``model_name``, ``hook_name`` ..), else an entry of its own.
+
+        Files hold what inference needs: loss options, k annealing and optimisers stay behind. What a format cannot say raises ValueError
+        that names it.
+        """
+        op = "SAE.save_pretrained"
+        if format not in pretrained.WRITABLE:
+            raise ValueError(f"{op}: format must be one of {', '.join(pretrained.WRITABLE)}, got {format!r}")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise TypeError(f"{op}: metadata must be a mapping, got {type(metadata).__name__}")
+        if format == "fastsae":
+            if metadata:
+                raise ValueError(f"{op}: metadata does not go with the format 'fastsae'")
+            return self.save(folder)
+        tensors, config = self._portable()
+        return pretrained.write(folder, format, config, tensors, metadata)
 
 
 def _check_activation(activation: Any, d_sae: int) -> None:

@@ -14,15 +14,15 @@ import fastsae
 
 PACKAGE = Path(fastsae.__file__).parent
 
-# studies -> superposition -> trainer -> polytopes, patch, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels |
-# native): a module may import what is lower, or of its own layer where that layer is one family (the operations). What everybody shares is
-# below all of them.
+# studies -> superposition -> trainer -> patch -> polytopes, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels
+# | native): a module may import what is lower, or of its own layer where that layer is one family (the operations). What everybody shares
+# is below all of them.
 LAYERS = {
     "__main__": 8, "demo": 7, "verify": 6,
     "__init__": 6,
     "studies": 6.5,
-    "superposition": 5.95, "trainer": 5.9, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
-    "fused": 4.9, "dense": 4.8, "losses": 4.7,
+    "superposition": 5.95, "trainer": 5.9, "patch": 5.5, "polytopes": 5, "sae": 5, "optim": 5,
+    "fused": 4.9, "dense": 4.8, "losses": 4.7, "pretrained": 4.6,
     "ops": 4,
     "gradients": 3.5,
     "dispatch": 3, "packed": 3,
@@ -34,7 +34,7 @@ LAYERS = {
 }  # fmt: skip
 # Inside a function only: how a sample is checked, how a match is drawn.
 LAZY_LEAVES = {"testing", "plots"}
-FAMILIES = {"ops", "kernels", "polytopes", "superposition", "studies"}
+FAMILIES = {"ops", "kernels", "patch", "polytopes", "superposition", "studies"}
 
 
 def layer(module: str) -> str:

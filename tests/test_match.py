@@ -373,8 +373,10 @@ def test_transposed_views_and_saes_and_files(tmp_path: Path) -> None:
     folder = sae.save(tmp_path / "sae")
     assert mmcs(folder / "sae.safetensors", other) == expected
     assert mmcs(str(folder / "sae.safetensors"), sae) == pytest.approx(1, abs=1e-6)
+    assert mmcs(folder, other) == expected
     (tmp_path / "damaged.safetensors").write_bytes(b"no")
-    for path, message in ((folder, "folder"), (tmp_path / "damaged.safetensors", "not a safetensors file")):
+    (tmp_path / "empty").mkdir()
+    for path, message in ((tmp_path / "empty", "must hold one of"), (tmp_path / "damaged.safetensors", "not a safetensors file")):
         with pytest.raises(ValueError, match=message):
             mmcs(path, other)
     with pytest.raises(FileNotFoundError):
@@ -401,6 +403,12 @@ class Coder:
 def test_a_decoder_beside_a_bias_that_shows_its_orientation(tmp_path: Path) -> None:
     W, other, bias = (draw(*shape, dtype=torch.float32) for shape in ((10, 6), (7, 6), (6,)))
     assert mmcs(Coder(W, bias), other) == mmcs(W, other)
+    linear = torch.nn.Module()
+    linear.decoder = torch.nn.Linear(10, 6, bias=False)  # as dictionary_learning keeps it, [D, F]
+    linear.decoder.weight.data = W.T.clone()
+    assert mmcs(linear, other) == pytest.approx(mmcs(W, other), abs=1e-6)
+    torch.save({"encoder.weight": W, "decoder.weight": W.T, "b_dec": bias}, tmp_path / "ae.pt")
+    assert mmcs(tmp_path / "ae.pt", other) == pytest.approx(mmcs(W, other), abs=1e-6)
     with pytest.raises(ValueError, match=r"^match: b\.W_dec must be \[F, D=6\] beside its b_dec, got \[6, 10\].*W_dec\.T"):
         match(other, Coder(W.T, bias))
     safetensors = pytest.importorskip("safetensors.torch")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsae import _checks
+from fastsae import _checks, _weights
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.ops._common import accumulator, chunks, full_precision
 from fastsae.ops.decode import DECODE, weight_gradient
@@ -440,29 +440,25 @@ class Match:
 
 
 def _dictionary(op: str, name: str, value: Any) -> Tensor:
-    """A ``[F, D]`` tensor from a tensor, an SAE with ``W_dec [F, D]``, or a safetensors file that holds one."""
+    """A ``[F, D]`` tensor from a tensor, an SAE with ``W_dec [F, D]`` or a linear ``decoder``, or weights on disk that hold one."""
     if isinstance(value, Tensor):
         return value
     weight = getattr(value, "W_dec", None)
     if isinstance(weight, Tensor):
         return _beside_bias(op, name, weight, getattr(value, "b_dec", None))
+    decoder = getattr(value, "decoder", None)
+    if isinstance(decoder, torch.nn.Linear):  # its weight is [D, F]
+        return decoder.weight.T
     if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
         try:
-            from safetensors import SafetensorError, safe_open
+            weight, bias = _weights.dictionary(os.fsdecode(value))
         except ImportError as error:
-            raise ImportError(f"{op}: reading {name} from a file needs safetensors: pip install 'fastsae-kernels[hub]'") from error
-        if os.path.isdir(value):
-            raise ValueError(f"{op}: {name} must be a safetensors file, got the folder {value!r}")
-        try:
-            with safe_open(value, framework="pt") as file:  # pyright: ignore[reportArgumentType]
-                names = sorted(file.keys())
-                if "W_dec" in names:
-                    bias = file.get_tensor("b_dec") if "b_dec" in names else None
-                    return _beside_bias(op, name, file.get_tensor("W_dec"), bias)
-        except SafetensorError as error:
-            raise ValueError(f"{op}: {name}={value!r} is not a safetensors file: {error}") from error
-        raise ValueError(f"{op}: {name}={value!r} holds no tensor 'W_dec', only {names}")
-    raise TypeError(f"{op}: {name} must be a tensor [F, D], an SAE with W_dec, or a safetensors file, got {type(value).__name__}")
+            raise ImportError(f"{op}: {name}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{op}: {name}: {error}") from error
+        return _beside_bias(op, name, weight, bias)
+    expected = "a tensor [F, D], an SAE with W_dec or a linear decoder, or a file or folder of weights"
+    raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
 
 
 def _beside_bias(op: str, name: str, weight: Tensor, bias: Any) -> Tensor:
@@ -518,9 +514,10 @@ def match(
     """Matches two dictionaries in both directions, in one pass.
 
     Args:
-        a, b: ``[N, D]`` and ``[M, D]`` tensors, SAEs with a ``W_dec``, or safetensors files that hold one (of ``SAE.save``, sparsify,
-            SAELens). A ``[D, F]`` matrix given by mistake raises where the shapes tell (one side only, or a ``W_dec`` beside its
-            ``b_dec``), and two bare tensors of one shape with fewer rows than columns warn.
+        a, b: ``[N, D]`` and ``[M, D]`` tensors; SAEs of this library, SAELens, sparsify or dictionary_learning (a ``W_dec`` or a linear
+            ``decoder``); or their files or folders, see ``SAE.from_pretrained``. A ``[D, F]`` matrix given by mistake raises where the
+            shapes tell (one side only, or a ``W_dec`` beside its ``b_dec``), and two bare tensors of one shape with fewer rows than
+            columns warn.
         alive: masks ``([N], [M])`` of the features that take part; None: all.
         weights: non-negative ``([N], [M])``, e.g. the mean coefficient of each feature: ``mmcs`` becomes a weighted mean, in which
             coefficients carry the scale and unit features do not. This is our reading of a metric proposed beside MMCS that has no

@@ -1,0 +1,58 @@
+"""Peer libraries before and after ``fastsae.accelerate``, in TARGETS' shapes (B, D, F, k): TopK, the same weights and rows.
+
+Three rows a library: ``fastsae.encode`` (sparse), its own ``encode`` accelerated (what its API returns, dense where that is dense), and its
+training step. The other side is the library as it is. Peers are measured where they are installed (`make peers`); a warning says which are
+not. On a quiet machine: ``fastsae bench dropin``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import fastsae
+from bench import peers, training
+from bench.harness import DEVICE, name, normal, shapes, unit_rows
+
+SHAPES = shapes([(256, 768, 24576, 32), (1024, 512, 8192, 32)], [(32, 64, 2048, 8)])
+
+
+def inputs(shape: tuple[int, ...]) -> tuple[training.Start, torch.Tensor]:
+    rows, width, features, k = shape
+    start = training.Start(unit_rows(features, width), torch.zeros(width, device=DEVICE), k)
+    return start, training.distinct_rows(normal(rows + rows // 4, width, seed=1), start, rows)
+
+
+@pytest.mark.parametrize("way", ["sparse", "as it returns"])
+@pytest.mark.parametrize("library", peers.PEERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_encode(shape: tuple[int, ...], library: str, way: str, compare: Callable[..., None]) -> None:
+    peer = peers.PEERS[library]
+    start, x = inputs(shape)
+    theirs, mine = (peers.build(library, peer.sae, start) for _ in range(2))
+    if theirs is None:
+        pytest.skip(f"{library} is not installed")
+    fastsae.accelerate(mine)
+
+    def encode() -> object:
+        return fastsae.encode(mine, x) if way == "sparse" else peer.encode(mine, x)
+
+    with torch.no_grad():
+        others = {f"{library} as it is": lambda: peer.encode(theirs, x)}
+        compare(f"{library} encode, {way}", name(shape), encode, others, lambda: peers.check_encode(peer, theirs, mine, x))
+
+
+@pytest.mark.parametrize("library", [library for library, peer in peers.PEERS.items() if peer.training is not None])
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_step(shape: tuple[int, ...], library: str, compare: Callable[..., None]) -> None:
+    make = peers.PEERS[library].training
+    start, x = inputs(shape)
+    theirs, mine = (peers.build(library, make, start) for _ in range(2))
+    if theirs is None:
+        pytest.skip(f"{library} is not installed")
+    fastsae.accelerate(mine.target)
+    # The first step of what is timed is the one compared: two trainers are enough memory.
+    others = {f"{library} as it is": lambda: theirs.step(x)}
+    compare(f"{library} training step", name(shape), lambda: mine.step(x), others, lambda: peers.check_step(mine, theirs, x, start.lr))

@@ -1,0 +1,174 @@
+"""The peer libraries' TopK SAEs and training steps as ``fastsae.accelerate`` takes them, built from a ``training.Start``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsae
+from bench.training import Start
+from fastsae._activations_minilm import _checkout_hidden
+from fastsae.patch import sparsify
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trainer and its step.
+
+    Attributes:
+        target: what ``accelerate`` takes. step: one training step. module: the SAE. optimiser: its Adam.
+    """
+
+    target: Any
+    step: Callable[[Tensor], object]
+    module: torch.nn.Module
+    optimiser: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One library.
+
+    Attributes:
+        sae: an SAE for inference. encode: its latents as its own API returns them. dense: those as ``[B, F]``, to compare.
+        training: a trainer, or None where the library has no step to call.
+    """
+
+    sae: Callable[[Start], Any]
+    encode: Callable[[Any, Tensor], Any]
+    dense: Callable[[Any], Tensor]
+    training: Callable[[Start], Training] | None
+
+
+def _copy(*pairs: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in pairs:
+            parameter.copy_(value)
+
+
+def _saelens_sae(start: Start) -> Any:
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    features, width = start.W.shape
+    sae = TopKSAE(TopKSAEConfig(d_in=width, d_sae=features, k=start.k, device=str(start.W.device)))
+    _copy((sae.W_enc, start.W.T), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    return sae
+
+
+def _saelens_training(start: Start) -> Training:
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+
+    features, width = start.W.shape
+    device = str(start.W.device)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=start.k, device=device))
+    _copy((sae.W_enc, start.W.T), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    betas = dict(zip(("adam_beta1", "adam_beta2"), start.betas))
+    config = SAETrainerConfig(10**12, 1024, lr=start.lr, lr_end=start.lr, device=device, **betas)
+    trainer = SAETrainer(config, sae, iter([]))
+    return Training(trainer, trainer.step, sae, trainer.optimizer)
+
+
+def _sparsify_sae(start: Start) -> Any:
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    features, width = start.W.shape
+    coder = SparseCoder(width, SparseCoderConfig(num_latents=features, k=start.k), device=start.W.device)
+    _copy((coder.encoder.weight, start.W), (coder.W_dec, start.W), (coder.b_dec, start.b_dec))
+    return coder
+
+
+def _sparsify_dense(out: Any) -> Tensor:
+    return torch.zeros(out.top_acts.shape[0], out.pre_acts.shape[1]).scatter(1, out.top_indices, out.top_acts)
+
+
+def _sparsify_training(start: Start) -> Training:
+    """The part of ``Trainer.fit`` behind its model: as it is by the library's own calls, accelerated by ``train_step``."""
+    coder = _sparsify_sae(start)
+    optimiser = torch.optim.Adam(coder.parameters(), lr=start.lr, betas=start.betas)
+
+    def step(x: Tensor) -> object:
+        if fastsae.report(coder).accelerated:
+            return sparsify.train_step(coder, optimiser, x)
+        coder.set_decoder_norm_to_unit_norm()
+        out = coder(x)
+        out.fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+        return out
+
+    return Training(coder, step, coder, optimiser)
+
+
+def _dictionary_learning_sae(start: Start) -> Any:
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK
+
+    features, width = start.W.shape
+    ae = AutoEncoderTopK(width, features, start.k).to(start.W.device)
+    _copy((ae.encoder.weight, start.W), (ae.decoder.weight, start.W.T), (ae.b_dec, start.b_dec))
+    return ae
+
+
+def _dictionary_learning_training(start: Start) -> Training:
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    features, width = start.W.shape
+    options = {"layer": 0, "lm_name": "", "device": str(start.W.device), "warmup_steps": 0, "lr": start.lr}
+    trainer = TopKTrainer(steps=10**12, activation_dim=width, dict_size=features, k=start.k, **options)
+    trainer.optimizer.param_groups[0]["betas"] = start.betas
+    _copy((trainer.ae.encoder.weight, start.W), (trainer.ae.decoder.weight, start.W.T), (trainer.ae.b_dec, start.b_dec))
+    return Training(trainer, lambda x: trainer.update(1, x), trainer.ae, trainer.optimizer)  # step 0 would centre b_dec
+
+
+PEERS = {
+    "SAELens": Peer(_saelens_sae, lambda sae, x: sae.encode(x), lambda acts: acts, _saelens_training),
+    "sparsify": Peer(_sparsify_sae, lambda coder, x: coder.encode(x), _sparsify_dense, _sparsify_training),
+    "dictionary_learning": Peer(_dictionary_learning_sae, lambda ae, x: ae.encode(x), lambda acts: acts, _dictionary_learning_training),
+}
+
+
+def build(name: str, make: Callable[[Start], Any] | None, start: Start) -> Any:
+    """What ``make`` builds, or None with a warning where the library cannot be imported."""
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it chooses a decoder at import, not by device
+    try:
+        with _checkout_hidden():
+            return None if make is None else make(start)
+    except ImportError as error:
+        warnings.warn(f"bench: no row for {name}: {error} (make peers installs it)", stacklevel=2)
+        return None
+
+
+def check_encode(peer: Peer, sae: Any, accelerated: Any, x: Tensor) -> None:
+    """Raises AssertionError unless all ways select the same features with the same values up to rounding; ``x`` has no near ties."""
+    theirs = peer.dense(peer.encode(sae, x))
+    for ours in (peer.dense(peer.encode(accelerated, x)), fastsae.encode(sae, x).to_dense()):
+        if not torch.equal(ours != 0, theirs != 0):
+            raise AssertionError("other features are selected")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_step(mine: Training, theirs: Training, x: Tensor, lr: float) -> None:
+    """Raises AssertionError unless one step of both is the same up to rounding, in weights and moments; tolerances of ``training``.
+
+    A factor within 1e-3 of 1 between the moments is torch's: ``clip_grad_norm_`` sums millions of squares in float32 (against float64 it is
+    off by 1e-5 to 1e-4 at these shapes, ours by 1e-7).
+    """
+    mine.step(x)
+    theirs.step(x)
+    for (name, p), q in zip(mine.module.named_parameters(), theirs.module.parameters(), strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            a, b = mine.optimiser.state[p][moment], theirs.optimiser.state[q][moment]
+            factor = float((a * b).sum(dtype=torch.float64) / a.square().sum(dtype=torch.float64).clamp_min(1e-30))
+            error = float(torch.linalg.vector_norm(a * factor - b) / torch.linalg.vector_norm(b).clamp_min(1e-30))
+            if not (error < 1e-5 and abs(factor - 1) < 1e-3):
+                raise AssertionError(f"{moment} of {name} differs by {error:.1e} of its norm, factor {factor}")
+        off = (p - q).abs() > 1e-3 * lr + 1e-6
+        if not float(off.double().mean()) < 1e-3:
+            raise AssertionError(f"{name} differs in {int(off.sum())} of {off.numel()} elements after one step")

@@ -1,0 +1,123 @@
+"""``torch.optim.Adam``'s step from gradients that need not exist as matrices, on that optimiser's own state.
+
+For trainers that build such an optimiser: its ``state_dict``, learning-rate schedulers and parameter groups stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.dispatch import preference, then_any
+from fastsae.gradients import Gradient, RowGradient, TiledGradient
+from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient
+from fastsae.ops.decode import DECODE_DWEIGHT
+
+_TILE = 1 << 21  # elements of a TiledGradient that exist at a time
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A gradient of the feature-major view ``[F, D]`` of a parameter stored as ``[D, F]``."""
+
+    gradient: Gradient
+
+
+def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
+    """Why ``step`` cannot stand for ``optimizer.step()``, or None; ``adam`` is the class that it must be of."""
+    if type(optimizer) is not adam:
+        return f"the optimiser is {type(optimizer).__module__}.{type(optimizer).__qualname__}, not torch.optim.Adam"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimiser has step hooks"
+    for group in optimizer.param_groups:
+        for name, plain in (("weight_decay", 0), ("amsgrad", False), ("maximize", False), ("capturable", False), ("differentiable", False)):
+            if group.get(name, plain) != plain:
+                return f"the optimiser's {name} is {group[name]}"
+        if isinstance(group["lr"], Tensor) or any(isinstance(beta, Tensor) for beta in group["betas"]):
+            return "the optimiser's learning rate or betas are tensors"
+        for p in group["params"]:
+            if p.dtype not in DTYPES:
+                return f"a parameter is {str(p.dtype)[6:]} (supported: float32, float64)"
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                return "a parameter has gradient hooks"
+    return None
+
+
+@torch.no_grad()
+def step(
+    optimizer: torch.optim.Adam,
+    gradients: Mapping[Tensor, Gradient | Feature],
+    max_norm: float | None = None,
+    project: Collection[Tensor] = (),
+    normalise: Collection[Tensor] = (),
+) -> Tensor | None:
+    """``clip_grad_norm_(parameters, max_norm)`` and ``optimizer.step()``; returns the norm before clipping.
+
+    Args:
+        optimizer: one that ``refuses`` does not refuse.
+        gradients: by parameter; of its shape, or ``Feature`` of its transpose. A parameter without one is left alone, as in torch.
+        max_norm: of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` takes it; None: no clipping.
+        project: weights of unit features, from whose gradient the component along each feature is removed first.
+        normalise: weights whose features have norm 1 afterwards. Both need feature-major memory.
+    """
+    projected, normalised = {id(p) for p in project}, {id(p) for p in normalise}
+    jobs = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p not in gradients or not p.requires_grad:
+                continue
+            state = optimizer.state[p]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            gradient = gradients[p]
+            tensors = p.detach(), state["exp_avg"], state["exp_avg_sq"]
+            if isinstance(gradient, Feature):
+                whole = id(p) in projected or id(p) in normalised  # rows have to be features
+                gradient, tensors = _oriented(gradient.gradient, tensors, whole)
+            elif p.dim() != 2:
+                tensors = tuple(t.reshape(1, -1) if t.is_contiguous() else t.unsqueeze(0) for t in tensors)
+                gradient = gradient.reshape(1, -1)  # pyright: ignore[reportAttributeAccessIssue]
+            jobs.append((group, state, tensors, gradient, id(p) in projected, id(p) in normalised))
+    norm = factor = None
+    if max_norm is not None:
+        squares = [GRAD_SQUARES(W[rows], *tile, unit) for _, _, (W, *_), gradient, unit, _ in jobs for rows, tile in _tiles(W, gradient)]
+        norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt() if squares else torch.zeros(())
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for group, state, (W, m, v), gradient, unit, normal in jobs:
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        scale = None if factor is None else factor.to(W)
+        options = (float(group["lr"]), beta1, beta2, group["eps"], 0.0, int(state["step"]), unit, normal)
+        for rows, tile in _tiles(W, gradient):
+            ADAM(W[rows], m[rows], v[rows], *tile, scale, *options)
+    optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # what schedulers look for before their first step
+    return norm
+
+
+def _oriented(gradient: Gradient, tensors: tuple[Tensor, ...], whole: bool) -> tuple[Gradient, tuple[Tensor, ...]]:
+    """The gradient of feature-major views and those views; or, where only the reference takes such views, both as they are stored."""
+    views = tuple(t.T for t in tensors)
+    if whole or not isinstance(gradient, RowGradient):
+        return gradient, views
+    given = checked_gradient("step", "gradient", gradient, views[0])
+    request = preference(None)
+    if ADAM.choose((*views, *given, None, 0.0, 0.0, 0.0, 0.0, 0.0, 1, False, False), request).backend != "reference":
+        return gradient, views
+    out = torch.empty_like(tensors[0])
+    rows, values, indices, crow = given
+    DECODE_DWEIGHT(values, indices, crow, rows, out.T, backend=then_any(request))
+    return out, tensors
+
+
+def _tiles(W: Tensor, gradient: Any) -> Any:
+    if not isinstance(gradient, TiledGradient):
+        return [(slice(None), checked_gradient("step", "gradient", gradient, W))]
+    height = max(1, _TILE // max(W.shape[1], 1))
+    parts = [slice(start, min(start + height, W.shape[0])) for start in range(0, W.shape[0], height)]
+    return ((part, checked_gradient("step", "gradient", gradient.compute(part), W[part])) for part in parts)

