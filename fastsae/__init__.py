@@ -6,7 +6,8 @@ Operations (each with a PyTorch reference that every backend is verified against
     spline_code, spline_hash, pack_signs, hash_signs, hash_code, combine_hashes, spline_keys, near_zero_counts
     hamming, hamming_topk; count_codes
 Built on them: trace (codes while a model runs), CodeCounter (distinct codes of a stream), boundary_density, neighbour_graph.
-Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK.
+Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK; SAEs, several of one
+    size that train in one call.
 Training: Trainer, save_checkpoint, load_checkpoint (fastsae.trainer: data order, schedules); optim.Adam, exact and fused, over RowGradient,
     TiledGradient and dense gradients; adam_ (one step, one matrix).
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
@@ -17,6 +18,7 @@ from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.counters import CodeCount, CodeCounter, CodeTable
 from fastsae.dispatch import BackendError, explain, use_backend
+from fastsae.ensemble import SAEs
 from fastsae.gradients import RowGradient, TiledGradient
 from fastsae.latents import RaggedLatents, TopKLatents
 from fastsae.losses import AuxK
@@ -58,6 +60,7 @@ __all__ = [
     "ReLU",
     "Reconstruction",
     "RowGradient",
+    "SAEs",
     "TiledGradient",
     "TopK",
     "TopKLatents",

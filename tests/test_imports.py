@@ -20,7 +20,7 @@ PACKAGE = Path(fastsae.__file__).parent
 LAYERS = {
     "__main__": 8, "demo": 7, "verify": 6,
     "__init__": 6,
-    "trainer": 5.9, "superposition": 5, "polytopes": 5, "patch": 5, "sae": 5, "optim": 5,
+    "trainer": 5.9, "superposition": 5, "polytopes": 5, "patch": 5, "ensemble": 5.5, "sae": 5, "optim": 5,
     "fused": 4.9, "dense": 4.8, "losses": 4.7,
     "ops": 4,
     "gradients": 3.5,
