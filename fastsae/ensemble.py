@@ -115,6 +115,7 @@ class SAEs(nn.Module):
                 setattr(member, name, self.get_buffer(name)[number])
             member._scaled = not member.scale.is_meta and bool((member.scale != 1).any())
             member.train(self.training)
+            member.weights_changed()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -137,6 +138,11 @@ class SAEs(nn.Module):
     @property
     def tied(self) -> bool:
         return self._members[0].tied
+
+    def weights_changed(self) -> None:
+        """As in ``SAE``, of every member."""
+        for member in self._members:
+            member.weights_changed()
 
     def extra_repr(self) -> str:
         return f"{len(self)} of {self._members[0].extra_repr()}"

@@ -145,6 +145,8 @@ class Adam:
             options = (lr, *map(float, self.betas), float(self.eps), float(self.weight_decay), step, job.unit, job.unit)
             for rows, tile in job.tiles():
                 ADAM(job.W[rows], job.m[rows], job.v[rows], *tile, scale, *options)
+        if hasattr(self.module, "weights_changed"):
+            self.module.weights_changed()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
 
     def _check_options(self, op: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
         if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
