@@ -182,21 +182,24 @@ PYBIND11_MODULE(_C, m) {
     return hash_code(pointer<const i64>(words), rows, stride, n_words, pointer<const std::uint8_t>(taking_part), {layer, seed, bits},
                      pointer<i64>(hashes), threads);
   });
-  m.def("adam", [](bool sparse, address indices, int index, address crow, i64 rows, i64 k, i64 n, address values, address grad,
-                   address factor, address w, address moment, address square, i64 features, i64 d, double lr, double beta1, double beta2,
-                   double eps, double weight_decay, i64 step, bool project, bool normalise, int threads) {
-    py::gil_scoped_release release;
-    const Slots given = slots(indices, index, crow, rows, k, n, features);
-    return adam(sparse ? &given : nullptr, pointer<const float>(values), pointer<const float>(grad), pointer<const float>(factor),
-                pointer<float>(w), pointer<float>(moment), pointer<float>(square), features, d,
-                {lr, beta1, beta2, eps, weight_decay, step, project, normalise}, threads);
-  });
+  m.def("adam",
+        [](bool sparse, address indices, int index, address crow, i64 rows, i64 k, i64 n, address values, address grad, i64 grad_f,
+           i64 grad_d, address factor, address w, address moment, address square, i64 features, i64 d, i64 stride_f, i64 stride_d,
+           double lr, double beta1, double beta2, double eps, double weight_decay, i64 step, bool project, bool normalise, int threads) {
+          py::gil_scoped_release release;
+          const Slots given = slots(indices, index, crow, rows, k, n, features);
+          return adam({sparse ? &given : nullptr, pointer<const float>(values), pointer<const float>(grad), grad_f, grad_d},
+                      pointer<const float>(factor),
+                      {pointer<float>(w), pointer<float>(moment), pointer<float>(square), features, d, stride_f, stride_d},
+                      {lr, beta1, beta2, eps, weight_decay, step, project, normalise}, threads);
+        });
   m.def("grad_squares", [](bool sparse, address indices, int index, address crow, i64 rows, i64 k, i64 n, address values, address grad,
-                           address w, i64 features, i64 d, bool project, address total, int threads) {
+                           i64 grad_f, i64 grad_d, address w, i64 features, i64 d, i64 stride_f, i64 stride_d, bool project, address total,
+                           int threads) {
     py::gil_scoped_release release;
     const Slots given = slots(indices, index, crow, rows, k, n, features);
-    return grad_squares(sparse ? &given : nullptr, pointer<const float>(values), pointer<const float>(grad), pointer<const float>(w),
-                        features, d, project, pointer<float>(total), threads);
+    return grad_squares({sparse ? &given : nullptr, pointer<const float>(values), pointer<const float>(grad), grad_f, grad_d},
+                        {pointer<float>(w), nullptr, nullptr, features, d, stride_f, stride_d}, project, pointer<float>(total), threads);
   });
   m.attr("NO_MEMORY") = kNoMemory;
 

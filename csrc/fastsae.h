@@ -174,10 +174,23 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
 
 // ---- the optimiser ----
 
-// adam: one step of Adam on w [features, d], with its moments m and v, all contiguous. For every feature f, in fp32:
+// The gradient of [features, d]: without slots `data` itself, with one of the strides 1; with slots `data` is [slots->rows, d],
+// contiguous, and row f what decode_dweight makes of them and values [n]: same order, same bits.
+struct Gradient {
+  const Slots* slots;
+  const float *values, *data;
+  int64_t stride_f, stride_d;
+};
+
+// Weights and moments [features, d], all three with the same strides: rows (stride_d = 1), or transposed (stride_f = 1).
+struct AdamMatrices {
+  float *w, *m, *v;
+  int64_t features, d, stride_f, stride_d;
+};
+
+// adam: one step of Adam. For every feature f, in fp32:
 //
-//   g = grad[f, :]                                without slots: grad is [features, d]
-//     = what decode_dweight writes into row f     with slots: grad is [slots->rows, d], values [n]; same order, same bits
+//   g = row f of the gradient
 //   g = fma(-<g, w>, w, g)                        with `project`; the product is summed as decode_dvalues does (stride_d = 1)
 //   g = g * factor                                factor is read from memory: whoever computes it need not wait; null: 1
 //   w = w * fl(1 - lr * weight_decay)
@@ -187,19 +200,20 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
 //   w = w * fl(1 / |w|)                           with `normalise`, unless |w| < 1e-8; |w|^2 is summed as <g, w> is
 //
 // A feature without slots has g = 0 * factor and is not projected; its moments decay and it moves, as in every dense Adam. Each element
-// of w, m and v is read and written once. Workspace with slots: that of decode_dweight, and a thread the larger of 96 KiB and one row.
+// of w, m and v is read and written once. The bits do not depend on the layout. Workspace with slots: that of decode_dweight, and a thread
+// the larger of 96 KiB and one row. Transposed: a thread 107 KiB, or with `project` or `normalise` 75 KiB and 1 KiB * d; with slots also
+// that of decode_dweight, and a row for each feature with more than 1024 of them.
 struct AdamOptions {
   double lr, beta1, beta2, eps, weight_decay;
   int64_t step;  // 1 at the first step
   bool project, normalise;
 };
-int64_t adam(const Slots* slots, const float* values, const float* grad, const float* factor, float* w, float* m, float* v,
-             int64_t features, int64_t d, const AdamOptions& options, int threads);
+int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& matrices, const AdamOptions& options, int threads);
 
 // grad_squares: total = the sum of g^2 over all features, with g as in adam up to its factor, for clipping by the global norm. A row is
-// summed as <g, w> is; rows are added in order, in fp64. w may be null without `project`. Workspace: that of adam, and 4 * features bytes.
-int64_t grad_squares(const Slots* slots, const float* values, const float* grad, const float* w, int64_t features, int64_t d, bool project,
-                     float* total, int threads);
+// summed as <g, w> is; rows are added in order, in fp64. Of the matrices only w is read, with `project`. Workspace: that of adam, and
+// 4 * features bytes.
+int64_t grad_squares(const Gradient& grad, const AdamMatrices& matrices, bool project, float* total, int threads);
 
 // Packed codes [rows, words] as int64: stride 1 along the words.
 struct Codes {

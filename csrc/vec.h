@@ -71,7 +71,7 @@ FASTSAE_INLINE void narrow(float x, f16* out) {
 // ---- vectors ----
 // load / store: 16 elements at any address. load_part / store_part: the first n (0..16), never touching the rest; lanes beyond n
 // read as 0. stream: a store past the caches, `to` aligned to kLanes elements. gather: 16 elements of p at int32 offsets.
-// add, sub, mul, div and root round as IEEE says, so that they are the same on every level.
+// add, sub, mul, div and root round as IEEE says, so that they are the same on every level; both: the bits that a and b share.
 
 #if defined(__AVX512F__)
 
@@ -88,6 +88,7 @@ FASTSAE_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 FASTSAE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 FASTSAE_INLINE Vec root(Vec a) { return {_mm512_sqrt_ps(a.x)}; }
+FASTSAE_INLINE Vec both(Vec a, Vec b) { return {_mm512_and_ps(a.x, b.x)}; }
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 FASTSAE_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -182,6 +183,7 @@ FASTSAE_INLINE Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256
 FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 FASTSAE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 FASTSAE_INLINE Vec root(Vec a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
+FASTSAE_INLINE Vec both(Vec a, Vec b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 FASTSAE_INLINE __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 
@@ -303,6 +305,10 @@ FASTSAE_INLINE Vec root(Vec a) {
   Vec r;
   for (int i = 0; i < kLanes; ++i) r.x[i] = __builtin_sqrtf(a.x[i]);
   return r;
+}
+FASTSAE_INLINE Vec both(Vec a, Vec b) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return {reinterpret_cast<Lanes>(reinterpret_cast<Words>(a.x) & reinterpret_cast<Words>(b.x))};
 }
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #ifdef __FP_FAST_FMAF  // aarch64 and other baselines with the instruction; elsewhere a software fma would cost a hundred times more

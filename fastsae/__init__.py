@@ -9,7 +9,8 @@ Built on them: trace (codes while a model runs), CodeCounter (distinct codes of 
 Polytopes: as_net, mlp_block; crossings, shell, local_complexity; affine_map, soft_affine_map, frobenius_distance, frobenius_pairs,
     frobenius_topk, boundary_norms; soft_code, expected_hamming; NearestAffine.
 Superposition: superposition (data whose true features are known, initialisations, sweeps, statistics of activations); `fastsae study`.
-Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK.
+Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK; SAEs, several of one size that
+    train in one call.
 Training: Trainer, save_checkpoint, load_checkpoint (fastsae.trainer: data order, schedules); optim.Adam, exact and fused, over RowGradient,
     TiledGradient and dense gradients; adam_ (one step, one matrix).
 Other libraries' objects (fastsae.patch): accelerate, accelerated, restore, report; encode and reconstruct of any supported SAE.
@@ -21,6 +22,7 @@ from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.counters import CodeCount, CodeCounter, CodeTable
 from fastsae.dispatch import BackendError, explain, use_backend
+from fastsae.ensemble import SAEs
 from fastsae.gradients import RowGradient, TiledGradient
 from fastsae.latents import RaggedLatents, TopKLatents
 from fastsae.losses import AuxK
@@ -85,6 +87,7 @@ __all__ = [
     "ReLU",
     "Reconstruction",
     "RowGradient",
+    "SAEs",
     "Shell",
     "TiledGradient",
     "TopK",

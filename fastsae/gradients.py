@@ -43,7 +43,19 @@ class TiledGradient:
     n_features: int
 
 
-Gradient = Tensor | RowGradient | TiledGradient
+@dataclass(frozen=True, eq=False)
+class StackedGradient:
+    """The gradient of a stack ``[E, F, D]`` of matrices, by member: ``part(e)`` is that of member e, of any kind but this one.
+
+    ``joint`` is the same for the stack as one matrix ``[E * F, D]``, where there is such: for an optimiser that treats all members alike.
+    """
+
+    n: int
+    part: Callable[[int], Gradient]
+    joint: Gradient | None = None
+
+
+Gradient = Tensor | RowGradient | TiledGradient | StackedGradient
 
 
 def accumulate(steps: Sequence[Mapping[str, Gradient]], weights: Sequence[float] | None = None) -> dict[str, Gradient]:
@@ -70,12 +82,14 @@ def total(gradients: Sequence[Gradient]) -> Gradient:
     """The sum of gradients of one parameter; sets of slots stay one set of slots, different kinds become tiles."""
     if all(isinstance(gradient, Tensor) for gradient in gradients):
         return sum(gradients[1:], gradients[0])  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType, reportOperatorIssue]
+    if all(isinstance(gradient, StackedGradient) for gradient in gradients):
+        return StackedGradient(gradients[0].n, lambda e: total([gradient.part(e) for gradient in gradients]))  # pyright: ignore[reportAttributeAccessIssue]
     if all(isinstance(gradient, RowGradient) for gradient in gradients):
         return reduce(_joined, gradients)  # pyright: ignore[reportArgumentType]
     if len(gradients) == 1:
         return gradients[0]
     tiles = [_tile(gradient) for gradient in gradients]
-    n_features = next(gradient.n_features for gradient in gradients if not isinstance(gradient, Tensor))
+    n_features = next(gradient.n_features for gradient in gradients if isinstance(gradient, (RowGradient, TiledGradient)))
     return TiledGradient(lambda part: sum((tile(part) for tile in tiles[1:]), tiles[0](part)), n_features)
 
 
@@ -85,6 +99,8 @@ def densify(gradient: Gradient) -> Tensor:
         out = gradient.rows.new_empty(gradient.n_features, gradient.rows.shape[1])
         _run("decode_dweight", gradient.values, gradient.indices, gradient.crow, gradient.rows, out)
         return out
+    if isinstance(gradient, StackedGradient):
+        return torch.stack([densify(gradient.part(e)) for e in range(gradient.n)])
     return gradient.compute(slice(0, gradient.n_features)) if isinstance(gradient, TiledGradient) else gradient
 
 
@@ -93,6 +109,8 @@ def _scaled(gradient: Gradient, weight: float) -> Gradient:
         return replace(gradient, values=gradient.values * weight)
     if isinstance(gradient, TiledGradient):
         return replace(gradient, compute=lambda part: gradient.compute(part) * weight)
+    if isinstance(gradient, StackedGradient):
+        return StackedGradient(gradient.n, lambda e: _scaled(gradient.part(e), weight))
     return gradient * weight
 
 
@@ -134,6 +152,7 @@ def _tile(gradient: Gradient) -> Callable[[slice], Tensor]:
         return gradient.compute
     if isinstance(gradient, Tensor):
         return lambda part: gradient[part]
+    assert isinstance(gradient, RowGradient)
     transposed: list[Tensor] = []
 
     def compute(part: slice) -> Tensor:

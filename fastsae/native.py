@@ -466,10 +466,25 @@ def _refuses_gradient(grad: Tensor, values: Tensor | None, indices: Tensor | Non
         return f"indices {str(indices.dtype)[6:]} on {indices.device} (supported: int64, int32 on cpu)"
     if crow is not None and (not crow.is_cpu or crow.dtype is not torch.int64):
         return f"crow {str(crow.dtype)[6:]} on {crow.device} (supported: int64 on cpu)"
+    strides = None
     for name, t in matrices.items():
-        if not t.is_contiguous():
-            return f"{name} with strides {t.stride()} (supported: contiguous rows)"
+        lies = _lies(t)
+        if lies is None:
+            return f"{name} with strides {t.stride()} (supported: rows, or their transposed view)"
+        if strides is not None and lies != strides:
+            return f"{name} with strides {t.stride()} (supported: those of W)"
+        strides = lies
     return None
+
+
+def _lies(t: Tensor) -> tuple[int, int] | None:
+    """``(stride_f, stride_d)`` of a matrix that lies as rows (``stride_d`` 1) or as their transposed view (``stride_f`` 1), else None."""
+    (features, width), (f, d) = t.shape, t.stride()
+    if t.is_contiguous():
+        return width, 1
+    if (d == 1 or width == 1) and f >= width:
+        return f, 1
+    return (1, d) if (f == 1 or features == 1) and d >= features else None
 
 
 def refuses_adam(
@@ -494,20 +509,23 @@ def _gradient(
     W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None
 ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """The arguments that say where a gradient lies, and the tensors that hold what they point to."""
-    if not grad.is_contiguous():
-        grad = grad.contiguous()
     if values is None or indices is None:
         if grad.shape != W.shape:
             raise ValueError(f"grad: expected {list(W.shape)}, got {list(grad.shape)}")
         _same(torch.float32, grad)
-        return (False, 0, 0, 0, 0, 0, 0, 0, grad.data_ptr()), (grad,)
+        lies, to = _lies(grad), _lies(W)
+        if lies is None or (lies[1] != 1 and (to is None or to[1] == 1)):
+            grad, lies = grad.contiguous(), (W.shape[1], 1)
+        return (False, 0, 0, 0, 0, 0, 0, 0, grad.data_ptr(), *lies), (grad,)
+    if not grad.is_contiguous():
+        grad = grad.contiguous()
     indices, rows, k, n, crow, crow_address = _slots(indices, crow)
     if values.shape != indices.shape or grad.shape != (rows, W.shape[1]):
         raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for W {list(W.shape)}")
     _same(torch.float32, grad, values)
     if not values.is_contiguous():
         values = values.contiguous()
-    where = (True, indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, values.data_ptr(), grad.data_ptr())
+    where = (True, indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, values.data_ptr(), grad.data_ptr(), W.shape[1], 1)
     return where, (grad, values, indices, crow)
 
 
@@ -516,7 +534,7 @@ def adam(
     grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
 ) -> None:  # fmt: skip
-    """One step of Adam on W, m, v [F, D], contiguous; csrc/fastsae.h has the arithmetic.
+    """One step of Adam on W, m, v [F, D] with the same strides, rows or their transposed view; csrc/fastsae.h has the arithmetic.
 
     Args:
         grad: [F, D] without slots; else [rows, D], with values, indices [rows, K], or [nnz] with crow [rows + 1].
@@ -524,12 +542,12 @@ def adam(
     """
     kernels = _C or _load()
     for name, t in (("W", W), ("m", m), ("v", v)):
-        if t.shape != W.shape or not t.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous {list(W.shape)}, got {list(t.shape)} with strides {t.stride()}")
+        if t.shape != W.shape or (lies := _lies(t)) is None or lies != _lies(W):
+            raise ValueError(f"{name}: expected {list(W.shape)} as W lies, got {list(t.shape)} with strides {t.stride()}")
     _same(torch.float32, W, m, v, *(() if factor is None else (factor,)))
     where, held = _gradient(W, grad, values, indices, crow)
     status = kernels.adam(
-        *where, 0 if factor is None else factor.data_ptr(), W.data_ptr(), m.data_ptr(), v.data_ptr(), *W.shape,
+        *where, 0 if factor is None else factor.data_ptr(), W.data_ptr(), m.data_ptr(), v.data_ptr(), *W.shape, *lies,
         lr, beta1, beta2, eps, weight_decay, step, project, normalise, torch.get_num_threads(),
     )  # fmt: skip
     del held
@@ -540,12 +558,12 @@ def adam(
 def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool) -> Tensor:
     """The sum of squares of the gradient of W [F, D], []; arguments as in `adam`."""
     kernels = _C or _load()
-    if not W.is_contiguous():
-        raise ValueError(f"W: expected contiguous {list(W.shape)}, got strides {W.stride()}")
+    if (lies := _lies(W)) is None:
+        raise ValueError(f"W: expected rows {list(W.shape)} or their transposed view, got strides {W.stride()}")
     _same(torch.float32, W)
     where, held = _gradient(W, grad, values, indices, crow)
     total = torch.empty((), dtype=torch.float32)
-    status = kernels.grad_squares(*where, W.data_ptr(), *W.shape, project, total.data_ptr(), torch.get_num_threads())
+    status = kernels.grad_squares(*where, W.data_ptr(), *W.shape, *lies, project, total.data_ptr(), torch.get_num_threads())
     del held
     if status != -1:
         _fail(status, indices, crow, W.shape[0])  # pyright: ignore[reportArgumentType]

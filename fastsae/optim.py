@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae import _checks
-from fastsae.gradients import Gradient, TiledGradient
+from fastsae.gradients import Gradient, StackedGradient, TiledGradient
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient, checked_options
 
 _TILE = 1 << 21  # elements of a TiledGradient that exist at a time
@@ -29,12 +29,15 @@ class _State:
 
 @dataclass(frozen=True)
 class _Job:
-    """One parameter of one step, checked: its ``[rows, D]`` view and its gradient."""
+    """One parameter of one step, or a member's part of it, checked: ``[rows, D]`` views and the gradient."""
 
     name: str
     W: Tensor
+    m: Tensor
+    v: Tensor
     gradient: TiledGradient | _Slots
     unit: bool
+    member: int = 0
 
     def tiles(self) -> Iterator[tuple[slice, _Slots]]:
         """Ranges of rows, and the gradient of each."""
@@ -55,9 +58,10 @@ class Adam:
     whose gradient is missing or None, or that is frozen (``requires_grad`` False), keeps its value, moments and step, as in torch.
 
     Args:
-        params: a module (an ``SAE``), or named parameters such as ``module.named_parameters()``; float32 or float64.
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; may be set between steps.
-        clip: largest global norm of the gradient, or None. ``grad_norm`` then holds that of the last step, before clipping.
+        params: a module (an ``SAE``, or ``SAEs``), or named parameters such as ``module.named_parameters()``; float32 or float64.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; may be set between steps. For ``SAEs`` lr may be a list, one a member.
+        clip: largest global norm of the gradient, or None; of each member's for ``SAEs``. ``grad_norm`` then holds that of the last step,
+            before clipping: ``[]``, or ``[E]``.
         schedule: ``schedule(number of steps done)`` is a factor of ``lr``, e.g. ``warmup_linear_decay``; None: 1.
         unit_rows: names of matrices whose rows keep norm 1; None: what the module says in its attribute ``unit_rows``, or none.
 
@@ -69,7 +73,7 @@ class Adam:
     def __init__(
         self,
         params: nn.Module | Iterable[tuple[str, Tensor]],
-        lr: float = 1e-3,
+        lr: float | Sequence[float] = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -80,8 +84,10 @@ class Adam:
     ):
         op = "optim.Adam"
         self.module = params if isinstance(params, nn.Module) else None
+        self.members: int | None = getattr(params, "n_dictionaries", None)
         self.parameters = _named(params)
-        checked_options(op, lr, betas, eps, weight_decay)
+        lr = list(lr) if isinstance(lr, (tuple, list)) else lr
+        self._check_options(op, lr, betas, eps, weight_decay)
         if clip is not None:
             _checks.number(op, "clip", clip)
         if schedule is not None and not callable(schedule):
@@ -91,7 +97,8 @@ class Adam:
             if name not in self.parameters or self.parameters[name].dim() < 2:
                 matrices = [name for name, p in self.parameters.items() if p.dim() >= 2]
                 raise ValueError(f"{op}: unit_rows must name matrices among {matrices}, got {name!r}")
-        self.lr, self.eps, self.weight_decay = lr, eps, weight_decay
+        self.lr: float | Sequence[float] = lr
+        self.eps, self.weight_decay = eps, weight_decay
         self.betas: tuple[float, float] = betas
         self.clip, self.schedule, self.unit_rows = clip, schedule, unit_rows
         self.steps = 0
@@ -121,21 +128,31 @@ class Adam:
             TypeError, ValueError: an unknown name, a wrong type, shape, dtype or device, a parameter that has changed since its first
                 step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
         """
-        checked_options("Adam.apply", self.lr, self.betas, self.eps, self.weight_decay)
+        self._check_options("Adam.apply", self.lr, self.betas, self.eps, self.weight_decay)
         jobs = self._jobs({name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
-        factor = self._clip(jobs)
-        lr = self.lr * (1.0 if self.schedule is None else float(self.schedule(self.steps)))
-        if not 0 <= lr < float("inf"):
-            raise ValueError(f"Adam.apply: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
+        factors = self._clip(jobs)
+        schedule = 1.0 if self.schedule is None else float(self.schedule(self.steps))
+        rates = [lr * schedule for lr in (self.lr if isinstance(self.lr, Sequence) else [self.lr])]
+        for lr in rates:
+            if not 0 <= lr < float("inf"):
+                raise ValueError(f"Adam.apply: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
         self.steps += 1
+        for name in {job.name for job in jobs}:
+            self._states[name].step += 1
         for job in jobs:
-            state = self._states[job.name]
-            state.step += 1
-            m, v = state.exp_avg.view_as(job.W), state.exp_avg_sq.view_as(job.W)
-            scale = None if factor is None else factor.to(job.W)
-            options = (lr, *map(float, self.betas), float(self.eps), float(self.weight_decay), state.step, job.unit, job.unit)
+            scale = None if factors is None else factors[job.member].to(job.W)
+            lr, step = rates[job.member] if len(rates) > 1 else rates[0], self._states[job.name].step
+            options = (lr, *map(float, self.betas), float(self.eps), float(self.weight_decay), step, job.unit, job.unit)
             for rows, tile in job.tiles():
-                ADAM(job.W[rows], m[rows], v[rows], *tile, scale, *options)
+                ADAM(job.W[rows], job.m[rows], job.v[rows], *tile, scale, *options)
+        if hasattr(self.module, "weights_changed"):
+            self.module.weights_changed()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+
+    def _check_options(self, op: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+        if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
+            raise ValueError(f"{op}: lr must be a number, or one for each of {self.members or 1} dictionaries, got {len(lr)}")
+        for rate in lr if isinstance(lr, (tuple, list)) and lr else [lr]:
+            checked_options(op, rate, betas, eps, weight_decay)
 
     def _jobs(self, gradients: Mapping[str, Gradient | None]) -> list[_Job]:
         """The parameters to step, everything checked, their state made."""
@@ -155,29 +172,44 @@ class Adam:
                     error = ValueError if what == "shape" else TypeError
                     raise error(f"{op}: {name} was {was} at its first step and is {now} now: make the optimiser after changing a module")
             fresh[name] = state
-            what, W = f"gradient of {name}", _matrix(p)
-            if isinstance(gradient, TiledGradient):
-                if gradient.n_features != W.shape[0]:
-                    raise ValueError(f"{op}: {what}.n_features must be the {W.shape[0]} rows of the weights, got {gradient.n_features}")
-                checked: Any = gradient
-            elif isinstance(gradient, Tensor):
+            what, unit = f"gradient of {name}", name in self.unit_rows
+            if isinstance(gradient, Tensor):
                 _checks.tensor(op, what, gradient, (p.dtype,), p)
                 _checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
-                checked = (gradient.reshape(W.shape), None, None, None)
+            if isinstance(gradient, StackedGradient):
+                if self.members is None or gradient.n != self.members:
+                    raise ValueError(f"{op}: {what} has {gradient.n} members, the module {self.members or 'is no stack'}")
+                if gradient.joint is not None and not self._by_member:
+                    gradient = gradient.joint
+            stacks = (p.detach(), state.exp_avg, state.exp_avg_sq)
+            if self.members is not None and (self._by_member or isinstance(gradient, StackedGradient)):
+                of = gradient.part if isinstance(gradient, StackedGradient) else gradient.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
+                parts = ((*(t[e] for t in stacks), of(e), e) for e in range(self.members))
             else:
-                checked = checked_gradient(op, what, gradient, W)
-            jobs.append(_Job(name, W, checked, name in self.unit_rows))
+                parts = ((*stacks, gradient, 0),)
+            for *each, g, e in parts:
+                W, m, v = map(_matrix, each)
+                jobs.append(_Job(name, W, m, v, _checked(op, what, g, W), unit, e))
+        jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
         self._states.update(fresh)
         return jobs
 
-    def _clip(self, jobs: Sequence[_Job]) -> Tensor | None:
-        """The factor that brings the global norm down to ``clip``, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+    @property
+    def _by_member(self) -> bool:
+        """Whether the members of a stack differ in their step."""
+        return self.members is not None and (self.clip is not None or isinstance(self.lr, Sequence))
+
+    def _clip(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
+        """The factors that bring the global norm down to ``clip``, of each member or one for all, as ``clip_grad_norm_`` has it."""
         if self.clip is None or not jobs:
             self.grad_norm = None
             return None
-        squares = [GRAD_SQUARES(job.W[rows], *tile, job.unit) for job in jobs for rows, tile in job.tiles()]
-        self.grad_norm = torch.stack([s.to(squares[0].device, torch.float32) for s in squares]).sum().sqrt()
-        return (self.clip / (self.grad_norm + 1e-6)).clamp_max(1.0)
+        norms = []
+        for member in range(self.members or 1):
+            squares = [GRAD_SQUARES(job.W[rows], *tile, job.unit) for job in jobs if job.member == member for rows, tile in job.tiles()]
+            norms.append(torch.stack([s.to(squares[0].device, torch.float32) for s in squares]).sum().sqrt())
+        self.grad_norm = norms[0] if self.members is None else torch.stack(norms)
+        return [(self.clip / (norm + 1e-6)).clamp_max(1.0) for norm in norms]
 
     def state_dict(self) -> dict[str, Any]:
         """``steps``, the options, and ``state``: step and moments by parameter name. A schedule is a function and not in it."""
@@ -209,8 +241,11 @@ class Adam:
     def to_torch(self, **options: Any) -> torch.optim.Adam:
         """A ``torch.optim.Adam`` (``AdamW`` with a weight decay) over the same parameters with a copy of this state.
 
-        It has no clipping, schedule or unit rows of its own. ``options`` go to its constructor, e.g. ``fused=True``.
+        It has no clipping, schedule or unit rows of its own. ``options`` go to its constructor, e.g. ``fused=True``. ValueError where the
+        members of a stack have rates of their own: it knows one for a parameter.
         """
+        if isinstance(self.lr, Sequence):
+            raise ValueError(f"Adam.to_torch: lr must be one number, got {self.lr}")
         kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
         parameters = list(self.parameters.values())
         made = kind(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, **options)
@@ -273,6 +308,17 @@ class Adam:
                 made._states[name] = made._checked_state(op, name, state["state"][number])  # pyright: ignore[reportArgumentType]
         made.steps = max((s.step for s in made._states.values()), default=0)
         return made
+
+
+def _checked(op: str, what: str, gradient: Any, W: Tensor) -> Any:
+    """The gradient of one matrix."""
+    if isinstance(gradient, TiledGradient):
+        if gradient.n_features != W.shape[0]:
+            raise ValueError(f"{op}: {what}.n_features must be the {W.shape[0]} rows of the weights, got {gradient.n_features}")
+        return gradient
+    if isinstance(gradient, Tensor):
+        return gradient.reshape(W.shape), None, None, None
+    return checked_gradient(op, what, gradient, W)
 
 
 def _named(params: Any) -> dict[str, Tensor]:

@@ -41,13 +41,18 @@ class PackedWeights:
         return weight.shape, weight.dtype, weight.device, weight.data_ptr(), None if weight.is_inference() else weight._version
 
     @property
+    def fresh(self) -> bool:
+        """Whether nothing that can be seen has changed the weights since they were packed."""
+        return self._state() == self._made_of
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed form: 0 where this CPU (or device, or dtype) has no use for one."""
         return 0 if self._words is None else self._words.numel() * self._words.element_size()
 
     def words(self, op: str) -> Tensor | None:
         """The packed form, for the operations; an error where the weights have changed since."""
-        if not torch.compiler.is_compiling() and self._state() != self._made_of:
+        if not torch.compiler.is_compiling() and not self.fresh:
             raise ValueError(f"{op}: the packed weights were changed since fastsae.pack; call refresh() on the handle")
         return self._words
 

@@ -36,6 +36,7 @@ from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.reconstruct import Reconstruction
+from fastsae.packed import PackedWeights
 
 _WEIGHTS = "sae.safetensors"
 _CONFIG = "cfg.json"
@@ -170,6 +171,8 @@ class SAE(nn.Module):
         if isinstance(activation, BatchTopK):
             self.register_buffer("running_threshold", torch.full((), -1.0, device=device))
         self._scaled = False
+        self._packed: PackedWeights | None = None
+        self._use_packed = False
 
     def extra_repr(self) -> str:
         more = [f"{name}={getattr(self, name)}" for name in ("prefixes", "tied", "aux") if getattr(self, name)]
@@ -195,6 +198,32 @@ class SAE(nn.Module):
         activation = replace(self.activation, k=value)  # pyright: ignore[reportArgumentType]
         _check_activation(activation, self.d_sae)
         self.activation = activation
+
+    @property
+    def packed(self) -> bool:
+        """Whether evaluation encodes from a packed form of the encoder (see ``fastsae.pack``): the same bits from a quarter of the bytes.
+
+        Off at first; it takes about ``F * D`` bytes. The form is made at the first encoding in evaluation mode, and again at the first one
+        after a step of ``optim.Adam`` or any change that torch's version counter sees; after others (``p.data.mul_()``) call
+        ``weights_changed()``. Training does not use it: packing costs a step more than it saves.
+        """
+        return self._use_packed
+
+    @packed.setter
+    def packed(self, value: bool) -> None:
+        self._use_packed = _checks.flag("SAE", "packed", value)
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Drops what was derived from the weights; ``optim.Adam`` calls it after a step."""
+        self._packed = None
+
+    def _encoder(self, x: Tensor) -> Any:
+        if not self._use_packed or self.training or torch.compiler.is_compiling() or _checks.autocasting(x.device):
+            return self.W_enc
+        if self._packed is None or self._packed.weight is not self.W_enc or not self._packed.fresh:
+            self._packed = PackedWeights(self.W_enc)
+        return self._packed
 
     @property
     def unit_rows(self) -> tuple[str, ...]:
@@ -245,18 +274,18 @@ class SAE(nn.Module):
 
     def _encode(self, x: Tensor) -> tuple[Latents, Tensor | None, Tensor | None]:
         """(latents, straight-through counts, smallest score kept by BatchTopK)."""
-        activation = self.activation
+        activation, W_enc = self.activation, self._encoder(x)
         pre: dict[str, Any] = {"b_pre": self._b_pre}
         if isinstance(activation, TopK):
-            return encode_topk(x, self.W_enc, self.b_enc, k=activation.k, relu=activation.relu, **pre), None, None
+            return encode_topk(x, W_enc, self.b_enc, k=activation.k, relu=activation.relu, **pre), None, None
         if isinstance(activation, Gated):
-            return encode_gated(x, self.W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, **pre), None, None
+            return encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, **pre), None, None
         if isinstance(activation, BatchTopK) and self.training:
-            latents, min_kept = encode_batch_topk(x, self.W_enc, self.b_enc, k=activation.k, **pre)
+            latents, min_kept = encode_batch_topk(x, W_enc, self.b_enc, k=activation.k, **pre)
             return latents, None, min_kept
         bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else None
         threshold = self._threshold(x.dtype)
-        result = encode_threshold(x, self.W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, **pre)
+        result = encode_threshold(x, W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, **pre)
         return (result, None, None) if bandwidth is None else (*result, None)
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsae import _checks, _files
 from fastsae.activations import BatchTopK, TopK
+from fastsae.ensemble import SAEs
 from fastsae.sae import SAE
 
 # ---------------------------------------------------------------- checkpoints
@@ -22,16 +23,16 @@ from fastsae.sae import SAE
 class Checkpoint(NamedTuple):
     """What ``load_checkpoint`` found."""
 
-    sae: SAE
+    sae: Any
     extra: dict[str, Any]
 
 
-def save_checkpoint(path: str | os.PathLike[str], sae: SAE, opt: Any = None, extra: Mapping[str, Any] | None = None) -> Path:
+def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = None, extra: Mapping[str, Any] | None = None) -> Path:
     """Writes everything that training goes on from into one file; a crash at any moment leaves the older file, or the new one, whole.
 
     Args:
         path: of the file; its folder is made where missing. The file is written beside it, flushed to the disk and renamed.
-        sae: with its buffers (silent features, running threshold, normalisation, which is not folded here).
+        sae: an ``SAE`` or ``SAEs``, with its buffers (silent features, running threshold, normalisation, which is not folded here).
         opt: an optimiser with ``state_dict()``, or None.
         extra: numbers, text, tensors, and lists, tuples and dictionaries of them.
 
@@ -48,13 +49,13 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE, opt: Any = None, ext
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], sae: SAE | None = None, opt: Any = None, *, device: torch.device | str | None = None
+    path: str | os.PathLike[str], sae: SAE | SAEs | None = None, opt: Any = None, *, device: torch.device | str | None = None
 ) -> Checkpoint:
     """Reads a file of ``save_checkpoint``; nothing in it is run.
 
     Args:
         path: of the file.
-        sae: takes the state in place; None builds a module of the stored configuration.
+        sae: an ``SAE`` or ``SAEs`` that takes the state in place; None builds a module of the stored configuration.
         opt: takes its state in place (``load_state_dict``).
         device: of a module built here; default the CPU.
 
@@ -65,14 +66,19 @@ def load_checkpoint(
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config, state, extra = content["config"], content["sae"], content["extra"]
-        fresh = SAE.from_config(config, dtype=state["W_dec"].dtype, device="meta")
+        stacked = "dictionaries" in config
+        fresh = (SAEs if stacked else SAE).from_config(config, dtype=state["W_dec"].dtype, device="meta")
         if sae is None:
             sae = fresh.to_empty(device=device or "cpu")
-        elif type(sae.activation) is not type(fresh.activation):
-            raise ValueError(f"it holds {fresh.activation}, the module has {sae.activation}")
+        ours, theirs = ([*module] if isinstance(module, SAEs) else [module] for module in (sae, fresh))
+        if isinstance(sae, SAEs) != stacked or len(ours) != len(theirs):
+            raise ValueError(f"it holds {f'{len(theirs)} dictionaries' if stacked else 'one SAE'}, the module is {type(sae).__name__}")
+        if type(ours[0].activation) is not type(theirs[0].activation):
+            raise ValueError(f"it holds {theirs[0].activation}, the module has {ours[0].activation}")
         sae.load_state_dict(state)
-        if isinstance(fresh.activation, (TopK, BatchTopK)):
-            sae.k = fresh.k
+        for one, other in zip(ours, theirs):
+            if isinstance(other.activation, (TopK, BatchTopK)):
+                one.k = other.k
         if opt is not None:
             if content["opt"] is None:
                 raise ValueError("it holds no optimiser's state")

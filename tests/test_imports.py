@@ -21,7 +21,7 @@ LAYERS = {
     "__main__": 8, "demo": 7, "verify": 6,
     "__init__": 6,
     "studies": 6.5,
-    "superposition": 5.95, "trainer": 5.9, "patch": 5.5, "polytopes": 5, "sae": 5, "optim": 5,
+    "superposition": 5.95, "trainer": 5.9, "patch": 5.5, "ensemble": 5.5, "polytopes": 5, "sae": 5, "optim": 5,
     "fused": 4.9, "dense": 4.8, "losses": 4.7, "pretrained": 4.6,
     "ops": 4,
     "gradients": 3.5,

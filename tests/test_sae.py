@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, PackedWeights, ReLU, SAEs, TopK
+from fastsae.optim import Adam
 
 KINDS = {
     "topk": TopK(3),
@@ -675,3 +676,47 @@ def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
 def test_wrong_arguments(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_packed_encoding_follows_the_weights(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and one packing a change: by the optimiser, in place, by loading, by a copy."""
+    sae = SAE(64, 300, TopK(5), seed=0)
+    module = SAEs([sae, SAE(64, 300, TopK(5), seed=1)]) if stacked else sae
+    opt = Adam(module, lr=1e-2)
+    made = []
+    pack = PackedWeights.refresh
+    monkeypatch.setattr(PackedWeights, "refresh", lambda handle: (made.append(handle), pack(handle))[1])
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+
+    def same(sae: SAE, packings: int) -> None:
+        made.clear()
+        for _ in range(2):
+            latents = sae.encode(x)
+        sae.packed = False
+        plain = sae.encode(x)
+        sae.packed = True
+        assert torch.equal(latents.values, plain.values) and torch.equal(latents.indices, plain.indices)  # pyright: ignore[reportAttributeAccessIssue]
+        assert len(made) == packings
+
+    sae.packed = True
+    sae.encode(x)
+    assert sae.packed and not made  # training encodes from the weights
+    module.eval()
+    same(sae, 1)
+    sae.encode(x)
+    opt.step(x)
+    same(sae, 1)
+    sae.encode(x)
+    with torch.no_grad():
+        sae.W_enc.mul_(-1)
+    same(sae, 1)
+    sae.encode(x)
+    same(copy.deepcopy(sae), 1)
+    sae.encode(x)
+    module.load_state_dict(module.state_dict())
+    sae.W_enc.data.mul_(-1)  # behind the back of the version counter
+    sae.weights_changed()
+    same(sae, 1)
+    with pytest.raises(TypeError, match="packed must be a bool, got int"):
+        sae.packed = 1  # pyright: ignore[reportAttributeAccessIssue]

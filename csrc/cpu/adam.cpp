@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/slots.h"
 #include "isa.h"
@@ -29,13 +30,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct GradientRows {
   const Slots* slots;  // null: grad is dense
   const float *values, *grad;
-  int64_t features, d;
+  int64_t stride, features, d;
   int threads;
 
-  GradientRows(const Slots* slots, const float* values, const float* grad, int64_t features, int64_t d, int threads)
-      : slots(slots),
-        values(values),
-        grad(grad),
+  GradientRows(const Gradient& g, int64_t features, int64_t d, int threads)
+      : slots(g.slots),
+        values(g.values),
+        grad(g.data),
+        stride(g.stride_f),
         features(features),
         d(d),
         threads(useful_threads(threads, ((slots != nullptr ? slots->n : 0) + features) * d)) {}
@@ -54,7 +56,7 @@ struct GradientRows {
     const int64_t blocks = ceil_div(features, height());
     if (slots == nullptr) {
       for_each_unit(threads, blocks, [&](int64_t block) {
-        for (int64_t f = block * height(); f < std::min((block + 1) * height(), features); ++f) body(f, grad + f * d);
+        for (int64_t f = block * height(); f < std::min((block + 1) * height(), features); ++f) body(f, grad + f * stride);
       });
       return;
     }
@@ -91,11 +93,122 @@ struct GradientRows {
   }
 };
 
+// The same for transposed matrices: kAside features at a time, with their gradient side by side. Element d of the dense gradient of feature
+// f is at grad[f * stride_f + d * stride_d], one of the strides 1. d > 0.
+struct GradientColumns {
+  const Slots* slots;
+  const float *values, *grad;
+  int64_t stride_f, stride_d, features, d;
+  bool whole;  // all of d at a time; otherwise kColumnTile elements
+  int threads;
+
+  static constexpr int64_t kColumnTile = 64;
+
+  GradientColumns(const Gradient& g, int64_t features, int64_t d, bool whole, int threads)
+      : slots(g.slots),
+        values(g.values),
+        grad(g.data),
+        stride_f(g.stride_f),
+        stride_d(g.stride_d),
+        features(features),
+        d(d),
+        whole(whole),
+        threads(useful_threads(threads, ((slots != nullptr ? slots->n : 0) + features) * d)) {}
+
+  bool as_it_is() const { return slots == nullptr && stride_f == 1; }
+  int64_t width() const { return whole ? d : std::min(d, kColumnTile); }
+  int64_t scratch() const { return kColumnScratch + kAside * (1 + kColumnTile + (as_it_is() && !whole ? 0 : width()) + (whole ? d : 0)); }
+  // A hot feature's row is summed by all threads before the others' are; their number is known once the slots are sorted.
+  int64_t hot_at_most() const { return threads > 1 && slots != nullptr ? std::min(slots->n / kHot, features) : 0; }
+  size_t bytes() const {
+    const size_t sorted = slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32);
+    return sorted + Workspace::size<float>(threads * scratch()) + Workspace::size<float>(hot_at_most() * d) +
+           Workspace::size<int64_t>(hot_at_most());
+  }
+
+  // body(f0, d0, part): features [f0, f0 + part.n), elements [d0, d0 + part.size); their gradient, and scratch memory, are in `part`
+  template <class Body>
+  void for_each(Workspace& space, const Body& body) const {
+    float* const memory = space.take<float>(threads * scratch());
+    const int64_t blocks = ceil_div(features, kAside), units = blocks * ceil_div(d, width());
+    const auto scatter = pick_decode_kernels().scatter[static_cast<int>(Dtype::f32)];
+    const auto run = [&](int64_t unit, int worker, const FeatureMajor* sorted, const auto& rows_of) {
+      float* const own = memory + worker * scratch();
+      float* const touched = own + kColumnScratch;
+      float* const tile = touched + kAside;
+      float* const local = tile + kAside * kColumnTile;
+      float* const beside = local + (whole ? kAside * d : 0);
+      // Blocks of one range of d in a row: the next one lies on the same pages.
+      const int64_t f0 = unit % blocks * kAside, n = std::min(kAside, features - f0);
+      const int64_t d0 = unit / blocks * width(), d1 = std::min(d0 + width(), d);
+      for (int64_t i = 0; whole && i < kAside; ++i) {
+        const uint32_t bits = i < n && (sorted == nullptr || sorted->has_slot(f0 + i)) ? ~uint32_t{0} : 0;
+        std::memcpy(touched + i, &bits, sizeof bits);
+      }
+      const float* g = beside;
+      int64_t stride_g = kAside;
+      if (as_it_is() && !whole) {
+        g = grad + f0 + d0 * stride_d;
+        stride_g = stride_d;
+      } else if (as_it_is()) {
+        for (int64_t c = d0; c < d1; ++c) std::copy(grad + f0 + c * stride_d, grad + f0 + n + c * stride_d, beside + c * stride_g);
+      } else {
+        for (int64_t c = d0; c < d1; c += kColumnTile) {
+          const int64_t end = std::min(c + kColumnTile, d1);
+          const auto [from, ld] = rows_of(f0, n, c, end, tile);
+          scatter({from, ld, n, end - c, beside + (c - d0) * kAside, 1, kAside, false});
+        }
+      }
+      body(f0, d0, AdamColumns{g, stride_g, nullptr, nullptr, nullptr, 0, static_cast<int>(n), d1 - d0, touched, own, local});
+    };
+    struct Rows {
+      const float* from;
+      int64_t ld;
+    };
+    if (slots == nullptr) {
+      for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
+        run(unit, worker, nullptr,
+            [&](int64_t f0, int64_t, int64_t c, int64_t, float*) { return Rows{grad + f0 * stride_f + c, stride_f}; });
+      });
+      return;
+    }
+    const FeatureMajor sorted(*slots, Dtype::f32, values, space);
+    float* const hot_rows = space.take<float>(hot_at_most() * d);
+    int64_t* const hot_list = space.take<int64_t>(hot_at_most());
+    const auto sum = pick_decode_kernels().sum[static_cast<int>(Dtype::f32)][static_cast<int>(Index::i32)];
+    const auto into = [&](float* first, int64_t ld) {
+      return SumJob{sorted.values, sorted.rows, sorted.offsets, 0, slots->n, grad, d, nullptr, first, ld, false};
+    };
+    const auto hot = [&](int64_t f) { return threads > 1 && sorted.hot(f); };
+    int64_t found = 0;
+    for (int64_t f = 0; threads > 1 && f < features; ++f)
+      if (hot(f)) {
+        const SumJob job = into(hot_rows + (found - f) * d, d);
+        hot_list[found++] = f;
+        for_each_unit(threads, ceil_div(d, kColumns),
+                      [&](int64_t unit) { sum(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
+      }
+    for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
+      const int64_t before = std::lower_bound(hot_list, hot_list + found, unit % blocks * kAside) - hot_list;
+      run(unit, worker, &sorted, [&](int64_t f0, int64_t n, int64_t c, int64_t end, float* tile) {
+        const SumJob job = into(tile - f0 * kColumnTile - c, kColumnTile);
+        const float* row = hot_rows + before * d;
+        for (int64_t f = f0; f < f0 + n;) {
+          const int64_t first = f;
+          while (f < f0 + n && !hot(f)) ++f;
+          if (first < f) sum(job, first, f, c, end);
+          for (; f < f0 + n && hot(f); ++f, row += d) std::copy(row + c, row + end, tile + (f - f0) * kColumnTile);
+        }
+        return Rows{tile, kColumnTile};
+      });
+    });
+  }
+};
+
 }  // namespace
 
-int64_t adam(const Slots* slots, const float* values, const float* grad, const float* factor, float* w, float* m, float* v,
-             int64_t features, int64_t d, const AdamOptions& o, int threads) {
-  const int64_t status = slots != nullptr ? check(*slots) : kOk;
+int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& a, const AdamOptions& o, int threads) {
+  const int64_t status = grad.slots != nullptr ? check(*grad.slots) : kOk;
   if (status != kOk) return status;
   AdamJob job;
   job.factor = factor != nullptr ? *factor : 1.0f;
@@ -109,41 +222,75 @@ int64_t adam(const Slots* slots, const float* values, const float* grad, const f
   job.e = static_cast<float>(o.eps * r);
   job.project = o.project;
   job.normalise = o.normalise;
-  const auto step = pick(kTables).step;
-  if (slots == nullptr && !o.project && !o.normalise) {  // a bias is one row: split it all the same
-    const int64_t n = features * d;
+  const AdamKernels& kernels = pick(kTables);
+  const bool rows_matter = o.project || o.normalise, transposed = a.stride_d != 1 && a.d > 0;
+  const bool dense = (transposed ? a.stride_d : a.stride_f) == (transposed ? a.features : a.d);
+  if (grad.slots == nullptr && !rows_matter && dense && grad.stride_f == a.stride_f && grad.stride_d == a.stride_d) {
+    const int64_t n = a.features * a.d;  // a bias is one row: split it all the same
     for_each_unit(useful_threads(threads, n), ceil_div(n, kElements), [&](int64_t unit) {
       const int64_t i = unit * kElements;
-      step(job, grad + i, w + i, m + i, v + i, std::min(kElements, n - i));
+      kernels.step(job, grad.data + i, a.w + i, a.m + i, a.v + i, std::min(kElements, n - i));
     });
     return kOk;
   }
-  const GradientRows rows(slots, values, grad, features, d, threads);
+  if (transposed) {
+    const GradientColumns columns(grad, a.features, a.d, rows_matter, threads);
+    Workspace space(columns.bytes());
+    if (!space.ok()) return kNoMemory;
+    columns.for_each(space, [&](int64_t f, int64_t d, AdamColumns part) {
+      const int64_t at = f + d * a.stride_d;
+      part.w = a.w + at, part.m = a.m + at, part.v = a.v + at, part.stride = a.stride_d;
+      kernels.step_columns(job, part);
+    });
+    return kOk;
+  }
+  const GradientRows rows(grad, a.features, a.d, threads);
   Workspace space(rows.bytes());
   if (!space.ok()) return kNoMemory;
   const auto ahead = [](int64_t) {};  // every row is read, in order: the hardware knows
-  rows.for_each(space, ahead, [&](int64_t f, const float* g) { step(job, g, w + f * d, m + f * d, v + f * d, d); });
+  rows.for_each(space, ahead, [&](int64_t f, const float* g) {
+    const int64_t at = f * a.stride_f;
+    kernels.step(job, g, a.w + at, a.m + at, a.v + at, a.d);
+  });
   return kOk;
 }
 
-int64_t grad_squares(const Slots* slots, const float* values, const float* grad, const float* w, int64_t features, int64_t d, bool project,
-                     float* total, int threads) {
-  const int64_t status = slots != nullptr ? check(*slots) : kOk;
+int64_t grad_squares(const Gradient& grad, const AdamMatrices& a, bool project, float* total, int threads) {
+  const int64_t status = grad.slots != nullptr ? check(*grad.slots) : kOk;
   if (status != kOk) return status;
-  const auto squares = pick(kTables).squares;
-  const GradientRows rows(slots, values, grad, features, d, threads);
-  Workspace space(rows.bytes() + Workspace::size<float>(features));
-  if (!space.ok()) return kNoMemory;
-  float* const each = space.take<float>(features);
-  const auto ahead = [&](int64_t f) {
-    for (int64_t i = 0; project && i < d; i += 16) __builtin_prefetch(w + f * d + i, 0, 2);
-  };
-  rows.for_each(space, ahead,
-                [&](int64_t f, const float* g) { each[f] = g == nullptr ? 0 : squares(g, project ? w + f * d : nullptr, d); });
+  const AdamKernels& kernels = pick(kTables);
+  // Without projection rows that are formed here, or lie as rows, are summed as they are, whatever way w lies.
+  const bool columns_matter = a.d > 0 && (project ? a.stride_d != 1 : grad.slots == nullptr && grad.stride_d != 1);
   double sum = 0;
-  for (int64_t f = 0; f < features; ++f) sum += each[f];
-  *total = static_cast<float>(sum);
-  return kOk;
+  const auto add_up = [&](Workspace& space, const auto& fill) {
+    float* const each = space.take<float>(a.features);
+    fill(each);
+    for (int64_t f = 0; f < a.features; ++f) sum += each[f];
+    *total = static_cast<float>(sum);
+    return kOk;
+  };
+  if (columns_matter) {
+    const GradientColumns columns(grad, a.features, a.d, true, threads);
+    Workspace space(columns.bytes() + Workspace::size<float>(a.features));
+    if (!space.ok()) return kNoMemory;
+    return add_up(space, [&](float* each) {
+      columns.for_each(space, [&](int64_t f, int64_t, AdamColumns part) {
+        part.w = a.w + f, part.stride = a.stride_d;
+        kernels.squares_columns(part, project, each + f);
+      });
+    });
+  }
+  const GradientRows rows(grad, a.features, a.d, threads);
+  Workspace space(rows.bytes() + Workspace::size<float>(a.features));
+  if (!space.ok()) return kNoMemory;
+  const auto ahead = [&](int64_t f) {
+    for (int64_t i = 0; project && i < a.d; i += 16) __builtin_prefetch(a.w + f * a.stride_f + i, 0, 2);
+  };
+  return add_up(space, [&](float* each) {
+    rows.for_each(space, ahead, [&](int64_t f, const float* g) {
+      each[f] = g == nullptr ? 0 : kernels.squares(g, project ? a.w + f * a.stride_f : nullptr, a.d);
+    });
+  });
 }
 
 }  // namespace fastsae

@@ -14,11 +14,30 @@ struct AdamJob {
   bool project, normalise;
 };
 
+// Transposed matrices: n <= kAside features side by side, element d of feature f at w[d * stride + f], d < size. Rows of a matrix may lie
+// a power of two apart, where a cache holds few of them: what is read twice is kept in `local`.
+constexpr int64_t kAside = 128;  // a multiple of 16
+struct AdamColumns {
+  const float* g;
+  int64_t stride_g;
+  float *w, *m, *v;
+  int64_t stride;
+  int n;
+  int64_t size;
+  const float* touched;  // [kAside], all bits set, or none where a feature has no slots and is not projected
+  float* scratch;        // [kColumnScratch]
+  float* local;          // [size, kAside]
+};
+constexpr int64_t kColumnScratch = 82 * kAside;  // 64 partial sums, 16 lanes of totals, two results
+
 struct AdamKernels {
   // One row of n elements; g is null where the feature has no slots.
   void (*step)(const AdamJob&, const float* g, float* w, float* m, float* v, int64_t n);
   // |g|^2, of g without its component along w where w is given
   float (*squares)(const float* g, const float* w, int64_t n);
+  // The same on columns, to the same bits; the squares of each feature into each[f].
+  void (*step_columns)(const AdamJob&, const AdamColumns&);
+  void (*squares_columns)(const AdamColumns&, bool project, float* each);
 };
 
 namespace portable {

@@ -285,7 +285,8 @@ void run_codes(int64_t n, int64_t m, int64_t words, int twist) {
   }
 }
 
-// One step, by slots and from the matrix that decode_dweight writes: the same bits, and close to a double-precision loop.
+// One step, by slots and from the matrix that decode_dweight writes, on rows and transposed: the same bits, and close to a double-precision
+// loop.
 void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged, bool unit, int threads) {
   const auto copy = [](const std::unique_ptr<float[]>& from, int64_t n) {
     std::unique_ptr<float[]> to(new float[static_cast<size_t>(n)]);
@@ -310,17 +311,35 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
   std::unique_ptr<float[]> matrix(new float[static_cast<size_t>(size)]);
   expect(decode_dweight(slots, Dtype::f32, values.get(), grad.get(), {matrix.get(), d, 1, d}, true, threads) == kOk, "status", Dtype::f32,
          d, false);
-  std::unique_ptr<float[]> after[2][3];
-  for (int sparse = 0; sparse < 2; ++sparse) {
-    auto& [a, b, c] = after[sparse];
-    a = copy(w, size), b = copy(m, size), c = copy(v, size);
-    expect(adam(sparse != 0 ? &slots : nullptr, values.get(), sparse != 0 ? grad.get() : matrix.get(), &factor, a.get(), b.get(), c.get(),
-                features, d, options, threads) == kOk,
-           "adam status", Dtype::f32, d, unit);
+  const auto transposed = [&](const std::unique_ptr<float[]>& from, int64_t columns) {
+    std::unique_ptr<float[]> to(new float[static_cast<size_t>(size)]);
+    for (int64_t i = 0; i < size; ++i) to[static_cast<size_t>(i % columns * (size / columns) + i / columns)] = from[static_cast<size_t>(i)];
+    return to;
+  };
+  const Gradient by_slots{&slots, values.get(), grad.get(), d, 1};
+  std::unique_ptr<float[]> after[4][3];
+  float totals[4];
+  for (int way = 0; way < 4; ++way) {
+    auto& [a, b, c] = after[way];
+    const bool on_columns = way >= 2 && size > 0 && d > 1;
+    const auto given = [&](const std::unique_ptr<float[]>& from) { return on_columns ? transposed(from, d) : copy(from, size); };
+    a = given(w), b = given(m), c = given(v);
+    const auto dense = given(matrix);
+    const int64_t stride_f = on_columns ? 1 : d, stride_d = on_columns ? features : 1;
+    const AdamMatrices matrices{a.get(), b.get(), c.get(), features, d, stride_f, stride_d};
+    const Gradient gradient = way % 2 == 0 ? Gradient{nullptr, nullptr, dense.get(), stride_f, stride_d} : by_slots;
+    expect(grad_squares(gradient, matrices, unit, &totals[way], threads) == kOk, "norm", Dtype::f32, d, unit);
+    expect(adam(gradient, &factor, matrices, options, threads) == kOk, "adam status", Dtype::f32, d, unit);
+    if (on_columns) a = transposed(a, features), b = transposed(b, features), c = transposed(c, features);
   }
-  for (int i = 0; i < 3; ++i)
-    expect(size == 0 || std::memcmp(after[0][i].get(), after[1][i].get(), static_cast<size_t>(size) * sizeof(float)) == 0, "adam bits",
-           Dtype::f32, d, unit);
+  const float total = totals[1];
+  for (int way = 0; way < 4; ++way) {
+    for (int i = 0; i < 3; ++i)
+      expect(size == 0 || std::memcmp(after[way][i].get(), after[1][i].get(), static_cast<size_t>(size) * sizeof(float)) == 0, "adam bits",
+             Dtype::f32, d, unit);
+    // A feature without slots is not projected, where the matrix's row of zeros is: to the same zeros.
+    expect(totals[way] == total, "norm bits", Dtype::f32, d, unit);
+  }
   double squares = 0;
   for (int64_t f = 0; f < features; ++f) {
     double along = 0, norm = 0;
@@ -340,16 +359,13 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
       expect(std::fabs(after[1][0][f * d + e] - want) <= 1e-4 * (1 + std::fabs(want)), "adam w", Dtype::f32, d, unit);
     }
   }
-  float total = -1;
-  expect(grad_squares(&slots, values.get(), grad.get(), w.get(), features, d, unit, &total, threads) == kOk, "norm", Dtype::f32, d, unit);
   expect(std::fabs(total - squares) <= 1e-3 * (1 + squares), "grad_squares", Dtype::f32, d, unit);
 
   if (n == 0 || size == 0) return;
   indices[n - 1] = -1;
   const auto kept = copy(after[1][0], size);
-  expect(adam(&slots, values.get(), grad.get(), nullptr, after[1][0].get(), after[1][1].get(), after[1][2].get(), features, d, options,
-              threads) == n - 1,
-         "adam bad index", Dtype::f32, d, unit);
+  const AdamMatrices matrices{after[1][0].get(), after[1][1].get(), after[1][2].get(), features, d, d, 1};
+  expect(adam(by_slots, nullptr, matrices, options, threads) == n - 1, "adam bad index", Dtype::f32, d, unit);
   expect(std::memcmp(kept.get(), after[1][0].get(), static_cast<size_t>(size) * sizeof(float)) == 0, "adam writes", Dtype::f32, d, unit);
 }
 
