@@ -51,14 +51,34 @@ def load_candidates(
     return p, key, index
 
 
+@triton.jit
+def _count(
+    key, index, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+    EQUAL: tl.constexpr, HELD: tl.constexpr,
+    EMITTED: tl.constexpr, LISTED: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS]: candidates whose key is at least ``key_cut``, or (EQUAL) equal to it with an index below ``index_cut``."""
+    found = tl.zeros((ROWS,), tl.int32)
+    if HELD:
+        hit = ((key == key_cut[:, None]) & (index < index_cut[:, None])) if EQUAL else key >= key_cut[:, None]
+        found += tl.sum(hit.to(tl.int32), axis=1)
+    else:
+        for start in range(0, n, SIZE):
+            p, key, index = load_candidates(keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
+            hit = ((key == key_cut[:, None]) & (index < index_cut[:, None])) if EQUAL else key >= key_cut[:, None]
+            found += tl.sum(hit.to(tl.int32), axis=1)
+    return found
+
+
 @triton.jit(do_not_specialize=["n_rows", "n", "k", "n_buckets", "n_slots"])
 def select_kernel(
     keys, ids, counts, only, kept_keys, kept_ids, cut, flagged, slot_of, n_flagged, tile_flags,
     n_rows, n, k, n_buckets, n_slots, stride, kept_stride, tile_stride,
     EMITTED: tl.constexpr, LISTED: tl.constexpr, COUNTED: tl.constexpr, ONLY: tl.constexpr, FLAG: tl.constexpr, MAPPED: tl.constexpr,
-    BUCKETS: tl.constexpr, DEEP: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    BUCKETS: tl.constexpr, DEEP: tl.constexpr, TILE_ROWS: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The k largest candidates of each row. Candidates are emitted by buckets, listed with their index, or indexed by their place.
+    """The k largest candidates of each row. Candidates are emitted by buckets, listed with their index, or indexed by their place; HELD:
+    they fit into SIZE.
 
     FLAG: lists the buckets all of whose emitted entries were kept: only they can hide a member. Each holds n / n_buckets kept entries
     of k, which bounds their number. MAPPED: also writes the place of each in the list, and marks the tile that it belongs to."""
@@ -70,38 +90,38 @@ def select_kernel(
         lengths = tl.full((ROWS,), 0, tl.int32) + n
         if COUNTED:
             lengths = tl.load(counts + rows, mask=live, other=0)
+        p, key, index = load_candidates(keys, ids, rows, live, lengths, 0, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
         key_cut = tl.full((ROWS,), -(2**31), tl.int32)
+        index_cut = tl.full((ROWS,), 2**31 - 1, tl.int32)
         step = tl.full((ROWS,), -(2**31), tl.int32)
         for _ in range(32):
             tried = key_cut ^ step
-            found = tl.zeros((ROWS,), tl.int32)
-            for start in range(0, n, SIZE):
-                p, key, index = load_candidates(
-                    keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
-                )
-                found += tl.sum((key >= tried[:, None]).to(tl.int32), axis=1)
+            found = _count(
+                key, index, tried, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+                False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+            )  # fmt: skip
             key_cut = tl.where(found >= k, tried, key_cut)
             step = tl.where(step < 0, 1 << 30, step >> 1)
-        above = tl.zeros((ROWS,), tl.int32)
-        equal = tl.zeros((ROWS,), tl.int32)
-        for start in range(0, n, SIZE):
-            p, key, index = load_candidates(keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
-            above += tl.sum((key > key_cut[:, None]).to(tl.int32), axis=1)
-            equal += tl.sum((key == key_cut[:, None]).to(tl.int32), axis=1)
-        wanted = k - above
-        index_cut = tl.full((ROWS,), 2**31 - 1, tl.int32)
+        # All of the equal ones but the one of the largest index there is, which no candidate has.
+        equal = _count(
+            key, index, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+            True, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+        )  # fmt: skip
+        at_least = _count(
+            key, index, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+            False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+        )  # fmt: skip
+        wanted = k - (at_least - equal)
         if tl.sum((live & (equal > wanted)).to(tl.int32), axis=0) > 0:
             # The largest index below which fewer than the wanted number of equal keys lie.
             index_cut = tl.zeros((ROWS,), tl.int32)
             step = tl.full((ROWS,), 1 << 30, tl.int32)
             for _ in range(31):
                 tried = index_cut ^ step
-                found = tl.zeros((ROWS,), tl.int32)
-                for start in range(0, n, SIZE):
-                    p, key, index = load_candidates(
-                        keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
-                    )
-                    found += tl.sum(((key == key_cut[:, None]) & (index < tried[:, None])).to(tl.int32), axis=1)
+                found = _count(
+                    key, index, key_cut, tried, keys, ids, rows, live, lengths, n, stride, n_buckets,
+                    True, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+                )  # fmt: skip
                 index_cut = tl.where(found < wanted, tried, index_cut)
                 step = step >> 1
         tl.store(cut + rows, key_cut, mask=live)
@@ -176,8 +196,12 @@ def rank_kernel(
 def _shape(n: int, rows: int) -> tuple[int, int]:
     """(rows, candidates) a program holds."""
     size = min(_SIZE, max(32, triton.next_power_of_2(n)))
-    most = 32768 if interpreting() else 4096
+    most = 32768 if interpreting() else 1024
     return min(triton.next_power_of_2(rows), max(1, most // size)), size
+
+
+def warps(size: int) -> int:
+    return min(16, max(4, size // 256))
 
 
 def select(keys: Tensor, ids: Tensor | None, k: int, kept_keys: Tensor, kept_ids: Tensor, counts: Tensor | None = None) -> None:
@@ -189,7 +213,7 @@ def select(keys: Tensor, ids: Tensor | None, k: int, kept_keys: Tensor, kept_ids
         keys, ids, counts, None, kept_keys, kept_ids, cut, None, None, None, None,
         rows, n, k, 1, 0, keys.stride(0), kept_keys.stride(0), 0,
         EMITTED=False, LISTED=ids is not None, COUNTED=counts is not None, ONLY=False, FLAG=False, MAPPED=False,
-        BUCKETS=1, DEEP=1, TILE_ROWS=1, ROWS=ROWS, SIZE=SIZE, num_warps=8 if SIZE > 1024 else 4,
+        BUCKETS=1, DEEP=1, TILE_ROWS=1, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=warps(SIZE),
     )  # fmt: skip
 
 

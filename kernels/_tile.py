@@ -201,8 +201,8 @@ def exact(x, W, centre, D, x_d, W_d, mask, CENTRED: tl.constexpr, ROWS: tl.const
                 left = left - tl.load(centre + d, mask=inside, other=0)[None, :]
             here = mask[:, :, None] & inside[None, None, :]
             right = tl.load(W[:, :, None] + (d * W_d)[None, None, :], mask=here, other=0).to(tl.float32)
-            shape: tl.constexpr = (ROWS, COLUMNS, _LANES)
-            lanes = tl.fma(tl.broadcast_to(left[:, None, :], shape), tl.broadcast_to(right, shape), lanes)
+            left = tl.broadcast_to(left[:, None, :], (ROWS, COLUMNS, _LANES))
+            lanes = tl.fma(left, tl.broadcast_to(right, (ROWS, COLUMNS, _LANES)), lanes)
         total += _sum_lanes(lanes, ROWS, COLUMNS)
     return total
 

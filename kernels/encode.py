@@ -104,7 +104,7 @@ def emit_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "D", "k", "tile_stride"])
 def rescan_kernel(
-    x, W, chosen, scale, bias, slot_of, tile_flags, keys, ids,
+    x, W, chosen, scale, bias, slot_of, tile_flags, keys,
     n_rows, n, n_buckets, D, k, stride, tile_stride, x_r, x_d, W_f, W_d,
     CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -123,12 +123,35 @@ def rescan_kernel(
                 column = tl.load(chosen + column)
             total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
             key = ordered(affine(total, scale, bias, local, inside, SCALED, BIASED))
-            at = tl.arange(0, COLUMNS)
-            bucket = column_tile.to(tl.int64) * BUCKETS + at % BUCKETS
-            slot = tl.load(slot_of + (rows * n_buckets)[:, None] + bucket[None, :], mask=live[:, None] & inside[None, :], other=-1).to(tl.int64)
-            to = (rows * stride)[:, None] + k + slot * DEEP + (at // BUCKETS)[None, :]
-            tl.store(keys + to, key, mask=slot >= 0)
-            tl.store(ids + to, tl.broadcast_to(local.to(tl.int32)[None, :], key.shape), mask=slot >= 0)
+            # [ROWS, DEEP, BUCKETS], so that there is one slot a row and bucket.
+            key = tl.reshape(key, (ROWS, DEEP, BUCKETS))
+            bucket = column_tile.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
+            slot = tl.load(slot_of + (rows * n_buckets)[:, None] + bucket[None, :], mask=live[:, None], other=-1).to(tl.int32)
+            at = k + slot[:, None, :] * DEEP + tl.arange(0, DEEP)[None, :, None]
+            mask = tl.broadcast_to((slot >= 0)[:, None, :], (ROWS, DEEP, BUCKETS))
+            tl.store(keys + (rows * stride)[:, None, None] + at, key, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n", "k", "room", "n_buckets", "n_slots"])
+def list_kernel(
+    keys, ids, slot_of, flagged, n_flagged, n_rows, n, k, room, n_buckets, n_slots,
+    BUCKETS: tl.constexpr, DEEP: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The indices of the columns that were looked at again. What their buckets had emitted stands among them, so those kept give way."""
+    p = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    row, at = p // room, (p % room).to(tl.int32)
+    mask = row < n_rows
+    first = mask & (at < k)
+    f = tl.load(ids + p, mask=first, other=0)
+    bucket = f // (BUCKETS * DEEP) * BUCKETS + f % BUCKETS
+    again = first & (tl.load(slot_of + row * n_buckets + bucket, mask=first, other=-1) >= 0)
+    column = tl.maximum(at - k, 0)
+    slot = column // DEEP
+    listed = mask & (at >= k) & (slot < tl.load(n_flagged + row, mask=mask, other=0))
+    bucket = tl.load(flagged + row * n_slots + slot, mask=listed, other=0)
+    f = bucket_index(bucket, column % DEEP, BUCKETS, DEEP)
+    tl.store(ids + p, tl.where(f < n, f, -1), mask=listed)
+    tl.store(keys + p, -(2**31), mask=again | (listed & (f >= n)))
 
 
 @triton.jit(do_not_specialize=["first_row", "n_rows", "n", "n_buckets", "D"])
@@ -461,7 +484,7 @@ def _select_emitted(
         rows, n, plan.k, plan.number, 0 if flagged is None else flagged.shape[1], n, kept[0].stride(0),
         0 if tile_flags is None else tile_flags.shape[1],
         EMITTED=True, LISTED=False, COUNTED=False, ONLY=only is not None, FLAG=flagged is not None, MAPPED=slot_of is not None,
-        BUCKETS=plan.a_tile, DEEP=plan.deep, TILE_ROWS=tile.rows, ROWS=ROWS, SIZE=SIZE, num_warps=8 if SIZE > 1024 else 4,
+        BUCKETS=plan.a_tile, DEEP=plan.deep, TILE_ROWS=tile.rows, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
     )  # fmt: skip
 
 
@@ -476,29 +499,17 @@ def _direct_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tenso
     slot_of = torch.empty((rows, plan.number), dtype=torch.int16, device=device)
     tile_flags = torch.zeros((triton.cdiv(rows, p.tile.rows), triton.cdiv(p.n, p.tile.columns)), dtype=torch.int32, device=device)
     _select_emitted(keys, columns, plan, p.tile, None, (kept_keys, kept_ids), cut, flagged, n_flagged, slot_of, tile_flags)
-    # What a bucket emitted stands among the kept ones and is looked at again: the kept ones of flagged buckets give way.
-    drop_kernel[(triton.cdiv(rows * plan.k, 1024),)](
-        kept_keys, kept_ids, slot_of, rows, plan.k, plan.number, kept_keys.stride(0), BUCKETS=plan.a_tile, DEEP=plan.deep, SIZE=1024
-    )
     rescan_kernel[p.tiles(p.n)](
-        p.x, p.W, p.chosen, p.scale, p.bias, slot_of, tile_flags, kept_keys, kept_ids,
+        p.x, p.W, p.chosen, p.scale, p.bias, slot_of, tile_flags, kept_keys,
         rows, p.n, plan.number, D, plan.k, kept_keys.stride(0), tile_flags.shape[1], *p.strides(),
         EVEN=D % p.tile.depth == 0, BUCKETS=plan.a_tile, **p.flags(), **p.tile_shape(), **p.tile.options,
     )  # fmt: skip
+    room = plan.room(direct=True)
+    list_kernel[(triton.cdiv(rows * room, 1024),)](
+        kept_keys, kept_ids, slot_of, flagged, n_flagged, rows, p.n, plan.k, room, plan.number, flagged.shape[1],
+        BUCKETS=plan.a_tile, DEEP=plan.deep, SIZE=1024,
+    )  # fmt: skip
     return kept_keys, kept_ids, n_flagged.mul_(plan.deep).add_(plan.k)
-
-
-@triton.jit(do_not_specialize=["n_rows", "k", "n_buckets"])
-def drop_kernel(keys, ids, slot_of, n_rows, k, n_buckets, stride, BUCKETS: tl.constexpr, DEEP: tl.constexpr, SIZE: tl.constexpr):
-    """Takes the kept candidates of flagged buckets out of the list."""
-    p = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    row = p // k
-    mask = row < n_rows
-    at = row * stride + p % k
-    f = tl.load(ids + at, mask=mask, other=0)
-    bucket = f // (BUCKETS * DEEP) * BUCKETS + f % BUCKETS
-    slot = tl.load(slot_of + row * n_buckets + bucket, mask=mask, other=-1)
-    tl.store(keys + at, -(2**31), mask=mask & (slot >= 0))
 
 
 def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tensor]:
@@ -524,7 +535,7 @@ def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Ten
     widen_kernel[(triton.cdiv(rows, ROWS),)](
         keys, columns, cut, kept_keys, kept_ids, lengths, flagged, n_flagged, crowded,
         rows, plan.entries, plan.number, plan.k, plan.extra, plan.slots, plan.entries, kept_keys.stride(0),
-        BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=8 if SIZE > 1024 else 4,
+        BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
     )  # fmt: skip
     _exact(p, keys, columns, plan, crowded, 1, p.tile.columns)
     _select_emitted(keys, columns, plan, p.tile, crowded, (kept_keys, kept_ids), cut, flagged, n_flagged, None, None)

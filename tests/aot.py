@@ -29,8 +29,9 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def _specialise(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, A
             signature.append((param.name, "*" + _TYPES[value.dtype]))
             if value.data_ptr() % 16 == 0 and free:
                 aligned.append(param.num)
+        elif isinstance(value, float):
+            signature.append((param.name, "fp32"))
         else:
             signature.append((param.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0 and free:
