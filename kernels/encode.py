@@ -23,22 +23,20 @@ Memory beyond the output: at most ``WORKSPACE`` bytes, or what one row tile need
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels import _select, _tile
+from fastsae.kernels import _masks, _select, _tile
+from fastsae.kernels._masks import Rule
+from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
 from fastsae.kernels._select import bucket_index, load_candidates
 from fastsae.kernels._tile import Tile, affine, ends, exact, ordered, place, product, upper_key
 
-WORKSPACE = 128 << 20  # bytes of candidates and rounded rows
-PANEL = 32 << 20  # bytes of rounded features
 FEW = 2048  # features whose keys are all written out
-MOST_ROWS = 4096  # of a chunk
 BEST = 4  # emitted of a bucket
 _GATHER = 16  # features that a program scores exactly at a time
 
@@ -274,104 +272,6 @@ def rescore_kernel(
         tl.store(ids + row * stride + p, f, mask=p < end)
 
 
-# ---------------------------------------------------------------- launchers: what all share
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Rows and features, and what turns their products into scores."""
-
-    x: Tensor
-    W: Tensor
-    centre: Tensor | None
-    scale: Tensor | None
-    bias: Tensor | None
-    chosen: Tensor | None
-    tile: Tile
-    magnitude: bool = False
-    others: bool = False  # row i against all features but i
-    first_row: int = 0
-
-    @property
-    def n(self) -> int:
-        return self.W.shape[0] if self.chosen is None else self.chosen.shape[0]
-
-    @property
-    def direct(self) -> bool:
-        return self.x.dtype is not torch.float32 and self.centre is None
-
-    def rows(self, part: slice) -> Problem:
-        return replace(self, x=self.x[part], first_row=self.first_row + part.start)
-
-    def flags(self) -> dict[str, bool]:
-        return {
-            "CHOSEN": self.chosen is not None, "SCALED": self.scale is not None, "BIASED": self.bias is not None,
-        }  # fmt: skip
-
-    def tile_shape(self) -> dict[str, int]:
-        return {"ROWS": self.tile.rows, "COLUMNS": self.tile.columns, "DEPTH": self.tile.depth, "GROUP": self.tile.group}
-
-    def tiles(self, n: int) -> tuple[int]:
-        return (_tile.programs(self.x.device, triton.cdiv(self.x.shape[0], self.tile.rows) * triton.cdiv(n, self.tile.columns)),)
-
-    def strides(self) -> tuple[int, ...]:
-        return (*self.x.stride(), *self.W.stride())
-
-
-def problem(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None) -> Problem:
-    chosen = _subset(features, W.shape[0])
-    scale, bias = (None if v is None else v if chosen is None else v[chosen] for v in (scale, b))
-    return Problem(x, W, _tile.wide(b_pre), _tile.wide(scale), _tile.wide(bias), chosen, _tile.tile_for(x.device))
-
-
-def _subset(features: Tensor | None, size: int) -> Tensor | None:
-    """A mask or index as ascending unique int64 indices; their number is the one thing that the host waits for."""
-    if features is None:
-        return None
-    if features.dtype is torch.bool:
-        return features.nonzero().flatten()
-    index = torch.unique(features.long())
-    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= size):
-        bad = int(index[0]) if int(index[0]) < 0 else int(index[-1])
-        raise IndexError(f"features holds {bad}, expected 0 <= index < {size}")
-    return index
-
-
-def chunks(rows: int, bytes_per_row: int, least: int) -> Iterator[slice]:
-    step = max(least, min(MOST_ROWS, WORKSPACE // max(bytes_per_row, 1)) // least * least)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """The rows of a chunk in float16, and room for a panel of features."""
-
-    x: Tensor
-    x_factors: Tensor
-    panel: Tensor
-    W_factors: Tensor
-
-    @staticmethod
-    def of(p: Problem) -> Rounded:
-        rows, width = p.x.shape[0], _tile.pitch(p.W.shape[1])
-        device = p.x.device
-        step = max(p.tile.columns, PANEL // (2 * width) // p.tile.columns * p.tile.columns)
-        x, factors = torch.empty((rows, width), dtype=torch.float16, device=device), torch.empty((3, rows), device=device)
-        _tile.round_rows(p.x, slice(0, rows), x, factors, None, p.centre, of_rows=True)
-        panel = torch.empty((min(step, p.n), width), dtype=torch.float16, device=device)
-        return Rounded(x, factors, panel, torch.empty((3, p.n), device=device))
-
-    def panels(self, p: Problem) -> Iterator[tuple[slice, Tensor]]:
-        """Ranges of features with their rounded rows, valid until the next one."""
-        step = self.panel.shape[0]
-        for start in range(0, p.n, step):
-            part = slice(start, min(start + step, p.n))
-            panel = self.panel[: part.stop - start]
-            _tile.round_rows(p.W, part, panel, self.W_factors, p.chosen, None, of_rows=False)
-            yield part, panel
-
-
 # ---------------------------------------------------------------- launchers: top-k
 
 
@@ -569,3 +469,51 @@ def encode_topk(
     indices = torch.empty((x.shape[0], k), dtype=torch.int64, device=x.device)
     topk(p, k, values, indices, relu=relu)
     return values, indices
+
+
+# ---------------------------------------------------------------- launchers: ragged
+
+
+def ragged(p: Problem, rule: Rule, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values [nnz], col [nnz], crow [rows + 1], flags [nnz] or [0]) of what the rule keeps. The host waits once, for nnz."""
+    rows, device, words = p.x.shape[0], p.x.device, _masks.n_words(p.n)
+    crow = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    with _tile.on(device):
+        parts = list(chunks(rows, 16 * words + 2 * _tile.pitch(p.W.shape[1]), p.tile.rows, 2**31 // max(p.n, 1))) if p.n else []
+        found = None
+        for part in parts:
+            found = _masks.masks(p.rows(part), rule)
+            torch.sum(_masks.counts(*found), 1, out=crow[part.start + 1 : part.stop + 1])
+        crow = torch.cumsum(crow, 0)
+        nnz = int(crow[-1])
+        values, col = torch.empty(nnz, dtype=dtype, device=device), torch.empty(nnz, dtype=torch.int64, device=device)
+        flags = torch.empty(nnz if rule.half is not None else 0, dtype=torch.uint8, device=device)
+        for part in parts if nnz else []:
+            chunk = p.rows(part)
+            if found is None or len(parts) > 1:
+                found = _masks.masks(chunk, rule)
+            bits = _masks.counts(*found)
+            offsets = torch.cumsum(bits.view(-1), 0, dtype=torch.int32).view_as(bits).sub_(bits)
+            _masks.write(chunk, rule, *found, offsets, crow[part.start], values, col, flags)
+    return values, col, crow, flags
+
+
+def encode_threshold(
+    x: Tensor, W: Tensor, b: Tensor | None, threshold: Tensor, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None,
+    packed: Tensor | None, bandwidth: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(values, col, crow, flags: 1 active, 2 inside the band); the contract is fastsae.ops.encode's."""
+    p = problem(x, W, b, b_pre, scale, features)
+    theta = threshold.to(torch.float32)
+    if theta.dim() and p.chosen is not None:
+        theta = theta[p.chosen]
+    rule = Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous(), None if bandwidth is None else bandwidth / 2)
+    return ragged(p, rule, x.dtype)
+
+
+def encode_gated(
+    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, col, crow); the contract is fastsae.ops.encode's."""
+    p = problem(x, W, b_gate, b_pre, r_mag.to(torch.float32).exp(), None)
+    return ragged(p, Rule(_masks.GATED, _tile.wide(b_mag)), x.dtype)[:3]
