@@ -4,7 +4,7 @@
     refine_kernel   the set bits of a row, ``_GATHER`` features at a time, scored exactly: decides, or writes what was kept
     write_kernel    the tiles of direct scores again, for the values: where a value goes is the number of bits before its own
 
-Bits are int32 words [rows, ceil(n / 32)], bit f % 32 of word f // 32. Everything has its place by counting, so nothing depends on what runs
+Bits are int32 words [rows, 2 * ceil(n / 64)], bit f % 32 of word f // 32. Everything has its place by counting, so nothing depends on what runs
 first, and there is no buffer that a row could overrun.
 """
 
@@ -236,13 +236,14 @@ class Rule:
 
 
 def n_words(n: int) -> int:
-    return triton.cdiv(n, 32)
+    return 2 * triton.cdiv(n, 64)
 
 
-def masks(p: Problem, rule: Rule) -> tuple[Tensor, Tensor | None]:
-    """(kept, in the band or None): words [rows, n_words] of exact decisions."""
+def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(kept, in the band or None): words [rows, n_words] of exact decisions, the first into ``kept`` where given."""
     (rows, D), device, words = p.x.shape, p.x.device, n_words(p.n)
-    kept = torch.empty((rows, words), dtype=torch.int32, device=device)
+    if kept is None:
+        kept = torch.empty((rows, words), dtype=torch.int32, device=device)
     screened_sign = rule.kind is SIGN and not p.direct
     other = torch.empty_like(kept) if screened_sign or rule.half is not None else None
     common = {**rule.flags(), **p.tile_shape(), **p.tile.options}

@@ -511,6 +511,31 @@ def encode_threshold(
     return ragged(p, rule, x.dtype)
 
 
+def encode_batch_topk(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, packed: Tensor | None,
+    k: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(values, col, crow, min_kept); the contract is fastsae.ops.encode's.
+
+    The best of each row, as many as a row keeps on average, hold at least the wanted number of scores; the least of these is a bound that
+    everything kept reaches. What reaches it is then sorted."""
+    p = problem(x, W, b, b_pre, scale, features)
+    rows, device, total = x.shape[0], x.device, int(k * x.shape[0])
+    each = 0 if rows == 0 else min(p.n, -(-total // rows))
+    theta = torch.zeros((), device=device)
+    if 0 < total < rows * p.n:
+        best, where = torch.empty((rows, each), device=device), torch.empty((rows, each), dtype=torch.int64, device=device)
+        topk(p, each, best, where, relu=False)
+        bound = best.view(-1).sort(descending=True).values[total - 1]
+        # Strictly above the number below the bound. Above a NaN stands NaN alone.
+        theta = torch.where(bound > 0, torch.nextafter(bound, theta), theta).masked_fill(bound.isnan(), torch.inf)
+    values, col, crow, _ = ragged(p, Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous()), torch.float32)
+    order = values.sort(descending=True, stable=True).indices[:total]
+    min_kept = values[order[-1:]].amin() if order.shape[0] else values.new_full((), torch.inf)
+    order = order.sort().values
+    return values[order].to(x.dtype), col[order], torch.searchsorted(order, crow), min_kept
+
+
 def encode_gated(
     x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

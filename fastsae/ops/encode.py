@@ -389,7 +389,6 @@ ENCODE_GATED = Op(
 )
 for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
     _op.row("cpu", f"fastsae.native_encode:{_op.name}", f"fastsae.native_encode:refuses_{_op.name}")
-for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_GATED):
     _op.row("triton", f"fastsae.kernels.encode:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward

@@ -211,6 +211,7 @@ MATCH_PAIR = Op(
 
 for _op in (MATCH_COSINE, MATCH_PAIR):
     _op.row("cpu", f"fastsae.native_match:{_op.name}", f"fastsae.native_match:refuses_{_op.name}")
+    _op.row("triton", f"fastsae.kernels.match:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward
 
