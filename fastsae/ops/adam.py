@@ -31,7 +31,7 @@ from torch import Tensor
 from fastsae import _checks
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
-from fastsae.ops._common import chunks, guard, row_of_slot
+from fastsae.ops._common import chunks, guard, row_of_slot, triton_refuses
 from fastsae.ops.decode import checked_bounds, decode_reference, latent_samples
 
 DTYPES = (torch.float32, torch.float64)
@@ -210,6 +210,22 @@ def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generat
 
 # ---------------------------------------------------------------- rows
 
+
+def triton_refuses_adam(W: Tensor, m: Tensor, v: Tensor, *rest: Any) -> str | None:
+    """Why the Triton row cannot serve these arguments, or None."""
+    for name, matrix in (("W", W), ("m", m), ("v", v)):
+        if not matrix.is_contiguous():
+            return f"{name} is not contiguous (supported: row-major weights and moments)"
+    if W.shape[1] > 8192:
+        return f"rows of {W.shape[1]} (supported: at most 8192)"
+    return triton_refuses(W, m, v, *rest)
+
+
+def triton_refuses_grad_squares(W: Tensor, *rest: Any) -> str | None:
+    """Why the Triton row cannot serve these arguments, or None."""
+    return triton_refuses_adam(W, W, W, *rest)
+
+
 ADAM = Op(
     "adam(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor grad, Tensor? values, Tensor? indices, Tensor? crow, Tensor? factor, float lr, "
     "float beta1, float beta2, float eps, float weight_decay, int step, bool project, bool normalise) -> ()",
@@ -232,6 +248,7 @@ GRAD_SQUARES = Op(
 )
 for _op in (ADAM, GRAD_SQUARES):
     _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    _op.row("triton", f"fastsae.kernels.adam:{_op.name}", f"fastsae.ops.adam:triton_refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 
