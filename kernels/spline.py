@@ -151,7 +151,8 @@ def _hash(words: Tensor, layer: int, seed: int, bits: int) -> Tensor:
         with _tile.on(device):
             n = 32 * n_words
             keys = torch.empty((n, 2), dtype=torch.int64, device=device)
-            key_kernel[(triton.cdiv(n, 256),)](keys, n, layer, seed, SIZE=256, num_warps=4)
-            ROWS = 256 if _tile.interpreting() else 16
+            size = min(256, triton.next_power_of_2(n))
+            key_kernel[(triton.cdiv(n, size),)](keys, n, layer, seed, SIZE=size, num_warps=4)
+            ROWS = min(256, triton.next_power_of_2(rows)) if _tile.interpreting() else 16
             hash_kernel[(triton.cdiv(rows, ROWS),)](words, keys, out, rows, n_words, PARTS=parts, ROWS=ROWS, num_warps=4)
     return out[:, 0] if parts == 1 else out

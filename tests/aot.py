@@ -61,13 +61,29 @@ class Usage:
     @cached_property
     def resources(self) -> dict[str, int]:
         """REG, STACK, LOCAL, SHARED as cuobjdump reports them; a spill shows in STACK or LOCAL."""
+        line = next(line for line in self._dump("--dump-resource-usage").splitlines() if "REG:" in line)
+        return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+
+    @cached_property
+    def matrix_loop(self) -> list[str]:
+        """The instructions of the smallest loop that holds a tensor-core instruction."""
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self._dump("--dump-sass"))
+        code = [(int(address, 16), text) for address, text in found]
+        loops = []
+        for address, text in code:
+            branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+            if branch and (first := int(branch[1], 16)) < address:
+                body = [inside for at, inside in code if first <= at <= address]
+                if any(re.search(r"MMA\b", inside) for inside in body):
+                    loops.append(body)
+        return min(loops, key=len)
+
+    def _dump(self, what: str) -> str:
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
-            text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
-        line = next(line for line in text.splitlines() if "REG:" in line)
-        return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+            return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
 @contextmanager
