@@ -4,8 +4,8 @@
     refine_kernel   the set bits of a row, ``_GATHER`` features at a time, scored exactly: decides, or writes what was kept
     write_kernel    the tiles of direct scores again, for the values: where a value goes is the number of bits before its own
 
-Bits are int32 words [rows, 2 * ceil(n / 64)], bit f % 32 of word f // 32. Everything has its place by counting, so nothing depends on what runs
-first, and there is no buffer that a row could overrun.
+Bits are int32 words [rows, 2 * ceil(n / 64)], bit f % 32 of word f // 32. Everything has its place by counting, so nothing depends on
+what runs first, and there is no buffer that a row could overrun.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
@@ -31,7 +31,10 @@ _WORDS = 8  # of a program that walks over set bits
 
 
 @triton.jit
-def _decide(total, scale, bias, theta, half, f, inside, KIND: tl.constexpr, BAND: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+def _decide(
+    total, scale, bias, theta, half, f, inside,
+    KIND: tl.constexpr, BAND: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
     """(kept, in the band, value) of products [.., columns ``f``]. GATED: ``bias`` is the gate's, ``theta`` the magnitude's."""
     if KIND == GATED:
         gate = affine(total, scale, bias, f, inside, False, True)
@@ -98,7 +101,7 @@ def mask_kernel(
                         kept = kept | _above(high, limit - half - (tl.abs(limit) + half) * 9.5367431640625e-07)
                     other = kept
         else:
-            kept, other, value = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
+            kept, other, _ = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
         word = (first + column_tile.to(tl.int64) * COLUMNS) // 32 + tl.arange(0, COLUMNS // 32)
         to = (rows * n_words)[:, None] + word[None, :]
         mask = live[:, None] & (word < n_words)[None, :]
@@ -265,7 +268,7 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
     return kept, None if rule.kind is SIGN else other
 
 
-def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None) -> None:  # fmt: skip
+def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tuple[Tensor | None, ...] | None) -> None:
     (rows, words), interpreted = kept.shape, _tile.interpreting()
     size = min(_WORDS, triton.next_power_of_2(words))
     refine_kernel[(rows, triton.cdiv(words, size))](

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from fastsae.kernels import _tile
@@ -52,7 +51,8 @@ class Problem:
         return {"ROWS": self.tile.rows, "COLUMNS": self.tile.columns, "DEPTH": self.tile.depth, "GROUP": self.tile.group}
 
     def tiles(self, n: int) -> tuple[int]:
-        return (_tile.programs(self.x.device, triton.cdiv(self.x.shape[0], self.tile.rows) * triton.cdiv(n, self.tile.columns)),)
+        n_tiles = -(-self.x.shape[0] // self.tile.rows) * -(-n // self.tile.columns)
+        return (_tile.programs(self.x.device, n_tiles),)
 
     def strides(self) -> tuple[int, ...]:
         return (*self.x.stride(), *self.W.stride())

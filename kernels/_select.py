@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels._tile import ABSENT, TOP, interpreting, unordered
+from fastsae.kernels._tile import interpreting, unordered
 
 MOST_KEPT = 512  # a row; the ranks of more are found by sorting
 _SIZE = 4096  # candidates of a program at a time
@@ -64,7 +64,9 @@ def _count(
         found += tl.sum(hit.to(tl.int32), axis=1)
     else:
         for start in range(0, n, SIZE):
-            p, key, index = load_candidates(keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
+            _, key, index = load_candidates(
+                keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
+            )
             hit = ((key == key_cut[:, None]) & (index < index_cut[:, None])) if EQUAL else key >= key_cut[:, None]
             found += tl.sum(hit.to(tl.int32), axis=1)
     return found
@@ -128,7 +130,9 @@ def select_kernel(
         tl.store(cut + n_rows + rows, index_cut, mask=live)
         written = tl.zeros((ROWS,), tl.int32)
         for start in range(0, n, SIZE):
-            p, key, index = load_candidates(keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
+            p, key, index = load_candidates(
+                keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
+            )
             kept = (key > key_cut[:, None]) | ((key == key_cut[:, None]) & (index <= index_cut[:, None]))
             kept = kept & live[:, None] & (p[None, :] < lengths[:, None])
             number = kept.to(tl.int32)
@@ -140,7 +144,9 @@ def select_kernel(
         if FLAG:
             slots = tl.zeros((ROWS,), tl.int32)
             for start in range(n - n_buckets, n, SIZE):
-                p, key, index = load_candidates(keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
+                p, key, index = load_candidates(
+                    keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
+                )
                 kept = (key > key_cut[:, None]) | ((key == key_cut[:, None]) & (index <= index_cut[:, None]))
                 kept = kept & live[:, None] & (p < n)[None, :] & (key != -(2**31))
                 number = kept.to(tl.int32)

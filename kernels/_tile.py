@@ -250,10 +250,10 @@ def round_kernel(
         losses += tl.sum(lost * lost, axis=1)
     width = tl.cast(D, tl.float32)
     relative = 1.0 + (width + 72.0) * 1.1920928955078125e-07
-    absolute = tl.sqrt(width) * 2.168404344971009e-19
+    absolute = tl.sqrt_rn(width) * 2.168404344971009e-19
     # Not <= catches NaN.
-    norm = tl.where(squares <= 1e36, tl.sqrt(squares) * relative + absolute, float("inf"))
-    loss = tl.where(squares <= 1e36, tl.sqrt(losses) * relative + absolute, float("inf"))
+    norm = tl.where(squares <= 1e36, tl.sqrt_rn(squares) * relative + absolute, float("inf"))
+    loss = tl.where(squares <= 1e36, tl.sqrt_rn(losses) * relative + absolute, float("inf"))
     if FACTORS:
         g = 1.01 * (tl.cast((D + 127) // 128, tl.float32) + 10.0) * 5.9604644775390625e-08
         q = 1.515 * (width + 64.0) * 1.1920928955078125e-07

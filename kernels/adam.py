@@ -32,7 +32,8 @@ def adam_kernel(
     W, m, v, grad, values, rows, segments, chunks, partials, factor, squares,
     n_rows, n_columns, split, stride_r, stride_g, stride_p,
     beta1, rest1, beta2, rest2, keep, move, root, eps,
-    SPARSE: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, SQUARES: tl.constexpr, COLUMNS: tl.constexpr,
+    SPARSE: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, SQUARES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
@@ -77,7 +78,8 @@ def adam_kernel(
 
 def adam(
     W: Tensor, m: Tensor, v: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
-    factor: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
+    factor: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool,
+    normalise: bool,
 ) -> None:  # fmt: skip
     """One step in place; W, m and v are contiguous. The contract is fastsae.ops.adam's."""
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps)

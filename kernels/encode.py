@@ -49,7 +49,10 @@ def _score_key(score, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def _emit(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr):  # fmt: skip
+def _emit(
+    key, keys, columns, rows, live, bucket, n_buckets, stride,
+    BEST: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
     """The BEST largest keys of each bucket of a tile [ROWS, DEEP * BUCKETS], equal ones by the lower column."""
     key = tl.reshape(key, (ROWS, DEEP, BUCKETS))
     column = tl.arange(0, DEEP)[None, :, None]
@@ -413,7 +416,7 @@ def _direct_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tenso
 
 
 def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, D), device = p.x.shape, p.x.device
+    rows, device = p.x.shape[0], p.x.device
     keys = torch.empty((rows, plan.entries), dtype=torch.int32, device=device)
     columns = torch.empty((rows, plan.entries), dtype=torch.int16, device=device)
     rounded = Rounded.of(p)
@@ -444,7 +447,8 @@ def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Ten
 
 
 def _rescore(
-    p: Problem, plan: Buckets, columns: Tensor, lengths: Tensor, flagged: Tensor | None, n_flagged: Tensor, ids: Tensor, keys: Tensor, first: int
+    p: Problem, plan: Buckets, columns: Tensor, lengths: Tensor, flagged: Tensor | None, n_flagged: Tensor, ids: Tensor, keys: Tensor,
+    first: int,
 ) -> None:  # fmt: skip
     rows, D = p.x.shape
     width = 64 if _tile.interpreting() else _GATHER

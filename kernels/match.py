@@ -43,7 +43,9 @@ def _unit(v: Tensor, eps: float) -> Tensor:
     return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(eps)
 
 
-def _best(a: Tensor, b: Tensor, k: int, *, absolute: bool = False, exclude_self: bool = False, negative: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _best(
+    a: Tensor, b: Tensor, k: int, *, absolute: bool = False, exclude_self: bool = False, negative: bool = False
+) -> tuple[Tensor, Tensor]:
     """(similarity [N, k] in float32, index [N, k]) of unit rows; ``negative``: the smallest similarities, negated."""
     values = torch.empty((a.shape[0], k), device=a.device)
     indices = torch.empty((a.shape[0], k), dtype=torch.int64, device=a.device)

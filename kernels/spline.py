@@ -34,7 +34,9 @@ def sign_kernel(z, words, n_rows, n, n_words, z_r, z_c, ROWS: tl.constexpr, WORD
     live = rows < n_rows
     value = tl.load(z + (rows * z_r)[:, None] + (column * z_c)[None, :], mask=live[:, None] & (column < n)[None, :], other=0)
     word = first + tl.arange(0, WORDS)
-    tl.store(words + (rows * n_words)[:, None] + word[None, :], pack_bits(value > 0, ROWS, WORDS), mask=live[:, None] & (word < n_words)[None, :])
+    tl.store(
+        words + (rows * n_words)[:, None] + word[None, :], pack_bits(value > 0, ROWS, WORDS), mask=live[:, None] & (word < n_words)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["n", "layer", "seed"])
