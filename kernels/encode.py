@@ -163,32 +163,30 @@ def exact_kernel(
     OTHERS: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As ``emit_kernel``, from exact scores; ONLY rows that ``only`` marks."""
-    n_row_tiles = tl.cdiv(n_rows, ROWS)
-    tile = tl.program_id(0)
-    row_tile, column_tile = tile % n_row_tiles, tile // n_row_tiles
-    rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     if ONLY:
         live = live & (tl.load(only + rows, mask=live, other=0) != 0)
     if tl.sum(live.to(tl.int32), axis=0) > 0:
-        f = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = f < n
-        column = f
-        if CHOSEN:
-            column = tl.load(chosen + f, mask=inside, other=0)
         row = tl.minimum(rows, n_rows - 1)
-        mask = live[:, None] & inside[None, :]
-        W_at = tl.broadcast_to((W + column * W_f)[None, :], (ROWS, COLUMNS))
-        total = exact(x + row * x_r, W_at, centre, D, x_d, W_d, mask, CENTRED, ROWS, COLUMNS)
-        key = _score_key(affine(total, scale, bias, f, inside, SCALED, BIASED), MAGNITUDE)
-        if OTHERS:
-            key = tl.where((first_row + rows)[:, None] == f[None, :], -(2**31), key)
-        if STORE:
-            tl.store(keys + (rows * stride)[:, None] + f[None, :], key, mask=mask)
-        else:
-            key = tl.where(inside[None, :], key, -(2**31))
-            bucket = (column_tile * BUCKETS + tl.arange(0, BUCKETS)).to(tl.int64)
-            _emit(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
+        for column_tile in range(tl.program_id(1), tl.cdiv(n, COLUMNS), tl.num_programs(1)):
+            f = tl.cast(column_tile, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+            inside = f < n
+            column = f
+            if CHOSEN:
+                column = tl.load(chosen + f, mask=inside, other=0)
+            mask = live[:, None] & inside[None, :]
+            W_at = tl.broadcast_to((W + column * W_f)[None, :], (ROWS, COLUMNS))
+            total = exact(x + row * x_r, W_at, centre, D, x_d, W_d, mask, CENTRED, ROWS, COLUMNS)
+            key = _score_key(affine(total, scale, bias, f, inside, SCALED, BIASED), MAGNITUDE)
+            if OTHERS:
+                key = tl.where((first_row + rows)[:, None] == f[None, :], -(2**31), key)
+            if STORE:
+                tl.store(keys + (rows * stride)[:, None] + f[None, :], key, mask=mask)
+            else:
+                key = tl.where(inside[None, :], key, -(2**31))
+                bucket = tl.cast(column_tile, tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
+                _emit(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_entries", "n_buckets", "k", "n_extra", "n_slots"])
@@ -368,7 +366,9 @@ def _emit_direct(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets
 
 def _exact(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | None, only: Tensor | None, size: int, width: int) -> None:
     rows, D = p.x.shape
-    exact_kernel[(triton.cdiv(rows, size) * triton.cdiv(p.n, width),)](
+    # Where few rows are meant, most programs have nothing to do: fewer of them, for several tiles of columns each.
+    programs = min(triton.cdiv(p.n, width), 65535 if only is None else 32)
+    exact_kernel[(triton.cdiv(rows, size), programs)](
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, only, keys, columns,
         p.first_row, rows, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
         ONLY=only is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, STORE=plan is None, BEST=BEST,

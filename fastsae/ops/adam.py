@@ -300,7 +300,7 @@ def adam_(
     """One step of Adam (AdamW with ``weight_decay``) in place, in one pass and without a dense gradient. ``fastsae.optim.Adam`` calls it.
 
     Args:
-        W, exp_avg, exp_avg_sq: ``[F, D]``, float32 or float64, written; contiguous for the C++ row.
+        W, exp_avg, exp_avg_sq: ``[F, D]``, float32 or float64, written; contiguous for the C++ and the Triton row.
         gradient: ``[F, D]``, or a ``RowGradient`` of F features whose values and rows have W's dtype or a narrower one.
         step: number of this step, 1 for the first.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; results agree with it to rounding.
@@ -311,7 +311,8 @@ def adam_(
     Raises:
         TypeError, ValueError: dtype, device, shape, range. IndexError: an index outside ``0 .. F - 1``; nothing has been written then.
 
-    Memory beyond the arguments: 24 bytes a slot and a feature, one row a thread. Deterministic, whatever the number of threads.
+    Memory beyond the arguments: 24 bytes a slot and a feature, one row a thread; in the Triton row about 60 bytes a slot, and a row of
+    float32 for every 128 slots. Deterministic, whatever the number of threads.
     """
     op = "adam_"
     _checks.tensor(op, "W", W, DTYPES)
