@@ -29,8 +29,9 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,29 @@ class Usage:
     @cached_property
     def resources(self) -> dict[str, int]:
         """REG, STACK, LOCAL, SHARED as cuobjdump reports them; a spill shows in STACK or LOCAL."""
+        line = next(line for line in self._dump("--dump-resource-usage").splitlines() if "REG:" in line)
+        return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+
+    @cached_property
+    def matrix_loop(self) -> list[str]:
+        """The instructions of the smallest loop that holds a tensor-core instruction."""
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self._dump("--dump-sass"))
+        code = [(int(address, 16), text) for address, text in found]
+        loops = []
+        for address, text in code:
+            branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+            if branch and (first := int(branch[1], 16)) < address:
+                body = [inside for at, inside in code if first <= at <= address]
+                if any(re.search(r"MMA\b", inside) for inside in body):
+                    loops.append(body)
+        return min(loops, key=len)
+
+    def _dump(self, what: str) -> str:
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
-            text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
-        line = next(line for line in text.splitlines() if "REG:" in line)
-        return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+            return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
 @contextmanager
@@ -96,6 +113,8 @@ def _specialise(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, A
             signature.append((param.name, "*" + _TYPES[value.dtype]))
             if value.data_ptr() % 16 == 0 and free:
                 aligned.append(param.num)
+        elif isinstance(value, float):
+            signature.append((param.name, "fp32"))
         else:
             signature.append((param.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0 and free:

@@ -99,3 +99,11 @@ def triton_refuses(*args: object) -> str | None:
 
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     return _triton.unavailable(tensors[0].device) or _triton.dtype_reason(*tensors)
+
+
+def triton_refuses_scores(x: Tensor, W: Tensor, *rest: object) -> str | None:
+    """As ``triton_refuses``, for kernels over scores, which number features in int32."""
+    reason = triton_refuses(x, W, *rest)
+    if reason is None and max(x.shape[0], W.shape[0]) >= 2**31 - 2**10:
+        return f"{max(x.shape[0], W.shape[0])} rows (supported: fewer than 2^31 - 2^10)"
+    return reason

@@ -31,7 +31,7 @@ from torch import Tensor
 from fastsae import _checks
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
-from fastsae.ops._common import chunks, guard, row_of_slot
+from fastsae.ops._common import chunks, guard, row_of_slot, triton_refuses
 from fastsae.ops.decode import checked_bounds, decode_reference, latent_samples
 
 DTYPES = (torch.float32, torch.float64)
@@ -210,6 +210,22 @@ def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generat
 
 # ---------------------------------------------------------------- rows
 
+
+def triton_refuses_adam(W: Tensor, m: Tensor, v: Tensor, *rest: Any) -> str | None:
+    """Why the Triton row cannot serve these arguments, or None."""
+    for name, matrix in (("W", W), ("m", m), ("v", v)):
+        if not matrix.is_contiguous():
+            return f"{name} is not contiguous (supported: row-major weights and moments)"
+    if W.shape[1] > 8192:
+        return f"rows of {W.shape[1]} (supported: at most 8192)"
+    return triton_refuses(W, m, v, *rest)
+
+
+def triton_refuses_grad_squares(W: Tensor, *rest: Any) -> str | None:
+    """Why the Triton row cannot serve these arguments, or None."""
+    return triton_refuses_adam(W, W, W, *rest)
+
+
 ADAM = Op(
     "adam(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor grad, Tensor? values, Tensor? indices, Tensor? crow, Tensor? factor, float lr, "
     "float beta1, float beta2, float eps, float weight_decay, int step, bool project, bool normalise) -> ()",
@@ -232,6 +248,7 @@ GRAD_SQUARES = Op(
 )
 for _op in (ADAM, GRAD_SQUARES):
     _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    _op.row("triton", f"fastsae.kernels.adam:{_op.name}", f"fastsae.ops.adam:triton_refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 
@@ -284,7 +301,7 @@ def adam_(
 
     Args:
         W, exp_avg, exp_avg_sq: ``[F, D]``, float32 or float64, written. The C++ row takes float32 rows, or three transposed
-            views of the same strides (``[D, F]`` parameters), to the same bits.
+            views of the same strides (``[D, F]`` parameters), to the same bits; the Triton row contiguous ones.
         gradient: ``[F, D]``, or a ``RowGradient`` of F features whose values and rows have W's dtype or a narrower one.
         step: number of this step, 1 for the first.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; results agree with it to rounding.
@@ -295,8 +312,8 @@ def adam_(
     Raises:
         TypeError, ValueError: dtype, device, shape, range. IndexError: an index outside ``0 .. F - 1``; nothing has been written then.
 
-    Memory beyond the arguments: 24 bytes a slot and a feature, one row a thread (transposed: 1 KiB * D). Deterministic, whatever
-    the number of threads.
+    Memory beyond the arguments: 24 bytes a slot and a feature, one row a thread (transposed: 1 KiB * D); in the Triton row about 60 bytes
+    a slot, and a row of float32 for every 128 slots. Deterministic, whatever the number of threads.
     """
     op = "adam_"
     _checks.tensor(op, "W", W, DTYPES)

@@ -389,6 +389,7 @@ ENCODE_GATED = Op(
 )
 for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
     _op.row("cpu", f"fastsae.native_encode:{_op.name}", f"fastsae.native_encode:refuses_{_op.name}")
+    _op.row("triton", f"fastsae.kernels.encode:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward
 
@@ -631,7 +632,9 @@ def encode_topk(
     ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through kept entries, with ``relu`` only where the value is above
     0, never through NaN. Deterministic. Memory beyond the output, whatever ``B`` and ``F``: temporaries of 64 MiB each in the
     reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels and candidate buffers, kept for reuse
-    (``csrc/fastsae.h`` states the bytes; 3 MB at B = 256, D = 768, F = 24576, k = 32).
+    (``csrc/fastsae.h`` states the bytes; 3 MB at B = 256, D = 768, F = 24576, k = 32); in the Triton row chunks of rows with 128 MiB of
+    candidates and, for float32 sums, 32 MiB of rounded features and 12 bytes a feature. There the host waits for nothing but the number
+    of ``features``.
 
     Raises:
         TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range.
@@ -682,8 +685,9 @@ def encode_threshold(
     NaN is kept, with zero gradient. Gradients flow through the active scores to x, W_enc, b_enc, b_pre and scale, and with ``bandwidth``
     e to the threshold: ``d value / d threshold = -(threshold / e)`` and ``d l0 / d threshold = -1 / e`` where
     ``|score - threshold| < e / 2``; without it the threshold's gradient is zero. Deterministic. Memory beyond the output: temporaries
-    of 64 MiB each in the reference; in the C++ row that of ``encode_topk`` and 16 bytes a latent until they are copied out. The output
-    holds what fires, at initialisation about half of ``[B, F]`` for ReLU (``SAE`` then works tile by tile).
+    of 64 MiB each in the reference; in the C++ row that of ``encode_topk`` and 16 bytes a latent until they are copied out; in the Triton
+    row that of ``encode_topk``, made of masks, each formed twice where there are several chunks of rows (the host waits for the number of
+    latents in between). The output holds what fires, at initialisation about half of ``[B, F]`` for ReLU (``SAE`` then works tile by tile).
 
     Raises: as ``encode_topk``; ValueError for a bandwidth not above 0.
 
@@ -736,7 +740,8 @@ def encode_batch_topk(
 
     Ties: by score, then the lower row, then the lower feature. NaN ranks above +inf and is kept, with zero gradient. Gradients flow
     through kept entries. Deterministic; a row's result depends on its batch by nature. Memory: the output and temporaries of 64 MiB
-    each in the reference, 48 bytes a latent and the workspace of ``encode_topk`` in the C++ row.
+    each in the reference, 48 bytes a latent and the workspace of ``encode_topk`` in the C++ row, about 80 bytes for each of ``ceil(k) *
+    rows`` candidates and that workspace in the Triton row.
 
     Raises: as ``encode_topk``; ValueError for k not above 0.
 

@@ -211,6 +211,7 @@ MATCH_PAIR = Op(
 
 for _op in (MATCH_COSINE, MATCH_PAIR):
     _op.row("cpu", f"fastsae.native_match:{_op.name}", f"fastsae.native_match:refuses_{_op.name}")
+    _op.row("triton", f"fastsae.kernels.match:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward
 
@@ -286,7 +287,7 @@ def match_cosine(
 
     The similarity is the float32 (float64 for float64) product of ``fl(v / max(|v|, eps))``; equal ones: lower index first; NaN ranks
     highest. Gradients flow to ``a`` and ``b`` through the matches. Deterministic. Memory: the unit rows and temporaries of 64 MiB each in
-    the reference; nothing grows with ``N * M``.
+    the reference, the unit rows and the workspace of ``encode_topk`` in the Triton row; nothing grows with ``N * M``.
 
     Raises: TypeError: dtype or device. ValueError: shape, k or eps out of range.
     """

@@ -1,0 +1,302 @@
+"""What is kept of every score, one bit a score: signs, thresholds, gates. The masks are the only thing that a pass over the scores leaves.
+
+    mask_kernel     tiles of scores to bits. A direct score decides; a screened one leaves a bit for what its interval cannot decide
+    refine_kernel   the set bits of a row, ``_GATHER`` features at a time, scored exactly: decides, or writes what was kept
+    write_kernel    the tiles of direct scores again, for the values: where a value goes is the number of bits before its own
+
+Bits are int32 words [rows, 2 * ceil(n / 64)], bit f % 32 of word f // 32. Everything has its place by counting, so nothing depends on
+what runs first, and there is no buffer that a row could overrun.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsae.kernels import _tile
+from fastsae.kernels._problem import Problem, Rounded
+from fastsae.kernels._tile import affine, ends, exact, interval, pack_bits, place, popcount, product, unpack_bits
+
+SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_GATHER = 16  # features that a program scores exactly at a time
+_WORDS = 8  # of a program that walks over set bits
+
+# ---------------------------------------------------------------- device code
+
+
+@triton.jit
+def _decide(
+    total, scale, bias, theta, half, f, inside,
+    KIND: tl.constexpr, BAND: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """(kept, in the band, value) of products [.., columns ``f``]. GATED: ``bias`` is the gate's, ``theta`` the magnitude's."""
+    if KIND == GATED:
+        gate = affine(total, scale, bias, f, inside, False, True)
+        value = affine(total, scale, theta, f, inside, True, True)
+        kept = ((gate <= 0) == 0) & ((value <= 0) == 0)
+        value = tl.where(gate != gate, gate, value)
+        band = kept
+    else:
+        value = affine(total, scale, bias, f, inside, SCALED, BIASED)
+        if KIND == SIGN:
+            kept = value > 0
+            band = kept
+        else:
+            limit = tl.load(theta + f, mask=inside, other=0)[None, :]
+            kept = (value > tl.where(limit < 0, 0.0, limit)) | (value != value)
+            band = kept
+            if BAND:
+                band = tl.abs(value - limit) < half
+                value = tl.where(kept, value, 0.0)
+    return kept, band, value
+
+
+@triton.jit
+def _above(upper, limit):
+    """Whether an upper end leaves it open that the score exceeds the limit."""
+    return ((upper < float("inf")) & (upper <= limit)) == 0
+
+
+@triton.jit(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
+def mask_kernel(
+    x, W, chosen, x_factors, W_factors, scale, bias, theta, kept_words, other_words,
+    first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
+    KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    TWO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Direct: kept bits, and with BAND those in the band. Screened: bits that may be kept; SIGN: sure ones, and undecided ones."""
+    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n_panel, COLUMNS)
+    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
+        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        local = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        live, inside = rows < n_rows, local < n_panel
+        row, column = tl.minimum(rows, n_rows - 1), tl.minimum(local, n_panel - 1)
+        f = first + local
+        if CHOSEN:
+            column = tl.load(chosen + first + column)
+        total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+        if SCREENED:
+            if KIND == GATED:
+                r, e = interval(total, x_factors, W_factors, row, n_rows, f, n, inside, D)
+                kept = _above(affine(r + e, scale, bias, f, inside, False, True), 0.0)
+                kept = kept & _above(affine(r + e, scale, theta, f, inside, True, True), 0.0)
+                other = kept
+            else:
+                low, high = ends(total, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
+                if KIND == SIGN:
+                    kept = low > 0
+                    other = _above(high, 0.0) & (kept == 0)
+                else:
+                    limit = tl.load(theta + f, mask=inside, other=0)[None, :]
+                    kept = _above(high, tl.where(limit < 0, 0.0, limit))
+                    if BAND:
+                        # Slightly below the band: its own ends round.
+                        kept = kept | _above(high, limit - half - (tl.abs(limit) + half) * 9.5367431640625e-07)
+                    other = kept
+        else:
+            kept, other, _ = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
+        word = (first + column_tile.to(tl.int64) * COLUMNS) // 32 + tl.arange(0, COLUMNS // 32)
+        to = (rows * n_words)[:, None] + word[None, :]
+        mask = live[:, None] & (word < n_words)[None, :]
+        tl.store(kept_words + to, pack_bits(kept & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
+        if TWO:
+            tl.store(other_words + to, pack_bits(other & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_words", "half", "D"])
+def refine_kernel(
+    x, W, chosen, centre, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
+    n_words, half, D, x_r, x_d, W_f, W_d,
+    KIND: tl.constexpr, BAND: tl.constexpr, WRITE: tl.constexpr, CHOSEN: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
+    BIASED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Exact scores of the set bits of one row and WORDS words. Decides: SIGN the undecided bits, otherwise the bits that may be kept.
+    WRITE: value, column and flag of every bit, in order from the offset of the first word."""
+    row = tl.program_id(0).to(tl.int64)
+    first_word = tl.program_id(1).to(tl.int64) * WORDS
+    word = first_word + tl.arange(0, WORDS)
+    at = row * n_words + word
+    there = word < n_words
+    kept = tl.load(kept_words + at, mask=there, other=0)
+    open_words = kept
+    if BAND and WRITE:
+        open_words = kept | tl.load(other_words + at, mask=there, other=0)
+    if KIND == SIGN:
+        open_words = tl.load(other_words + at, mask=there, other=0)
+    bit = tl.reshape(unpack_bits(open_words[None, :], 1, WORDS), (32 * WORDS,))
+    place = tl.arange(0, 32 * WORDS)
+    number = tl.cumsum(bit, axis=0) - 1
+    count = tl.sum(bit, axis=0)
+    new = tl.zeros((32 * WORDS,), tl.int32)
+    band_new = tl.zeros((32 * WORDS,), tl.int32)
+    for start in range(0, count, COLUMNS):
+        wanted = start + tl.arange(0, COLUMNS)
+        hit = (number[None, :] == wanted[:, None]) & (bit != 0)[None, :]
+        f = first_word * 32 + tl.sum(tl.where(hit, place[None, :], 0), axis=1)
+        inside = wanted < count
+        column = f
+        if CHOSEN:
+            column = tl.load(chosen + f, mask=inside, other=0)
+        x_at = x + (row * x_r + tl.zeros((1,), tl.int64))
+        total = exact(x_at, (W + column * W_f)[None, :], centre, D, x_d, W_d, inside[None, :], CENTRED, 1, COLUMNS)
+        decided, banded, value = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
+        decided = tl.reshape(decided.to(tl.int32), (COLUMNS,))
+        banded = tl.reshape(banded.to(tl.int32), (COLUMNS,))
+        if WRITE:
+            to = tl.load(base) + tl.load(offsets + row * n_words + first_word) + wanted
+            tl.store(values + to, tl.reshape(value, (COLUMNS,)).to(values.dtype.element_ty), mask=inside)
+            tl.store(col + to, column, mask=inside)
+            if BAND:
+                tl.store(flags + to, (decided + 2 * banded).to(tl.uint8), mask=inside)
+        else:
+            new += tl.sum(tl.where(hit, decided[:, None], 0), axis=0)
+            if BAND:
+                band_new += tl.sum(tl.where(hit, banded[:, None], 0), axis=0)
+    if WRITE == 0:
+        result = tl.reshape(pack_bits(new[None, :], 1, WORDS), (WORDS,))
+        if KIND == SIGN:
+            result = result | kept
+        tl.store(kept_words + at, result, mask=there)
+        if BAND:
+            tl.store(other_words + at, tl.reshape(pack_bits(band_new[None, :], 1, WORDS), (WORDS,)), mask=there)
+
+
+@triton.jit
+def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: tl.constexpr):
+    """Bits set in each word."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    word = tl.load(kept_words + at, mask=at < n, other=0)
+    if BAND:
+        word = word | tl.load(other_words + at, mask=at < n, other=0)
+    tl.store(counts + at, popcount(word), mask=at < n)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n", "n_words", "half", "D"])
+def write_kernel(
+    x, W, chosen, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
+    n_rows, n, n_words, half, D, x_r, x_d, W_f, W_d,
+    KIND: tl.constexpr, BAND: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Values, columns and flags of the bits that ``mask_kernel`` set, from the same scores."""
+    WORDS: tl.constexpr = COLUMNS // 32
+    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n, COLUMNS)
+    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
+        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        f = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        live, inside = rows < n_rows, f < n
+        word = column_tile.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+        at = (rows * n_words)[:, None] + word[None, :]
+        mask = live[:, None] & (word < n_words)[None, :]
+        kept = tl.load(kept_words + at, mask=mask, other=0)
+        stored = kept
+        if BAND:
+            banded = tl.load(other_words + at, mask=mask, other=0)
+            stored = kept | banded
+        if tl.max(tl.max((stored != 0).to(tl.int32), axis=1), axis=0) != 0:
+            row, column = tl.minimum(rows, n_rows - 1), tl.minimum(f, n - 1)
+            if CHOSEN:
+                column = tl.load(chosen + column)
+            total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+            decided, band, value = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
+            bit = tl.arange(0, 32)[None, None, :]
+            before = popcount(stored[:, :, None] & ((1 << bit) - 1))
+            to = tl.load(offsets + at, mask=mask, other=0)[:, :, None] + before
+            mine = tl.reshape(((stored[:, :, None] >> bit) & 1) != 0, (ROWS, COLUMNS))
+            start = tl.load(base)
+            to = tl.reshape(to, (ROWS, COLUMNS))
+            tl.store(values + start + to, value.to(values.dtype.element_ty), mask=mine)
+            tl.store(col + start + to, tl.broadcast_to(column[None, :], (ROWS, COLUMNS)), mask=mine)
+            if BAND:
+                tl.store(flags + start + to, (decided.to(tl.int32) + 2 * band.to(tl.int32)).to(tl.uint8), mask=mine)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is kept of a score. ``theta``: thresholds, or the magnitude's bias of a gated encoder; ``half`` a bandwidth."""
+
+    kind: tl.constexpr
+    theta: Tensor | None = None
+    half: float | None = None
+
+    def flags(self) -> dict[str, object]:
+        return {"KIND": self.kind.value, "BAND": self.half is not None}
+
+    @property
+    def width(self) -> float:
+        return 0.0 if self.half is None else self.half
+
+
+def n_words(n: int) -> int:
+    return 2 * triton.cdiv(n, 64)
+
+
+def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(kept, in the band or None): words [rows, n_words] of exact decisions, the first into ``kept`` where given."""
+    (rows, D), device, words = p.x.shape, p.x.device, n_words(p.n)
+    if kept is None:
+        kept = torch.empty((rows, words), dtype=torch.int32, device=device)
+    screened_sign = rule.kind is SIGN and not p.direct
+    other = torch.empty_like(kept) if screened_sign or rule.half is not None else None
+    common = {**rule.flags(), **p.tile_shape(), **p.tile.options}
+    if p.direct:
+        mask_kernel[p.tiles(p.n)](
+            p.x, p.W, p.chosen, None, None, p.scale, p.bias, rule.theta, kept, other,
+            0, rows, p.n, p.n, words, rule.width, D, *p.strides(),
+            SCREENED=False, TWO=other is not None, EVEN=D % p.tile.depth == 0, **p.flags(), **common,
+        )  # fmt: skip
+        return kept, other
+    rounded = Rounded.of(p)
+    for part, panel in rounded.panels(p):
+        mask_kernel[p.tiles(panel.shape[0])](
+            rounded.x, panel, None, rounded.x_factors, rounded.W_factors, p.scale, p.bias, rule.theta, kept, other,
+            part.start, rows, panel.shape[0], p.n, words, rule.width, panel.shape[1], panel.shape[1], 1, panel.shape[1], 1,
+            SCREENED=True, TWO=screened_sign, EVEN=True, **{**p.flags(), "CHOSEN": False}, **common,
+        )  # fmt: skip
+    _refine(p, rule, kept, other, None)
+    return kept, None if rule.kind is SIGN else other
+
+
+def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tuple[Tensor | None, ...] | None) -> None:
+    (rows, words), interpreted = kept.shape, _tile.interpreting()
+    size = min(_WORDS, triton.next_power_of_2(words))
+    refine_kernel[(rows, triton.cdiv(words, size))](
+        p.x, p.W, p.chosen, p.centre, p.scale, p.bias, rule.theta, kept, other, *(out or (None,) * 5),
+        words, rule.width, p.x.shape[1], *p.strides(),
+        WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=32 * size if interpreted else _GATHER,
+        num_warps=4, enable_fp_fusion=False, **rule.flags(), **p.flags(),
+    )  # fmt: skip
+
+
+def counts(kept: Tensor, other: Tensor | None) -> Tensor:
+    """[rows, n_words] int32: bits set, in either mask."""
+    result = torch.empty_like(kept)
+    if kept.numel():
+        count_kernel[(triton.cdiv(kept.numel(), 1024),)](kept, other, result, kept.numel(), BAND=other is not None, SIZE=1024)
+    return result
+
+
+def write(
+    p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, offsets: Tensor, base: Tensor, values: Tensor, col: Tensor, flags: Tensor
+) -> None:  # fmt: skip
+    """The kept entries: values, columns, flags from ``base []`` plus ``offsets [rows, n_words]`` on."""
+    if not p.direct:
+        _refine(p, rule, kept, other, (offsets, base, values, col, flags))
+        return
+    rows, D = p.x.shape
+    write_kernel[p.tiles(p.n)](
+        p.x, p.W, p.chosen, p.scale, p.bias, rule.theta, kept, other, offsets, base, values, col, flags,
+        rows, p.n, kept.shape[1], rule.width, D, *p.strides(),
+        EVEN=D % p.tile.depth == 0, **rule.flags(), **p.flags(), **p.tile_shape(), **p.tile.options,
+    )  # fmt: skip

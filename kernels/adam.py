@@ -1,0 +1,136 @@
+"""Exact dense Adam on a GPU: one program a feature forms its gradient row, moves its moments and its weights, and is done with them.
+
+    g = sum of the feature's partial sums, in order, + decode of the slots left       (as decode_dweight, the same bits); or a row of grad
+    project, clip, decay, moments, weights, normalise: as fastsae.ops.adam states them, all in registers
+
+Bytes: 24 F D for W, m and v, read and written once, and what decode_dweight gathers; no [F, D] gradient. With ``SQUARES`` the same
+program leaves |g|^2 of each feature instead and writes nothing else.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsae.kernels import decode
+from fastsae.kernels._tile import on
+from fastsae.kernels.decode import _sum_slots
+
+MOST_COLUMNS = 8192  # of a row that one program holds
+
+# ---------------------------------------------------------------- device code
+
+
+@triton.jit(do_not_specialize=["n_rows", "split"])
+def adam_kernel(
+    W, m, v, grad, values, rows, segments, chunks, partials, factor, squares,
+    n_rows, n_columns, split, stride_r, stride_g, stride_p,
+    beta1, rest1, beta2, rest2, keep, move, root, eps,
+    SPARSE: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, SQUARES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, COLUMNS)
+    mask = d < n_columns
+    at = feature * n_columns + d
+    touched = feature >= 0
+    if SPARSE:
+        first = tl.load(chunks + feature)
+        last = tl.load(chunks + feature + 1)
+        g = tl.zeros((COLUMNS,), tl.float32)
+        for chunk in range(first, last):
+            g += tl.load(partials + chunk * stride_p + d, mask=mask, other=0)
+        start = tl.load(segments + feature)
+        end = tl.load(segments + feature + 1)
+        rest, _ = _sum_slots(values, rows, grad, start + (last - first) * split, end, n_rows, stride_r, d * stride_g, mask)
+        g += rest
+        touched = end > start
+    else:
+        g = tl.load(grad + feature * stride_r + d * stride_g, mask=mask, other=0)
+    if PROJECT:
+        w = tl.load(W + at, mask=mask, other=0)
+        g = tl.where(touched, g - tl.sum(g * w, axis=0) * w, g)
+    if SQUARES:
+        tl.store(squares + feature, tl.sum(g * g, axis=0))
+    else:
+        if FACTOR:
+            g = g * tl.load(factor)
+        moment = beta1 * tl.load(m + at, mask=mask, other=0) + rest1 * g
+        second = beta2 * tl.load(v + at, mask=mask, other=0) + rest2 * (g * g)
+        tl.store(m + at, moment, mask=mask)
+        tl.store(v + at, second, mask=mask)
+        w = keep * tl.load(W + at, mask=mask, other=0)
+        w = w - move * tl.div_rn(moment, tl.div_rn(tl.sqrt_rn(second), root) + eps)
+        if NORMALISE:
+            norm = tl.sqrt_rn(tl.sum(tl.where(mask, w * w, 0.0), axis=0))
+            w = tl.div_rn(w, tl.zeros((COLUMNS,), tl.float32) + tl.where(norm < 1e-8, 1.0, norm))
+        tl.store(W + at, w, mask=mask)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def adam(
+    W: Tensor, m: Tensor, v: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
+    factor: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool,
+    normalise: bool,
+) -> None:  # fmt: skip
+    """One step in place; W, m and v are contiguous. The contract is fastsae.ops.adam's."""
+    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps)
+    _launch((W, m, v), grad, values, indices, crow, factor, None, numbers, project=project, normalise=normalise)
+
+
+def grad_squares(
+    W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool
+) -> Tensor:  # fmt: skip
+    """[]: the sum of the squares of the gradient, feature by feature, then of these."""
+    squares = torch.zeros(W.shape[0], device=W.device)
+    _launch((W, None, None), grad, values, indices, crow, None, squares, (0.0,) * 8, project=project, normalise=False)
+    return squares.sum()
+
+
+def _launch(
+    matrices: tuple[Tensor, Tensor | None, Tensor | None], grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
+    factor: Tensor | None, squares: Tensor | None, numbers: tuple[float, ...], *, project: bool, normalise: bool,
+) -> None:  # fmt: skip
+    (features, D), device = matrices[0].shape, matrices[0].device
+    size = max(32, triton.next_power_of_2(D))
+    with on(device):
+        sparse: tuple[Tensor | None, ...] = (None,) * 5
+        split = 0
+        if values is not None and indices is not None:
+            decode._check_on_cpu(indices, crow, features)
+            split, sparse = _transposed(values, indices, crow, grad, features, min(512, size))
+        if features == 0 or D == 0:
+            return
+        adam_kernel[(features,)](
+            *matrices, grad, *sparse, factor, squares,
+            grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, *numbers,
+            SPARSE=values is not None, FACTOR=factor is not None, PROJECT=project, NORMALISE=normalise, SQUARES=squares is not None,
+            COLUMNS=size, num_warps=min(16, max(1, size // 512)), enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _transposed(
+    values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, features: int, size: int
+) -> tuple[int, tuple[Tensor, ...]]:  # fmt: skip
+    """The slots by feature, and the partial sums of features with many: (slots a partial, what the kernel reads)."""
+    D = grad.shape[1]
+    values, indices, crow, k = decode._slots(values, indices, crow)
+    order, segments = decode._by_feature(indices, features)
+    row = torch.searchsorted(crow, order, right=True) - 1 if crow is not None else order // max(k, 1)
+    values = values[order]
+    split, chunks, owner = decode._chunks(segments, indices.numel())
+    partials = torch.empty((owner.numel(), D), dtype=torch.float32, device=grad.device)
+    if partials.numel():
+        decode.decode_partials_kernel[owner.numel(), triton.cdiv(D, size)](
+            values, row, grad, segments, chunks, owner, partials,
+            features, grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, COLUMNS=size, num_warps=1, maxnreg=decode.REGISTERS,
+        )  # fmt: skip
+    return split, (values, row, segments, chunks, partials)

@@ -1,0 +1,548 @@
+"""Encoders on a GPU: tiles of scores and what is kept of them, without a [B, F] matrix. ``_tile`` explains scores and screening.
+
+Top-k of a row, after two ideas (two-stage selection as in arXiv 2506.04165, made exact by a second look):
+
+    emit       the columns of a tile form buckets; the BEST largest keys of each bucket are emitted
+    select     the k-th largest emitted key is a lower bound of the true k-th. What was not emitted is below its bucket's last emitted key,
+               so only a bucket all of whose emitted keys are kept can hide a member, and at most k / BEST buckets can be such
+    rescan     those buckets are looked at again, all of their columns
+    select     among what was kept and what was looked at again; then rank
+
+    direct     keys are of scores; the rescan runs the very same tile again, so its bits are the same
+    screened   keys are of upper ends. The k kept are scored exactly; the least of these scores is the bound, and everything that reaches
+               it with its upper end is scored exactly. Where that is more than the room for it, the row's keys are emitted again from
+               exact scores, and then the first rule bounds it.
+
+Few features, or many kept: the keys of all scores of some rows are written out and selected from.
+
+Memory beyond the output: at most ``WORKSPACE`` bytes, or what one row tile needs; rows are taken in chunks.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsae.kernels import _masks, _select, _tile
+from fastsae.kernels._masks import Rule
+from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
+from fastsae.kernels._select import bucket_index, load_candidates
+from fastsae.kernels._tile import Tile, affine, ends, exact, ordered, place, product, upper_key
+
+FEW = 2048  # features whose keys are all written out
+BEST = 4  # emitted of a bucket
+_GATHER = 16  # features that a program scores exactly at a time
+
+# ---------------------------------------------------------------- device code: top-k
+
+
+@triton.jit
+def _score_key(score, MAGNITUDE: tl.constexpr):
+    return ordered(tl.abs(score)) if MAGNITUDE else ordered(score)
+
+
+@triton.jit
+def _emit(
+    key, keys, columns, rows, live, bucket, n_buckets, stride,
+    BEST: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """The BEST largest keys of each bucket of a tile [ROWS, DEEP * BUCKETS], equal ones by the lower column."""
+    key = tl.reshape(key, (ROWS, DEEP, BUCKETS))
+    column = tl.arange(0, DEEP)[None, :, None]
+    mask = live[:, None] & (bucket < n_buckets)[None, :]
+    for number in tl.static_range(BEST):
+        largest = tl.max(key, axis=1)
+        at = tl.min(tl.where(key == largest[:, None, :], column, DEEP), axis=1)
+        to = (rows * stride)[:, None] + (number * n_buckets + bucket)[None, :]
+        tl.store(keys + to, largest, mask=mask)
+        tl.store(columns + to, at.to(tl.int16), mask=mask)
+        key = tl.where(column == at[:, None, :], -(2**31), key)
+
+
+@triton.jit(do_not_specialize=["first_row", "first", "n_rows", "n_panel", "n", "n_buckets", "D"])
+def emit_kernel(
+    x, W, chosen, x_factors, W_factors, scale, bias, keys, columns,
+    first_row, first, n_rows, n_panel, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
+    SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, MAGNITUDE: tl.constexpr, OTHERS: tl.constexpr,
+    EVEN: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Features first .. first + n_panel against all rows of the chunk: keys of the best of each bucket, or (STORE) of all scores."""
+    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n_panel, COLUMNS)
+    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
+        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        local = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        live, inside = rows < n_rows, local < n_panel
+        row, column = tl.minimum(rows, n_rows - 1), tl.minimum(local, n_panel - 1)
+        f = first + local
+        if CHOSEN:
+            column = tl.load(chosen + first + column)
+        total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+        if SCREENED:
+            low, high = ends(total, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
+            if MAGNITUDE:
+                high = tl.where((low != low) | (high != high), float("nan"), tl.maximum(tl.abs(low), tl.abs(high)))
+            key = upper_key(high)
+        else:
+            key = _score_key(affine(total, scale, bias, f, inside, SCALED, BIASED), MAGNITUDE)
+        if OTHERS:
+            key = tl.where((first_row + rows)[:, None] == f[None, :], -(2**31), key)
+        key = tl.where(inside[None, :], key, -(2**31))
+        if STORE:
+            tl.store(keys + (rows * stride)[:, None] + f[None, :], key, mask=live[:, None] & inside[None, :])
+        else:
+            bucket = ((first // COLUMNS + column_tile) * BUCKETS + tl.arange(0, BUCKETS)).to(tl.int64)
+            _emit(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "D", "k", "tile_stride"])
+def rescan_kernel(
+    x, W, chosen, scale, bias, slot_of, tile_flags, keys,
+    n_rows, n, n_buckets, D, k, stride, tile_stride, x_r, x_d, W_f, W_d,
+    CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The direct scores of all columns of the flagged buckets, as candidates k + slot * deep + column of their rows."""
+    DEEP: tl.constexpr = COLUMNS // BUCKETS
+    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n, COLUMNS)
+    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
+        if tl.load(tile_flags + row_tile.to(tl.int64) * tile_stride + column_tile) != 0:
+            rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+            local = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+            live, inside = rows < n_rows, local < n
+            row, column = tl.minimum(rows, n_rows - 1), tl.minimum(local, n - 1)
+            if CHOSEN:
+                column = tl.load(chosen + column)
+            total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+            key = ordered(affine(total, scale, bias, local, inside, SCALED, BIASED))
+            # [ROWS, DEEP, BUCKETS], so that there is one slot a row and bucket.
+            key = tl.reshape(key, (ROWS, DEEP, BUCKETS))
+            bucket = column_tile.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
+            slot = tl.load(slot_of + (rows * n_buckets)[:, None] + bucket[None, :], mask=live[:, None], other=-1).to(tl.int32)
+            at = k + slot[:, None, :] * DEEP + tl.arange(0, DEEP)[None, :, None]
+            mask = tl.broadcast_to((slot >= 0)[:, None, :], (ROWS, DEEP, BUCKETS))
+            tl.store(keys + (rows * stride)[:, None, None] + at, key, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n", "k", "room", "n_buckets", "n_slots"])
+def list_kernel(
+    keys, ids, slot_of, flagged, n_flagged, n_rows, n, k, room, n_buckets, n_slots,
+    BUCKETS: tl.constexpr, DEEP: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The indices of the columns that were looked at again. What their buckets had emitted stands among them, so those kept give way."""
+    p = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    row, at = p // room, (p % room).to(tl.int32)
+    mask = row < n_rows
+    first = mask & (at < k)
+    f = tl.load(ids + p, mask=first, other=0)
+    bucket = f // (BUCKETS * DEEP) * BUCKETS + f % BUCKETS
+    again = first & (tl.load(slot_of + row * n_buckets + bucket, mask=first, other=-1) >= 0)
+    column = tl.maximum(at - k, 0)
+    slot = column // DEEP
+    listed = mask & (at >= k) & (slot < tl.load(n_flagged + row, mask=mask, other=0))
+    bucket = tl.load(flagged + row * n_slots + slot, mask=listed, other=0)
+    f = bucket_index(bucket, column % DEEP, BUCKETS, DEEP)
+    tl.store(ids + p, tl.where(f < n, f, -1), mask=listed)
+    tl.store(keys + p, -(2**31), mask=again | (listed & (f >= n)))
+
+
+@triton.jit(do_not_specialize=["first_row", "n_rows", "n", "n_buckets", "D"])
+def exact_kernel(
+    x, W, chosen, centre, scale, bias, only, keys, columns,
+    first_row, n_rows, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
+    ONLY: tl.constexpr, CHOSEN: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, MAGNITUDE: tl.constexpr,
+    OTHERS: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As ``emit_kernel``, from exact scores; ONLY rows that ``only`` marks."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < n_rows
+    if ONLY:
+        live = live & (tl.load(only + rows, mask=live, other=0) != 0)
+    if tl.sum(live.to(tl.int32), axis=0) > 0:
+        row = tl.minimum(rows, n_rows - 1)
+        for column_tile in range(tl.program_id(1), tl.cdiv(n, COLUMNS), tl.num_programs(1)):
+            f = tl.cast(column_tile, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+            inside = f < n
+            column = f
+            if CHOSEN:
+                column = tl.load(chosen + f, mask=inside, other=0)
+            mask = live[:, None] & inside[None, :]
+            W_at = tl.broadcast_to((W + column * W_f)[None, :], (ROWS, COLUMNS))
+            total = exact(x + row * x_r, W_at, centre, D, x_d, W_d, mask, CENTRED, ROWS, COLUMNS)
+            key = _score_key(affine(total, scale, bias, f, inside, SCALED, BIASED), MAGNITUDE)
+            if OTHERS:
+                key = tl.where((first_row + rows)[:, None] == f[None, :], -(2**31), key)
+            if STORE:
+                tl.store(keys + (rows * stride)[:, None] + f[None, :], key, mask=mask)
+            else:
+                key = tl.where(inside[None, :], key, -(2**31))
+                bucket = tl.cast(column_tile, tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
+                _emit(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_buckets", "k", "n_extra", "n_slots"])
+def widen_kernel(
+    keys, columns, cut, kept_keys, ids, lengths, flagged, n_flagged, crowded,
+    n_rows, n_entries, n_buckets, k, n_extra, n_slots, stride, kept_stride,
+    BUCKETS: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Lists what may still be among the k best of a screened row: what was emitted with an upper end that reaches the least exact score of
+    the k first ones, and buckets whose last emitted one does. ``crowded`` marks rows with more of either than there is room for."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < n_rows
+    least = tl.full((ROWS,), 2**31 - 1, tl.int32)
+    for start in range(0, k, SIZE):
+        p = start + tl.arange(0, SIZE)
+        key = tl.load(kept_keys + (rows * kept_stride)[:, None] + p[None, :], mask=live[:, None] & (p < k)[None, :], other=2**31 - 1)
+        least = tl.minimum(least, tl.min(key, axis=1))
+    key_cut = tl.load(cut + rows, mask=live, other=0)
+    index_cut = tl.load(cut + n_rows + rows, mask=live, other=0)
+    everything = tl.full((ROWS,), 0, tl.int32) + n_entries
+    extra = tl.zeros((ROWS,), tl.int32)
+    slots = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, n_entries, SIZE):
+        p, key, index = load_candidates(
+            keys, columns, rows, live, everything, start, n_entries, stride, n_buckets, True, False, BUCKETS, DEEP, SIZE
+        )
+        reaches = live[:, None] & (p < n_entries)[None, :] & (key >= least[:, None]) & (key != -(2**31))
+        kept = (key > key_cut[:, None]) | ((key == key_cut[:, None]) & (index <= index_cut[:, None]))
+        new = reaches & (kept == 0)
+        number = new.to(tl.int32)
+        to = extra[:, None] + tl.cumsum(number, axis=1) - 1
+        tl.store(ids + (rows * kept_stride)[:, None] + k + to, index, mask=new & (to < n_extra))
+        extra += tl.sum(number, axis=1)
+        last = reaches & (p >= n_entries - n_buckets)[None, :]
+        number = last.to(tl.int32)
+        to = slots[:, None] + tl.cumsum(number, axis=1) - 1
+        bucket = tl.broadcast_to((p - (n_entries - n_buckets))[None, :], to.shape)
+        tl.store(flagged + (rows * n_slots)[:, None] + to, bucket, mask=last & (to < n_slots))
+        slots += tl.sum(number, axis=1)
+    full = (extra > n_extra) | (slots > n_slots)
+    tl.store(crowded + rows, full.to(tl.int32), mask=live)
+    tl.store(lengths + rows, tl.where(full, k, k + extra), mask=live)
+    tl.store(n_flagged + rows, tl.where(full, 0, slots), mask=live)
+
+
+@triton.jit(do_not_specialize=["first_row", "first", "n", "n_buckets", "n_slots", "D"])
+def rescore_kernel(
+    x, W, chosen, centre, scale, bias, columns, lengths, flagged, n_flagged, ids, keys,
+    first_row, first, n, n_buckets, n_slots, D, stride, emitted_stride, x_r, x_d, W_f, W_d,
+    SLOTS: tl.constexpr, CHOSEN: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, MAGNITUDE: tl.constexpr,
+    OTHERS: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Keys of the exact scores of a row's candidates ``first`` and up; after the listed ones stand those of the flagged buckets."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = tl.load(lengths + row)
+    end = listed
+    if SLOTS:
+        end = listed + tl.load(n_flagged + row) * DEEP
+    for start in range(first + tl.program_id(1) * COLUMNS, end, tl.num_programs(1) * COLUMNS):
+        p = start + tl.arange(0, COLUMNS)
+        f = tl.load(ids + row * stride + p, mask=p < listed, other=-1)
+        if SLOTS:
+            place = tl.maximum(p - listed, 0)
+            column = place % DEEP
+            there = (p >= listed) & (p < end)
+            bucket = tl.load(flagged + row * n_slots + place // DEEP, mask=there, other=0)
+            there = there & (bucket_index(bucket, column, BUCKETS, DEEP) < n)
+            for number in tl.static_range(BEST):  # the emitted ones are listed already
+                emitted = tl.load(columns + row * emitted_stride + number * n_buckets + bucket, mask=there, other=-1)
+                there = there & (emitted.to(tl.int32) != column)
+            f = tl.where(p < listed, f, tl.where(there, bucket_index(bucket, column, BUCKETS, DEEP), -1))
+        if OTHERS:
+            f = tl.where(f == first_row + row, -1, f)
+        inside = f >= 0
+        at = tl.maximum(f, 0).to(tl.int64)
+        column = at
+        if CHOSEN:
+            column = tl.load(chosen + at, mask=inside, other=0)
+        W_at = (W + column * W_f)[None, :]
+        x_at = x + (row * x_r + tl.zeros((1,), tl.int64))
+        total = exact(x_at, W_at, centre, D, x_d, W_d, inside[None, :], CENTRED, 1, COLUMNS)
+        key = tl.reshape(_score_key(affine(total, scale, bias, at, inside, SCALED, BIASED), MAGNITUDE), (COLUMNS,))
+        tl.store(keys + row * stride + p, tl.where(inside, key, -(2**31)), mask=p < end)
+        tl.store(ids + row * stride + p, f, mask=p < end)
+
+
+# ---------------------------------------------------------------- launchers: top-k
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """How a top-k is split: ``number`` buckets of ``deep`` columns, ``a_tile`` of them in a tile."""
+
+    a_tile: int
+    deep: int
+    number: int
+    k: int
+
+    @property
+    def entries(self) -> int:
+        return BEST * self.number
+
+    @property
+    def slots(self) -> int:
+        return max(8, self.k // BEST)
+
+    @property
+    def extra(self) -> int:
+        return max(64, 2 * self.k)
+
+    def room(self, *, direct: bool) -> int:
+        """Candidates of a row."""
+        return self.k + (self.k // BEST if direct else self.slots) * self.deep + (0 if direct else self.extra)
+
+
+def buckets(n: int, k: int, tile: Tile, *, direct: bool) -> Buckets | None:
+    """The coarsest buckets of which few need a second look; None where writing all keys out is better."""
+    if n <= FEW or k > _select.MOST_KEPT:
+        return None
+    for a_tile in (1, 2, 4, 8):
+        number = triton.cdiv(n, tile.columns) * a_tile
+        full = n // tile.columns * a_tile
+        # Under random placement C(k, BEST) / number^(BEST - 1) buckets hold BEST members; a screened row has up to twice k candidates.
+        if math.comb(k if direct else 2 * k, BEST) / number ** (BEST - 1) <= 1 / 64 and full * min(BEST, tile.columns // a_tile) >= 2 * k:
+            return Buckets(a_tile, tile.columns // a_tile, number, k)
+    return None
+
+
+def topk(p: Problem, k: int, values: Tensor, indices: Tensor, *, relu: bool) -> None:
+    """The k best scores of each row, in order, into values and indices [rows, k]."""
+    rows = p.x.shape[0]
+    if rows == 0 or k == 0:
+        return
+    plan = buckets(p.n, k, p.tile, direct=p.direct)
+    with _tile.on(p.x.device):
+        if plan is None:
+            bytes_per_row, least = 4 * p.n + 8 * k, 1 if p.n > WORKSPACE // (4 * p.tile.rows) else p.tile.rows
+        else:
+            bytes_per_row = 6 * plan.entries + 8 * plan.room(direct=p.direct) + 8 * k + 2 * plan.number + 2 * _tile.pitch(p.W.shape[1])
+            least = p.tile.rows
+        for part in chunks(rows, bytes_per_row, least):
+            chunk = p.rows(part)
+            if plan is None:
+                keys = all_keys(chunk)
+                if k > _select.MOST_KEPT:
+                    _select.sort(keys, k, p.chosen, values[part], indices[part], relu=relu)
+                    continue
+                candidates, ids, counts = keys, None, None
+            else:
+                candidates, ids, counts = (_direct_candidates if p.direct else _screened_candidates)(chunk, plan)
+            kept_keys, kept_ids = torch.empty((2, chunk.x.shape[0], k), dtype=torch.int32, device=p.x.device)
+            _select.select(candidates, ids, k, kept_keys, kept_ids, counts)
+            _select.rank(kept_keys, kept_ids, p.chosen, values[part], indices[part], relu=relu)
+
+
+def all_keys(p: Problem) -> Tensor:
+    """[rows, n]: the keys of all scores."""
+    rows = p.x.shape[0]
+    keys = torch.empty((rows, p.n), dtype=torch.int32, device=p.x.device)
+    if p.direct:
+        _emit_direct(p, keys, None, None)
+    else:
+        size, columns = (4, 32) if not _tile.interpreting() else (32, 64)
+        _exact(p, keys, None, None, None, min(size, triton.next_power_of_2(rows)), columns)
+    return keys
+
+
+def _emit_direct(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | None) -> None:
+    rows, D = p.x.shape
+    emit_kernel[p.tiles(p.n)](
+        p.x, p.W, p.chosen, None, None, p.scale, p.bias, keys, columns,
+        p.first_row, 0, rows, p.n, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
+        SCREENED=False, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=D % p.tile.depth == 0, STORE=plan is None,
+        BEST=BEST, BUCKETS=plan.a_tile if plan else 1, **p.flags(), **p.tile_shape(), **p.tile.options,
+    )  # fmt: skip
+
+
+def _exact(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | None, only: Tensor | None, size: int, width: int) -> None:
+    rows, D = p.x.shape
+    # Where few rows are meant, most programs have nothing to do: fewer of them, for several tiles of columns each.
+    programs = min(triton.cdiv(p.n, width), 65535 if only is None else 32)
+    exact_kernel[(triton.cdiv(rows, size), programs)](
+        p.x, p.W, p.chosen, p.centre, p.scale, p.bias, only, keys, columns,
+        p.first_row, rows, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
+        ONLY=only is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, STORE=plan is None, BEST=BEST,
+        BUCKETS=plan.a_tile if plan else 1, ROWS=size, COLUMNS=width, num_warps=8, enable_fp_fusion=False, **p.flags(),
+    )  # fmt: skip
+
+
+def _select_emitted(
+    keys: Tensor, columns: Tensor, plan: Buckets, tile: Tile, only: Tensor | None, kept: tuple[Tensor, Tensor], cut: Tensor,
+    flagged: Tensor | None, n_flagged: Tensor | None, slot_of: Tensor | None, tile_flags: Tensor | None,
+) -> None:  # fmt: skip
+    rows, n = keys.shape
+    ROWS, SIZE = _select._shape(n, rows)
+    _select.select_kernel[(triton.cdiv(rows, ROWS),)](
+        keys, columns, None, only, *kept, cut, flagged, slot_of, n_flagged, tile_flags,
+        rows, n, plan.k, plan.number, 0 if flagged is None else flagged.shape[1], n, kept[0].stride(0),
+        0 if tile_flags is None else tile_flags.shape[1],
+        EMITTED=True, LISTED=False, COUNTED=False, ONLY=only is not None, FLAG=flagged is not None, MAPPED=slot_of is not None,
+        BUCKETS=plan.a_tile, DEEP=plan.deep, TILE_ROWS=tile.rows, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
+    )  # fmt: skip
+
+
+def _direct_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, D), device = p.x.shape, p.x.device
+    keys = torch.empty((rows, plan.entries), dtype=torch.int32, device=device)
+    columns = torch.empty((rows, plan.entries), dtype=torch.int16, device=device)
+    _emit_direct(p, keys, columns, plan)
+    kept_keys, kept_ids = torch.empty((2, rows, plan.room(direct=True)), dtype=torch.int32, device=device)
+    cut, n_flagged = torch.empty(2 * rows, dtype=torch.int32, device=device), torch.empty(rows, dtype=torch.int32, device=device)
+    flagged = torch.empty((rows, max(1, plan.k // BEST)), dtype=torch.int32, device=device)
+    slot_of = torch.empty((rows, plan.number), dtype=torch.int16, device=device)
+    tile_flags = torch.zeros((triton.cdiv(rows, p.tile.rows), triton.cdiv(p.n, p.tile.columns)), dtype=torch.int32, device=device)
+    _select_emitted(keys, columns, plan, p.tile, None, (kept_keys, kept_ids), cut, flagged, n_flagged, slot_of, tile_flags)
+    rescan_kernel[p.tiles(p.n)](
+        p.x, p.W, p.chosen, p.scale, p.bias, slot_of, tile_flags, kept_keys,
+        rows, p.n, plan.number, D, plan.k, kept_keys.stride(0), tile_flags.shape[1], *p.strides(),
+        EVEN=D % p.tile.depth == 0, BUCKETS=plan.a_tile, **p.flags(), **p.tile_shape(), **p.tile.options,
+    )  # fmt: skip
+    room = plan.room(direct=True)
+    list_kernel[(triton.cdiv(rows * room, 1024),)](
+        kept_keys, kept_ids, slot_of, flagged, n_flagged, rows, p.n, plan.k, room, plan.number, flagged.shape[1],
+        BUCKETS=plan.a_tile, DEEP=plan.deep, SIZE=1024,
+    )  # fmt: skip
+    return kept_keys, kept_ids, n_flagged.mul_(plan.deep).add_(plan.k)
+
+
+def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tensor]:
+    rows, device = p.x.shape[0], p.x.device
+    keys = torch.empty((rows, plan.entries), dtype=torch.int32, device=device)
+    columns = torch.empty((rows, plan.entries), dtype=torch.int16, device=device)
+    rounded = Rounded.of(p)
+    for part, panel in rounded.panels(p):
+        emit_kernel[p.tiles(panel.shape[0])](
+            rounded.x, panel, None, rounded.x_factors, rounded.W_factors, p.scale, p.bias, keys, columns,
+            p.first_row, part.start, rows, panel.shape[0], p.n, plan.number, panel.shape[1], plan.entries,
+            panel.shape[1], 1, panel.shape[1], 1,
+            SCREENED=True, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=True, STORE=False, BEST=BEST, BUCKETS=plan.a_tile,
+            **{**p.flags(), "CHOSEN": False}, **p.tile_shape(), **p.tile.options,
+        )  # fmt: skip
+    kept_keys, kept_ids = torch.empty((2, rows, plan.room(direct=False)), dtype=torch.int32, device=device)
+    cut = torch.empty(2 * rows, dtype=torch.int32, device=device)
+    _select_emitted(keys, columns, plan, p.tile, None, (kept_keys, kept_ids), cut, None, None, None, None)
+    lengths, n_flagged, crowded = torch.full((3, rows), plan.k, dtype=torch.int32, device=device)
+    flagged = torch.empty((rows, plan.slots), dtype=torch.int32, device=device)
+    _rescore(p, plan, columns, lengths, None, n_flagged, kept_ids, kept_keys, 0)
+    ROWS, SIZE = _select._shape(plan.entries, rows)
+    widen_kernel[(triton.cdiv(rows, ROWS),)](
+        keys, columns, cut, kept_keys, kept_ids, lengths, flagged, n_flagged, crowded,
+        rows, plan.entries, plan.number, plan.k, plan.extra, plan.slots, plan.entries, kept_keys.stride(0),
+        BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
+    )  # fmt: skip
+    _exact(p, keys, columns, plan, crowded, 1, p.tile.columns)
+    _select_emitted(keys, columns, plan, p.tile, crowded, (kept_keys, kept_ids), cut, flagged, n_flagged, None, None)
+    _rescore(p, plan, columns, lengths, flagged, n_flagged, kept_ids, kept_keys, plan.k)
+    return kept_keys, kept_ids, n_flagged.mul_(plan.deep).add_(lengths)
+
+
+def _rescore(
+    p: Problem, plan: Buckets, columns: Tensor, lengths: Tensor, flagged: Tensor | None, n_flagged: Tensor, ids: Tensor, keys: Tensor,
+    first: int,
+) -> None:  # fmt: skip
+    rows, D = p.x.shape
+    width = 64 if _tile.interpreting() else _GATHER
+    programs = min(triton.cdiv(max(1, ids.shape[1] - first), width), 1 if _tile.interpreting() else 4)
+    rescore_kernel[(rows, programs)](
+        p.x, p.W, p.chosen, p.centre, p.scale, p.bias, columns, lengths, flagged, n_flagged, ids, keys,
+        p.first_row, first, p.n, plan.number, plan.slots, D, ids.shape[1], plan.entries, *p.strides(),
+        SLOTS=flagged is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, BEST=BEST, BUCKETS=plan.a_tile,
+        DEEP=plan.deep, COLUMNS=width, num_warps=2, enable_fp_fusion=False, **p.flags(),
+    )  # fmt: skip
+
+
+def encode_topk(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, packed: Tensor | None,
+    k: int, relu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(values [rows, k] in the dtype of x, indices [rows, k] int64); the contract is fastsae.ops.encode's."""
+    p = problem(x, W, b, b_pre, scale, features)
+    if k > p.n:
+        raise ValueError(f"encode_topk: k must be at most the number of features chosen ({p.n}), got {k}")
+    values = torch.empty((x.shape[0], k), dtype=x.dtype, device=x.device)
+    indices = torch.empty((x.shape[0], k), dtype=torch.int64, device=x.device)
+    topk(p, k, values, indices, relu=relu)
+    return values, indices
+
+
+# ---------------------------------------------------------------- launchers: ragged
+
+
+def ragged(p: Problem, rule: Rule, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values [nnz], col [nnz], crow [rows + 1], flags [nnz] or [0]) of what the rule keeps. The host waits once, for nnz."""
+    rows, device, words = p.x.shape[0], p.x.device, _masks.n_words(p.n)
+    crow = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    with _tile.on(device):
+        parts = list(chunks(rows, 16 * words + 2 * _tile.pitch(p.W.shape[1]), p.tile.rows, 2**31 // max(p.n, 1))) if p.n else []
+        found = None
+        for part in parts:
+            found = _masks.masks(p.rows(part), rule)
+            torch.sum(_masks.counts(*found), 1, out=crow[part.start + 1 : part.stop + 1])
+        crow = torch.cumsum(crow, 0)
+        nnz = int(crow[-1])
+        values, col = torch.empty(nnz, dtype=dtype, device=device), torch.empty(nnz, dtype=torch.int64, device=device)
+        flags = torch.empty(nnz if rule.half is not None else 0, dtype=torch.uint8, device=device)
+        for part in parts if nnz else []:
+            chunk = p.rows(part)
+            if found is None or len(parts) > 1:
+                found = _masks.masks(chunk, rule)
+            bits = _masks.counts(*found)
+            offsets = torch.cumsum(bits.view(-1), 0, dtype=torch.int32).view_as(bits).sub_(bits)
+            _masks.write(chunk, rule, *found, offsets, crow[part.start], values, col, flags)
+    return values, col, crow, flags
+
+
+def encode_threshold(
+    x: Tensor, W: Tensor, b: Tensor | None, threshold: Tensor, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None,
+    packed: Tensor | None, bandwidth: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(values, col, crow, flags: 1 active, 2 inside the band); the contract is fastsae.ops.encode's."""
+    p = problem(x, W, b, b_pre, scale, features)
+    theta = threshold.to(torch.float32)
+    if theta.dim() and p.chosen is not None:
+        theta = theta[p.chosen]
+    rule = Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous(), None if bandwidth is None else bandwidth / 2)
+    return ragged(p, rule, x.dtype)
+
+
+def encode_batch_topk(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, packed: Tensor | None,
+    k: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(values, col, crow, min_kept); the contract is fastsae.ops.encode's.
+
+    The best of each row, as many as a row keeps on average, hold at least the wanted number of scores; the least of these is a bound that
+    everything kept reaches. What reaches it is then sorted."""
+    p = problem(x, W, b, b_pre, scale, features)
+    rows, device, total = x.shape[0], x.device, int(k * x.shape[0])
+    each = 0 if rows == 0 else min(p.n, -(-total // rows))
+    theta = torch.zeros((), device=device)
+    if 0 < total < rows * p.n:
+        best, where = torch.empty((rows, each), device=device), torch.empty((rows, each), dtype=torch.int64, device=device)
+        topk(p, each, best, where, relu=False)
+        bound = best.view(-1).sort(descending=True).values[total - 1]
+        # Strictly above the number below the bound. Above a NaN stands NaN alone.
+        theta = torch.where(bound > 0, torch.nextafter(bound, theta), theta).masked_fill(bound.isnan(), torch.inf)
+    values, col, crow, _ = ragged(p, Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous()), torch.float32)
+    order = values.sort(descending=True, stable=True).indices[:total]
+    min_kept = values[order[-1:]].amin() if order.shape[0] else values.new_full((), torch.inf)
+    order = order.sort().values
+    return values[order].to(x.dtype), col[order], torch.searchsorted(order, crow), min_kept
+
+
+def encode_gated(
+    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, col, crow); the contract is fastsae.ops.encode's."""
+    p = problem(x, W, b_gate, b_pre, r_mag.to(torch.float32).exp(), None)
+    return ragged(p, Rule(_masks.GATED, _tile.wide(b_mag)), x.dtype)[:3]

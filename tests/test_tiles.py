@@ -1,0 +1,449 @@
+"""The tile engine's kernels: the proven interval, buckets and their second look, masks, chunks; and every launch for six chips.
+
+The contract suite covers the operations on small inputs, which are written out whole; here the paths for many features run on few, with
+small buckets. As in test_kernels, the interpreter's tests run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fastsae import _triton
+from fastsae.dispatch import OPS
+from fastsae.kernels import _masks, _problem, _select, _tile, adam, encode, match, spline
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_TOPK
+from fastsae.ops.match import MATCH_COSINE, MATCH_PAIR
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not _triton.interpreting(), reason="runs with TRITON_INTERPRET=1, see test_in_the_interpreter")
+compiled = pytest.mark.skipif(_triton.interpreting(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+on_gpu = pytest.mark.skipif(_triton.interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+usable = pytest.mark.skipif(_triton.interpreting() and _triton.unavailable(CPU) is not None, reason=str(_triton.unavailable(CPU)))
+
+
+@compiled
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-m", "", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- the interval
+
+
+def _on_a_tensor_core(x: Tensor, W: Tensor, group: int) -> Tensor:
+    """Sums of products as the least exact tensor core forms them: groups of products and the accumulator are aligned to the largest,
+    cut off below 2^-23 of it, added, and the sum is cut off to 24 bits."""
+    total = torch.zeros(x.shape[0], W.shape[0], dtype=torch.float64)
+    for start in range(0, x.shape[1], group):
+        products = x[:, None, start : start + group].double() * W[None, :, start : start + group].double()
+        terms = torch.cat([total[..., None], products], 2)
+        last = torch.exp2(torch.floor(torch.log2(terms.abs().amax(2, keepdim=True).clamp_min(2.0**-1000))) - 23)
+        total = (torch.trunc(terms / last) * last).sum(2)
+        last = torch.exp2(torch.floor(torch.log2(total.abs().clamp_min(2.0**-1000))) - 23)
+        total = torch.trunc(total / last) * last
+    return total
+
+
+def _hard_rows(kind: str, rows: int, D: int, generator: torch.Generator) -> Tensor:
+    v = torch.randn(rows, D, generator=generator)
+    return {
+        "normal": v,
+        "positive": v.abs(),  # truncation never cancels
+        "one large": torch.where(torch.arange(D) == 3, 3e4, v),
+        "wide": v * torch.exp2(torch.randint(-60, 30, (rows, D), generator=generator).float()),
+        "tiny": v * 2.0**-110,
+        "large": v * 2.0**50,
+        "denormal": v * 2.0**-140,
+        "beyond": v * 2.0**62,  # norms above 1e18
+        "ties of rounding": 1 + 2.0**-11 * (2 * torch.randint(0, 8, (rows, D), generator=generator) + 1),
+    }[kind]
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize("kind", ["normal", "positive", "one large", "wide", "tiny", "large", "denormal", "beyond", "ties of rounding"])
+def test_the_interval_contains_the_exact_product(kind: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    D = 261
+    x, centre = _hard_rows(kind, 6, D, generator), None
+    W = _hard_rows("normal" if kind in ("large", "beyond", "wide") else kind, 20, D, generator)
+    if kind == "normal":
+        centre = torch.randn(D, generator=generator)
+    p = _problem.Problem(x, W, centre, None, None, None, _tile.tile_for(CPU))
+    rounded = _problem.Rounded.of(p)
+    ((_, panel),) = rounded.panels(p)
+    keys = encode.all_keys(p)
+    exact = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32).double()
+    (a, c, back), (norm, loss, W_back) = rounded.x_factors[:, :, None], rounded.W_factors
+    e = (a * norm + (c * loss + (4.0 * panel.shape[1] + 128) * 2.0**-126)).double()
+    assert not e.isnan().any()
+    if kind == "beyond":
+        assert bool(e.isinf().all())
+        return
+    # Both ends as the kernel computes them, float32, of sums in which whatever a tensor core may do has happened.
+    for sums in (rounded.x.double() @ panel.double().T, *(_on_a_tensor_core(rounded.x, panel, group) for group in (4, 8, 16))):
+        r = (sums.float() * back * W_back).double()
+        assert bool(((r - e).float().double() <= exact).all())
+        assert bool((exact <= (r + e).float().double()).all())
+    centred = (x if centre is None else x - centre).double()
+    sizes = torch.linalg.vector_norm(centred, dim=1)[:, None] * torch.linalg.vector_norm(W.double(), dim=1)
+    if kind not in ("tiny", "denormal"):
+        assert float((e / sizes).max()) < 3e-3  # and it screens: a thousandth of |x||w| is far below the spread of scores
+
+
+@interpreted
+@usable
+def test_keys_keep_the_order_of_values() -> None:
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([-inf, -3.0, -(2.0**-149), -0.0, 0.0, 2.0**-149, 1.0, 3.4e38, inf, nan, -nan])
+    W = torch.ones(1, 1)
+    p = _problem.Problem(torch.zeros(1, 1), W.expand(11, 1), None, None, values, None, _tile.tile_for(CPU))
+    keys = encode.all_keys(p)[0].long()
+    assert keys.diff().tolist()[0] > 0
+    assert bool((keys.diff()[[0, 1, 2, 4, 5, 6, 7, 8]] > 0).all())
+    assert keys[3] == keys[4]
+    assert keys[9] == keys[10] == 2**31 - 1
+    assert int(keys.min()) > -(2**31)
+
+
+# ---------------------------------------------------------------- selection
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize(("rows", "n", "k"), [(5, 257, 40), (2, 5000, 9), (1, 64, 64)])
+@pytest.mark.parametrize("most", [3, 2**31 - 1], ids=["ties", "distinct"])
+def test_selects_as_a_stable_sort(rows: int, n: int, k: int, most: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    keys = torch.randint(-most, most, (rows, n), generator=generator).int()
+    want, order = torch.sort(keys, dim=1, descending=True, stable=True)
+    kept_keys, kept_ids = torch.empty((2, rows, k), dtype=torch.int32)
+    _select.select(keys, None, k, kept_keys, kept_ids)
+    values, indices = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    _select.rank(kept_keys, kept_ids, None, values, indices, relu=False)
+    assert torch.equal(indices, order[:, :k])
+    sorted_values, sorted_indices = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    _select.sort(keys, k, None, sorted_values, sorted_indices, relu=False)
+    assert torch.equal(sorted_indices, order[:, :k])
+    assert torch.equal(values.view(torch.int32), sorted_values.view(torch.int32))
+    assert torch.equal(kept_keys.sort(1, descending=True).values, want[:, :k])
+
+
+# ---------------------------------------------------------------- buckets
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Buckets of eight columns for any number of features; counts what the paths met."""
+    seen = {"again": 0, "crowded": 0}
+
+    def few(n: int, k: int, tile: _tile.Tile, *, direct: bool) -> encode.Buckets:
+        return encode.Buckets(8, tile.columns // 8, -(-n // tile.columns) * 8, k)
+
+    def counted(candidates: Callable[..., Any]) -> Callable[..., Any]:
+        def run(p: _problem.Problem, plan: encode.Buckets) -> Any:
+            keys, ids, counts = candidates(p, plan)
+            seen["again"] += int((counts > plan.k).sum())
+            return keys, ids, counts
+
+        return run
+
+    def watched(p: Any, keys: Any, columns: Any, plan: Any, only: Tensor | None, *rest: Any) -> None:
+        seen["crowded"] += 0 if only is None else int(only.sum())
+        exact(p, keys, columns, plan, only, *rest)
+
+    exact = encode._exact
+    monkeypatch.setattr(encode, "_exact", watched)
+    monkeypatch.setattr(encode, "buckets", few)
+    monkeypatch.setattr(encode, "_direct_candidates", counted(encode._direct_candidates))
+    monkeypatch.setattr(encode, "_screened_candidates", counted(encode._screened_candidates))
+    return seen
+
+
+def _topk_case(kind: str, dtype: torch.dtype) -> tuple:
+    generator = torch.Generator().manual_seed(7)
+    x, W = torch.randn(4, 24, generator=generator).to(dtype), torch.randn(200, 24, generator=generator).to(dtype)
+    b, b_pre, scale, features = torch.randn(200, generator=generator).to(dtype), None, None, None
+    if kind == "one bucket":  # the best ones all in one bucket, and more of them than it emits
+        W[8 * torch.arange(8)] = x[0] * torch.linspace(1, 2, 8, dtype=dtype)[:, None]
+    elif kind == "ties":
+        W, b = W[:1].expand(200, 24), None
+    elif kind == "zeros":
+        x, b = torch.zeros_like(x), None
+    elif kind == "everything":
+        W = W.T.contiguous().T
+        b_pre, scale = torch.randn(24, generator=generator).to(dtype), torch.randn(200, generator=generator).to(dtype)
+        features = torch.randperm(200, generator=generator)[:150]
+    elif kind == "special":
+        x[1, 3], x[2, 0], W[7, 2], W[9] = float("nan"), float("inf"), float("nan"), 6e4
+        scale = torch.ones(200, dtype=dtype)
+        scale[11], scale[12], b[13], b[14] = float("inf"), -float("inf"), float("inf"), float("nan")
+    elif kind == "integers":
+        x, W = (torch.randint(-3, 4, t.shape, generator=generator).to(dtype) for t in (x, W))
+    return x, W, b, b_pre, scale, features, None
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "one bucket", "ties", "zeros", "everything", "special", "integers"])
+def test_buckets(kind: str, dtype: torch.dtype, small_buckets: dict[str, int], poisoned_memory: None) -> None:
+    k = 17 if kind == "one bucket" else 6
+    args = (*_topk_case(kind, dtype), k, False)
+    result = encode.encode_topk(*args)
+    ENCODE_TOPK.check(args, result)
+    if kind == "one bucket":
+        assert small_buckets["again"]
+    if kind in ("ties", "zeros") and dtype is torch.float32:
+        assert small_buckets["crowded"] == 4
+    if kind == "everything":
+        again = encode.encode_topk(args[0][2:4], *args[1:])
+        assert torch.equal(result[0][2:4], again[0])
+        assert torch.equal(result[1][2:4], again[1])
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_buckets_and_whole_rows_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (*_topk_case("normal", dtype), 9, True)
+    whole = encode.encode_topk(*args)
+    monkeypatch.setattr(encode, "buckets", lambda n, k, tile, *, direct: encode.Buckets(2, tile.columns // 2, -(-n // tile.columns) * 2, k))
+    monkeypatch.setattr(_problem, "PANEL", 1)
+    for a, b in zip(whole, encode.encode_topk(*args), strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+@usable
+def test_similarities_in_buckets(small_buckets: dict[str, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    a = torch.randn(20, 12, generator=generator)
+    a[10:16] = -a[4]
+    for absolute, exclude_self in ((True, True), (False, False)):
+        args = (a, a, 5, absolute, exclude_self, 1e-8)
+        MATCH_COSINE.check(args, match.match_cosine(*args))
+    args = (a[:7], a.flip(0), 3, 2, 1e-8)
+    MATCH_PAIR.check(args, match.match_pair(*args))
+
+
+def test_plans_bound_what_is_looked_at_again() -> None:
+    tile = _tile._TILES[9, 0]
+    for n, k in ((24576, 32), (131072, 64), (1 << 20, 64), (65536, 512)):
+        for direct in (True, False):
+            plan = encode.buckets(n, k, tile, direct=direct)
+            if plan is None:
+                continue
+            assert plan.number * plan.deep >= n
+            assert plan.slots >= k // encode.BEST
+            assert plan.entries >= 2 * k
+    assert encode.buckets(131072, 64, tile, direct=True) == encode.Buckets(1, 128, 1024, 64)
+    assert encode.buckets(encode.FEW, 8, tile, direct=True) is None
+    assert encode.buckets(1 << 20, _select.MOST_KEPT + 1, tile, direct=True) is None
+
+
+# ---------------------------------------------------------------- chunks and masks
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 64, 64, 8, 1))
+    generator = torch.Generator().manual_seed(2)
+    x, W, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((20, 20), (130, 20), (130,)))
+    calls = (
+        lambda x: encode.encode_topk(x, W, b, None, None, None, None, 5, True),
+        lambda x: encode.encode_threshold(x, W, b, W[:, 0] / 2, None, None, None, None, 0.5),
+        lambda x: encode.encode_batch_topk(x, W, b, None, None, None, None, 3.3),
+        lambda x: (spline.spline_code(x, W, b, None),),
+    )
+    whole = [call(x) for call in calls]
+    monkeypatch.setattr(_problem, "WORKSPACE", 1)
+    monkeypatch.setattr(_problem, "PANEL", 1)
+    for call, want in zip(calls, whole, strict=True):
+        for a, b_ in zip(want, call(x), strict=True):
+            assert torch.equal(a, b_)
+    # A row keeps its bits in any batch.
+    values, col, crow, flags = whole[1]
+    part = calls[1](x[15:17])
+    mine = slice(int(crow[15]), int(crow[17]))
+    assert torch.equal(part[0], values[mine])
+    assert torch.equal(part[1], col[mine])
+    assert torch.equal(part[3], flags[mine])
+
+
+@interpreted
+@usable
+def test_batch_topk_of_equal_scores_takes_the_first() -> None:
+    args = (torch.ones(6, 4), torch.ones(9, 4), None, None, None, None, None, 2.5)
+    values, col, crow, min_kept = encode.encode_batch_topk(*args)
+    ENCODE_BATCH_TOPK.check(args, (values, col, crow, min_kept))
+    assert crow.tolist() == [0, 9, 15, 15, 15, 15, 15]
+    assert float(min_kept) == 4
+
+
+@interpreted
+@usable
+def test_a_bad_subset_raises() -> None:
+    x, W = torch.ones(2, 3), torch.ones(5, 3)
+    with pytest.raises(IndexError, match="features holds 5, expected 0 <= index < 5"):
+        encode.encode_topk(x, W, None, None, None, torch.tensor([1, 5]), None, 1, True)
+    with pytest.raises(ValueError, match=r"number of features chosen \(2\), got 3"):
+        encode.encode_topk(x, W, None, None, None, torch.tensor([1, 1, 2]), None, 3, True)
+    with pytest.raises(IndexError, match="neurons must hold indices 0 <= index < 5"):
+        spline.spline_code(x, W, None, torch.tensor([-1]))
+
+
+# ---------------------------------------------------------------- ahead of time
+
+
+def _calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any]]:
+    x, W = torch.zeros(300, 768, dtype=dtype), torch.zeros(24576, 768, dtype=dtype)
+    vector, numbers = torch.zeros(24576, dtype=dtype), torch.zeros(24576)
+    yield lambda: encode.encode_topk(x, W, None, None, None, None, None, 32, True)
+    yield lambda: spline.spline_hash(x, W, vector, None, 0, 5, 128)
+    yield lambda: _ragged(encode.problem(x, W, vector, None, None, None), encode.Rule(_masks.THRESHOLD, numbers), dtype)
+    if dtype is torch.float32:
+        m, grad = torch.zeros(512, 768), torch.zeros(300, 768)
+        slots = torch.zeros(300, 32), torch.zeros(300, 32, dtype=torch.int64)
+        yield lambda: adam.adam(m, m, m, grad, *slots, None, numbers[0], 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
+        yield lambda: match.match_cosine(x, x, 8, True, True, 1e-8)
+    if everything:
+        turned, subset = W.T.contiguous().T, torch.arange(20000)
+        yield lambda: encode.encode_topk(x, turned, vector, None, vector, subset, None, 32, True)
+        yield lambda: encode.encode_topk(x[:, :761], W[:, :761], None, None, None, None, None, 64, True)
+        yield lambda: encode.encode_topk(x, W[:1024], None, W[0], None, None, None, 32, True)
+        yield lambda: _ragged(encode.problem(x, W, vector, None, None, None), encode.Rule(_masks.THRESHOLD, numbers, 0.5), dtype)
+        yield lambda: _ragged(encode.problem(x, W, vector, None, vector, None), encode.Rule(_masks.GATED, numbers), dtype)
+        yield lambda: match.match_cosine(W[:4096], W[:4096], 8, True, True, 1e-8)
+        yield lambda: spline.pack_signs(x, None)
+        if dtype is torch.float32:
+            wide = torch.zeros(64, adam.MOST_COLUMNS)
+            yield lambda: adam.adam(wide, wide, wide, wide, None, None, None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
+            yield lambda: adam.grad_squares(m, grad, *slots, None, True)
+
+
+def _ragged(p: _problem.Problem, rule: encode.Rule, dtype: torch.dtype) -> None:
+    found = _masks.masks(p, rule)
+    bits = _masks.counts(*found)
+    flags = torch.zeros(8, dtype=torch.uint8)
+    zeros = torch.zeros(8, dtype=torch.int64)
+    _masks.write(p, rule, *found, bits, zeros[0], torch.zeros(8, dtype=dtype), zeros, flags)
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_compiles_within_the_chip(
+    capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:  # fmt: skip
+    """Every kernel on every chip, bfloat16 and float32; on sm_90 with float16 and all forms."""
+    import aot
+
+    version = divmod(capability, 10)
+    monkeypatch.setattr(_tile, "tile_for", lambda device: _tile._TILES[max(known for known in _tile._TILES if known <= version)])
+    monkeypatch.setattr(_tile, "programs", lambda device, n_tiles: min(n_tiles, 264))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    full = capability == 90
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32, *((torch.float16,) if full else ())):
+        for call in _calls(dtype, everything=full and dtype is not torch.float16):
+            with aot.record() as launches:
+                call()
+            found.update({(l.kernel.__name__, l.signature, l.constants, l.aligned, l.options): l for l in launches})
+    names = {name for module in (_tile, _select, _masks, encode, match, spline, adam) for name in vars(module) if name.endswith("_kernel")}
+    assert {launch.name for launch in found.values()} >= names - {"similarity_kernel", "sign_kernel"} | (names if full else set())
+    matrix = 0
+    for launch in found.values():
+        assert all(0 < n < 2**31 for n in launch.grid[:1]), launch
+        assert all(0 < n < 2**16 for n in launch.grid[1:]), launch
+        usage = aot.compile_launch(launch, capability)
+        assert usage.shared <= aot.SHARED_LIMIT[capability], launch
+        assert not re.search(r"tf32|\.ftz", usage.ptx), launch
+        if launch.name in ("emit_kernel", "mask_kernel", "rescan_kernel", "write_kernel"):
+            matrix += 1
+            assert capability != 90 or "wgmma" in usage.ptx, launch
+            # What a tile's consumer spills is spilled once a tile; nothing is in the loop over d.
+            assert not any(re.match(r"(@\S+ )?(LDL|STL)", text) for text in usage.matrix_loop), launch
+        elif launch.name in ("exact_kernel", "rescore_kernel", "refine_kernel", "adam_kernel", "round_kernel"):
+            assert usage.resources["STACK"] == usage.resources["LOCAL"] == 0, (launch, usage.resources)
+    assert matrix >= 5
+
+
+# ---------------------------------------------------------------- on a GPU: what none of the above can show
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gpu_topk_at_size(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, W = torch.randn(300, 512, device="cuda").to(dtype), torch.randn(20000, 512, device="cuda").to(dtype)
+    W[::100] = x[0] / 20
+    args = (x, W, None, None, None, None, None, 64, True)
+    result = encode.encode_topk(*args)
+    ENCODE_TOPK.check(args, result)
+    for part in (slice(0, 1), slice(7, 200)):
+        for weight in (W, W.T.contiguous().T):
+            assert all(torch.equal(a, b[part]) for a, b in zip(encode.encode_topk(x[part], weight, *args[2:]), result, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_encode_and_decode_in_a_graph(dtype: torch.dtype) -> None:
+    from fastsae.kernels import decode
+
+    torch.manual_seed(0)
+    x, W = torch.randn(64, 256, device="cuda").to(dtype), torch.randn(8192, 256, device="cuda").to(dtype)
+
+    def run() -> tuple[Tensor, Tensor]:
+        values, indices = encode.encode_topk(x, W, None, None, None, None, None, 16, True)
+        return indices, decode.decode(values, indices, None, W, None)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    x.copy_(torch.randn(64, 256, device="cuda").to(dtype))
+    graph.replay()
+    for a, b in zip(captured, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["normal", "positive", "one large"])
+def test_gpu_tensor_cores_keep_the_interval(kind: str) -> None:
+    """The chip's own sums against the bound, at a width where the sums are long."""
+    generator = torch.Generator().manual_seed(1)
+    x, W = (_hard_rows(kind, n, 4096, generator).cuda() for n in (128, 4096))
+    p = _problem.Problem(x, W, None, None, None, None, _tile.tile_for(x.device))
+    rounded = _problem.Rounded.of(p)
+    for part, panel in rounded.panels(p):
+        scale, features = rounded.W_factors[2, part], panel.shape[0]
+        keys = torch.empty((128, features), dtype=torch.int32, device="cuda")
+        encode._emit_direct(_problem.Problem(rounded.x, panel, None, scale, None, None, p.tile), keys, None, None)
+        r = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32).double() * rounded.x_factors[2][:, None]
+        exact = x.double() @ W[part].double().T
+        allowed = rounded.x_factors[0][:, None] * rounded.W_factors[0, part] + rounded.x_factors[1][:, None] * rounded.W_factors[1, part]
+        assert bool(((r - exact).abs() <= allowed).all())
+
+
+def test_the_table_names_the_rows() -> None:
+    rows = {name for name, op in OPS.items() if any(row.backend == "triton" for row in op.rows)}
+    assert {"encode_topk", "encode_threshold", "encode_batch_topk", "encode_gated", "match_cosine", "match_pair"} <= rows
+    assert {"spline_code", "spline_hash", "pack_signs", "hash_signs", "hash_code", "adam", "grad_squares"} <= rows
