@@ -20,8 +20,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlock = 16;  // slots summed before they are added to the total
-template <bool kWide>
-constexpr int kFlight = kWide ? 8 : 4;  // gathered rows before the first use; more of the narrow ones would spill
+constexpr int kFlight = 8;  // gathered rows before the first use
+static_assert(kBlock % kFlight == 0);
 
 int bits_of(int64_t largest) {
   int bits = 1;
@@ -86,10 +86,10 @@ struct Packed {
   T of[V];
 };
 
-// Columns of a row that a lane holds: V neighbours read at once, or V that lie 32 apart.
+// Columns of a row that a lane holds: V neighbours read at once, or V that lie 32 apart (more of those would spill).
 template <class T, bool kWide>
 struct Columns {
-  static constexpr int V = kWide ? 16 / sizeof(T) : 4;
+  static constexpr int V = kWide ? 16 / sizeof(T) : 2;
   int64_t first, d;
 
   FASTSAE_DEVICE Columns(int64_t piece, int64_t d) : first(piece * V * kWarp + (threadIdx.x % kWarp) * (kWide ? V : 1)), d(d) {}
@@ -135,19 +135,19 @@ FASTSAE_DEVICE void add_slots(const Columns<T, kWide>& columns, const uint32_t* 
   for (int64_t first = start; first < end; first += kBlock) {
     float block[V] = {};
 #pragma unroll
-    for (int group = 0; group < kBlock; group += kFlight<kWide>) {
+    for (int group = 0; group < kBlock; group += kFlight) {
       if (first + group >= end) break;
-      typename Columns<T, kWide>::Read read[kFlight<kWide>];
-      float factor[kFlight<kWide>];
+      typename Columns<T, kWide>::Read read[kFlight];
+      float factor[kFlight];
 #pragma unroll
-      for (int u = 0; u < kFlight<kWide>; ++u) {
+      for (int u = 0; u < kFlight; ++u) {
         const int64_t p = first + group + u;
         const bool live = p < end;
         factor[u] = live ? value[p] : 0;
         read[u] = columns.read(grad + (live ? row[p] * stride : 0), live);
       }
 #pragma unroll
-      for (int u = 0; u < kFlight<kWide>; ++u) {
+      for (int u = 0; u < kFlight; ++u) {
         Packed<T, V> numbers;
         memcpy(&numbers, &read[u], sizeof numbers);
 #pragma unroll
@@ -163,7 +163,7 @@ FASTSAE_DEVICE int64_t warp_number() { return static_cast<int64_t>(blockIdx.x) *
 
 // partials[c] = the slots c * split .. (c + 1) * split, where they are all of one feature.
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // 4: up to 128 registers, else ptxas spills for occupancy
     partials_kernel(const uint32_t* __restrict__ segments, int64_t cuts, int64_t features, const uint32_t* __restrict__ row,
                     const float* __restrict__ value, const T* __restrict__ grad, int64_t stride, int64_t d, int64_t pieces, int64_t split,
                     float* __restrict__ partials) {
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // 4: up to 128 registers, else ptxas spills for occupancy
     sum_kernel(const uint32_t* __restrict__ segments, int64_t features, const uint32_t* __restrict__ row, const float* __restrict__ value,
                const T* __restrict__ grad, int64_t stride, int64_t d, int64_t pieces, int64_t split, const float* __restrict__ partials,
                T* __restrict__ out, int64_t stride_f) {
