@@ -188,7 +188,8 @@ class Bench:
         if mine is None:
             self.note(op, shape, f"not measured: {failures}")
             self.entries.append({"op": op, "shape": shape, "others": spreads, "failures": failures})
-            return self.save()
+            self.save()
+            return
         entry: dict[str, Any] = {
             "op": op, "shape": shape, "backend": mine[len("fastsae (") : -1], "ours": spreads.pop(mine),
             "others": spreads, "floor": floor, "extra_mb": {"ours": memory.pop(mine), **memory}, "failures": failures,
@@ -305,6 +306,7 @@ def _encode(b: Bench, dtype: torch.dtype, sizes: tuple[tuple[int, ...], tuple[in
     floor = "bf16 GEMM alone"
     others[floor] = lambda i: torch.mm(low_xs[i % len(xs)], low_W.T, out=product)
     if dtype is torch.float32:
+
         def tf32(i: int) -> object:
             with precision("high"):
                 return functional.linear(xs[i % len(xs)], W, bias).relu().topk(k)
@@ -461,7 +463,9 @@ def step(b: Bench) -> None:
     calls: dict[str, Call] = {who: lambda i, runner=runner: runner.step(xs[i % 2]) for who, runner in others.items()}
 
     def verify(_: str) -> None:
-        training.check_step(training.ours(start), training.plain(start), training.distinct_rows(x[: rows // 8], start, rows // 16), start.lr)
+        training.check_step(
+            training.ours(start), training.plain(start), training.distinct_rows(x[: rows // 8], start, rows // 16), start.lr
+        )
         _clear(b)
 
     beside = next((who for who in others if "sparsify" in who), "dense torch (scatter, linear, Adam)")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastsae import native, native_cuda
+from fastsae import native
 from fastsae.dispatch import OPS, Op, Row
 from fastsae.testing import Mismatch
 

@@ -79,7 +79,7 @@ def test_verdicts(bench: gpu.Bench) -> None:
 
 def test_inputs_pass_the_cache(bench: gpu.Bench) -> None:
     bench.quick = False
-    assert bench.sets(1 << 20) * (1 << 20) > 2 * bench.l2
+    assert bench.sets(1 << 22) * (1 << 22) >= 4 * bench.l2
     assert bench.sets(bench.l2 * 100) == 2
 
 
@@ -95,7 +95,9 @@ def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name, signal, returned in (("TERM", 15, 0), ("KILL", 9, -9)):
         folder = tmp_path / name
-        done = subprocess.run([sys.executable, "-c", code, str(folder), str(signal)], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder), str(signal)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == returned, done.stderr
         assert [entry["op"] for entry in stored(folder)["results"]] == ["pack_signs bfloat16", "hash_signs bfloat16"]
         assert (folder / "gpu-table.png").exists() == (name == "TERM")
@@ -106,11 +108,9 @@ def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
     "command",
     [
         [sys.executable, "-m", "fastsae", "bench", "--device", "cuda"],
-        [sys.executable, "-m", "bench.gpu"],
         ["bash", "bench/gpu.sh", "build/gpu-test"],
-        [sys.executable, "-m", "bench.gpu_check"],
     ],
-    ids=["fastsae", "module", "script", "check"],
+    ids=["command", "script"],
 )
 def test_says_that_there_is_no_gpu(command: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
@@ -127,4 +127,6 @@ def test_every_row_runs_in_quick_mode(bench: gpu.Bench) -> None:
             row(bench)
     failed = {entry["op"]: entry["failures"] for entry in bench.entries if any(who.startswith("fastsae") for who in entry["failures"])}
     assert not failed
-    assert {"decode float32", "decode_dweight bfloat16", "match_cosine", "training step", "hamming_topk"} <= {e["op"] for e in bench.entries}
+    assert {"decode float32", "decode_dweight bfloat16", "match_cosine", "training step", "hamming_topk"} <= {
+        e["op"] for e in bench.entries
+    }

@@ -26,6 +26,7 @@ from torch import Tensor
 import fastsae
 from fastsae import _flags, native_cuda
 from fastsae.dispatch import OPS
+from fastsae.native import build_info
 from fastsae.verify import affordable, call
 
 CPU = torch.device("cpu")
@@ -205,7 +206,7 @@ def test_a_bad_index(bad: int, emulated: Any, monkeypatch: pytest.MonkeyPatch) -
     indices = torch.randint(0, 9, (6, 4), generator=torch.Generator().manual_seed(0))
     indices[2, 3] = bad
     values, grad, out = draw(6, 4), draw(6, 8), torch.empty(9, 8)
-    with pytest.raises(IndexError, match="latents.indices"):
+    with pytest.raises(IndexError, match=r"latents\.indices"):
         native_cuda.decode_dweight(values, indices, None, grad, out)
     with pytest.raises(IndexError, match="neurons"):
         native_cuda.pack_signs(grad, torch.tensor([0, bad]))
@@ -275,6 +276,15 @@ def test_compiles_for_every_chip_without_spills(tmp_path: Path) -> None:
             threads = 512 if "select_kernel" in name else 256 if "hamming" in name or "hash" in name or "pack" in name else 128
             assert int(registers) * threads <= 65536 // 2, f"{name} sm_{arch}: {registers} registers: not two blocks a multiprocessor"
     assert kernels >= 6 * 30, kernels
+
+
+@pytest.mark.skipif(NVCC is None or "cuda" not in build_info(), reason="nvcc is not installed: the CUDA C++ module was NOT built")
+def test_the_module_is_built_where_nvcc_is() -> None:
+    built = build_info()["cuda"]
+    if built["reason"].startswith("left out by FASTSAE_CUDA"):
+        pytest.skip(built["reason"])
+    assert built["built"], built["reason"]
+    assert native_cuda.missing() is None
 
 
 # ---------------------------------------------------------------- on a GPU

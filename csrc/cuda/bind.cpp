@@ -28,8 +28,7 @@ PYBIND11_MODULE(FASTSAE_MODULE, m) {
   using namespace fastsae::cuda;
   using release = py::call_guard<py::gil_scoped_release>;
 #define FASTSAE_WHERE int device, address stream
-#define FASTSAE_AT \
-  Where { device, pointer<void>(stream) }
+#define FASTSAE_AT Where{device, pointer<void>(stream)}
   m.attr("MAX_K") = kMaxK;
   m.def(
       "select_scores",
@@ -90,18 +89,18 @@ PYBIND11_MODULE(FASTSAE_MODULE, m) {
   m.def(
       "hash_signs",
       [](FASTSAE_WHERE, address z, int type, i64 rows, i64 stride, i64 neurons, address keys, int bits, address hashes) {
-        return hash_signs(FASTSAE_AT, pointer<const void>(z), static_cast<Type>(type), rows, stride, neurons, pointer<const i64>(keys), bits,
-                          pointer<i64>(hashes));
+        return hash_signs(FASTSAE_AT, pointer<const void>(z), static_cast<Type>(type), rows, stride, neurons, pointer<const i64>(keys),
+                          bits, pointer<i64>(hashes));
       },
       release());
   m.def(
       "hash_code",
       [](FASTSAE_WHERE, address words, i64 rows, i64 stride, i64 n_words, address keys, int bits, address hashes) {
-        return hash_code(FASTSAE_AT, pointer<const i64>(words), rows, stride, n_words, pointer<const i64>(keys), bits, pointer<i64>(hashes));
+        return hash_code(FASTSAE_AT, pointer<const i64>(words), rows, stride, n_words, pointer<const i64>(keys), bits,
+                         pointer<i64>(hashes));
       },
       release());
-  m.def(
-      "by_feature_bytes", [](FASTSAE_WHERE, i64 n, i64 features) { return by_feature_bytes(FASTSAE_AT, n, features); }, release());
+  m.def("by_feature_bytes", [](FASTSAE_WHERE, i64 n, i64 features) { return by_feature_bytes(FASTSAE_AT, n, features); }, release());
   m.def(
       "by_feature",
       [](FASTSAE_WHERE, address indices, int index, i64 n, i64 features, address workspace, address order, address segments, address flag) {

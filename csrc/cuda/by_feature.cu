@@ -60,8 +60,9 @@ __global__ void segments_kernel(const uint32_t* __restrict__ keys, int64_t n, in
 }
 
 template <class T>
-__global__ void permute_kernel(const uint32_t* __restrict__ order, int64_t n, const T* __restrict__ values, const int64_t* __restrict__ crow,
-                               int64_t rows, int64_t k, uint32_t* __restrict__ row, float* __restrict__ value) {
+__global__ void permute_kernel(const uint32_t* __restrict__ order, int64_t n, const T* __restrict__ values,
+                               const int64_t* __restrict__ crow, int64_t rows, int64_t k, uint32_t* __restrict__ row,
+                               float* __restrict__ value) {
   const int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (p >= n) return;
   const int64_t slot = order[p];
@@ -216,11 +217,11 @@ template <class T, bool kWide>
 int sum(Where where, const uint32_t* segments, int64_t n, int64_t features, const uint32_t* row, const float* value, const T* grad,
         int64_t stride_r, int64_t d, int64_t split, float* partials, T* out, int64_t stride_f) {
   const int64_t pieces = ceil_div(d, Columns<T, kWide>::V * kWarp), cuts = n / split;
-  const int error = launch(partials_kernel<T, kWide>, where, ceil_div(cuts * pieces, kWarps), kThreads, segments, cuts, features, row, value,
-                           grad, stride_r, d, pieces, split, partials);
+  const int error = launch(partials_kernel<T, kWide>, where, ceil_div(cuts * pieces, kWarps), kThreads, segments, cuts, features, row,
+                           value, grad, stride_r, d, pieces, split, partials);
   if (error != 0) return error;
-  return launch(sum_kernel<T, kWide>, where, ceil_div(features * pieces, kWarps), kThreads, segments, features, row, value, grad, stride_r, d,
-                pieces, split, partials, out, stride_f);
+  return launch(sum_kernel<T, kWide>, where, ceil_div(features * pieces, kWarps), kThreads, segments, features, row, value, grad, stride_r,
+                d, pieces, split, partials, out, stride_f);
 }
 
 template <class T>
@@ -255,9 +256,11 @@ int by_feature(Where where, const void* indices, Index index, int64_t n, int64_t
   const int64_t blocks = ceil_div(n, kThreads);
   int error = begin(where);
   if (error == 0 && index == Index::i32)
-    error = launch(keys_kernel<int32_t>, where, blocks, kThreads, static_cast<const int32_t*>(indices), n, features, part(1), part(2), flag);
+    error =
+        launch(keys_kernel<int32_t>, where, blocks, kThreads, static_cast<const int32_t*>(indices), n, features, part(1), part(2), flag);
   if (error == 0 && index == Index::i64)
-    error = launch(keys_kernel<int64_t>, where, blocks, kThreads, static_cast<const int64_t*>(indices), n, features, part(1), part(2), flag);
+    error =
+        launch(keys_kernel<int64_t>, where, blocks, kThreads, static_cast<const int64_t*>(indices), n, features, part(1), part(2), flag);
   size_t bytes = 0;
   if (error == 0 && n != 0) error = sort_pairs(where, nullptr, bytes, pairs, n, bits_of(features));
   if (error == 0 && n != 0) error = sort_pairs(where, part(3), bytes, pairs, n, bits_of(features));
@@ -265,8 +268,8 @@ int by_feature(Where where, const void* indices, Index index, int64_t n, int64_t
   return launch(segments_kernel, where, ceil_div(features + 1, kThreads), kThreads, part(0), n, features, segments);
 }
 
-int permute_slots(Where where, const uint32_t* order, int64_t n, const void* values, Type type, const int64_t* crow, int64_t rows, int64_t k,
-                  uint32_t* row, float* value) {
+int permute_slots(Where where, const uint32_t* order, int64_t n, const void* values, Type type, const int64_t* crow, int64_t rows,
+                  int64_t k, uint32_t* row, float* value) {
   const int64_t blocks = ceil_div(n, kThreads);
   if (type == Type::f32)
     return launch(permute_kernel<float>, where, blocks, kThreads, order, n, static_cast<const float*>(values), crow, rows, k, row, value);
@@ -277,10 +280,8 @@ int permute_slots(Where where, const uint32_t* order, int64_t n, const void* val
 
 int sum_by_feature(Where where, const uint32_t* segments, int64_t n, int64_t features, const uint32_t* row, const float* value,
                    const void* grad, Type type, int64_t stride_r, int64_t d, int64_t split, float* partials, void* out, int64_t stride_f) {
-  if (type == Type::f32)
-    return sum<float>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
-  if (type == Type::f16)
-    return sum<Half>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
+  if (type == Type::f32) return sum<float>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
+  if (type == Type::f16) return sum<Half>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
   return sum<Bfloat>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
 }
 

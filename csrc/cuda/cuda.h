@@ -61,8 +61,9 @@ int hash_code(Where where, const int64_t* words, int64_t rows, int64_t stride, i
 
 // Bytes of the workspace of by_feature for n slots.
 int64_t by_feature_bytes(Where where, int64_t n, int64_t features);
-// Slots in the order of (feature, slot): order [n], segments [features + 1]: the slots of f are order[segments[f] .. segments[f + 1]). Slots
-// with a bad index come last and set *flag. n < 2^32 - 1, features < 2^32 - 1. Passes over the bits that `features` needs, not over 64.
+// Slots in the order of (feature, slot): order [n], segments [features + 1]: the slots of f are order[segments[f] .. segments[f + 1]).
+// Slots with a bad index come last and set *flag. n < 2^32 - 1, features < 2^32 - 1. Passes over the bits that `features` needs, not
+// over 64.
 int by_feature(Where where, const void* indices, Index index, int64_t n, int64_t features, void* workspace, uint32_t* order,
                uint32_t* segments, int32_t* flag);
 // What the sums read, by position in `order`: row [n] and, unless null, value [n] in float32. crow [rows + 1] or null with k slots a row.

@@ -7,10 +7,10 @@
 namespace fastsae::cuda {
 namespace {
 
-constexpr int kTile = 64;    // codes of each side
-constexpr int kSide = 16;    // threads of each side
+constexpr int kTile = 64;  // codes of each side
+constexpr int kSide = 16;  // threads of each side
 constexpr int kEach = kTile / kSide;
-constexpr int kWords = 8;    // words of each code in shared memory at a time
+constexpr int kWords = 8;  // words of each code in shared memory at a time
 constexpr int kThreads = kSide * kSide;
 static_assert(kTile * kWords % kThreads == 0);
 
@@ -66,8 +66,8 @@ int hamming(Where where, const int64_t* a, int64_t n, int64_t stride_a, const in
   // Neighbouring threads write neighbouring columns.
   if (out_stride_b != 1 && out_stride_a == 1) return hamming(where, b, m, stride_b, a, n, stride_a, words, out, out_stride_b, out_stride_a);
   const int64_t tiles = ceil_div(m, kTile);
-  return launch(hamming_kernel, where, ceil_div(n, kTile) * tiles, kThreads, a, n, stride_a, b, m, stride_b, words, tiles, out, out_stride_a,
-                out_stride_b);
+  return launch(hamming_kernel, where, ceil_div(n, kTile) * tiles, kThreads, a, n, stride_a, b, m, stride_b, words, tiles, out,
+                out_stride_a, out_stride_b);
 }
 
 }  // namespace fastsae::cuda

@@ -105,8 +105,8 @@ __global__ void keys_kernel(int64_t neurons, const uint8_t* __restrict__ mask, u
 }
 
 template <class Source, int kParts>
-__global__ void __launch_bounds__(kThreads) hash_kernel(Source source, int64_t rows, int64_t neurons, const int64_t* __restrict__ keys,
-                                                        int64_t* __restrict__ hashes) {
+__global__ void __launch_bounds__(kThreads)
+    hash_kernel(Source source, int64_t rows, int64_t neurons, const int64_t* __restrict__ keys, int64_t* __restrict__ hashes) {
   const int64_t first = warp_number() * kRows;
   if (first >= rows) return;
   int64_t total[kRows][kParts] = {};
@@ -164,11 +164,16 @@ int mark(Where where, const void* indices, Index index, int64_t count, int64_t s
 
 int pack_signs(Where where, const void* z, Type type, int64_t rows, int64_t stride, int64_t neurons, const uint8_t* mask, int64_t* words) {
   switch (type) {
-    case Type::f32: return pack<float>(where, z, rows, stride, neurons, mask, words);
-    case Type::bf16: return pack<Bfloat>(where, z, rows, stride, neurons, mask, words);
-    case Type::f16: return pack<Half>(where, z, rows, stride, neurons, mask, words);
-    case Type::boolean: return pack<uint8_t>(where, z, rows, stride, neurons, mask, words);
-    case Type::f64: break;
+    case Type::f32:
+      return pack<float>(where, z, rows, stride, neurons, mask, words);
+    case Type::bf16:
+      return pack<Bfloat>(where, z, rows, stride, neurons, mask, words);
+    case Type::f16:
+      return pack<Half>(where, z, rows, stride, neurons, mask, words);
+    case Type::boolean:
+      return pack<uint8_t>(where, z, rows, stride, neurons, mask, words);
+    case Type::f64:
+      break;
   }
   return pack<double>(where, z, rows, stride, neurons, mask, words);
 }
@@ -180,11 +185,16 @@ int neuron_keys(Where where, int64_t neurons, const uint8_t* mask, uint32_t laye
 int hash_signs(Where where, const void* z, Type type, int64_t rows, int64_t stride, int64_t neurons, const int64_t* keys, int bits,
                int64_t* hashes) {
   switch (type) {
-    case Type::f32: return hash(where, Signs<float>{static_cast<const float*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::bf16: return hash(where, Signs<Bfloat>{static_cast<const Bfloat*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::f16: return hash(where, Signs<Half>{static_cast<const Half*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::boolean: return hash(where, Signs<uint8_t>{static_cast<const uint8_t*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::f64: break;
+    case Type::f32:
+      return hash(where, Signs<float>{static_cast<const float*>(z), stride}, rows, neurons, keys, bits, hashes);
+    case Type::bf16:
+      return hash(where, Signs<Bfloat>{static_cast<const Bfloat*>(z), stride}, rows, neurons, keys, bits, hashes);
+    case Type::f16:
+      return hash(where, Signs<Half>{static_cast<const Half*>(z), stride}, rows, neurons, keys, bits, hashes);
+    case Type::boolean:
+      return hash(where, Signs<uint8_t>{static_cast<const uint8_t*>(z), stride}, rows, neurons, keys, bits, hashes);
+    case Type::f64:
+      break;
   }
   return hash(where, Signs<double>{static_cast<const double*>(z), stride}, rows, neurons, keys, bits, hashes);
 }

@@ -1,8 +1,8 @@
 // CUDA's built-ins on the CPU, so that the kernels of csrc/cuda can be run by tests where there is no GPU. Compile with FASTSAE_EMULATE.
 //
 // Each thread of a block is a fiber. It runs until a barrier or a warp operation, then the next one runs; blocks run one after another. The
-// order is ascending, descending or shuffled (emulate::schedule): a kernel that lacks a barrier gives another result in another order. A barrier
-// that not all threads reach is an error. Not modelled: memory ordering within a warp, caches, timing.
+// order is ascending, descending or shuffled (emulate::schedule): a kernel that lacks a barrier gives another result in another order. A
+// barrier that not all threads reach is an error. Not modelled: memory ordering within a warp, caches, timing.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -143,8 +143,7 @@ inline void run(int64_t blocks, int threads, const std::function<void()>& body) 
   block_size.x = static_cast<unsigned>(threads);
   grid_size.x = static_cast<unsigned>(blocks);
   uint32_t state = 1;
-  for (int64_t i = 0; i < blocks; ++i)
-    Block::get().run(static_cast<unsigned>(schedule() == 0 ? i : blocks - 1 - i), threads, body, state);
+  for (int64_t i = 0; i < blocks; ++i) Block::get().run(static_cast<unsigned>(schedule() == 0 ? i : blocks - 1 - i), threads, body, state);
 }
 
 template <class To, class From>
@@ -198,7 +197,8 @@ inline float half_to_float(uint16_t bits) {
   const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | static_cast<uint32_t>(mantissa) << 13);
-  const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24) : std::ldexp(1024.0f + static_cast<float>(mantissa), exponent - 25);
+  const float size =
+      exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24) : std::ldexp(1024.0f + static_cast<float>(mantissa), exponent - 25);
   return sign != 0 ? -size : size;
 }
 inline uint16_t float_to_half(float x) {

@@ -100,15 +100,18 @@ class _SelectTopK(torch.autograd.Function):
         values, indices = ctx.saved_tensors
         kept = values > 0 if ctx.relu else ~values.isnan()
         # Indices of a row are distinct: each element is written once.
-        return torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device).scatter_(1, indices, torch.where(kept, grad, 0)), None, None, None
+        return (
+            torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device).scatter_(1, indices, torch.where(kept, grad, 0)),
+            None,
+            None,
+            None,
+        )
 
 
 # ---------------------------------------------------------------- public
 
 
-def select_topk(
-    z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtype = torch.int64, backend: str | None = None
-) -> TopKLatents:
+def select_topk(z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtype = torch.int64, backend: str | None = None) -> TopKLatents:
     """The k largest of each row of pre-activations that exist already, as latents.
 
     Args:
