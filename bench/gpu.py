@@ -5,7 +5,7 @@
 
 Kernel time by CUDA events around as many calls as make a millisecond; ours, the floor and the rivals alternate; median of at least 5 rounds
 after a warm-up, with min and max. Inputs are random, and as many sets of them rotate as pass the L2 cache four times over. A result that
-its specification refuses is reported and not timed. After each row ``gpu-table.json`` is written anew: what was measured survives a kill.
+its specification refuses is reported and not timed. After each row the JSON is written anew: what was measured survives a kill.
 Rows whose backend is missing say why, in place of a time.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import signal
 import statistics
 import sys
@@ -44,10 +45,10 @@ class Missing(Exception):
 
 
 class Bench:
-    """Measures rows, prints them as they come and keeps them in ``out / gpu-table.json``."""
+    """Measures rows, prints them as they come and keeps them in ``out / <date>-<device>-gpu.json``."""
 
     def __init__(self, device: torch.device, out: Path, minutes: float, quick: bool, machine: dict[str, Any]):
-        self.device, self.out, self.quick, self.machine = device, out, quick, machine
+        self.device, self.quick, self.machine = device, quick, machine
         self.start, self.minutes = time.monotonic(), minutes
         self.seconds = 0.3 if quick else 6.0  # for the rounds of one row
         self.entries: list[dict[str, Any]] = []
@@ -56,6 +57,9 @@ class Bench:
         is_cuda = device.type == "cuda"
         self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if is_cuda else L2_ON_CPU
         self.copy_rate = 0.0
+        label = machine["gpu"][device.index or 0] if is_cuda else machine["cpu"]
+        stem = f"{datetime.date.today().isoformat()}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}-gpu{'-quick' if quick else ''}"
+        self.path = out / f"{stem}.json"
 
     # -- inputs
 
@@ -228,10 +232,9 @@ class Bench:
             "copy_bytes_per_second": self.copy_rate, "l2_bytes": self.l2, "seconds": time.monotonic() - self.start,
             "results": self.entries, "notes": self.notes,
         }  # fmt: skip
-        path = self.out / "gpu-table.json"
-        partial = path.with_suffix(".partial")
+        partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(path)
+        partial.replace(self.path)
 
 
 @contextmanager
@@ -721,10 +724,10 @@ def run(device: torch.device, out: Path, machine: dict[str, Any], *, minutes: fl
     for note in bench.notes:
         print(f"{note['op']} {note['shape']}: {note['note']}")
     try:
-        plot(measured, out / "gpu-table.png")
+        plot(measured, bench.path.with_suffix(".png"))
     except ImportError as error:
         print(f"no plot: {error}", file=sys.stderr)
-    bench.say(f"stored {out / 'gpu-table.json'}")
+    bench.say(f"stored {bench.path}")
     failed = [entry for entry in bench.entries if any(who.startswith("fastsae") for who in entry.get("failures", {}))]
     return 1 if failed or any(note["note"].startswith("failed") for note in bench.notes) else 0
 

@@ -370,7 +370,7 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
     (n_features, D), n, device = out.shape, indices.numel(), out.device
     if crow is not None and device.type == "cpu":
         _check_crow(crow, n)
-    if n == 0 or out.numel() == 0:
+    if n == 0 or out.numel() == 0 or grad.shape[0] == 0:
         if n:
             by_feature(indices, n_features)  # a bad index is still reported
         out.zero_()

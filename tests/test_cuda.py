@@ -90,6 +90,49 @@ def test_nothing_outside_is_touched_in_any_order_of_threads(op: Any, emulated: A
     assert tried > 3
 
 
+RACE = """
+#include "cuda/platform.h"
+using namespace fastsae::cuda;
+// Each thread reads what its opposite wrote; without the barrier, or with one that half of the threads skip.
+__global__ void swap(int barrier, int* out) {
+  __shared__ int value[64];
+  value[threadIdx.x] = -1;
+  __syncthreads();
+  value[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if (barrier == 1 || (barrier == 2 && threadIdx.x < 32)) __syncthreads();
+  out[threadIdx.x] = value[63 - threadIdx.x];
+}
+int main() {
+  for (int barrier = 0; barrier < 3; ++barrier)
+    for (int order = 0; order < 3; ++order) {
+      int out[64];
+      emulate::schedule() = order;
+      try {
+        launch(swap, Where{0, nullptr}, 1, 64, barrier, out);
+      } catch (const std::exception& error) {
+        std::puts(error.what());
+        return 0;
+      }
+      int missed = 0;
+      for (int i = 0; i < 64; ++i) missed += out[i] != 63 - i;
+      std::printf("%d %d %d\\n", barrier, order, missed);
+    }
+}
+"""
+
+
+@needs_compiler
+def test_the_emulation_shows_missing_barriers(tmp_path: Path) -> None:
+    source, program = tmp_path / "race.cpp", tmp_path / "race"
+    source.write_text(RACE)
+    subprocess.run([str(emulation.compiler()), *emulation.FLAGS, str(source), "-o", str(program)], check=True)
+    lines = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
+    without, with_barrier, divergent = lines[:3], lines[3:6], lines[6:]
+    assert all(int(line.split()[2]) > 0 for line in without)
+    assert [line.split()[2] for line in with_barrier] == ["0", "0", "0"]
+    assert divergent == ["emulation: threads wait at a barrier that others do not reach"]
+
+
 # ---------------------------------------------------------------- each way through the kernels
 
 
@@ -241,7 +284,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "stride 1 along D" in str(native_cuda.refuses_decode_dweight(z, z.long(), None, z, draw(3, 2).T))
     assert native_cuda.unavailable(CPU) == "device cpu (supported: cuda)"
     monkeypatch.setattr(native_cuda, "build_info", lambda: {"cuda": {"built": False, "reason": "nvcc was not found"}})
-    monkeypatch.setattr(native_cuda, "_tried", False)
+    for name, value in (("_tried", False), ("_reason", None), ("_module", None)):
+        monkeypatch.setattr(native_cuda, name, value)
     monkeypatch.setitem(sys.modules, "fastsae._cuda", None)
     monkeypatch.delattr(fastsae, "_cuda", raising=False)
     assert native_cuda.missing() == "the CUDA C++ module was not built: nvcc was not found"
