@@ -13,7 +13,7 @@ failed=0
 export PYTHONUNBUFFERED=1 HYPOTHESIS_PROFILE=ci FASTSAE_CUDA_ARCHS=${FASTSAE_CUDA_ARCHS:-native}
 
 left() { echo $((limit - (SECONDS - begin))); }
-# step <most seconds> <log> <command...>: with what time is left at the most; its last lines are shown, all of it is in the log.
+# step <most seconds> <log> <command...>: with what time is left at the most; its output is shown and kept in the log.
 step() {
   local most=$1 log=$2
   shift 2
@@ -24,9 +24,8 @@ step() {
     return
   fi
   echo "== [$((SECONDS - begin)) s] $*"
-  timeout -k 15 "$most" "$@" > "$out/$log" 2>&1
-  local code=$?
-  tail -n "${LINES_SHOWN:-12}" "$out/$log"
+  timeout -k 15 "$most" "$@" 2>&1 | tee "$out/$log"
+  local code=${PIPESTATUS[0]}
   [ $code -eq 0 ] || { echo "== exit code $code ($log; 124: over its $most s)"; failed=1; }
 }
 
@@ -40,7 +39,7 @@ for part in $parts; do
   case $part in
     build)
       step 150 build.log "$python" -m pip install -q --no-deps --no-build-isolation --break-system-packages -e .
-      LINES_SHOWN=60 step 60 info.log "$python" -m fastsae info
+      step 60 info.log "$python" -m fastsae info
       ;;
     verify)
       step 60 tests.log "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py -k gpu
@@ -51,7 +50,7 @@ for part in $parts; do
       ;;
     bench)
       minutes=$("$python" -c "print(max(1.0, min(4.5, ($(left) - 90) / 60)))")
-      LINES_SHOWN=90 step 290 bench.log "$python" -m fastsae bench --device cuda --minutes "$minutes" --out "$out"
+      step 290 bench.log "$python" -m fastsae bench --device cuda --minutes "$minutes" --out "$out"
       ;;
     sanitize)
       step 80 sanitize.log bash bench/gpu_sanitize.sh "$out"
