@@ -45,6 +45,7 @@ ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The CUDA rows on CPU tensors."""
     module = emulation.load()
+    assert module.MAX_K == native_cuda.MOST_K
     monkeypatch.setenv("FASTSAE_CUDA_EMULATION", str(emulation.module_path()))
     for name, value in (("_module", module), ("_reason", None), ("_tried", True), ("_devices", {})):
         monkeypatch.setattr(native_cuda, name, value)
