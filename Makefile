@@ -5,13 +5,15 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 # torch first and pinned: a loose requirement would fetch the CUDA build and several GB with it.
 TORCH  := torch==2.13.0
+# Two of the six architectures: the rest costs minutes of compiling and is checked by tests/test_cuda.py. A release builds them all.
+export FASTSAE_CUDA_ARCHS ?= 80,90
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-fast lint verify demo bench gpu peers test-peers sanitize deep clean
+.PHONY: help build test test-fast lint verify demo bench gpu gpu-sanitize peers test-peers sanitize deep clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(VENV)/base.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,8 +60,11 @@ demo: $(VENV)/demo.stamp ## train a dictionary on real activations; plots in dem
 bench: $(VENV)/dev.stamp ## time every operation beside the best plain torch; JSON and plot in bench/results/
 	$(BIN)/fastsae bench
 
-gpu: ## on a CUDA machine with torch and triton: build, verify, bench; OUT=folder for the JSON
-	bash bench/gpu.sh $(or $(OUT),bench/results)
+gpu: ## on a CUDA machine with torch, triton and nvcc, in 9 minutes: build, verify, bench, sanitizers; OUT=folder for JSON, plot, logs
+	bash bench/gpu.sh $(or $(OUT),build/gpu)
+
+gpu-sanitize: ## the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
+	bash bench/gpu_sanitize.sh $(or $(OUT),build/gpu)
 
 peers: $(VENV)/peers.stamp ## install the peer libraries that some tests and benches compare with (3.3 GB)
 

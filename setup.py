@@ -1,9 +1,15 @@
-"""Builds fastsae._C without torch, and never fails an install: what could not be built, and why, is in fastsae/_build_info.json."""
+"""Builds fastsae._C and, with nvcc, fastsae._cuda, both without torch, and never fails an install: what could not be built, and why, is in
+fastsae/_build_info.json.
+
+FASTSAE_CUDA=0 leaves the CUDA module out. FASTSAE_CUDA_ARCHS names its architectures ("80,90"; "native": the GPU of this machine); default
+all of CUDA_ARCHS. FASTSAE_NVCC names the compiler; default CUDA_HOME's or the one on the path.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -47,6 +53,11 @@ ISA_FLAGS = [
     "-Wno-uninitialized",
 ]  # gcc 12 takes its own intrinsics for uninitialised
 
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+# PTX of the lowest: the driver can compile it for every architecture that is not in the list, older than the newest or newer.
+CUDA_PTX = "80"
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false", "-Icsrc"]  # fma only where it is written
+
 FAILURES = (CCompilerError, ExecError, PlatformError, OSError)
 
 
@@ -55,23 +66,31 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         self.info: dict[str, object] = {"native": False, "reason": "", "compiler": "", "flags": FLAGS, "levels": {}}
+        self.info["cuda"] = {"built": False, "reason": "", "nvcc": "", "archs": []}
         try:
             super().run()
         except FAILURES as error:
             self._give_up(str(error))
-        if self.info["reason"]:
-            self.info["native"] = False
-            # A library left by an earlier build would contradict the reason. Not earlier: inside super().run() `inplace` is off.
-            for name in (self.get_ext_filename(ext.name) for ext in self.extensions):
-                (Path(self.build_lib) / name).unlink(missing_ok=True)
+        self.info["native"] = self.info["native"] and not self.info["reason"]
+        # A library left by an earlier build would contradict the reason. Not earlier: inside super().run() `inplace` is off.
+        for name, built in (("fastsae._C", self.info["native"]), ("fastsae._cuda", self.info["cuda"]["built"])):
+            if not built:
+                (Path(self.build_lib) / self.get_ext_filename(name)).unlink(missing_ok=True)
                 if self.inplace:
-                    (ROOT / name).unlink(missing_ok=True)
-        # CUDA: csrc/cuda/*.cu will become a module of its own here when nvcc is found; until then it is never looked for.
+                    (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
         home = ROOT / "fastsae" if self.inplace else Path(self.build_lib) / "fastsae"
         home.mkdir(parents=True, exist_ok=True)
         (home / "_build_info.json").write_text(json.dumps(self.info, indent=1) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "fastsae._cuda":
+            try:
+                self._build_cuda(ext)
+                self.info["cuda"]["built"] = True
+            except (*FAILURES, subprocess.SubprocessError) as error:
+                self.info["cuda"]["reason"] = str(error)
+                print(f"fastsae: no CUDA C++ kernels: {error}", file=sys.stderr)
+            return
         try:
             self._build(ext)
             self.info["native"] = True
@@ -123,6 +142,62 @@ class BuildExt(build_ext):
             target_lang="c++",
         )
 
+    def _build_cuda(self, ext: Extension) -> None:
+        if os.environ.get("FASTSAE_CUDA", "1") == "0":
+            raise PlatformError("left out by FASTSAE_CUDA=0")
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        nvcc = os.environ.get("FASTSAE_NVCC") or shutil.which("nvcc", path=home and str(Path(home) / "bin")) or shutil.which("nvcc")
+        if not nvcc:
+            raise PlatformError("nvcc was not found when the package was built (CUDA_HOME, or on the path)")
+        if not self.info["compiler"] or self.info["reason"]:
+            raise PlatformError("it needs the C++ compiler and pybind11 as well")
+        import pybind11
+
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[-2:]
+        wanted = os.environ.get("FASTSAE_CUDA_ARCHS", "").replace(",", " ").split() or list(CUDA_ARCHS)
+        if wanted == ["native"]:
+            targets = ["-arch=native"]
+        else:
+            targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted]
+            targets.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")
+        self.info["cuda"].update(nvcc=" ".join(version), archs=wanted)
+        out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / "cuda"
+        headers = [*glob("csrc/cuda/*.h"), "csrc/test/emulate.h"]
+        objects = []
+
+        def compile_one(source: str) -> str:
+            target = out / (os.path.basename(source) + ".o")
+            stamp = target.with_suffix(".command")
+            command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(target)]
+            said = json.dumps([version, command])
+            newest = max(os.path.getmtime(f) for f in [source, *headers])
+            if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                stamp.unlink(missing_ok=True)
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise CCompilerError(f"{' '.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
+                stamp.write_text(said)
+            return str(target)
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            # The sort first: it takes longest.
+            objects = list(pool.map(compile_one, sorted((s for s in ext.sources if s.endswith(".cu")), key=lambda s: "sort" not in s)))
+        include = str(Path(nvcc).resolve().parent.parent / "include")
+        toolkit = [path for path in (include, *([str(Path(home) / "include")] if home else [])) if Path(path).is_dir()]
+        bind = str(out / "bind.o")
+        command = [nvcc, "-std=c++17", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+        command += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"], *toolkit)]
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        for step in (
+            [*command, "-c", "csrc/cuda/bind.cpp", "-o", bind],
+            [nvcc, "-shared", "--cudart=static", "--no-device-link", *objects, bind, "-o", target],
+        ):
+            done = subprocess.run(step, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CCompilerError(f"{' '.join(step)}: {(done.stdout + done.stderr)[-2000:]}")
+
     def _compile_all(self, jobs: list[tuple[str, str, list[str]]], macros: list[tuple[str, str]], python: Sequence[str] = ()) -> list[str]:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             return list(pool.map(lambda job: self._compile(*job, macros, python), jobs))
@@ -171,11 +246,12 @@ setup(
     ext_modules=[
         Extension(
             "fastsae._C",
-            sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith("csrc/test")),
+            sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith(("csrc/test", "csrc/cuda"))),
             depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/test/*.cpp")),  # what the sdist must hold besides the sources
             language="c++",
             optional=True,  # tells setuptools that the library may be absent when it copies it
-        )
+        ),
+        Extension("fastsae._cuda", [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/bind.cpp"], language="c++", optional=True),
     ],
     cmdclass={"build_ext": BuildExt},
 )

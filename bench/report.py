@@ -15,6 +15,17 @@ from typing import Any
 
 
 def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int:
+    if options.device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            print("fastsae bench: no CUDA device (torch.cuda.is_available() is False)", file=sys.stderr)
+            return 2
+        if not options.ops:
+            from bench import gpu
+
+            device = torch.device("cuda", torch.cuda.current_device())
+            return gpu.run(device, options.out or root / "bench" / "results", machine, minutes=options.minutes, quick=options.quick)
     known = sorted(path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py"))
     unknown = [op for op in options.ops if op not in known]
     if unknown:

@@ -115,7 +115,8 @@ def plain(start: Start, gathered: bool = False) -> Runner:
 
 def sparsify(start: Start, signum: bool = False) -> Runner:
     """sparsify's module and the step of its trainer; ``signum``: its default optimiser in place of torch's Adam."""
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it chooses a decoder at import, not by device
+    if start.W.device.type == "cpu":
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it chooses a decoder at import, not by device
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(start.W.shape[1], SparseCoderConfig(num_latents=start.W.shape[0], k=start.k), device=start.W.device)

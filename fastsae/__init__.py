@@ -1,7 +1,7 @@
 """fastsae: exact, deterministic kernels for sparse autoencoders, dictionary matching and spline codes.
 
 Operations (each with a PyTorch reference that every backend is verified against):
-    encode_topk, encode_threshold, encode_batch_topk, encode_gated, pack; decode, decode_backward; reconstruct
+    encode_topk, encode_threshold, encode_batch_topk, encode_gated, select_topk, pack; decode, decode_backward; reconstruct
     match_cosine, match, mmcs, mmcs_matrix, MMCS_VARIANTS
     spline_code, spline_hash, pack_signs, hash_signs, hash_code, combine_hashes, spline_keys, near_zero_counts
     hamming, hamming_topk; count_codes
@@ -34,6 +34,7 @@ from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, h
 from fastsae.ops.match import Match, Matches, match, match_cosine
 from fastsae.ops.mmcs import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
 from fastsae.ops.reconstruct import Reconstruction
+from fastsae.ops.select import select_topk
 from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, near_zero_counts, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack
 from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
@@ -137,6 +138,7 @@ __all__ = [
     "report",
     "restore",
     "save_checkpoint",
+    "select_topk",
     "shell",
     "soft_affine_map",
     "soft_code",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastsae
-from fastsae import _triton, native, verify
+from fastsae import _triton, native, native_cuda, verify
 from fastsae._machine import machine
 from fastsae.dispatch import OPS, parse_request
 
@@ -38,6 +38,7 @@ def info(options: argparse.Namespace) -> int:
         "level": native.isa() if problem is None else None,
         "threads": native.threads_info() if problem is None else None,
     }
+    report["cuda_module"] = native_cuda.missing()
     report["triton"] = {str(device): _triton.unavailable(device) for device in verify.devices()}
     report["operations"] = [row for device in verify.devices() for row in table(device)]
     if options.json:
@@ -46,6 +47,7 @@ def info(options: argparse.Namespace) -> int:
     print("  ".join(f"{name} {version}" for name, version in report["versions"].items()))
     print(f"CPU     {report['cpu']}, {report['cores']} cores, {report['threads']} threads")
     print(f"GPU     {', '.join(report['gpu']) or 'none'}")
+    print(f"cuda    {report['cuda_module'] or 'module loads'}")
     cpu = report["cpu_backend"]
     if problem is None:
         print(f"cpu     level {cpu['level']} of {', '.join(cpu['levels'])} (FASTSAE_ISA selects one); {cpu['threads']}")
@@ -150,7 +152,8 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("bench", help="time operations beside the best plain torch (in a checkout)")
     one.add_argument("ops", nargs="*", help="names of bench/bench_*.py; default all")
     one.add_argument("--out", type=Path, help="folder for JSON and plot; default bench/results of the checkout")
-    one.add_argument("--device", default="cpu", help="cpu or cuda")
+    one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda without names: the GPU table, see bench/gpu.py")
+    one.add_argument("--minutes", type=float, default=4.0, help="of the GPU table: no row is begun that would pass them")
     one.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
     one.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     one.set_defaults(run=bench)

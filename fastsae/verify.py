@@ -57,14 +57,16 @@ def variants(row: Row, device: torch.device) -> Iterator[tuple[str, Callable[[],
             yield f"cpu[{level}]", lambda level=level: native.use_isa(level)
     elif row.backend == "triton" and device.type == "cpu":
         yield "triton[interpreter]", nullcontext
+    elif row.backend == "cuda" and device.type == "cpu":
+        yield "cuda[emulated]", nullcontext
     else:
         yield row.backend, nullcontext
 
 
 def affordable(row: Row, device: torch.device, args: tuple) -> bool:
-    """Whether the arguments are small enough for Triton's interpreter, which runs the programs of a launch one by one in Python."""
-    interpreted = row.backend == "triton" and device.type == "cpu"
-    return not interpreted or sum(arg.numel() for arg in args if isinstance(arg, torch.Tensor)) < 700
+    """Whether the arguments are small enough for Triton's interpreter or the CUDA emulation, which run a launch thread by thread."""
+    most = {"triton": 700, "cuda": 20_000}.get(row.backend, 0) if device.type == "cpu" else 0
+    return not most or sum(arg.numel() for arg in args if isinstance(arg, torch.Tensor)) < most
 
 
 def call(op: Op, row: Row, args: tuple) -> Any:
@@ -147,7 +149,7 @@ def run(
                     if result.samples or result.failure:
                         results.append(result)
             if timing:
-                add_times(results[first:], op, [entry for entry in found if not entry[1].endswith("[interpreter]")], device)
+                add_times(results[first:], op, [entry for entry in found if not entry[1].endswith(("[interpreter]", "[emulated]"))], device)
     return results
 
 

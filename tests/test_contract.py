@@ -139,6 +139,10 @@ def _topk(x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, scale: Tensor) -> Tens
     return fastsae.encode_topk(x, W, b, k=4, b_pre=b_pre, scale=scale).values
 
 
+def _select(z: Tensor) -> Tensor:
+    return fastsae.select_topk(z, k=5).values
+
+
 def _topk_signed(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return fastsae.encode_topk(x, W, b, k=11, relu=False, features=torch.arange(0, 23, 2, device=x.device)).values
 
@@ -190,6 +194,7 @@ PUBLIC: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "decode_prefixes": (_decode_prefixes, _LATENTS),
     "decode_ragged": (_decode_ragged, _LATENTS),
     "reconstruct": (_reconstruct, (_t(2, 3, 7), _t(23, 7), _t(23, 7, seed=2), _t(7))),
+    "select_topk": (_select, (_t(6, 23),)),
     "match_cosine": (_match, (_t(6, 7), _t(9, 7))),
 }
 
@@ -262,6 +267,7 @@ def _reference_values(name: str) -> Callable[..., Any] | None:
         "decode_ragged": lambda values, W, b: (
             OPS["decode"].reference(values.flatten(), index["ragged"], torch.tensor([0, 3, 3, 20, 30]), W, b).reshape(2, 2, 7)
         ),
+        "select_topk": lambda z: OPS["select_topk"].reference(z, 5, True)[0],
         "match_cosine": lambda a, b: OPS["match_cosine"].reference(a, b, 3, True, False, 1e-8)[0],
     }.get(name)
 

@@ -50,6 +50,7 @@ VALID: dict[str, dict[str, Any]] = {
     "hash_code": {"words": WORDS},
     "hamming": {"a": WORDS, "b": WORDS[:3], "out": torch.zeros(5, 3, dtype=torch.int32)},
     "hamming_topk": {"a": WORDS, "b": WORDS, "k": 2},
+    "select_topk": {"z": draw(ROWS, F), "k": 3},
     "count_codes": {"hashes": WORDS},
     "spline_keys": {"n_neurons": 4},
     "boundary_density": {"a": WORDS, "b": WORDS + 1, "x_a": draw(5, 3), "x_b": draw(5, 3) + 1},
@@ -164,7 +165,7 @@ def test_wrong_sizes(op: str, name: str) -> None:
         ("hamming_topk", "a"): 1,
         ("hamming_topk", "b"): 1,
     }
-    alone = op in ("pack_signs", "hash_signs", "hash_code", "count_codes", "neighbour_graph")
+    alone = op in ("select_topk", "pack_signs", "hash_signs", "hash_code", "count_codes", "neighbour_graph")
     for dim in range(value.dim()):
         if alone or ((op, name) in free and op not in ("decode", "reconstruct") and dim == 0):
             continue
@@ -206,6 +207,7 @@ def integers() -> Iterator[Any]:
         ("match_cosine", "k", 1, 7),
         ("match", "candidates", 1, None),
         ("hamming_topk", "k", 1, 5),
+        ("select_topk", "k", 1, 12),
         ("neighbour_graph", "k", 1, 4),
         ("spline_keys", "n_neurons", 0, 2**32 - 1),
         *((op, "layer", 0, 2**32 - 1) for op in ("spline_hash", "hash_signs", "hash_code", "spline_keys")),

@@ -27,7 +27,7 @@ LAYERS = {
     "gradients": 3.5,
     "dispatch": 3, "packed": 3,
     "native_encode": 2.5, "native_match": 2.7, "native_spline": 2.7,
-    "kernels": 2, "native": 2,
+    "kernels": 2, "native_cuda": 1.9, "native": 1.8,
     "testing": 1, "plots": 1,
     "counters": 5, "trace": 5,
     "latents": 0, "activations": 0, "private": 0, "_C": 0,  # and private modules, whose names begin with "_"

@@ -220,6 +220,8 @@ DECODE_DWEIGHT = Op(
 )
 for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
     _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    if _op is DECODE_DWEIGHT:  # before Triton's, whose sort passes over whole keys and carries slots of 64 bits
+        _op.row("cuda", "fastsae.native_cuda:decode_dweight", "fastsae.native_cuda:refuses_decode_dweight")
     _op.row("triton", f"fastsae.kernels.decode:{_op.name}", "fastsae.ops._common:triton_refuses")
 
 # ---------------------------------------------------------------- backward

@@ -140,6 +140,7 @@ HAMMING_TOPK = Op(
 )
 for _op in (HAMMING, HAMMING_TOPK):
     _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    _op.row("cuda", f"fastsae.native_cuda:{_op.name}", f"fastsae.native_cuda:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 

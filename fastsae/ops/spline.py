@@ -301,6 +301,7 @@ HASH_CODE = Op(
 )
 for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
     _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    _op.row("cuda", f"fastsae.native_cuda:{_op.name}", f"fastsae.native_cuda:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.ops._common:triton_refuses")
 
 for _op in (SPLINE_CODE, SPLINE_HASH):

@@ -1,0 +1,753 @@
+"""The GPU table: every row measured beside its floor and rivals on one device, results kept as they come.
+
+    fastsae bench --device cuda --out DIR            the whole table
+    python -m bench.gpu --device cpu --quick         the same code on small shapes, anywhere
+
+Kernel time by CUDA events around as many calls as make a millisecond; ours, the floor and the rivals alternate; median of at least 5 rounds
+after a warm-up, with min and max. Inputs are random, and as many sets of them rotate as pass the L2 cache four times over. A result that
+its specification refuses is reported and not timed. After each row the JSON is written anew: what was measured survives a kill.
+Rows whose backend is missing say why, in place of a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastsae
+from fastsae._activations_minilm import _checkout_hidden
+from fastsae.dispatch import OPS
+
+Call = Callable[[int], object]
+
+L2_ON_CPU = 32 << 20
+"""Bytes that inputs must pass where the device does not tell its L2."""
+
+
+class Missing(Exception):
+    """A row that cannot be measured here; the message is the reason."""
+
+
+class Bench:
+    """Measures rows, prints them as they come and keeps them in ``out / <date>-<device>-gpu.json``."""
+
+    def __init__(self, device: torch.device, out: Path, minutes: float, quick: bool, machine: dict[str, Any]):
+        self.device, self.quick, self.machine = device, quick, machine
+        self.start, self.minutes = time.monotonic(), minutes
+        self.seconds = 0.3 if quick else 6.0  # for the rounds of one row
+        self.entries: list[dict[str, Any]] = []
+        self.notes: list[dict[str, str]] = []
+        self.generator = torch.Generator(device=device).manual_seed(0)
+        is_cuda = device.type == "cuda"
+        self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if is_cuda else L2_ON_CPU
+        self.copy_rate = 0.0
+        label = machine["gpu"][device.index or 0] if is_cuda else machine["cpu"]
+        stem = f"{datetime.date.today().isoformat()}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}-gpu{'-quick' if quick else ''}"
+        self.path = out / f"{stem}.json"
+
+    # -- inputs
+
+    def shape(self, full: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:
+        return quick if self.quick else full
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def unit_rows(self, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        value = self.normal(rows, width)
+        return value.div_(torch.linalg.vector_norm(value, dim=1, keepdim=True)).to(dtype)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
+
+    def sets(self, n_bytes: int) -> int:
+        """Sets of inputs that rotate so that one call does not find what the last one read."""
+        return 2 if self.quick else max(2, min(64, -(-4 * self.l2 // max(n_bytes, 1))))
+
+    # -- time
+
+    def left(self) -> float:
+        return self.minutes * 60 - (time.monotonic() - self.start)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, call: Call, repeat: int, first: int) -> float:
+        """Mean time of ``repeat`` calls on the sets from ``first`` on."""
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            for i in range(repeat):
+                call(first + i)
+            return (time.perf_counter() - begin) * 1e3 / repeat
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for i in range(repeat):
+            call(first + i)
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / repeat
+
+    def extra_megabytes(self, call: Call) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        self.wait()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        result = call(0)
+        self.wait()
+        del result
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+
+    # -- rows
+
+    def backends(self, op: str, args: tuple) -> list[str]:
+        """The rows that serve these arguments, the reference apart; Missing with every row's reason where none does."""
+        found = [row.backend for row in OPS[op].rows[:-1] if row.reason(args) is None]
+        if not found:
+            reasons = "; ".join(f"{backend}: {reason}" for backend, reason in OPS[op].reasons(args)[:-1])
+            raise Missing(f"no backend but the reference serves {op}: {reasons or 'none is written'}")
+        return found
+
+    def row(
+        self,
+        op: str,
+        shape: str,
+        ours: dict[str, Call],
+        others: dict[str, Call],
+        *,
+        verify: Callable[[str], None] | None = None,
+        floor: str | None = None,
+        target: tuple[str, float, float] | None = None,
+        n_bytes: int | None = None,
+        n_sets: int = 2,
+    ) -> None:
+        """One row: ``ours`` by backend in order of preference (the first is compared), ``others`` with the floor among them.
+
+        ``target`` is (name among others, must, goal) for the ratio of times, or ("copy", must, goal) for the part of the copy rate that
+        ``n_bytes`` a call make.
+        """
+        self.say(f"{op} {shape}")
+        failures: dict[str, str] = {}
+        for backend in list(ours):
+            try:
+                if verify is not None:
+                    verify(backend)
+                self.wait()
+            except Exception as error:
+                failures[f"fastsae ({backend})"] = f"{type(error).__name__}: {str(error)[:300]}"
+                self.say(f"  fastsae ({backend}) REFUSED: {failures[f'fastsae ({backend})']}")
+                del ours[backend]
+        calls = {f"fastsae ({backend})": call for backend, call in ours.items()} | others
+        repeat: dict[str, int] = {}
+        first_call: dict[str, float] = {}
+        for who, call in list(calls.items()):
+            try:
+                begin = time.monotonic()
+                call(0)
+                self.wait()
+                first_call[who] = time.monotonic() - begin
+                once = min(self.milliseconds(call, 1, i) for i in (1, 2))
+                repeat[who] = max(1, min(100, int(1.0 / max(once, 1e-3))))
+            except Exception as error:
+                failures[who] = f"{type(error).__name__}: {str(error)[:300]}"
+                self.say(f"  no time for {who}: {failures[who]}")
+                del calls[who]
+                self.wait()
+        times: dict[str, list[float]] = {who: [] for who in calls}
+        begin, turn = time.monotonic(), 0
+        while calls and (turn < 5 or (turn < 30 and time.monotonic() - begin < self.seconds)):
+            if turn >= 2 and self.left() < 0:
+                break
+            for who, call in calls.items():
+                times[who].append(self.milliseconds(call, repeat[who], turn * 7 % n_sets))
+            turn += 1
+        spreads = {
+            who: {"median": statistics.median(t), "min": min(t), "max": max(t), "rounds": len(t), "first_call_s": first_call[who]}
+            for who, t in times.items()
+        }
+        memory: dict[str, float | None] = {}
+        for who, call in calls.items():
+            memory[who] = self.extra_megabytes(call)
+        mine = next((f"fastsae ({backend})" for backend in ours if f"fastsae ({backend})" in spreads), None)
+        if mine is None:
+            self.note(op, shape, f"not measured: {failures}")
+            self.entries.append({"op": op, "shape": shape, "others": spreads, "failures": failures})
+            self.save()
+            return
+        entry: dict[str, Any] = {
+            "op": op, "shape": shape, "backend": mine[len("fastsae (") : -1], "ours": spreads.pop(mine),
+            "others": spreads, "floor": floor, "extra_mb": {"ours": memory.pop(mine), **memory}, "failures": failures,
+        }  # fmt: skip
+        median = entry["ours"]["median"]
+        if n_bytes is not None and self.copy_rate:
+            entry["bytes"] = n_bytes
+            entry["of_copy_rate"] = n_bytes / (median * 1e-3) / self.copy_rate
+        if target is not None and self.device.type == "cuda" and not self.quick:  # the targets are a GPU's, at these shapes
+            entry["target"] = self.verdict(target, entry)
+        self.entries.append(entry)
+        self.save()
+        ratios = ", ".join(f"{who} {median / t['median']:.2f}" for who, t in spreads.items())
+        self.say(f"  {mine}: {median:.3f} ms; of others' time: {ratios or 'none'} {entry.get('target', {}).get('text', '')}")
+
+    def verdict(self, target: tuple[str, float, float], entry: dict[str, Any]) -> dict[str, Any]:
+        beside, must, goal = target
+        if beside == "copy":
+            got = entry.get("of_copy_rate")
+            reached = [got is not None and got >= limit for limit in (must, goal)]
+        else:
+            times = entry["others"].get(beside)
+            got = None if times is None else entry["ours"]["median"] / times["median"]
+            reached = [got is not None and got <= limit for limit in (must, goal)]
+        text = "goal reached" if reached[1] else "must reached" if reached[0] else "MISSED" if got is not None else "not measured"
+        figures = f"{'none' if got is None else f'{got:.2f}'} of {beside}, must {must:.2f}, goal {goal:.2f}"
+        return {"beside": beside, "must": must, "goal": goal, "got": got, "text": f"[{text}: {figures}]"}
+
+    def note(self, op: str, shape: str, text: str) -> None:
+        self.notes.append({"op": op, "shape": shape, "note": text})
+        self.say(f"  {op}: {text}")
+
+    def save(self) -> None:
+        report = {
+            "date": datetime.date.today().isoformat(), "quick": self.quick, **self.machine, "device": str(self.device),
+            "copy_bytes_per_second": self.copy_rate, "l2_bytes": self.l2, "seconds": time.monotonic() - self.start,
+            "results": self.entries, "notes": self.notes,
+        }  # fmt: skip
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def sparsify_decoder(b: Bench) -> Any:
+    """sparsify's decoder of (indices, values, W_dec.mT), or None with a note that says why."""
+    if b.device.type == "cpu":
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    try:
+        with _checkout_hidden():
+            from sparsify.utils import decoder_impl  # pyright: ignore[reportMissingImports]
+    except Exception as error:
+        b.note("decode", "", f"no row for sparsify: {type(error).__name__}: {error}")
+        return None
+    return decoder_impl
+
+
+# ---------------------------------------------------------------- the rows
+
+
+def copy(b: Bench) -> None:
+    """What a large copy moves a second, read and written bytes together: the other ceiling."""
+    n = (1 << 22) if b.quick else (1 << 30)
+    source, target = b.normal(n // 4), torch.empty(n // 4, device=b.device)
+    b.milliseconds(lambda _: target.copy_(source), 3, 0)
+    best = min(b.milliseconds(lambda _: target.copy_(source), 5, 0) for _ in range(5))
+    b.copy_rate = 2 * n / (best * 1e-3)
+    b.say(f"copy {b.copy_rate / 1e12:.2f} TB/s")
+    b.save()
+
+
+ENCODE = (8192, 4096, 131072, 64), (32, 64, 2048, 8)
+ENCODE_GROWTH = (8192, 2048, 32768, 64), (16, 32, 1024, 4)
+
+
+def _encode(b: Bench, dtype: torch.dtype, sizes: tuple[tuple[int, ...], tuple[int, ...]], compiled: bool = False) -> None:
+    rows, width, features, k = b.shape(*sizes)
+    xs = [b.normal(rows, width).to(dtype) for _ in range(b.sets(features * width * dtype.itemsize))]
+    W, bias = b.unit_rows(features, width, dtype), (b.normal(features) / 10).to(dtype)
+
+    def args(i: int) -> tuple:
+        return xs[i % len(xs)], W, bias, None, None, None, None, k, True
+
+    ours: dict[str, Call] = {
+        backend: lambda i, backend=backend: OPS["encode_topk"](*args(i), backend=backend) for backend in b.backends("encode_topk", args(0))
+    }
+
+    def verify(backend: str) -> None:
+        few = (xs[0][:4], *args(0)[1:])
+        whole = OPS["encode_topk"](*args(0), backend=backend)
+        OPS["encode_topk"].check(few, (whole[0][:4], whole[1][:4]))
+
+    def plain(i: int) -> object:
+        return functional.linear(xs[i % len(xs)], W, bias).relu().topk(k)
+
+    label = f"encode_topk {str(dtype)[6:]}"
+    shape = "x".join(map(str, (rows, width, features, k)))
+    if compiled:
+        fast = torch.compile(lambda x: functional.linear(x, W, bias).relu().topk(k))
+        return b.row(label + " compiled", shape, ours, {"torch.compile linear+relu+topk": lambda i: fast(xs[i % len(xs)])}, n_sets=len(xs))
+    others: dict[str, Call] = {}
+    low_xs, low_W = ([x.bfloat16() for x in xs], W.bfloat16()) if dtype is torch.float32 else (xs, W)
+    product = torch.empty(rows, features, device=b.device, dtype=torch.bfloat16)
+    floor = "bf16 GEMM alone"
+    others[floor] = lambda i: torch.mm(low_xs[i % len(xs)], low_W.T, out=product)
+    if dtype is torch.float32:
+
+        def tf32(i: int) -> object:
+            with precision("high"):
+                return functional.linear(xs[i % len(xs)], W, bias).relu().topk(k)
+
+        def alone(i: int) -> object:
+            with precision("highest"):
+                return functional.linear(xs[i % len(xs)], W, bias)
+
+        others["TF32 linear+relu+topk (inexact)"] = tf32
+        others["float32 GEMM alone"] = alone
+        return b.row(label, shape, ours, others, verify=verify, floor=floor, target=(floor, 2.0, 1.5), n_sets=len(xs))
+    others["torch linear+relu+topk"] = plain
+    return b.row(label, shape, ours, others, verify=verify, floor=floor, target=(floor, 1.35, 1.10), n_sets=len(xs))
+
+
+def encode_bf16(b: Bench) -> None:
+    _encode(b, torch.bfloat16, ENCODE)
+
+
+def encode_fp32(b: Bench) -> None:
+    _encode(b, torch.float32, ENCODE)
+
+
+def encode_smaller(b: Bench) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        _encode(b, dtype, ENCODE_GROWTH)
+
+
+def encode_compiled(b: Bench) -> None:
+    _encode(b, torch.bfloat16, ENCODE_GROWTH, compiled=True)
+
+
+def _latents(b: Bench, rows: int, features: int, k: int, n: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [(b.normal(rows, k).abs().to(dtype), b.integers(0, features, rows, k)) for _ in range(n)]
+
+
+def decode(b: Bench) -> None:
+    """Forward and both gradients; bytes: the gathered rows, values and indices, and what is written once."""
+    rows, width, features, k = b.shape(*ENCODE)
+    decoder = sparsify_decoder(b)
+    for dtype in (torch.bfloat16, torch.float32):
+        e, n = dtype.itemsize, rows * k
+        W = b.unit_rows(features, width, dtype)
+        sets = _latents(b, rows, features, k, 2, dtype)
+        grads = [b.normal(rows, width).to(dtype) for _ in sets]
+        shape, tag = "x".join(map(str, (rows, width, features, k))), str(dtype)[6:]
+
+        def forward(i: int, W: Tensor = W, sets: Any = sets) -> tuple:
+            return *sets[i % len(sets)], None, W, None
+
+        def check_forward(backend: str, forward: Any = forward) -> None:
+            values, indices, _, W, _ = forward(0)
+            OPS["decode"].check((values[:8], indices[:8], None, W, None), OPS["decode"](*forward(0), backend=backend)[:8])
+
+        others: dict[str, Call] = {
+            "torch embedding_bag": lambda i, W=W, sets=sets: functional.embedding_bag(
+                sets[i % 2][1], W, per_sample_weights=sets[i % 2][0], mode="sum"
+            ),
+            "torch.sparse CSR @ W": _csr(b, sets, W, rows, features, k),
+        }
+        if decoder is not None:
+            others["sparsify's decoder"] = lambda i, W=W, sets=sets: decoder(sets[i % 2][1], sets[i % 2][0], W.mT)
+        b.row(
+            f"decode {tag}", shape, _by_backend(b, "decode", forward), others, verify=check_forward,
+            n_bytes=n * (width * e + e + 8) + rows * width * e, target=("copy", 0.7, 0.9),
+        )  # fmt: skip
+
+        def dvalues(i: int, W: Tensor = W, sets: Any = sets, grads: Any = grads) -> tuple:
+            return grads[i % 2], sets[i % 2][1], None, W
+
+        def check_dvalues(backend: str, dvalues: Any = dvalues) -> None:
+            grad, indices, _, W = dvalues(0)
+            result = OPS["decode_dvalues"](*dvalues(0), backend=backend)
+            OPS["decode_dvalues"].check((grad[:8], indices[:8], None, W), result[:8])
+
+        b.row(
+            f"decode_dvalues {tag}", shape, _by_backend(b, "decode_dvalues", dvalues), {}, verify=check_dvalues,
+            n_bytes=n * (width * e + 8 + e) + rows * width * e, target=("copy", 0.7, 0.9),
+        )  # fmt: skip
+        out = torch.empty_like(W)
+
+        def dweight(i: int, sets: Any = sets, grads: Any = grads, out: Tensor = out) -> tuple:
+            return *sets[i % 2], None, grads[i % 2], out
+
+        def check_dweight(backend: str, dweight: Any = dweight, out: Tensor = out) -> None:
+            OPS["decode_dweight"](*dweight(0), backend=backend)
+            values, indices, _, grad, _ = dweight(0)
+            some = indices.flatten()[:8].unique()  # rows of the result against float64
+            chosen = torch.isin(indices, some)
+            slots = chosen.nonzero()
+            products = values[chosen].double()[:, None] * grad[slots[:, 0]].double()
+            position = torch.searchsorted(some, indices[chosen])
+            exact = torch.zeros(some.numel(), width, device=b.device, dtype=torch.float64).index_add_(0, position, products)
+            size = torch.zeros_like(exact).index_add_(0, position, products.abs())
+            from fastsae.testing import check_values
+
+            check_values(out[some], exact, exact.to(out.dtype), size)
+
+        leaf = W.detach().clone().requires_grad_()
+
+        def bag_backward(i: int, leaf: Tensor = leaf, sets: Any = sets, grads: Any = grads) -> object:
+            values, indices = sets[i % 2]
+            return torch.autograd.grad(functional.embedding_bag(indices, leaf, per_sample_weights=values, mode="sum"), leaf, grads[i % 2])
+
+        b.row(
+            f"decode_dweight {tag}", shape, _by_backend(b, "decode_dweight", dweight),
+            {"torch embedding_bag forward + backward": bag_backward, "clearing the gradient": lambda i, out=out: out.zero_()},
+            verify=check_dweight, floor="clearing the gradient", n_bytes=n * (width * e + e + 8) + features * width * e,
+            target=("copy", 0.7, 0.9),
+        )  # fmt: skip
+        del W, out, leaf, sets, grads, others
+        _clear(b)
+
+
+def _csr(b: Bench, sets: Any, W: Tensor, rows: int, features: int, k: int) -> Call:
+    """torch's sparse product; the matrix is built outside the timing."""
+    matrices: list[Tensor] = []
+    crow = torch.arange(0, rows * k + 1, k, device=b.device)
+
+    def run(i: int) -> object:
+        if not matrices:
+            matrices.extend(
+                torch.sparse_csr_tensor(crow, indices.flatten(), values.flatten(), (rows, features), check_invariants=False)
+                for values, indices in sets
+            )
+        return matrices[i % len(matrices)] @ W
+
+    return run
+
+
+def _by_backend(b: Bench, op: str, args: Callable[[int], tuple]) -> dict[str, Call]:
+    return {backend: lambda i, backend=backend: OPS[op](*args(i), backend=backend) for backend in b.backends(op, args(0))}
+
+
+def _clear(b: Bench) -> None:
+    if b.device.type == "cuda":
+        torch.cuda.synchronize(b.device)
+        torch.cuda.empty_cache()
+
+
+def step(b: Bench) -> None:
+    """The whole training step of a TopK SAE with exact Adam and unit-norm decoder rows."""
+    from bench import training
+
+    rows, width, features, k = b.shape((8192, 2048, 65536, 64), (32, 64, 2048, 8))
+    start = training.Start(b.unit_rows(features, width), torch.zeros(width, device=b.device), k)
+    x = b.normal(rows + rows // 4, width)
+    probe = x if b.device.type == "cpu" else x[: rows + 64]
+    choice = b.backends("encode_topk", (probe[:8], start.W, None, None, None, None, None, k, True))
+    xs = [b.normal(rows, width) for _ in range(2)]
+    mine = training.ours(start)
+    others = {**training.plain_ways(start), "dense torch (scatter, linear, Adam)": dense(start)}
+    others |= training.peers(start, ["sparsify, torch Adam"] if "sparsify, torch Adam" in training.PEERS else None)
+    calls: dict[str, Call] = {who: lambda i, runner=runner: runner.step(xs[i % 2]) for who, runner in others.items()}
+
+    def verify(_: str) -> None:
+        training.check_step(
+            training.ours(start), training.plain(start), training.distinct_rows(x[: rows // 8], start, rows // 16), start.lr
+        )
+        _clear(b)
+
+    beside = next((who for who in others if "sparsify" in who), "dense torch (scatter, linear, Adam)")
+    target = (beside, 1 / 1.5, 1 / 2) if "sparsify" in beside else (beside, 1 / 3, 1 / 4)
+    shape = "x".join(map(str, (rows, width, features, k)))
+    b.row("training step", shape, {"+".join(choice[:1]): lambda i: mine.step(xs[i % 2])}, calls, verify=verify, target=target)
+
+
+def dense(start: Any) -> Any:
+    """What the dense libraries do: a [B, F] code, two products forward and their gradients, fused Adam."""
+    from bench.training import Runner, Weights
+
+    W_enc, W_dec = (torch.nn.Parameter(start.W.clone()) for _ in range(2))
+    b_enc, b_dec = torch.nn.Parameter(start.W.new_zeros(start.W.shape[0])), torch.nn.Parameter(start.b_dec.clone())
+    opt = torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr=start.lr, betas=start.betas, fused=True)
+
+    def run(x: Tensor) -> None:
+        values, indices = functional.linear(x - b_dec, W_enc, b_enc).relu().topk(start.k)
+        code = torch.zeros(x.shape[0], W_enc.shape[0], device=x.device).scatter(1, indices, values)
+        ((code @ W_dec + b_dec - x).square().sum() / x.shape[0]).backward()
+        with torch.no_grad():
+            grad = W_dec.grad
+            assert grad is not None
+            grad.addcmul_(W_dec, (grad * W_dec).sum(1, keepdim=True), value=-1)
+            opt.step()
+            W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        opt.zero_grad()
+
+    return Runner(run, lambda: Weights(W_enc, b_enc, W_dec, b_dec), lambda lr: None)
+
+
+def match(b: Bench) -> None:
+    rows, width, k = b.shape((131072, 4096, 8), (256, 32, 3))
+    a, other = b.unit_rows(rows, width), b.unit_rows(rows, width)
+
+    def args(_: int) -> tuple:
+        return a, other, k, False, False, 1e-8
+
+    low_a, low_b, part = a.bfloat16(), other.bfloat16(), min(rows, 8192)
+    product = torch.empty(part, rows, device=b.device, dtype=torch.bfloat16)
+
+    def floor(_: int) -> None:
+        for rows_of in low_a.split(part):
+            torch.mm(rows_of, low_b.T, out=product[: rows_of.shape[0]])
+
+    def inexact(_: int) -> object:
+        return [(rows_of @ low_b.T).topk(k) for rows_of in low_a.split(part)]
+
+    def verify(backend: str) -> None:
+        OPS["match_cosine"].check((a[:4], *args(0)[1:]), OPS["match_cosine"](a[:4], *args(0)[1:], backend=backend))
+
+    b.row(
+        "match_cosine", f"{rows}x{rows}x{width} k={k}", _by_backend(b, "match_cosine", args),
+        {"bf16 GEMM alone": floor, "bf16 GEMM + topk (inexact)": inexact}, verify=verify, floor="bf16 GEMM alone",
+        target=("bf16 GEMM alone", 1.35, 1.1),
+    )  # fmt: skip
+
+
+def spline_hash(b: Bench) -> None:
+    rows, width, size, layers = b.shape((65536, 768, 3072, 12), (128, 16, 96, 2))
+    for dtype, must, goal in ((torch.bfloat16, 1.5, 1.2), (torch.float32, 3.0, 2.0)):
+        x = b.normal(rows, width).to(dtype)
+        Ws = [b.normal(size, width).to(dtype) for _ in range(layers)]
+        bias = b.normal(size).to(dtype)
+        names = b.backends("spline_hash", (x, Ws[0], bias, None, 0, 0, 64))
+        low = [W.bfloat16() for W in Ws]
+        low_x, product = x.bfloat16(), torch.empty(rows, size, device=b.device, dtype=torch.bfloat16)
+
+        def run(_: int, backend: str, x: Tensor = x, Ws: Any = Ws, bias: Tensor = bias) -> None:
+            for layer, W in enumerate(Ws):
+                OPS["spline_hash"](x, W, bias, None, layer, 0, 64, backend=backend)
+
+        def verify(backend: str, x: Tensor = x, Ws: Any = Ws, bias: Tensor = bias) -> None:
+            OPS["spline_hash"].check((x[:64], Ws[0], bias, None, 0, 0, 64), OPS["spline_hash"](x, Ws[0], bias, None, 0, 0, 64)[:64])
+
+        def floor(_: int, low: Any = low, low_x: Tensor = low_x, product: Tensor = product) -> None:
+            for W in low:
+                torch.mm(low_x, W.T, out=product)
+
+        def packed(_: int, x: Tensor = x, Ws: Any = Ws, bias: Tensor = bias) -> None:
+            for layer, W in enumerate(Ws):
+                fastsae.hash_signs(functional.linear(x, W, bias), layer=layer)
+
+        b.row(
+            f"spline_hash {str(dtype)[6:]}", f"{rows}x{width}x{size} {layers} layers",
+            {name: lambda i, name=name: run(i, name) for name in names},
+            {"bf16 GEMM alone": floor, "torch linear + hash_signs": packed}, verify=verify, floor="bf16 GEMM alone",
+            target=("bf16 GEMM alone", must, goal),
+        )  # fmt: skip
+
+
+def select(b: Bench) -> None:
+    """Rows of given scores: the selection alone, read once at the least."""
+    for (rows, n, k), dtype in (
+        (b.shape((8192, 131072, 64), (4, 2500, 8)), torch.bfloat16),
+        (b.shape((8192, 16384, 32), (4, 2500, 8)), torch.float32),
+        (b.shape((8192, 16384, 512), (4, 2500, 300)), torch.float32),
+    ):
+        zs = [b.normal(rows, n).to(dtype) for _ in range(b.sets(rows * n * dtype.itemsize))]
+
+        def args(i: int, zs: Any = zs, k: int = k) -> tuple:
+            return zs[i % len(zs)], k, False
+
+        def verify(backend: str, zs: Any = zs, k: int = k) -> None:
+            values, indices = OPS["select_topk"](zs[0], k, False, backend=backend)
+            OPS["select_topk"].check((zs[0][:16], k, False), (values[:16], indices[:16]))
+
+        b.row(
+            f"select_topk {str(dtype)[6:]}", f"{rows}x{n} k={k}", _by_backend(b, "select_topk", args),
+            {"torch.topk": lambda i, zs=zs, k=k: zs[i % len(zs)].topk(k)}, verify=verify,
+            n_bytes=rows * n * dtype.itemsize + rows * k * (dtype.itemsize + 8), n_sets=len(zs),
+        )  # fmt: skip
+
+
+def hamming(b: Bench) -> None:
+    n, bits, k = b.shape((16384, 1024, 8), (64, 128, 3))
+    codes = [torch.randint(-(2**63), 2**63 - 1, (n, bits // 64), generator=b.generator, device=b.device) for _ in range(2)]
+    out = torch.empty(n, n, dtype=torch.int32, device=b.device)
+    unpacked = [((c.unsqueeze(-1) >> torch.arange(64, device=b.device)) & 1).to(torch.bfloat16).flatten(1) for c in codes]
+
+    def check(backend: str) -> None:
+        OPS["hamming"](*codes, out, backend=backend)
+        OPS["hamming"].check((codes[0][:32], codes[1], None), out[:32])
+
+    def product(_: int) -> object:
+        x, y = unpacked
+        return x.sum(1, keepdim=True, dtype=torch.float32) + y.sum(1, dtype=torch.float32) - 2 * (x @ y.T)
+
+    b.row(
+        "hamming", f"{n}x{n} {bits} bits", _by_backend(b, "hamming", lambda i: (*codes, out)),
+        {"filling the output": lambda i: out.fill_(1), "bf16 product of unpacked bits (inexact)": product}, verify=check,
+        floor="filling the output", n_bytes=n * n * 4,
+    )  # fmt: skip
+
+    def check_topk(backend: str) -> None:
+        distance, index = OPS["hamming_topk"](*codes, k, backend=backend)
+        OPS["hamming_topk"].check((codes[0][:16], codes[1], k), (distance[:16], index[:16]))
+
+    b.row(
+        "hamming_topk", f"{n}x{n} {bits} bits k={k}", _by_backend(b, "hamming_topk", lambda i: (*codes, k)),
+        {"bf16 product of unpacked bits + topk (inexact)": lambda i: product(i).topk(k, largest=False)},  # pyright: ignore
+        verify=check_topk,
+    )  # fmt: skip
+
+
+def signs(b: Bench) -> None:
+    rows, size = b.shape((65536, 3072), (128, 96))
+    z = [b.normal(rows, size).bfloat16() for _ in range(b.sets(rows * size * 2))]
+    for op, rest, written in (("pack_signs", (None,), size // 8), ("hash_signs", (None, 0, 0, 64), 8)):
+
+        def args(i: int, rest: tuple = rest) -> tuple:
+            return (z[i % len(z)], *rest)
+
+        def verify(backend: str, op: str = op, rest: tuple = rest) -> None:
+            OPS[op].check((z[0][:64], *rest), OPS[op](*args(0, rest), backend=backend)[:64])
+
+        b.row(
+            f"{op} bfloat16", f"{rows}x{size}", _by_backend(b, op, args), {"z > 0": lambda i: z[i % len(z)] > 0}, verify=verify,
+            n_bytes=rows * (size * 2 + written), n_sets=len(z),
+        )  # fmt: skip
+
+
+def overhead(b: Bench) -> None:
+    """Host time of a call on tiny inputs, the device not waited for: at most twice the CPU's 15 and 30 microseconds."""
+    x, W = b.normal(1, 64), b.normal(512, 64)
+    b.backends("encode_topk", (x, W, None, None, None, None, None, 8, True))
+    latents = fastsae.encode_topk(x, W, k=8)
+    leaf = W.clone().requires_grad_()
+    calls: dict[str, tuple[Callable[[], object], float]] = {
+        "encode_topk": (lambda: fastsae.encode_topk(x, W, k=8), 30),
+        "decode": (lambda: fastsae.decode(latents, W), 30),
+        "decode with gradient": (lambda: fastsae.decode(latents, leaf), 60),
+    }
+    for name, (call, most) in calls.items():
+        for _ in range(20):
+            call()
+        b.wait()
+        times = []
+        for _ in range(15):
+            begin = time.perf_counter()
+            for _ in range(50):
+                call()
+            times.append((time.perf_counter() - begin) / 50 * 1e6)
+            b.wait()
+        b.note(f"overhead {name}", "1x64x512", f"{statistics.median(times):.1f} us a call on the host, at most {most} with its launch")
+    b.save()
+
+
+def growth(b: Bench) -> None:
+    """Time a row and memory over F and B."""
+    for rows, width, features in b_shapes(b):
+        x, W = b.normal(rows, width).bfloat16(), b.unit_rows(features, width, torch.bfloat16)
+        args = (x, W, None, None, None, None, None, 32, True)
+        names = b.backends("encode_topk", args)[:1]
+        b.row(
+            "encode_topk growth bfloat16", f"{rows}x{width}x{features}",
+            {name: lambda i, name=name, args=args: OPS["encode_topk"](*args, backend=name) for name in names}, {},
+        )  # fmt: skip
+        del x, W, args
+        _clear(b)
+
+
+def b_shapes(b: Bench) -> list[tuple[int, int, int]]:
+    if b.quick:
+        return [(8, 32, 1024), (8, 32, 2048)]
+    return [(1024, 512, 2**n) for n in (12, 14, 16, 18, 20)] + [(n, 512, 65536) for n in (1, 64, 8192, 65536)]
+
+
+# In order of importance: what the time does not allow is at the end. Seconds: what a row needs before it is begun.
+ROWS: list[tuple[Callable[[Bench], None], float]] = [
+    (copy, 5), (encode_bf16, 30), (encode_fp32, 30), (decode, 45), (step, 40), (spline_hash, 20), (select, 15), (hamming, 15), (signs, 10),
+    (match, 40), (overhead, 5), (encode_smaller, 20), (growth, 25), (encode_compiled, 45),
+]  # fmt: skip
+
+
+def run(device: torch.device, out: Path, machine: dict[str, Any], *, minutes: float, quick: bool, only: list[str] | None = None) -> int:
+    """Measures the table; 0, or 1 where a row of ours was refused or failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(device, out, minutes, quick, machine)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)  # `timeout` sends it: the plot is still drawn
+    try:
+        for row, seconds in ROWS:
+            if only and row.__name__ not in only:
+                continue
+            if not quick and bench.left() < seconds:
+                bench.note(row.__name__, "", f"not begun: {bench.left():.0f} s of {minutes * 60:.0f} left, it needs about {seconds:.0f}")
+                continue
+            try:
+                row(bench)
+            except Missing as reason:
+                bench.note(row.__name__, "", str(reason))
+            except Exception as error:
+                traceback.print_exc()
+                bench.note(row.__name__, "", f"failed: {type(error).__name__}: {str(error)[:300]}")
+            bench.save()
+            _clear(bench)
+    except KeyboardInterrupt:
+        bench.note("all", "", "stopped by a signal")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    bench.save()
+    from bench.report import plot, print_table
+
+    measured = [entry for entry in bench.entries if "ours" in entry]
+    print_table(measured)
+    for entry in measured:
+        if "target" in entry:
+            print(f"{entry['op']:<24} {entry['shape']:<28} {entry['target']['text']}")
+    for note in bench.notes:
+        print(f"{note['op']} {note['shape']}: {note['note']}")
+    try:
+        plot(measured, bench.path.with_suffix(".png"))
+    except ImportError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    bench.say(f"stored {bench.path}")
+    failed = [entry for entry in bench.entries if any(who.startswith("fastsae") for who in entry.get("failures", {}))]
+    return 1 if failed or any(note["note"].startswith("failed") for note in bench.notes) else 0
+
+
+def main() -> int:
+    from fastsae._machine import machine
+
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(row.__name__ for row, _ in ROWS)}; default all")
+    options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print("bench.gpu: no CUDA device (torch.cuda.is_available() is False); --device cpu --quick runs the same code", file=sys.stderr)
+        return 2
+    device = torch.device(options.device if options.device != "cuda" else f"cuda:{torch.cuda.current_device()}")
+    return run(device, options.out, machine(), minutes=options.minutes, quick=options.quick, only=options.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
