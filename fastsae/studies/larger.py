@@ -85,6 +85,7 @@ def run(study: Study) -> None:
             own = [row for row in rows if row["l1"] == weight and row[column] is not None]
             axis.plot([row["n_features"] for row in own], [row[column] for row in own], "o-", label=f"L1 = {weight:.3g}")
         axis.axvline(G, color="0.6", ls=":")
+        axis.set_ylim(0, 1.02 if column != "alive" else None)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, list(map(str, sizes)))
         axis.set(xlabel="dictionary size F (dotted: true features)", title=title)
