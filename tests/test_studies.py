@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastsae.__main__ import main
-from fastsae.studies import Study, _frame, names, run_study
+from fastsae.studies import Study, _frame, _toy, names, run_study
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -89,6 +89,26 @@ def test_frame_says_what_is_wrong(coin: Any, tmp_path: Path, capsys: pytest.Capt
         Study("coin", "smoke", 0, tmp_path, {}).record(thing=object())
     assert main(["study", "dice"]) == 2
     assert "got 'dice'" in capsys.readouterr().err
+
+
+def test_heat_map_of_what_is_missing(tmp_path: Path) -> None:
+    study = Study("coin", "smoke", 0, tmp_path, {})
+    canvas, axes = study.figure(figsize=(3, 2))
+    cells = ((8, 0.1, 0.5), (8, 1.0, math.nan), (16, 0.1, 3.0))
+    _toy.heat(axes, [{"n_features": F, "l1": l1, "antipodal": value} for F, l1, value in cells], "antipodal", "no (16, 1.0)")
+    assert [text.get_text() for text in axes.texts] == ["0.50", "3"]
+    assert study.save(canvas, "heat").stat().st_size > 1000
+    assert math.isnan(_toy.antipodal(torch.eye(3), torch.zeros(3, dtype=torch.bool)))
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [0.0, 1.0]])
+    assert _toy.antipodal(rows) == pytest.approx(2 / 3)
+    assert _toy.antipodal(rows, torch.tensor([True, False, True])) == 0
+
+
+def test_numbers_stand_on_one_line() -> None:
+    report = {"a": [1, -2.5, None, 1e-9], "b": ["x, 1", [1, 2]], "c": [], "d": [True, 1], "e": [[0.5], [None]]}
+    text = _frame._compact(report)
+    assert json.loads(text) == report
+    assert "[1, -2.5, null, 1e-09]" in text and "[1, 2]" in text
 
 
 def test_command_lists_the_studies(coin: Any, capsys: pytest.CaptureFixture[str]) -> None:

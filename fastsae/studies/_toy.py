@@ -56,10 +56,12 @@ def heat(axes: Any, rows: Sequence[dict[str, Any]], column: str, title: str, *, 
     grid = torch.full((len(weights), len(sizes)), float("nan"), dtype=torch.float64)
     for row in rows:
         grid[weights.index(row["l1"]), sizes.index(row["n_features"])] = row[column]
-    low, high = limits or (float(grid[grid.isfinite()].min()), float(grid[grid.isfinite()].max()))
+    low, high = limits or (float(grid.nan_to_num(torch.inf).min()), float(grid.nan_to_num(-torch.inf).max()))
     axes.imshow(grid.numpy(), origin="lower", aspect="auto", vmin=low, vmax=high, cmap="viridis")
     for i, j in torch.cartesian_prod(torch.arange(len(weights)), torch.arange(len(sizes))).tolist():
         value = float(grid[i, j])
+        if not math.isfinite(value):  # no feature alive
+            continue
         dark = value <= low + 0.6 * (high - low)
         text = f"{value:.0f}" if value == round(value) or abs(value) >= 10 else f"{value:.2f}"
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
