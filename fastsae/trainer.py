@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae import _checks, _files
+from fastsae._seeds import stream_seed
 from fastsae.activations import BatchTopK, TopK
 from fastsae.ensemble import SAEs
 from fastsae.sae import SAE
@@ -114,6 +115,7 @@ class Batches:
 
     def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, *, size: int, seed: int = 0):
         _checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
+        _checks.integer("Batches", "seed", seed, 0)
         self.columns = {name: column for name, column in (("x", x), ("target", target), ("mask", mask)) if column is not None}
         if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
             raise ValueError(f"Batches: x, target and mask must have as many rows, got {[c.shape[0] for c in self.columns.values()]}")
@@ -122,8 +124,7 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         n = self.columns["x"].shape[0]
         while True:
-            # One number for (seed, pass): distinct for all that can occur.
-            generator = torch.Generator().manual_seed((self.seed << 32) + self.pass_number)
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, self.pass_number))
             order = torch.randperm(n, generator=generator).to(self.columns["x"].device)
             while self.position + self.size <= n:
                 rows = order[self.position : self.position + self.size]

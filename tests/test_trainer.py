@@ -184,6 +184,8 @@ def test_order_of_batches() -> None:
     first, second = torch.cat([next(stream)["x"] for _ in range(2)]), torch.cat([next(stream)["x"] for _ in range(2)])
     assert len(set(first.flatten().tolist())) == len(set(second.flatten().tolist())) == 8
     assert not torch.equal(first, second)
+    other = torch.cat([batch["x"] for batch, _ in zip(Batches(x, size=4, seed=2), range(2))])
+    assert not torch.equal(first, other)
     source = Batches(x, size=4, seed=1)
     stream = iter(source)
     next(stream), next(stream), next(stream)

@@ -21,7 +21,7 @@ from torch import Tensor
 import fastsae
 from fastsae import _checks, _files, plots
 from fastsae._machine import machine, versions
-from fastsae.superposition.data import stream_seed
+from fastsae._seeds import stream_seed
 
 T = TypeVar("T")
 

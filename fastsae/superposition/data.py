@@ -16,11 +16,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastsae import _checks
+from fastsae._seeds import stream_seed
 from fastsae.latents import RaggedLatents
 from fastsae.ops._common import chunks
 from fastsae.ops.decode import decode
@@ -45,11 +45,6 @@ class SuperpositionBatch(NamedTuple):
 
 _DATA = 0xDA7A
 """The stream of samples, so that a dictionary which starts from random directions of the same seed does not start at the true features."""
-
-
-def stream_seed(seed: int, stream: int) -> int:
-    """A seed of 32 bits for one of several streams of a seed. (Of a larger one torch's CPU generator reads the low 32 bits only.)"""
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
 
 
 def unit_features(n_features: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

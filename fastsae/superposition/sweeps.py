@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fastsae import _checks
+from fastsae._seeds import stream_seed
 from fastsae.activations import ReLU
 from fastsae.ops.match import match
 from fastsae.optim import Adam
 from fastsae.sae import SAE
-from fastsae.superposition.data import SuperpositionData, stream_seed
+from fastsae.superposition.data import SuperpositionData
 from fastsae.superposition.init import start_from
 from fastsae.trainer import Batches
 
