@@ -1,7 +1,8 @@
 """The fused Adam step of one weight matrix beside ``torch.optim.Adam(fused=True)``, in TARGETS' training shapes (B, D, F, k).
 
 torch gets the dense gradient for nothing ("given") or writes it first with our decode_dweight into a buffer that it keeps; ours forms it on
-the way. "unit" is the decoder's step: projection and rows of norm 1, which torch does in passes of its own. The pass for clipping is apart.
+the way. "unit" is the decoder's step: projection and rows of norm 1, which torch does in passes of its own. "transposed" is a [D, F]
+parameter seen as [F, D]. The pass for clipping is apart.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from fastsae.dispatch import OPS
 SHAPES = shapes([(256, 768, 24576, 32), (1024, 512, 8192, 32)], [(32, 64, 2048, 8)])
 
 
-def _inputs(shape: tuple[int, ...]) -> tuple[fastsae.RowGradient, torch.Tensor, torch.Tensor]:
+def _inputs(shape: tuple[int, ...], transposed: bool = False) -> tuple[fastsae.RowGradient, torch.Tensor, torch.Tensor]:
     """A gradient by slots, the weights, and a buffer for the dense gradient."""
     rows, width, features, k = shape
     indices = torch.rand(rows, features, generator=torch.Generator().manual_seed(1)).topk(k).indices.to(DEVICE)
     gradient = fastsae.RowGradient(normal(rows, k), indices, None, normal(rows, width, seed=2), features)
-    return gradient, unit_rows(features, width), torch.empty(features, width, device=DEVICE)
+    W, buffer = unit_rows(features, width), torch.empty(features, width, device=DEVICE)
+    return (gradient, W.T.contiguous().T, buffer.T.contiguous().T) if transposed else (gradient, W, buffer)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
 @pytest.mark.parametrize("unit", [False, True], ids=["encoder", "unit"])
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_adam(shape: tuple[int, ...], unit: bool, compare: Callable[..., None]) -> None:
-    gradient, start, buffer = _inputs(shape)
+def test_adam(shape: tuple[int, ...], unit: bool, transposed: bool, compare: Callable[..., None]) -> None:
+    gradient, start, buffer = _inputs(shape, transposed)
     slots = (gradient.values, gradient.indices, None, gradient.rows)
     W, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-    leaf = torch.nn.Parameter(start.clone())
-    leaf.grad = buffer
+    leaf = torch.nn.Parameter(start.clone().T if transposed else start.clone())  # contiguous, as torch steps it fastest
+    leaf.grad = buffer.T if transposed else buffer
+    seen = leaf.detach().T if transposed else leaf.detach()
     theirs = torch.optim.Adam([leaf], lr=1e-3, fused=True)
     steps = [0]
 
@@ -48,22 +52,23 @@ def test_adam(shape: tuple[int, ...], unit: bool, compare: Callable[..., None]) 
     def formed() -> None:
         OPS["decode_dweight"](*slots, buffer)
         if unit:
-            buffer.addcmul_(leaf, (buffer * leaf).sum(1, keepdim=True), value=-1)
+            buffer.addcmul_(seen, (buffer * seen).sum(1, keepdim=True), value=-1)
         theirs.step()
         if unit:
-            leaf.div_(torch.linalg.vector_norm(leaf, dim=1, keepdim=True))
+            seen.div_(torch.linalg.vector_norm(seen, dim=1, keepdim=True))
 
     def verify() -> None:
         ours()
         formed()
-        difference = (W - leaf.detach()).abs()
+        difference = (W - seen).abs().contiguous()
         # SPEC section 3: at the first step m / sqrt(v) is the sign of a gradient, rounding included where it cancels.
         if float(difference.quantile(0.999) if difference.numel() < 1 << 24 else difference[::16].quantile(0.999)) > 1e-6:
             raise AssertionError("the step differs from torch's")
 
     OPS["decode_dweight"](*slots, buffer)
     others = {"torch fused Adam, gradient given": given, "decode_dweight + torch fused Adam": formed}
-    compare(f"adam {'unit' if unit else ''}".strip(), name(shape), ours, others, verify, floor="torch fused Adam, gradient given")
+    what = " ".join(["adam", *["unit"] * unit, *["transposed"] * transposed])
+    compare(what, name(shape), ours, others, verify, floor="torch fused Adam, gradient given")
 
 
 @pytest.mark.parametrize("unit", [False, True], ids=["encoder", "unit"])

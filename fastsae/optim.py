@@ -122,7 +122,7 @@ class Adam:
 
         Args:
             gradients: of a parameter, its shape: a tensor; of a matrix ``[F, D]``, or ``[E, F, D]`` taken as ``[E * F, D]``, also a
-                ``RowGradient`` or a ``TiledGradient``.
+                ``RowGradient`` or a ``TiledGradient``; for ``SAEs`` also a ``StackedGradient``.
 
         Raises:
             TypeError, ValueError: an unknown name, a wrong type, shape, dtype or device, a parameter that has changed since its first

@@ -179,6 +179,8 @@ class Trainer:
         every: int = 1000,
         progress: bool = True,
     ):
+        if isinstance(sae, SAEs):
+            raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
         if not callable(getattr(opt, "step", None)):
             raise TypeError(f"Trainer: opt must be an optimiser with a step method, got {type(opt).__name__}")
         self.fused = "target" in inspect.signature(opt.step).parameters

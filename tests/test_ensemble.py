@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, load_checkpoint, save_checkpoint
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, Trainer, load_checkpoint, save_checkpoint
 from fastsae.gradients import StackedGradient, accumulate, densify
 from fastsae.optim import Adam
 
@@ -141,6 +141,8 @@ def test_errors() -> None:
     saes = SAEs(singles("topk"))
     with pytest.raises(ValueError, match=r"x must have shape \[B, D\] or \[E=3, B, D\], got \[2, 5, 12\]"):
         saes.step_gradients(torch.zeros(2, 5, D))
+    with pytest.raises(TypeError, match="Trainer: sae must be one SAE, got SAEs"):
+        Trainer(saes, Adam(saes))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="lr must be a number, or one for each of 3 dictionaries, got 2"):
         Adam(saes, lr=[1e-3, 1e-3])
     with pytest.raises(ValueError, match="to_torch: lr must be one number"):
