@@ -80,8 +80,9 @@ test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and wr
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh
 
-deep: $(VENV)/dev.stamp ## many more drawn inputs than CI
+deep: $(VENV)/dev.stamp ## many more drawn inputs and architectures than CI
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_contract.py tests/test_engine.py -k "drawn or anything"
+	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/test_cuda.py -k chip
 
 clean: ## remove what was built (not the virtual environment)
 	rm -rf build dist *.egg-info fastsae/*.so fastsae/_build_info.json demo

@@ -64,7 +64,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.slow
 def test_the_contract_suite() -> None:
     environment = {**os.environ, "FASTSAE_CUDA_EMULATION": str(emulation.module_path()), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "tests/test_contract.py", "-q", "-k", "cuda", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/test_contract.py", "-q", "-k", "emulated", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 4 * len(ROWS), done.stdout
@@ -298,9 +298,14 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA C++ sources were NOT compiled")
 def test_compiles_for_every_chip_without_spills(tmp_path: Path) -> None:
-    """Every kernel of ours (CUB's sort is compiled by setup.py): no spills, no stack, shared memory that every chip gives, full blocks."""
+    """Every kernel of ours (CUB's sort is compiled by setup.py): no spills, no stack, shared memory that every chip gives, full blocks.
+
+    The oldest and newest chip and Hopper; FASTSAE_TEST_ARCHS=all (`make deep`) takes all six, which costs a minute.
+    """
     archs = re.findall(r'"(\d+)"', re.search(r"CUDA_ARCHS = \(([^)]*)\)", (ROOT / "setup.py").read_text())[1])  # pyright: ignore
     assert archs == ["80", "86", "89", "90", "100", "120"]
+    if os.environ.get("FASTSAE_TEST_ARCHS") != "all":
+        archs = ["80", "90", "120"]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c", "--threads", "2"]
     kernels = 0
@@ -320,7 +325,7 @@ def test_compiles_for_every_chip_without_spills(tmp_path: Path) -> None:
             assert shared <= 48 << 10, f"{name} sm_{arch}: {shared} bytes of shared memory"
             threads = 512 if "select_kernel" in name else 256 if "hamming" in name or "hash" in name or "pack" in name else 128
             assert int(registers) * threads <= 65536 // 2, f"{name} sm_{arch}: {registers} registers: not two blocks a multiprocessor"
-    assert kernels >= 6 * 30, kernels
+    assert kernels >= len(archs) * 30, kernels
 
 
 @pytest.mark.skipif(NVCC is None or "cuda" not in build_info(), reason="nvcc is not installed: the CUDA C++ module was NOT built")
