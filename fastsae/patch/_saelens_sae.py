@@ -18,6 +18,7 @@ from fastsae.losses import Weights, features, squares
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.reconstruct import Reconstruction
+from fastsae.packed import PackedWeights
 from fastsae.patch import warn_once
 
 BEFORE = ("hook_sae_acts_pre",)
@@ -102,9 +103,13 @@ def scale_of(sae: Any) -> Tensor | None:
     return sae.W_dec.norm(dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else None
 
 
-def sparse(sae: Any, sae_in: Tensor) -> Latents:
-    """Latents of what ``process_sae_in`` returned."""
+def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Latents:
+    """Latents of what ``process_sae_in`` returned; ``packed``: a handle of ``W_enc.T``."""
     kind, W = kind_of(sae), sae.W_enc.T
+    if packed is not None:
+        if packed.weight.shape != W.shape or packed.weight.data_ptr() != W.data_ptr() or packed.weight.stride() != W.stride():
+            raise ValueError(f"encode: packed must be fastsae.pack(sae.W_enc.T) of this {type(sae).__name__}, got {packed}")
+        W = packed
     if kind.activation == "gated":
         # The gate is a step: the library's autograd gives b_gate no gradient either.
         latents = encode_gated(sae_in, W, b_gate=sae.b_gate.detach(), r_mag=sae.r_mag, b_mag=sae.b_mag)
@@ -203,12 +208,12 @@ def finish(sae: Any, y: Tensor) -> Tensor:
     return y if kind_of(sae).transcoder else sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(y), sae.d_head)
 
 
-def encode(sae: Any, x: Tensor) -> Latents:
+def encode(sae: Any, x: Tensor, packed: PackedWeights | None = None) -> Latents:
     """``fastsae.encode``."""
     reason = why_dense(sae, ())
     if reason is not None:
         raise ValueError(f"encode: {type(sae).__name__} has no sparse latents here: {reason}")
-    return sparse(sae, sae.process_sae_in(x))
+    return sparse(sae, sae.process_sae_in(x), packed)
 
 
 def reconstruct(sae: Any, x: Tensor, target: Tensor | None) -> Reconstruction:

@@ -54,7 +54,9 @@ def _of_sae(kind: _sae.Kind) -> Adapter:
         leaves["training_forward_pass"] = "it returns dense pre-activations; accelerate the trainer for fast training"
         leaves["encode_with_hidden_pre"] = "it returns dense pre-activations"
     mixin = _sae.TranscoderMethods if kind.transcoder else _sae.SAEMethods
-    return Adapter(mixin, replaces, leaves, now=lambda sae: dict(_sae.now(sae)), encode=_sae.encode, reconstruct=_sae.reconstruct)
+    return Adapter(
+        mixin, replaces, leaves, now=lambda sae: dict(_sae.now(sae)), encode=_sae.encode, reconstruct=_sae.reconstruct, packs=True
+    )
 
 
 def _trainer_now(trainer: Any) -> Mapping[str, str]:
