@@ -166,9 +166,9 @@ Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* 
 // ---- spline codes ----
 
 // spline_code: bit j % 64 of words[r, j / 64] is score > 0 (0 for NaN); words [rows, ceil(features / 64)] contiguous, the bits beyond are
-// 0. A level with bf16 dot products decides most signs from bf16 products with a proven bound and computes the scores of the others; rows
-// of at most 16 elements are computed as they are. Workspace: that of the engine, and up to 32 MiB of packed features where there are more
-// rows than a chunk.
+// 0. A level that screens decides most signs from products of bf16 numbers (of 8-bit integers where it has no others) with a proven bound
+// and computes the scores of the rest; rows of at most 16 elements are computed as they are. Workspace: that of the engine, and up to
+// 32 MiB of packed features where there are more rows than a chunk.
 int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, int threads,
                     EncodeStats* stats);
 

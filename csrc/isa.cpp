@@ -87,6 +87,12 @@ bool level_built(Level level) {
 #else
       return false;
 #endif
+    case Level::avx512_vnni:
+#ifdef FASTSAE_BUILT_avx512_vnni
+      return true;
+#else
+      return false;
+#endif
     case Level::avx512_bf16:
 #ifdef FASTSAE_BUILT_avx512_bf16
       return true;
@@ -108,6 +114,8 @@ bool level_supported(Level level) {
       return avx2;
     case Level::avx512:
       return avx512;
+    case Level::avx512_vnni:
+      return avx512 && c.avx512_vnni;
     case Level::avx512_bf16:
       return avx512 && c.avx512_bf16 && c.avx512_vnni;
   }

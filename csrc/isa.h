@@ -8,14 +8,19 @@
 namespace fastsae {
 
 // Ascending: a level includes those before it, and a level without a body of its own runs the body of the next lower one.
-#define FASTSAE_LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+#define FASTSAE_LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
+
+// A level with dot products of 8-bit integers screens (cpu/tile.h); what gains nothing from them has no body there and runs avx512's.
+#if defined(FASTSAE_LEVEL_avx512_vnni) || defined(FASTSAE_LEVEL_avx512_bf16)
+#define FASTSAE_SCREENS 1
+#endif
 
 enum class Level : int {
 #define FASTSAE_X(level) level,
   FASTSAE_LEVELS(FASTSAE_X)
 #undef FASTSAE_X
 };
-constexpr int kLevels = 4;
+constexpr int kLevels = 5;
 
 const char* level_name(Level level);
 bool level_built(Level level);
@@ -56,6 +61,11 @@ const Table* pick_if(const Table* const (&tables)[kLevels]) {
 #define FASTSAE_AVX512(table) (&avx512::table)
 #else
 #define FASTSAE_AVX512(table) nullptr
+#endif
+#ifdef FASTSAE_BUILT_avx512_vnni
+#define FASTSAE_AVX512_VNNI(table) (&avx512_vnni::table)
+#else
+#define FASTSAE_AVX512_VNNI(table) nullptr
 #endif
 #ifdef FASTSAE_BUILT_avx512_bf16
 #define FASTSAE_AVX512_BF16(table) (&avx512_bf16::table)

@@ -16,9 +16,10 @@ from fastsae import native, native_encode, native_match, native_spline
 from fastsae.dispatch import OPS
 
 CHECK = OPS["encode_topk"].check
-SCREENS = "avx512_bf16" in native.isa_levels()
+SCREENING = [level for level in ("avx512_vnni", "avx512_bf16") if level in native.isa_levels()]
+SCREENS = bool(SCREENING)
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
-needs_screen = pytest.mark.skipif(not SCREENS, reason="no level with bf16 dot products here")
+needs_screen = pytest.mark.skipif(not SCREENS, reason="no level with dot products of 8-bit integers here")
 
 Case = dict[str, Any]
 
@@ -60,7 +61,7 @@ def assert_enclosed(case: Case) -> None:
             for W in (case["W"], case["W"].T.contiguous().T):
                 bounds = native_encode.screen_bounds(case["x"], W, case["b"], case["b_pre"], case["scale"], packed, bf16=bf16)
                 if bounds is None:
-                    return
+                    continue
                 lo, hi = bounds
                 # An end that is NaN decides nothing. A score that is NaN must not be excluded from above.
                 above, below = scores > hi, scores < lo
@@ -97,6 +98,9 @@ def verify(case: Case, exact_rows: int | None = None, checked: bool = True) -> d
     same(run(case, "screen", packed=True), dense)
     same(run(columns(case), "screen", packed=True), dense)
     assert_enclosed(case)
+    for level in SCREENING[:-1]:
+        with native.use_isa(level):
+            same(run(case, "screen"), dense)
     assert stats["screened_rows"] + stats["exact_rows"] == rows
     if exact_rows is not None:
         assert stats["exact_rows"] == exact_rows
@@ -376,11 +380,17 @@ def test_screened_equals_dense_on_anything(data: st.DataObject) -> None:
     dense = run(case, "dense")
     for variant in (case, columns(case)):
         same(run(variant, "dense"), dense)
-        if SCREENS:
-            same(run(variant, "screen"), dense)
-            same(run(variant, "screen", packed=True), dense)
-    if SCREENS:
-        assert_enclosed(case)
+        for level in SCREENING:
+            with native.use_isa(level):
+                same(run(variant, "screen"), dense)
+                same(run(variant, "screen", packed=True), dense)
+    for level in SCREENING:
+        with native.use_isa(level):
+            assert_enclosed(case)
+    codes = native_spline.spline_code(case["x"], case["W"], case["b"], None, path="dense")
+    for level in SCREENING:
+        with native.use_isa(level):
+            assert torch.equal(native_spline.spline_code(case["x"], case["W"], case["b"], None, path="screen"), codes)
     chosen = torch.randperm(case["W"].shape[0], generator=g)[: case["k"]]
     subset = {**case, "features": chosen, "k": max(1, chosen.numel() // 2)}
     few = run(subset, "dense")
@@ -421,9 +431,10 @@ def test_cuts_screened_equal_dense_on_anything(data: st.DataObject) -> None:
         dense = call(W, None, "dense")
         for weight in (W, W.T.contiguous().T):
             same_entries(call(weight, None, "dense"), dense)
-            if SCREENS:
-                same_entries(call(weight, None, "screen"), dense)
-                same_entries(call(weight, native_encode.pack(weight), "screen"), dense)
+            for level in SCREENING:
+                with native.use_isa(level):
+                    same_entries(call(weight, None, "screen"), dense)
+                    same_entries(call(weight, native_encode.pack(weight), "screen"), dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,10 +2,11 @@
 //
 // Cost: memory. A row of w, m and v comes in and goes out once (24 bytes an element), and what is read a second time, for a projection or a
 // norm, is in the first-level cache. Stores are plain: the lines have just been read, so a store past the caches would save nothing.
-
-#ifndef FASTSAE_LEVEL_avx512_bf16  // that level has no body here and runs avx512's
 #include "cpu/adam.h"
 
+#include "isa.h"
+
+#ifndef FASTSAE_SCREENS
 #include "cpu/decode.h"
 #include "vec.h"
 

@@ -3,10 +3,12 @@
 // Cost: `sum` and `dot` read n*d elements of the table once, whole lines, and are bound by memory: a tile of accumulators stays in
 // registers over a row's slots, and the lines of later slots are prefetched because no hardware prefetcher can know the next row.
 
-// The bf16 conversion of avx512_bf16 flushes denormals, so that level has no body here and runs avx512's.
-#ifndef FASTSAE_LEVEL_avx512_bf16
 #include "cpu/decode.h"
 
+#include "isa.h"
+
+// The bf16 conversion of avx512_bf16 flushes denormals, so that level runs avx512's body.
+#ifndef FASTSAE_SCREENS
 #include "vec.h"
 
 namespace fastsae {

@@ -12,7 +12,8 @@
 namespace fastsae {
 namespace {
 
-const EncodeKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(encode_kernels)};
+const EncodeKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(encode_kernels),
+                                               FASTSAE_AVX512_BF16(encode_kernels)};
 
 }  // namespace
 

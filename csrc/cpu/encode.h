@@ -40,6 +40,9 @@ struct EncodeKernels {
   void (*bounds)(Number, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
 };
 
+namespace avx512_vnni {
+extern const EncodeKernels encode_kernels;
+}
 namespace avx512_bf16 {
 extern const EncodeKernels encode_kernels;
 }

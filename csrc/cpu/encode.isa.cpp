@@ -2,7 +2,9 @@
 // can screen; encode.h states the jobs, tile.h the bound.
 #include "cpu/encode.h"
 
-#ifdef FASTSAE_LEVEL_avx512_bf16
+#include "isa.h"
+
+#ifdef FASTSAE_SCREENS
 #include "cpu/tile.h"
 #include "cpu/topk.h"
 
@@ -143,7 +145,7 @@ void bounds_as(const ScreenRows& rows, const ScreenPanels& panels, float* lo, fl
 
 void bounds(Number number, const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
   constexpr void (*kBounds[kNumbers])(const ScreenRows&, const ScreenPanels&, float*, float*, int64_t) = {
-      bounds_as<Number::int8>, bounds_as<Number::bf16>, bounds_as<Number::exact>};
+      bounds_as<Number::int8>, FASTSAE_BF16(bounds_as<Number::bf16>), bounds_as<Number::exact>};
   kBounds[static_cast<int>(number)](rows, panels, lo, hi, ld);
 }
 

@@ -166,6 +166,9 @@ extern const EngineKernels engine_kernels;
 namespace avx512 {
 extern const EngineKernels engine_kernels;
 }
+namespace avx512_vnni {
+extern const EngineKernels engine_kernels;
+}
 namespace avx512_bf16 {
 extern const EngineKernels engine_kernels;
 }

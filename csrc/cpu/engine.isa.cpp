@@ -2,8 +2,9 @@
 // the order of a score's sum, tile.h the bound.
 #include "cpu/engine.h"
 
+#include "isa.h"
 #include "vec.h"
-#ifdef FASTSAE_LEVEL_avx512_bf16
+#ifdef FASTSAE_SCREENS
 #include "cpu/tile.h"
 #endif
 
@@ -358,7 +359,7 @@ void column_products(const ColumnsJob& job) {
     }
 }
 
-#ifdef FASTSAE_LEVEL_avx512_bf16
+#ifdef FASTSAE_SCREENS
 
 // ---- packing ----
 
@@ -552,6 +553,8 @@ void pack_int8(const PackFeaturesJob& job) {
 }
 
 // 32 elements to 16 pairs, in order; adds their squares and the squares of what rounding took away.
+#ifdef FASTSAE_LEVEL_avx512_bf16
+
 FASTSAE_INLINE __m512i round_pairs(__m512 v0, __m512 v1, __m512& squares, __m512& lost) {
   const __m512i p = (__m512i)_mm512_cvtne2ps_pbh(v1, v0);
   const __m512 h0 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(p)), 16));
@@ -621,6 +624,8 @@ void pack_bf16(const PackFeaturesJob& job) {
     pack_bf16_as<f16>(job);
 }
 
+#endif
+
 void pack_rows_exact(const PackRowsJob& job) {
   for (int i = 0; i < job.height; ++i) {
     job.a[i] = job.c[i] = 0;
@@ -657,9 +662,12 @@ const EngineKernels engine_kernels = {
     load_job,
     column_products,
     products,
-#ifdef FASTSAE_LEVEL_avx512_bf16
+#if defined(FASTSAE_LEVEL_avx512_bf16)
     {pack_rows_int8, pack_rows_bf16, pack_rows_exact},
     {pack_int8, pack_bf16, pack_exact},
+#elif defined(FASTSAE_SCREENS)
+    {pack_rows_int8, nullptr, pack_rows_exact},
+    {pack_int8, nullptr, pack_exact},
 #else
     {nullptr, nullptr, nullptr},
     {nullptr, nullptr, nullptr},

@@ -1,11 +1,13 @@
 // Hamming distances of packed codes: 16 codes side by side in 32-bit lanes, so that counts need no sum across lanes.
 //
-// avx512 counts with VPOPCNTD where the CPU has it, which neither avx512 nor avx512_bf16 promise: a function of its own, chosen at run
+// avx512 counts with VPOPCNTD where the CPU has it, which no level promises: a function of its own, chosen at run
 // time. Elsewhere bytes are counted through a table of nibbles (vpshufb; Mula 2008) or by halving (portable), and joined every kBytesHold
-// halves. avx512_bf16 has nothing to add and runs avx512's.
-#ifndef FASTSAE_LEVEL_avx512_bf16
+// halves.
 #include "cpu/hamming.h"
 
+#include "isa.h"
+
+#ifndef FASTSAE_SCREENS
 #include "vec.h"
 
 namespace fastsae {

@@ -9,7 +9,8 @@
 namespace fastsae {
 namespace {
 
-const MatchKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(match_kernels)};
+const MatchKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(match_kernels),
+                                              FASTSAE_AVX512_BF16(match_kernels)};
 
 const MatchKernels* match_kernels() { return pick_if(kTables); }
 

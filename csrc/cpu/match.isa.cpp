@@ -2,7 +2,9 @@
 // bound.
 #include "cpu/match.h"
 
-#ifdef FASTSAE_LEVEL_avx512_bf16
+#include "isa.h"
+
+#ifdef FASTSAE_SCREENS
 #include "cpu/tile.h"
 #include "cpu/topk.h"
 

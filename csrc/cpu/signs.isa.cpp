@@ -1,8 +1,10 @@
 // Signs to bits, bits to hashes. A sign is read from the bits of a float: 0 < bits <= infinity as integers, which is 0 for -0 and NaN and
-// knows no rounding mode and no denormals-as-zero. avx512_bf16 has nothing to add and runs avx512's.
-#ifndef FASTSAE_LEVEL_avx512_bf16
+// knows no rounding mode and no denormals-as-zero.
 #include "cpu/signs.h"
 
+#include "isa.h"
+
+#ifndef FASTSAE_SCREENS
 #include "vec.h"
 // after vec.h
 #include "cpu/keys.h"

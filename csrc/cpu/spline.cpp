@@ -8,7 +8,10 @@
 namespace fastsae {
 namespace {
 
-const SplineKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_BF16(spline_kernels)};
+constexpr int64_t kLongestInt8Signs = 512;  // beyond, too many signs stay open: computing all is as fast
+
+const SplineKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(spline_kernels),
+                                               FASTSAE_AVX512_BF16(spline_kernels)};
 
 const SplineKernels* spline_kernels() { return pick_if(kTables); }
 
@@ -55,8 +58,10 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   const EngineKernels& kernels = engine_kernels();
   const EncodeKernels* const screens = encode_kernels();
   const SplineKernels* const signs = spline_kernels();
-  const Number number = w.d <= kShortRow ? Number::exact : Number::bf16;
-  const bool pays = x.rows >= 8 && w.features >= 32;
+  // bf16 leaves far fewer signs open than 8-bit integers, which serve where the level has nothing better and rows are not too long.
+  const bool bf16 = kernels.pack_features[static_cast<int>(Number::bf16)] != nullptr;
+  const Number number = w.d <= kShortRow ? Number::exact : bf16 ? Number::bf16 : Number::int8;
+  const bool pays = x.rows >= 8 && w.features >= 32 && (number != Number::int8 || w.d <= kLongestInt8Signs);
   const bool screen = signs != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays));
   const Plan plan = make_plan(kernels, x, w, number, screen, threads, 0);
   return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, threads, stats != nullptr ? &stats->workspace : nullptr,

@@ -10,6 +10,9 @@ struct SplineKernels {
   void (*screen_signs)(Number, const ScreenRows&, const ScreenPanels&, const Ahead&, const Undecided&, uint32_t* words, int64_t ld);
 };
 
+namespace avx512_vnni {
+extern const SplineKernels spline_kernels;
+}
 namespace avx512_bf16 {
 extern const SplineKernels spline_kernels;
 }

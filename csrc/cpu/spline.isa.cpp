@@ -1,7 +1,9 @@
 // The consumer of spline codes: which signs a screened product decides. tile.h states the bound.
 #include "cpu/spline.h"
 
-#ifdef FASTSAE_LEVEL_avx512_bf16
+#include "isa.h"
+
+#ifdef FASTSAE_SCREENS
 #include "cpu/tile.h"
 
 namespace fastsae {
@@ -39,7 +41,9 @@ void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& n
 
 void screen_signs(Number number, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
                   uint32_t* words, int64_t ld) {
-  (number == Number::bf16 ? signs_as<Number::bf16> : signs_as<Number::exact>)(rows, panels, next, undecided, words, ld);
+  constexpr decltype(&signs_as<Number::int8>) kSigns[kNumbers] = {signs_as<Number::int8>, FASTSAE_BF16(signs_as<Number::bf16>),
+                                                                  signs_as<Number::exact>};
+  kSigns[static_cast<int>(number)](rows, panels, next, undecided, words, ld);
 }
 
 }  // namespace

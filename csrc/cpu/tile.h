@@ -185,6 +185,9 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
   }
 }
 
+#ifdef FASTSAE_LEVEL_avx512_bf16
+#define FASTSAE_BF16(...) __VA_ARGS__
+
 // c[i][32] = <x^_i, w^_j> in bf16.
 template <int MR>
 void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& ahead, int quota) {
@@ -222,6 +225,12 @@ void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
   } while (d < words);
 }
 
+#else
+#define FASTSAE_BF16(...) \
+  {                       \
+  }
+#endif
+
 // c[i][32] = the exact products, for rows of at most kShortRow elements: one a lane, folded 8, 4, 2, 1 as a score is.
 template <int kLength>
 FASTSAE_INLINE void short_products(const float* x, const float* w, int64_t d, int height, float* c) {
@@ -258,7 +267,7 @@ void tile_exact(const uint32_t* x, const uint32_t* w, int64_t words, const int32
 using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, int, float*, Prefetcher&, int);
 #define FASTSAE_TILES(tile) \
   {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
-constexpr TileKernel kTileKernels[kNumbers][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_TILES(tile_bf16),
+constexpr TileKernel kTileKernels[kNumbers][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
                                                               FASTSAE_TILES(tile_exact)};
 #undef FASTSAE_TILES
 

@@ -10,8 +10,8 @@ built=""
 if [ "$(uname -m)" = x86_64 ]; then
   avx2="-mavx2 -mfma -mf16c"
   avx512="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-  levels=(portable avx2 avx512 avx512_bf16)
-  level_flags=("" "$avx2" "$avx512" "$avx512 -mavx512bf16 -mavx512vnni")
+  levels=(portable avx2 avx512 avx512_vnni avx512_bf16)
+  level_flags=("" "$avx2" "$avx512" "$avx512 -mavx512vnni" "$avx512 -mavx512vnni -mavx512bf16")
 else
   levels=(portable)
   level_flags=("")
