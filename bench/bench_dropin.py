@@ -1,8 +1,8 @@
 """Peer libraries before and after ``fastsae.accelerate``, in TARGETS' shapes (B, D, F, k): TopK, the same weights and rows.
 
-Three rows a library: ``fastsae.encode`` (sparse), its own ``encode`` accelerated (what its API returns, dense where that is dense), and its
-training step. The other side is the library as it is. Peers are measured where they are installed (`make peers`); a warning says which are
-not. On a quiet machine: ``fastsae bench dropin``.
+Rows of a library: ``fastsae.encode`` (sparse; also with weights packed once, where it takes a handle), its own ``encode`` accelerated
+(what its API returns, dense where that is dense), and its training step. The other side is the library as it is. Peers are measured where
+they are installed (`make peers`); a warning says which are not. On a quiet machine: ``fastsae bench dropin``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def inputs(shape: tuple[int, ...]) -> tuple[training.Start, torch.Tensor]:
     return start, training.distinct_rows(normal(rows + rows // 4, width, seed=1), start, rows)
 
 
-@pytest.mark.parametrize("way", ["sparse", "as it returns"])
+@pytest.mark.parametrize("way", ["sparse", "sparse, packed once", "as it returns"])
 @pytest.mark.parametrize("library", peers.PEERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_encode(shape: tuple[int, ...], library: str, way: str, compare: Callable[..., None]) -> None:
@@ -35,9 +35,16 @@ def test_encode(shape: tuple[int, ...], library: str, way: str, compare: Callabl
     if theirs is None:
         pytest.skip(f"{library} is not installed")
     fastsae.accelerate(mine)
+    packed = None
+    if way == "sparse, packed once":
+        if peer.encoder is None:
+            pytest.skip(f"{library} takes no handle")
+        packed = fastsae.pack(peer.encoder(mine))
 
     def encode() -> object:
-        return fastsae.encode(mine, x) if way == "sparse" else peer.encode(mine, x)
+        if way == "as it returns":
+            return peer.encode(mine, x)
+        return fastsae.encode(mine, x) if packed is None else fastsae.encode(mine, x, packed=packed)
 
     with torch.no_grad():
         others = {f"{library} as it is": lambda: peer.encode(theirs, x)}

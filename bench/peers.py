@@ -38,12 +38,14 @@ class Peer:
     Attributes:
         sae: an SAE for inference. encode: its latents as its own API returns them. dense: those as ``[B, F]``, to compare.
         training: a trainer, or None where the library has no step to call.
+        encoder: the encoder's weights ``[F, D]`` as ``fastsae.encode`` takes a handle of them, where it does.
     """
 
     sae: Callable[[Start], Any]
     encode: Callable[[Any, Tensor], Any]
     dense: Callable[[Any], Tensor]
     training: Callable[[Start], Training] | None
+    encoder: Callable[[Any], Tensor] | None = None
 
 
 def _copy(*pairs: tuple[Tensor, Tensor]) -> None:
@@ -128,7 +130,7 @@ def _dictionary_learning_training(start: Start) -> Training:
 
 
 PEERS = {
-    "SAELens": Peer(_saelens_sae, lambda sae, x: sae.encode(x), lambda acts: acts, _saelens_training),
+    "SAELens": Peer(_saelens_sae, lambda sae, x: sae.encode(x), lambda acts: acts, _saelens_training, lambda sae: sae.W_enc.detach().T),
     "sparsify": Peer(_sparsify_sae, lambda coder, x: coder.encode(x), _sparsify_dense, _sparsify_training),
     "dictionary_learning": Peer(_dictionary_learning_sae, lambda ae, x: ae.encode(x), lambda acts: acts, _dictionary_learning_training),
 }

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastsae._activations_minilm import _checkout_hidden
 
@@ -19,6 +20,7 @@ def load(module: str, distribution: str) -> Any:
     """The library, or a skip of the whole test module; an error where FASTSAE_REQUIRE_PEERS is 1 (``make test-peers``)."""
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
+    new = FakeTensor.__new__
     try:
         with _checkout_hidden(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -29,3 +31,5 @@ def load(module: str, distribution: str) -> Any:
         said = f"NOT TESTED against the real {distribution}: {error} (make test-peers installs it)"
         warnings.warn(said, stacklevel=2)
         pytest.skip(said, allow_module_level=True)
+    finally:
+        FakeTensor.__new__ = new  # nnsight, which dictionary_learning imports, puts one there that breaks torch.compile

@@ -174,6 +174,10 @@ def test_errors(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
         fastsae.accelerate(Toy(), any_version=1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"encode: x must be a torch.Tensor, got int"):
         fastsae.encode(Toy(), 3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"encode: packed must be a PackedWeights, got Tensor"):
+        fastsae.encode(Toy(), torch.zeros(1, 2), packed=torch.zeros(3, 2))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"encode: packed does not go with Toy"):
+        fastsae.encode(Toy(), torch.zeros(1, 2), packed=fastsae.pack(torch.zeros(3, 2)))
     with pytest.raises(TypeError, match=r"encode: Left is not an SAE with a sparse encoder \(it is left\)"):
         fastsae.encode(Left(), torch.zeros(1))
     with pytest.raises(TypeError, match="reconstruct: Trainer is not an SAE with a sparse encoder"):

@@ -228,6 +228,16 @@ def test_only_the_instance_is_patched_copied_saved_and_restored(name: str, tmp_p
     assert fastsae.restore(ae) is ae and type(ae) is cls and "_fastsae_state" not in vars(ae)
 
 
+@pytest.mark.parametrize("name", ["AutoEncoderTopK", "AutoEncoder"])
+def test_compiled(name: str) -> None:
+    ae = fastsae.accelerate(make(name, shift=2.5))
+    expected = ae(rows())
+    y = torch.compile(ae, backend="aot_eager", fullgraph=name == "AutoEncoder")(rows())  # the buffer k is read in Python
+    same(y, expected)
+    y.sum().backward()
+    assert bool(ae.encoder.weight.grad.any())
+
+
 def test_refused() -> None:
     class Own(AutoEncoderTopK):
         pass

@@ -152,6 +152,20 @@ def test_sparse_latents_and_reconstruction(name: str) -> None:
     assert type(sae).__name__ == name and not fastsae.report(sae).accelerated
 
 
+def test_packed_weights() -> None:
+    for name in ("TopKSAE", "GatedSAE", "JumpReLUSAE"):
+        sae = make(name, shift=2.5)
+        packed = fastsae.pack(sae.W_enc.T)
+        assert torch.equal(fastsae.encode(sae, rows(), packed=packed).to_dense(), fastsae.encode(sae, rows()).to_dense())
+        with pytest.raises(ValueError, match=r"packed must be fastsae.pack\(sae.W_enc.T\) of this"):
+            fastsae.encode(sae, rows(), packed=fastsae.pack(torch.randn(F, D)))
+        with torch.no_grad():
+            sae.W_enc.mul_(2)
+        with pytest.raises(ValueError, match=r"changed since fastsae.pack"):
+            fastsae.encode(sae, rows(), packed=packed)
+        assert torch.equal(fastsae.encode(sae, rows(), packed=packed.refresh()).to_dense(), fastsae.encode(sae, rows()).to_dense())
+
+
 @pytest.mark.parametrize("name", ["SkipTranscoder", "JumpReLUSkipTranscoder"])
 @pytest.mark.parametrize("shift", [0.0, 2.5])
 def test_forward_with_activations(name: str, shift: float) -> None:

@@ -35,6 +35,7 @@ from fastsae import _checks
 from fastsae.latents import Latents
 from fastsae.ops import reconstruct as _operation
 from fastsae.ops.reconstruct import Reconstruction
+from fastsae.packed import PackedWeights
 from fastsae.sae import SAE
 
 __all__ = ["Adapter", "Library", "Report", "accelerate", "accelerated", "encode", "reconstruct", "report", "restore"]
@@ -65,7 +66,7 @@ class Adapter:
         leaves: ``{method or part: why it is left alone}``.
         parts: ``{attribute: object}`` that are accelerated with it (a trainer's SAE).
         now: ``{method: why}`` of what takes the library's own way as the object stands (a hook that needs dense numbers).
-        encode: ``(sae, x) -> Latents``, on an object patched or not.
+        encode: ``(sae, x) -> Latents``, on an object patched or not. packs: it takes ``packed=`` too, a handle of the encoder's weights.
         reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
     """
 
@@ -74,8 +75,9 @@ class Adapter:
     leaves: Mapping[str, str] = field(default_factory=dict)
     parts: Callable[[Any], Mapping[str, Any]] = _nothing
     now: Callable[[Any], Mapping[str, str]] = _nothing
-    encode: Callable[[Any, Tensor], Latents] | None = None
+    encode: Callable[..., Latents] | None = None
     reconstruct: Callable[[Any, Tensor, Tensor | None], Reconstruction] | None = None
+    packs: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,25 +209,36 @@ def report(obj: Any) -> Report:
     return Report(name, f"{library.distribution} {library.version}", _is_accelerated(obj), replaced, left, now)
 
 
-def encode(sae: Any, x: Tensor) -> Latents:
+def encode(sae: Any, x: Tensor, *, packed: PackedWeights | None = None) -> Latents:
     """The latents of ``x`` under an SAE of this library, SAELens, sparsify or dictionary_learning, sparse; accelerated or not.
 
     Args:
         sae: as for ``accelerate``, or a ``fastsae.SAE``. x: activations ``[.., D]`` as the SAE's own ``encode`` takes them.
+        packed: a handle ``fastsae.pack(W)`` of the encoder's weights ``[F, D]`` (SAELens: ``sae.W_enc.T``), for many calls between which
+            they do not change; SAELens's SAEs only.
 
     Returns:
         ``TopKLatents`` or ``RaggedLatents``: what the SAE's own ``encode`` returns, without its zeros, after its input normalisation and
         before any rescaling that its ``decode`` undoes. Differentiable like it. Hooks on dense latents do not fire.
 
-    Raises: TypeError: not an SAE of a supported class, or one whose latents have no sparse form here; else as the operations do.
+    Raises: TypeError: not an SAE of a supported class, or one whose latents have no sparse form here. ValueError: ``packed`` is a handle of
+        something else, or of weights that have changed. Else as the operations do.
     """
     if isinstance(sae, SAE):
+        if packed is not None:
+            raise TypeError("encode: packed does not go with a fastsae.SAE")
         return sae.encode(x)
     _, adapter = _lookup("encode", sae)
     if adapter.encode is None:
         raise TypeError(f"encode: {type(sae).__name__} is not an SAE with a sparse encoder{_because(adapter)}")
     _checks.tensor("encode", "x", x)
-    return adapter.encode(sae, x)
+    if packed is None:
+        return adapter.encode(sae, x)
+    if not isinstance(packed, PackedWeights):
+        raise TypeError(f"encode: packed must be a PackedWeights, got {type(packed).__name__}")
+    if not adapter.packs:
+        raise TypeError(f"encode: packed does not go with {type(sae).__name__}")
+    return adapter.encode(sae, x, packed=packed)
 
 
 @overload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +18,17 @@ from fastsae.losses import Weights, features, squares
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.reconstruct import Reconstruction
+from fastsae.packed import PackedWeights
 from fastsae.patch import warn_once
 
 BEFORE = ("hook_sae_acts_pre",)
 """Hook points at dense pre-activations: a hook there makes encoding dense."""
 LATENTS = (*BEFORE, "hook_sae_acts_post")
 """And at dense latents: a hook at any of them makes ``forward`` form the latents."""
+
+
+PRODUCT = 1 / 20
+"""Share of latents from which on torch's product of dense latents and decoder is faster than the slots' (float32, AVX-512, one thread)."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,13 @@ def scale_of(sae: Any) -> Tensor | None:
     return sae.W_dec.norm(dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else None
 
 
-def sparse(sae: Any, sae_in: Tensor) -> Latents:
-    """Latents of what ``process_sae_in`` returned."""
+def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Latents:
+    """Latents of what ``process_sae_in`` returned; ``packed``: a handle of ``W_enc.T``."""
     kind, W = kind_of(sae), sae.W_enc.T
+    if packed is not None:
+        if packed.weight.shape != W.shape or packed.weight.data_ptr() != W.data_ptr() or packed.weight.stride() != W.stride():
+            raise ValueError(f"encode: packed must be fastsae.pack(sae.W_enc.T) of this {type(sae).__name__}, got {packed}")
+        W = packed
     if kind.activation == "gated":
         # The gate is a step: the library's autograd gives b_gate no gradient either.
         latents = encode_gated(sae_in, W, b_gate=sae.b_gate.detach(), r_mag=sae.r_mag, b_mag=sae.b_mag)
@@ -167,14 +177,21 @@ def to_dense(latents: Latents) -> Tensor:
 
 
 def from_dense(acts: Tensor) -> RaggedLatents | None:
-    """The slots of dense latents; None where a sample of rows says that more than 1/8 are not 0."""
+    """The slots of dense latents; None where a sample of rows says that more than 1/20 are not 0."""
     flat = acts.reshape(-1, acts.shape[-1])
     sample = flat[:: max(1, flat.shape[0] // 32)]
-    if flat.shape[0] == 0 or int(torch.count_nonzero(sample)) > dense.DENSITY * sample.numel():
+    if flat.shape[0] == 0 or int(torch.count_nonzero(sample)) > PRODUCT * sample.numel():
         return None
     row, col = torch.nonzero(flat, as_tuple=True)
     crow = torch.searchsorted(row, torch.arange(flat.shape[0] + 1, device=flat.device))
     return RaggedLatents(flat[row, col], crow, col, flat.shape[1], acts.shape[:-1])
+
+
+def share(sae: Any, latents: Latents) -> float:
+    """How many of all latents there are."""
+    if kind_of(sae).activation in ("topk", "batchtopk"):
+        return sae.activation_fn.k / latents.n_features
+    return latents.values.numel() / max(math.prod(latents.batch_shape) * latents.n_features, 1)
 
 
 def product(sae: Any, latents: Latents) -> Tensor:
@@ -191,12 +208,12 @@ def finish(sae: Any, y: Tensor) -> Tensor:
     return y if kind_of(sae).transcoder else sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(y), sae.d_head)
 
 
-def encode(sae: Any, x: Tensor) -> Latents:
+def encode(sae: Any, x: Tensor, packed: PackedWeights | None = None) -> Latents:
     """``fastsae.encode``."""
     reason = why_dense(sae, ())
     if reason is not None:
         raise ValueError(f"encode: {type(sae).__name__} has no sparse latents here: {reason}")
-    return sparse(sae, sae.process_sae_in(x))
+    return sparse(sae, sae.process_sae_in(x), packed)
 
 
 def reconstruct(sae: Any, x: Tensor, target: Tensor | None) -> Reconstruction:
@@ -279,6 +296,9 @@ def _autoencoded(sae: Any, x: Tensor) -> tuple[Tensor, Latents | Tensor]:
         acts = dense_latents(sae, sae_in)
         return super(SAEMethods, sae).decode(acts), acts  # pyright: ignore[reportAttributeAccessIssue]
     latents = sparse(sae, sae_in)
+    if share(sae, latents) > PRODUCT:
+        acts = to_dense(latents)
+        return super(SAEMethods, sae).decode(acts), acts  # pyright: ignore[reportAttributeAccessIssue]
     return finish(sae, product(sae, latents)), latents
 
 

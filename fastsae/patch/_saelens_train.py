@@ -31,7 +31,8 @@ from fastsae.patch._saelens_sae import hooked, is_dense, is_known, kind_of, scal
 _HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 _OWN = ("training_forward_pass", "encode_with_hidden_pre", "calculate_aux_loss", "calculate_topk_aux_loss", "decode", "process_sae_in")
 """Methods of an SAE that the fused step stands for: one replaced in the instance (compiled, wrapped) is respected."""
-_S, _C = TypeVar("_S"), TypeVar("_C")
+_S = TypeVar("_S")
+_C = TypeVar("_C")
 CLIP = 1.0
 """Largest norm of the gradient in ``SAETrainer``."""
 
