@@ -596,7 +596,7 @@ def language_model() -> tuple[Any, Any]:
 RUN = {
     "model_name": "tiny", "context_size": 16, "streaming": False, "training_tokens": 20 * ROWS, "train_batch_size_tokens": ROWS,
     "n_batches_in_buffer": 4, "store_batch_size_prompts": 4, "logger": LoggingConfig(log_to_wandb=False), "device": "cpu", "lr": 1e-3,
-    "prepend_bos": False, "dead_feature_window": 5,
+    "prepend_bos": False, "dead_feature_window": 5, "output_path": None,
 }  # fmt: skip
 
 
