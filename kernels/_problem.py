@@ -98,10 +98,11 @@ class Rounded:
         rows, width = p.x.shape[0], _tile.pitch(p.W.shape[1])
         device = p.x.device
         step = max(p.tile.columns, PANEL // (2 * width) // p.tile.columns * p.tile.columns)
-        x, factors = torch.empty((rows, width), dtype=torch.float16, device=device), torch.empty((3, rows), device=device)
+        x = torch.empty((rows, width), dtype=torch.float16, device=device)
+        factors = torch.empty((3, rows), dtype=torch.float32, device=device)
         _tile.round_rows(p.x, slice(0, rows), x, factors, None, p.centre, of_rows=True)
         panel = torch.empty((min(step, p.n), width), dtype=torch.float16, device=device)
-        return Rounded(x, factors, panel, torch.empty((3, p.n), device=device))
+        return Rounded(x, factors, panel, torch.empty((3, p.n), dtype=torch.float32, device=device))
 
     def panels(self, p: Problem) -> Iterator[tuple[slice, Tensor]]:
         """Ranges of features with their rounded rows, valid until the next one."""

@@ -58,8 +58,6 @@ from torch import Tensor
 
 from fastsae import _triton
 
-ABSENT = tl.constexpr(-(2**31))  # below the key of every score
-TOP = tl.constexpr(2**31 - 1)  # the key of NaN
 _LANES = tl.constexpr(32)
 _LANE_COLUMNS = tl.constexpr(4)
 _PAD = 64  # rows of rounded operands are padded to this many columns
@@ -69,7 +67,7 @@ _PAD = 64  # rows of rounded operands are padded to this many columns
 
 @triton.jit
 def ordered(value):
-    """float32 as int32 in the order of values: -0 == +0, NaN above +inf, all above ABSENT."""
+    """float32 as int32 in the order of values: -0 == +0, NaN above +inf; -2^31 is below them all and stands for nothing."""
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(value != value, 0x7FFFFFFF, key)

@@ -90,7 +90,7 @@ def grad_squares(
     W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool
 ) -> Tensor:  # fmt: skip
     """[]: the sum of the squares of the gradient, feature by feature, then of these."""
-    squares = torch.zeros(W.shape[0], device=W.device)
+    squares = torch.zeros(W.shape[0], dtype=torch.float32, device=W.device)
     _launch((W, None, None), grad, values, indices, crow, None, squares, (0.0,) * 8, project=project, normalise=False)
     return squares.sum()
 

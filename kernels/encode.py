@@ -526,9 +526,10 @@ def encode_batch_topk(
     p = problem(x, W, b, b_pre, scale, features)
     rows, device, total = x.shape[0], x.device, int(k * x.shape[0])
     each = 0 if rows == 0 else min(p.n, -(-total // rows))
-    theta = torch.zeros((), device=device)
+    theta = torch.zeros((), dtype=torch.float32, device=device)
     if 0 < total < rows * p.n:
-        best, where = torch.empty((rows, each), device=device), torch.empty((rows, each), dtype=torch.int64, device=device)
+        best = torch.empty((rows, each), dtype=torch.float32, device=device)
+        where = torch.empty((rows, each), dtype=torch.int64, device=device)
         topk(p, each, best, where, relu=False)
         bound = best.view(-1).sort(descending=True).values[total - 1]
         # Strictly above the number below the bound. Above a NaN stands NaN alone.

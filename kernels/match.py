@@ -47,7 +47,7 @@ def _best(
     a: Tensor, b: Tensor, k: int, *, absolute: bool = False, exclude_self: bool = False, negative: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(similarity [N, k] in float32, index [N, k]) of unit rows; ``negative``: the smallest similarities, negated."""
-    values = torch.empty((a.shape[0], k), device=a.device)
+    values = torch.empty((a.shape[0], k), dtype=torch.float32, device=a.device)
     indices = torch.empty((a.shape[0], k), dtype=torch.int64, device=a.device)
     scale = values.new_full((b.shape[0],), -1.0) if negative else None
     topk(Problem(a, b, None, scale, None, None, _tile.tile_for(a.device), absolute, exclude_self), k, values, indices, relu=False)
