@@ -17,7 +17,10 @@ Other libraries' objects (fastsae.patch): accelerate, accelerated, restore, repo
 Backends: use_backend, explain, check, BackendError; `fastsae info` and `fastsae verify` on the command line.
 """
 
-from fastsae import optim, superposition
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastsae import optim
 from fastsae._flags import raise_if_set as check
 from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.counters import CodeCount, CodeCounter, CodeTable
@@ -38,28 +41,31 @@ from fastsae.ops.select import select_topk
 from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, near_zero_counts, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack
 from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
-from fastsae.polytopes import (
-    Crossings,
-    NearestAffine,
-    Net,
-    Shell,
-    affine_map,
-    as_net,
-    boundary_norms,
-    crossings,
-    expected_hamming,
-    frobenius_distance,
-    frobenius_pairs,
-    frobenius_topk,
-    local_complexity,
-    mlp_block,
-    shell,
-    soft_affine_map,
-    soft_code,
-)
 from fastsae.sae import SAE
 from fastsae.trace import trace
 from fastsae.trainer import Trainer, load_checkpoint, save_checkpoint
+
+if TYPE_CHECKING:  # loaded at the first use of a name, see __getattr__
+    from fastsae import superposition
+    from fastsae.polytopes import (
+        Crossings,
+        NearestAffine,
+        Net,
+        Shell,
+        affine_map,
+        as_net,
+        boundary_norms,
+        crossings,
+        expected_hamming,
+        frobenius_distance,
+        frobenius_pairs,
+        frobenius_topk,
+        local_complexity,
+        mlp_block,
+        shell,
+        soft_affine_map,
+        soft_code,
+    )
 
 __version__ = "0.1.0"
 
@@ -149,3 +155,39 @@ __all__ = [
     "trace",
     "use_backend",
 ]
+
+_POLYTOPES = frozenset(
+    {
+        "Crossings",
+        "NearestAffine",
+        "Net",
+        "Shell",
+        "affine_map",
+        "as_net",
+        "boundary_norms",
+        "crossings",
+        "expected_hamming",
+        "frobenius_distance",
+        "frobenius_pairs",
+        "frobenius_topk",
+        "local_complexity",
+        "mlp_block",
+        "shell",
+        "soft_affine_map",
+        "soft_code",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Polytopes and superposition are loaded at their first use, so that an import of fastsae stays short."""
+    if name == "superposition":
+        return importlib.import_module("fastsae.superposition")
+    if name not in _POLYTOPES:
+        raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module("fastsae.polytopes"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
