@@ -156,34 +156,12 @@ __all__ = [
     "use_backend",
 ]
 
-_POLYTOPES = frozenset(
-    {
-        "Crossings",
-        "NearestAffine",
-        "Net",
-        "Shell",
-        "affine_map",
-        "as_net",
-        "boundary_norms",
-        "crossings",
-        "expected_hamming",
-        "frobenius_distance",
-        "frobenius_pairs",
-        "frobenius_topk",
-        "local_complexity",
-        "mlp_block",
-        "shell",
-        "soft_affine_map",
-        "soft_code",
-    }
-)
-
 
 def __getattr__(name: str) -> Any:
     """Polytopes and superposition are loaded at their first use, so that an import of fastsae stays short."""
     if name == "superposition":
         return importlib.import_module("fastsae.superposition")
-    if name not in _POLYTOPES:
+    if name not in __all__:
         raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module("fastsae.polytopes"), name)
     return value
