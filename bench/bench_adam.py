@@ -1,4 +1,4 @@
-"""The fused Adam step of one weight matrix beside ``torch.optim.Adam(fused=True)``, in TARGETS' training shapes (B, D, F, k).
+"""The fused Adam step of one weight matrix beside ``torch.optim.Adam(fused=True)``, in the usual training shapes (B, D, F, k).
 
 torch gets the dense gradient for nothing ("given") or writes it first with our decode_dweight into a buffer that it keeps; ours forms it on
 the way. "unit" is the decoder's step: projection and rows of norm 1, which torch does in passes of its own. "transposed" is a [D, F]
@@ -61,7 +61,7 @@ def test_adam(shape: tuple[int, ...], unit: bool, transposed: bool, compare: Cal
         ours()
         formed()
         difference = (W - seen).abs().contiguous()
-        # SPEC section 3: at the first step m / sqrt(v) is the sign of a gradient, rounding included where it cancels.
+        # At the first step m / sqrt(v) is the sign of a gradient, rounding included where it cancels.
         if float(difference.quantile(0.999) if difference.numel() < 1 << 24 else difference[::16].quantile(0.999)) > 1e-6:
             raise AssertionError("the step differs from torch's")
 

@@ -1,4 +1,4 @@
-"""decode and its gradients beside ``F.embedding_bag`` and the dense product, in TARGETS' shapes (B, D, F, k)."""
+"""decode and its gradients beside ``F.embedding_bag`` and the dense product, in the usual shapes (B, D, F, k)."""
 
 from __future__ import annotations
 

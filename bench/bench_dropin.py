@@ -1,4 +1,4 @@
-"""Peer libraries before and after ``fastsae.accelerate``, in TARGETS' shapes (B, D, F, k): TopK, the same weights and rows.
+"""Peer libraries before and after ``fastsae.accelerate``, in the usual shapes (B, D, F, k): TopK, the same weights and rows.
 
 Rows of a library: ``fastsae.encode`` (sparse; also with weights packed once, where it takes a handle), its own ``encode`` accelerated
 (what its API returns, dense where that is dense), and its training step. The other side is the library as it is. Peers are measured where

@@ -1,4 +1,4 @@
-"""The encoders beside the best plain torch, in TARGETS' shapes (B, D, F, k): raw and packed weights, both layouts, easy and hard inputs."""
+"""The encoders beside the best plain torch in the usual shapes (B, D, F, k): raw and packed weights, both layouts, easy and hard inputs."""
 
 from __future__ import annotations
 

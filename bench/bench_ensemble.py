@@ -68,7 +68,7 @@ def test_ensemble(shape: tuple[int, ...], phase: str, compare: Callable[..., Non
         theirs(x)
         if not all(torch.equal(sae.W_dec, member.W_dec) for sae, member in zip(single, saes)):
             raise AssertionError("a member's bits differ from those of the SAE alone")
-        # SPEC section 3: at the first step m / sqrt(v) is the sign of a gradient, rounding included where it cancels.
+        # At the first step m / sqrt(v) is the sign of a gradient, rounding included where it cancels.
         off = (saes.W_dec - W_dec).abs() > 1e-3 * lr + 1e-7
         if float(off.double().mean()) > 1e-2:
             raise AssertionError(f"{int(off.sum())} of {off.numel()} weights differ from plain torch's after one step")

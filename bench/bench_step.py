@@ -1,4 +1,4 @@
-"""The whole training step of a TopK SAE (exact Adam, unit-norm decoder) beside plain torch and the peers, in TARGETS' shapes (B, D, F, k).
+"""The whole training step of a TopK SAE (exact Adam, unit-norm decoder) beside plain torch and the peers, in the usual shapes (B, D, F, k).
 
 Peers have a row where they are installed (`make peers`); a warning says which are left out and why.
 """

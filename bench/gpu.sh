@@ -42,7 +42,7 @@ for part in $parts; do
       step 60 info.log "$python" -m fastsae info
       ;;
     verify)
-      step 60 tests.log "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py -k gpu
+      step 75 tests.log "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_tiles.py -k gpu
       step 100 verify.log "${pytest[@]}" tests/test_contract.py -k "cuda: and (meets or batch)"
       ;;
     contract) # the whole contract suite on the GPU; not among the default parts, whose time it would take

@@ -53,7 +53,7 @@ class _Job:
 class Adam:
     """Adam over every feature, also those that no token touched, in one pass over weights and moments (AdamW with ``weight_decay``).
 
-    Order of a step (SPEC section 3): gradient, without its component along the row for ``unit_rows``; clipping by the global norm; decay;
+    Order of a step: gradient, without its component along the row for ``unit_rows``; clipping by the global norm; decay;
     Adam; rows of norm 1 again. Everything else agrees with ``torch.optim.Adam`` to rounding, and the state converts both ways. A parameter
     whose gradient is missing or None, or that is frozen (``requires_grad`` False), keeps its value, moments and step, as in torch.
 

@@ -67,7 +67,7 @@ def dense(gradient: RowGradient, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("kind", ["plain", "duplicates", "heavy", "ragged", "empty"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_equals_torch(backend: str, kind: str, decay: float) -> None:
-    """SPEC allows 0.1 lr after 1 and 10 steps: what is left of an ill-conditioned m / sqrt(v). All but a few elements agree to some ulp."""
+    """Allowed are 0.1 lr after 1 and 10 steps: what is left of an ill-conditioned m / sqrt(v). All but a few elements agree to some ulp."""
     W, m, v = normal(F, D), torch.zeros(F, D), torch.zeros(F, D)
     leaf = W.clone().requires_grad_()
     theirs = torch.optim.AdamW([leaf], lr=LR, weight_decay=decay)

@@ -82,7 +82,7 @@ def test_meets_specification(op: Op, row: Row, context: Context, device: torch.d
             assert all(_same_bits(a, b) for a, b in zip(first, second, strict=True)), f"sample {number}: a second run gives other bits"
 
 
-# Not the reference: it uses torch's own products, which SPEC exempts. Not where a result depends on the whole batch.
+# Not the reference: it uses torch's own products, whose bits may change with the batch. Not where a result depends on the whole batch.
 _BATCHED = [case for case in _cases() if case.values[0].batched and case.values[1].backend != "reference"]
 
 

@@ -1,4 +1,4 @@
-"""What the references share: accumulation dtype, tiles of a bounded workspace, the score of SPEC section 0, guards for indices."""
+"""What the references share: accumulation dtype, tiles of a bounded workspace, the score of a row and a feature, guards for indices."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def centre(x: Tensor, b_pre: Tensor | None) -> Tensor:
 
 
 def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, features: Tensor | None) -> Tensor:
-    """``[rows, f]``: the score of SPEC section 0 for centred rows and a subset of features, by torch's own product."""
+    """``[rows, f]``: the score (fl(x - b_pre) . W * scale + bias) for centred rows and a subset of features, by torch's own product."""
     if features is not None:
         W, b, scale = (None if t is None else t[features] for t in (W, b, scale))  # pyright: ignore[reportAssignmentType]
     with full_precision():

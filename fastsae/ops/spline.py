@@ -355,7 +355,7 @@ def spline_code(x: Tensor, W: Tensor, b: Tensor | None = None, *, neurons: Tenso
     Returns:
         ``[.., ceil(H / 64)]`` int64: bit ``j % 64`` of word ``j // 64``; bits beyond H are 0.
 
-    The sign is that of the float32 score (SPEC's), bias last; 0, -0 and NaN give 0. A model that computes in bfloat16 may see other signs:
+    The sign is that of the float32 score, bias last; 0, -0 and NaN give 0. A model that computes in bfloat16 may see other signs:
     for those use ``pack_signs`` on its own pre-activations. No gradient. Deterministic. Pre-activations are never stored beyond a
     few temporaries of at most 64 MiB each in the reference.
 
