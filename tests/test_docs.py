@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 def test_readme_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example, training = EXAMPLES[0], next(text for text in EXAMPLES if "Trainer" in text)
+    example, training = EXAMPLES[0], next(text for text in EXAMPLES if "Trainer(sae, opt" in text)
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert capsys.readouterr().out.count("chosen") == 1
