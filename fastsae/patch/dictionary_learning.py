@@ -18,6 +18,9 @@ Two things differ. The first fast update lays the weights out feature-major in m
 library adds to norms that are 1, about 2e-6 of a component that is being removed.
 
 ``PAnnealTrainer`` and ``GatedAnnealTrainer`` are left alone: their losses change form while they run; accelerate their ``ae``.
+
+Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), TopK, two CPU cores (``fastsae bench
+dropin``): ``update`` 0.04 and 0.09, ``fastsae.encode`` 0.31 and 0.27, ``encode`` 0.33 and 0.37.
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ Three things differ. ``clip_grad_norm_`` sums all squares in float32, which at m
 against float64); the fused norm is not, so that clipped gradients differ by that factor. The output of a fused step has no ``hidden_pre``
 (reading it raises) and losses without a graph. A decoder row of norm 0 under ``rescale_acts_by_decoder_norm`` makes the library's whole
 output NaN; here it does so only where it is selected.
+
+Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), TopK, two CPU cores (``fastsae bench
+dropin``): a trainer's step 0.11 and 0.10, ``fastsae.encode`` 0.35 and 0.28 (packed weights: 0.28 and 0.26), ``encode`` 0.35 and 0.38.
 """
 
 from __future__ import annotations
