@@ -116,6 +116,6 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=8)
-    axes.set_xlabel("our time / best plain torch in the same run (below 1: faster; line: min .. max)")
+    axes.set_xlabel("our time / the best other in the run (line: min .. max)")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(path, dpi=150)
