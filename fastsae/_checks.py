@@ -115,3 +115,16 @@ def autocast(*values: Tensor | None) -> tuple[Any, ...]:
         return values
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(v.to(dtype) if isinstance(v, Tensor) and v.dtype in (torch.float32, torch.bfloat16, torch.float16) else v for v in values)
+
+
+def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | None:
+    """A mask or index as ascending unique int64 indices; IndexError where one is out of range."""
+    if features is None:
+        return None
+    if features.dtype is torch.bool:
+        return features.nonzero().flatten()
+    index = torch.unique(features.long())
+    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= size):
+        bad = int(index[0]) if int(index[0]) < 0 else int(index[-1])
+        raise IndexError(f"{what} holds {bad}, expected 0 <= index < {size}")
+    return index

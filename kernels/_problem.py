@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastsae import _checks
 from fastsae.kernels import _tile
 from fastsae.kernels._tile import Tile
 
@@ -59,22 +60,9 @@ class Problem:
 
 
 def problem(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None) -> Problem:
-    chosen = _subset(features, W.shape[0])
+    chosen = _checks.sorted_subset(features, W.shape[0], "features")  # its length is the one thing that the host waits for
     scale, bias = (None if v is None else v if chosen is None else v[chosen] for v in (scale, b))
     return Problem(x, W, _tile.wide(b_pre), _tile.wide(scale), _tile.wide(bias), chosen, _tile.tile_for(x.device))
-
-
-def _subset(features: Tensor | None, size: int) -> Tensor | None:
-    """A mask or index as ascending unique int64 indices; their number is the one thing that the host waits for."""
-    if features is None:
-        return None
-    if features.dtype is torch.bool:
-        return features.nonzero().flatten()
-    index = torch.unique(features.long())
-    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= size):
-        bad = int(index[0]) if int(index[0]) < 0 else int(index[-1])
-        raise IndexError(f"features holds {bad}, expected 0 <= index < {size}")
-    return index
 
 
 def chunks(rows: int, bytes_per_row: int, least: int, most: int = MOST_ROWS) -> Iterator[slice]:

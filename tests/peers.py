@@ -8,6 +8,8 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastsae._activations_minilm import _checkout_hidden
@@ -33,3 +35,21 @@ def load(module: str, distribution: str) -> Any:
         pytest.skip(said, allow_module_level=True)
     finally:
         FakeTensor.__new__ = new  # nnsight, which dictionary_learning imports, puts one there that breaks torch.compile
+
+
+ROUNDING = 2e-6
+"""Of the largest entry: sums of at most 96 float32 terms in another order, some 1e-7 where measured."""
+
+
+def same(a: Tensor, b: Tensor, of: float = ROUNDING) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype and a.layout == b.layout
+    if a.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
+    assert float((a.detach() - b.detach()).abs().max()) <= of * max(float(b.detach().abs().max()), 1e-6)
+
+
+def same_gradients(a: Any, b: Any) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            same(p.grad, q.grad)

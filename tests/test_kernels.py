@@ -18,26 +18,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton_marks import CPU, compiled, interpreted, on_gpu, passes_in_the_interpreter, usable
 
 pytest.importorskip("triton")
 
 from fastsae import _flags, _triton
 from fastsae.kernels import decode as kernels
 
-CPU = torch.device("cpu")
-interpreted = pytest.mark.skipif(not _triton.interpreting(), reason="runs with TRITON_INTERPRET=1, see test_in_the_interpreter")
-compiled = pytest.mark.skipif(_triton.interpreting(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-on_gpu = pytest.mark.skipif(_triton.interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU")
-usable = pytest.mark.skipif(_triton.interpreting() and _triton.unavailable(CPU) is not None, reason=str(_triton.unavailable(CPU)))
-
 
 @compiled
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-m", "", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_in_the_interpreter(__file__)
 
 
 # ---------------------------------------------------------------- references, term by term

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load
+from peers import load, same, same_gradients
 from torch import Tensor, nn
 
 import fastsae
@@ -34,8 +34,6 @@ from dictionary_learning.trainers.standard import StandardTrainer, StandardTrain
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer  # noqa: E402
 
 D, F, K, ROWS = 24, 96, 5, 40
-ROUNDING = 2e-6
-"""Of the largest entry: sums of at most 96 float32 terms in another order, some 1e-7 where measured."""
 
 CLASSES: dict[str, Callable[[], Any]] = {
     "AutoEncoder": lambda: AutoEncoder(D, F),
@@ -71,18 +69,6 @@ def pair(name: str, **more: Any) -> tuple[Any, Any]:
 
 def rows(*batch: int, seed: int = 1, width: int = D) -> Tensor:
     return torch.randn(*(batch or (ROWS,)), width, generator=torch.Generator().manual_seed(seed))
-
-
-def same(a: Tensor, b: Tensor, of: float = ROUNDING) -> None:
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert float((a.detach() - b.detach()).abs().max()) <= of * max(float(b.detach().abs().max()), 1e-6)
-
-
-def same_gradients(a: Any, b: Any) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters()):
-        assert (p.grad is None) == (q.grad is None), name
-        if q.grad is not None:
-            same(p.grad, q.grad)
 
 
 # ---------------------------------------------------------------- dictionaries

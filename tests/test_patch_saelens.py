@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load
+from peers import load, same, same_gradients
 from torch import Tensor
 
 import fastsae
@@ -27,8 +27,6 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig  # noqa: E402
 
 D, F, OUT, ROWS = 24, 96, 13, 40
 KINDS = {name.split(".")[1]: kind for name, kind in saelens._sae.KINDS.items()}
-ROUNDING = 2e-6
-"""Of the largest entry: sums of at most 96 float32 terms in another order, some 1e-7 where measured."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -66,20 +64,6 @@ def pair(name: str, **more: Any) -> tuple[Any, Any]:
 
 def rows(*batch: int, seed: int = 1, width: int = D) -> Tensor:
     return torch.randn(*(batch or (ROWS,)), width, generator=torch.Generator().manual_seed(seed))
-
-
-def same(a: Tensor, b: Tensor, of: float = ROUNDING) -> None:
-    assert a.shape == b.shape and a.dtype == b.dtype and a.layout == b.layout
-    if a.layout is not torch.strided:
-        a, b = a.to_dense(), b.to_dense()
-    assert float((a - b).abs().max()) <= of * max(float(b.abs().max()), 1e-6)
-
-
-def same_gradients(a: Any, b: Any) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters()):
-        assert (p.grad is None) == (q.grad is None), name
-        if q.grad is not None:
-            same(p.grad, q.grad)
 
 
 # ---------------------------------------------------------------- SAEs

@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load
+from peers import load, same, same_gradients
 from torch import Tensor
 
 import fastsae
@@ -24,8 +24,6 @@ sparsify = load("sparsify", "eai-sparsify")
 from sparsify import SparseCoder, SparseCoderConfig  # noqa: E402
 
 D, F, K, ROWS = 24, 96, 5, 40
-ROUNDING = 2e-6
-"""Of the largest entry: sums of at most 96 float32 terms in another order, some 1e-7 where measured."""
 
 
 def make(**config: Any) -> Any:
@@ -45,18 +43,6 @@ def pair(**config: Any) -> tuple[Any, Any]:
 
 def rows(n: int = ROWS, seed: int = 1) -> Tensor:
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
-
-
-def same(a: Tensor, b: Tensor, of: float = ROUNDING) -> None:
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert float((a.detach() - b.detach()).abs().max()) <= of * max(float(b.detach().abs().max()), 1e-6)
-
-
-def same_gradients(a: Any, b: Any) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters()):
-        assert (p.grad is None) == (q.grad is None), name
-        if q.grad is not None:
-            same(p.grad, q.grad)
 
 
 def same_code(a: Any, b: Any) -> None:

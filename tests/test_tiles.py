@@ -6,39 +6,27 @@ small buckets. As in test_kernels, the interpreter's tests run in a process of t
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_marks import CPU, compiled, interpreted, on_gpu, passes_in_the_interpreter, usable
 
 pytest.importorskip("triton")
 
-from fastsae import _triton
 from fastsae.dispatch import OPS
 from fastsae.kernels import _masks, _problem, _select, _tile, adam, encode, match, spline
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_TOPK
 from fastsae.ops.match import MATCH_COSINE, MATCH_PAIR
 
-CPU = torch.device("cpu")
-interpreted = pytest.mark.skipif(not _triton.interpreting(), reason="runs with TRITON_INTERPRET=1, see test_in_the_interpreter")
-compiled = pytest.mark.skipif(_triton.interpreting(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-on_gpu = pytest.mark.skipif(_triton.interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU")
-usable = pytest.mark.skipif(_triton.interpreting() and _triton.unavailable(CPU) is not None, reason=str(_triton.unavailable(CPU)))
-
 
 @compiled
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-m", "", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_in_the_interpreter(__file__)
 
 
 # ---------------------------------------------------------------- the interval

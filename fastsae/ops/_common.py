@@ -55,19 +55,6 @@ def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, featur
     return result if b is None else result + b
 
 
-def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | None:
-    """A mask or index as ascending unique int64 indices; IndexError where one is out of range."""
-    if features is None:
-        return None
-    if features.dtype is torch.bool:
-        return features.nonzero().flatten()
-    index = torch.unique(features.long())
-    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= size):
-        bad = int(index[0]) if int(index[0]) < 0 else int(index[-1])
-        raise IndexError(f"{what} holds {bad}, expected 0 <= index < {size}")
-    return index
-
-
 def guard(values: Tensor, indices: Tensor, size: int, name: str = "latents.indices") -> tuple[Tensor, Tensor]:
     """Indices safe to gather with: IndexError on the CPU; elsewhere a bad slot becomes NaN and raises at ``fastsae.check()``."""
     if indices.numel() == 0:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import RaggedLatents, TopKLatents
-from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, sorted_subset
+from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, DECODE_DWEIGHT, weight_gradient
 from fastsae.packed import PackedWeights
 
@@ -65,7 +65,7 @@ def encode_topk_reference(
     k: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    chosen = sorted_subset(features, W.shape[0], "encode_topk: features")
+    chosen = _checks.sorted_subset(features, W.shape[0], "encode_topk: features")
     n = W.shape[0] if chosen is None else chosen.shape[0]
     if k > n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({n}), got {k}")
@@ -143,7 +143,7 @@ def encode_threshold_reference(
     bandwidth: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
-    chosen = sorted_subset(features, W.shape[0], "encode_threshold: features")
+    chosen = _checks.sorted_subset(features, W.shape[0], "encode_threshold: features")
     theta = threshold.to(accumulator(x.dtype))
     if chosen is not None and theta.dim():
         theta = theta[chosen]
@@ -170,7 +170,7 @@ def encode_batch_topk_reference(
     packed: Tensor | None,
     k: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = sorted_subset(features, W.shape[0], "encode_batch_topk: features")
+    chosen = _checks.sorted_subset(features, W.shape[0], "encode_batch_topk: features")
     total = int(k * x.shape[0])
     wide = accumulator(x.dtype)
     pool, pool_row, pool_col = x.new_empty(0, dtype=wide), *(torch.empty(2, 0, dtype=torch.int64, device=x.device))
@@ -292,7 +292,7 @@ def _check_topk(args: tuple, result: Any) -> float:
 
     x, W, b, b_pre, scale, features, _, k, relu = args
     score = testing.score_band(x, W, b, b_pre, scale)
-    return testing.check_topk(score, sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
+    return testing.check_topk(score, _checks.sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
 
 
 def _check_threshold(args: tuple, result: Any) -> float:
@@ -300,7 +300,7 @@ def _check_threshold(args: tuple, result: Any) -> float:
 
     x, W, b, threshold, b_pre, scale, features, _, bandwidth = args
     score = testing.score_band(x, W, b, b_pre, scale)
-    return testing.check_threshold(score, sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
+    return testing.check_threshold(score, _checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
 
 
 def _check_batch_topk(args: tuple, result: Any) -> float:
@@ -308,7 +308,7 @@ def _check_batch_topk(args: tuple, result: Any) -> float:
 
     x, W, b, b_pre, scale, features, _, k = args
     score = testing.score_band(x, W, b, b_pre, scale)
-    return testing.check_batch_topk(score, sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
+    return testing.check_batch_topk(score, _checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
 
 
 def _check_gated(args: tuple, result: Any) -> float:

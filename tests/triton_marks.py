@@ -1,0 +1,25 @@
+"""How a test of Triton kernels runs: in the interpreter, compiled ahead of time, on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastsae import _triton
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not _triton.interpreting(), reason="runs with TRITON_INTERPRET=1, see test_in_the_interpreter")
+compiled = pytest.mark.skipif(_triton.interpreting(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+on_gpu = pytest.mark.skipif(_triton.interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+usable = pytest.mark.skipif(_triton.interpreting() and _triton.unavailable(CPU) is not None, reason=str(_triton.unavailable(CPU)))
+
+
+def passes_in_the_interpreter(path: str) -> None:
+    """The tests of a file in a process of its own, where Triton interprets its kernels."""
+    command = [sys.executable, "-m", "pytest", path, "-q", "-m", "", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
