@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastsae.__main__ import main
-from fastsae.studies import Study, _frame, _toy, names, run_study
+from fastsae.studies import Study, _frame, _page, _toy, names, run_study
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -28,6 +28,8 @@ def test_study_runs_in_its_smallest_size(name: str, tmp_path: Path) -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["tables"] and report["findings"] and report["plots"]
     assert all((tmp_path / plot).stat().st_size > 1000 for plot in report["plots"])
+    page = (tmp_path / "README.md").read_text()
+    assert all(sentence in page for sentence in report["findings"]) and all(f"]({plot})" in page for plot in report["plots"])
 
 
 @pytest.mark.parametrize("name", names())
@@ -74,6 +76,32 @@ def test_frame_keeps_what_a_study_finds(coin: Any, tmp_path: Path, capsys: pytes
     again = run_study("coin", "quick", out=tmp_path, seed=3, progress=False)
     assert again.tables == study.tables
     assert run_study("coin", out=tmp_path, seed=3, throws=7).tables["heads"][0]["throws"] == 7
+
+
+def test_page_of_a_run(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_study("coin", "quick", out=tmp_path / "coin", seed=3, progress=False)
+    page = (tmp_path / "coin" / "README.md").read_text()
+    assert page.startswith("# How often does a fair coin show heads?\n\nMore.\n\nWritten by `fastsae study coin --quick --seed 3`")
+    assert "\n- heads: 0." in page and "![coin: line](line.png)" in page and "| throws | share | odds | side |" in page
+    assert "| 100 |" in page and "| - | - |" in page and "Size quick, seed 3" in page
+    assert _page.table([]) == "(no rows)"
+    assert _page.table([{"a": "x|y", "b": [1, 0.123456]}] * 41).endswith("| x\\|y | 1, 0.1235 |\n\n1 more rows in the JSON file.")
+    (tmp_path / "coin" / "README.md").unlink()
+    assert main(["study", "--pages", str(tmp_path)]) == 0
+    assert (tmp_path / "coin" / "README.md").read_text() == page
+    assert "[coin](coin/README.md) | How often does a fair coin show heads? | quick |" in (tmp_path / "README.md").read_text()
+    assert main(["study", "--pages", str(tmp_path / "coin")]) == 2
+    assert "no NAME/NAME.json of a study in" in capsys.readouterr().err
+
+
+def test_stored_pages_are_those_of_the_stored_runs(tmp_path: Path) -> None:
+    stored = Path(__file__).parent.parent / "bench" / "results" / "studies"
+    if not stored.exists():
+        pytest.skip("not a checkout")
+    for path in stored.glob("*/*.json"):
+        copy = tmp_path / path.name
+        copy.write_bytes(path.read_bytes())
+        assert _frame.write_page(copy).read_text() == path.with_name("README.md").read_text(), f"fastsae study --pages {stored}"
 
 
 def test_frame_says_what_is_wrong(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Studies: whole experiments that run in minutes, each one file that reads like the experiment.
 
     fastsae study                      # the list
-    fastsae study recovery --quick     # tables, plots and recovery.json in studies/recovery/
+    fastsae study recovery --quick     # tables, plots, recovery.json and README.md, a page of it all, in studies/recovery/
 
 A study is a module of this package. It has ``SIZES``, its parameters in three sizes, and ``run(study)``, the experiment; the first line of
 its docstring is its line in the list::

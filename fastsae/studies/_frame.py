@@ -22,6 +22,7 @@ import fastsae
 from fastsae import _checks, _files, plots
 from fastsae._machine import machine, versions
 from fastsae._seeds import stream_seed
+from fastsae.studies._page import index, page
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ class Study:
         return path
 
     def write(self, seconds: float) -> Path:
-        """The JSON file."""
+        """The JSON file, and README.md, the page that shows it."""
         where = machine()
         where["versions"] = versions("matplotlib", "pandas", "scikit-learn", "scipy")
         report = {
@@ -134,7 +135,16 @@ class Study:
         }
         path = self.out / f"{self.name}.json"
         _files.replace(path, lambda part: part.write_text(_compact(report) + "\n"))
+        write_page(path)
         return path
+
+
+def write_page(report: Path) -> Path:
+    """README.md beside ``NAME.json``: the page of that run."""
+    content = json.loads(report.read_text())
+    path = report.with_name("README.md")
+    _files.replace(path, lambda part: part.write_text(page(content, _module(content["study"]).__doc__ or content["study"])))
+    return path
 
 
 class _Lines:
@@ -188,7 +198,7 @@ def _aligned(rows: list[dict[str, Any]]) -> str:
 def run_study(
     name: str, size: str = "default", *, out: str | Path | None = None, seed: int = 0, progress: bool = True, **changes: Any
 ) -> Study:
-    """Runs a study and writes its plots and ``NAME.json``.
+    """Runs a study and writes its plots, ``NAME.json`` and ``README.md``, a page with all of it.
 
     Args:
         name: one of ``names()``.
@@ -215,8 +225,21 @@ def run_study(
     start = time.perf_counter()
     module.run(study)
     seconds = time.perf_counter() - start
-    print(f"\n{seconds:.0f} s; {study.write(seconds)}" + "".join(f", {study.out / plot}" for plot in study.plots))
+    print(f"\n{seconds:.0f} s; {study.write(seconds)}, {folder / 'README.md'}" + "".join(f", {study.out / plot}" for plot in study.plots))
     return study
+
+
+def write_pages(folder: Path) -> int:
+    """README.md of every ``NAME/NAME.json`` in a folder, and of the folder itself; exit code 2 if there is none."""
+    found = [path for name in names() if (path := folder / name / f"{name}.json").exists()]
+    if not found:
+        print(f"fastsae study: --pages: no NAME/NAME.json of a study in {folder}", file=sys.stderr)
+        return 2
+    titles = {path.stem: (_module(path.stem).__doc__ or path.stem).strip().splitlines()[0] for path in found}
+    for path in found:
+        write_page(path)
+    (folder / "README.md").write_text(index([json.loads(path.read_text()) for path in found], titles))
+    return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -226,10 +249,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds: does it run?")
     parser.add_argument("--out", type=Path, help="folder for JSON and plots (default: studies/NAME)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument(
+        "--pages", type=Path, metavar="FOLDER", help="only write the pages of FOLDER/NAME/NAME.json again, and a list of them"
+    )
 
 
 def main(options: argparse.Namespace) -> int:
     """``fastsae study``."""
+    if options.pages is not None:
+        return write_pages(options.pages)
     if options.name is None:
         print(f"{'study':<13} {'minutes (quick)':<16} question")
         for name in names():
