@@ -47,6 +47,7 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
             "no:cacheprovider",
             f"--benchmark-json={path}",
             "--benchmark-disable-gc",
+            *(["-k", options.rows] if options.rows else []),
         ]
         stdout = sys.stderr if options.json else None
         code = subprocess.run(
@@ -63,16 +64,19 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
     stem = f"{report['date']}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}{'-quick' if options.quick else ''}"
     if options.ops:
         stem += "-" + "-".join(options.ops)
+    if options.rows:
+        stem += "-" + re.sub(r"[^a-z0-9]+", "-", options.rows.lower()).strip("-")
     (out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
     if options.json:
         print(json.dumps(report, indent=1))
     else:
         print_table(entries)
+    drawn = []
     try:
-        plot(entries, out / f"{stem}.png")
+        drawn += plot(entries, out / f"{stem}.png") + plot_growth(entries, out / f"{stem}-growth.png")
     except ImportError as error:
         print(f"no plot: {error}", file=sys.stderr)
-    print(f"\nstored {out / stem}.json" + (f" and {stem}.png" if (out / f"{stem}.png").exists() else ""), file=sys.stderr)
+    print("\nstored " + ", ".join([f"{out / stem}.json", *drawn]), file=sys.stderr)
     return code
 
 
@@ -97,8 +101,8 @@ def print_table(entries: list[dict[str, Any]]) -> None:
     print("* a floor: part of the work only. Medians of alternating runs; only ratios within one run count.")
 
 
-def plot(entries: list[dict[str, Any]], path: Path) -> None:
-    """Our time over that of the best plain torch, by operation and shape."""
+def plot(entries: list[dict[str, Any]], path: Path) -> list[str]:
+    """Our time over that of the best plain torch, by operation and shape; the names of the files written."""
     from fastsae.plots import figure
 
     rows = [
@@ -106,6 +110,8 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
         for entry in entries
         if rivals(entry)
     ]
+    if not rows:
+        return []
     canvas, axes = figure(figsize=(8, 0.9 + 0.36 * len(rows)))
     for position, (_, entry, best) in enumerate(reversed(rows)):
         ours = entry["ours"]["median"] / best
@@ -114,8 +120,46 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
         axes.text(max(ours, entry["ours"]["max"] / best) * 1.03, position, f" {ours:.2f}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=8)
     axes.set_xlabel("our time / the best other in the run (line: min .. max)")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(path, dpi=150)
+    return [path.name]
+
+
+def plot_growth(entries: list[dict[str, Any]], path: Path) -> list[str]:
+    """Time a row and extra memory over features and over rows, of entries named "... growth" with shapes B x D x F x K."""
+    from fastsae.plots import figure
+
+    shapes = [(tuple(map(int, entry["shape"].split("x"))), entry) for entry in entries if entry["op"].endswith(" growth")]
+    if len(shapes) < 4:
+        return []
+    canvas, axes = figure(rows=1, columns=2, figsize=(11, 4))
+    common = {
+        place: max(set(values), key=values.count) for place, values in ((0, [s[0] for s, _ in shapes]), (2, [s[2] for s, _ in shapes]))
+    }
+    for axis, grows, fixed, name in ((axes[0], 2, 0, "features F"), (axes[1], 0, 2, "rows B")):
+        line = sorted({s[grows]: (s, entry) for s, entry in shapes if s[fixed] == common[fixed]}.values(), key=lambda item: item[0][grows])
+        x = [s[grows] for s, _ in line]
+        each = [1000 * entry["ours"]["median"] / s[0] for s, entry in line]
+        axis.plot(x, each, "o-", label="microseconds a row")
+        axis.plot(
+            x, [each[-1] * (v / x[-1] if grows == 2 else 1) for v in x], "k:", lw=1, label="proportional to F" if grows == 2 else "constant"
+        )
+        dense = [s[0] * s[2] * 4 / 2**20 for s, _ in line]
+        axis.plot(
+            x, [max(entry["extra_mb"].get("ours") or 0, 0.1) for _, entry in line], "s-", color="C2", label="extra MB, results included (drawn from 0.1)"
+        )
+        axis.plot(x, dense, "--", color="0.6", label="MB of a [B, F] matrix")
+        fixed_text = f"B = {line[0][0][0]}" if grows == 2 else f"F = {line[0][0][2]}"
+        axis.set(
+            xscale="log", yscale="log", xlabel=name, title=f"{line[0][1]['op'].removesuffix(' growth')}: {fixed_text}, D = {line[0][0][1]}"
+        )
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    canvas.savefig(path, dpi=150)
+    return [path.name]

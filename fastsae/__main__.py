@@ -155,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda without names: the GPU table, see bench/gpu.py")
     one.add_argument("--minutes", type=float, default=4.0, help="of the GPU table: no row is begun that would pass them")
     one.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
+    one.add_argument("--rows", metavar="EXPRESSION", help="only rows whose name fits, as pytest's -k")
     one.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     one.set_defaults(run=bench)
 
