@@ -16,6 +16,7 @@ from bench.harness import DEVICE, has_onednn, name, onednn_linear, optional, sha
 from fastsae.dispatch import OPS
 
 SHAPES = shapes([(4096, 4096, 512), (16384, 16384, 768)], [(256, 300, 32)])
+LARGE = shapes([(65536, 32768, 512)], [(300, 256, 32)])
 STEP = 1024
 FLOOR = "oneDNN product alone (rows / 1024 times)"
 
@@ -63,6 +64,20 @@ def test_match_cosine(shape: tuple[int, int, int], compare: Callable[..., None])
 
     others = {**_rivals(a, b, lambda s: s.max(1)), **_indexes(a, b, 1)}
     compare("match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), others, verify, floor=FLOOR if FLOOR in others else None)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=name)
+def test_large(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
+    """Beside the fastest plain torch only: a round takes a quarter of a minute."""
+    a, b = unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
+
+    def verify() -> None:
+        few = fastsae.match_cosine(a[:16], b)
+        OPS["match_cosine"].check((a[:16], b, 1, False, False, 1e-8), (few.similarity, few.index))
+
+    others = _rivals(a, b, lambda s: s.max(1))
+    best = "oneDNN chunked+max" if "oneDNN chunked+max" in others else "torch chunked mm+max"
+    compare("match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), {best: others[best]}, verify)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
