@@ -8,7 +8,7 @@ namespace {
 
 // A kept block starts with its capacity; one pointer each, so that an exchange hands it over without a lock.
 constexpr size_t kHeader = 64;
-constexpr int kBlocks = 4;  // nested calls, and threads that each run an operation on their own rows
+constexpr int kBlocks = 32;  // nested calls, and threads that each run an operation on their own rows
 std::atomic<char*> kept[kBlocks];
 std::atomic<size_t> kept_bytes{0};
 
@@ -18,6 +18,7 @@ size_t& capacity_of(char* block) { return *reinterpret_cast<size_t*>(block); }
 
 Workspace::Workspace(size_t bytes) {
   for (std::atomic<char*>& slot : kept) {
+    if (slot.load(std::memory_order_relaxed) == nullptr) continue;
     char* const block = slot.exchange(nullptr, std::memory_order_acq_rel);
     if (block == nullptr) continue;
     kept_bytes.fetch_sub(capacity_of(block), std::memory_order_relaxed);

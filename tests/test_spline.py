@@ -490,6 +490,22 @@ def test_codes_do_not_depend_on_threads_or_batch(threads: int) -> None:
 
 
 @native_only
+@pytest.mark.parametrize("rows", [4096, 5003])
+def test_codes_of_many_rows_do_not_depend_on_threads(rows: int) -> None:
+    x, W = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)), integers(600, 40)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = spline_code(x, W, backend="cpu")
+        for threads in (2, 3):  # ranges of rows instead of blocks of features
+            torch.set_num_threads(threads)
+            assert torch.equal(spline_code(x, W, backend="cpu"), expected)
+        assert torch.equal(spline_code(x[4000:4003], W, backend="cpu"), expected[4000:4003])
+    finally:
+        torch.set_num_threads(before)
+
+
+@native_only
 def test_what_the_compiled_rows_refuse() -> None:
     for z, reason in (
         (integers(4, 5).double(), "dtype float64"),

@@ -260,13 +260,15 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
 int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& plan, uint32_t* packed, int threads);
 
 constexpr int64_t kPackOnceBytes = int64_t{32} << 20;
+constexpr int64_t kRangesAThread = 4;  // a slow thread leaves ranges to the others
 
-// Runs one consumer, or where there are too few blocks of features to occupy the threads one for each range of rows: make(first row)
-// returns a consumer whose chunks count rows from there. Features are packed once where several chunks or ranges would each do it.
+// Runs one consumer, or one for each range of rows: make(first row) returns a consumer whose chunks count rows from there. Ranges are for
+// too few blocks of features to occupy the threads, and for many chunks of features that are packed before: threads then meet once at the
+// end, not three times a chunk, which on a machine that others use as well costs a turn of the scheduler each. Features are packed once
+// where several chunks or ranges would each do it.
 template <class Make>
 int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const Weights& w, const Terms& terms, Plan plan, int threads,
                     int64_t* workspace, const Make& make) {
-  const bool split = threads > 1 && plan.blocks < 2 * threads;
   const auto bytes = static_cast<int64_t>(packed_features(w.features) * (plan.words_most + 3) * 4);
   const bool once = plan.screens && plan.packed == nullptr && bytes <= kPackOnceBytes && x.rows > plan.chunk / 2;
   Workspace space(once ? static_cast<size_t>(bytes) : 64);
@@ -278,12 +280,17 @@ int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const We
     plan.packed = packed;
     if (workspace != nullptr) *workspace += bytes;
   }
+  const int64_t chunks = x.rows / std::max<int64_t>(plan.chunk, 1);
+  const bool many = plan.packed != nullptr && chunks >= 2 * threads;
+  const bool split = threads > 1 && (plan.blocks < 2 * threads || many);
   if (!split) {
     auto consumer = make(0);
     return run_engine(kernels, x, w, terms, plan, workspace, *consumer);
   }
   plan.threads = 1;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(useful_threads(threads, x.rows * w.features * w.d), x.rows / kTileRows));
+  const int64_t parts =
+      many ? std::min<int64_t>(chunks, kRangesAThread * threads)
+           : std::clamp<int64_t>(useful_threads(threads, x.rows * w.features * w.d), 1, std::max<int64_t>(x.rows / kTileRows, 1));
   std::atomic<int64_t> status{kOk};
   for_each_unit(threads, parts, [&](int64_t part) {
     const int64_t r0 = x.rows * part / parts, r1 = x.rows * (part + 1) / parts;
