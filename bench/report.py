@@ -117,7 +117,7 @@ def plot(entries: list[dict[str, Any]], path: Path) -> list[str]:
         ours = entry["ours"]["median"] / best
         axes.barh(position, ours, color="tab:green" if ours <= 1 else "tab:gray")
         axes.plot([entry["ours"]["min"] / best, entry["ours"]["max"] / best], [position, position], color="black", linewidth=1)
-        axes.text(max(ours, entry["ours"]["max"] / best) * 1.03, position, f" {ours:.2f}", va="center", fontsize=8)
+        axes.text(max(ours, entry["ours"]["max"] / best) * 1.03, position, f" {ours:.2g}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
