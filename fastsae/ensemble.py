@@ -3,7 +3,8 @@ hook points.
 
 A member's numbers are, bit for bit, those of the same SAE trained alone. What a step saves is the host's time of E calls: where latents
 are sparse, one call of each operation serves all members (``_JointPass``), and one call of the optimiser a parameter. Where they are dense
-the members' products are as large as the work itself, and follow one another.
+the members' products are the work; they follow one another (one batched product takes as long, and its bits are nobody's promise), and
+share what does not depend on the member and the optimiser's calls. Where some are dense and some are not, each takes its own way.
 """
 
 from __future__ import annotations

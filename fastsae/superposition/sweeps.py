@@ -28,6 +28,7 @@ from fastsae.trainer import Batches
 EVALUATION = 16_384
 """Samples that fvu, l0 and dead features are measured on, after those of training."""
 
+_NARROW = 256  # features up to which products of whole tiles cost less than slots, however few latents fire
 _OVERHEAD, _PARTS = 256, 4  # what a step costs beside its products, in features; groups for each process
 
 
@@ -257,7 +258,8 @@ def _together(
 
 def _start(x: Tensor, n_features: int, l1: float, seed: int, training: Training) -> SAE:
     own = stream_seed(seed, n_features)  # starts of two sizes are unrelated: one would else begin with the rows of the other
-    sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, seed=own, dtype=x.dtype, device=x.device)
+    dense = True if n_features <= _NARROW else None
+    sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, dense=dense, seed=own, dtype=x.dtype, device=x.device)
     if training.start is not None:
         start_from(sae, training.start(n_features, x, own).to(x))
     return sae.init_from(x)
@@ -428,13 +430,16 @@ def sweep(
         stop: "converged", or a number of steps; see ``Training``.
         workers: processes; each has its share of the cores. (More than one starts Python anew: guard a script by ``if __name__ ==
             "__main__"``.) The results do not depend on it but for the rounding of torch's products on other numbers of threads.
-        callback: called with each ``Run`` as it ends (in any order).
+        callback: called with each ``Run`` as it ends, in any order; with several workers, as its group ends.
         training: attributes of ``Training``: batch, lr, window, tolerance, cooldown, max_steps, start, snapshots.
 
     Returns:
         Columns l1, n_features, seed; mmcs (truth to dictionary: mean over true features of the best cosine) and recovered (share of them
         above 0.9), NaN without a truth; dead (features that fire on none of 16,384 fresh samples), l0, fvu, loss, steps, converged,
         seconds, cpu_seconds. ``train_many`` returns the dictionaries too.
+
+    Dictionaries of one size train together, as one ``SAEs`` on the same batches, each to the bits that it has alone; one that has
+    converged leaves the stack. Several workers divide sizes and groups among them.
 
     Raises: TypeError, ValueError as usual. ImportError without pandas (extra ``studies``).
 
