@@ -219,9 +219,9 @@ class TilePass:
     def __init__(self, x: Tensor, w: Weights, penalised: bool):
         self.w, self.dtype = w, x.dtype
         self.xc = centre(x, w.b_pre)
-        self.ranges = list(_tiles(*self.xc.shape, w.prefixes))
+        self.ranges = list(_tiles(x.shape[0], x.shape[1], w.prefixes))
         # Biases and thresholds are changed in place by the optimiser, perhaps before the last tile is asked for.
-        self.own = {
+        self.own: dict[str, Any] = {
             name: None if t is None else t.clone() for name, t in vars(w).items() if (isinstance(t, Tensor) and t.dim() < 2) or t is None
         }
         self.norm = torch.linalg.vector_norm(w.W_dec.to(self.xc.dtype), dim=1) if penalised else None
@@ -357,13 +357,13 @@ class TilePass:
             else:
                 tile = self._tile(group, slice(lo, hi), W_enc[local], W_dec[local])
             left, right = (tile.code, self.grads[group]) if decoder else (tile.dproducts, self.xc)
+            into = out[local] if out.dtype is right.dtype else None
             with full_precision():
-                if out.dtype is right.dtype:
-                    torch.mm(left[:, columns].T, right, out=out[local])
-                else:
-                    out[local] = left[:, columns].T @ right
+                rows = torch.mm(left[:, columns].T, right, out=into)
             if decoder and tile.shrink is not None:
-                out[local].addcmul_(tile.shrink[columns].to(out.dtype).unsqueeze(1), W_dec[local])
+                rows.addcmul_(tile.shrink[columns].unsqueeze(1), W_dec[local].to(rows.dtype))
+            if into is None:
+                out[local] = rows
         return out
 
     def _tile(self, group: int, part: slice, W_enc: Tensor, W_dec: Tensor) -> _Tile:
