@@ -1,7 +1,7 @@
 """One step of E ReLU + L1 dictionaries in one call, beside E steps of single SAEs and plain torch's batched products with fused Adam.
 
 The toy sweeps' sizes (E, B, D, F): data of 512 planted features, 5 active in a row. "trained": few latents fire (a bias below 0), "start":
-half of them do, as at initialisation.
+half of them do, as at initialisation. Then a sweep, whose dictionaries of one size train together, beside the same dictionaries one by one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import Tensor
 
 import fastsae
 from bench.harness import DEVICE, shapes, unit_rows
+from fastsae.superposition import Run, SuperpositionData, Training, train_dictionary, train_many
 
 SHAPES = shapes([(17, 256, 256, 128), (17, 256, 256, 512), (17, 256, 256, 2048)], [(3, 32, 16, 64)])
+SWEEPS = shapes([(5, 128, 64, 100), (5, 128, 256, 100), (5, 128, 1024, 100)], [(2, 16, 24, 10)])
 
 
 def plain(saes: fastsae.SAEs, l1: Tensor, lr: float) -> tuple[Callable[[Tensor], None], Tensor]:
@@ -75,3 +77,22 @@ def test_ensemble(shape: tuple[int, ...], phase: str, compare: Callable[..., Non
 
     others = {"E single steps": one_by_one, "plain torch, baddbmm, fused Adam": lambda: theirs(x)}
     compare(f"ensemble {phase}", "E{} B{} D{} F{}".format(*shape), lambda: opt.step(x), others, verify)
+
+
+@pytest.mark.parametrize("shape", SWEEPS, ids=lambda shape: "E{} D{} F{} steps{}".format(*shape))
+def test_sweep(shape: tuple[int, ...], compare: Callable[..., None]) -> None:
+    members, width, features, steps = shape
+    data = SuperpositionData.preset("hoagy_correlated", n_features=2 * width, d=width, rate=0.98, mean_active=5.0, seed=0)
+    rates = torch.logspace(-1.5, 0, members).tolist()
+
+    def together() -> list[Run]:
+        return train_many(data, l1=rates, n_features=features, stop=steps)
+
+    def one_by_one() -> list[Run]:
+        return [train_dictionary(copy.deepcopy(data), l1, features, training=Training(stop=steps)) for l1 in rates]
+
+    def verify() -> None:
+        if not all(torch.equal(a.dictionary, b.dictionary) for a, b in zip(together(), one_by_one(), strict=True)):
+            raise AssertionError("a dictionary's bits differ from those of the same one trained alone")
+
+    compare("sweep", "E{} D{} F{} steps{}".format(*shape), together, {"one by one": one_by_one}, verify)

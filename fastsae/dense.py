@@ -1,8 +1,8 @@
 """The dense regime of ReLU, JumpReLU and Gated: at initialisation they fire on half of the features, and slots would need more memory
 than the matrix ``[B, F]`` that they avoid. Loss and step then run a tile of features at a time, computing scores again in the backward:
-memory is ``[B, tile]``, whatever F.
+memory is ``[B, tile]``, whatever F. Where all of F is one tile, the fused step keeps its scores and computes nothing twice.
 
-``forward`` is plain PyTorch for the autograd path; ``Backward`` has the same gradients by hand, a range of features at a time.
+``forward`` is plain PyTorch for the autograd path; ``TilePass`` has the same numbers and gradients by hand, a range of features at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from fastsae.gradients import TiledGradient
 from fastsae.losses import Pass, Weights, quotient
-from fastsae.ops._common import accumulator, centre, chunks, full_precision, scores
+from fastsae.ops import _common
+from fastsae.ops._common import centre, chunks, full_precision, scores
 
 DENSITY = 1 / 8
 """Share of all scores from which on tiles are used: a slot takes about 32 bytes with what a step keeps beside it (value, feature, flag,
@@ -146,7 +147,20 @@ def forward(x: Tensor, w: Weights, penalised: bool) -> Pass:
     return Pass(x_hats.to(dtype), frozen, magnitude, counted, active, torch.cat(hits) if hits else x.new_zeros(F, dtype=torch.bool))
 
 
-# ---------------------------------------------------------------- backward by hand
+# ---------------------------------------------------------------- forward and backward by hand
+
+# Comparisons into floats, and this function, are vector code on a CPU; ``torch.where`` with flags that nobody can predict, as half of all
+# scores are, takes 30 times as long there.
+
+
+def _masked(flags: Tensor, values: Tensor) -> Tensor:
+    """``values``, overwritten: 0 where ``flags`` (1 or 0) is 0."""
+    return torch.ops.aten.threshold_backward.grad_input(values, flags, 0.5, grad_input=values)
+
+
+def _flags(comparison: Any, a: Tensor, b: Tensor | float) -> Tensor:
+    """``comparison(a, b)`` as 1.0 and 0.0."""
+    return comparison(a, b, out=torch.empty_like(a))
 
 
 class _Kept:
@@ -178,6 +192,14 @@ class _Kept:
         return rows, found >= part.stop - part.start
 
 
+class _Scored(NamedTuple):
+    """A tile's scores (Gated: its products; ReLU: clamped at 0), latents, and what the penalty weighs, summed over rows."""
+
+    scores: Tensor
+    code: Tensor
+    weighed: Tensor | None
+
+
 class _Tile(NamedTuple):
     """A tile's latents, the gradient of its products ``(x - b_pre) @ W_enc.T``, of its vectors, and the penalty's factor on ``W_dec``."""
 
@@ -187,108 +209,197 @@ class _Tile(NamedTuple):
     shrink: Tensor | None
 
 
-class Backward:
-    """Gradients of the dense regime.
+class TilePass:
+    """One pass of the dense regime: ``run`` is what the loss needs of the forward; then ``begin``, and the gradients.
 
     Args:
-        x: ``[B, D_in]``. w: detached. grads: ``[P, B, D_out]``, gradient of each prefix group's part of the reconstruction. frozen:
-            ``[B, D_out]``, gradient of the gate's reconstruction. l1, l0: the penalties' weights, divided by the number of tokens.
+        x: ``[B, D_in]``. w: detached. penalised: whether the loss has an L1 term.
     """
 
-    def __init__(self, x: Tensor, w: Weights, grads: Tensor, frozen: Tensor | None, l1: float, l0: float):
-        wide = accumulator(x.dtype)
-        self.w, self.dtype, self.l1, self.l0 = w, x.dtype, l1, l0
+    def __init__(self, x: Tensor, w: Weights, penalised: bool):
+        self.w, self.dtype = w, x.dtype
         self.xc = centre(x, w.b_pre)
-        self.grads, self.frozen = grads.to(wide), None if frozen is None else frozen.to(wide)
+        self.ranges = list(_tiles(x.shape[0], x.shape[1], w.prefixes))
         # Biases and thresholds are changed in place by the optimiser, perhaps before the last tile is asked for.
-        self.own = {
+        self.own: dict[str, Any] = {
             name: None if t is None else t.clone() for name, t in vars(w).items() if (isinstance(t, Tensor) and t.dim() < 2) or t is None
         }
+        self.norm = torch.linalg.vector_norm(w.W_dec.to(self.xc.dtype), dim=1) if penalised else None
+        whole = x.shape[0] * w.W_enc.shape[0] <= _common.WORKSPACE_ELEMENTS
+        self.scored: list[_Scored] | None = [] if whole else None
+        self.held: list[_Tile] | None = None
         self.enc, self.dec = _Kept(w.W_enc), _Kept(w.W_dec)
         self.last: tuple[slice, _Tile] | None = None  # the other weight asks for the same range next, mostly
+        self.run = self._forward(x)
 
-    def vectors(self) -> dict[str, Tensor]:
-        """Gradients ``[F]`` of b_enc, threshold, b_gate, r_mag, b_mag as far as there are any, and ``b_pre [D_in]``."""
+    def _forward(self, x: Tensor) -> Pass:
+        w, dtype = self.w, self.dtype
+        groups: list[Any] = [None] * len(w.prefixes)
+        frozen = magnitude = None
+        counts = []
+        for group, part in self.ranges:
+            scored = self._score(part, w.W_enc[part])
+            W_dec = w.W_dec[part]
+            y = _decoded(scored.code, W_dec, dtype)
+            groups[group] = y if groups[group] is None else groups[group].add_(y)
+            counts.append(_flags(torch.ne, scored.code, 0).sum(0))
+            if w.r_mag is not None:
+                y = _decoded((scored.scores + self.own["b_gate"][part]).relu_(), W_dec, dtype)
+                frozen = y if frozen is None else frozen.add_(y)
+            if self.norm is not None:
+                total = torch.dot(scored.weighed, self.norm[part])  # pyright: ignore[reportArgumentType]
+                magnitude = total if magnitude is None else magnitude + total
+            if self.scored is not None:
+                self.scored.append(scored)
+        x_hats = groups[0].unsqueeze(0) if len(groups) == 1 else torch.stack(groups).cumsum(0)
+        x_hats += w.b_dec
+        if w.skip is not None:
+            x_hats += torch.nn.functional.linear(x, w.skip)
+        if frozen is not None:
+            frozen = (frozen + w.b_dec).to(dtype)
+        count = counts[0] if len(counts) == 1 else torch.cat(counts)
+        return Pass(x_hats.to(dtype), frozen, magnitude, None, count.to(torch.int64).sum(), count > 0)
+
+    def _score(self, part: slice, W_enc: Tensor) -> _Scored:
+        with full_precision():
+            p = self.xc @ W_enc.to(self.xc.dtype).T
+        if self.w.r_mag is not None:
+            gate, magnitude, _, both = self._gated(part, p)
+            code, weighed = _masked(both, magnitude), gate.relu_()
+        else:
+            if self.own["b_enc"] is not None:
+                p += self.own["b_enc"][part]
+            theta = self._theta(part, p)
+            if theta is None:
+                code = weighed = p.relu_()
+            else:
+                dropped = _flags(torch.le, p, theta.clamp_min(0))
+                code = weighed = _masked(dropped.neg_().add_(1), p.clone())  # NaN is not dropped
+        code = code.to(self.dtype).to(p.dtype)  # latents are in the dtype of x, sums wide
+        return _Scored(p, code, weighed.sum(0) if self.norm is not None else None)
+
+    def _theta(self, part: slice, z: Tensor) -> Tensor | None:
+        """Thresholds of a tile; None: ReLU's 0."""
+        theta = self.own["threshold"]
+        return theta[part].to(z.dtype) if theta is not None and theta.dim() else None
+
+    def _gated(self, part: slice, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(gate, magnitude, stretch, 1 where both are above 0)."""
+        stretch = self.own["r_mag"][part].to(p.dtype).exp()
+        gate, magnitude = p + self.own["b_gate"][part], p * stretch + self.own["b_mag"][part]
+        return gate, magnitude, stretch, _flags(torch.gt, gate, 0).mul_(_flags(torch.gt, magnitude, 0))
+
+    # ------------------------------------------------------------ gradients
+
+    def begin(self, grads: Tensor, frozen: Tensor | None, l1: float, l0: float) -> dict[str, Tensor]:
+        """Gradients ``[F]`` of b_enc, threshold, b_gate, r_mag, b_mag as far as there are any, and ``b_pre [D_in]``; then ``weights``.
+
+        Args:
+            grads: ``[P, B, D_out]``, gradient of each prefix group's part of the reconstruction. frozen: ``[B, D_out]``, gradient of the
+                gate's reconstruction. l1, l0: the penalties' weights, divided by the number of tokens.
+        """
+        wide = self.xc.dtype
+        self.grads, self.frozen, self.l1, self.l0 = grads.to(wide), None if frozen is None else frozen.to(wide), l1, l0
         parts: dict[str, list[Tensor]] = {}
-        b_pre = self.xc.new_zeros(self.xc.shape[1])
-        for group, part in _tiles(self.xc.shape[0], self.xc.shape[1], self.w.prefixes):
-            tile = self._tile(group, part, self.w.W_enc[part], self.w.W_dec[part])
-            b_pre -= tile.dproducts.sum(0) @ self.w.W_enc[part].to(b_pre.dtype)
+        b_pre = None
+        tiles = []
+        for number, (group, part) in enumerate(self.ranges):
+            W_enc = self.w.W_enc[part]
+            tile = self._new_tile(group, part, W_enc, self.w.W_dec[part], None if self.scored is None else self.scored[number])
+            if self.w.b_pre is not None:
+                ends = tile.vectors["b_enc"] if self.w.r_mag is None else tile.dproducts.sum(0)
+                pulled = -(ends @ W_enc.to(wide))
+                b_pre = pulled if b_pre is None else b_pre + pulled
             for name, vector in tile.vectors.items():
                 parts.setdefault(name, []).append(vector)
-        return {name: torch.cat(vectors) for name, vectors in parts.items()} | {"b_pre": b_pre}
+            if self.scored is not None:
+                tiles.append(tile)
+            else:
+                self.last = part, tile
+        if self.scored is not None:
+            self.held, self.scored = tiles, None
+        vectors = {name: torch.cat(vectors) if len(vectors) > 1 else vectors[0] for name, vectors in parts.items()}
+        return vectors if b_pre is None else {**vectors, "b_pre": b_pre}
 
     def weights(self) -> tuple[TiledGradient, TiledGradient]:
         """Of W_enc and of W_dec."""
         F = self.w.W_enc.shape[0]
-        return TiledGradient(self._encoder, F), TiledGradient(self._decoder, F)
+        settled = self.held is not None
+        return TiledGradient(self._encoder, F, settled), TiledGradient(self._decoder, F, settled)
 
+    @torch.no_grad()
     def _encoder(self, part: slice) -> Tensor:
-        W_dec, known = self.dec.take(part)
-        if not known:
-            self.enc.keep(part)
-        return self._rows(part, self.w.W_enc[part], W_dec, lambda tile, group: tile.dproducts.T @ self.xc)
+        W_enc = W_dec = self.w.W_dec[part]
+        if self.held is None:
+            W_enc, (W_dec, known) = self.w.W_enc[part], self.dec.take(part)
+            if not known:
+                self.enc.keep(part)
+        return self._rows(part, W_enc, W_dec, decoder=False)
 
+    @torch.no_grad()
     def _decoder(self, part: slice) -> Tensor:
-        W_enc, known = self.enc.take(part)
-        if not known:
-            self.dec.keep(part)
-        return self._rows(part, W_enc, self.w.W_dec[part], lambda tile, group: tile.code.T @ self.grads[group], True)
+        W_enc = W_dec = self.w.W_dec[part]
+        if self.held is None:
+            W_enc, known = self.enc.take(part)
+            if not known:
+                self.dec.keep(part)
+        return self._rows(part, W_enc, W_dec, decoder=True)
 
-    def _rows(self, part: slice, W_enc: Tensor, W_dec: Tensor, product: Any, decoder: bool = False) -> Tensor:
-        out = W_dec.new_empty(part.stop - part.start, (W_dec if decoder else W_enc).shape[1])
-        for group, own in _tiles(self.xc.shape[0], self.xc.shape[1], self.w.prefixes):
+    def _rows(self, part: slice, W_enc: Tensor, W_dec: Tensor, decoder: bool) -> Tensor:
+        out = W_dec.new_empty(part.stop - part.start, self.grads.shape[2] if decoder else self.xc.shape[1])
+        for number, (group, own) in enumerate(self.ranges):
             lo, hi = max(own.start, part.start), min(own.stop, part.stop)
-            if lo < hi:
-                local = slice(lo - part.start, hi - part.start)
+            if lo >= hi:
+                continue
+            local, columns = slice(lo - part.start, hi - part.start), slice(None)
+            if self.held is not None:
+                tile, columns = self.held[number], slice(lo - own.start, hi - own.start)
+            else:
                 tile = self._tile(group, slice(lo, hi), W_enc[local], W_dec[local])
-                with full_precision():
-                    rows = product(tile, group)
-                if decoder and tile.shrink is not None:
-                    rows += tile.shrink.unsqueeze(1) * W_dec[local]
+            left, right = (tile.code, self.grads[group]) if decoder else (tile.dproducts, self.xc)
+            into = out[local] if out.dtype is right.dtype else None
+            with full_precision():
+                rows = torch.mm(left[:, columns].T, right, out=into)
+            if decoder and tile.shrink is not None:
+                rows.addcmul_(tile.shrink[columns].unsqueeze(1), W_dec[local].to(rows.dtype))
+            if into is None:
                 out[local] = rows
         return out
 
     def _tile(self, group: int, part: slice, W_enc: Tensor, W_dec: Tensor) -> _Tile:
         if self.last is None or self.last[0] != part:
             self.last = None  # freed before the next one is made
-            self.last = part, self._new_tile(group, part, W_enc, W_dec)
+            self.last = part, self._new_tile(group, part, W_enc, W_dec, None)
         return self.last[1]
 
-    def _new_tile(self, group: int, part: slice, W_enc: Tensor, W_dec: Tensor) -> _Tile:
-        def own(name: str) -> Any:
-            vector = self.own[name]
-            return vector[part] if vector is not None and vector.dim() else vector
-
+    def _new_tile(self, group: int, part: slice, W_enc: Tensor, W_dec: Tensor, scored: _Scored | None) -> _Tile:
+        scored = self._score(part, W_enc) if scored is None else scored
+        p, code = scored.scores, scored.code
+        norm = None
         with full_precision():
-            p = self.xc @ W_enc.to(self.xc.dtype).T
             W_dec = W_dec.to(p.dtype)
             dcode = (self.grads[group] @ W_dec.T).to(self.dtype).to(p.dtype)
             dgate = None if self.frozen is None else (self.frozen @ W_dec.T).to(self.dtype).to(p.dtype)
-        norm = torch.linalg.vector_norm(W_dec, dim=1) if self.l1 else None
+        if self.norm is not None:
+            norm = self.norm[part]
         if self.w.r_mag is None:
-            z = p if own("b_enc") is None else p + own("b_enc")
-            theta = z.new_zeros(()) if own("threshold") is None else own("threshold").to(z.dtype)
-            code = torch.where((z > theta.clamp_min(0)) | z.isnan(), z, 0)
-            weighed = code
+            theta = self._theta(part, p)
             if norm is not None:
-                dcode += self.l1 * norm * code.sign()
-            dproducts = torch.where(z > theta.clamp_min(0), dcode, 0)
-            vectors = {"b_enc": dproducts.sum(0)}
-            if theta.dim():
-                vectors["threshold"] = _dthreshold(z, theta, self.w.bandwidth, dcode, self.l0)
+                dcode += (self.l1 * norm) if theta is None else self.l1 * norm * code.sign()
+            passes = _flags(torch.gt, p, 0 if theta is None else theta.clamp_min(0))
+            vectors = {}
+            if theta is not None:
+                vectors["threshold"] = _dthreshold(p, theta, self.w.bandwidth, dcode, self.l0)
+            dproducts = _masked(passes, dcode)
+            vectors["b_enc"] = dproducts.sum(0)
         else:
-            stretch = own("r_mag").to(p.dtype).exp()
-            gate, magnitude = p + own("b_gate"), p * stretch + own("b_mag")
-            code, weighed = torch.where((gate > 0) & (magnitude > 0), magnitude, 0), gate.relu()
-            dmagnitude = torch.where((gate > 0) & (magnitude > 0), dcode, 0)
+            gate, _, stretch, both = self._gated(part, p)
+            dmagnitude = _masked(both, dcode)
             assert dgate is not None
             if norm is not None:
                 dgate += self.l1 * norm
-            dgate = torch.where(gate > 0, dgate, 0)
+            dgate = _masked(_flags(torch.gt, gate, 0), dgate)
             dproducts = dmagnitude * stretch + dgate
             vectors = {"b_gate": dgate.sum(0), "b_mag": dmagnitude.sum(0), "r_mag": (dmagnitude * p).sum(0) * stretch}
-        shrink = None
-        if norm is not None:
-            shrink = self.l1 * quotient(weighed.abs().sum(0), norm)
-        return _Tile(code.to(self.dtype).to(p.dtype), dproducts, vectors, shrink)
+        shrink = None if norm is None else self.l1 * quotient(scored.weighed, norm)  # pyright: ignore[reportArgumentType]
+        return _Tile(code, dproducts, vectors, shrink)

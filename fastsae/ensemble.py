@@ -3,7 +3,8 @@ hook points.
 
 A member's numbers are, bit for bit, those of the same SAE trained alone. What a step saves is the host's time of E calls: where latents
 are sparse, one call of each operation serves all members (``_JointPass``), and one call of the optimiser a parameter. Where they are dense
-the members' products are as large as the work itself, and follow one another.
+the members' products are the work; they follow one another (one batched product takes as long, and its bits are nobody's promise), and
+share what does not depend on the member and the optimiser's calls. Where some are dense and some are not, each takes its own way.
 """
 
 from __future__ import annotations
@@ -193,10 +194,21 @@ class SAEs(nn.Module):
         batches = [m._arguments(op, *batch, l1, l0, aux) for m, batch in zip(self.members, self._batches(op, x, target, mask))]
         if not _checks.autocasting(x.device):
             _checks.same_dtype(op, "x", x, "the parameters", self.W_dec)
-            joint = self._joint(batches)
+        terms = [batch[2] for batch in batches]
+        cast = [m._cast(x, target) for m, (x, target, _) in zip(self._members, batches)]
+        with self._members[0]._no_autocast(x):
+            tiled = [m._is_dense(x, w) for m, (x, _, w) in zip(self._members, cast)]
+            joint = None if any(tiled) or _checks.autocasting(x.device) else self._joint(batches, [w for *_, w in cast])
             if joint is not None:
                 return joint
-        results = [fused.step(member, *batch) for member, batch in zip(self._members, batches)]
+            whole: dict[Any, Tensor] = {}
+            for _, rows, _ in cast:
+                if _place(rows) not in whole:
+                    whole[_place(rows)] = spread(rows)
+            results = [
+                fused.pass_of(m, x, rows, w, term, tiles, whole[_place(rows)])
+                for m, (x, rows, w), term, tiles in zip(self._members, cast, terms, tiled)
+            ]
         metrics = Metrics(*(torch.stack(values) for values in zip(*(metrics for metrics, _ in results))))
         return metrics, {name: _stacked([gradients[name] for _, gradients in results]) for name, _ in self.named_parameters()}
 
@@ -218,9 +230,9 @@ class SAEs(nn.Module):
             columns = [[x[mask]] * n, [None] * n, [None] * n]
         return list(zip(*columns))
 
-    def _joint(self, batches: list[_Batch]) -> tuple[Metrics, dict[str, Gradient]] | None:
-        """One call of each operation for all members, or None where that does not serve: several prefixes, a gate, a skip, AuxK, dense
-        latents, members with different bandwidths, numbers of latents or tokens."""
+    def _joint(self, batches: list[_Batch], weights: list[Weights]) -> tuple[Metrics, dict[str, Gradient]] | None:
+        """One call of each operation for all members, or None where that does not serve: several prefixes, a gate, a skip, AuxK, members
+        with different bandwidths, numbers of latents or tokens."""
         members = self._members
         first = members[0]
         if first.prefixes is not None or first.skip or isinstance(first.activation, Gated) or any(terms.aux for _, _, terms in batches):
@@ -229,9 +241,6 @@ class SAEs(nn.Module):
             (x.shape[0], x.dtype, bool(terms.l0), getattr(m.activation, "bandwidth", None)) for m, (x, _, terms) in zip(members, batches)
         }
         if len(same) > 1:
-            return None
-        weights = [m._cast(x, target)[2] for m, (x, target, _) in zip(members, batches)]
-        if any(m._is_dense(x, w) for m, (x, _, _), w in zip(members, batches, weights)):
             return None
         slots = [
             fused.encode_slots(x, w, m.activation, getattr(m.activation, "k", 0)) for m, (x, _, _), w in zip(members, batches, weights)
@@ -275,12 +284,31 @@ class SAEs(nn.Module):
 
 def _stacked(parts: list[Gradient]) -> Gradient:
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    return torch.stack(tensors) if len(tensors) == len(parts) else StackedGradient(len(parts), parts.__getitem__)
+    if len(tensors) == len(parts):
+        return torch.stack(tensors)
+    tiles = [part for part in parts if isinstance(part, TiledGradient) and part.settled]
+    return StackedGradient(len(parts), parts.__getitem__, _end_to_end(tiles) if len(tiles) == len(parts) else None)
+
+
+def _end_to_end(tiles: list[TiledGradient]) -> TiledGradient:
+    """The members' gradients one below the other, asked for by whole members."""
+    F = tiles[0].n_features
+
+    def compute(part: slice) -> Tensor:
+        each = [(tiles[e], e * F) for e in range(part.start // F, -(-part.stop // F))]
+        rows = [tile.compute(slice(max(part.start - low, 0), min(part.stop - low, F))) for tile, low in each]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    return TiledGradient(compute, len(tiles) * F, settled=True, block=F)
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.stride(), t.shape
 
 
 def _together(rows: list[Tensor]) -> Tensor:
     """``[E, B, D]``, or ``[1, B, D]`` where all members have the same rows."""
-    same = len({(t.data_ptr(), t.stride()) for t in rows}) == 1
+    same = len({_place(t) for t in rows}) == 1
     return rows[0].unsqueeze(0) if same else torch.stack(rows)
 
 

@@ -128,21 +128,26 @@ def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, di
     """Metrics and gradients for the rows that count; observes them (dead features, running threshold) where the module trains."""
     x, target, w = sae._cast(x, target)
     with sae._no_autocast(x):
-        return _step(sae, x, target, w, terms)
+        return pass_of(sae, x, target, w, terms, sae._is_dense(x, w))
 
 
-def _step(sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
+def pass_of(
+    sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms, tiled: bool, whole: Tensor | None = None
+) -> tuple[Metrics, dict[str, Gradient]]:
+    """``step`` in a regime that has been chosen; ``whole`` is ``spread(target)`` where it is known."""
     P, wide, tokens = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1)
-    slots = None if sae._is_dense(x, w) else _SlotPass(sae.activation, x, w, terms)
-    run = dense.forward(x, w, bool(terms.l1)) if slots is None else slots.run
-    run = run._replace(counted=run.active.to(wide) if terms.l0 else None)
+    this = dense.TilePass(x, w, bool(terms.l1)) if tiled else _SlotPass(sae.activation, x, w, terms)
+    run = this.run._replace(counted=this.run.active.to(wide) if terms.l0 else None)
     sae._observe(x.shape[0], run)
     dead = sae.dead_features
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
-    unit = spread(target) if sae.objective == "fvu" else x.new_full((), tokens, dtype=wide)
+    whole = spread(target) if whole is None else whole
+    unit = whole if sae.objective == "fvu" else x.new_full((), tokens, dtype=wide)
     scale = quotient(unit.new_full((), 2.0), unit)
-    grads = (run.x_hats.to(wide) - target.to(wide)) * (scale / P)
+    grads = run.x_hats.to(wide) - target.to(wide)
+    error = grads.square().sum((1, 2))
+    grads *= scale / P
     G = (grads if P == 1 else grads.flip(0).cumsum(0).flip(0)).to(w.W_dec.dtype)
     dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
 
@@ -150,20 +155,20 @@ def _step(sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms) -> tupl
     grad.add("b_dec", G[0].sum(0, dtype=wide))
     if w.skip is not None:
         grad.add("W_skip", G[0].T @ x)
-    if slots is None:
-        _dense_backward(grad, dense.Backward(x, w, G, dfrozen, terms.l1 / tokens, terms.l0 / tokens))
+    rates = terms.l1 / tokens, terms.l0 / tokens
+    if isinstance(this, dense.TilePass):
+        _dense_backward(grad, this, G, dfrozen, *rates)
     else:
-        slots.backward(grad, G, dfrozen, terms.l1 / tokens, terms.l0 / tokens)
+        this.backward(grad, G, dfrozen, *rates)
     aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux)
-    loss, fvu, l0 = combine(run, target, terms, sae.objective, aux)
+    loss, fvu, l0 = combine(run, target, terms, sae.objective, aux, error, whole)
     return Metrics(loss, fvu, l0, dead.sum(), loss.new_zeros(()) if aux is None else aux), grad.result(sae)
 
 
-def _dense_backward(grad: _Sum, backward: dense.Backward) -> None:
-    for name, vector in backward.vectors().items():
-        if name != "b_pre" or backward.w.b_pre is not None:
-            grad.add("b_dec" if name == "b_pre" else name, vector)
-    for name, gradient in zip(("W_enc", "W_dec"), backward.weights()):
+def _dense_backward(grad: _Sum, tiles: dense.TilePass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+    for name, vector in tiles.begin(G, dfrozen, l1, l0).items():
+        grad.add("b_dec" if name == "b_pre" else name, vector)
+    for name, gradient in zip(("W_enc", "W_dec"), tiles.weights()):
         grad.add(name, gradient)
 
 

@@ -37,10 +37,17 @@ class TiledGradient:
     ``compute`` may be asked for every feature once, in ascending ranges of any size, and at most once more for a norm. Rows that it has
     returned may be changed in the weight before the next call, also before the other weight's gradient is asked for (which then costs
     a copy of those rows until it is; asking for both weights' gradients range by range keeps one range).
+
+    Attributes:
+        compute: as above. n_features: F.
+        settled: whether it reads no weight but the rows asked for, so that order costs nothing.
+        block: ranges begin and end at its multiples: members of a stack, whose bits are those of a range of their own.
     """
 
     compute: Callable[[slice], Tensor]
     n_features: int
+    settled: bool = False
+    block: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,11 +154,20 @@ def aux_denominator(aux: AuxK, residual: Tensor, target: Tensor) -> Tensor:
     return spread(residual if aux.denominator == "residual" else target)
 
 
-def combine(run: Pass, target: Tensor, terms: Terms, objective: str, aux: Tensor | None) -> Loss:
-    """The loss of one pass; ``aux`` is the AuxK term before its coefficient."""
+def combine(
+    run: Pass,
+    target: Tensor,
+    terms: Terms,
+    objective: str,
+    aux: Tensor | None,
+    error: Tensor | None = None,
+    whole: Tensor | None = None,
+) -> Loss:
+    """The loss of one pass; ``aux`` is the AuxK term before its coefficient. ``error [P]``, ``sum (x_hat - target)^2`` of each prefix, and
+    ``whole``, ``spread(target)``, where they are known."""
     tokens = max(target.shape[0], 1)
-    error = squares(run.x_hats, target).sum((1, 2))
-    whole = spread(target)
+    error = squares(run.x_hats, target).sum((1, 2)) if error is None else error
+    whole = spread(target) if whole is None else whole
     fit = error.mean() if run.frozen is None else error.mean() + squares(run.frozen, target).sum()
     loss = quotient(fit, whole) if objective == "fvu" else fit / tokens
     if run.magnitude is not None:

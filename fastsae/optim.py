@@ -20,6 +20,11 @@ _OPTIONS = ("lr", "betas", "eps", "weight_decay", "clip")
 _Slots = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # grad, values, indices, crow
 
 
+def _height(width: int) -> int:
+    """Rows of a TiledGradient that exist at a time."""
+    return max(1, _TILE // max(width, 1))
+
+
 @dataclass
 class _State:
     step: int
@@ -44,7 +49,8 @@ class _Job:
         if not isinstance(self.gradient, TiledGradient):
             yield slice(None), self.gradient
             return
-        height = max(1, _TILE // max(self.W.shape[1], 1))
+        height = _height(self.W.shape[1])
+        height = max(height - height % self.gradient.block, self.gradient.block)
         for start in range(0, self.W.shape[0], height):
             part = slice(start, min(start + height, self.W.shape[0]))
             yield part, checked_gradient("Adam.apply", f"gradient of {self.name}", self.gradient.compute(part), self.W[part])
@@ -179,8 +185,10 @@ class Adam:
             if isinstance(gradient, StackedGradient):
                 if self.members is None or gradient.n != self.members:
                     raise ValueError(f"{op}: {what} has {gradient.n} members, the module {self.members or 'is no stack'}")
-                if gradient.joint is not None and not self._by_member:
-                    gradient = gradient.joint
+                joint = gradient.joint
+                fits = not isinstance(joint, TiledGradient) or joint.block <= _height(p.shape[-1])
+                if joint is not None and fits and not self._by_member:
+                    gradient = joint
             stacks = (p.detach(), state.exp_avg, state.exp_avg_sq)
             if self.members is not None and (self._by_member or isinstance(gradient, StackedGradient)):
                 of = gradient.part if isinstance(gradient, StackedGradient) else gradient.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
@@ -197,7 +205,7 @@ class Adam:
     @property
     def _by_member(self) -> bool:
         """Whether the members of a stack differ in their step."""
-        return self.members is not None and (self.clip is not None or isinstance(self.lr, Sequence))
+        return self.members is not None and (self.clip is not None or (isinstance(self.lr, Sequence) and len(set(self.lr)) > 1))
 
     def _clip(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
         """The factors that bring the global norm down to ``clip``, of each member or one for all, as ``clip_grad_norm_`` has it."""

@@ -18,14 +18,18 @@ D, F, B, E = 12, 40, 30, 3
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "relu": (ReLU(), {"dense": False}),
     "relu_tiles": (ReLU(), {"dense": True}),
+    "relu_chosen": (ReLU(), {}),  # tiles at the start
     "jumprelu": (JumpReLU(0.3, bandwidth=0.5), {"l0": 0.1, "dense": False}),
+    "jumprelu_tiles": (JumpReLU(0.3, bandwidth=0.5), {"l0": 0.1, "dense": True}),
     "topk": (TopK(4), {}),
     "topk_fvu": (TopK(4), {"objective": "fvu"}),
     "tied": (TopK(4), {"tied": True}),
     "transcoder": (TopK(4), {"d_out": 7}),
     "skip": (TopK(4), {"d_out": 7, "skip": True}),
     "batchtopk": (BatchTopK(3.5), {}),
-    "gated": (Gated(), {}),
+    "gated": (Gated(), {"dense": False}),
+    "gated_tiles": (Gated(), {"dense": True}),
+    "tied_tiles": (ReLU(), {"tied": True, "dense": True}),
     "matryoshka": (TopK(4), {"prefixes": [10, F]}),
     "aux": (TopK(4), {"aux": AuxK(5), "dead_after": 10}),
 }
@@ -69,8 +73,30 @@ def test_a_member_has_the_bits_of_the_sae_alone(kind: str, way: str) -> None:
             assert torch.equal(saes[e].state_dict()[name], tensor), name
 
 
-def test_gradients_of_members_and_of_the_stack_agree() -> None:
-    saes = SAEs(singles("relu"))
+@pytest.mark.parametrize("elements", [40, 1 << 20])
+@pytest.mark.parametrize("tile", [100, 700, 1 << 21])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tiles_of_any_size_keep_a_members_bits(elements: int, tile: int, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores kept or computed again, tiles of one and of several members, some members dense and others not."""
+    monkeypatch.setattr("fastsae.ops._common.WORKSPACE_ELEMENTS", elements)
+    monkeypatch.setattr("fastsae.optim._TILE", tile)
+    alone = singles("relu_tiles")
+    if mixed:
+        alone[1].dense = False
+    saes = SAEs(copy.deepcopy(alone))
+    opt, opts = Adam(saes, lr=1e-2), [Adam(sae, lr=1e-2) for sae in alone]
+    for step in range(3):
+        x = normal(B, D, seed=step)
+        opt.step(x)
+        for one in opts:
+            one.step(x)
+    for sae, member in zip(alone, saes):
+        assert torch.equal(sae.W_enc, member.W_enc) and torch.equal(sae.W_dec, member.W_dec)
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu_tiles"])
+def test_gradients_of_members_and_of_the_stack_agree(kind: str) -> None:
+    saes = SAEs(singles(kind))
     _, gradients = saes.step_gradients(normal(B, D, seed=0))
     for name in ("W_enc", "W_dec"):
         gradient = gradients[name]

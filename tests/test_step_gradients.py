@@ -401,6 +401,23 @@ def test_tiles_are_taken_while_weights_change(kind: str, order: str) -> None:
         weights[name][part].add_(1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
+def test_tiles_keep_nan_with_zero_gradient(kind: str) -> None:
+    sae = build(kind, l1=0.0)
+    with torch.no_grad():
+        sae.W_enc[3] = float("nan")
+    x = inputs(sae)["x"]
+    tiles = dense.TilePass(x, sae._cast(x, x)[2], False)
+    nan, rest = torch.arange(F) == 3, torch.arange(F) != 3
+    assert bool(tiles.run.x_hats.isnan().all()) == (kind != "gated")  # a gate that is NaN is shut
+    assert bool(tiles.run.fired[nan]) == (kind != "gated")
+    for vector in tiles.begin(torch.ones_like(tiles.run.x_hats), torch.ones_like(x), 0.0, 0.0).values():
+        if vector.shape == (F,):
+            assert bool((vector[nan] == 0).all() if kind != "gated" else vector[rest].isfinite().all())
+            assert bool(vector[rest].isfinite().all())
+
+
 def test_running_threshold_and_silence() -> None:
     sae = build("batchtopk", dtype=torch.float32)
     x = rows(12, D, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,11 +20,13 @@ from fastsae.superposition import (
     PRESETS,
     ActivationStatistics,
     SuperpositionData,
+    Training,
     init,
     sample_tokens,
     sweep,
     token_positions,
     toy_model_features,
+    train_dictionary,
     train_many,
     unit_features,
 )
@@ -530,6 +533,23 @@ def test_runs_keep_dictionaries_and_snapshots_and_are_reproducible() -> None:
     assert torch.equal(again[0].dictionary, first.dictionary)
     orthogonal = train_many(data, l1=0.1, n_features=12, stop=1, cooldown=0, lr=1e-9, start=_orthogonal)[0].dictionary
     torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(12), atol=1e-5, rtol=0)
+
+
+def test_dictionaries_that_train_together_have_the_bits_of_each_alone() -> None:
+    """Also where one ends before the others, in the middle of a window or not."""
+    data = SuperpositionData(16, 12, mean_active=1.5, seed=0)
+    options: dict[str, Any] = {"batch": 32, "lr": 1e-2, "window": 30, "tolerance": 0.03, "cooldown": 40, "max_steps": 400}
+    options["snapshots"] = [0, 100]
+    runs = train_many(data, l1=[0.02, 0.1, 0.3], n_features=[20, 6], seeds=[0, 1], **options)
+    assert len({run.steps for run in runs if run.n_features == 20}) > 2
+    for run in runs:
+        alone = train_dictionary(copy.deepcopy(data), run.l1, run.n_features, run.seed, Training(**options))
+        assert (run.steps, run.converged, run.losses) == (alone.steps, alone.converged, alone.losses)
+        assert (run.fvu, run.l0, run.loss) == (alone.fvu, alone.l0, alone.loss)
+        for name in ("dictionary", "dead", "similarity", "learned"):
+            assert torch.equal(getattr(run, name), getattr(alone, name))
+        assert [step for step, _ in run.snapshots] == [step for step, _ in alone.snapshots]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(run.snapshots, alone.snapshots, strict=True))
 
 
 def _orthogonal(F: int, x: Tensor, seed: int) -> Tensor:

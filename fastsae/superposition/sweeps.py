@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pickle
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastsae import _checks
 from fastsae._seeds import stream_seed
 from fastsae.activations import ReLU
+from fastsae.ensemble import SAEs
 from fastsae.ops.match import match
 from fastsae.optim import Adam
 from fastsae.sae import SAE
@@ -25,6 +27,9 @@ from fastsae.trainer import Batches
 
 EVALUATION = 16_384
 """Samples that fvu, l0 and dead features are measured on, after those of training."""
+
+_NARROW = 256  # features up to which products of whole tiles cost less than slots, however few latents fire
+_OVERHEAD, _PARTS = 256, 4  # what a step costs beside its products, in features; groups for each process
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Run:
     Attributes:
         l1, n_features, seed: what it was asked for.
         steps: trained. converged: whether the loss had stopped falling (None with a fixed number of steps).
-        seconds: it took, by the clock; cpu_seconds: of this process meanwhile.
+        seconds: its share of the time, by the clock (a step's is split evenly between the dictionaries that take it); cpu_seconds: of the
+            process's time meanwhile.
         fvu, l0: on fresh samples. loss: mean of the last window. losses: of every window.
         dead: features ``[F]`` bool that fire on none of ``EVALUATION`` fresh samples.
         dictionary: ``[F, D]``, the decoder's rows.
@@ -122,7 +128,7 @@ class Run:
 
 
 class _Stream:
-    """Batches of the data from its own beginning, for training and, after them, evaluation."""
+    """Batches of the data from its own beginning, for training; in between, rows to look at."""
 
     def __init__(self, data: SuperpositionData | Tensor, batch: int):
         self.truth = data.features if isinstance(data, SuperpositionData) else None
@@ -141,65 +147,141 @@ class _Stream:
             return self.data.sample(rows).x
         return self.data[:: max(1, self.data.shape[0] // rows)][:rows]
 
+    def aside(self, rows: int) -> Tensor:
+        """``fresh``, with the batches to come left as they are."""
+        if not isinstance(self.data, SuperpositionData):
+            return self.fresh(rows)
+        state = self.data.state_dict()
+        x = self.fresh(rows)
+        self.data.load_state_dict(state)
+        return x
+
+
+class _Member:
+    """What is one dictionary's own while several train together."""
+
+    def __init__(self, l1: float, seed: int, training: Training):
+        self.l1, self.seed, self.training = l1, seed, training
+        fixed = training.stop if isinstance(training.stop, int) else None
+        self.end = training.max_steps if fixed is None else fixed
+        self.converged, self.flat = None if fixed else False, 0
+        self.windows: list[float] = []
+        self.snapshots: list[tuple[int, Tensor]] = []
+        self.seconds = self.cpu_seconds = 0.0
+
+    def rate(self, step: int) -> float:
+        return self.training.lr * min(1.0, (self.end - step) / (self.training.cooldown + 1))
+
+    def closes(self, loss: float, step: int) -> None:
+        """Takes the mean loss of a window that ends at this step."""
+        training, windows = self.training, self.windows
+        windows.append(loss)
+        if self.converged is False and len(windows) > 1 and self.end == training.max_steps:
+            self.flat = self.flat + 1 if windows[-2] - windows[-1] < training.tolerance * abs(windows[-2]) else 0
+            if self.flat == 2:
+                self.converged, self.end = True, min(step + training.cooldown, training.max_steps)
+
+    def run(self, step: int, sae: SAE, x: Tensor, truth: Tensor | None) -> Run:
+        return Run(
+            l1=self.l1,
+            n_features=sae.d_sae,
+            seed=self.seed,
+            steps=step,
+            converged=self.converged,
+            seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
+            loss=self.windows[-1],
+            dictionary=sae.W_dec.detach().clone(),
+            losses=self.windows,
+            snapshots=self.snapshots,
+            **_evaluated(x, sae, truth),
+        )
+
 
 def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: int, seed: int = 0, training: Training | None = None) -> Run:
     """Trains one dictionary; ``data`` is used from its present state on and moved by it. See ``sweep``."""
-    training = training or Training()
-    begin = time.perf_counter(), time.process_time()
+    return _together(data, n_features, [(l1, seed)], training or Training())[0]
+
+
+def _together(
+    data: SuperpositionData | Tensor,
+    n_features: int,
+    members: Sequence[tuple[float, int]],
+    training: Training,
+    done: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+    """Trains dictionaries of one size, (l1, seed) each, on the same batches, as one ``SAEs``; each to the bits that it has alone.
+
+    One that has ended leaves the stack: the others' steps then cost what they would without it. ``done`` is called with it.
+    """
+    clock = time.perf_counter(), time.process_time()
     stream = _Stream(data, training.batch)
     x = stream.fresh(4096)
-    # Slots from the first step on: with F this small memory is no concern, and they are faster than tiles (``dense=True``) on a CPU.
-    own = stream_seed(seed, n_features)  # starts of two sizes are unrelated: one would else begin with the rows of the other
-    sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, dense=False, seed=own, dtype=x.dtype, device=x.device)
-    if training.start is not None:
-        start_from(sae, training.start(n_features, x, own).to(x))
-    sae.init_from(x)
-    opt = Adam(sae, lr=training.lr)
-    windows: list[float] = []
-    losses: list[Tensor] = []
-    snapshots: list[tuple[int, Tensor]] = []
+    saes = SAEs(_start(x, n_features, l1, seed, training) for l1, seed in members)
+    opt = Adam(saes, lr=training.lr)
+    going = [_Member(l1, seed, training) for l1, seed in members]
+    runs: dict[tuple[float, int], Run] = {}
+    losses: list[Tensor] = []  # [E] each, of the steps of this window
     wanted = set(training.snapshots)
-    fixed = training.stop if isinstance(training.stop, int) else None
-    converged, flat = None if fixed else False, 0
-    end = fixed if fixed is not None else training.max_steps
     step = 0
     while True:
-        if stream.truth is not None and (step in wanted or (wanted and step >= end)):
-            snapshots.append((step, match(stream.truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
-        if step >= end:
-            break
-        opt.lr = training.lr * min(1.0, (end - step) / (training.cooldown + 1))
+        for member, sae in zip(going, saes) if wanted and stream.truth is not None else ():
+            if step in wanted or step >= member.end:
+                member.snapshots.append((step, match(stream.truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
+        if any(step >= member.end for member in going):
+            now = time.perf_counter(), time.process_time()
+            for member in going:
+                member.seconds += (now[0] - clock[0]) / len(going)
+                member.cpu_seconds += (now[1] - clock[1]) / len(going)
+            clock = now
+            left = [number for number, member in enumerate(going) if step < member.end]
+            x = stream.aside(EVALUATION) if left else stream.fresh(EVALUATION)
+            for member, sae in zip(going, saes):
+                if step >= member.end:
+                    runs[member.l1, member.seed] = member.run(step, sae, x, stream.truth)
+                    done(runs[member.l1, member.seed])
+            if not left:
+                return [runs[job] for job in members]
+            saes, opt = _only(left, saes, opt)
+            going, losses = [going[number] for number in left], [loss[left] for loss in losses]
+        opt.lr = [member.rate(step) for member in going]
         losses.append(opt.step(stream.batch()).loss)
         step += 1
-        if len(losses) == training.window or step == end:
-            windows.append(float(torch.stack(losses).mean()))
+        full = len(losses) == training.window
+        if full or any(step == member.end for member in going):
+            for member, own in zip(going, torch.stack(losses, 1)):
+                if full or step == member.end:
+                    member.closes(float(own.clone().mean()), step)
+        if full:
             losses.clear()
-            if converged is False and len(windows) > 1 and end == training.max_steps:
-                flat = flat + 1 if windows[-2] - windows[-1] < training.tolerance * abs(windows[-2]) else 0
-                if flat == 2:
-                    converged, end = True, min(step + training.cooldown, training.max_steps)
-    seconds, cpu_seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    return Run(
-        l1=l1,
-        n_features=n_features,
-        seed=seed,
-        steps=step,
-        converged=converged,
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
-        loss=windows[-1],
-        dictionary=sae.W_dec.detach().clone(),
-        losses=windows,
-        snapshots=snapshots,
-        **_evaluated(stream, sae),
-    )
+
+
+def _start(x: Tensor, n_features: int, l1: float, seed: int, training: Training) -> SAE:
+    own = stream_seed(seed, n_features)  # starts of two sizes are unrelated: one would else begin with the rows of the other
+    dense = True if n_features <= _NARROW else None
+    sae = SAE(x.shape[1], n_features, ReLU(), l1=l1, dense=dense, seed=own, dtype=x.dtype, device=x.device)
+    if training.start is not None:
+        start_from(sae, training.start(n_features, x, own).to(x))
+    return sae.init_from(x)
+
+
+def _only(left: list[int], saes: SAEs, opt: Adam) -> tuple[SAEs, Adam]:
+    """A stack of some of the members, and its optimiser."""
+    state = opt.state_dict()
+    moments = {
+        name: {key: value[left] if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for name, entry in state["state"].items()
+    }
+    rest = SAEs(saes[number] for number in left)
+    opt = Adam(rest)
+    opt.load_state_dict({**state, "state": moments})
+    return rest, opt
 
 
 @torch.no_grad()
-def _evaluated(stream: _Stream, sae: SAE) -> dict[str, Any]:
+def _evaluated(x: Tensor, sae: SAE, truth: Tensor | None) -> dict[str, Any]:
     """What fresh samples say, and the truth."""
     error = spread = active = 0.0
-    x = stream.fresh(EVALUATION)
     mean = x.double().mean(0)
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
     for part in x.split(2048):
@@ -210,8 +292,8 @@ def _evaluated(stream: _Stream, sae: SAE) -> dict[str, Any]:
         active += float((latents.values > 0).sum())
         fired[latents.col[latents.values > 0]] = True
     similarity = learned = None
-    if stream.truth is not None:
-        found = match(stream.truth, sae.W_dec)
+    if truth is not None:
+        found = match(truth, sae.W_dec)
         similarity, learned = found.a_to_b.similarity[:, 0].clone(), found.b_to_a.similarity[:, 0].clone()
     fvu = error / spread if spread else 0.0
     return {"fvu": fvu, "l0": active / x.shape[0], "dead": ~fired, "similarity": similarity, "learned": learned}
@@ -254,12 +336,32 @@ def train_many(
             callback(run)
 
     content = pickle.dumps(data)
-    if min(workers, len(jobs)) == 1:
-        for job in jobs:
-            done(train_dictionary(pickle.loads(content), *job, training=options))
+    workers = min(workers, len(jobs))
+    groups = _groups(jobs, workers)
+    if workers == 1:
+        for size, members in groups:
+            _together(pickle.loads(content), size, members, options, done)
     else:
-        _in_processes(content, sorted(jobs, key=lambda job: -job[1]), options, min(workers, len(jobs)), done)
+        _in_processes(content, groups, options, workers, done)
     return [runs[job] for job in jobs]
+
+
+_Group = tuple[int, list[tuple[float, int]]]  # a size, and (l1, seed) of its members
+
+
+def _groups(jobs: list[tuple[float, int, int]], workers: int) -> list[_Group]:
+    """Jobs of one size together, the largest first; for several workers in so many parts that they end at about the same time."""
+    sizes = sorted({size for _, size, _ in jobs}, reverse=True)
+    whole = [(size, [(l1, seed) for l1, own, seed in jobs if own == size]) for size in sizes]
+    if workers == 1:
+        return whole
+    share = sum(len(members) * (size + _OVERHEAD) for size, members in whole) / (_PARTS * workers)
+    parts = []
+    for size, members in whole:
+        count = min(len(members), math.ceil(len(members) * (size + _OVERHEAD) / share))
+        bounds = [len(members) * part // count for part in range(count + 1)]
+        parts += [(size, members[low:high]) for low, high in itertools.pairwise(bounds)]
+    return parts
 
 
 def _several(op: str, name: str, value: Any) -> list[Any]:
@@ -270,17 +372,18 @@ def _several(op: str, name: str, value: Any) -> list[Any]:
     return values
 
 
-def _in_processes(content: bytes, jobs: list[Any], options: Training, workers: int, done: Callable[[Run], None]) -> None:
+def _in_processes(content: bytes, groups: list[_Group], options: Training, workers: int, done: Callable[[Run], None]) -> None:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)) as pool:
-        futures = [pool.submit(_job, pickle.dumps((content, job, options))) for job in jobs]
+        futures = [pool.submit(_job, pickle.dumps((content, *group, options))) for group in groups]
         try:
             for future in as_completed(futures):
-                done(pickle.loads(future.result()))
+                for run in pickle.loads(future.result()):
+                    done(run)
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -303,8 +406,8 @@ def _begin(threads: int) -> None:
 
 
 def _job(packed: bytes) -> bytes:
-    content, job, options = pickle.loads(packed)
-    return pickle.dumps(train_dictionary(pickle.loads(content), *job, training=options))
+    content, size, members, options = pickle.loads(packed)
+    return pickle.dumps(_together(pickle.loads(content), size, members, options))
 
 
 def sweep(
@@ -327,13 +430,16 @@ def sweep(
         stop: "converged", or a number of steps; see ``Training``.
         workers: processes; each has its share of the cores. (More than one starts Python anew: guard a script by ``if __name__ ==
             "__main__"``.) The results do not depend on it but for the rounding of torch's products on other numbers of threads.
-        callback: called with each ``Run`` as it ends (in any order).
+        callback: called with each ``Run`` as it ends, in any order; with several workers, as its group ends.
         training: attributes of ``Training``: batch, lr, window, tolerance, cooldown, max_steps, start, snapshots.
 
     Returns:
         Columns l1, n_features, seed; mmcs (truth to dictionary: mean over true features of the best cosine) and recovered (share of them
         above 0.9), NaN without a truth; dead (features that fire on none of 16,384 fresh samples), l0, fvu, loss, steps, converged,
         seconds, cpu_seconds. ``train_many`` returns the dictionaries too.
+
+    Dictionaries of one size train together, as one ``SAEs`` on the same batches, each to the bits that it has alone; one that has
+    converged leaves the stack. Several workers divide sizes and groups among them.
 
     Raises: TypeError, ValueError as usual. ImportError without pandas (extra ``studies``).
 
