@@ -23,10 +23,13 @@ def flag(device: torch.device) -> Tensor:
 def _create(device: torch.device) -> Tensor:
     with _lock:
         if device not in _flags:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                # Made here it would lie in the graph's own memory, and each replay would clear it.
+                raise RuntimeError(f"fastsae: the first operation on {device} must run before a CUDA graph is captured")
             # An ordinary tensor even when the first call happens inside inference_mode: it is cleared outside.
             with torch.inference_mode(False):
                 made = torch.zeros(1, dtype=torch.int32, device=device)
-            if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()  # once: other streams will write to it
             _flags[device] = made
         return _flags[device]

@@ -41,7 +41,7 @@ def test_a_table(tmp_path: Path) -> None:
     for times in (encode["ours"], *encode["others"].values()):
         assert 0 < times["min"] <= times["median"] <= times["max"]
         assert times["rounds"] >= 5
-    assert "target" not in encode  # a GPU's target, at its own shapes
+    assert "targets" not in encode  # a GPU's targets, at its own shapes
     assert entries["pack_signs bfloat16"]["of_copy_rate"] > 0
     (note,) = [note for note in report["notes"] if note["op"] == "select"]
     assert "no backend but the reference serves select_topk" in note["note"]
@@ -77,6 +77,9 @@ def test_verdicts(bench: gpu.Bench) -> None:
     assert "goal reached" in bench.verdict(("floor", 2.0, 1.5), entry)["text"]
     assert "must reached" in bench.verdict(("copy", 0.7, 0.9), entry)["text"]
     assert "not measured" in bench.verdict(("absent", 1.5, 1.1), entry)["text"]
+    entry["extra_mb"] = {"ours": 100.0}
+    assert "must reached" in bench.verdict(("MiB", 256, 64), entry)["text"]
+    assert "MISSED" in bench.verdict(("MiB", 64, 32), entry)["text"]
 
 
 def test_inputs_pass_the_cache(bench: gpu.Bench) -> None:
@@ -103,6 +106,37 @@ def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
         assert done.returncode == returned, done.stderr
         assert [entry["op"] for entry in stored(folder)["results"]] == ["pack_signs bfloat16", "hash_signs bfloat16"]
         assert bool(list(folder.glob("*.png"))) == (name == "TERM")
+
+
+ROWS = """
+import os, sys, time; sys.path.insert(0, '.')
+from bench import gpu
+def dies(b): os.kill(os.getpid(), 9)
+def hangs(b): time.sleep(100)
+def breaks(b): gpu._clear = broken; raise RuntimeError("an illegal memory access was encountered")
+def broken(b): raise RuntimeError("an illegal memory access was encountered")
+def last(b): b.note("last", "", "measured")
+gpu.ROWS = [(gpu.signs, 1), (dies, 1), (breaks, 1), (hangs, 0), (last, 1)]
+"""
+
+
+def test_a_row_that_ends_its_process_is_survived(tmp_path: Path) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(ROWS + "sys.exit(gpu.main())")
+    watcher = f"command = [sys.executable, {str(child)!r}, '--device', 'cpu', '--quick', '--out', {str(tmp_path)!r}]\n"
+    done = subprocess.run(
+        [sys.executable, "-c", ROWS + watcher + "sys.exit(gpu.supervise(command, grace=3))"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    report = stored(tmp_path)
+    assert [entry["op"] for entry in report["results"]] == ["pack_signs bfloat16", "hash_signs bfloat16"]
+    notes = {note["op"]: note["note"] for note in report["notes"]}
+    assert notes["dies"] == "failed: its process ended with -9"
+    assert "illegal memory access" in notes["breaks"]
+    assert notes["hangs"].startswith("failed: killed after")
+    assert notes["last"] == "measured"
+    assert list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -637,7 +637,8 @@ def encode_topk(
     of ``features``.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range.
+        TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range (on a GPU: left out, raised
+        by ``fastsae.check()``).
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
     """
