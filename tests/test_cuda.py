@@ -371,11 +371,20 @@ def _graph(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 GRAPHED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "encode_decode": (encode_and_decode, ("encode_topk", "decode")),
+    "threshold": (lambda x, W, W_dec: fastsae.decode(_threshold(x, W), W_dec), ("encode_threshold", "decode")),
+    "batch_topk": (
+        lambda x, W, W_dec: fastsae.decode(fastsae.encode_batch_topk(x, W, k=16, capacity=8192)[0], W_dec),
+        ("encode_batch_topk", "decode"),
+    ),
     "dweight": (lambda x, W, W_dec: _dweight(x, W), ("decode_dweight",)),
     "select": (lambda x, W, W_dec: fastsae.select_topk(x, k=16).values, ("select_topk",)),
     "hash": (lambda x, W, W_dec: fastsae.hash_signs(x), ("hash_signs",)),
     "hamming": (lambda x, W, W_dec: fastsae.hamming_topk(fastsae.pack_signs(x), fastsae.pack_signs(W), 8).distance, ("hamming_topk",)),
 }
+
+
+def _threshold(x: Tensor, W: Tensor) -> fastsae.RaggedLatents:
+    return fastsae.encode_threshold(x, W, threshold=32.0, capacity=16384)  # scores have a standard deviation of 16
 
 
 def _dweight(x: Tensor, W: Tensor) -> Tensor:
@@ -398,6 +407,7 @@ def test_gpu_graph_capture(name: str) -> None:
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(result, run(x, W, W_dec))
+    fastsae.check()
 
 
 @on_gpu
@@ -457,6 +467,35 @@ def test_gpu_equals_the_emulation() -> None:
         expected = native_cuda.select_topk(z, 300, True)
     assert torch.equal(outs[0], outs[1].cpu())
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, selected))
+
+
+@on_gpu
+def test_gpu_overflow_of_a_capacity_is_flagged() -> None:
+    fastsae.check()
+    x, W = torch.randn(64, 256, device="cuda"), torch.randn(4096, 256, device="cuda")
+    for encode in (
+        lambda **more: fastsae.encode_threshold(x, W, **more),
+        lambda **more: fastsae.encode_batch_topk(x, W, k=16, **more)[0],
+        lambda **more: fastsae.encode_gated(x, W, b_gate=W[:, 0], r_mag=W[:, 1], b_mag=W[:, 2], **more),
+    ):
+        whole = encode()
+        latents = encode(capacity=100)
+        assert latents.values.shape == (100,)
+        assert int(latents.crow[-1]) <= 100
+        with pytest.raises(ValueError, match="capacity was too small"):
+            fastsae.check()
+        room = encode(capacity=2 * whole.values.shape[0])
+        assert torch.equal(room.trim().values, whole.values)
+        fastsae.check()
+
+
+@on_gpu
+def test_gpu_first_operation_in_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flags, "_flags", {})
+    monkeypatch.setattr(_flags, "_overflows", {})
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="must run before a CUDA graph is captured"), torch.cuda.graph(graph):
+        _flags.flag(torch.device("cuda", torch.cuda.current_device()))
 
 
 @on_built_gpu
