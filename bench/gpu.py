@@ -797,6 +797,22 @@ class State:
         self.write()
 
 
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """What the device says of itself beside its name; driver, clocks and power limit where nvidia-smi answers."""
+    if device.type != "cuda":
+        return {}
+    p = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        said = f"no nvidia-smi: {error}"
+    return {
+        "cuda": torch.version.cuda, "multiprocessors": p.multi_processor_count, "memory_bytes": p.total_memory,
+        "capability": [p.major, p.minor], "driver_clocks_power": said,
+    }  # fmt: skip
+
+
 def supervise(command: list[str], *, grace: float = 60.0) -> int:
     """Runs ``command`` (a ``main`` of this module) until every row was begun once, in as many processes as that takes.
 
@@ -942,8 +958,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device if options.device != "cuda" else f"cuda:{torch.cuda.current_device()}")
     state = None if options.state is None else State.read(options.state)
     return run(
-        device, options.out, machine(), minutes=options.minutes, quick=options.quick, only=options.rows, begun=options.begun, state=state,
-        lost=options.lost,
+        device, options.out, {**machine(), **device_facts(device)}, minutes=options.minutes, quick=options.quick, only=options.rows,
+        begun=options.begun, state=state, lost=options.lost,
     )  # fmt: skip
 
 

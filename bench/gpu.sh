@@ -4,8 +4,9 @@
 # as they come: a kill keeps what was measured. FASTSAE_GPU_PARTS chooses the parts; further runs:
 #   FASTSAE_GPU_PARTS="build contract"   the whole contract suite
 #   FASTSAE_GPU_PARTS="build tune"       times the tile shapes of kernels/_tile.py
-# PYTHON names the interpreter. FASTSAE_COMMIT is stored with the figures where there is no git. With sparsify on PYTHONPATH its rows are
-# timed too.
+#   FASTSAE_GPU_PARTS="build sanitize"   all sanitizers to their end
+# FASTSAE_GPU_SECONDS is the time of all parts (540), PYTHON the interpreter, FASTSAE_COMMIT what is stored with the figures where there is
+# no git. With sparsify on PYTHONPATH its rows are timed too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 parts=${FASTSAE_GPU_PARTS:-build verify bench sanitize}
@@ -77,7 +78,7 @@ for part in $parts; do
       ;;
     verify)
       step 90 "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_tiles.py -k gpu
-      step 75 "${pytest[@]}" tests/test_contract.py -k "cuda: and meets and (float32 or bfloat16)"
+      step 100 "${pytest[@]}" tests/test_contract.py -k "cuda: and meets and (float32 or bfloat16)"
       ;;
     contract) # not among the default parts, whose time it would take
       step 520 "${pytest[@]}" tests/test_contract.py -k "cuda:"

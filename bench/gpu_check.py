@@ -73,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
             for args in list(op.samples(cpu, op.dtypes[0], torch.Generator().manual_seed(0)))[:: options.every]:
                 if op.handle is not None:  # words packed for the CPU
                     args = (*args[: op.handle[1]], None, *args[op.handle[1] + 1 :])
-                given = tuple(moved(arg.clone() if i in op.mutates else arg, device) for i, arg in enumerate(args))
+                given = tuple(
+                    moved(arg.clone() if i in op.mutates and isinstance(arg, Tensor) else arg, device) for i, arg in enumerate(args)
+                )
                 if row.reason(given) is not None:
                     continue
                 result = op(*given, backend=row.backend)

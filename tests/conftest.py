@@ -47,7 +47,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             torch.cuda.synchronize()
         except Exception:
             capture = item.config.pluginmanager.getplugin("capturemanager")
-            with capture.global_and_fixture_disabled():
+            assert capture is not None
+            with capture.global_and_fixture_disabled():  # pyright: ignore[reportAttributeAccessIssue]
                 print(f"\n{item.nodeid} left the GPU unusable\n{report.longreprtext}", file=sys.stderr, flush=True)
             os._exit(1)
     return report
