@@ -69,7 +69,8 @@ in_place() {
 
 pytest=("$python" -m pytest -q -p no:cacheprovider --maxfail=40)
 # Triton compiles on the CPU, in every process.
-"$python" -c "import xdist" 2> /dev/null && pytest+=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
+cores=$(env -u OMP_NUM_THREADS nproc)
+"$python" -c "import xdist" 2> /dev/null && pytest+=(-n "$((cores < 16 ? cores : 16))")
 for part in $parts; do
   case $part in
     build)
