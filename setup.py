@@ -2,7 +2,7 @@
 fastsae/_build_info.json.
 
 FASTSAE_CUDA=0 leaves the CUDA module out. FASTSAE_CUDA_ARCHS names its architectures ("80,90"; "native": the GPU of this machine); default
-all of CUDA_ARCHS. FASTSAE_NVCC names the compiler; default CUDA_HOME's or the one on the path.
+all of CUDA_ARCHS. FASTSAE_NVCC names the compiler; default CUDA_HOME's, the one on the path, or /usr/local/cuda's.
 """
 
 from __future__ import annotations
@@ -146,9 +146,10 @@ class BuildExt(build_ext):
         if os.environ.get("FASTSAE_CUDA", "1") == "0":
             raise PlatformError("left out by FASTSAE_CUDA=0")
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        nvcc = os.environ.get("FASTSAE_NVCC") or shutil.which("nvcc", path=home and str(Path(home) / "bin")) or shutil.which("nvcc")
+        places = [home and str(Path(home) / "bin"), None, "/usr/local/cuda/bin"]
+        nvcc = os.environ.get("FASTSAE_NVCC") or next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
         if not nvcc:
-            raise PlatformError("nvcc was not found when the package was built (CUDA_HOME, or on the path)")
+            raise PlatformError("nvcc was not found when the package was built (CUDA_HOME, on the path, or in /usr/local/cuda)")
         if not self.info["compiler"] or self.info["reason"]:
             raise PlatformError("it needs the C++ compiler and pybind11 as well")
         import pybind11

@@ -6,7 +6,8 @@
 Kernel time by CUDA events around as many calls as make a millisecond; ours, the floor and the rivals alternate; median of at least 5 rounds
 after a warm-up, with min and max. Inputs are random, and as many sets of them rotate as pass the L2 cache four times over. A result that
 its specification refuses is reported and not timed. After each row the JSON is written anew: what was measured survives a kill.
-Rows whose backend is missing say why, in place of a time.
+Rows whose backend is missing say why, in place of a time. On a GPU the rows run in a process of their own (``supervise``): one that
+crashes, hangs or leaves the device broken is noted, and the others go on in a new process.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import os
 import re
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,12 @@ from fastsae._activations_minilm import _checkout_hidden
 from fastsae.dispatch import OPS
 
 Call = Callable[[int], object]
+Target = tuple[str, float, float]
+"""(name of a rival or floor, must, goal) for our time over its; ("copy", must, goal) for the part of the copy rate; ("MiB", must, goal)
+for memory beyond what stood before the call, result included."""
+
+BROKEN = 17
+"""Exit code of a process whose device answers no more."""
 
 L2_ON_CPU = 32 << 20
 """Bytes that inputs must pass where the device does not tell its L2."""
@@ -47,19 +57,28 @@ class Missing(Exception):
 class Bench:
     """Measures rows, prints them as they come and keeps them in ``out / <date>-<device>-gpu.json``."""
 
-    def __init__(self, device: torch.device, out: Path, minutes: float, quick: bool, machine: dict[str, Any]):
+    def __init__(self, device: torch.device, out: Path, minutes: float, quick: bool, machine: dict[str, Any], begun: float | None = None):
         self.device, self.quick, self.machine = device, quick, machine
-        self.start, self.minutes = time.monotonic(), minutes
+        self.start, self.minutes = time.monotonic() - (0 if begun is None else max(0.0, time.time() - begun)), minutes
         self.seconds = 0.3 if quick else 6.0  # for the rounds of one row
         self.entries: list[dict[str, Any]] = []
         self.notes: list[dict[str, str]] = []
         self.generator = torch.Generator(device=device).manual_seed(0)
         is_cuda = device.type == "cuda"
         self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if is_cuda else L2_ON_CPU
-        self.copy_rate = 0.0
+        self.copy_rate = self.product_rate = 0.0
         label = machine["gpu"][device.index or 0] if is_cuda else machine["cpu"]
         stem = f"{datetime.date.today().isoformat()}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}-gpu{'-quick' if quick else ''}"
         self.path = out / f"{stem}.json"
+        if begun is not None and self.path.exists():
+            self.resume(json.loads(self.path.read_text()), begun)
+        self.begun = time.time() if begun is None else begun
+
+    def resume(self, report: dict[str, Any], begun: float) -> None:
+        """Takes over what an earlier process of the same run has measured."""
+        if report.get("begun") == begun:
+            self.entries, self.notes = report["results"], report["notes"]
+            self.copy_rate, self.product_rate = report["copy_bytes_per_second"], report["bf16_flops_per_second"]
 
     # -- inputs
 
@@ -137,14 +156,13 @@ class Bench:
         *,
         verify: Callable[[str], None] | None = None,
         floor: str | None = None,
-        target: tuple[str, float, float] | None = None,
+        targets: Sequence[Target] = (),
         n_bytes: int | None = None,
         n_sets: int = 2,
     ) -> None:
         """One row: ``ours`` by backend in order of preference (the first is compared), ``others`` with the floor among them.
 
-        ``target`` is (name among others, must, goal) for the ratio of times, or ("copy", must, goal) for the part of the copy rate that
-        ``n_bytes`` a call make.
+        ``n_bytes``: what a call must read and write.
         """
         self.say(f"{op} {shape}")
         failures: dict[str, str] = {}
@@ -187,7 +205,11 @@ class Bench:
         }
         memory: dict[str, float | None] = {}
         for who, call in calls.items():
-            memory[who] = self.extra_megabytes(call)
+            try:
+                memory[who] = self.extra_megabytes(call)
+            except Exception as error:  # torn down below if it was the device
+                failures[who] = f"memory: {type(error).__name__}: {str(error)[:300]}"
+                memory[who] = None
         mine = next((f"fastsae ({backend})" for backend in ours if f"fastsae ({backend})" in spreads), None)
         if mine is None:
             self.note(op, shape, f"not measured: {failures}")
@@ -202,16 +224,20 @@ class Bench:
         if n_bytes is not None and self.copy_rate:
             entry["bytes"] = n_bytes
             entry["of_copy_rate"] = n_bytes / (median * 1e-3) / self.copy_rate
-        if target is not None and self.device.type == "cuda" and not self.quick:  # the targets are a GPU's, at these shapes
-            entry["target"] = self.verdict(target, entry)
+        if self.device.type == "cuda" and not self.quick:  # the targets are a GPU's, at these shapes
+            entry["targets"] = [self.verdict(target, entry) for target in targets]
         self.entries.append(entry)
         self.save()
         ratios = ", ".join(f"{who} {median / t['median']:.2f}" for who, t in spreads.items())
-        self.say(f"  {mine}: {median:.3f} ms; of others' time: {ratios or 'none'} {entry.get('target', {}).get('text', '')}")
+        verdicts = " ".join(verdict["text"] for verdict in entry.get("targets", []))
+        self.say(f"  {mine}: {median:.3f} ms; of others' time: {ratios or 'none'} {verdicts}")
 
-    def verdict(self, target: tuple[str, float, float], entry: dict[str, Any]) -> dict[str, Any]:
+    def verdict(self, target: Target, entry: dict[str, Any]) -> dict[str, Any]:
         beside, must, goal = target
-        if beside == "copy":
+        if beside == "MiB":
+            got = entry["extra_mb"]["ours"]
+            reached = [got is not None and got <= limit for limit in (must, goal)]
+        elif beside == "copy":
             got = entry.get("of_copy_rate")
             reached = [got is not None and got >= limit for limit in (must, goal)]
         else:
@@ -228,8 +254,9 @@ class Bench:
 
     def save(self) -> None:
         report = {
-            "date": datetime.date.today().isoformat(), "quick": self.quick, **self.machine, "device": str(self.device),
-            "copy_bytes_per_second": self.copy_rate, "l2_bytes": self.l2, "seconds": time.monotonic() - self.start,
+            "date": datetime.date.today().isoformat(), "begun": self.begun, "quick": self.quick, **self.machine, "device": str(self.device),
+            "copy_bytes_per_second": self.copy_rate, "bf16_flops_per_second": self.product_rate, "l2_bytes": self.l2,
+            "seconds": time.monotonic() - self.start,
             "results": self.entries, "notes": self.notes,
         }  # fmt: skip
         partial = self.path.with_suffix(".partial")
@@ -264,13 +291,17 @@ def sparsify_decoder(b: Bench) -> Any:
 
 
 def copy(b: Bench) -> None:
-    """What a large copy moves a second, read and written bytes together: the other ceiling."""
+    """The two ceilings: what a large copy moves a second, read and written bytes together, and what cuBLAS's bf16 product computes."""
     n = (1 << 22) if b.quick else (1 << 30)
     source, target = b.normal(n // 4), torch.empty(n // 4, device=b.device)
     b.milliseconds(lambda _: target.copy_(source), 3, 0)
     best = min(b.milliseconds(lambda _: target.copy_(source), 5, 0) for _ in range(5))
     b.copy_rate = 2 * n / (best * 1e-3)
-    b.say(f"copy {b.copy_rate / 1e12:.2f} TB/s")
+    size = 256 if b.quick else 8192
+    left, right = b.normal(size, size).bfloat16(), b.normal(size, size).bfloat16()
+    b.milliseconds(lambda _: left @ right, 3, 0)
+    b.product_rate = 2 * size**3 / (min(b.milliseconds(lambda _: left @ right, 5, 0) for _ in range(5)) * 1e-3)
+    b.say(f"copy {b.copy_rate / 1e12:.2f} TB/s, bf16 product {b.product_rate / 1e12:.0f} TFLOP/s")
     b.save()
 
 
@@ -302,11 +333,12 @@ def _encode(b: Bench, dtype: torch.dtype, sizes: tuple[tuple[int, ...], tuple[in
     shape = "x".join(map(str, (rows, width, features, k)))
     if compiled:
         fast = torch.compile(lambda x: functional.linear(x, W, bias).relu().topk(k))
-        return b.row(label + " compiled", shape, ours, {"torch.compile linear+relu+topk": lambda i: fast(xs[i % len(xs)])}, n_sets=len(xs))
-    others: dict[str, Call] = {}
+        others: dict[str, Call] = {"torch.compile linear+relu+topk": lambda i: fast(xs[i % len(xs)])}
+        return b.row(label + " compiled", shape, ours, others, verify=verify, n_sets=len(xs))
+    others = {}
     low_xs, low_W = ([x.bfloat16() for x in xs], W.bfloat16()) if dtype is torch.float32 else (xs, W)
     product = torch.empty(rows, features, device=b.device, dtype=torch.bfloat16)
-    floor = "bf16 GEMM alone"
+    floor, memory = "bf16 GEMM alone", ("MiB", 256.0, 64.0)
     others[floor] = lambda i: torch.mm(low_xs[i % len(xs)], low_W.T, out=product)
     if dtype is torch.float32:
 
@@ -320,9 +352,10 @@ def _encode(b: Bench, dtype: torch.dtype, sizes: tuple[tuple[int, ...], tuple[in
 
         others["TF32 linear+relu+topk (inexact)"] = tf32
         others["float32 GEMM alone"] = alone
-        return b.row(label, shape, ours, others, verify=verify, floor=floor, target=(floor, 2.0, 1.5), n_sets=len(xs))
+        targets: list[Target] = [(floor, 2.0, 1.5), ("TF32 linear+relu+topk (inexact)", 1.0, 1.0), ("float32 GEMM alone", 1 / 5, 1 / 5)]
+        return b.row(label, shape, ours, others, verify=verify, floor=floor, targets=[*targets, memory], n_sets=len(xs))
     others["torch linear+relu+topk"] = plain
-    return b.row(label, shape, ours, others, verify=verify, floor=floor, target=(floor, 1.35, 1.10), n_sets=len(xs))
+    return b.row(label, shape, ours, others, verify=verify, floor=floor, targets=[(floor, 1.35, 1.10), memory], n_sets=len(xs))
 
 
 def encode_bf16(b: Bench) -> None:
@@ -339,7 +372,7 @@ def encode_smaller(b: Bench) -> None:
 
 
 def encode_compiled(b: Bench) -> None:
-    _encode(b, torch.bfloat16, ENCODE_GROWTH, compiled=True)
+    _encode(b, torch.bfloat16, ENCODE, compiled=True)
 
 
 def _latents(b: Bench, rows: int, features: int, k: int, n: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -374,7 +407,7 @@ def decode(b: Bench) -> None:
             others["sparsify's decoder"] = lambda i, W=W, sets=sets: decoder(sets[i % 2][1], sets[i % 2][0], W.mT)
         b.row(
             f"decode {tag}", shape, _by_backend(b, "decode", forward), others, verify=check_forward,
-            n_bytes=n * (width * e + e + 8) + rows * width * e, target=("copy", 0.7, 0.9),
+            n_bytes=n * (width * e + e + 8) + rows * width * e, targets=[("copy", 0.7, 0.9)],
         )  # fmt: skip
 
         def dvalues(i: int, W: Tensor = W, sets: Any = sets, grads: Any = grads) -> tuple:
@@ -387,7 +420,7 @@ def decode(b: Bench) -> None:
 
         b.row(
             f"decode_dvalues {tag}", shape, _by_backend(b, "decode_dvalues", dvalues), {}, verify=check_dvalues,
-            n_bytes=n * (width * e + 8 + e) + rows * width * e, target=("copy", 0.7, 0.9),
+            n_bytes=n * (width * e + 8 + e) + rows * width * e, targets=[("copy", 0.7, 0.9)],
         )  # fmt: skip
         out = torch.empty_like(W)
 
@@ -418,7 +451,7 @@ def decode(b: Bench) -> None:
             f"decode_dweight {tag}", shape, _by_backend(b, "decode_dweight", dweight),
             {"torch embedding_bag forward + backward": bag_backward, "clearing the gradient": lambda i, out=out: out.zero_()},
             verify=check_dweight, floor="clearing the gradient", n_bytes=n * (width * e + e + 8) + features * width * e,
-            target=("copy", 0.7, 0.9),
+            targets=[("copy", 0.7, 0.9)],
         )  # fmt: skip
         del W, out, leaf, sets, grads, others
         _clear(b)
@@ -471,10 +504,22 @@ def step(b: Bench) -> None:
         )
         _clear(b)
 
-    beside = next((who for who in others if "sparsify" in who), "dense torch (scatter, linear, Adam)")
-    target = (beside, 1 / 1.5, 1 / 2) if "sparsify" in beside else (beside, 1 / 3, 1 / 4)
+    # Bytes of an exact Adam: weights and moments read and written once.
+    half, low, product = start.W.bfloat16(), xs[0].bfloat16(), torch.empty(rows, features, device=b.device, dtype=torch.bfloat16)
+    states = [torch.zeros_like(start.W) for _ in range(6)]
+
+    def floor(_: int) -> None:
+        torch.mm(low, half.T, out=product)
+        for state in states:
+            state.add_(1)
+
+    calls["one bf16 GEMM, one pass over weights and moments"] = floor
+    targets = [("sparsify, torch Adam", 1 / 1.5, 1 / 2), ("dense torch (scatter, linear, Adam)", 1 / 3, 1 / 4)]
     shape = "x".join(map(str, (rows, width, features, k)))
-    b.row("training step", shape, {"+".join(choice[:1]): lambda i: mine.step(xs[i % 2])}, calls, verify=verify, target=target)
+    b.row(
+        "training step", shape, {choice[0]: lambda i: mine.step(xs[i % 2])}, calls, verify=verify,
+        floor="one bf16 GEMM, one pass over weights and moments", targets=targets,
+    )  # fmt: skip
 
 
 def dense(start: Any) -> Any:
@@ -518,12 +563,13 @@ def match(b: Bench) -> None:
         return [(rows_of @ low_b.T).topk(k) for rows_of in low_a.split(part)]
 
     def verify(backend: str) -> None:
-        OPS["match_cosine"].check((a[:4], *args(0)[1:]), OPS["match_cosine"](a[:4], *args(0)[1:], backend=backend))
+        similarity, index = OPS["match_cosine"](*args(0), backend=backend)
+        OPS["match_cosine"].check((a[:4], *args(0)[1:]), (similarity[:4], index[:4]))
 
     b.row(
         "match_cosine", f"{rows}x{rows}x{width} k={k}", _by_backend(b, "match_cosine", args),
         {"bf16 GEMM alone": floor, "bf16 GEMM + topk (inexact)": inexact}, verify=verify, floor="bf16 GEMM alone",
-        target=("bf16 GEMM alone", 1.35, 1.1),
+        targets=[("bf16 GEMM alone", 1.35, 1.1)],
     )  # fmt: skip
 
 
@@ -542,7 +588,8 @@ def spline_hash(b: Bench) -> None:
                 OPS["spline_hash"](x, W, bias, None, layer, 0, 64, backend=backend)
 
         def verify(backend: str, x: Tensor = x, Ws: Any = Ws, bias: Tensor = bias) -> None:
-            OPS["spline_hash"].check((x[:64], Ws[0], bias, None, 0, 0, 64), OPS["spline_hash"](x, Ws[0], bias, None, 0, 0, 64)[:64])
+            hashes = OPS["spline_hash"](x, Ws[0], bias, None, 0, 0, 64, backend=backend)
+            OPS["spline_hash"].check((x[:64], Ws[0], bias, None, 0, 0, 64), hashes[:64])
 
         def floor(_: int, low: Any = low, low_x: Tensor = low_x, product: Tensor = product) -> None:
             for W in low:
@@ -556,7 +603,7 @@ def spline_hash(b: Bench) -> None:
             f"spline_hash {str(dtype)[6:]}", f"{rows}x{width}x{size} {layers} layers",
             {name: lambda i, name=name: run(i, name) for name in names},
             {"bf16 GEMM alone": floor, "torch linear + hash_signs": packed}, verify=verify, floor="bf16 GEMM alone",
-            target=("bf16 GEMM alone", must, goal),
+            targets=[("bf16 GEMM alone", must, goal)],
         )  # fmt: skip
 
 
@@ -663,9 +710,14 @@ def growth(b: Bench) -> None:
         x, W = b.normal(rows, width).bfloat16(), b.unit_rows(features, width, torch.bfloat16)
         args = (x, W, None, None, None, None, None, 32, True)
         names = b.backends("encode_topk", args)[:1]
+
+        def verify(backend: str, args: tuple = args) -> None:
+            few = tuple(t[:4] for t in OPS["encode_topk"](*args, backend=backend))
+            OPS["encode_topk"].check((args[0][:4], *args[1:]), few)
+
         b.row(
             "encode_topk growth bfloat16", f"{rows}x{width}x{features}",
-            {name: lambda i, name=name, args=args: OPS["encode_topk"](*args, backend=name) for name in names}, {},
+            {name: lambda i, name=name, args=args: OPS["encode_topk"](*args, backend=name) for name in names}, {}, verify=verify,
         )  # fmt: skip
         del x, W, args
         _clear(b)
@@ -677,29 +729,162 @@ def b_shapes(b: Bench) -> list[tuple[int, int, int]]:
     return [(1024, 512, 2**n) for n in (12, 14, 16, 18, 20)] + [(n, 512, 65536) for n in (1, 64, 8192, 65536)]
 
 
+def graphs(b: Bench) -> None:
+    """Encode and decode of few rows replayed from a CUDA graph: without the host's part, which the overhead row times."""
+    if b.device.type != "cuda":
+        raise Missing(f"device {b.device.type} has no graphs (supported: cuda)")
+    width, features, k = (64, 2048, 8) if b.quick else (2048, 32768, 64)
+    W, W_dec = b.unit_rows(features, width, torch.bfloat16), b.unit_rows(features, width, torch.bfloat16)
+    for rows in (1, 16, 256):
+        x = b.normal(rows, width).bfloat16()
+        ways = {
+            "fastsae": lambda x=x: fastsae.decode(fastsae.encode_topk(x, W, k=k), W_dec),
+            "torch": lambda x=x: _dense_code(x, W, k) @ W_dec,
+        }
+        calls: dict[str, Call] = {}
+        for who, way in ways.items():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles
+                for _ in range(3):
+                    way()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                way()
+            calls[who] = lambda i, graph=graph: graph.replay()
+        backend = b.backends("encode_topk", (x, W, None, None, None, None, None, k, True))[0]
+        b.row("encode+decode in a graph", f"{rows}x{width}x{features}x{k}", {backend: calls.pop("fastsae")}, calls)
+
+
+def _dense_code(x: Tensor, W: Tensor, k: int) -> Tensor:
+    values, indices = functional.linear(x, W).relu().topk(k)
+    return torch.zeros(x.shape[0], W.shape[0], device=x.device, dtype=x.dtype).scatter(1, indices, values)
+
+
 # In order of importance: what the time does not allow is at the end. Seconds: what a row needs before it is begun.
 ROWS: list[tuple[Callable[[Bench], None], float]] = [
     (copy, 5), (encode_bf16, 30), (encode_fp32, 30), (decode, 45), (step, 40), (spline_hash, 20), (select, 15), (hamming, 15), (signs, 10),
-    (match, 40), (overhead, 5), (encode_smaller, 20), (growth, 25), (encode_compiled, 45),
+    (match, 40), (overhead, 5), (encode_smaller, 20), (growth, 25), (encode_compiled, 45), (graphs, 15),
 ]  # fmt: skip
 
 
-def run(device: torch.device, out: Path, machine: dict[str, Any], *, minutes: float, quick: bool, only: list[str] | None = None) -> int:
-    """Measures the table; 0, or 1 where a row of ours was refused or failed."""
+@dataclass
+class State:
+    """What a process of the table tells the one that watches it, in a file."""
+
+    path: Path
+    done: list[str] = field(default_factory=list)
+    running: str | None = None
+    since: float = 0.0
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
+
+    def write(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"done": self.done, "running": self.running, "since": self.since}))
+        partial.replace(self.path)
+
+    def begin(self, row: str) -> None:
+        self.running, self.since = row, time.time()
+        self.write()
+
+    def end(self) -> None:
+        self.done.append(self.running or "")
+        self.running = None
+        self.write()
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """What the device says of itself beside its name; driver, clocks and power limit where nvidia-smi answers."""
+    if device.type != "cuda":
+        return {}
+    p = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        said = f"no nvidia-smi: {error}"
+    return {
+        "cuda": torch.version.cuda, "multiprocessors": p.multi_processor_count, "memory_bytes": p.total_memory,
+        "capability": [p.major, p.minor], "driver_clocks_power": said,
+    }  # fmt: skip
+
+
+def supervise(command: list[str], *, grace: float = 60.0) -> int:
+    """Runs ``command`` (a ``main`` of this module) until every row was begun once, in as many processes as that takes.
+
+    A row that ends its process, or takes more than ``grace`` seconds and four times what it should, is noted, and the rest goes on in a
+    new process. Returns the exit code of the last one, at least 1 where a row did not end well.
+    """
+    needs = {row.__name__: seconds for row, seconds in ROWS}
+    code, lost = 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state"
+        command = [*command, "--begun", repr(time.time()), "--state", str(path)]
+        children: list[subprocess.Popen[bytes]] = []
+
+        def stop(*_: Any) -> None:
+            for child in children:
+                child.terminate()
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            for _ in range(len(ROWS) + 1):
+                child = subprocess.Popen(command)
+                children[:] = [child]
+                why = ""
+                while child.poll() is None:
+                    state = State.read(path)
+                    if state.running and time.time() - state.since > grace + 4 * needs.get(state.running, 30):
+                        why = f"killed after {time.time() - state.since:.0f} s"
+                        child.kill()
+                    time.sleep(0.2)
+                code, state = child.returncode, State.read(path)
+                if state.running is None:
+                    break
+                lost += 1
+                why = why or ("the device answered no more" if code == BROKEN else f"its process ended with {code}")
+                print(f"bench.gpu: {state.running}: {why}; the others go on", file=sys.stderr, flush=True)
+                command += ["--lost", f"{state.running}: {why}"]
+                state.end()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return max(code, min(lost, 1)) if code >= 0 else 1
+
+
+def run(
+    device: torch.device, out: Path, machine: dict[str, Any], *, minutes: float, quick: bool, only: list[str] | None = None,
+    begun: float | None = None, state: State | None = None, lost: Sequence[str] = (),
+) -> int:  # fmt: skip
+    """Measures the table; 0, or 1 where a row of ours was refused or failed, or BROKEN where the device answers no more.
+
+    Args:
+        begun, state, lost: when the run began, the rows that earlier processes of it have done, and how some of them ended (``supervise``).
+    """
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(device, out, minutes, quick, machine)
+    bench = Bench(device, out, minutes, quick, machine, begun)
+    for text in lost:
+        row, _, why = text.partition(": ")
+        if not any(note["op"] == row and note["note"].startswith("failed") for note in bench.notes):
+            bench.note(row, "", f"failed: {why}")
 
     def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` and the process above may send it twice
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)  # `timeout` sends it: the plot is still drawn
     try:
         for row, seconds in ROWS:
-            if only and row.__name__ not in only:
+            if (only and row.__name__ not in only) or (state is not None and row.__name__ in state.done):
                 continue
             if not quick and bench.left() < seconds:
                 bench.note(row.__name__, "", f"not begun: {bench.left():.0f} s of {minutes * 60:.0f} left, it needs about {seconds:.0f}")
                 continue
+            if state is not None:
+                state.begin(row.__name__)
             try:
                 row(bench)
             except Missing as reason:
@@ -708,19 +893,29 @@ def run(device: torch.device, out: Path, machine: dict[str, Any], *, minutes: fl
                 traceback.print_exc()
                 bench.note(row.__name__, "", f"failed: {type(error).__name__}: {str(error)[:300]}")
             bench.save()
-            _clear(bench)
+            try:
+                _clear(bench)
+            except Exception as error:  # nothing runs on this device any more
+                bench.note(row.__name__, "", f"failed: {type(error).__name__}: {str(error)[:300]}")
+                bench.save()
+                return BROKEN
+            if state is not None:
+                state.end()
     except KeyboardInterrupt:
         bench.note("all", "", "stopped by a signal")
+        if state is not None:
+            state.end()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, before)
     bench.save()
     from bench.report import plot, print_table
 
     measured = [entry for entry in bench.entries if "ours" in entry]
     print_table(measured)
     for entry in measured:
-        if "target" in entry:
-            print(f"{entry['op']:<24} {entry['shape']:<28} {entry['target']['text']}")
+        for verdict in entry.get("targets", []):
+            print(f"{entry['op']:<24} {entry['shape']:<28} {verdict['text']}")
     for note in bench.notes:
         print(f"{note['op']} {note['shape']}: {note['note']}")
     try:
@@ -732,7 +927,14 @@ def run(device: torch.device, out: Path, machine: dict[str, Any], *, minutes: fl
     return 1 if failed or any(note["note"].startswith("failed") for note in bench.notes) else 0
 
 
-def main() -> int:
+def table(out: Path, *, minutes: float, quick: bool, only: Sequence[str] = ()) -> int:
+    """The whole table on the current CUDA device, each row survived by the others."""
+    command = [sys.executable, "-m", "bench.gpu", *only, "--device", "cuda", "--out", str(out), "--minutes", str(minutes)]
+    os.chdir(Path(__file__).resolve().parent.parent)
+    return supervise([*command, "--quick"] if quick else command)
+
+
+def main(arguments: list[str] | None = None) -> int:
     from fastsae._machine import machine
 
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
@@ -741,12 +943,24 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(row.__name__ for row, _ in ROWS)}; default all")
-    options = parser.parse_args()
+    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--lost", action="append", default=[], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.rows if name not in [row.__name__ for row, _ in ROWS]]:
+        print(f"bench.gpu: unknown {', '.join(unknown)}; known: {', '.join(row.__name__ for row, _ in ROWS)}", file=sys.stderr)
+        return 2
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("bench.gpu: no CUDA device (torch.cuda.is_available() is False); --device cpu --quick runs the same code", file=sys.stderr)
         return 2
+    if options.device.startswith("cuda") and options.state is None:
+        return table(options.out.resolve(), minutes=options.minutes, quick=options.quick, only=options.rows)
     device = torch.device(options.device if options.device != "cuda" else f"cuda:{torch.cuda.current_device()}")
-    return run(device, options.out, machine(), minutes=options.minutes, quick=options.quick, only=options.rows)
+    state = None if options.state is None else State.read(options.state)
+    return run(
+        device, options.out, {**machine(), **device_facts(device)}, minutes=options.minutes, quick=options.quick, only=options.rows,
+        begun=options.begun, state=state, lost=options.lost,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

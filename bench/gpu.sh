@@ -1,65 +1,103 @@
 #!/usr/bin/env bash
-# One command for a CUDA machine that has torch, triton, nvcc, pybind11 and pytest: builds, verifies, benches, runs the sanitizers, in 9
-# minutes. Results in $1 as they come: a kill keeps what was measured. Nothing is downloaded. FASTSAE_GPU_PARTS chooses the parts; a second
-# run with FASTSAE_GPU_PARTS="build contract" runs the whole contract suite.
+# One command for a CUDA machine that has torch, triton, nvcc, pybind11, setuptools and pytest: builds, verifies, benches, runs the
+# sanitizers, in 9 minutes. Nothing is downloaded. In the folder $1: gpu.log with everything said, and the JSON and plot of the table, written
+# as they come: a kill keeps what was measured. FASTSAE_GPU_PARTS chooses the parts; further runs:
+#   FASTSAE_GPU_PARTS="build contract"   the whole contract suite
+#   FASTSAE_GPU_PARTS="build tune"       times the tile shapes of kernels/_tile.py
+#   FASTSAE_GPU_PARTS="build sanitize"   all sanitizers to their end
+# FASTSAE_GPU_SECONDS is the time of all parts (540), PYTHON the interpreter, FASTSAE_COMMIT what is stored with the figures where there is
+# no git. With sparsify on PYTHONPATH its rows are timed too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
 parts=${FASTSAE_GPU_PARTS:-build verify bench sanitize}
 python=${PYTHON:-python3}
+limit=${FASTSAE_GPU_SECONDS:-540}
 begin=$SECONDS
-limit=540
 failed=0
-export PYTHONUNBUFFERED=1 HYPOTHESIS_PROFILE=ci FASTSAE_CUDA_ARCHS=${FASTSAE_CUDA_ARCHS:-native}
-
-left() { echo $((limit - (SECONDS - begin))); }
-# step <most seconds> <log> <command...>: with what time is left at the most; its output is shown and kept in the log.
-step() {
-  local most=$1 log=$2
-  shift 2
-  [ "$most" -gt "$(left)" ] && most=$(left)
-  if [ "$most" -lt 5 ]; then
-    echo "== [$((SECONDS - begin)) s] NOT RUN, no time left: $*"
-    failed=1
-    return
-  fi
-  echo "== [$((SECONDS - begin)) s] $*"
-  timeout -k 15 "$most" "$@" 2>&1 | tee "$out/$log"
-  local code=${PIPESTATUS[0]}
-  [ $code -eq 0 ] || { echo "== exit code $code ($log; 124: over its $most s)"; failed=1; }
-}
-
-if ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
-  echo "bench/gpu.sh: no CUDA device (torch.cuda.is_available() is False)" >&2
-  exit 2
-fi
-pytest=("$python" -m pytest -q -p no:cacheprovider --maxfail=30)
-"$python" -c "import xdist" 2> /dev/null && pytest+=(-n 8) # Triton compiles on the CPU
 for part in $parts; do
   case $part in
-    build)
-      step 150 build.log "$python" -m pip install -q --no-deps --no-build-isolation --break-system-packages -e .
-      step 60 info.log "$python" -m fastsae info
-      ;;
-    verify)
-      step 75 tests.log "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_tiles.py -k gpu
-      step 100 verify.log "${pytest[@]}" tests/test_contract.py -k "cuda: and (meets or batch)"
-      ;;
-    contract) # the whole contract suite on the GPU; not among the default parts, whose time it would take
-      step 520 contract.log "${pytest[@]}" tests/test_contract.py -k "cuda:"
-      ;;
-    bench)
-      minutes=$("$python" -c "print(max(1.0, min(4.5, ($(left) - 90) / 60)))")
-      step 290 bench.log "$python" -m fastsae bench --device cuda --minutes "$minutes" --out "$out"
-      ;;
-    sanitize)
-      step 80 sanitize.log bash bench/gpu_sanitize.sh "$out"
-      ;;
+    build | verify | contract | bench | tune | sanitize) ;;
     *)
-      echo "bench/gpu.sh: unknown part $part (known: build verify bench sanitize contract)" >&2
+      echo "bench/gpu.sh: unknown part $part (known: build verify contract bench tune sanitize)" >&2
       exit 2
       ;;
   esac
 done
-echo "== [$((SECONDS - begin)) s] results in $out, $([ $failed -eq 0 ] && echo "all parts passed" || echo "a part FAILED or was not run")"
+
+# The module is built for this GPU alone.
+arch=$("$python" -c "import torch; torch.cuda.is_available() or exit(1); print('%d%d' % torch.cuda.get_device_capability())" 2> /dev/null)
+if [ -z "$arch" ]; then
+  echo "bench/gpu.sh: no CUDA device ($python: torch is missing, or torch.cuda.is_available() is False)" >&2
+  exit 2
+fi
+export PYTHONUNBUFFERED=1 HYPOTHESIS_PROFILE=ci FASTSAE_CUDA_ARCHS=${FASTSAE_CUDA_ARCHS:-$arch}
+export PATH="$PATH:/usr/local/cuda/bin"
+out=${1:-build/gpu}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+log=$out/gpu.log
+: > "$log"
+
+left() { echo $((limit - (SECONDS - begin))); }
+say() { echo "== [$((SECONDS - begin)) s] $*" | tee -a "$log"; }
+# step <most seconds> <command...>: with what time is left at the most.
+step() {
+  local most=$1
+  shift
+  [ "$most" -gt "$(left)" ] && most=$(left)
+  if [ "$most" -lt 5 ]; then
+    say "NOT RUN, no time left: $*"
+    failed=1
+    return 1
+  fi
+  say "$*"
+  timeout -k 15 "$most" "$@" 2>&1 | tee -a "$log"
+  local code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] && return 0
+  say "exit code $code (124: over its $most s) of $*"
+  failed=1
+  return 1
+}
+
+# Where pip or a network-less editable install does not work: built in place, and imported from here.
+in_place() {
+  say "pip could not install the checkout: building in place"
+  failed=0
+  [ -e fastsae/kernels ] || ln -s ../kernels fastsae/kernels
+  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+  step 150 "$python" setup.py -q build_ext --inplace
+}
+
+pytest=("$python" -m pytest -q -p no:cacheprovider --maxfail=40)
+# Triton compiles on the CPU, in every process.
+cores=$(env -u OMP_NUM_THREADS nproc)
+"$python" -c "import xdist" 2> /dev/null && pytest+=(-n "$((cores < 16 ? cores : 16))")
+for part in $parts; do
+  case $part in
+    build)
+      step 150 "$python" -m pip install -q --no-index --no-deps --no-build-isolation --break-system-packages -e . || in_place
+      step 60 "$python" -m fastsae info
+      ;;
+    verify)
+      step 90 "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_tiles.py -k gpu
+      step 100 "${pytest[@]}" tests/test_contract.py -k "cuda: and meets and (float32 or bfloat16)"
+      ;;
+    contract) # not among the default parts, whose time it would take
+      step 520 "${pytest[@]}" tests/test_contract.py -k "cuda:"
+      ;;
+    bench) # what follows keeps its time
+      reserve=20
+      [[ " $parts " == *" sanitize "* ]] && reserve=100
+      minutes=$("$python" -c "print(max(1.0, ($(left) - $reserve) / 60))")
+      step "$(left)" "$python" -m fastsae bench --device cuda --minutes "$minutes" --out "$out"
+      ;;
+    tune)
+      minutes=$("$python" -c "print(max(1.0, ($(left) - 30) / 60))")
+      step "$(left)" "$python" -m bench.tune_gpu --minutes "$minutes" --out "$out"
+      ;;
+    sanitize)
+      step "$(left)" bash bench/gpu_sanitize.sh "$out"
+      ;;
+  esac
+done
+say "results in $out, $([ $failed -eq 0 ] && echo "all parts passed" || echo "a part FAILED or was not run")"
 exit $failed

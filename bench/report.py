@@ -24,8 +24,8 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
         if not options.ops:
             from bench import gpu
 
-            device = torch.device("cuda", torch.cuda.current_device())
-            return gpu.run(device, options.out or root / "bench" / "results", machine, minutes=options.minutes, quick=options.quick)
+            out = options.out or root / "bench" / "results"
+            return gpu.table(out.resolve(), minutes=options.minutes, quick=options.quick)
     known = sorted(path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py"))
     unknown = [op for op in options.ops if op not in known]
     if unknown:

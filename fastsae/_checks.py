@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae import _flags
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
 
@@ -118,13 +120,24 @@ def autocast(*values: Tensor | None) -> tuple[Any, ...]:
 
 
 def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | None:
-    """A mask or index as ascending unique int64 indices; IndexError where one is out of range."""
+    """A mask or index as ascending unique int64 indices. One out of range: IndexError on the CPU; on a GPU it is left out and raises at
+    ``fastsae.check()``, so that the host waits for nothing but the number of indices."""
     if features is None:
         return None
     if features.dtype is torch.bool:
         return features.nonzero().flatten()
+    if features.device.type == "cuda":
+        return _marked(features, size).nonzero().flatten()
     index = torch.unique(features.long())
     if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= size):
         bad = int(index[0]) if int(index[0]) < 0 else int(index[-1])
         raise IndexError(f"{what} holds {bad}, expected 0 <= index < {size}")
     return index
+
+
+def _marked(features: Tensor, size: int) -> Tensor:
+    """The mask ``[size]`` of an index; sets the device's flag where one is out of range."""
+    bad = (features < 0) | (features >= size)
+    _flags.flag(features.device).logical_or_(bad.any())
+    mask = torch.zeros(size + 1, dtype=torch.bool, device=features.device)
+    return mask.index_fill_(0, features.long().masked_fill(bad, size), True)[:size]

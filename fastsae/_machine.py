@@ -34,7 +34,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """CPU, threads, GPUs, versions, and the commit of the checkout (None outside one)."""
+    """CPU, threads, GPUs, versions, and the commit of the checkout (None outside one; FASTSAE_COMMIT where its git is not at hand)."""
     try:
         here = Path(__file__).resolve().parent
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
@@ -47,5 +47,5 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
         "versions": versions(),
-        "commit": commit,
+        "commit": commit or os.environ.get("FASTSAE_COMMIT"),
     }

@@ -92,8 +92,10 @@ class _Groups:
     def of(cls, slots: Slots, prefixes: list[int], rows: int) -> _Groups:
         if len(prefixes) == 1:
             return cls(slots.values, slots.indices, slots.crow, None)
-        bounds = torch.tensor(prefixes[:-1], device=slots.values.device)
-        group = torch.bucketize(slots.indices.reshape(-1), bounds, right=True)
+        flat = slots.indices.reshape(-1)
+        group = torch.zeros_like(flat, dtype=torch.int64)
+        for bound in prefixes[:-1]:  # a tensor of bounds would make a GPU's host wait
+            group += flat >= bound
         row = group * rows + row_of_slot(slots.crow, slots.indices)
         row, order = torch.sort(row, stable=True)
         crow = torch.searchsorted(row, torch.arange(len(prefixes) * rows + 1, device=row.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,32 @@ def _csr_to_rows(crow: Tensor, nnz: int) -> Tensor:
     """Row of each stored entry."""
     rows = torch.arange(crow.shape[0] - 1, device=crow.device)
     return torch.repeat_interleave(rows, crow.diff(), output_size=nnz)
+
+
+EMPTY_A_ROW = 256
+"""Empty slots of a padded result that share one row of their own, where an operation needs a row for every slot."""
+
+
+def pointers(crow: Tensor, n_slots: int) -> Tensor:
+    """``crow`` with rows after the last one for the slots that belong to none: ``ceil(n_slots / EMPTY_A_ROW)`` rows more."""
+    ends = torch.arange(1, -(-n_slots // EMPTY_A_ROW) + 1, device=crow.device) * EMPTY_A_ROW
+    return torch.cat([crow, (crow[-1] + ends).clamp_(max=n_slots)])
+
+
+def to_capacity(op: str, capacity: int | None, values: Tensor, col: Tensor, crow: Tensor, *flags: Tensor) -> tuple[Tensor, ...]:
+    """Entries of an encoder filled up with empty slots to ``capacity`` (None: as they are). More than fit: ValueError on the CPU; elsewhere
+    the last are cut off, and ``fastsae.check()`` raises."""
+    if capacity is None:
+        return values, col, crow, *flags
+    n = values.shape[0]
+    if n > capacity:
+        if values.device.type == "cpu":
+            raise ValueError(f"{op}: capacity must be at least the number of latents ({n}), got {capacity}")
+        from fastsae import _flags
+
+        _flags.overflow(values.device).fill_(1)
+    fit = [torch.nn.functional.pad(slots, (0, capacity - n)) for slots in (values, col, *flags)]  # a negative width cuts
+    return fit[0], fit[1], crow.clamp(max=capacity), *fit[2:]
 
 
 class _Latents:
@@ -112,6 +138,8 @@ class RaggedLatents(_Latents):
         col: ``[nnz]`` int64 or int32 features, ascending in a row.
         n_features: size of the dictionary.
         batch_shape: the batch dimensions of the input; their product is the number of rows.
+        padded: whether slots may follow those of the last row (an encoder's ``capacity``): from ``crow[-1]`` on they are empty, of value 0
+            and column 0, and belong to no row. How many there are, the host need not know; ``trim()`` asks and drops them.
     """
 
     values: Tensor
@@ -119,6 +147,19 @@ class RaggedLatents(_Latents):
     col: Tensor
     n_features: int
     batch_shape: tuple[int, ...] | torch.Size
+    padded: bool = False
+
+    def trim(self) -> RaggedLatents:
+        """Without empty slots: values and columns are views of the others. The host waits for their number; as it is where none are."""
+        return replace(self.rows(slice(None)), batch_shape=self.batch_shape) if self.padded else self
+
+    def to_csr(self) -> Tensor:
+        """``torch.sparse_csr`` of shape ``[rows, n_features]`` (batch dimensions flattened): columns sorted, duplicates added."""
+        return super(RaggedLatents, self.trim()).to_csr()
+
+    def to_csc(self) -> Tensor:
+        """``torch.sparse_csc`` of shape ``[rows, n_features]``: feature-major, which rows fire a feature. Duplicates added."""
+        return super(RaggedLatents, self.trim()).to_csc()
 
     def rows(self, rows: slice) -> RaggedLatents:
         """The latents of a contiguous range of rows of the flattened batch (step 1); values and columns are views."""
@@ -131,7 +172,12 @@ class RaggedLatents(_Latents):
 
     def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
         values, features = _safe(self.values, self.col, self.n_features, "RaggedLatents.col")
-        return _csr_to_rows(self.crow, values.shape[0]), features, values, self.crow.shape[0] - 1
+        rows = self.crow.shape[0] - 1
+        if not self.padded:
+            return _csr_to_rows(self.crow, values.shape[0]), features, values, rows
+        slot = torch.arange(values.shape[0], device=values.device)
+        row = (torch.searchsorted(self.crow, slot, right=True) - 1).clamp_(0, max(rows - 1, 0))
+        return row, features, torch.where(slot < self.crow[-1], values, 0), rows
 
 
 Latents = TopKLatents | RaggedLatents
@@ -142,7 +188,7 @@ def _flatten_topk(latents: TopKLatents) -> tuple[list[Any], Any]:
 
 
 def _flatten_ragged(latents: RaggedLatents) -> tuple[list[Any], Any]:
-    return [latents.values, latents.crow, latents.col], (latents.n_features, tuple(latents.batch_shape))
+    return [latents.values, latents.crow, latents.col], (latents.n_features, tuple(latents.batch_shape), latents.padded)
 
 
 def _unflatten_topk(leaves: Iterable[Any], n_features: Any) -> TopKLatents:
@@ -152,8 +198,8 @@ def _unflatten_topk(leaves: Iterable[Any], n_features: Any) -> TopKLatents:
 
 def _unflatten_ragged(leaves: Iterable[Any], context: Any) -> RaggedLatents:
     values, crow, col = leaves
-    n_features, batch_shape = context
-    return RaggedLatents(values, crow, col, n_features, batch_shape)
+    n_features, batch_shape, padded = context
+    return RaggedLatents(values, crow, col, n_features, batch_shape, padded)
 
 
 pytree.register_pytree_node(
@@ -168,5 +214,5 @@ pytree.register_pytree_node(
     _unflatten_ragged,
     serialized_type_name="fastsae.RaggedLatents",
     to_dumpable_context=lambda context: context,
-    from_dumpable_context=lambda context: (context[0], tuple(context[1])),  # JSON knows no tuples
+    from_dumpable_context=lambda context: (context[0], tuple(context[1]), context[2]),  # JSON knows no tuples
 )

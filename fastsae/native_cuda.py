@@ -336,8 +336,7 @@ def by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     with _on(device):
         where = _where(device)
         size = _module.by_feature_bytes(*where, n, n_features)
-        if size < 0:
-            raise RuntimeError("fastsae: CUB cannot sort on this device")
+        _run(max(0, -size), "by_feature's sort")
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         status = _module.by_feature(
             *where, indices.data_ptr(), _INDEX[indices.dtype], n, n_features, workspace.data_ptr(), order.data_ptr(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae import native
+from fastsae.latents import to_capacity
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATS = ("screened_rows", "exact_rows", "scored", "survivors", "workspace")
@@ -64,6 +65,7 @@ def refuses_encode_threshold(
     features: Tensor | None,
     packed: Tensor | None,
     bandwidth: float | None,
+    capacity: int | None = None,
 ) -> str | None:
     """Why `encode_threshold` cannot serve these inputs, or None."""
     return _refuses(x, W, (("b", b), ("threshold", threshold), ("b_pre", b_pre), ("scale", scale)), features)
@@ -78,13 +80,21 @@ def refuses_encode_batch_topk(
     features: Tensor | None,
     packed: Tensor | None,
     k: float,
+    capacity: int | None = None,
 ) -> str | None:
     """Why `encode_batch_topk` cannot serve these inputs, or None."""
     return _refuses(x, W, (("b", b), ("b_pre", b_pre), ("scale", scale)), features)
 
 
 def refuses_encode_gated(
-    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None
+    x: Tensor,
+    W: Tensor,
+    b_gate: Tensor,
+    r_mag: Tensor,
+    b_mag: Tensor,
+    b_pre: Tensor | None,
+    packed: Tensor | None,
+    capacity: int | None = None,
 ) -> str | None:
     """Why `encode_gated` cannot serve these inputs, or None."""
     return _refuses(x, W, (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag), ("b_pre", b_pre)), None)
@@ -200,7 +210,7 @@ def encode_topk(
     return values if x.dtype is torch.float32 else values.to(x.dtype), indices
 
 
-def _ragged(entries: Any, x: Tensor, op: str, with_flags: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ragged(entries: Any, x: Tensor, op: str, capacity: int | None, with_flags: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if entries.status != -1:
         raise MemoryError(f"fastsae: no memory for the workspace of {op}")
     n = entries.count
@@ -208,7 +218,8 @@ def _ragged(entries: Any, x: Tensor, op: str, with_flags: bool = False) -> tuple
     crow = torch.empty(x.shape[0] + 1, dtype=torch.int64)
     flags = torch.empty(n if with_flags else 0, dtype=torch.uint8)
     entries.copy(values.data_ptr(), col.data_ptr(), crow.data_ptr(), _address(flags if with_flags else None), torch.get_num_threads())
-    return values if x.dtype is torch.float32 else values.to(x.dtype), col, crow, flags
+    values, col, crow, *some = to_capacity(op, capacity, values, col, crow, *([flags] if with_flags else []))
+    return values if x.dtype is torch.float32 else values.to(x.dtype), col, crow, some[0] if some else flags
 
 
 def encode_threshold(
@@ -221,6 +232,7 @@ def encode_threshold(
     features: Tensor | None,
     packed: Tensor | None,
     bandwidth: float | None,
+    capacity: int | None = None,
     *,
     path: str = "auto",
     stats: dict[str, int] | None = None,
@@ -235,7 +247,7 @@ def encode_threshold(
         *call.arguments, _address(scale), _address(b), _address(theta), half, _PATHS[path], torch.get_num_threads(), _address(numbers)
     )
     _report(stats, numbers)
-    return _ragged(entries, x, "encode_threshold", bandwidth is not None)
+    return _ragged(entries, x, "encode_threshold", capacity, bandwidth is not None)
 
 
 def encode_batch_topk(
@@ -247,6 +259,7 @@ def encode_batch_topk(
     features: Tensor | None,
     packed: Tensor | None,
     k: float,
+    capacity: int | None = None,
     *,
     path: str = "auto",
     stats: dict[str, int] | None = None,
@@ -262,7 +275,7 @@ def encode_batch_topk(
         *call.arguments, _address(scale), _address(b), total, _PATHS[path], torch.get_num_threads(), _address(numbers)
     )
     _report(stats, numbers)
-    values, col, crow, _ = _ragged(entries, x, "encode_batch_topk")
+    values, col, crow, _ = _ragged(entries, x, "encode_batch_topk", capacity)
     return values, col, crow, torch.tensor(entries.min_kept)
 
 
@@ -274,6 +287,7 @@ def encode_gated(
     b_mag: Tensor,
     b_pre: Tensor | None,
     packed: Tensor | None,
+    capacity: int | None = None,
     *,
     path: str = "auto",
     stats: dict[str, int] | None = None,
@@ -287,7 +301,7 @@ def encode_gated(
         *call.arguments, _address(gate), _address(stretch), _address(magnitude), _PATHS[path], torch.get_num_threads(), _address(numbers)
     )
     _report(stats, numbers)
-    return _ragged(entries, x, "encode_gated")[:3]
+    return _ragged(entries, x, "encode_gated", capacity)[:3]
 
 
 def pack(W: Tensor) -> Tensor | None:

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae import _flags
 from fastsae.kernels import _masks, _select, _tile
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
@@ -478,8 +479,9 @@ def encode_topk(
 # ---------------------------------------------------------------- launchers: ragged
 
 
-def ragged(p: Problem, rule: Rule, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values [nnz], col [nnz], crow [rows + 1], flags [nnz] or [0]) of what the rule keeps. The host waits once, for nnz."""
+def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values [nnz], col [nnz], crow [rows + 1], flags [nnz] or [0]) of what the rule keeps. The host waits once, for nnz; not where a
+    ``capacity`` is given, which nnz then is: slots after the entries are 0, entries that do not fit are left out and flagged."""
     rows, device, words = p.x.shape[0], p.x.device, _masks.n_words(p.n)
     crow = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     with _tile.on(device):
@@ -489,22 +491,39 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
             found = _masks.masks(p.rows(part), rule)
             torch.sum(_masks.counts(*found), 1, out=crow[part.start + 1 : part.stop + 1])
         crow = torch.cumsum(crow, 0)
-        nnz = int(crow[-1])
-        values, col = torch.empty(nnz, dtype=dtype, device=device), torch.empty(nnz, dtype=torch.int64, device=device)
-        flags = torch.empty(nnz if rule.half is not None else 0, dtype=torch.uint8, device=device)
+        if capacity is None:
+            nnz, make = int(crow[-1]), torch.empty
+        else:
+            nnz, make = capacity, torch.zeros
+            _note_overflow(op, crow[-1], capacity)
+        values, col = make(nnz, dtype=dtype, device=device), make(nnz, dtype=torch.int64, device=device)
+        flags = make(nnz if rule.half is not None else 0, dtype=torch.uint8, device=device)
         for part in parts if nnz else []:
             chunk = p.rows(part)
             if found is None or len(parts) > 1:
                 found = _masks.masks(chunk, rule)
             bits = _masks.counts(*found)
             offsets = torch.cumsum(bits.view(-1), 0, dtype=torch.int32).view_as(bits).sub_(bits)
+            if capacity is not None:  # words that do not fit as a whole are cleared
+                passed = crow[part.start] + offsets + bits > capacity
+                for words_of in found:
+                    if words_of is not None:
+                        words_of.masked_fill_(passed, 0)
             _masks.write(chunk, rule, *found, offsets, crow[part.start], values, col, flags)
-    return values, col, crow, flags
+    return values, col, crow if capacity is None else crow.clamp_(max=capacity), flags
+
+
+def _note_overflow(op: str, count: Tensor, capacity: int) -> None:
+    if count.device.type == "cpu":
+        if int(count) > capacity:
+            raise ValueError(f"{op}: capacity must be at least the number of latents ({int(count)}), got {capacity}")
+    else:
+        _flags.overflow(count.device).logical_or_(count > capacity)
 
 
 def encode_threshold(
     x: Tensor, W: Tensor, b: Tensor | None, threshold: Tensor, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None,
-    packed: Tensor | None, bandwidth: float | None,
+    packed: Tensor | None, bandwidth: float | None, capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(values, col, crow, flags: 1 active, 2 inside the band); the contract is fastsae.ops.encode's."""
     p = problem(x, W, b, b_pre, scale, features)
@@ -512,12 +531,12 @@ def encode_threshold(
     if theta.dim() and p.chosen is not None:
         theta = theta[p.chosen]
     rule = Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous(), None if bandwidth is None else bandwidth / 2)
-    return ragged(p, rule, x.dtype)
+    return ragged(p, rule, x.dtype, "encode_threshold", capacity)
 
 
 def encode_batch_topk(
     x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, packed: Tensor | None,
-    k: float,
+    k: float, capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(values, col, crow, min_kept); the contract is fastsae.ops.encode's.
 
@@ -534,16 +553,24 @@ def encode_batch_topk(
         bound = best.view(-1).sort(descending=True).values[total - 1]
         # Strictly above the number below the bound. Above a NaN stands NaN alone.
         theta = torch.where(bound > 0, torch.nextafter(bound, theta), theta).masked_fill(bound.isnan(), torch.inf)
-    values, col, crow, _ = ragged(p, Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous()), torch.float32)
+    rule = Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous())
+    values, col, crow, _ = ragged(p, rule, torch.float32, "encode_batch_topk", capacity)
+    if capacity is not None:  # empty slots after all others; what is kept is above 0
+        values = torch.where(torch.arange(capacity, device=device) < crow[-1], values, -1.0)
     order = values.sort(descending=True, stable=True).indices[:total]
-    min_kept = values[order[-1:]].amin() if order.shape[0] else values.new_full((), torch.inf)
+    kept = crow[-1:].clamp(max=order.shape[0])
+    min_kept = torch.where(kept > 0, values[order[kept - 1]], torch.inf)[0] if order.shape[0] else values.new_full((), torch.inf)
     order = order.sort().values
-    return values[order].to(x.dtype), col[order], torch.searchsorted(order, crow), min_kept
+    values, col, crow = values[order], col[order], torch.searchsorted(order, crow)
+    if capacity is not None:
+        values, col = (torch.nn.functional.pad(slots, (0, capacity - order.shape[0])) for slots in (values.clamp_min(0), col))
+    return values.to(x.dtype), col, crow, min_kept
 
 
 def encode_gated(
-    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(values, col, crow); the contract is fastsae.ops.encode's."""
     p = problem(x, W, b_gate, b_pre, r_mag.to(torch.float32).exp(), None)
-    return ragged(p, Rule(_masks.GATED, _tile.wide(b_mag)), x.dtype)[:3]
+    return ragged(p, Rule(_masks.GATED, _tile.wide(b_mag)), x.dtype, "encode_gated", capacity)[:3]

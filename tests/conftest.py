@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
 from typing import Any
 
 import hypothesis
@@ -35,3 +36,19 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that leaves the GPU unusable (an illegal access) ends its worker: the others then run in a new one, and do not fail too."""
+    report = yield
+    if report.failed and os.environ.get("PYTEST_XDIST_WORKER") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            capture = item.config.pluginmanager.getplugin("capturemanager")
+            assert capture is not None
+            with capture.global_and_fixture_disabled():  # pyright: ignore[reportAttributeAccessIssue]
+                print(f"\n{item.nodeid} left the GPU unusable\n{report.longreprtext}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return report

@@ -24,7 +24,7 @@ from test_guard_pages import Fence
 from torch import Tensor
 
 import fastsae
-from fastsae import _flags, native_cuda
+from fastsae import _checks, _flags, native_cuda
 from fastsae.dispatch import OPS
 from fastsae.native import build_info
 from fastsae.verify import affordable, call
@@ -275,6 +275,18 @@ def test_by_feature_is_the_transposed_latents(emulated: Any) -> None:
     assert torch.equal(segments.long(), torch.searchsorted(flat.sort().values, torch.arange(34)))
 
 
+def test_chosen_features_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: ascending, unique, a bad index sets the flag and is left out."""
+    flag = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(_flags, "flag", lambda device: flag)
+    assert _checks._marked(torch.tensor([3, 1, 3]), 5).nonzero().flatten().tolist() == [1, 3]
+    assert int(flag) == 0
+    for bad in (-1, 5, 2**40):
+        flag.zero_()
+        assert _checks._marked(torch.tensor([4, bad, 0]), 5).nonzero().flatten().tolist() == [0, 4]
+        assert int(flag) == 1
+
+
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     z = draw(2, 3)
     assert native_cuda.refuses_select_topk(z, 2, True) == "device cpu (supported: cuda)"
@@ -297,35 +309,36 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA C++ sources were NOT compiled")
-def test_compiles_for_every_chip_without_spills(tmp_path: Path) -> None:
-    """Every kernel of ours (CUB's sort is compiled by setup.py): no spills, no stack, shared memory that every chip gives, full blocks.
+@pytest.mark.parametrize("source", emulation.SOURCES, ids=lambda source: source.stem)
+def test_compiles_for_every_chip_without_spills(source: Path, tmp_path: Path) -> None:
+    """No spills, no stack, shared memory that every chip gives, and of our own kernels two full blocks a multiprocessor.
 
-    The oldest and newest chip and Hopper; FASTSAE_TEST_ARCHS=all (`make deep`) takes all six, which costs a minute.
+    CUB's sort for all six chips; ours for the oldest, the newest and Hopper: FASTSAE_TEST_ARCHS=all (`make deep`) takes all six, which
+    costs a minute.
     """
     archs = re.findall(r'"(\d+)"', re.search(r"CUDA_ARCHS = \(([^)]*)\)", (ROOT / "setup.py").read_text())[1])  # pyright: ignore
     assert archs == ["80", "86", "89", "90", "100", "120"]
-    if os.environ.get("FASTSAE_TEST_ARCHS") != "all":
+    if os.environ.get("FASTSAE_TEST_ARCHS") != "all" and source.stem != "sort":
         archs = ["80", "90", "120"]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c", "--threads", "2"]
-    kernels = 0
-    for source in emulation.SOURCES:
-        if source.stem == "sort":
+    out = tmp_path / f"{source.stem}.o"
+    done = subprocess.run([str(NVCC), *flags, *targets, str(source), "-o", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    pattern = r"Compiling entry function '(\w+)' for 'sm_(\d+)'(.*?)Used (\d+) registers([^\n]*)"
+    kernels = re.findall(pattern, done.stderr, re.DOTALL)
+    for name, arch, notes, registers, rest in kernels:
+        spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", notes)
+        assert spilled == [("0", "0", "0")], f"{name} sm_{arch}: {spilled}"
+        shared = sum(map(int, re.findall(r"(\d+) bytes smem", rest)))
+        assert shared <= 48 << 10, f"{name} sm_{arch}: {shared} bytes of shared memory"
+        if source.stem == "sort":  # CUB's: its blocks are of its own size
             continue
-        out = tmp_path / f"{source.stem}.o"
-        done = subprocess.run([str(NVCC), *flags, *targets, str(source), "-o", str(out)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr, done.stderr
-        pattern = r"Compiling entry function '(\w+)' for 'sm_(\d+)'(.*?)Used (\d+) registers([^\n]*)"
-        for name, arch, notes, registers, rest in re.findall(pattern, done.stderr, re.DOTALL):
-            kernels += 1
-            spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", notes)
-            assert spilled == [("0", "0", "0")], f"{name} sm_{arch}: {spilled}"
-            shared = sum(map(int, re.findall(r"(\d+) bytes smem", rest)))
-            assert shared <= 48 << 10, f"{name} sm_{arch}: {shared} bytes of shared memory"
-            threads = 512 if "select_kernel" in name else 256 if "hamming" in name or "hash" in name or "pack" in name else 128
-            assert int(registers) * threads <= 65536 // 2, f"{name} sm_{arch}: {registers} registers: not two blocks a multiprocessor"
-    assert kernels >= len(archs) * 30, kernels
+        threads = 512 if "select_kernel" in name else 256 if "hamming" in name or "hash" in name or "pack" in name else 128
+        assert int(registers) * threads <= 65536 // 2, f"{name} sm_{arch}: {registers} registers: not two blocks a multiprocessor"
+    assert {arch for _, arch, *_ in kernels} == set(archs)
+    assert len(kernels) >= len(archs) * {"by_feature": 17, "hamming": 1, "select": 6, "signs": 20, "sort": 4}[source.stem], len(kernels)
 
 
 @pytest.mark.skipif(NVCC is None or "cuda" not in build_info(), reason="nvcc is not installed: the CUDA C++ module was NOT built")
@@ -358,11 +371,20 @@ def _graph(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 GRAPHED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "encode_decode": (encode_and_decode, ("encode_topk", "decode")),
+    "threshold": (lambda x, W, W_dec: fastsae.decode(_threshold(x, W), W_dec), ("encode_threshold", "decode")),
+    "batch_topk": (
+        lambda x, W, W_dec: fastsae.decode(fastsae.encode_batch_topk(x, W, k=16, capacity=8192)[0], W_dec),
+        ("encode_batch_topk", "decode"),
+    ),
     "dweight": (lambda x, W, W_dec: _dweight(x, W), ("decode_dweight",)),
     "select": (lambda x, W, W_dec: fastsae.select_topk(x, k=16).values, ("select_topk",)),
     "hash": (lambda x, W, W_dec: fastsae.hash_signs(x), ("hash_signs",)),
     "hamming": (lambda x, W, W_dec: fastsae.hamming_topk(fastsae.pack_signs(x), fastsae.pack_signs(W), 8).distance, ("hamming_topk",)),
 }
+
+
+def _threshold(x: Tensor, W: Tensor) -> fastsae.RaggedLatents:
+    return fastsae.encode_threshold(x, W, threshold=32.0, capacity=16384)  # scores have a standard deviation of 16
 
 
 def _dweight(x: Tensor, W: Tensor) -> Tensor:
@@ -385,6 +407,7 @@ def test_gpu_graph_capture(name: str) -> None:
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(result, run(x, W, W_dec))
+    fastsae.check()
 
 
 @on_gpu
@@ -444,6 +467,35 @@ def test_gpu_equals_the_emulation() -> None:
         expected = native_cuda.select_topk(z, 300, True)
     assert torch.equal(outs[0], outs[1].cpu())
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, selected))
+
+
+@on_gpu
+def test_gpu_overflow_of_a_capacity_is_flagged() -> None:
+    fastsae.check()
+    x, W = torch.randn(64, 256, device="cuda"), torch.randn(4096, 256, device="cuda")
+    for encode in (
+        lambda **more: fastsae.encode_threshold(x, W, **more),
+        lambda **more: fastsae.encode_batch_topk(x, W, k=16, **more)[0],
+        lambda **more: fastsae.encode_gated(x, W, b_gate=W[:, 0], r_mag=W[:, 1], b_mag=W[:, 2], **more),
+    ):
+        whole = encode()
+        latents = encode(capacity=100)
+        assert latents.values.shape == (100,)
+        assert int(latents.crow[-1]) <= 100
+        with pytest.raises(ValueError, match="capacity was too small"):
+            fastsae.check()
+        room = encode(capacity=2 * whole.values.shape[0])
+        assert torch.equal(room.trim().values, whole.values)
+        fastsae.check()
+
+
+@on_gpu
+def test_gpu_first_operation_in_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flags, "_flags", {})
+    monkeypatch.setattr(_flags, "_overflows", {})
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="must run before a CUDA graph is captured"), torch.cuda.graph(graph):
+        _flags.flag(torch.device("cuda", torch.cuda.current_device()))
 
 
 @on_built_gpu

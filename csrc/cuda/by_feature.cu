@@ -244,7 +244,9 @@ int64_t part_bytes(int64_t n) { return ceil_div(n * 4, kAlign) * kAlign; }
 
 int64_t by_feature_bytes(Where where, int64_t n, int64_t features) {
   size_t bytes = 0;
-  if (begin(where) != 0 || sort_pairs(where, nullptr, bytes, {}, n, bits_of(features)) != 0) return -1;
+  int error = begin(where);
+  if (error == 0) error = sort_pairs(where, nullptr, bytes, {}, n, bits_of(features));
+  if (error != 0) return -static_cast<int64_t>(error);
   return 3 * part_bytes(n) + static_cast<int64_t>(bytes) + kAlign;
 }
 

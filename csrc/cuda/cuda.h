@@ -59,7 +59,7 @@ int hash_code(Where where, const int64_t* words, int64_t rows, int64_t stride, i
 
 // ---- by_feature.cu: transposed latents and the weight gradient ----
 
-// Bytes of the workspace of by_feature for n slots.
+// Bytes of the workspace of by_feature for n slots, or minus a cudaError_t.
 int64_t by_feature_bytes(Where where, int64_t n, int64_t features);
 // Slots in the order of (feature, slot): order [n], segments [features + 1]: the slots of f are order[segments[f] .. segments[f + 1]).
 // Slots with a bad index come last and set *flag. n < 2^32 - 1, features < 2^32 - 1. Passes over the bits that `features` needs, not

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.latents import Latents, RaggedLatents, TopKLatents
+from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
 from fastsae.ops._common import accumulator, chunks, guard, row_of_slot
 
 # ---------------------------------------------------------------- reference
@@ -306,7 +306,8 @@ def decode(
     Sums are in float32 (float64 stays) in slot order, in blocks of 16 slots, bias last, rounded once. Duplicate indices add. A slot of
     value 0 adds nothing (0 times an infinite weight is NaN, as in torch) and still receives ``dvalue = <grad, W_dec[index]>``.
     Gradients: latents' values, ``W_dec`` (dense, in the layout of ``W_dec``), ``b_dec``, ``x``, ``skip``. Deterministic, batch-invariant.
-    Memory beyond the output: none that grows with ``B * K * D`` (the reference: temporaries of 64 MiB each).
+    Memory beyond the output: none that grows with ``B * K * D`` (the reference: temporaries of 64 MiB each); of padded latents a row for
+    each 256 slots.
 
     Raises:
         TypeError: dtype or device of an argument. ValueError: a shape, or prefixes not ascending in ``1 .. F``.
@@ -323,6 +324,7 @@ def decode(
         return _decode_many(latents, W_dec, b_dec, x=x, skip=skip, prefixes=prefixes, backend=backend)
     _checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
     b_dec = _checks.vector(op, "b_dec", b_dec, W_dec.shape[1], W_dec, "D_out")
+    rows, crow = _own_rows(latents, crow)
     if _checks.autocasting(W_dec.device):
         values, W_dec, b_dec = _checks.autocast(values, W_dec, b_dec)
     _checks.same_dtype(op, "W_dec", W_dec, "latents.values", values)
@@ -331,6 +333,7 @@ def decode(
         y = _decode_slots(values, indices, crow, W_dec, b_dec, backend)
     else:
         y = _decode_prefixes(values, indices, crow, W_dec, b_dec, _checked_prefixes(prefixes, latents.n_features), backend)
+    y = y if rows is None else y[..., :rows, :]
     y = y.reshape(*y.shape[:-2], *latents.batch_shape, W_dec.shape[1])
     if skip is not None or x is not None:
         y = y + _skip(op, x, skip, latents, W_dec).to(y.dtype)
@@ -423,6 +426,13 @@ def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     raise TypeError(f"{op}: latents must be TopKLatents or RaggedLatents, got {type(latents).__name__}")
 
 
+def _own_rows(latents: Latents, crow: Tensor | None) -> tuple[int | None, Tensor | None]:
+    """(rows, crow) with rows of their own for the empty slots of padded latents; None rows where there are none."""
+    if crow is None or not isinstance(latents, RaggedLatents) or not latents.padded:
+        return None, crow
+    return crow.shape[0] - 1, pointers(crow, latents.values.shape[0])
+
+
 class DecodeGradients(NamedTuple):
     """Gradients of ``decode``: values in the shape of the latents' values, weight ``[F, D_out]``, bias ``[D_out]``."""
 
@@ -457,6 +467,9 @@ def decode_backward(
         _checks.writable(op, "out", out)
     rows = indices.shape[0] if crow is None else crow.shape[0] - 1
     flat = grad.reshape(rows, W_dec.shape[1])
+    padded, crow = _own_rows(latents, crow)
+    if padded is not None and crow is not None:
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, crow.shape[0] - 1 - rows))
     with torch.no_grad():
         needs = (True, False, False, True, True)
         dvalues, dweight, dbias = _gradients(flat, values, indices, crow, W_dec, W_dec.dtype, needs, preference(backend), out)

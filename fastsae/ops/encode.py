@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.latents import RaggedLatents, TopKLatents
+from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
 from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, DECODE_DWEIGHT, weight_gradient
 from fastsae.packed import PackedWeights
@@ -141,7 +141,8 @@ def encode_threshold_reference(
     features: Tensor | None,
     packed: Tensor | None,
     bandwidth: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    capacity: int | None = None,
+) -> tuple[Tensor, ...]:
     """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
     chosen = _checks.sorted_subset(features, W.shape[0], "encode_threshold: features")
     theta = threshold.to(accumulator(x.dtype))
@@ -157,7 +158,9 @@ def encode_threshold_reference(
         band = (s - theta).abs() < bandwidth / 2
         row, col = kept.add(active | band, torch.where(active, s, 0))
         flags.append(active[row, col].to(torch.uint8) + 2 * band[row, col].to(torch.uint8))
-    return *kept.result(), torch.cat(flags)
+    if bandwidth is None:
+        return *to_capacity("encode_threshold", capacity, *kept.result()), flags[0]
+    return to_capacity("encode_threshold", capacity, *kept.result(), torch.cat(flags))
 
 
 def encode_batch_topk_reference(
@@ -169,7 +172,8 @@ def encode_batch_topk_reference(
     features: Tensor | None,
     packed: Tensor | None,
     k: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    capacity: int | None = None,
+) -> tuple[Tensor, ...]:
     chosen = _checks.sorted_subset(features, W.shape[0], "encode_batch_topk: features")
     total = int(k * x.shape[0])
     wide = accumulator(x.dtype)
@@ -190,19 +194,27 @@ def encode_batch_topk_reference(
     order = torch.argsort(pool_row * max(W.shape[0], 1) + pool_col)
     crow = torch.searchsorted(pool_row[order], torch.arange(x.shape[0] + 1, device=x.device))
     col = pool_col[order]
-    return pool[order].to(x.dtype), col if chosen is None else chosen[col], crow, min_kept
+    entries = pool[order].to(x.dtype), col if chosen is None else chosen[col], crow
+    return *to_capacity("encode_batch_topk", capacity, *entries), min_kept
 
 
 def encode_gated_reference(
-    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Tensor | None, packed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    W: Tensor,
+    b_gate: Tensor,
+    r_mag: Tensor,
+    b_mag: Tensor,
+    b_pre: Tensor | None,
+    packed: Tensor | None,
+    capacity: int | None = None,
+) -> tuple[Tensor, ...]:
     wide = accumulator(x.dtype)
     stretch = r_mag.to(wide).exp()
     kept = _Ragged(x, None)
     for _, p in _row_tiles(x, W, None, b_pre, None, None):
         gate, magnitude = p + b_gate, p * stretch + b_mag
         kept.add(~(gate <= 0) & ~(magnitude <= 0), torch.where(gate.isnan(), gate, magnitude))
-    return kept.result()
+    return to_capacity("encode_gated", capacity, *kept.result())
 
 
 # ---------------------------------------------------------------- samples and checks
@@ -246,6 +258,11 @@ def _packed(W: Tensor, count: int) -> Tensor | None:
     return PackedWeights(W).words("samples") if count % 2 else None
 
 
+def _room(x: Tensor, W: Tensor, count: int) -> int | None:
+    """A capacity that any result fits, for every third sample."""
+    return x.shape[0] * W.shape[0] + 1 if count % 3 == 1 else None
+
+
 def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for count, sample in enumerate(encode_samples(device, dtype, generator)):
         features = sample[5]
@@ -258,13 +275,13 @@ def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torc
     for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
         per_feature = torch.randn(W.shape[0], generator=generator).to(device=device, dtype=dtype)
         for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
-            yield x, W, b, threshold, b_pre, scale, features, _packed(W, count), bandwidth
+            yield x, W, b, threshold, b_pre, scale, features, _packed(W, count), bandwidth, _room(x, W, count)
 
 
 def _batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for count, sample in enumerate(encode_samples(device, dtype, generator)):
         for k in (0.4, 3, 1e6):
-            yield *sample, _packed(sample[1], count), float(k)
+            yield *sample, _packed(sample[1], count), float(k), _room(sample[0], sample[1], count)
 
 
 def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
@@ -272,7 +289,7 @@ def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
     for count, (x, W, _, b_pre, _, features) in enumerate(encode_samples(device, dtype, generator)):
         if features is None:
             n = W.shape[0]
-            yield x, W, normal(n), normal(n) / 4, normal(n), b_pre, _packed(W, count // 4)
+            yield x, W, normal(n), normal(n) / 4, normal(n), b_pre, _packed(W, count // 4), _room(x, W, count)
 
 
 def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,26 +312,44 @@ def _check_topk(args: tuple, result: Any) -> float:
     return testing.check_topk(score, _checks.sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
 
 
+def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tuple[Tensor, ...]:
+    """The entries of a ragged result; Mismatch unless it has exactly the capacity that was given, slots after the entries empty."""
+    from fastsae import testing
+
+    values, col, crow, *rest = result
+    capacity = given[0] if given else None
+    if capacity is None:
+        return values, col, crow, *rest
+    n, slots = int(crow[-1]), [values, col, *rest[:flagged]]
+    for slot in slots:
+        if slot.shape != (capacity,) or bool((slot[n:] != 0).any()):
+            raise testing.Mismatch(f"slots after the {n} entries must be 0, {capacity} in all, got {list(slot.shape)}: {slot[n:]}")
+    return values[:n], col[:n], crow, *(slot[:n] for slot in rest[:flagged]), *rest[flagged:]
+
+
 def _check_threshold(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b, threshold, b_pre, scale, features, _, bandwidth = args
+    x, W, b, threshold, b_pre, scale, features, _, bandwidth, *capacity = args
     score = testing.score_band(x, W, b, b_pre, scale)
+    result = _filled(capacity, result, bandwidth is not None)
     return testing.check_threshold(score, _checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
 
 
 def _check_batch_topk(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b, b_pre, scale, features, _, k = args
+    x, W, b, b_pre, scale, features, _, k, *capacity = args
     score = testing.score_band(x, W, b, b_pre, scale)
+    result = _filled(capacity, result)
     return testing.check_batch_topk(score, _checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
 
 
 def _check_gated(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b_gate, r_mag, b_mag, b_pre, _ = args
+    x, W, b_gate, r_mag, b_mag, b_pre, _, *capacity = args
+    result = _filled(capacity, result)
     gate = testing.score_band(x, W, b_gate, b_pre, None)
     magnitude = testing.score_band(x, W, b_mag, b_pre, r_mag.to(accumulator(x.dtype)).exp())
     # Two correct exponentials differ by 2 ulp each: 8 units of the magnitudes, which the band counts D + 3 times twice.
@@ -332,23 +367,26 @@ def _fake_topk(
     return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
-def _fake_ragged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    nnz = torch.library.get_ctx().new_dynamic_size()
+def _fake_ragged(x: Tensor, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     return x.new_empty(nnz), x.new_empty(nnz, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
 
 
 def _fake_threshold(
-    x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, packed: Any, bandwidth: Any
+    x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, packed: Any, bandwidth: Any, capacity: Any = None
 ) -> tuple[Tensor, ...]:
-    values, col, crow = _fake_ragged(x)
+    values, col, crow = _fake_ragged(x, capacity)
     return values, col, crow, x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
 
 
-def _fake_batch_topk(x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: float) -> tuple[Tensor, ...]:
-    return *_fake_ragged(x), x.new_empty((), dtype=accumulator(x.dtype))
+def _fake_batch_topk(
+    x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: float, capacity: Any = None
+) -> tuple[Tensor, ...]:
+    return *_fake_ragged(x, capacity), x.new_empty((), dtype=accumulator(x.dtype))
 
 
 _INPUTS = "Tensor? b_pre, Tensor? scale, Tensor? features, Tensor? packed"
+_CAPACITY = "SymInt? capacity=None"
 ENCODE_TOPK = Op(
     f"encode_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
     encode_topk_reference,
@@ -360,7 +398,8 @@ ENCODE_TOPK = Op(
     handle=(1, 6),
 )
 ENCODE_THRESHOLD = Op(
-    f"encode_threshold(Tensor x, Tensor W, Tensor? b, Tensor threshold, {_INPUTS}, float? bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"encode_threshold(Tensor x, Tensor W, Tensor? b, Tensor threshold, {_INPUTS}, float? bandwidth, {_CAPACITY})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     encode_threshold_reference,
     fake=_fake_threshold,
     samples=_threshold_samples,
@@ -369,7 +408,7 @@ ENCODE_THRESHOLD = Op(
     handle=(1, 7),
 )
 ENCODE_BATCH_TOPK = Op(
-    f"encode_batch_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, float k) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"encode_batch_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, float k, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_batch_topk_reference,
     fake=_fake_batch_topk,
     samples=_batch_topk_samples,
@@ -378,10 +417,10 @@ ENCODE_BATCH_TOPK = Op(
     handle=(1, 6),
 )
 ENCODE_GATED = Op(
-    "encode_gated(Tensor x, Tensor W, Tensor b_gate, Tensor r_mag, Tensor b_mag, Tensor? b_pre, Tensor? packed)"
+    f"encode_gated(Tensor x, Tensor W, Tensor b_gate, Tensor r_mag, Tensor b_mag, Tensor? b_pre, Tensor? packed, {_CAPACITY})"
     " -> (Tensor, Tensor, Tensor)",
     encode_gated_reference,
-    fake=lambda x, *_: _fake_ragged(x),
+    fake=lambda x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity=None: _fake_ragged(x, capacity),
     samples=_gated_samples,
     check=_check_gated,
     workload=_gated_workload,
@@ -414,16 +453,23 @@ def score_gradients(
     scale: Tensor | None,
     needs: tuple[bool, bool, bool, bool, bool],
     backend: str | None,
+    padded: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (x, W, b, b_pre, scale) from the gradient of the slots' scores."""
+    """Gradients for (x, W, b, b_pre, scale) from the gradient of the slots' scores; ``padded``: slots from ``crow[-1]`` on are empty."""
     dx = dW = db = db_pre = dscale = None
+    rows = x.shape[0]
+    if padded:
+        assert crow is not None
+        dscore, crow = torch.where(_slot_numbers(indices) < crow[-1], dscore, 0), pointers(crow, indices.shape[0])
     through = dscore if scale is None else (dscore * scale[indices.long()]).to(dscore.dtype)
     if needs[0] or needs[3]:
-        dx = DECODE(through, indices, crow, W, None, backend=backend)
+        dx = DECODE(through, indices, crow, W, None, backend=backend)[:rows]
         if needs[3] and b_pre is not None:
             db_pre = -dx.sum(0, dtype=accumulator(dx.dtype)).to(b_pre.dtype)
     if needs[1] or needs[4]:
         xc = centre(x, b_pre).to(x.dtype) if b_pre is not None else x
+        if padded and crow is not None:
+            xc = torch.nn.functional.pad(xc, (0, 0, 0, crow.shape[0] - 1 - rows))
         if needs[1]:
             dW = weight_gradient(through, indices, crow, xc, W, backend)
         if needs[4] and scale is not None:
@@ -433,6 +479,10 @@ def score_gradients(
     if needs[2] and b is not None:
         db = _feature_sums(dscore, indices, crow, W.shape[0], backend).to(b.dtype)
     return (dx if needs[0] else None), dW, db, db_pre, dscale
+
+
+def _slot_numbers(indices: Tensor) -> Tensor:
+    return torch.arange(indices.shape[0], device=indices.device)
 
 
 class _EncodeTopK(torch.autograd.Function):
@@ -479,12 +529,14 @@ class _EncodeThreshold(torch.autograd.Function):
         features: Any,
         packed: Any,
         bandwidth: float | None,
+        capacity: int | None,
         backend: str | None,
     ) -> tuple[Tensor, ...]:
-        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, backend=backend)
+        outputs = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend=backend)
+        values, col, crow, flags = outputs
         ctx.mark_non_differentiable(col, crow, flags)
         ctx.save_for_backward(values, col, crow, flags, x, W, b, threshold, b_pre, scale)
-        ctx.bandwidth, ctx.backend = bandwidth, then_any(backend)
+        ctx.bandwidth, ctx.padded, ctx.backend = bandwidth, capacity is not None, then_any(backend)
         return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, accumulator(x.dtype))
 
     @staticmethod
@@ -494,7 +546,8 @@ class _EncodeThreshold(torch.autograd.Function):
         active = ~values.isnan() if ctx.bandwidth is None else (flags & 1).bool() & ~values.isnan()
         n = ctx.needs_input_grad
         needs = (n[0], n[1], n[2], n[4], n[5])
-        dx, dW, db, db_pre, dscale = score_gradients(torch.where(active, grad, 0), col, crow, x, W, b, b_pre, scale, needs, ctx.backend)
+        dscore = torch.where(active, grad, 0)
+        dx, dW, db, db_pre, dscale = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, needs, ctx.backend, ctx.padded)
         dthreshold = None
         if n[3]:
             wide = accumulator(x.dtype)
@@ -503,12 +556,16 @@ class _EncodeThreshold(torch.autograd.Function):
             else:
                 theta = threshold.to(wide)
                 theta = theta[col.long()] if theta.dim() else theta
-                dl0 = rest[3].to(wide)[row_of_slot(crow, col)]
+                dl0 = rest[3].to(wide)
+                if ctx.padded:  # the flags of empty slots are 0
+                    crow = pointers(crow, col.shape[0])
+                    dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
+                dl0 = dl0[row_of_slot(crow, col)]
                 per_slot = -(theta * grad.to(wide) + dl0) / ctx.bandwidth
                 per_slot = torch.where((flags & 2).bool(), per_slot, 0)
                 dthreshold = _feature_sums(per_slot, col, crow, W.shape[0], ctx.backend)
                 dthreshold = (dthreshold if threshold.dim() else dthreshold.sum()).to(threshold.dtype)
-        return dx, dW, db, dthreshold, db_pre, dscale, None, None, None, None
+        return dx, dW, db, dthreshold, db_pre, dscale, None, None, None, None, None
 
 
 def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Tensor:
@@ -522,12 +579,22 @@ def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Te
 class _EncodeBatchTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: float, backend: str | None
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Any,
+        b_pre: Any,
+        scale: Any,
+        features: Any,
+        packed: Any,
+        k: float,
+        capacity: int | None,
+        backend: str | None,
     ) -> tuple[Tensor, ...]:
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, backend=backend)
+        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, capacity, backend=backend)
         ctx.mark_non_differentiable(col, crow, min_kept)
         ctx.save_for_backward(values, col, crow, x, W, b, b_pre, scale)
-        ctx.backend = then_any(backend)
+        ctx.padded, ctx.backend = capacity is not None, then_any(backend)
         return values, col, crow, min_kept
 
     @staticmethod
@@ -535,19 +602,28 @@ class _EncodeBatchTopK(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, col, crow, x, W, b, b_pre, scale = ctx.saved_tensors
         dscore = torch.where(values.isnan(), 0, grad)
-        grads = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend)
-        return *grads, None, None, None, None
+        grads = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend, ctx.padded)
+        return *grads, None, None, None, None, None
 
 
 class _EncodeGated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, packed: Any, backend: str | None
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b_gate: Tensor,
+        r_mag: Tensor,
+        b_mag: Tensor,
+        b_pre: Any,
+        packed: Any,
+        capacity: int | None,
+        backend: str | None,
     ) -> tuple[Tensor, ...]:
-        values, col, crow = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, backend=backend)
+        values, col, crow = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
         ctx.mark_non_differentiable(col, crow)
         ctx.save_for_backward(values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre)
-        ctx.backend = then_any(backend)
+        ctx.padded, ctx.backend = capacity is not None, then_any(backend)
         return values, col, crow
 
     @staticmethod
@@ -558,10 +634,10 @@ class _EncodeGated(torch.autograd.Function):
         stretch = r_mag.to(accumulator(x.dtype)).exp()
         dscore = torch.where(values.isnan(), 0, grad)
         needs = (n[0], n[1], n[4], n[5], n[3])
-        dx, dW, db_mag, db_pre, dstretch = score_gradients(dscore, col, crow, x, W, b_mag, b_pre, stretch, needs, ctx.backend)
+        dx, dW, db_mag, db_pre, dstretch = score_gradients(dscore, col, crow, x, W, b_mag, b_pre, stretch, needs, ctx.backend, ctx.padded)
         dr_mag = None if dstretch is None else (dstretch * stretch).to(r_mag.dtype)
         # The gate is a step: its gradient is zero (gated SAEs train it through an auxiliary loss).
-        return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None, None
+        return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None, None, None
 
 
 def _tracks(*tensors: Tensor | None) -> bool:
@@ -593,6 +669,16 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
     if x.dim() != 2:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     return batch, [x, W, packed, *vectors]
+
+
+def _capacity(op: str, capacity: Any) -> int | None:
+    return None if capacity is None else _checks.integer(op, "capacity", capacity, 1)
+
+
+def _latents(
+    values: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype, W: Tensor, batch: tuple[int, ...], capacity: int | None
+) -> RaggedLatents:
+    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch), capacity is not None)
 
 
 def encode_topk(
@@ -637,7 +723,8 @@ def encode_topk(
     of ``features``.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range.
+        TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range (on a GPU: left out, raised
+        by ``fastsae.check()``).
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
     """
@@ -667,6 +754,7 @@ def encode_threshold(
     scale: Tensor | None = None,
     features: Tensor | None = None,
     bandwidth: float | None = None,
+    capacity: int | None = None,
     index_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> Any:
@@ -677,6 +765,10 @@ def encode_threshold(
         threshold: a number, a tensor ``[]`` or one threshold a feature ``[F]`` (raw, not its logarithm); dtype of ``x`` or float32.
         bandwidth: width of the straight-through band, above 0. With it the call returns ``(latents, l0)``: scores within
             ``bandwidth / 2`` of their threshold but not above it are stored too, as slots of value 0, so that the backward sees them.
+        capacity: slots of the result, at least 1. With it the result has exactly that many, whatever fires, the latents are ``padded``, and
+            on a GPU the host waits for nothing: for CUDA graphs, and compiled code of fixed shapes. Latents that do not fit: ValueError on
+            the CPU; on a GPU they are left out and ``fastsae.check()`` raises. Each 256 empty slots cost a decode and the backward about
+            what a row does, so twice the usual number is ample.
 
     Returns:
         ``RaggedLatents`` with columns ascending and value = score; with ``bandwidth`` ``(latents, l0)``, where ``l0 [..]`` counts the
@@ -706,13 +798,15 @@ def encode_threshold(
     else:
         _checks.tensor(op, "threshold", threshold, _checks.beside(x), x)
     backend = preference(backend)
+    capacity = _capacity(op, capacity)
     if _tracks(x, W, b, threshold, b_pre, scale):
-        outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, backend)
+        outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend)
         values, col, crow, _, l0 = outputs  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        values, col, crow, flags = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, backend=backend)
+        outputs = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend=backend)
+        values, col, crow, flags = outputs
         l0 = _active_counts(flags, crow, accumulator(x.dtype)) if bandwidth is not None else None
-    latents = RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch))
+    latents = _latents(values, crow, col, dtype, W, batch, capacity)
     return latents if bandwidth is None else (latents, l0.reshape(batch))  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -725,6 +819,7 @@ def encode_batch_topk(
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
     features: Tensor | None = None,
+    capacity: int | None = None,
     index_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> tuple[RaggedLatents, Tensor]:
@@ -733,6 +828,8 @@ def encode_batch_topk(
     Args:
         x, W_enc, b_enc, b_pre, scale, features, index_dtype, backend: as in ``encode_topk``.
         k: mean number of latents a row, above 0; may be fractional. Fewer positive scores give fewer latents.
+        capacity: as in ``encode_threshold``. On a GPU it must also hold the candidates: what reaches the least of the ``ceil(k)`` best of
+            every row that are among the ``int(k * rows)`` best of these; more than the latents where some rows fire far more than others.
 
     Returns:
         ``(latents, min_kept)``: ``RaggedLatents`` with columns ascending; ``min_kept []`` (float32, or float64 for float64 inputs), the
@@ -752,13 +849,14 @@ def encode_batch_topk(
     features = _checks.subset(op, "features", features, W.shape[0], x, "F")
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     k = float(_checks.number(op, "k", k))
+    capacity = _capacity(op, capacity)
     backend = preference(backend)
     if _tracks(x, W, b, b_pre, scale):
-        outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, packed, k, backend)
+        outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, packed, k, capacity, backend)
     else:
-        outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, backend=backend)
+        outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, capacity, backend=backend)
     values, col, crow, min_kept = outputs  # pyright: ignore[reportGeneralTypeIssues]
-    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch)), min_kept
+    return _latents(values, crow, col, dtype, W, batch, capacity), min_kept
 
 
 def encode_gated(
@@ -769,13 +867,14 @@ def encode_gated(
     r_mag: Tensor,
     b_mag: Tensor,
     b_pre: Tensor | None = None,
+    capacity: int | None = None,
     index_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> RaggedLatents:
     """Gated SAE: ``1[p + b_gate > 0] * relu(p * exp(r_mag) + b_mag)`` with ``p = (x - b_pre) @ W_enc.T``.
 
     Args:
-        x, W_enc, b_pre, index_dtype, backend: as in ``encode_topk``.
+        x, W_enc, b_pre, index_dtype, backend: as in ``encode_topk``. capacity: as in ``encode_threshold``.
         b_gate, r_mag, b_mag: ``[F]``, dtype of ``x`` or float32.
 
     Returns:
@@ -791,10 +890,11 @@ def encode_gated(
         _checks.tensor(op, name, vector)
     batch, (x, W, packed, b_gate, r_mag, b_mag, b_pre) = _inputs(op, x, W_enc, "b_gate r_mag b_mag b_pre", b_gate, r_mag, b_mag, b_pre)
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    capacity = _capacity(op, capacity)
     backend = preference(backend)
     if _tracks(x, W, r_mag, b_mag, b_gate, b_pre):
-        outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, packed, backend)
+        outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend)
     else:
-        outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, backend=backend)
+        outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
     values, col, crow = outputs  # pyright: ignore[reportGeneralTypeIssues]
-    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch))
+    return _latents(values, crow, col, dtype, W, batch, capacity)
