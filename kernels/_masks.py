@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastsae.kernels import _tile
 from fastsae.kernels._problem import Problem, Rounded
-from fastsae.kernels._tile import affine, ends, exact, interval, pack_bits, place, popcount, product, unpack_bits
+from fastsae.kernels._tile import affine, cells, ends, exact, interval, n_tiles, pack_bits, popcount, products, unpack_bits
 
 SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _GATHER = 16  # features that a program scores exactly at a time
@@ -71,17 +71,12 @@ def mask_kernel(
     TWO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Direct: kept bits, and with BAND those in the band. Screened: bits that may be kept; SIGN: sure ones, and undecided ones."""
-    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n_panel, COLUMNS)
-    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
-        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        local = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        live, inside = rows < n_rows, local < n_panel
-        row, column = tl.minimum(rows, n_rows - 1), tl.minimum(local, n_panel - 1)
-        f = first + local
-        if CHOSEN:
-            column = tl.load(chosen + first + column)
-        total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
+        _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
+        live, inside, f = rows < n_rows, local < n_panel, first + local
+        total, row, _column = products(
+            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
+        )
         if SCREENED:
             if KIND == GATED:
                 r, e = interval(total, x_factors, W_factors, row, n_rows, f, n, inside, D)
@@ -187,11 +182,8 @@ def write_kernel(
 ):  # fmt: skip
     """Values, columns and flags of the bits that ``mask_kernel`` set, from the same scores."""
     WORDS: tl.constexpr = COLUMNS // 32
-    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n, COLUMNS)
-    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
-        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        f = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n, ROWS, COLUMNS), tl.num_programs(0)):
+        _row_tile, column_tile, rows, f = cells(tile, n_rows, n, GROUP, ROWS, COLUMNS)
         live, inside = rows < n_rows, f < n
         word = column_tile.to(tl.int64) * WORDS + tl.arange(0, WORDS)
         at = (rows * n_words)[:, None] + word[None, :]
@@ -202,10 +194,7 @@ def write_kernel(
             banded = tl.load(other_words + at, mask=mask, other=0)
             stored = kept | banded
         if tl.max(tl.max((stored != 0).to(tl.int32), axis=1), axis=0) != 0:
-            row, column = tl.minimum(rows, n_rows - 1), tl.minimum(f, n - 1)
-            if CHOSEN:
-                column = tl.load(chosen + column)
-            total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+            total, _row, column = products(x, W, chosen, 0, rows, f, n_rows, n, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN)
             decided, band, value = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
             bit = tl.arange(0, 32)[None, None, :]
             before = popcount(stored[:, :, None] & ((1 << bit) - 1))
@@ -258,11 +247,12 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
         )  # fmt: skip
         return kept, other
     rounded = Rounded.of(p)
-    for part, panel in rounded.panels(p):
-        mask_kernel[p.tiles(panel.shape[0])](
-            rounded.x, panel, None, rounded.x_factors, rounded.W_factors, p.scale, p.bias, rule.theta, kept, other,
-            part.start, rows, panel.shape[0], p.n, words, rule.width, panel.shape[1], panel.shape[1], 1, panel.shape[1], 1,
-            SCREENED=True, TWO=screened_sign, EVEN=True, **{**p.flags(), "CHOSEN": False}, **common,
+    for part, panel, chosen in rounded.panels(p):
+        n = part.stop - part.start
+        mask_kernel[p.tiles(n)](
+            rounded.x, panel, chosen, rounded.x_factors, rounded.W_factors, p.scale, p.bias, rule.theta, kept, other,
+            part.start, rows, n, p.n, words, rule.width, panel.shape[1], panel.shape[1], 1, panel.shape[1], 1,
+            SCREENED=True, TWO=screened_sign, EVEN=True, **{**p.flags(), "CHOSEN": chosen is not None}, **common,
         )  # fmt: skip
     _refine(p, rule, kept, other, None)
     return kept, None if rule.kind is SIGN else other

@@ -80,14 +80,16 @@ def hash_kernel(words, keys, out, n_rows, n_words, PARTS: tl.constexpr, ROWS: tl
 # ---------------------------------------------------------------- launchers
 
 
-def spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Tensor:
+def spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None = None) -> Tensor:
     """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is the sign of neuron j's score."""
-    return _code(x, W, b, neurons).view(torch.int64)
+    return _code(x, W, b, neurons, packed).view(torch.int64)
 
 
-def spline_hash(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+def spline_hash(
+    x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int, packed: Tensor | None = None
+) -> Tensor:
     """[rows] int64, or [rows, 2] for 128 bits: XOR of the keys of active neurons."""
-    return _hash(_code(x, W, b, neurons), layer, seed, bits)
+    return _hash(_code(x, W, b, neurons, packed), layer, seed, bits)
 
 
 def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
@@ -105,8 +107,8 @@ def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits
         return _hash(_restrict(halves, neurons, words.shape[1] * 64), layer, seed, bits)
 
 
-def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Tensor:
-    p = problem(x, W, b, None, None, None)
+def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None) -> Tensor:
+    p = problem(x, W, b, None, None, None, packed)
     words = torch.empty((x.shape[0], _masks.n_words(p.n)), dtype=torch.int32, device=x.device)
     with _tile.on(x.device):
         for part in chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows) if p.n else ():
