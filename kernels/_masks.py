@@ -105,17 +105,18 @@ def mask_kernel(
             tl.store(other_words + to, pack_bits(other & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_words", "half", "D"])
+@triton.jit(do_not_specialize=["n_rows", "n_words", "half", "D"])
 def refine_kernel(
     x, W, chosen, centre, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
-    n_words, half, D, x_r, x_d, W_f, W_d,
+    n_rows, n_words, half, D, x_r, x_d, W_f, W_d,
     KIND: tl.constexpr, BAND: tl.constexpr, WRITE: tl.constexpr, CHOSEN: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
     BIASED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Exact scores of the set bits of one row and WORDS words. Decides: SIGN the undecided bits, otherwise the bits that may be kept.
     WRITE: value, column and flag of every bit, in order from the offset of the first word."""
-    row = tl.program_id(0).to(tl.int64)
-    first_word = tl.program_id(1).to(tl.int64) * WORDS
+    # One dimension, as a grid's second ends at 65535; rows first, as they share their features.
+    row = (tl.program_id(0) % n_rows).to(tl.int64)
+    first_word = (tl.program_id(0) // n_rows).to(tl.int64) * WORDS
     word = first_word + tl.arange(0, WORDS)
     at = row * n_words + word
     there = word < n_words
@@ -155,6 +156,7 @@ def refine_kernel(
             if BAND:
                 band_new += tl.sum(tl.where(hit, banded[:, None], 0), axis=0)
     if WRITE == 0:
+        tl.debug_barrier()  # the words are written where they were read
         result = tl.reshape(pack_bits(new[None, :], 1, WORDS), (WORDS,))
         if KIND == SIGN:
             result = result | kept
@@ -163,7 +165,7 @@ def refine_kernel(
             tl.store(other_words + at, tl.reshape(pack_bits(band_new[None, :], 1, WORDS), (WORDS,)), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: tl.constexpr):
     """Bits set in each word."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -261,9 +263,9 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
 def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tuple[Tensor | None, ...] | None) -> None:
     (rows, words), interpreted = kept.shape, _tile.interpreting()
     size = min(_WORDS, triton.next_power_of_2(words))
-    refine_kernel[(rows, triton.cdiv(words, size))](
+    refine_kernel[(rows * triton.cdiv(words, size),)](
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, rule.theta, kept, other, *(out or (None,) * 5),
-        words, rule.width, p.x.shape[1], *p.strides(),
+        rows, words, rule.width, p.x.shape[1], *p.strides(),
         WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=32 * size if interpreted else _GATHER,
         num_warps=4, enable_fp_fusion=False, **rule.flags(), **p.flags(),
     )  # fmt: skip

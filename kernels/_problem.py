@@ -71,7 +71,8 @@ def problem(
 
 
 def chunks(rows: int, bytes_per_row: int, least: int, most: int = MOST_ROWS) -> Iterator[slice]:
-    """Slices of ``range(rows)`` of a bounded workspace, multiples of ``least``."""
+    """Slices of ``range(rows)`` of a bounded workspace, multiples of ``least``; never more than ``most``."""
+    least = min(least, max(most, 1))
     step = max(least, min(MOST_ROWS, most, WORKSPACE // max(bytes_per_row, 1)) // least * least)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -50,6 +50,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -314,14 +315,21 @@ _INTERPRETED = Tile(32, 64, 64, 8, 1)
 _PROGRAMS = 2  # of a persistent launch, a multiprocessor
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+@cache
+def _chip(index: int) -> tuple[tuple[int, int], int]:
+    """(capability, multiprocessors) of a device; asking torch every time costs as much as a launch."""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def chip(device: torch.device) -> tuple[tuple[int, int], int]:
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def tile_for(device: torch.device) -> Tile:
     if device.type == "cpu":
         return _INTERPRETED
-    have = capability(device)
+    have = chip(device)[0]
     return _TILES[max((known for known in _TILES if known <= have), default=(8, 0))]
 
 
@@ -329,7 +337,7 @@ def programs(device: torch.device, n_tiles: int) -> int:
     """How many programs walk over ``n_tiles`` tiles."""
     if device.type == "cpu":
         return min(n_tiles, 4)
-    return min(n_tiles, _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(n_tiles, _PROGRAMS * chip(device)[1])
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

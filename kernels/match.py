@@ -81,8 +81,9 @@ def pair_kernel(
 @triton.jit(do_not_specialize=["k", "D"])
 def similarity_kernel(x, W, indices, values, k, D, x_r, x_d, W_f, W_d, COLUMNS: tl.constexpr):
     """values[row, s] = the exact product of a row and the feature that indices[row, s] names."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    n_parts = tl.cdiv(k, COLUMNS)
+    row = (tl.program_id(0) // n_parts).to(tl.int64)
+    slot = tl.program_id(0) % n_parts * COLUMNS + tl.arange(0, COLUMNS)
     mask = slot < k
     f = tl.load(indices + row * k + slot, mask=mask, other=0)
     x_at = x + (row * x_r + tl.zeros((1,), tl.int64))
@@ -109,7 +110,7 @@ def _best(
     if absolute and values.numel():
         width = min(64, triton.next_power_of_2(k)) if _tile.interpreting() else 16
         with _tile.on(a.device):
-            similarity_kernel[(a.shape[0], triton.cdiv(k, width))](
+            similarity_kernel[(a.shape[0] * triton.cdiv(k, width),)](
                 a, b, indices, values, k, a.shape[1], *a.stride(), *b.stride(), COLUMNS=width, num_warps=2, enable_fp_fusion=False
             )
     return values, indices

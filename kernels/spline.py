@@ -28,8 +28,9 @@ from fastsae.kernels._tile import pack_bits, unpack_bits
 
 @triton.jit(do_not_specialize=["n_rows", "n", "n_words"])
 def sign_kernel(z, words, n_rows, n, n_words, z_r, z_c, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1).to(tl.int64) * WORDS
+    n_parts = tl.cdiv(n_words, WORDS)
+    rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0) % n_parts).to(tl.int64) * WORDS
     column = first * 32 + tl.arange(0, 32 * WORDS)
     live = rows < n_rows
     value = tl.load(z + (rows * z_r)[:, None] + (column * z_c)[None, :], mask=live[:, None] & (column < n)[None, :], other=0)
@@ -126,8 +127,8 @@ def _pack(z: Tensor) -> Tensor:
     words = torch.empty((rows, _masks.n_words(n)), dtype=torch.int32, device=z.device)
     if words.numel():
         ROWS, WORDS = min(8, triton.next_power_of_2(rows)), min(8, triton.next_power_of_2(words.shape[1]))
-        grid = triton.cdiv(rows, ROWS), triton.cdiv(words.shape[1], WORDS)
-        sign_kernel[grid](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4)
+        grid = triton.cdiv(rows, ROWS) * triton.cdiv(words.shape[1], WORDS)
+        sign_kernel[(grid,)](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4)
     return words
 
 

@@ -272,7 +272,8 @@ def test_a_pair_in_one_pass_has_the_bits_of_three(
 
     settled, exact, added = encode.settle, encode._exact, match._add_whole
     for module, name, value in (
-        (_tile, "_INTERPRETED", _tile.Tile(16, 32, 64, 8, 1)), (encode.Buckets, "slots", property(lambda plan: 1)), (encode, "FEW", 0), (encode, "split", split), (encode, "settle", settle), (encode, "_exact", crowded), (match, "_add_whole", whole),
+        (_tile, "_INTERPRETED", _tile.Tile(16, 32, 64, 8, 1)), (encode.Buckets, "slots", property(lambda plan: 1)), (encode, "FEW", 0),
+        (encode, "split", split), (encode, "settle", settle), (encode, "_exact", crowded), (match, "_add_whole", whole),
         (match, "_BLOCKS", ((16, 32),)), (match, "_WHOLE", (8, 40)),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
