@@ -11,12 +11,14 @@ from fastsae.native_encode import _PATHS, _address, _Call, _numbers, _refuses, _
 _HASHED_AT_ONCE = 1 << 23  # words of codes that wait for their hash
 
 
-def refuses_spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> str | None:
+def refuses_spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None = None) -> str | None:
     """Why `spline_code` cannot serve these inputs, or None."""
     return _refuses(x, W, (("b", b),), neurons)
 
 
-def refuses_spline_hash(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
+def refuses_spline_hash(
+    x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int, packed: Tensor | None = None
+) -> str | None:
     """Why `spline_hash` cannot serve these inputs, or None."""
     return refuses_spline_code(x, W, b, neurons)
 
@@ -37,6 +39,7 @@ def spline_code(
     W: Tensor,
     b: Tensor | None,
     neurons: Tensor | None,
+    packed: Tensor | None = None,
     *,
     path: str = "auto",
     stats: dict[str, int] | None = None,
@@ -45,6 +48,7 @@ def spline_code(
 
     Args:
         x: [rows, D], any strides. W: [H, D], any strides; read in place. b: None, or [H]. neurons: None, an index or a mask.
+        packed: not read: signs are screened in another number than the one `pack` writes.
         path, stats: as in `native_encode.encode_topk`.
     """
     call = _Call("spline_code", x, W, None, None, None)
@@ -61,7 +65,9 @@ def spline_code(
     return words if mask is None else words.bitwise_and_(mask)
 
 
-def spline_hash(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+def spline_hash(
+    x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int, packed: Tensor | None = None
+) -> Tensor:
     """XOR of the keys of active neurons, [rows] int64 ([rows, 2] with 128 bits): codes of some rows at a time, hashed where they lie."""
     at_once = max(1024, _HASHED_AT_ONCE // max(1, (W.shape[0] + 63) // 64))
     if x.shape[0] <= at_once:

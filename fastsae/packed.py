@@ -30,9 +30,7 @@ class PackedWeights:
 
     def refresh(self) -> PackedWeights:
         """Packs the weights as they are now; returns the handle."""
-        from fastsae import native_encode
-
-        self._words = native_encode.pack(self.weight.detach())
+        self._words = _packed(self.weight.detach())
         self._made_of = self._state()
         return self
 
@@ -60,15 +58,32 @@ class PackedWeights:
         return f"PackedWeights({list(self.weight.shape)} {str(self.weight.dtype)[6:]}, {self.nbytes} bytes)"
 
 
+def _packed(W: Tensor) -> Tensor | None:
+    """What the screen of this device reads of W; None where it reads W itself."""
+    if W.is_cuda:
+        from fastsae import _triton
+
+        if _triton.unavailable(W.device) or _triton.dtype_reason(W):
+            return None
+        from fastsae.kernels import _problem
+
+        return _problem.pack(W)
+    from fastsae import native_encode
+
+    return native_encode.pack(W)
+
+
 def pack(W: Tensor) -> PackedWeights:
-    """Packs weights for repeated encoding: ``encode_topk(x, pack(W), ...)`` reads a quarter of the bytes and packs nothing.
+    """Packs weights for repeated encoding: ``encode_topk(x, pack(W), ...)`` reads fewer bytes and packs nothing.
 
     Args:
-        W: ``[F, D]``, any strides; float32, bfloat16 or float16 on a CPU gain, others are accepted and gain nothing.
+        W: ``[F, D]``, any strides; float32, bfloat16 or float16. float64 is accepted and gains nothing. On a GPU half precision gains
+            where ``b_pre`` is given, as its products without one are the scores and need no screen.
 
     Returns:
-        ``PackedWeights``, accepted as ``W_enc`` by the encoders and ``reconstruct``. Results are the same bits. It takes about ``F * D``
-        bytes more than ``W``; for a ``W`` that is not row-major (a transposed view) also a row-major copy of it.
+        ``PackedWeights``, accepted as ``W_enc`` by the encoders and ``reconstruct`` and as ``W`` by ``spline_code`` and ``spline_hash``.
+        Results are the same bits. It takes, on a CPU, about ``F * D`` bytes more than ``W``; for a ``W`` that is not row-major (a
+        transposed view) also a row-major copy of it. On a GPU: ``2 * F * (D rounded up to 64) + 12 * F`` bytes.
 
     Raises: TypeError: no tensor, or a dtype that is not floating. ValueError: shape.
     """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastsae.kernels import _tile
 from fastsae.kernels._problem import Problem, Rounded
-from fastsae.kernels._tile import affine, ends, exact, interval, pack_bits, place, popcount, product, unpack_bits
+from fastsae.kernels._tile import affine, cells, ends, exact, interval, n_tiles, pack_bits, popcount, products, unpack_bits
 
 SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _GATHER = 16  # features that a program scores exactly at a time
@@ -71,17 +71,12 @@ def mask_kernel(
     TWO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Direct: kept bits, and with BAND those in the band. Screened: bits that may be kept; SIGN: sure ones, and undecided ones."""
-    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n_panel, COLUMNS)
-    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
-        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        local = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        live, inside = rows < n_rows, local < n_panel
-        row, column = tl.minimum(rows, n_rows - 1), tl.minimum(local, n_panel - 1)
-        f = first + local
-        if CHOSEN:
-            column = tl.load(chosen + first + column)
-        total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
+        _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
+        live, inside, f = rows < n_rows, local < n_panel, first + local
+        total, row, _column = products(
+            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
+        )
         if SCREENED:
             if KIND == GATED:
                 r, e = interval(total, x_factors, W_factors, row, n_rows, f, n, inside, D)
@@ -110,17 +105,18 @@ def mask_kernel(
             tl.store(other_words + to, pack_bits(other & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_words", "half", "D"])
+@triton.jit(do_not_specialize=["n_rows", "n_words", "half", "D"])
 def refine_kernel(
     x, W, chosen, centre, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
-    n_words, half, D, x_r, x_d, W_f, W_d,
+    n_rows, n_words, half, D, x_r, x_d, W_f, W_d,
     KIND: tl.constexpr, BAND: tl.constexpr, WRITE: tl.constexpr, CHOSEN: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
     BIASED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Exact scores of the set bits of one row and WORDS words. Decides: SIGN the undecided bits, otherwise the bits that may be kept.
     WRITE: value, column and flag of every bit, in order from the offset of the first word."""
-    row = tl.program_id(0).to(tl.int64)
-    first_word = tl.program_id(1).to(tl.int64) * WORDS
+    # One dimension, as a grid's second ends at 65535; rows first, as they share their features.
+    row = (tl.program_id(0) % n_rows).to(tl.int64)
+    first_word = (tl.program_id(0) // n_rows).to(tl.int64) * WORDS
     word = first_word + tl.arange(0, WORDS)
     at = row * n_words + word
     there = word < n_words
@@ -160,6 +156,7 @@ def refine_kernel(
             if BAND:
                 band_new += tl.sum(tl.where(hit, banded[:, None], 0), axis=0)
     if WRITE == 0:
+        tl.debug_barrier()  # the words are written where they were read
         result = tl.reshape(pack_bits(new[None, :], 1, WORDS), (WORDS,))
         if KIND == SIGN:
             result = result | kept
@@ -168,7 +165,7 @@ def refine_kernel(
             tl.store(other_words + at, tl.reshape(pack_bits(band_new[None, :], 1, WORDS), (WORDS,)), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: tl.constexpr):
     """Bits set in each word."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -187,11 +184,8 @@ def write_kernel(
 ):  # fmt: skip
     """Values, columns and flags of the bits that ``mask_kernel`` set, from the same scores."""
     WORDS: tl.constexpr = COLUMNS // 32
-    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n, COLUMNS)
-    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
-        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        f = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n, ROWS, COLUMNS), tl.num_programs(0)):
+        _row_tile, column_tile, rows, f = cells(tile, n_rows, n, GROUP, ROWS, COLUMNS)
         live, inside = rows < n_rows, f < n
         word = column_tile.to(tl.int64) * WORDS + tl.arange(0, WORDS)
         at = (rows * n_words)[:, None] + word[None, :]
@@ -202,10 +196,7 @@ def write_kernel(
             banded = tl.load(other_words + at, mask=mask, other=0)
             stored = kept | banded
         if tl.max(tl.max((stored != 0).to(tl.int32), axis=1), axis=0) != 0:
-            row, column = tl.minimum(rows, n_rows - 1), tl.minimum(f, n - 1)
-            if CHOSEN:
-                column = tl.load(chosen + column)
-            total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+            total, _row, column = products(x, W, chosen, 0, rows, f, n_rows, n, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN)
             decided, band, value = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
             bit = tl.arange(0, 32)[None, None, :]
             before = popcount(stored[:, :, None] & ((1 << bit) - 1))
@@ -258,11 +249,12 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
         )  # fmt: skip
         return kept, other
     rounded = Rounded.of(p)
-    for part, panel in rounded.panels(p):
-        mask_kernel[p.tiles(panel.shape[0])](
-            rounded.x, panel, None, rounded.x_factors, rounded.W_factors, p.scale, p.bias, rule.theta, kept, other,
-            part.start, rows, panel.shape[0], p.n, words, rule.width, panel.shape[1], panel.shape[1], 1, panel.shape[1], 1,
-            SCREENED=True, TWO=screened_sign, EVEN=True, **{**p.flags(), "CHOSEN": False}, **common,
+    for part, panel, chosen in rounded.panels(p):
+        n = part.stop - part.start
+        mask_kernel[p.tiles(n)](
+            rounded.x, panel, chosen, rounded.x_factors, rounded.W_factors, p.scale, p.bias, rule.theta, kept, other,
+            part.start, rows, n, p.n, words, rule.width, panel.shape[1], panel.shape[1], 1, panel.shape[1], 1,
+            SCREENED=True, TWO=screened_sign, EVEN=True, **{**p.flags(), "CHOSEN": chosen is not None}, **common,
         )  # fmt: skip
     _refine(p, rule, kept, other, None)
     return kept, None if rule.kind is SIGN else other
@@ -271,9 +263,9 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
 def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tuple[Tensor | None, ...] | None) -> None:
     (rows, words), interpreted = kept.shape, _tile.interpreting()
     size = min(_WORDS, triton.next_power_of_2(words))
-    refine_kernel[(rows, triton.cdiv(words, size))](
+    refine_kernel[(rows * triton.cdiv(words, size),)](
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, rule.theta, kept, other, *(out or (None,) * 5),
-        words, rule.width, p.x.shape[1], *p.strides(),
+        rows, words, rule.width, p.x.shape[1], *p.strides(),
         WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=32 * size if interpreted else _GATHER,
         num_warps=4, enable_fp_fusion=False, **rule.flags(), **p.flags(),
     )  # fmt: skip

@@ -31,6 +31,7 @@ class Problem:
     magnitude: bool = False
     others: bool = False  # row i against all features but i
     first_row: int = 0
+    packed: Tensor | None = None  # what ``pack`` made of W
 
     @property
     def n(self) -> int:
@@ -59,22 +60,36 @@ class Problem:
         return (*self.x.stride(), *self.W.stride())
 
 
-def problem(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None) -> Problem:
+def problem(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None,
+    packed: Tensor | None = None,
+) -> Problem:  # fmt: skip
     chosen = _checks.sorted_subset(features, W.shape[0], "features")  # its length is the one thing that the host waits for
     scale, bias = (None if v is None else v if chosen is None else v[chosen] for v in (scale, b))
-    return Problem(x, W, _tile.wide(b_pre), _tile.wide(scale), _tile.wide(bias), chosen, _tile.tile_for(x.device))
+    packed = _checked(packed, W)
+    return Problem(x, W, _tile.wide(b_pre), _tile.wide(scale), _tile.wide(bias), chosen, _tile.tile_for(x.device), packed=packed)
 
 
 def chunks(rows: int, bytes_per_row: int, least: int, most: int = MOST_ROWS) -> Iterator[slice]:
-    """Slices of ``range(rows)`` of a bounded workspace, multiples of ``least``."""
+    """Slices of ``range(rows)`` of a bounded workspace, multiples of ``least``; never more than ``most``."""
+    least = min(least, max(most, 1))
     step = max(least, min(MOST_ROWS, most, WORKSPACE // max(bytes_per_row, 1)) // least * least)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
+def rounded(v: Tensor, centre: Tensor | None, *, of_rows: bool) -> tuple[Tensor, Tensor]:
+    """(rows in float16 [n, pitch], their three numbers [3, n])."""
+    n = v.shape[0]
+    halves = torch.empty((n, _tile.pitch(v.shape[1])), dtype=torch.float16, device=v.device)
+    factors = torch.empty((3, n), dtype=torch.float32, device=v.device)
+    _tile.round_rows(v, slice(0, n), halves, factors, None, centre, of_rows=of_rows)
+    return halves, factors
+
+
 @dataclass(frozen=True)
 class Rounded:
-    """The rows of a chunk in float16, and room for a panel of features."""
+    """The rows of a chunk in float16; the features as ``pack`` rounded them, or room for a panel of them."""
 
     x: Tensor
     x_factors: Tensor
@@ -83,20 +98,55 @@ class Rounded:
 
     @staticmethod
     def of(p: Problem) -> Rounded:
-        rows, width = p.x.shape[0], _tile.pitch(p.W.shape[1])
-        device = p.x.device
-        step = max(p.tile.columns, PANEL // (2 * width) // p.tile.columns * p.tile.columns)
-        x = torch.empty((rows, width), dtype=torch.float16, device=device)
-        factors = torch.empty((3, rows), dtype=torch.float32, device=device)
-        _tile.round_rows(p.x, slice(0, rows), x, factors, None, p.centre, of_rows=True)
-        panel = torch.empty((min(step, p.n), width), dtype=torch.float16, device=device)
-        return Rounded(x, factors, panel, torch.empty((3, p.n), dtype=torch.float32, device=device))
+        x, factors = rounded(p.x, p.centre, of_rows=True)
+        if p.packed is not None:
+            panel, W_factors = _parts(p.packed, p.W)
+            return Rounded(x, factors, panel, W_factors if p.chosen is None else W_factors.index_select(1, p.chosen))
+        step = max(p.tile.columns, PANEL // (2 * x.shape[1]) // p.tile.columns * p.tile.columns)
+        panel = x.new_empty((min(step, p.n), x.shape[1]))
+        return Rounded(x, factors, panel, factors.new_empty((3, p.n)))
 
-    def panels(self, p: Problem) -> Iterator[tuple[slice, Tensor]]:
-        """Ranges of features with their rounded rows, valid until the next one."""
+    def panels(self, p: Problem) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Ranges of features with rounded rows, valid until the next one, and which of these they are (None: all, in order)."""
+        if p.packed is not None:
+            if p.n:
+                yield slice(0, p.n), self.panel, p.chosen
+            return
         step = self.panel.shape[0]
         for start in range(0, p.n, step):
             part = slice(start, min(start + step, p.n))
             panel = self.panel[: part.stop - start]
             _tile.round_rows(p.W, part, panel, self.W_factors, p.chosen, None, of_rows=False)
-            yield part, panel
+            yield part, panel, None
+
+
+# ---------------------------------------------------------------- handles
+
+
+def pack(W: Tensor) -> Tensor | None:
+    """What the screen reads of W [F, D]: its rows in float16, padded, then three float32 numbers a feature, all as [.] float16. None of an
+    empty W."""
+    if not W.numel():
+        return None
+    packed = torch.empty(_packed_size(W), dtype=torch.float16, device=W.device)
+    with _tile.on(W.device):
+        _tile.round_rows(W, slice(0, W.shape[0]), *_parts(packed, W), None, None, of_rows=False)
+    return packed
+
+
+def _packed_size(W: Tensor) -> int:
+    return W.shape[0] * (_tile.pitch(W.shape[1]) + 6)
+
+
+def _parts(packed: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    n, width = W.shape[0], _tile.pitch(W.shape[1])
+    return packed[: n * width].view(n, width), packed[n * width :].view(torch.float32).view(3, n)
+
+
+def _checked(packed: Tensor | None, W: Tensor) -> Tensor | None:
+    """The handle's words if they are ours. In the interpreter they may be the compiled extension's, which are of no use here."""
+    if packed is None or (packed.dtype is torch.int32 and packed.device.type == "cpu"):
+        return None
+    if packed.dtype is not torch.float16 or packed.shape != (_packed_size(W),) or packed.device != W.device:
+        raise ValueError(f"packed {list(packed.shape)} {packed.dtype} on {packed.device} is not what pack returned for W {list(W.shape)}")
+    return packed

@@ -162,7 +162,7 @@ def select_kernel(
             tl.store(n_flagged + rows, slots, mask=live)
 
 
-@triton.jit(do_not_specialize=["n_rows", "k", "n_values"])
+@triton.jit(do_not_specialize=["n_rows", "k"])
 def rank_kernel(
     keys, ids, chosen, values, indices, n_rows, k,
     CHOSEN: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,

@@ -1,6 +1,6 @@
 """The tile engine: products of rows and features on the tensor cores, a proven interval around each, and the exact score itself.
 
-A kernel here is a loop over tiles (``place``) that forms the products of a tile (``product``) and hands them to its consumer before they
+A kernel here is a loop over tiles (``cells``) that forms the products of a tile (``products``) and hands them to its consumer before they
 leave the registers: keep the best of each bucket, keep what exceeds a threshold, keep the sign. Two kinds of problems:
 
     direct     half-precision inputs, nothing subtracted: the product of a tile IS the score's sum. One chain of tensor-core steps in
@@ -50,6 +50,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -111,20 +112,36 @@ def unpack_bits(words, ROWS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def place(tile, n_row_tiles, n_column_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile) of the tile-th one; groups of GROUP row tiles share their features in L2."""
-    group = tile // (GROUP * n_column_tiles)
-    height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
-    within = tile % (GROUP * n_column_tiles)
-    return group * GROUP + within % height, within // height
+def n_tiles(n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.cdiv(n_rows, ROWS) * tl.cdiv(n_columns, COLUMNS)
 
 
 @triton.jit
-def product(x, W, D, x_d, W_d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr):
-    """[ROWS, COLUMNS] in float32: one chain of tensor-core steps in ascending d. ``x`` and ``W`` point to the first elements of rows."""
+def cells(tile, n_rows, n_columns, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(row tile, column tile, rows, columns) of the tile-th one, the last two in int64 and beyond the end in the last tiles. Groups of
+    GROUP row tiles share their features in L2."""
+    in_group = GROUP * tl.cdiv(n_columns, COLUMNS)
+    group = tile // in_group
+    height = tl.minimum(tl.cdiv(n_rows, ROWS) - group * GROUP, GROUP)
+    within = tile % in_group
+    row_tile, column_tile = group * GROUP + within % height, within // height
+    rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row_tile, column_tile, rows, column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def products(
+    x, W, chosen, first, rows, columns, n_rows, n_columns, D, x_r, x_d, W_f, W_d,
+    CHOSEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """(products [ROWS, COLUMNS] in float32, their rows, their rows of W): one chain of tensor-core steps in ascending d. What lies beyond
+    the end stands for the last one."""
+    row, column = tl.minimum(rows, n_rows - 1), tl.minimum(columns, n_columns - 1)
+    if CHOSEN:
+        column = tl.load(chosen + first + column)
     d = tl.arange(0, DEPTH)
-    x_at = x[:, None] + d.to(tl.int64)[None, :] * x_d
-    W_at = W[None, :] + d.to(tl.int64)[:, None] * W_d
+    x_at = (x + row * x_r)[:, None] + d.to(tl.int64)[None, :] * x_d
+    W_at = (W + column * W_f)[None, :] + d.to(tl.int64)[:, None] * W_d
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, DEPTH):
         if EVEN:
@@ -135,7 +152,7 @@ def product(x, W, D, x_d, W_d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH:
         total = tl.dot(left, right, total)
         x_at += tl.cast(x_d, tl.int64) * DEPTH
         W_at += tl.cast(W_d, tl.int64) * DEPTH
-    return total
+    return total, row, column
 
 
 @triton.jit
@@ -277,11 +294,13 @@ class Tile:
     warps: int
     stages: int
     group: int = 8
+    registers: int | None = None  # of a thread, at most; None leaves it to the compiler
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Launch options; without fusion, so that a score rounds where the code says."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 # By capability: the largest that fits its shared memory (99 KiB on 8.6, 8.9 and 12.0) without spilling in any consumer.
@@ -289,21 +308,28 @@ _TILES = {
     (8, 0): Tile(128, 128, 64, 8, 3),
     (8, 6): Tile(128, 128, 32, 8, 3),
     (9, 0): Tile(128, 128, 64, 8, 4),
-    (10, 0): Tile(128, 128, 64, 8, 4),
+    (10, 0): Tile(128, 128, 64, 8, 4, registers=255),  # told nothing, ptxas halves them to fit two programs and spills more
     (12, 0): Tile(128, 128, 32, 8, 3),
 }
 _INTERPRETED = Tile(32, 64, 64, 8, 1)
 _PROGRAMS = 2  # of a persistent launch, a multiprocessor
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+@cache
+def _chip(index: int) -> tuple[tuple[int, int], int]:
+    """(capability, multiprocessors) of a device; asking torch every time costs as much as a launch."""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def chip(device: torch.device) -> tuple[tuple[int, int], int]:
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def tile_for(device: torch.device) -> Tile:
     if device.type == "cpu":
         return _INTERPRETED
-    have = capability(device)
+    have = chip(device)[0]
     return _TILES[max((known for known in _TILES if known <= have), default=(8, 0))]
 
 
@@ -311,7 +337,7 @@ def programs(device: torch.device, n_tiles: int) -> int:
     """How many programs walk over ``n_tiles`` tiles."""
     if device.type == "cpu":
         return min(n_tiles, 4)
-    return min(n_tiles, _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(n_tiles, _PROGRAMS * chip(device)[1])
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

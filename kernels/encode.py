@@ -23,6 +23,7 @@ Memory beyond the output: at most ``WORKSPACE`` bytes, or what one row tile need
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ from fastsae.kernels import _masks, _select, _tile
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
 from fastsae.kernels._select import bucket_index, load_candidates
-from fastsae.kernels._tile import Tile, affine, ends, exact, ordered, place, product, upper_key
+from fastsae.kernels._tile import Tile, affine, cells, ends, exact, n_tiles, ordered, products, upper_key
 
 FEW = 2048  # features whose keys are all written out
 BEST = 4  # emitted of a bucket
@@ -50,21 +51,26 @@ def _score_key(score, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def _emit(
+def emit(key, keys, places, to, step, mask, BEST: tl.constexpr, DEEP: tl.constexpr):
+    """The BEST largest keys of each bucket of [A, DEEP, B], equal ones by the lower place, to ``to [A, B]`` and every ``step`` on."""
+    place = tl.arange(0, DEEP)[None, :, None]
+    for number in tl.static_range(BEST):
+        largest = tl.max(key, axis=1)
+        at = tl.min(tl.where(key == largest[:, None, :], place, DEEP), axis=1)
+        tl.store(keys + to + number * step, largest, mask=mask)
+        tl.store(places + to + number * step, at.to(tl.int16), mask=mask)
+        key = tl.where(place == at[:, None, :], -(2**31), key)
+
+
+@triton.jit
+def emit_rows(
     key, keys, columns, rows, live, bucket, n_buckets, stride,
     BEST: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """The BEST largest keys of each bucket of a tile [ROWS, DEEP * BUCKETS], equal ones by the lower column."""
-    key = tl.reshape(key, (ROWS, DEEP, BUCKETS))
-    column = tl.arange(0, DEEP)[None, :, None]
+    """The BEST largest keys of each bucket of the rows of a tile [ROWS, DEEP * BUCKETS]."""
+    to = (rows * stride)[:, None] + bucket[None, :]
     mask = live[:, None] & (bucket < n_buckets)[None, :]
-    for number in tl.static_range(BEST):
-        largest = tl.max(key, axis=1)
-        at = tl.min(tl.where(key == largest[:, None, :], column, DEEP), axis=1)
-        to = (rows * stride)[:, None] + (number * n_buckets + bucket)[None, :]
-        tl.store(keys + to, largest, mask=mask)
-        tl.store(columns + to, at.to(tl.int16), mask=mask)
-        key = tl.where(column == at[:, None, :], -(2**31), key)
+    emit(tl.reshape(key, (ROWS, DEEP, BUCKETS)), keys, columns, to, n_buckets, mask, BEST, DEEP)
 
 
 @triton.jit(do_not_specialize=["first_row", "first", "n_rows", "n_panel", "n", "n_buckets", "D"])
@@ -76,17 +82,12 @@ def emit_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Features first .. first + n_panel against all rows of the chunk: keys of the best of each bucket, or (STORE) of all scores."""
-    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n_panel, COLUMNS)
-    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
-        rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        local = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        live, inside = rows < n_rows, local < n_panel
-        row, column = tl.minimum(rows, n_rows - 1), tl.minimum(local, n_panel - 1)
-        f = first + local
-        if CHOSEN:
-            column = tl.load(chosen + first + column)
-        total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
+        _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
+        live, inside, f = rows < n_rows, local < n_panel, first + local
+        total, row, _column = products(
+            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
+        )
         if SCREENED:
             low, high = ends(total, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
             if MAGNITUDE:
@@ -101,7 +102,7 @@ def emit_kernel(
             tl.store(keys + (rows * stride)[:, None] + f[None, :], key, mask=live[:, None] & inside[None, :])
         else:
             bucket = ((first // COLUMNS + column_tile) * BUCKETS + tl.arange(0, BUCKETS)).to(tl.int64)
-            _emit(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
+            emit_rows(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "D", "k", "tile_stride"])
@@ -113,18 +114,12 @@ def rescan_kernel(
 ):  # fmt: skip
     """The direct scores of all columns of the flagged buckets, as candidates k + slot * deep + column of their rows."""
     DEEP: tl.constexpr = COLUMNS // BUCKETS
-    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, ROWS), tl.cdiv(n, COLUMNS)
-    for tile in range(tl.program_id(0), n_row_tiles * n_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = place(tile, n_row_tiles, n_column_tiles, GROUP)
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n, ROWS, COLUMNS), tl.num_programs(0)):
+        row_tile, column_tile, rows, f = cells(tile, n_rows, n, GROUP, ROWS, COLUMNS)
         if tl.load(tile_flags + row_tile.to(tl.int64) * tile_stride + column_tile) != 0:
-            rows = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-            local = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-            live, inside = rows < n_rows, local < n
-            row, column = tl.minimum(rows, n_rows - 1), tl.minimum(local, n - 1)
-            if CHOSEN:
-                column = tl.load(chosen + column)
-            total = product(x + row * x_r, W + column * W_f, D, x_d, W_d, ROWS, COLUMNS, DEPTH, EVEN)
-            key = ordered(affine(total, scale, bias, local, inside, SCALED, BIASED))
+            live, inside = rows < n_rows, f < n
+            total, _row, _column = products(x, W, chosen, 0, rows, f, n_rows, n, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN)
+            key = ordered(affine(total, scale, bias, f, inside, SCALED, BIASED))
             # [ROWS, DEEP, BUCKETS], so that there is one slot a row and bucket.
             key = tl.reshape(key, (ROWS, DEEP, BUCKETS))
             bucket = column_tile.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
@@ -187,17 +182,18 @@ def exact_kernel(
             else:
                 key = tl.where(inside[None, :], key, -(2**31))
                 bucket = tl.cast(column_tile, tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
-                _emit(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
+                emit_rows(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_entries", "n_buckets", "k", "n_extra", "n_slots"])
 def widen_kernel(
-    keys, columns, cut, kept_keys, ids, lengths, flagged, n_flagged, crowded,
+    keys, columns, cut, floor, kept_keys, ids, lengths, flagged, n_flagged, crowded,
     n_rows, n_entries, n_buckets, k, n_extra, n_slots, stride, kept_stride,
-    BUCKETS: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    FLOORED: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Lists what may still be among the k best of a screened row: what was emitted with an upper end that reaches the least exact score of
-    the k first ones, and buckets whose last emitted one does. ``crowded`` marks rows with more of either than there is room for."""
+    the k first ones (FLOORED: and exceeds the row's floor), and buckets whose last emitted one does. ``crowded`` marks rows with more of
+    either than there is room for."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     least = tl.full((ROWS,), 2**31 - 1, tl.int32)
@@ -207,6 +203,8 @@ def widen_kernel(
         least = tl.minimum(least, tl.min(key, axis=1))
     key_cut = tl.load(cut + rows, mask=live, other=0)
     index_cut = tl.load(cut + n_rows + rows, mask=live, other=0)
+    if FLOORED:
+        lowest = tl.load(floor + rows, mask=live, other=0)
     everything = tl.full((ROWS,), 0, tl.int32) + n_entries
     extra = tl.zeros((ROWS,), tl.int32)
     slots = tl.zeros((ROWS,), tl.int32)
@@ -215,6 +213,8 @@ def widen_kernel(
             keys, columns, rows, live, everything, start, n_entries, stride, n_buckets, True, False, BUCKETS, DEEP, SIZE
         )
         reaches = live[:, None] & (p < n_entries)[None, :] & (key >= least[:, None]) & (key != -(2**31))
+        if FLOORED:
+            reaches = reaches & (key > lowest[:, None])
         kept = (key > key_cut[:, None]) | ((key == key_cut[:, None]) & (index <= index_cut[:, None]))
         new = reaches & (kept == 0)
         number = new.to(tl.int32)
@@ -268,7 +268,9 @@ def rescore_kernel(
             column = tl.load(chosen + at, mask=inside, other=0)
         W_at = (W + column * W_f)[None, :]
         x_at = x + (row * x_r + tl.zeros((1,), tl.int64))
-        total = exact(x_at, W_at, centre, D, x_d, W_d, inside[None, :], CENTRED, 1, COLUMNS)
+        total = tl.zeros((1, COLUMNS), tl.float32)
+        if tl.max(inside.to(tl.int32), axis=0) != 0:
+            total = exact(x_at, W_at, centre, D, x_d, W_d, inside[None, :], CENTRED, 1, COLUMNS)
         key = tl.reshape(_score_key(affine(total, scale, bias, at, inside, SCALED, BIASED), MAGNITUDE), (COLUMNS,))
         tl.store(keys + row * stride + p, tl.where(inside, key, -(2**31)), mask=p < end)
         tl.store(ids + row * stride + p, f, mask=p < end)
@@ -279,20 +281,21 @@ def rescore_kernel(
 
 @dataclass(frozen=True)
 class Buckets:
-    """How a top-k is split: ``number`` buckets of ``deep`` columns, ``a_tile`` of them in a tile."""
+    """How a top-k is split: ``number`` buckets of ``deep`` columns, ``a_tile`` of them in a tile, ``best`` emitted of each."""
 
     a_tile: int
     deep: int
     number: int
     k: int
+    best: int = BEST
 
     @property
     def entries(self) -> int:
-        return BEST * self.number
+        return self.best * self.number
 
     @property
     def slots(self) -> int:
-        return max(8, self.k // BEST)
+        return max(8, self.k // self.best)
 
     @property
     def extra(self) -> int:
@@ -300,20 +303,25 @@ class Buckets:
 
     def room(self, *, direct: bool) -> int:
         """Candidates of a row."""
-        return self.k + (self.k // BEST if direct else self.slots) * self.deep + (0 if direct else self.extra)
+        return self.k + (self.k // self.best if direct else self.slots) * self.deep + (0 if direct else self.extra)
+
+
+def split(n: int, k: int, columns: int, members: int, shapes: Iterable[tuple[int, int]]) -> Buckets | None:
+    """The first of ``shapes`` (emitted of a bucket, buckets of a tile of ``columns``) of whose buckets few need a second look."""
+    for best, a_tile in shapes:
+        number, deep = triton.cdiv(n, columns) * a_tile, columns // a_tile
+        # Under random placement C(members, best) / number^(best - 1) buckets hold as many members as they emit.
+        if math.comb(members, best) / number ** (best - 1) <= 1 / 64 and n // columns * a_tile * min(best, deep) >= 2 * k:
+            return Buckets(a_tile, deep, number, k, best)
+    return None
 
 
 def buckets(n: int, k: int, tile: Tile, *, direct: bool) -> Buckets | None:
     """The coarsest buckets of which few need a second look; None where writing all keys out is better."""
     if n <= FEW or k > _select.MOST_KEPT:
         return None
-    for a_tile in (1, 2, 4, 8):
-        number = triton.cdiv(n, tile.columns) * a_tile
-        full = n // tile.columns * a_tile
-        # Under random placement C(k, BEST) / number^(BEST - 1) buckets hold BEST members; a screened row has up to twice k candidates.
-        if math.comb(k if direct else 2 * k, BEST) / number ** (BEST - 1) <= 1 / 64 and full * min(BEST, tile.columns // a_tile) >= 2 * k:
-            return Buckets(a_tile, tile.columns // a_tile, number, k)
-    return None
+    # A screened row has up to twice k candidates.
+    return split(n, k, tile.columns, k if direct else 2 * k, ((BEST, a_tile) for a_tile in (1, 2, 4, 8)))
 
 
 def topk(p: Problem, k: int, values: Tensor, indices: Tensor, *, relu: bool) -> None:
@@ -361,7 +369,7 @@ def _emit_direct(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets
         p.x, p.W, p.chosen, None, None, p.scale, p.bias, keys, columns,
         p.first_row, 0, rows, p.n, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
         SCREENED=False, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=D % p.tile.depth == 0, STORE=plan is None,
-        BEST=BEST, BUCKETS=plan.a_tile if plan else 1, **p.flags(), **p.tile_shape(), **p.tile.options,
+        BEST=plan.best if plan else 1, BUCKETS=plan.a_tile if plan else 1, **p.flags(), **p.tile_shape(), **p.tile.options,
     )  # fmt: skip
 
 
@@ -372,8 +380,9 @@ def _exact(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | Non
     exact_kernel[(triton.cdiv(rows, size), programs)](
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, only, keys, columns,
         p.first_row, rows, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
-        ONLY=only is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, STORE=plan is None, BEST=BEST,
-        BUCKETS=plan.a_tile if plan else 1, ROWS=size, COLUMNS=width, num_warps=8, enable_fp_fusion=False, **p.flags(),
+        ONLY=only is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, STORE=plan is None,
+        BEST=plan.best if plan else 1, BUCKETS=plan.a_tile if plan else 1, ROWS=size, COLUMNS=width,
+        num_warps=8, enable_fp_fusion=False, **p.flags(),
     )  # fmt: skip
 
 
@@ -399,7 +408,7 @@ def _direct_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tenso
     _emit_direct(p, keys, columns, plan)
     kept_keys, kept_ids = torch.empty((2, rows, plan.room(direct=True)), dtype=torch.int32, device=device)
     cut, n_flagged = torch.empty(2 * rows, dtype=torch.int32, device=device), torch.empty(rows, dtype=torch.int32, device=device)
-    flagged = torch.empty((rows, max(1, plan.k // BEST)), dtype=torch.int32, device=device)
+    flagged = torch.empty((rows, max(1, plan.k // plan.best)), dtype=torch.int32, device=device)
     slot_of = torch.empty((rows, plan.number), dtype=torch.int16, device=device)
     tile_flags = torch.zeros((triton.cdiv(rows, p.tile.rows), triton.cdiv(p.n, p.tile.columns)), dtype=torch.int32, device=device)
     _select_emitted(keys, columns, plan, p.tile, None, (kept_keys, kept_ids), cut, flagged, n_flagged, slot_of, tile_flags)
@@ -421,27 +430,36 @@ def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Ten
     keys = torch.empty((rows, plan.entries), dtype=torch.int32, device=device)
     columns = torch.empty((rows, plan.entries), dtype=torch.int16, device=device)
     rounded = Rounded.of(p)
-    for part, panel in rounded.panels(p):
-        emit_kernel[p.tiles(panel.shape[0])](
-            rounded.x, panel, None, rounded.x_factors, rounded.W_factors, p.scale, p.bias, keys, columns,
-            p.first_row, part.start, rows, panel.shape[0], p.n, plan.number, panel.shape[1], plan.entries,
-            panel.shape[1], 1, panel.shape[1], 1,
-            SCREENED=True, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=True, STORE=False, BEST=BEST, BUCKETS=plan.a_tile,
-            **{**p.flags(), "CHOSEN": False}, **p.tile_shape(), **p.tile.options,
+    for part, panel, chosen in rounded.panels(p):
+        n = part.stop - part.start
+        emit_kernel[p.tiles(n)](
+            rounded.x, panel, chosen, rounded.x_factors, rounded.W_factors, p.scale, p.bias, keys, columns,
+            p.first_row, part.start, rows, n, p.n, plan.number, panel.shape[1], plan.entries, panel.shape[1], 1, panel.shape[1], 1,
+            SCREENED=True, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=True, STORE=False, BEST=plan.best, BUCKETS=plan.a_tile,
+            **{**p.flags(), "CHOSEN": chosen is not None}, **p.tile_shape(), **p.tile.options,
         )  # fmt: skip
-    kept_keys, kept_ids = torch.empty((2, rows, plan.room(direct=False)), dtype=torch.int32, device=device)
+    return settle(p, plan, keys, columns)
+
+
+def settle(p: Problem, plan: Buckets, keys: Tensor, columns: Tensor, floor: Tensor | None = None, spare: int = 0) -> tuple[Tensor, ...]:
+    """Candidates that hold the k best scores of each row, from what was emitted of their upper ends: (keys of exact scores, indices, how
+    many), the first two [rows, room + ``spare``]. With ``floor [rows]`` they hold those of the k best whose key exceeds it."""
+    rows, device = p.x.shape[0], p.x.device
+    kept_keys, kept_ids = torch.empty((2, rows, plan.room(direct=False) + spare), dtype=torch.int32, device=device)
     cut = torch.empty(2 * rows, dtype=torch.int32, device=device)
     _select_emitted(keys, columns, plan, p.tile, None, (kept_keys, kept_ids), cut, None, None, None, None)
+    if floor is not None:
+        kept_ids[:, : plan.k].masked_fill_(kept_keys[:, : plan.k] <= floor[:, None], -1)
     lengths, n_flagged, crowded = torch.full((3, rows), plan.k, dtype=torch.int32, device=device)
     flagged = torch.empty((rows, plan.slots), dtype=torch.int32, device=device)
     _rescore(p, plan, columns, lengths, None, n_flagged, kept_ids, kept_keys, 0)
     ROWS, SIZE = _select._shape(plan.entries, rows)
     widen_kernel[(triton.cdiv(rows, ROWS),)](
-        keys, columns, cut, kept_keys, kept_ids, lengths, flagged, n_flagged, crowded,
+        keys, columns, cut, floor, kept_keys, kept_ids, lengths, flagged, n_flagged, crowded,
         rows, plan.entries, plan.number, plan.k, plan.extra, plan.slots, plan.entries, kept_keys.stride(0),
-        BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
+        FLOORED=floor is not None, BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
     )  # fmt: skip
-    _exact(p, keys, columns, plan, crowded, 1, p.tile.columns)
+    _exact(p, keys, columns, plan, crowded, 1, plan.a_tile * plan.deep)
     _select_emitted(keys, columns, plan, p.tile, crowded, (kept_keys, kept_ids), cut, flagged, n_flagged, None, None)
     _rescore(p, plan, columns, lengths, flagged, n_flagged, kept_ids, kept_keys, plan.k)
     return kept_keys, kept_ids, n_flagged.mul_(plan.deep).add_(lengths)
@@ -457,8 +475,8 @@ def _rescore(
     rescore_kernel[(rows, programs)](
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, columns, lengths, flagged, n_flagged, ids, keys,
         p.first_row, first, p.n, plan.number, plan.slots, D, ids.shape[1], plan.entries, *p.strides(),
-        SLOTS=flagged is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, BEST=BEST, BUCKETS=plan.a_tile,
-        DEEP=plan.deep, COLUMNS=width, num_warps=2, enable_fp_fusion=False, **p.flags(),
+        SLOTS=flagged is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, BEST=plan.best,
+        BUCKETS=plan.a_tile, DEEP=plan.deep, COLUMNS=width, num_warps=2, enable_fp_fusion=False, **p.flags(),
     )  # fmt: skip
 
 
@@ -467,7 +485,7 @@ def encode_topk(
     k: int, relu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(values [rows, k] in the dtype of x, indices [rows, k] int64); the contract is fastsae.ops.encode's."""
-    p = problem(x, W, b, b_pre, scale, features)
+    p = problem(x, W, b, b_pre, scale, features, packed)
     if k > p.n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({p.n}), got {k}")
     values = torch.empty((x.shape[0], k), dtype=x.dtype, device=x.device)
@@ -526,7 +544,7 @@ def encode_threshold(
     packed: Tensor | None, bandwidth: float | None, capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(values, col, crow, flags: 1 active, 2 inside the band); the contract is fastsae.ops.encode's."""
-    p = problem(x, W, b, b_pre, scale, features)
+    p = problem(x, W, b, b_pre, scale, features, packed)
     theta = threshold.to(torch.float32)
     if theta.dim() and p.chosen is not None:
         theta = theta[p.chosen]
@@ -542,7 +560,7 @@ def encode_batch_topk(
 
     The best of each row, as many as a row keeps on average, hold at least the wanted number of scores; the least of these is a bound that
     everything kept reaches. What reaches it is then sorted."""
-    p = problem(x, W, b, b_pre, scale, features)
+    p = problem(x, W, b, b_pre, scale, features, packed)
     rows, device, total = x.shape[0], x.device, int(k * x.shape[0])
     each = 0 if rows == 0 else min(p.n, -(-total // rows))
     theta = torch.zeros((), dtype=torch.float32, device=device)
@@ -572,5 +590,5 @@ def encode_gated(
     capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(values, col, crow); the contract is fastsae.ops.encode's."""
-    p = problem(x, W, b_gate, b_pre, r_mag.to(torch.float32).exp(), None)
+    p = problem(x, W, b_gate, b_pre, r_mag.to(torch.float32).exp(), None, packed)
     return ragged(p, Rule(_masks.GATED, _tile.wide(b_mag)), x.dtype, "encode_gated", capacity)[:3]

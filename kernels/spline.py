@@ -28,8 +28,9 @@ from fastsae.kernels._tile import pack_bits, unpack_bits
 
 @triton.jit(do_not_specialize=["n_rows", "n", "n_words"])
 def sign_kernel(z, words, n_rows, n, n_words, z_r, z_c, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1).to(tl.int64) * WORDS
+    n_parts = tl.cdiv(n_words, WORDS)
+    rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0) % n_parts).to(tl.int64) * WORDS
     column = first * 32 + tl.arange(0, 32 * WORDS)
     live = rows < n_rows
     value = tl.load(z + (rows * z_r)[:, None] + (column * z_c)[None, :], mask=live[:, None] & (column < n)[None, :], other=0)
@@ -80,14 +81,16 @@ def hash_kernel(words, keys, out, n_rows, n_words, PARTS: tl.constexpr, ROWS: tl
 # ---------------------------------------------------------------- launchers
 
 
-def spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Tensor:
+def spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None = None) -> Tensor:
     """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is the sign of neuron j's score."""
-    return _code(x, W, b, neurons).view(torch.int64)
+    return _code(x, W, b, neurons, packed).view(torch.int64)
 
 
-def spline_hash(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+def spline_hash(
+    x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int, packed: Tensor | None = None
+) -> Tensor:
     """[rows] int64, or [rows, 2] for 128 bits: XOR of the keys of active neurons."""
-    return _hash(_code(x, W, b, neurons), layer, seed, bits)
+    return _hash(_code(x, W, b, neurons, packed), layer, seed, bits)
 
 
 def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
@@ -105,8 +108,8 @@ def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits
         return _hash(_restrict(halves, neurons, words.shape[1] * 64), layer, seed, bits)
 
 
-def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Tensor:
-    p = problem(x, W, b, None, None, None)
+def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None) -> Tensor:
+    p = problem(x, W, b, None, None, None, packed)
     words = torch.empty((x.shape[0], _masks.n_words(p.n)), dtype=torch.int32, device=x.device)
     with _tile.on(x.device):
         for part in chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows) if p.n else ():
@@ -124,8 +127,8 @@ def _pack(z: Tensor) -> Tensor:
     words = torch.empty((rows, _masks.n_words(n)), dtype=torch.int32, device=z.device)
     if words.numel():
         ROWS, WORDS = min(8, triton.next_power_of_2(rows)), min(8, triton.next_power_of_2(words.shape[1]))
-        grid = triton.cdiv(rows, ROWS), triton.cdiv(words.shape[1], WORDS)
-        sign_kernel[grid](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4)
+        grid = triton.cdiv(rows, ROWS) * triton.cdiv(words.shape[1], WORDS)
+        sign_kernel[(grid,)](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4)
     return words
 
 

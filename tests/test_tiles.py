@@ -17,6 +17,7 @@ from triton_marks import CPU, compiled, interpreted, on_gpu, passes_in_the_inter
 
 pytest.importorskip("triton")
 
+import fastsae
 from fastsae.dispatch import OPS
 from fastsae.kernels import _masks, _problem, _select, _tile, adam, encode, match, spline
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_TOPK
@@ -229,6 +230,161 @@ def test_similarities_in_buckets(small_buckets: dict[str, int]) -> None:
     MATCH_PAIR.check(args, match.match_pair(*args))
 
 
+# ---------------------------------------------------------------- both directions in one pass
+
+
+def _dictionaries(kind: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    a, b = torch.randn(36, 5, generator=generator), torch.randn(70, 5, generator=generator)
+    if kind == "ties":  # in other blocks, tiles and buckets
+        a[14:30], b[::9], b[50], a[33] = a[3], -a[3], a[3], 0
+    elif kind == "special":
+        a[5], b[7], b[66], b[40] = float("inf"), float("nan"), a[34], 0
+    return a, b
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize(("kind", "k_ab", "k_ba"), [("ties", 3, 2), ("special", 1, 1)])
+def test_a_pair_in_one_pass_has_the_bits_of_three(
+    kind: str, k_ab: int, k_ba: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:  # fmt: skip
+    a, b = _dictionaries(kind)
+    units = match._unit(a, 1e-8), match._unit(b, 1e-8)
+    want = *match._best(*units, k_ab), *match._best(*units[::-1], k_ba), *match._best(*units, 1, negative=True)
+    seen = {"screened": 0, "whole": 0, "crowded": 0}
+
+    def split(n: int, k: int, columns: int, members: int, shapes: Any) -> encode.Buckets | None:
+        a_tile = columns // 8
+        return encode.Buckets(a_tile, 8, -(-n // columns) * a_tile, k, 2) if n >= columns else None
+
+    def settle(*args: Any, **kwargs: Any) -> Any:
+        seen["screened"] += 1
+        return settled(*args, **kwargs)
+
+    def crowded(*args: Any) -> None:
+        seen["crowded"] += 0 if args[4] is None else int(args[4].sum())
+        exact(*args)
+
+    def whole(*args: Any) -> None:
+        seen["whole"] += 1
+        added(*args)
+
+    settled, exact, added = encode.settle, encode._exact, match._add_whole
+    for module, name, value in (
+        (_tile, "_INTERPRETED", _tile.Tile(16, 32, 64, 8, 1)), (encode.Buckets, "slots", property(lambda plan: 1)), (encode, "FEW", 0),
+        (encode, "split", split), (encode, "settle", settle), (encode, "_exact", crowded), (match, "_add_whole", whole),
+        (match, "_BLOCKS", ((16, 32),)), (match, "_WHOLE", (8, 40)),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    result = match.match_pair(a, b, k_ab, k_ba, 1e-8)
+    MATCH_PAIR.check((a, b, k_ab, k_ba, 1e-8), result)
+    low, low_index = -result[4].unsqueeze(1), result[5].unsqueeze(1)
+    for got, expected in zip((*result[:4], low, low_index), want, strict=True):
+        assert torch.equal(torch.nan_to_num(got, nan=7.0), torch.nan_to_num(expected, nan=7.0))
+    # Two by two blocks of three by three are large enough to be screened, three times each.
+    assert seen["screened"] == 12
+    assert seen["whole"] == 5
+    assert seen["crowded"]
+
+
+@interpreted
+@usable
+def test_a_small_pair_is_one_block() -> None:
+    a, b = _dictionaries("ties")
+    result = match.match_pair(a, b, 3, 2, 1e-8)
+    MATCH_PAIR.check((a, b, 3, 2, 1e-8), result)
+    few = (a[:2], b[:1], 1, 2, 1e-8)
+    MATCH_PAIR.check(few, match.match_pair(*few))
+
+
+def test_blocks_of_a_pair_are_bounded() -> None:
+    tile = _tile._TILES[9, 0]
+    for n, m, k_ab, k_ba in ((131072, 131072, 1, 1), (131072, 131072, 8, 8), (65537, 32769, 1, 4), (1 << 24, 1 << 22, 2, 1)):
+        block = match._block(n, m, k_ab, k_ba, tile)
+        assert block is not None
+        assert block != match._WHOLE
+        plans = match._plans(*block, k_ab, k_ba, tile)
+        assert plans is not None
+        forward, backward, lowest = plans
+        assert 6 * (block[0] * (forward.entries + lowest.entries) + block[1] * backward.entries) <= 256 << 20
+        for plan, lines in ((forward, block[1]), (backward, block[0]), (lowest, block[1])):
+            assert plan.number * plan.deep >= lines
+            assert plan.entries >= 2 * plan.k
+    assert match._block(2000, 1 << 20, 5, 5, tile) == match._WHOLE
+    assert match._block(1 << 17, 1 << 17, 200, 1, tile) is None
+    assert match._block(64, 1 << 17, _select.MOST_KEPT + 1, 1, tile) is None
+    assert match._even(8193, 8192, 128) == 4224
+
+
+# ---------------------------------------------------------------- handles
+
+
+def _with_handle(x: Tensor, W: Tensor, b_pre: Tensor | None, features: Tensor | None, packed: Tensor | None) -> Iterator[Any]:
+    """Results of the launchers that read a handle."""
+    b, theta = torch.linspace(-1, 1, W.shape[0]).to(x.dtype), torch.linspace(0, 2, W.shape[0])
+    yield encode.encode_topk(x, W, b, b_pre, None, features, packed, 5, True)
+    yield encode.encode_threshold(x, W, b, theta, b_pre, theta, features, packed, 0.5)
+    yield encode.encode_gated(x, W, b, theta / 4, b, b_pre, packed)
+    yield (spline.spline_hash(x, W, b, None, 1, 2, 128, packed),)
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize(("dtype", "subset"), [(torch.float32, True), (torch.float16, False)], ids=str)
+def test_a_handle_gives_the_same_bits(
+    dtype: torch.dtype, subset: bool, small_buckets: dict[str, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:  # fmt: skip
+    monkeypatch.setattr(_problem, "PANEL", 1)  # without a handle: many panels
+    generator = torch.Generator().manual_seed(4)
+    x, W = torch.randn(3, 9, generator=generator).to(dtype), torch.randn(90, 9, generator=generator).to(dtype)
+    W[3], W[7], W[80] = 0, W[60], 1e-7
+    W, b_pre, features = W.T.contiguous().T, torch.randn(9, generator=generator).to(dtype), None
+    if subset:
+        features = torch.randperm(90, generator=generator)[:70]
+    packed = _problem.pack(W)
+    assert packed is not None
+    assert packed.numel() * 2 == 90 * (2 * 64 + 12)
+    raw = list(_with_handle(x, W, b_pre, features, None))
+    rounded: list[Tensor] = []
+    rounding = _tile.round_rows
+    monkeypatch.setattr(_tile, "round_rows", lambda v, *args, **more: (rounded.append(v), rounding(v, *args, **more)))
+    for want, got in zip(raw, _with_handle(x, W, b_pre, features, packed), strict=True):
+        for a, b in zip(want, got, strict=True):
+            assert torch.equal(a, b)
+    monkeypatch.setattr(_tile, "round_rows", rounding)
+    assert rounded
+    assert all(v.shape[0] == 3 for v in rounded)  # rows, never weights
+    again = _problem.pack(W)
+    assert again is not None
+    assert torch.equal(packed.view(torch.int16), again.view(torch.int16))
+
+
+@interpreted
+@usable
+def test_a_public_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsae import packed as module
+
+    monkeypatch.setattr(module, "_packed", _problem.pack)  # as on a GPU
+    generator = torch.Generator().manual_seed(6)
+    x, W = torch.randn(2, 10, generator=generator), torch.randn(40, 10, generator=generator)
+    handle = fastsae.pack(W)
+    assert handle.nbytes == 40 * (2 * 64 + 12)
+    for call in (
+        lambda W: fastsae.encode_topk(x, W, k=4, backend="triton").to_dense(),
+        lambda W: torch.compile(fastsae.spline_code, backend="eager", fullgraph=True)(x, W, backend="triton"),
+    ):
+        assert torch.equal(call(handle), call(W))
+    W.mul_(2)
+    for call in (lambda: fastsae.encode_topk(x, handle, k=4), lambda: fastsae.spline_code(x, handle)):
+        with pytest.raises(ValueError, match="the packed weights were changed"):
+            call()
+    assert torch.equal(fastsae.spline_hash(x, handle.refresh(), backend="triton"), fastsae.spline_hash(x, W, backend="triton"))
+    with pytest.raises(ValueError, match=r"packed \[.*\] torch.float16 on cpu is not what pack returned for W \[39, 10\]"):
+        encode.encode_topk(x, W[1:], None, None, None, None, _problem.pack(W), 4, True)
+    assert _problem.pack(W[:0]) is None
+
+
 def test_plans_bound_what_is_looked_at_again() -> None:
     tile = _tile._TILES[9, 0]
     for n, k in ((24576, 32), (131072, 64), (1 << 20, 64), (65536, 512)):
@@ -311,6 +467,7 @@ def _calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any
         slots = torch.zeros(300, 32), torch.zeros(300, 32, dtype=torch.int64)
         yield lambda: adam.adam(m, m, m, grad, *slots, None, numbers[0], 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
         yield lambda: match.match_cosine(x, x, 8, True, True, 1e-8)
+        yield lambda: _pair(W[:8192], 1, 1)
     if everything:
         turned, subset = W.T.contiguous().T, torch.arange(20000)
         yield lambda: encode.encode_topk(x, turned, vector, None, vector, subset, None, 32, True)
@@ -324,6 +481,8 @@ def _calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any
             wide = torch.zeros(64, adam.MOST_COLUMNS)
             yield lambda: adam.adam(wide, wide, wide, wide, None, None, None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
             yield lambda: adam.grad_squares(m, grad, *slots, None, True)
+            yield lambda: _pair(W[:8192], 8, 8)
+            yield lambda: encode.encode_topk(x, W, vector, None, None, torch.arange(20000), _problem.pack(W), 32, True)
 
 
 def _ragged(p: _problem.Problem, rule: encode.Rule, dtype: torch.dtype) -> None:
@@ -334,7 +493,15 @@ def _ragged(p: _problem.Problem, rule: encode.Rule, dtype: torch.dtype) -> None:
     _masks.write(p, rule, *found, bits, zeros[0], torch.zeros(8, dtype=dtype), zeros, flags)
 
 
-MATRIX = {"emit_kernel", "mask_kernel", "rescan_kernel", "write_kernel"}
+def _pair(a: Tensor, k_ab: int, k_ba: int) -> None:
+    tile, rows = _tile.tile_for(CPU), slice(0, a.shape[0])
+    plans = match._plans(a.shape[0], a.shape[0], k_ab, k_ba, tile)
+    assert plans is not None
+    sides = (_problem.rounded(a, None, of_rows=of_rows) for of_rows in (True, False))
+    match._emit_pair(*sides, rows, rows, plans, tile)
+
+
+MATRIX = {"emit_kernel", "mask_kernel", "pair_kernel", "rescan_kernel", "write_kernel"}
 
 
 @compiled
@@ -370,7 +537,7 @@ def test_compiles_within_the_chip(
         assert usage.shared <= aot.SHARED_LIMIT[capability], launch
         assert not re.search(r"tf32|\.ftz", usage.ptx), launch
         if launch.name in MATRIX:
-            assert capability != 90 or "wgmma" in usage.ptx, launch
+            assert {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync") in usage.ptx, launch
             # What a tile's consumer spills is spilled once a tile; nothing is in the loop over d.
             assert not any(re.match(r"(@\S+ )?(LDL|STL)", text) for text in usage.matrix_loop), launch
         elif launch.name in ("exact_kernel", "rescore_kernel", "refine_kernel", "adam_kernel", "round_kernel"):
@@ -392,6 +559,33 @@ def test_gpu_topk_at_size(dtype: torch.dtype) -> None:
     for part in (slice(0, 1), slice(7, 200)):
         for weight in (W, W.T.contiguous().T):
             assert all(torch.equal(a, b[part]) for a, b in zip(encode.encode_topk(x[part], weight, *args[2:]), result, strict=True))
+
+
+@on_gpu
+def test_gpu_handle() -> None:
+    torch.manual_seed(0)
+    x, W = torch.randn(300, 512, device="cuda"), torch.randn(20000, 512, device="cuda")
+    handle = fastsae.pack(W)
+    assert handle.nbytes == 20000 * (2 * 512 + 12)
+    for k in (8, 64):
+        raw, got = fastsae.encode_topk(x, W, k=k), fastsae.encode_topk(x, handle, k=k)
+        assert torch.equal(raw.values, got.values)
+        assert torch.equal(raw.indices, got.indices)
+    assert torch.equal(fastsae.spline_hash(x, W), fastsae.spline_hash(x, handle))
+
+
+@on_gpu
+def test_gpu_pair_at_size() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(9000, 256, device="cuda"), torch.randn(20000, 256, device="cuda")
+    b[:4000] = a[:4000] + torch.randn(4000, 256, device="cuda") / 2
+    b[100:200] = b[0]
+    assert match._block(9000, 20000, 3, 2, _tile.tile_for(a.device)) not in (None, match._WHOLE)
+    result = match.match_pair(a, b, 3, 2, 1e-8)
+    units = match._unit(a, 1e-8), match._unit(b, 1e-8)
+    want = *match._best(*units, 3), *match._best(*units[::-1], 2), *match._best(*units, 1, negative=True)
+    for got, expected in zip((*result[:4], -result[4].unsqueeze(1), result[5].unsqueeze(1)), want, strict=True):
+        assert torch.equal(got, expected)
 
 
 @on_gpu

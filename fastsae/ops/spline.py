@@ -18,6 +18,7 @@ from torch import Tensor
 from fastsae import _checks
 from fastsae.dispatch import Op, preference
 from fastsae.ops._common import chunks, scores
+from fastsae.packed import PackedWeights
 
 _MASK = 0xFFFFFFFF
 
@@ -116,13 +117,15 @@ def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
     return (z > 0 for z in _scores(x, W, b))
 
 
-def spline_code_reference(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Tensor:
+def spline_code_reference(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None = None) -> Tensor:
     neurons = _mask(neurons, W.shape[0])
     parts = [_pack(_selected(active, neurons)) for active in _active(x, W, b)]
     return torch.cat(parts) if parts else torch.empty(0, (W.shape[0] + 63) // 64, dtype=torch.int64, device=x.device)
 
 
-def spline_hash_reference(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+def spline_hash_reference(
+    x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int, packed: Tensor | None = None
+) -> Tensor:
     neurons = _mask(neurons, W.shape[0])
     parts = [_xor(_selected(active, neurons), layer, seed, bits) for active in _active(x, W, b)]
     return torch.cat(parts) if parts else torch.empty((0,) if bits == 64 else (0, 2), dtype=torch.int64, device=x.device)
@@ -254,18 +257,18 @@ def _fake_hash(x: Tensor, bits: int) -> Tensor:
 
 
 SPLINE_CODE = Op(
-    "spline_code(Tensor x, Tensor W, Tensor? b, Tensor? neurons) -> Tensor",
+    "spline_code(Tensor x, Tensor W, Tensor? b, Tensor? neurons, Tensor? packed=None) -> Tensor",
     spline_code_reference,
-    fake=lambda x, W, b, neurons: _fake_code(x, W.shape[0]),
+    fake=lambda x, W, *_: _fake_code(x, W.shape[0]),
     samples=_layer_samples,
     check=_check_code,
     workload=lambda *where: (*_layer(*where), None),
     batched=(0,),
 )
 SPLINE_HASH = Op(
-    "spline_hash(Tensor x, Tensor W, Tensor? b, Tensor? neurons, int layer, int seed, int bits) -> Tensor",
+    "spline_hash(Tensor x, Tensor W, Tensor? b, Tensor? neurons, int layer, int seed, int bits, Tensor? packed=None) -> Tensor",
     spline_hash_reference,
-    fake=lambda x, W, b, neurons, layer, seed, bits: _fake_hash(x, bits),
+    fake=lambda x, W, b, neurons, layer, seed, bits, packed=None: _fake_hash(x, bits),
     samples=_hash_samples,
     check=_check_hash,
     workload=lambda *where: (*_layer(*where), None, 0, 0, 64),
@@ -324,15 +327,21 @@ def _signed(seed: int) -> int:
 
 
 def _layer_inputs(op: str, x: Any, W: Any, b: Any, neurons: Any) -> tuple[Any, ...]:
+    """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, b, neurons, a handle's words)."""
     _checks.tensor(op, "x", x)
+    packed = None
+    if isinstance(W, PackedWeights):
+        packed, W = W.words(op), W.weight
     _checks.tensor(op, "W", W, like=x)
     if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W must have shape [H, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
+    made_of = W.dtype
     x, W, b = _checks.autocast(x.detach(), W.detach(), b)
+    packed = packed if W.dtype is made_of else None  # packed before the cast: of no use for the rounded weights
     _checks.same_dtype(op, "W", W, "x", x)
     _checks.vector(op, "b", b, W.shape[0], x, "H")
     neurons = _checks.subset(op, "neurons", neurons, W.shape[0], x, "H")
-    return x.shape[:-1], x.reshape(x.shape[:-1].numel(), x.shape[-1]), W, None if b is None else b.detach(), neurons
+    return x.shape[:-1], x.reshape(x.shape[:-1].numel(), x.shape[-1]), W, None if b is None else b.detach(), neurons, packed
 
 
 def _sign_inputs(op: str, z: Any, neurons: Any) -> tuple[Any, ...]:
@@ -343,12 +352,15 @@ def _sign_inputs(op: str, z: Any, neurons: Any) -> tuple[Any, ...]:
     return z.shape[:-1], z.detach().reshape(z.shape[:-1].numel(), z.shape[-1]), neurons
 
 
-def spline_code(x: Tensor, W: Tensor, b: Tensor | None = None, *, neurons: Tensor | None = None, backend: str | None = None) -> Tensor:
+def spline_code(
+    x: Tensor, W: Tensor | PackedWeights, b: Tensor | None = None, *, neurons: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Packed spline code of a layer: bit j is ``(x @ W.T + b)[j] > 0``.
 
     Args:
         x: inputs of the layer ``[.., D]``; float32, bfloat16, float16 or float64; any strides.
-        W: ``[H, D]``, dtype of ``x``; any strides. b: ``[H]``, dtype of ``x`` or float32.
+        W: ``[H, D]``, dtype of ``x``; any strides; or a handle of ``fastsae.pack``, which spares a GPU the rounding of the weights (on a
+            CPU signs are screened in another number, so there it only stands for its weights). b: ``[H]``, dtype of ``x`` or float32.
         neurons: index or mask ``[H]`` of the neurons that take part; the bits of the others are 0.
         backend: see ``fastsae.use_backend``.
 
@@ -363,14 +375,14 @@ def spline_code(x: Tensor, W: Tensor, b: Tensor | None = None, *, neurons: Tenso
 
     Source: Black et al. 2022, "Interpreting neural networks through the polytope lens" (arXiv 2211.12312).
     """
-    batch, x, W, b, neurons = _layer_inputs("spline_code", x, W, b, neurons)
-    words = SPLINE_CODE(x, W, b, neurons, backend=preference(backend))
+    batch, x, W, b, neurons, packed = _layer_inputs("spline_code", x, W, b, neurons)
+    words = SPLINE_CODE(x, W, b, neurons, packed, backend=preference(backend))
     return words.reshape(*batch, words.shape[-1])
 
 
 def spline_hash(
     x: Tensor,
-    W: Tensor,
+    W: Tensor | PackedWeights,
     b: Tensor | None = None,
     *,
     layer: int = 0,
@@ -393,8 +405,8 @@ def spline_hash(
     Raises: as ``spline_code``; ValueError for layer, seed or bits.
     """
     _check_key("spline_hash", layer, seed, bits)
-    batch, x, W, b, neurons = _layer_inputs("spline_hash", x, W, b, neurons)
-    result = SPLINE_HASH(x, W, b, neurons, layer, _signed(seed), bits, backend=preference(backend))
+    batch, x, W, b, neurons, packed = _layer_inputs("spline_hash", x, W, b, neurons)
+    result = SPLINE_HASH(x, W, b, neurons, layer, _signed(seed), bits, packed, backend=preference(backend))
     return result.reshape((*batch, *result.shape[1:]))
 
 
