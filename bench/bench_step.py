@@ -36,3 +36,22 @@ def test_step(shape: tuple[int, ...], way: str, compare: Callable[..., None]) ->
     others |= training.peers(start) if way == "fused" else {}
     calls = {who: partial(runner.step, x) for who, runner in others.items()}
     compare(f"training step {way}", name(shape), lambda: mine.step(x), calls, verify)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_signum_step(shape: tuple[int, ...], compare: Callable[..., None]) -> None:
+    """Sparsify's default optimiser: ours beside its own step, where it is installed, and beside our Adam step."""
+    start, x = inputs(shape)
+    mine, adam = training.ours_signum(start), training.ours(start)
+    others = {"our Adam step": partial(adam.step, x)}
+    others |= {who: partial(runner.step, x) for who, runner in training.peers(start, ["sparsify, its signum"]).items()}
+
+    def verify() -> None:
+        """The first step moves every weight that has a gradient by lr, before rows of norm 1."""
+        fresh = training.ours_signum(start)
+        fresh.step(x)
+        moved = (fresh.weights().W_enc - start.W).abs()
+        if not bool(((moved < 1e-7) | ((moved - start.lr).abs() < 1e-6)).all()):
+            raise AssertionError("a weight of the encoder moved by something else than lr")
+
+    compare("training step signum", name(shape), lambda: mine.step(x), others, verify)

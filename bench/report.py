@@ -152,7 +152,11 @@ def plot_growth(entries: list[dict[str, Any]], path: Path) -> list[str]:
         )
         dense = [s[0] * s[2] * 4 / 2**20 for s, _ in line]
         axis.plot(
-            x, [max(entry["extra_mb"].get("ours") or 0, 0.1) for _, entry in line], "s-", color="C2", label="extra MB, results included (drawn from 0.1)"
+            x,
+            [max(entry["extra_mb"].get("ours") or 0, 0.1) for _, entry in line],
+            "s-",
+            color="C2",
+            label="extra MB, results included (drawn from 0.1)",
         )
         axis.plot(x, dense, "--", color="0.6", label="MB of a [B, F] matrix")
         fixed_text = f"B = {line[0][0][0]}" if grows == 2 else f"F = {line[0][0][2]}"

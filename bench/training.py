@@ -60,6 +60,13 @@ def ours(start: Start) -> Runner:
     return Runner(opt.step, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), lambda lr: setattr(opt, "lr", lr), moments)
 
 
+def ours_signum(start: Start) -> Runner:
+    """sparsify's default rule through our fused step."""
+    sae = _sae(start)
+    opt = fastsae.optim.Signum(sae, lr=start.lr)
+    return Runner(opt.step, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), lambda lr: setattr(opt, "lr", lr))
+
+
 def ours_autograd(start: Start) -> Runner:
     """Our operations under autograd, torch's fused Adam: what a user's own loop does."""
     sae = _sae(start)

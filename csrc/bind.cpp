@@ -193,6 +193,15 @@ PYBIND11_MODULE(_C, m) {
                       {pointer<float>(w), pointer<float>(moment), pointer<float>(square), features, d, stride_f, stride_d},
                       {lr, beta1, beta2, eps, weight_decay, step, project, normalise}, threads);
         });
+  m.def("signum", [](bool sparse, address indices, int index, address crow, i64 rows, i64 k, i64 n, address values, address grad,
+                     i64 grad_f, i64 grad_d, address y, address z, i64 features, i64 d, i64 stride_f, i64 stride_d, double lr,
+                     double momentum, double share, bool project, bool normalise, int threads) {
+    py::gil_scoped_release release;
+    const Slots given = slots(indices, index, crow, rows, k, n, features);
+    return signum({sparse ? &given : nullptr, pointer<const float>(values), pointer<const float>(grad), grad_f, grad_d},
+                  {pointer<float>(y), pointer<float>(z), nullptr, features, d, stride_f, stride_d},
+                  {lr, momentum, share, project, normalise}, threads);
+  });
   m.def("grad_squares", [](bool sparse, address indices, int index, address crow, i64 rows, i64 k, i64 n, address values, address grad,
                            i64 grad_f, i64 grad_d, address w, i64 features, i64 d, i64 stride_f, i64 stride_d, bool project, address total,
                            int threads) {

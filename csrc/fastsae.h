@@ -69,7 +69,7 @@ int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matr
 //
 // Every row of out is written, zeros where a feature has no slot; with zero_untouched = false those rows keep what they hold (for a
 // caller that reuses `out` and knows which rows it dirtied). values [n], grad [rows, d] contiguous and out have type `t`; out has
-// any strides. Workspace: 16 * features + n * (4 + sizeof(t)) bytes.
+// any strides. Workspace: 8 * features + n * (4 + sizeof(t)) bytes, and the larger of 8 * features and 16 * n with several threads.
 int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, bool zero_untouched,
                        int threads);
 
@@ -201,7 +201,7 @@ struct AdamMatrices {
 //
 // A feature without slots has g = 0 * factor and is not projected; its moments decay and it moves, as in every dense Adam. Each element
 // of w, m and v is read and written once. The bits do not depend on the layout. Workspace with slots: that of decode_dweight, and a thread
-// the larger of 96 KiB and one row. Transposed: a thread 107 KiB, or with `project` or `normalise` 75 KiB and 1 KiB * d; with slots also
+// the larger of 96 KiB and one row. Transposed: a thread 516 KiB, or with `project` or `normalise` 75 KiB and 1 KiB * d; with slots also
 // that of decode_dweight, and a row for each feature with more than 1024 of them.
 struct AdamOptions {
   double lr, beta1, beta2, eps, weight_decay;
@@ -209,6 +209,21 @@ struct AdamOptions {
   bool project, normalise;
 };
 int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& matrices, const AdamOptions& options, int threads);
+
+// signum: one step of schedule-free sign descent on y (w) and z (m); v is not read and may be null. lerp(a, b, s) is fma(s, b - a, a), from
+// the side of b, fma(s - 1, b - a, b), unless |s| < 0.5. For every feature, in fp32, g with `project` as in adam:
+//
+//   x = lerp(y, z, 1 - 1 / momentum)
+//   z = z - lr * sign(g)                          sign(0) = sign(NaN) = 0
+//   x = lerp(x, z, share)
+//   y = lerp(x, z, 1 - momentum)                  with `normalise` then scaled as in adam
+//
+// Workspace: that of adam.
+struct SignumOptions {
+  double lr, momentum, share;
+  bool project, normalise;
+};
+int64_t signum(const Gradient& grad, const AdamMatrices& matrices, const SignumOptions& options, int threads);
 
 // grad_squares: total = the sum of g^2 over all features, with g as in adam up to its factor, for clipping by the global norm. A row is
 // summed as <g, w> is; rows are added in order, in fp64. Of the matrices only w is read, with `project`. Workspace: that of adam, and

@@ -71,7 +71,8 @@ FASTSAE_INLINE void narrow(float x, f16* out) {
 // ---- vectors ----
 // load / store: 16 elements at any address. load_part / store_part: the first n (0..16), never touching the rest; lanes beyond n
 // read as 0. stream: a store past the caches, `to` aligned to kLanes elements. gather: 16 elements of p at int32 offsets.
-// add, sub, mul, div and root round as IEEE says, so that they are the same on every level; both: the bits that a and b share.
+// add, sub, mul, div and root round as IEEE says, so that they are the same on every level; both: the bits that a and b share;
+// sign: 1, -1, or 0 where a is 0 or NaN.
 
 #if defined(__AVX512F__)
 
@@ -89,6 +90,10 @@ FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 FASTSAE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 FASTSAE_INLINE Vec root(Vec a) { return {_mm512_sqrt_ps(a.x)}; }
 FASTSAE_INLINE Vec both(Vec a, Vec b) { return {_mm512_and_ps(a.x, b.x)}; }
+FASTSAE_INLINE Vec sign(Vec a) {
+  const __m512 plus = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(1.0f));
+  return {_mm512_mask_mov_ps(plus, _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_set1_ps(-1.0f))};
+}
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 FASTSAE_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -184,6 +189,11 @@ FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256
 FASTSAE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 FASTSAE_INLINE Vec root(Vec a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 FASTSAE_INLINE Vec both(Vec a, Vec b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
+FASTSAE_INLINE __m256 sign(__m256 a) {
+  const __m256 plus = _mm256_and_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ), _mm256_set1_ps(1.0f));
+  return _mm256_or_ps(plus, _mm256_and_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_LT_OQ), _mm256_set1_ps(-1.0f)));
+}
+FASTSAE_INLINE Vec sign(Vec a) { return {sign(a.lo), sign(a.hi)}; }
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 FASTSAE_INLINE __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 
@@ -309,6 +319,11 @@ FASTSAE_INLINE Vec root(Vec a) {
 FASTSAE_INLINE Vec both(Vec a, Vec b) {
   typedef uint32_t Words __attribute__((vector_size(64)));
   return {reinterpret_cast<Lanes>(reinterpret_cast<Words>(a.x) & reinterpret_cast<Words>(b.x))};
+}
+FASTSAE_INLINE Vec sign(Vec a) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r.x[i] = static_cast<float>((a.x[i] > 0) - (a.x[i] < 0));
+  return r;
 }
 FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #ifdef __FP_FAST_FMAF  // aarch64 and other baselines with the instruction; elsewhere a software fma would cost a hundred times more

@@ -472,7 +472,7 @@ def _refuses_gradient(grad: Tensor, values: Tensor | None, indices: Tensor | Non
         if lies is None:
             return f"{name} with strides {t.stride()} (supported: rows, or their transposed view)"
         if strides is not None and lies != strides:
-            return f"{name} with strides {t.stride()} (supported: those of W)"
+            return f"{name} with strides {t.stride()} (supported: those of {next(iter(matrices))})"
         strides = lies
     return None
 
@@ -553,6 +553,31 @@ def adam(
     del held
     if status != -1:
         _fail(status, indices, crow, W.shape[0])  # pyright: ignore[reportArgumentType]
+
+
+def refuses_signum(
+    y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, *options: float
+) -> str | None:
+    """Why `signum` cannot serve these inputs, or None."""
+    return _refuses_gradient(grad, values, indices, crow, y=y, z=z)
+
+
+def signum(
+    y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
+    lr: float, momentum: float, share: float, project: bool, normalise: bool,
+) -> None:  # fmt: skip
+    """One step of schedule-free sign descent on y, z [F, D] with the same strides; grad, values, indices and crow as in `adam`."""
+    kernels = _C or _load()
+    if z.shape != y.shape or (lies := _lies(y)) is None or _lies(z) != lies:
+        raise ValueError(f"z: expected {list(y.shape)} as y lies, got {list(z.shape)} with strides {z.stride()}")
+    _same(torch.float32, y, z)
+    where, held = _gradient(y, grad, values, indices, crow)
+    status = kernels.signum(
+        *where, y.data_ptr(), z.data_ptr(), *y.shape, *lies, lr, momentum, share, project, normalise, torch.get_num_threads()
+    )
+    del held
+    if status != -1:
+        _fail(status, indices, crow, y.shape[0])  # pyright: ignore[reportArgumentType]
 
 
 def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Optimisers over the fused step of ``fastsae.ops.adam``: exact dense Adam from gradients that need not exist as matrices."""
+"""Optimisers over the fused steps of ``fastsae.ops``: exact dense Adam and signum from gradients that need not exist as matrices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastsae import _checks
 from fastsae.gradients import Gradient, StackedGradient, TiledGradient
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient, checked_options
+from fastsae.ops.signum import SIGNUM
 
 _TILE = 1 << 21  # elements of a TiledGradient that exist at a time
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "clip")
 
 _Slots = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # grad, values, indices, crow
 
@@ -28,35 +28,201 @@ def _height(width: int) -> int:
 @dataclass
 class _State:
     step: int
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    buffers: tuple[Tensor, ...]  # of the parameter's shape
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One parameter of one step, or a member's part of it, checked: ``[rows, D]`` views and the gradient."""
+    """One parameter of one step, or a member's part of it, checked: ``[rows, D]`` views (the weights first) and the gradient."""
 
+    op: str
     name: str
-    W: Tensor
-    m: Tensor
-    v: Tensor
+    views: tuple[Tensor, ...]
     gradient: TiledGradient | _Slots
     unit: bool
     member: int = 0
 
-    def tiles(self) -> Iterator[tuple[slice, _Slots]]:
-        """Ranges of rows, and the gradient of each."""
+    def tiles(self) -> Iterator[tuple[tuple[Tensor, ...], _Slots]]:
+        """Ranges of rows of the views, and the gradient of each."""
+        W = self.views[0]
         if not isinstance(self.gradient, TiledGradient):
-            yield slice(None), self.gradient
+            yield self.views, self.gradient
             return
-        height = _height(self.W.shape[1])
+        height = _height(W.shape[1])
         height = max(height - height % self.gradient.block, self.gradient.block)
-        for start in range(0, self.W.shape[0], height):
-            part = slice(start, min(start + height, self.W.shape[0]))
-            yield part, checked_gradient("Adam.apply", f"gradient of {self.name}", self.gradient.compute(part), self.W[part])
+        for start in range(0, W.shape[0], height):
+            part = slice(start, min(start + height, W.shape[0]))
+            yield (
+                tuple(view[part] for view in self.views),
+                checked_gradient(self.op, f"gradient of {self.name}", self.gradient.compute(part), W[part]),
+            )
 
 
-class Adam:
+class _Optimiser:
+    """What the optimisers share: parameters and their state, the forms of a gradient, the rate of a step."""
+
+    _OPTIONS: tuple[str, ...]
+    _BUFFERS: tuple[str, ...]
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[tuple[str, Tensor]],
+        lr: float | Sequence[float],
+        schedule: Callable[[int], float] | None,
+        unit_rows: Sequence[str] | None,
+    ):
+        op = f"optim.{type(self).__name__}"
+        self.module = params if isinstance(params, nn.Module) else None
+        self.members: int | None = getattr(params, "n_dictionaries", None)
+        self.parameters = _named(op, params)
+        self.lr: float | Sequence[float] = list(lr) if isinstance(lr, (tuple, list)) else lr
+        self._check_options(op)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"{op}: schedule must be callable, got {type(schedule).__name__}")
+        unit_rows = tuple(getattr(params, "unit_rows", ()) if unit_rows is None else unit_rows)
+        for name in unit_rows:
+            if name not in self.parameters or self.parameters[name].dim() < 2:
+                matrices = [name for name, p in self.parameters.items() if p.dim() >= 2]
+                raise ValueError(f"{op}: unit_rows must name matrices among {matrices}, got {name!r}")
+        self.schedule, self.unit_rows = schedule, unit_rows
+        self.steps = 0
+        self._states: dict[str, _State] = {}
+
+    def step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Any:
+        """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
+
+        Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them.
+        """
+        if not hasattr(self.module, "step_gradients"):
+            kind = type(self).__name__
+            raise TypeError(
+                f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
+            )
+        metrics, gradients = self.module.step_gradients(x, target=target, mask=mask, **loss_options)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+        self.apply(gradients)
+        return metrics
+
+    @torch.no_grad()
+    def apply(self, gradients: Mapping[str, Gradient | None] | None = None) -> None:
+        """One step from gradients by parameter name; None: from the ``grad`` of each parameter, as after ``backward()``.
+
+        Args:
+            gradients: of a parameter, its shape: a tensor; of a matrix ``[F, D]``, or ``[E, F, D]`` taken as ``[E * F, D]``, also a
+                ``RowGradient`` or a ``TiledGradient``; for ``SAEs`` also a ``StackedGradient``.
+
+        Raises:
+            TypeError, ValueError: an unknown name, a wrong type, shape, dtype or device, a parameter that has changed since its first
+                step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
+        """
+        op = f"{type(self).__name__}.apply"
+        self._check_options(op)
+        jobs = self._jobs(op, {name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
+        factors = self._clip(jobs)
+        schedule = 1.0 if self.schedule is None else float(self.schedule(self.steps))
+        rates = [lr * schedule for lr in (self.lr if isinstance(self.lr, Sequence) else [self.lr])]
+        for lr in rates:
+            if not 0 <= lr < float("inf"):
+                raise ValueError(f"{op}: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
+        self.steps += 1
+        for name in {job.name for job in jobs}:
+            self._states[name].step += 1
+        self._move(jobs, rates if len(rates) > 1 else rates * (self.members or 1), factors)
+        if hasattr(self.module, "weights_changed"):
+            self.module.weights_changed()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+
+    def _move(self, jobs: Sequence[_Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
+        """The step itself; ``rates`` and ``factors`` by member."""
+        raise NotImplementedError
+
+    def _fresh(self, p: Tensor) -> tuple[Tensor, ...]:
+        """The buffers of a parameter before its first step."""
+        raise NotImplementedError
+
+    def _check_options(self, op: str) -> None:
+        lr = self.lr
+        if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
+            raise ValueError(f"{op}: lr must be a number, or one for each of {self.members or 1} dictionaries, got {len(lr)}")
+
+    def _clip(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
+        """Factors of the gradients, or None."""
+        return None
+
+    def _jobs(self, op: str, gradients: Mapping[str, Gradient | None]) -> list[_Job]:
+        """The parameters to step, everything checked, their state made."""
+        if unknown := [name for name in gradients if name not in self.parameters]:
+            raise ValueError(f"{op}: unknown parameter {unknown[0]!r}; known: {', '.join(self.parameters)}")
+        jobs, fresh = [], {}
+        for name, gradient in gradients.items():
+            p = self.parameters[name]
+            if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
+                continue
+            _checks.tensor(op, name, p, DTYPES)
+            state = self._states.get(name) or _State(0, self._fresh(p))
+            for what in ("dtype", "device", "shape"):
+                was, now = getattr(state.buffers[0], what), getattr(p, what)
+                if was != now:
+                    error = ValueError if what == "shape" else TypeError
+                    raise error(f"{op}: {name} was {was} at its first step and is {now} now: make the optimiser after changing a module")
+            fresh[name] = state
+            what, unit = f"gradient of {name}", name in self.unit_rows
+            if isinstance(gradient, Tensor):
+                _checks.tensor(op, what, gradient, (p.dtype,), p)
+                _checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
+            if isinstance(gradient, StackedGradient):
+                if self.members is None or gradient.n != self.members:
+                    raise ValueError(f"{op}: {what} has {gradient.n} members, the module {self.members or 'is no stack'}")
+                joint = gradient.joint
+                fits = not isinstance(joint, TiledGradient) or joint.block <= _height(p.shape[-1])
+                if joint is not None and fits and not self._by_member:
+                    gradient = joint
+            stacks = (p.detach(), *state.buffers)
+            if self.members is not None and (self._by_member or isinstance(gradient, StackedGradient)):
+                of = gradient.part if isinstance(gradient, StackedGradient) else gradient.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
+                parts = ((*(t[e] for t in stacks), of(e), e) for e in range(self.members))
+            else:
+                parts = ((*stacks, gradient, 0),)
+            for *each, g, e in parts:
+                views = tuple(map(_matrix, each))
+                jobs.append(_Job(op, name, views, _checked(op, what, g, views[0]), unit, e))
+        jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
+        self._states.update(fresh)
+        return jobs
+
+    @property
+    def _by_member(self) -> bool:
+        """Whether the members of a stack differ in their step."""
+        return self.members is not None and isinstance(self.lr, Sequence) and len(set(self.lr)) > 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """``steps``, the options, and ``state``: step and moments by parameter name. A schedule is a function and not in it."""
+        state = {name: {"step": s.step, **dict(zip(self._BUFFERS, s.buffers))} for name, s in self._states.items()}
+        return {"steps": self.steps, **{name: getattr(self, name) for name in self._OPTIONS}, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what ``state_dict`` gave, options included; the next step gives the bits it would have given there."""
+        kind = type(self).__name__
+        op = f"{kind}.load_state_dict"
+        if missing := [name for name in ("steps", *self._OPTIONS, "state") if name not in state_dict]:
+            raise ValueError(f"{op}: not a state of fastsae.optim.{kind}: {missing[0]!r} is missing")
+        self._states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
+        for name in self._OPTIONS:
+            setattr(self, name, state_dict[name])
+        self.steps = state_dict["steps"]
+
+    def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> _State:
+        if name not in self.parameters:
+            raise ValueError(f"{op}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")
+        p = self.parameters[name]
+        buffers = []
+        for key in self._BUFFERS:
+            buffer = _checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype,))
+            _checks.shape(op, f"{key} of {name}", buffer, tuple(p.shape), str(list(p.shape)))
+            buffers.append(torch.zeros_like(p).copy_(buffer))
+        return _State(int(entry["step"]), tuple(buffers))
+
+
+class Adam(_Optimiser):
     """Adam over every feature, also those that no token touched, in one pass over weights and moments (AdamW with ``weight_decay``).
 
     Order of a step: gradient, without its component along the row for ``unit_rows``; clipping by the global norm; decay;
@@ -76,6 +242,9 @@ class Adam:
         >>> metrics = opt.step(x)
     """
 
+    _OPTIONS = ("lr", "betas", "eps", "weight_decay", "clip")
+    _BUFFERS = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         params: nn.Module | Iterable[tuple[str, Tensor]],
@@ -89,123 +258,33 @@ class Adam:
         unit_rows: Sequence[str] | None = None,
     ):
         op = "optim.Adam"
-        self.module = params if isinstance(params, nn.Module) else None
-        self.members: int | None = getattr(params, "n_dictionaries", None)
-        self.parameters = _named(params)
-        lr = list(lr) if isinstance(lr, (tuple, list)) else lr
-        self._check_options(op, lr, betas, eps, weight_decay)
+        self.betas: tuple[float, float] = betas
+        self.eps, self.weight_decay = eps, weight_decay
+        super().__init__(params, lr, schedule, unit_rows)
         if clip is not None:
             _checks.number(op, "clip", clip)
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"{op}: schedule must be callable, got {type(schedule).__name__}")
-        unit_rows = tuple(getattr(params, "unit_rows", ()) if unit_rows is None else unit_rows)
-        for name in unit_rows:
-            if name not in self.parameters or self.parameters[name].dim() < 2:
-                matrices = [name for name, p in self.parameters.items() if p.dim() >= 2]
-                raise ValueError(f"{op}: unit_rows must name matrices among {matrices}, got {name!r}")
-        self.lr: float | Sequence[float] = lr
-        self.eps, self.weight_decay = eps, weight_decay
-        self.betas: tuple[float, float] = betas
-        self.clip, self.schedule, self.unit_rows = clip, schedule, unit_rows
-        self.steps = 0
+        self.clip = clip
         self.grad_norm: Tensor | None = None
-        self._states: dict[str, _State] = {}
 
-    def step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Any:
-        """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
-
-        Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them.
-        """
-        if not hasattr(self.module, "step_gradients"):
-            raise TypeError(f"Adam.step: needs a module with step_gradients, got {type(self.module).__name__}; use Adam.apply(gradients)")
-        metrics, gradients = self.module.step_gradients(x, target=target, mask=mask, **loss_options)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
-        self.apply(gradients)
-        return metrics
-
-    @torch.no_grad()
-    def apply(self, gradients: Mapping[str, Gradient | None] | None = None) -> None:
-        """One step from gradients by parameter name; None: from the ``grad`` of each parameter, as after ``backward()``.
-
-        Args:
-            gradients: of a parameter, its shape: a tensor; of a matrix ``[F, D]``, or ``[E, F, D]`` taken as ``[E * F, D]``, also a
-                ``RowGradient`` or a ``TiledGradient``; for ``SAEs`` also a ``StackedGradient``.
-
-        Raises:
-            TypeError, ValueError: an unknown name, a wrong type, shape, dtype or device, a parameter that has changed since its first
-                step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
-        """
-        self._check_options("Adam.apply", self.lr, self.betas, self.eps, self.weight_decay)
-        jobs = self._jobs({name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
-        factors = self._clip(jobs)
-        schedule = 1.0 if self.schedule is None else float(self.schedule(self.steps))
-        rates = [lr * schedule for lr in (self.lr if isinstance(self.lr, Sequence) else [self.lr])]
-        for lr in rates:
-            if not 0 <= lr < float("inf"):
-                raise ValueError(f"Adam.apply: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
-        self.steps += 1
-        for name in {job.name for job in jobs}:
-            self._states[name].step += 1
+    def _move(self, jobs: Sequence[_Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
         for job in jobs:
-            scale = None if factors is None else factors[job.member].to(job.W)
-            lr, step = rates[job.member] if len(rates) > 1 else rates[0], self._states[job.name].step
-            options = (lr, *map(float, self.betas), float(self.eps), float(self.weight_decay), step, job.unit, job.unit)
-            for rows, tile in job.tiles():
-                ADAM(job.W[rows], job.m[rows], job.v[rows], *tile, scale, *options)
-        if hasattr(self.module, "weights_changed"):
-            self.module.weights_changed()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+            scale = None if factors is None else factors[job.member].to(job.views[0])
+            step = self._states[job.name].step
+            options = (rates[job.member], *map(float, self.betas), float(self.eps), float(self.weight_decay), step, job.unit, job.unit)
+            for views, tile in job.tiles():
+                ADAM(*views, *tile, scale, *options)
 
-    def _check_options(self, op: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-        if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
-            raise ValueError(f"{op}: lr must be a number, or one for each of {self.members or 1} dictionaries, got {len(lr)}")
-        for rate in lr if isinstance(lr, (tuple, list)) and lr else [lr]:
-            checked_options(op, rate, betas, eps, weight_decay)
+    def _fresh(self, p: Tensor) -> tuple[Tensor, ...]:
+        return torch.zeros_like(p), torch.zeros_like(p)
 
-    def _jobs(self, gradients: Mapping[str, Gradient | None]) -> list[_Job]:
-        """The parameters to step, everything checked, their state made."""
-        op = "Adam.apply"
-        if unknown := [name for name in gradients if name not in self.parameters]:
-            raise ValueError(f"{op}: unknown parameter {unknown[0]!r}; known: {', '.join(self.parameters)}")
-        jobs, fresh = [], {}
-        for name, gradient in gradients.items():
-            p = self.parameters[name]
-            if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
-                continue
-            _checks.tensor(op, name, p, DTYPES)
-            state = self._states.get(name) or _State(0, torch.zeros_like(p), torch.zeros_like(p))
-            for what in ("dtype", "device", "shape"):
-                was, now = getattr(state.exp_avg, what), getattr(p, what)
-                if was != now:
-                    error = ValueError if what == "shape" else TypeError
-                    raise error(f"{op}: {name} was {was} at its first step and is {now} now: make the optimiser after changing a module")
-            fresh[name] = state
-            what, unit = f"gradient of {name}", name in self.unit_rows
-            if isinstance(gradient, Tensor):
-                _checks.tensor(op, what, gradient, (p.dtype,), p)
-                _checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
-            if isinstance(gradient, StackedGradient):
-                if self.members is None or gradient.n != self.members:
-                    raise ValueError(f"{op}: {what} has {gradient.n} members, the module {self.members or 'is no stack'}")
-                joint = gradient.joint
-                fits = not isinstance(joint, TiledGradient) or joint.block <= _height(p.shape[-1])
-                if joint is not None and fits and not self._by_member:
-                    gradient = joint
-            stacks = (p.detach(), state.exp_avg, state.exp_avg_sq)
-            if self.members is not None and (self._by_member or isinstance(gradient, StackedGradient)):
-                of = gradient.part if isinstance(gradient, StackedGradient) else gradient.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
-                parts = ((*(t[e] for t in stacks), of(e), e) for e in range(self.members))
-            else:
-                parts = ((*stacks, gradient, 0),)
-            for *each, g, e in parts:
-                W, m, v = map(_matrix, each)
-                jobs.append(_Job(name, W, m, v, _checked(op, what, g, W), unit, e))
-        jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
-        self._states.update(fresh)
-        return jobs
+    def _check_options(self, op: str) -> None:
+        super()._check_options(op)
+        for rate in self.lr if isinstance(self.lr, (tuple, list)) and self.lr else [self.lr]:
+            checked_options(op, rate, self.betas, self.eps, self.weight_decay)
 
     @property
     def _by_member(self) -> bool:
-        """Whether the members of a stack differ in their step."""
-        return self.members is not None and (self.clip is not None or (isinstance(self.lr, Sequence) and len(set(self.lr)) > 1))
+        return super()._by_member or (self.members is not None and self.clip is not None)
 
     def _clip(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
         """The factors that bring the global norm down to ``clip``, of each member or one for all, as ``clip_grad_norm_`` has it."""
@@ -214,37 +293,10 @@ class Adam:
             return None
         norms = []
         for member in range(self.members or 1):
-            squares = [GRAD_SQUARES(job.W[rows], *tile, job.unit) for job in jobs if job.member == member for rows, tile in job.tiles()]
+            squares = [GRAD_SQUARES(views[0], *tile, job.unit) for job in jobs if job.member == member for views, tile in job.tiles()]
             norms.append(torch.stack([s.to(squares[0].device, torch.float32) for s in squares]).sum().sqrt())
         self.grad_norm = norms[0] if self.members is None else torch.stack(norms)
         return [(self.clip / (norm + 1e-6)).clamp_max(1.0) for norm in norms]
-
-    def state_dict(self) -> dict[str, Any]:
-        """``steps``, the options, and ``state``: step and moments by parameter name. A schedule is a function and not in it."""
-        state = {name: {"step": s.step, "exp_avg": s.exp_avg, "exp_avg_sq": s.exp_avg_sq} for name, s in self._states.items()}
-        return {"steps": self.steps, **{name: getattr(self, name) for name in _OPTIONS}, "state": state}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what ``state_dict`` gave, options included; the next step gives the bits it would have given there."""
-        op = "Adam.load_state_dict"
-        if missing := [name for name in ("steps", *_OPTIONS, "state") if name not in state_dict]:
-            raise ValueError(f"{op}: not a state of fastsae.optim.Adam: {missing[0]!r} is missing")
-        self._states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
-        for name in _OPTIONS:
-            setattr(self, name, state_dict[name])
-        self.steps = state_dict["steps"]
-
-    def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> _State:
-        if name not in self.parameters:
-            raise ValueError(f"{op}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")
-        p = self.parameters[name]
-        moments = []
-        for key in ("exp_avg", "exp_avg_sq"):
-            moment = _checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype,))
-            _checks.shape(op, f"{key} of {name}", moment, tuple(p.shape), str(list(p.shape)))
-            moments.append(torch.zeros_like(p).copy_(moment))
-        return _State(int(entry["step"]), *moments)
 
     def to_torch(self, **options: Any) -> torch.optim.Adam:
         """A ``torch.optim.Adam`` (``AdamW`` with a weight decay) over the same parameters with a copy of this state.
@@ -258,7 +310,7 @@ class Adam:
         parameters = list(self.parameters.values())
         made = kind(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, **options)
         state = {
-            number: {"step": torch.tensor(float(s.step)), "exp_avg": s.exp_avg.clone(), "exp_avg_sq": s.exp_avg_sq.clone()}
+            number: {"step": torch.tensor(float(s.step)), **{key: buffer.clone() for key, buffer in zip(self._BUFFERS, s.buffers)}}
             for number, name in enumerate(self.parameters)
             if (s := self._states.get(name)) is not None
         }
@@ -286,9 +338,9 @@ class Adam:
             named: Any = params
         else:
             named = list(params)
-        names = list(_named(named))
+        names = list(_named(op, named))
         if isinstance(optimizer, torch.optim.Optimizer):
-            by_id = {id(p): name for name, p in _named(named).items()}
+            by_id = {id(p): name for name, p in _named(op, named).items()}
             order = [by_id.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
             if None in order:
                 raise ValueError(f"{op}: parameter {order.index(None)} of the optimizer is not among {', '.join(names)}")
@@ -318,6 +370,110 @@ class Adam:
         return made
 
 
+class Signum(_Optimiser):
+    """Schedule-free sign descent, the default optimiser of sparsify's trainer: sign of the gradient, averaged along the way.
+
+    The parameters hold ``y``, where gradients are taken. The sign of the gradient moves ``z`` by ``lr``, the average ``x`` of all z
+    (weighted by the square of the largest rate so far) is what one keeps, and ``y = momentum * x + (1 - momentum) * z``; ``ops.signum``
+    has the arithmetic. ``eval()`` puts x into the parameters, ``train()`` puts y back, as in the package ``schedulefree``. It needs one
+    buffer a parameter (Adam: two) and no decay of the rate.
+
+    Order of a step: gradient, without its component along the row for ``unit_rows``; signum; rows of norm 1 again (of y: x and z are not
+    normalised, nor are they in sparsify, which normalises before each forward pass). A parameter whose gradient is missing or None, or
+    that is frozen, keeps its value and z; a feature that no token touched has gradient 0: its z stays and its y moves towards z.
+
+    Args:
+        params: a module (an ``SAE``, or ``SAEs``), or named parameters such as ``module.named_parameters()``; float32 or float64.
+        lr: of one step, the size by which each element of z moves; for ``SAEs`` it may be a list, one a member.
+        momentum: above 0, at most 1. schedule, unit_rows: as in ``Adam``; a warm-up is the schedule that makes sense.
+
+    Sources: Bernstein et al. 2018 (arXiv 1802.04434), Defazio et al. 2024 (arXiv 2405.15682).
+
+    Example:
+        >>> opt = fastsae.optim.Signum(sae, lr=5e-3 / (sae.d_sae / 2**14) ** 0.5)
+        >>> metrics = opt.step(x)
+        >>> opt.eval()  # before saving or evaluating; opt.train() before the next step
+    """
+
+    _OPTIONS = ("lr", "momentum", "lr_max", "weight_sum", "training")
+    _BUFFERS = ("z",)
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[tuple[str, Tensor]],
+        lr: float | Sequence[float] = 1e-3,
+        momentum: float = 0.95,
+        *,
+        schedule: Callable[[int], float] | None = None,
+        unit_rows: Sequence[str] | None = None,
+    ):
+        self.momentum = momentum
+        self.training = True
+        super().__init__(params, lr, schedule, unit_rows)
+        self.lr_max = [0.0] * (self.members or 1)
+        self.weight_sum = [0.0] * (self.members or 1)
+
+    def apply(self, gradients: Mapping[str, Gradient | None] | None = None) -> None:
+        if not self.training:
+            raise RuntimeError("Signum.apply: the parameters hold the average; call train() before the next step")
+        super().apply(gradients)
+
+    apply.__doc__ = _Optimiser.apply.__doc__
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the average x into the parameters."""
+        self._blend(False, 1 - 1 / self.momentum)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts y, where the next gradient is taken, into the parameters; up to rounding what ``eval`` found there."""
+        self._blend(True, 1 - self.momentum)
+
+    def _blend(self, training: bool, share: float) -> None:
+        if self.training == training:
+            return
+        self.training = training
+        for name, state in self._states.items():
+            self.parameters[name].detach().lerp_(state.buffers[0], share)
+        if hasattr(self.module, "weights_changed"):
+            self.module.weights_changed()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+
+    def _move(self, jobs: Sequence[_Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
+        shares = []
+        for member, lr in enumerate(rates):
+            self.lr_max[member] = max(lr, self.lr_max[member])
+            weight = self.lr_max[member] ** 2
+            self.weight_sum[member] += weight
+            shares.append(weight / self.weight_sum[member] if weight else 0.0)
+        for job in jobs:
+            options = (rates[job.member], float(self.momentum), shares[job.member], job.unit, job.unit)
+            for views, tile in job.tiles():
+                SIGNUM(*views, *tile, *options)
+
+    def _fresh(self, p: Tensor) -> tuple[Tensor, ...]:
+        return (p.detach().clone(memory_format=torch.preserve_format),)
+
+    def _check_options(self, op: str) -> None:
+        super()._check_options(op)
+        for rate in self.lr if isinstance(self.lr, (tuple, list)) and self.lr else [self.lr]:
+            if _checks.number(op, "lr", rate, positive=False) < 0:
+                raise ValueError(f"{op}: lr must be at least 0, got {rate}")
+        if not 0 < _checks.number(op, "momentum", self.momentum, positive=False) <= 1:
+            raise ValueError(f"{op}: momentum must be above 0 and at most 1, got {self.momentum}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """``steps``, the options, what the average has seen, and ``state``: step and z by parameter name. The parameters are not in it."""
+        state = super().state_dict()
+        return {**state, "lr_max": list(self.lr_max), "weight_sum": list(self.weight_sum)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.lr_max, self.weight_sum = list(self.lr_max), list(self.weight_sum)
+
+    load_state_dict.__doc__ = _Optimiser.load_state_dict.__doc__
+
+
 def _checked(op: str, what: str, gradient: Any, W: Tensor) -> Any:
     """The gradient of one matrix."""
     if isinstance(gradient, TiledGradient):
@@ -329,9 +485,8 @@ def _checked(op: str, what: str, gradient: Any, W: Tensor) -> Any:
     return checked_gradient(op, what, gradient, W)
 
 
-def _named(params: Any) -> dict[str, Tensor]:
+def _named(op: str, params: Any) -> dict[str, Tensor]:
     """Checked parameters by name."""
-    op = "optim.Adam"
     if isinstance(params, Mapping) or not isinstance(params, (nn.Module, Iterable)):
         raise TypeError(f"{op}: params must be a module or named parameters, got {type(params).__name__}")
     parameters: dict[str, Tensor] = {}

@@ -1,4 +1,5 @@
-// Adam without a dense gradient: forms each feature's gradient row in a thread's scratch and hands it on. The loops are in adam.isa.cpp.
+// Adam and signum without a dense gradient: forms each feature's gradient row in a thread's scratch and hands it on. The loops are in
+// adam.isa.cpp.
 #include "cpu/adam.h"
 
 #include <algorithm>
@@ -47,7 +48,7 @@ struct GradientRows {
   int64_t padded() const { return ceil_div(d, 16) * 16; }
   int64_t scratch() const { return slots == nullptr ? 0 : height() * padded(); }
   size_t bytes() const {
-    return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32) + Workspace::size<float>(threads * scratch());
+    return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32, threads) + Workspace::size<float>(threads * scratch());
   }
 
   // body(f, g) once for every feature, with its row, or null where it has no slots; ahead(f) some time before it where there are slots.
@@ -60,7 +61,7 @@ struct GradientRows {
       });
       return;
     }
-    const FeatureMajor sorted(*slots, Dtype::f32, values, space);
+    const FeatureMajor sorted(*slots, Dtype::f32, values, space, threads);
     float* const rows = space.take<float>(threads * scratch());
     const auto sum = pick_decode_kernels().sum[static_cast<int>(Dtype::f32)][static_cast<int>(Index::i32)];
     const auto into = [&](float* first, int64_t f) {
@@ -73,12 +74,10 @@ struct GradientRows {
       float* const mine = rows + worker * scratch();
       const SumJob job = into(mine, begin);
       for (int64_t f = begin; f < end; ++f)
-        if (here(f)) ahead(f);
-      for (int64_t f = begin; f < end; ++f) {
-        const int64_t first = f;
-        while (f < end && here(f)) ++f;
-        if (first < f) sum(job, first, f, 0, d);
-      }
+        if (here(f)) {
+          ahead(f);
+          sum(job, f, f + 1, 0, d);
+        }
       for (int64_t f = begin; f < end; ++f)
         if (!hot(f)) body(f, sorted.has_slot(f) ? mine + (f - begin) * padded() : nullptr);
     });
@@ -93,16 +92,17 @@ struct GradientRows {
   }
 };
 
-// The same for transposed matrices: kAside features at a time, with their gradient side by side. Element d of the dense gradient of feature
+// The same for transposed matrices: some features at a time, with their gradient side by side. Element d of the dense gradient of feature
 // f is at grad[f * stride_f + d * stride_d], one of the strides 1. d > 0.
 struct GradientColumns {
   const Slots* slots;
   const float *values, *grad;
   int64_t stride_f, stride_d, features, d;
-  bool whole;  // all of d at a time; otherwise kColumnTile elements
+  bool
+      whole;  // kAside features and all of d at a time; otherwise kRun features, so that memory is read in long runs, and kRunTile elements
   int threads;
 
-  static constexpr int64_t kColumnTile = 64;
+  static constexpr int64_t kColumnTile = 64, kRun = 2048, kRunTile = 32;
 
   GradientColumns(const Gradient& g, int64_t features, int64_t d, bool whole, int threads)
       : slots(g.slots),
@@ -116,12 +116,18 @@ struct GradientColumns {
         threads(useful_threads(threads, ((slots != nullptr ? slots->n : 0) + features) * d)) {}
 
   bool as_it_is() const { return slots == nullptr && stride_f == 1; }
-  int64_t width() const { return whole ? d : std::min(d, kColumnTile); }
-  int64_t scratch() const { return kColumnScratch + kAside * (1 + kColumnTile + (as_it_is() && !whole ? 0 : width()) + (whole ? d : 0)); }
+  int64_t aside() const { return whole ? kAside : kRun; }
+  int64_t ld() const { return whole ? kAside : kRun + 16; }  // not a power of two: the tile's columns are written side by side
+  int64_t tile_width() const { return whole ? kColumnTile : kRunTile; }
+  int64_t width() const { return whole ? d : kRunTile; }
+  int64_t scratch() const {
+    if (whole) return kColumnScratch + kAside * (1 + kColumnTile + 2 * d);
+    return as_it_is() ? 0 : kRunTile * (kRun + ld());
+  }
   // A hot feature's row is summed by all threads before the others' are; their number is known once the slots are sorted.
   int64_t hot_at_most() const { return threads > 1 && slots != nullptr ? std::min(slots->n / kHot, features) : 0; }
   size_t bytes() const {
-    const size_t sorted = slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32);
+    const size_t sorted = slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32, threads);
     return sorted + Workspace::size<float>(threads * scratch()) + Workspace::size<float>(hot_at_most() * d) +
            Workspace::size<int64_t>(hot_at_most());
   }
@@ -130,36 +136,36 @@ struct GradientColumns {
   template <class Body>
   void for_each(Workspace& space, const Body& body) const {
     float* const memory = space.take<float>(threads * scratch());
-    const int64_t blocks = ceil_div(features, kAside), units = blocks * ceil_div(d, width());
+    const int64_t blocks = ceil_div(features, aside()), units = blocks * ceil_div(d, width());
     const auto scatter = pick_decode_kernels().scatter[static_cast<int>(Dtype::f32)];
     const auto run = [&](int64_t unit, int worker, const FeatureMajor* sorted, const auto& rows_of) {
       float* const own = memory + worker * scratch();
-      float* const touched = own + kColumnScratch;
-      float* const tile = touched + kAside;
-      float* const local = tile + kAside * kColumnTile;
-      float* const beside = local + (whole ? kAside * d : 0);
-      // Blocks of one range of d in a row: the next one lies on the same pages.
-      const int64_t f0 = unit % blocks * kAside, n = std::min(kAside, features - f0);
+      float* const tile = own;
+      float* const beside = tile + aside() * tile_width();
+      float* const local = beside + ld() * width();
+      float* const touched = local + kAside * d;
+      // Blocks of one range of d in a row: the next one goes on where the last one ended.
+      const int64_t f0 = unit % blocks * aside(), n = std::min(aside(), features - f0);
       const int64_t d0 = unit / blocks * width(), d1 = std::min(d0 + width(), d);
       for (int64_t i = 0; whole && i < kAside; ++i) {
         const uint32_t bits = i < n && (sorted == nullptr || sorted->has_slot(f0 + i)) ? ~uint32_t{0} : 0;
         std::memcpy(touched + i, &bits, sizeof bits);
       }
       const float* g = beside;
-      int64_t stride_g = kAside;
+      int64_t stride_g = ld();
       if (as_it_is() && !whole) {
         g = grad + f0 + d0 * stride_d;
         stride_g = stride_d;
       } else if (as_it_is()) {
         for (int64_t c = d0; c < d1; ++c) std::copy(grad + f0 + c * stride_d, grad + f0 + n + c * stride_d, beside + c * stride_g);
       } else {
-        for (int64_t c = d0; c < d1; c += kColumnTile) {
-          const int64_t end = std::min(c + kColumnTile, d1);
+        for (int64_t c = d0; c < d1; c += tile_width()) {
+          const int64_t end = std::min(c + tile_width(), d1);
           const auto [from, ld] = rows_of(f0, n, c, end, tile);
-          scatter({from, ld, n, end - c, beside + (c - d0) * kAside, 1, kAside, false});
+          scatter({from, ld, n, end - c, beside + (c - d0) * stride_g, 1, stride_g, false});
         }
       }
-      body(f0, d0, AdamColumns{g, stride_g, nullptr, nullptr, nullptr, 0, static_cast<int>(n), d1 - d0, touched, own, local});
+      body(f0, d0, AdamColumns{g, stride_g, nullptr, nullptr, nullptr, 0, static_cast<int>(n), d1 - d0, touched, touched + kAside, local});
     };
     struct Rows {
       const float* from;
@@ -172,7 +178,7 @@ struct GradientColumns {
       });
       return;
     }
-    const FeatureMajor sorted(*slots, Dtype::f32, values, space);
+    const FeatureMajor sorted(*slots, Dtype::f32, values, space, threads);
     float* const hot_rows = space.take<float>(hot_at_most() * d);
     int64_t* const hot_list = space.take<int64_t>(hot_at_most());
     const auto sum = pick_decode_kernels().sum[static_cast<int>(Dtype::f32)][static_cast<int>(Index::i32)];
@@ -189,47 +195,36 @@ struct GradientColumns {
                       [&](int64_t unit) { sum(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
       }
     for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
-      const int64_t before = std::lower_bound(hot_list, hot_list + found, unit % blocks * kAside) - hot_list;
+      const int64_t before = std::lower_bound(hot_list, hot_list + found, unit % blocks * aside()) - hot_list;
       run(unit, worker, &sorted, [&](int64_t f0, int64_t n, int64_t c, int64_t end, float* tile) {
-        const SumJob job = into(tile - f0 * kColumnTile - c, kColumnTile);
+        const int64_t wide = tile_width();
+        const SumJob job = into(tile - f0 * wide - c, wide);
         const float* row = hot_rows + before * d;
         for (int64_t f = f0; f < f0 + n;) {
           const int64_t first = f;
           while (f < f0 + n && !hot(f)) ++f;
           if (first < f) sum(job, first, f, c, end);
-          for (; f < f0 + n && hot(f); ++f, row += d) std::copy(row + c, row + end, tile + (f - f0) * kColumnTile);
+          for (; f < f0 + n && hot(f); ++f, row += d) std::copy(row + c, row + end, tile + (f - f0) * wide);
         }
-        return Rows{tile, kColumnTile};
+        return Rows{tile, wide};
       });
     });
   }
 };
 
-}  // namespace
-
-int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& a, const AdamOptions& o, int threads) {
+// One step by the rule of `job`.
+int64_t move(const Gradient& grad, const AdamMatrices& a, const AdamJob& job, int threads) {
   const int64_t status = grad.slots != nullptr ? check(*grad.slots) : kOk;
   if (status != kOk) return status;
-  AdamJob job;
-  job.factor = factor != nullptr ? *factor : 1.0f;
-  job.decay = static_cast<float>(1 - o.lr * o.weight_decay);
-  job.from_m = 1 - o.beta1 < 0.5;
-  job.lerp = static_cast<float>(job.from_m ? 1 - o.beta1 : -o.beta1);
-  job.beta2 = static_cast<float>(o.beta2);
-  job.fresh2 = static_cast<float>(1 - o.beta2);
-  const double r = std::sqrt(1 - std::pow(o.beta2, static_cast<double>(o.step)));
-  job.minus_s = static_cast<float>(-o.lr * r / (1 - std::pow(o.beta1, static_cast<double>(o.step))));
-  job.e = static_cast<float>(o.eps * r);
-  job.project = o.project;
-  job.normalise = o.normalise;
   const AdamKernels& kernels = pick(kTables);
-  const bool rows_matter = o.project || o.normalise, transposed = a.stride_d != 1 && a.d > 0;
+  const auto step = kernels.step[job.rule];
+  const bool rows_matter = job.project || job.normalise, transposed = a.stride_d != 1 && a.d > 0;
   const bool dense = (transposed ? a.stride_d : a.stride_f) == (transposed ? a.features : a.d);
   if (grad.slots == nullptr && !rows_matter && dense && grad.stride_f == a.stride_f && grad.stride_d == a.stride_d) {
     const int64_t n = a.features * a.d;  // a bias is one row: split it all the same
     for_each_unit(useful_threads(threads, n), ceil_div(n, kElements), [&](int64_t unit) {
       const int64_t i = unit * kElements;
-      kernels.step(job, grad.data + i, a.w + i, a.m + i, a.v + i, std::min(kElements, n - i));
+      step(job, grad.data + i, a.w + i, a.m + i, a.v + i, std::min(kElements, n - i));
     });
     return kOk;
   }
@@ -240,7 +235,11 @@ int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& a, c
     columns.for_each(space, [&](int64_t f, int64_t d, AdamColumns part) {
       const int64_t at = f + d * a.stride_d;
       part.w = a.w + at, part.m = a.m + at, part.v = a.v + at, part.stride = a.stride_d;
-      kernels.step_columns(job, part);
+      if (rows_matter) return kernels.step_columns[job.rule](job, part);
+      for (int64_t c = 0; c < part.size; ++c) {
+        const int64_t to = c * part.stride;
+        step(job, part.g + c * part.stride_g, part.w + to, part.m + to, part.v + to, part.n);
+      }
     });
     return kOk;
   }
@@ -250,9 +249,42 @@ int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& a, c
   const auto ahead = [](int64_t) {};  // every row is read, in order: the hardware knows
   rows.for_each(space, ahead, [&](int64_t f, const float* g) {
     const int64_t at = f * a.stride_f;
-    kernels.step(job, g, a.w + at, a.m + at, a.v + at, a.d);
+    step(job, g, a.w + at, a.m + at, a.v + at, a.d);
   });
   return kOk;
+}
+
+}  // namespace
+
+int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& a, const AdamOptions& o, int threads) {
+  AdamJob job{};
+  job.rule = kAdam;
+  job.project = o.project;
+  job.normalise = o.normalise;
+  job.factor = factor != nullptr ? *factor : 1.0f;
+  job.decay = static_cast<float>(1 - o.lr * o.weight_decay);
+  job.from_m = 1 - o.beta1 < 0.5;
+  job.lerp = static_cast<float>(job.from_m ? 1 - o.beta1 : -o.beta1);
+  job.beta2 = static_cast<float>(o.beta2);
+  job.fresh2 = static_cast<float>(1 - o.beta2);
+  const double r = std::sqrt(1 - std::pow(o.beta2, static_cast<double>(o.step)));
+  job.minus_s = static_cast<float>(-o.lr * r / (1 - std::pow(o.beta1, static_cast<double>(o.step))));
+  job.e = static_cast<float>(o.eps * r);
+  return move(grad, a, job, threads);
+}
+
+int64_t signum(const Gradient& grad, const AdamMatrices& given, const SignumOptions& o, int threads) {
+  AdamJob job{};
+  job.rule = kSignum;
+  job.project = o.project;
+  job.normalise = o.normalise;
+  job.lr = static_cast<float>(o.lr);
+  job.to_x = static_cast<float>(1 - 1 / o.momentum);
+  job.share = static_cast<float>(o.share);
+  job.to_y = static_cast<float>(1 - o.momentum);
+  AdamMatrices a = given;
+  a.v = a.m;  // prefetched with the others, and nothing else
+  return move(grad, a, job, threads);
 }
 
 int64_t grad_squares(const Gradient& grad, const AdamMatrices& a, bool project, float* total, int threads) {

@@ -1,4 +1,4 @@
-// Adam on one row: the loops. fastsae.h states the arithmetic.
+// Adam and signum on one row: the loops. fastsae.h states the arithmetic.
 //
 // Cost: memory. A row of w, m and v comes in and goes out once (24 bytes an element), and what is read a second time, for a projection or a
 // norm, is in the first-level cache. Stores are plain: the lines have just been read, so a store past the caches would save nothing.
@@ -47,7 +47,11 @@ FASTSAE_INLINE Vec only(Vec a, int n) {
 }
 
 // What every element goes through, once its gradient stands.
-struct Rates {
+template <Rule kRule>
+struct Rates;
+
+template <>
+struct Rates<kAdam> {
   Vec factor, decay, lerp, beta2, fresh2, minus_s, e;
   bool from_m;
 
@@ -73,12 +77,39 @@ struct Rates {
   }
 };
 
+// a + share * (b - a), from the side that is nearer.
+struct Blend {
+  Vec share;
+  bool from_b;
+
+  FASTSAE_INLINE explicit Blend(float s) : share(broadcast(s)), from_b(!(__builtin_fabsf(s) < 0.5f)) {
+    if (from_b) share = broadcast(s - 1.0f);
+  }
+  FASTSAE_INLINE Vec operator()(Vec a, Vec b) const { return fma(share, sub(b, a), from_b ? b : a); }
+};
+
+template <>
+struct Rates<kSignum> {
+  Vec lr;
+  Blend to_x, average, to_y;
+
+  FASTSAE_INLINE explicit Rates(const AdamJob& job) : lr(broadcast(job.lr)), to_x(job.to_x), average(job.share), to_y(job.to_y) {}
+
+  FASTSAE_INLINE Vec move(Vec gi, Vec wi, float* z, float*, int n) const {
+    Vec zi = load_n(z, n);
+    const Vec x = to_x(wi, zi);
+    zi = sub(zi, mul(lr, sign(gi)));
+    store_n(z, zi, n);
+    return to_y(average(x, zi), zi);
+  }
+};
+
 enum Source { kNone, kGiven, kProjected };
 
 // Returns the new |w|^2.
-template <Source kSource>
+template <Rule kRule, Source kSource>
 FASTSAE_INLINE float step_row(const AdamJob& job, const float* g, float* w, float* m, float* v, int64_t size) {
-  const Rates rates(job);
+  const Rates<kRule> rates(job);
   const Vec minus_along = kSource == kProjected ? broadcast(-dot(g, w, size)) : zero();
   return sum_row(size, [&](Vec sum, int64_t i, int n) {
     Vec wi = load_n(w + i, n);
@@ -91,10 +122,11 @@ FASTSAE_INLINE float step_row(const AdamJob& job, const float* g, float* w, floa
   });
 }
 
+template <Rule kRule>
 void step(const AdamJob& job, const float* g, float* w, float* m, float* v, int64_t size) {
-  const float squares = g == nullptr   ? step_row<kNone>(job, g, w, m, v, size)
-                        : !job.project ? step_row<kGiven>(job, g, w, m, v, size)
-                                       : step_row<kProjected>(job, g, w, m, v, size);
+  const float squares = g == nullptr   ? step_row<kRule, kNone>(job, g, w, m, v, size)
+                        : !job.project ? step_row<kRule, kGiven>(job, g, w, m, v, size)
+                                       : step_row<kRule, kProjected>(job, g, w, m, v, size);
   if (!job.normalise) return;
   // Memory would idle while the row is scaled in the cache: let the next one come in meanwhile.
   for (int64_t i = size; i < 2 * size; i += kLanes) {
@@ -180,9 +212,9 @@ FASTSAE_INLINE void minus_dots(const AdamColumns c, float* minus_along) {
 }
 
 // With kNormalise the weights stay in c.local, and `squares` are theirs.
-template <bool kProject, bool kNormalise>
+template <Rule kRule, bool kProject, bool kNormalise>
 FASTSAE_INLINE void move_columns(const AdamJob& job, const AdamColumns c, const float* minus_along, float* squares) {
-  const Rates rates(job);
+  const Rates<kRule> rates(job);
   const auto row = [=](int64_t d) {
     const float* const g = c.g + d * c.stride_g;
     float* const w = c.w + d * c.stride;
@@ -211,13 +243,13 @@ FASTSAE_INLINE void move_columns(const AdamJob& job, const AdamColumns c, const 
   }
 }
 
+template <Rule kRule>
 void step_columns(const AdamJob& job, const AdamColumns& c) {
   float* const minus_along = c.scratch + (kPartials + kLanes) * kAside;
   float* const scale = minus_along + kAside;
   if (job.project) minus_dots(c, minus_along);
-  if (!job.normalise)
-    return job.project ? move_columns<true, false>(job, c, minus_along, scale) : move_columns<false, false>(job, c, minus_along, scale);
-  job.project ? move_columns<true, true>(job, c, minus_along, scale) : move_columns<false, true>(job, c, minus_along, scale);
+  if (!job.normalise) return move_columns<kRule, true, false>(job, c, minus_along, scale);
+  job.project ? move_columns<kRule, true, true>(job, c, minus_along, scale) : move_columns<kRule, false, true>(job, c, minus_along, scale);
   for (int f = 0; f < kAside; ++f) {
     const float norm = __builtin_sqrtf(scale[f]);
     scale[f] = norm < 1e-8f ? 1.0f : 1.0f / norm;
@@ -251,7 +283,12 @@ void squares_columns(const AdamColumns& given, bool project, float* each) {
 }  // namespace
 
 extern const AdamKernels adam_kernels;
-const AdamKernels adam_kernels = {step, squares, step_columns, squares_columns};
+const AdamKernels adam_kernels = {
+    {step<kAdam>, step<kSignum>},
+    squares,
+    {step_columns<kAdam>, step_columns<kSignum>},
+    squares_columns,
+};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

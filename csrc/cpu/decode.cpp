@@ -172,34 +172,69 @@ int64_t check(const Slots& s) {
 
 const DecodeKernels& pick_decode_kernels() { return pick(kTables); }
 
-size_t FeatureMajor::bytes(const Slots& slots, Dtype t) {
-  return 2 * Workspace::size<int64_t>(slots.features + 1) + Workspace::size<int32_t>(slots.n) +
-         Workspace::size<char>(slots.n * element_size(t));
+// Ranges of slots that are sorted at the same time: each counts every feature, so slots must outnumber the counts.
+int64_t FeatureMajor::parts(const Slots& slots, int threads) {
+  constexpr int64_t kGrain = 8192;
+  const int64_t paid = std::min(slots.n / kGrain, 2 * slots.n / std::max<int64_t>(slots.features, 1));
+  return std::clamp<int64_t>(paid, 1, threads);
 }
 
-FeatureMajor::FeatureMajor(const Slots& slots, Dtype t, const void* from, Workspace& space)
+size_t FeatureMajor::bytes(const Slots& slots, Dtype t, int threads) {
+  return Workspace::size<int64_t>(slots.features + 1) + Workspace::size<int64_t>(parts(slots, threads) * (slots.features + 1)) +
+         Workspace::size<int32_t>(slots.n) + Workspace::size<char>(slots.n * element_size(t));
+}
+
+FeatureMajor::FeatureMajor(const Slots& slots, Dtype t, const void* from, Workspace& space, int threads)
     : offsets(space.take<int64_t>(slots.features + 1)),
       rows(space.take<int32_t>(slots.n)),
       values(space.take<char>(slots.n * element_size(t))) {
-  const int64_t features = slots.features;
-  int64_t* const cursor = space.take<int64_t>(features + 1);
-  std::memset(offsets, 0, static_cast<size_t>(features + 1) * sizeof(int64_t));
-  for_each_slot(slots, [&](int64_t, int64_t f) { ++offsets[f + 1]; });
-  for (int64_t f = 0; f < features; ++f) {
-    cursor[f] = offsets[f];
-    offsets[f + 1] += offsets[f];
-  }
-  const auto place = [&](auto* to, const auto* each) {
-    int64_t r = 0;
-    for_each_slot(slots, [&](int64_t i, int64_t f) {
-      if (slots.crow != nullptr) {
-        while (i >= slots.crow[r + 1]) ++r;
-      } else if (i == (r + 1) * slots.k) {
-        ++r;
+  const int64_t features = slots.features, count = parts(slots, threads);
+  int64_t* const cursors = space.take<int64_t>(count * (features + 1));  // [count, features], and a total of each range of features
+  int64_t* const totals = cursors + count * features;
+  const auto bound = [&](int64_t part, int64_t of) { return of / count * part + of % count * part / count; };
+  const auto for_each_part = [&](const auto& body) {
+    for_each_unit(threads, count, [&](int64_t part) {
+      int64_t* const own = cursors + part * features;
+      const auto walk = [&](const auto* indices) { body(part, own, indices); };
+      if (slots.index == Index::i32)
+        walk(static_cast<const int32_t*>(slots.indices));
+      else
+        walk(static_cast<const int64_t*>(slots.indices));
+    });
+  };
+  for_each_part([&](int64_t part, int64_t* own, const auto* indices) {
+    std::memset(own, 0, static_cast<size_t>(features) * sizeof(int64_t));
+    for (int64_t i = bound(part, slots.n); i < bound(part + 1, slots.n); ++i) ++own[indices[i]];
+  });
+  // Counts become first places: of a feature the slots of an earlier part come first.
+  for_each_unit(threads, count, [&](int64_t range) {
+    int64_t total = 0;
+    for (int64_t part = 0; count > 1 && part < count; ++part)
+      for (int64_t f = bound(range, features); f < bound(range + 1, features); ++f) total += cursors[part * features + f];
+    totals[range] = total;
+  });
+  for_each_unit(threads, count, [&](int64_t range) {
+    int64_t next = 0;
+    for (int64_t before = 0; before < range; ++before) next += totals[before];
+    for (int64_t f = bound(range, features); f < bound(range + 1, features); ++f) {
+      offsets[f] = next;
+      for (int64_t part = 0; part < count; ++part) {
+        const int64_t n = cursors[part * features + f];
+        cursors[part * features + f] = next;
+        next += n;
       }
-      const int64_t p = cursor[f]++;
-      rows[p] = static_cast<int32_t>(r);
-      to[p] = each[i];
+    }
+  });
+  offsets[features] = slots.n;
+  const auto place = [&](auto* to, const auto* each) {
+    for_each_part([&](int64_t part, int64_t* own, const auto* indices) {
+      for_each_row_run(slots, bound(part, slots.n), bound(part + 1, slots.n), [&](int64_t r, int64_t a, int64_t b) {
+        for (int64_t i = a; i < b; ++i) {
+          const int64_t p = own[indices[i]]++;
+          rows[p] = static_cast<int32_t>(r);
+          to[p] = each[i];
+        }
+      });
     });
   };
   if (t == Dtype::f32)
@@ -316,9 +351,9 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
   if (features == 0 || d == 0) return kOk;
   const DecodeKernels& kernels = pick_decode_kernels();
 
-  Workspace space(FeatureMajor::bytes(slots, t));
+  Workspace space(FeatureMajor::bytes(slots, t, threads));
   if (!space.ok()) return kNoMemory;
-  const FeatureMajor sorted(slots, t, values, space);
+  const FeatureMajor sorted(slots, t, values, space, threads);
 
   SumJob job{sorted.values, sorted.rows, sorted.offsets, 0, slots.n, grad, d, nullptr, out.data, out.stride_f, false};
   job.stream = zero_untouched && features * d * element_size(t) >= kStreamBytes;

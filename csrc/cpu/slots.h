@@ -17,11 +17,14 @@ struct FeatureMajor {
   int32_t* rows;     // [n]
   void* values;      // [n] of type t
 
-  static size_t bytes(const Slots& slots, Dtype t);  // of the workspace, some of it scratch
-  FeatureMajor(const Slots& slots, Dtype t, const void* values, Workspace& space);
+  static size_t bytes(const Slots& slots, Dtype t, int threads);  // of the workspace, some of it scratch
+  FeatureMajor(const Slots& slots, Dtype t, const void* values, Workspace& space, int threads);
 
   bool has_slot(int64_t f) const { return offsets[f + 1] > offsets[f]; }
   bool hot(int64_t f) const { return offsets[f + 1] - offsets[f] > kHot; }
+
+ private:
+  static int64_t parts(const Slots& slots, int threads);
 };
 
 }  // namespace fastsae

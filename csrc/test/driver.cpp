@@ -361,6 +361,31 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
   }
   expect(std::fabs(total - squares) <= 1e-3 * (1 + squares), "grad_squares", Dtype::f32, d, unit);
 
+  const SignumOptions sign_options{1e-2, 0.9, 0.25, unit, unit};
+  std::unique_ptr<float[]> followed[4][2];
+  for (int way = 0; way < 4; ++way) {
+    auto& [y, z] = followed[way];
+    const bool on_columns = way >= 2 && size > 0 && d > 1;
+    const auto given = [&](const std::unique_ptr<float[]>& from) { return on_columns ? transposed(from, d) : copy(from, size); };
+    y = given(w), z = given(m);
+    const auto dense = given(matrix);
+    const int64_t stride_f = on_columns ? 1 : d, stride_d = on_columns ? features : 1;
+    const Gradient gradient = way % 2 == 0 ? Gradient{nullptr, nullptr, dense.get(), stride_f, stride_d} : by_slots;
+    expect(signum(gradient, {y.get(), z.get(), nullptr, features, d, stride_f, stride_d}, sign_options, threads) == kOk, "signum status",
+           Dtype::f32, d, unit);
+    if (on_columns) y = transposed(y, features), z = transposed(z, features);
+    for (int i = 0; i < 2; ++i)
+      expect(size == 0 ||
+                 std::memcmp(followed[way][i].get(), followed[way > 0 ? 1 : 0][i].get(), static_cast<size_t>(size) * sizeof(float)) == 0,
+             "signum bits", Dtype::f32, d, unit);
+  }
+  for (int64_t e = 0; e < size; ++e) {
+    const double moved = std::fabs(followed[1][1][e] - m[e]);
+    expect(moved < 1e-6 || std::fabs(moved - 1e-2) < 1e-6, "signum z", Dtype::f32, d, unit);
+    const double x = w[e] + (1 - 1 / 0.9) * (m[e] - w[e]), average = x + 0.25 * (followed[1][1][e] - x);
+    expect(unit || std::fabs(followed[1][0][e] - (0.9 * average + 0.1 * followed[1][1][e])) <= 1e-5, "signum y", Dtype::f32, d, unit);
+  }
+
   if (n == 0 || size == 0) return;
   indices[n - 1] = -1;
   const auto kept = copy(after[1][0], size);
@@ -408,6 +433,7 @@ int main() {
         run_adam(0, 3, 4, 20, ragged, unit, 2);
         run_adam(1200, 3, 70, 40, ragged, unit, 2);
         run_adam(3, 2, 2, 30000, ragged, unit, 2);
+        run_adam(600, 40, 2100, 70, ragged, unit, 2);
       }
     std::printf("%s: %s\n", level_name(level), failures == before ? "ok" : "FAILED");
   }

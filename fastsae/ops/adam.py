@@ -80,8 +80,13 @@ def _move(
     W.mul_(1 - lr * weight_decay)
     W.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps), value=-lr / (1 - beta1**step))
     if normalise:
-        norm = torch.linalg.vector_norm(W, dim=1, keepdim=True)
-        W.div_(torch.where(norm < 1e-8, 1.0, norm))
+        normalise_rows(W)
+
+
+def normalise_rows(W: Tensor) -> Tensor:
+    """Rows of norm 1, in place; those shorter than 1e-8 stay."""
+    norm = torch.linalg.vector_norm(W, dim=1, keepdim=True)
+    return W.div_(torch.where(norm < 1e-8, 1.0, norm))
 
 
 def adam_reference(
@@ -312,7 +317,7 @@ def adam_(
     Raises:
         TypeError, ValueError: dtype, device, shape, range. IndexError: an index outside ``0 .. F - 1``; nothing has been written then.
 
-    Memory beyond the arguments: 24 bytes a slot and a feature, one row a thread (transposed: 1 KiB * D); in the Triton row about 60 bytes
+    Memory beyond the arguments: 32 bytes a slot and a feature, one row a thread (transposed: 1 KiB * D); in the Triton row about 60 bytes
     a slot, and a row of float32 for every 128 slots. Deterministic, whatever the number of threads.
     """
     op = "adam_"

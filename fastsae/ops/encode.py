@@ -462,7 +462,12 @@ def score_gradients(
         assert crow is not None
         dscore, crow = torch.where(_slot_numbers(indices) < crow[-1], dscore, 0), pointers(crow, indices.shape[0])
     through = dscore if scale is None else (dscore * scale[indices.long()]).to(dscore.dtype)
-    if needs[0] or needs[3]:
+    if needs[3] and b_pre is not None and not needs[0] and W.shape[0] < indices.numel():
+        # dx is not asked for and its rows would be more than W's: the sums of each feature, times W.
+        sums = _feature_sums(through, indices, crow, W.shape[0], backend).to(W.dtype)
+        every = torch.arange(W.shape[0], device=W.device)
+        db_pre = -DECODE(sums.unsqueeze(0), every.unsqueeze(0), None, W, None, backend=backend)[0].to(b_pre.dtype)
+    elif needs[0] or needs[3]:
         dx = DECODE(through, indices, crow, W, None, backend=backend)[:rows]
         if needs[3] and b_pre is not None:
             db_pre = -dx.sum(0, dtype=accumulator(dx.dtype)).to(b_pre.dtype)
