@@ -24,7 +24,7 @@ from fastsae.gradients import Gradient, RowGradient, StackedGradient, TiledGradi
 from fastsae.losses import Metrics, Pass, Terms, Weights, combine, fired, quotient, spread
 from fastsae.ops._common import accumulator, centre
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import _feature_sums
+from fastsae.ops.encode import _feature_sums, by_features, pre_bias_gradient
 from fastsae.sae import SAE
 
 _SAME = ("d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
@@ -382,14 +382,14 @@ class _JointPass:
             parts["W_dec"].append(fused._shrinking(rate * quotient(sums, norm), self.W_dec))
         dscore = torch.where(self.passes, dvalues, 0)
         parts["b_dec"] = [torch.stack([g.sum(0, dtype=wide) for g in G])]
+        sums = _feature_sums(dscore, indices, crow, E * F, backend).reshape(E, F)
         if self.weights[0].b_pre is None:
             xc = x.expand(E, -1, -1)
         else:
             xc = centre(x, saes.b_dec.detach().unsqueeze(1)).to(x.dtype)
-            dx = DECODE(dscore, indices, crow, self.W_enc, None, backend=backend).reshape(xc.shape)
-            parts["b_dec"].append(torch.stack([-each.sum(0, dtype=wide).to(saes.b_dec.dtype) for each in dx]))
+            parts["b_dec"].append(self.pre_bias(dscore, sums))
         parts["W_enc"] = [RowGradient(dscore, indices, crow, xc.flatten(0, 1), E * F)]
-        parts["b_enc"] = [_feature_sums(dscore, indices, crow, E * F, backend).to(saes.b_enc.dtype).reshape(E, F)]
+        parts["b_enc"] = [sums.to(saes.b_enc.dtype)]
         w = self.weights[0]
         if self.slots[0].flags is not None and w.threshold is not None and w.bandwidth is not None:
             flags = torch.cat([s.flags for s in self.slots])  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -408,12 +408,28 @@ class _JointPass:
                 out[name] = StackedGradient(E, lambda e, gradients=gradients: total([self.part(g, e) for g in gradients]), total(gradients))
         return out
 
+    def own(self, e: int, crow: Tensor | None) -> tuple[slice, slice, Tensor | None]:
+        """Member e's slots, its rows, and where its rows begin among them."""
+        slots, rows = slice(self.ends[e], self.ends[e + 1]), slice(e * self.B, (e + 1) * self.B)
+        return slots, rows, None if crow is None else crow[rows.start : rows.stop + 1] - self.ends[e]
+
+    def pre_bias(self, dscore: Tensor, sums: Tensor) -> Tensor:
+        """``[E, D]``: gradients of the pre-biases, each in the way that its member alone has it (``score_gradients``)."""
+        b_dec, each = self.saes.b_dec, []
+        for e, W_enc in enumerate(self.W_enc.detach().reshape(self.E, self.F, -1)):
+            slots, _, crow = self.own(e, self.crow)
+            if by_features(False, self.F, self.indices[slots].numel()):
+                each.append(pre_bias_gradient(sums[e], W_enc, b_dec, self.backend))
+                continue
+            dx = DECODE(dscore[slots], self.indices[slots] - e * self.F, crow, W_enc, None, backend=self.backend)
+            each.append(-dx.sum(0, dtype=self.wide).to(b_dec.dtype))
+        return torch.stack(each)
+
     def part(self, gradient: Gradient, e: int) -> Gradient:
         """Member e's part of a gradient over all features."""
         if isinstance(gradient, TiledGradient):
             low = e * self.F
             return TiledGradient(lambda tile: gradient.compute(slice(tile.start + low, tile.stop + low)), self.F)
         assert isinstance(gradient, RowGradient)
-        slots, rows = slice(self.ends[e], self.ends[e + 1]), slice(e * self.B, (e + 1) * self.B)
-        crow = None if gradient.crow is None else gradient.crow[rows.start : rows.stop + 1] - self.ends[e]
+        slots, rows, crow = self.own(e, gradient.crow)
         return RowGradient(gradient.values[slots], gradient.indices[slots] - e * self.F, crow, gradient.rows[rows], self.F)

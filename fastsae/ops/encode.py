@@ -442,6 +442,17 @@ def _feature_sums(per_slot: Tensor, indices: Tensor, crow: Tensor | None, n_feat
     return out[:, 0]
 
 
+def by_features(dx_asked: bool, n_features: int, slots: int) -> bool:
+    """Whether the gradient of ``b_pre`` comes from sums by feature: ``dx`` is not asked for, and forming it would read more rows of W."""
+    return not dx_asked and n_features < slots
+
+
+def pre_bias_gradient(sums: Tensor, W: Tensor, b_pre: Tensor, backend: str | None) -> Tensor:
+    """``[D]``: what ``b_pre`` gets from the sums ``[F]`` of the scores' gradients."""
+    every = torch.arange(W.shape[0], device=W.device)
+    return -DECODE(sums.to(W.dtype).unsqueeze(0), every.unsqueeze(0), None, W, None, backend=backend)[0].to(b_pre.dtype)
+
+
 def score_gradients(
     dscore: Tensor,
     indices: Tensor,
@@ -462,11 +473,12 @@ def score_gradients(
         assert crow is not None
         dscore, crow = torch.where(_slot_numbers(indices) < crow[-1], dscore, 0), pointers(crow, indices.shape[0])
     through = dscore if scale is None else (dscore * scale[indices.long()]).to(dscore.dtype)
-    if needs[3] and b_pre is not None and not needs[0] and W.shape[0] < indices.numel():
-        # dx is not asked for and its rows would be more than W's: the sums of each feature, times W.
-        sums = _feature_sums(through, indices, crow, W.shape[0], backend).to(W.dtype)
-        every = torch.arange(W.shape[0], device=W.device)
-        db_pre = -DECODE(sums.unsqueeze(0), every.unsqueeze(0), None, W, None, backend=backend)[0].to(b_pre.dtype)
+    sums = None  # of dscore, by feature
+    if scale is None and needs[2]:
+        sums = _feature_sums(dscore, indices, crow, W.shape[0], backend)
+    if needs[3] and b_pre is not None and by_features(needs[0], W.shape[0], indices.numel()):
+        of = sums if sums is not None else _feature_sums(through, indices, crow, W.shape[0], backend)
+        db_pre = pre_bias_gradient(of, W, b_pre, backend)
     elif needs[0] or needs[3]:
         dx = DECODE(through, indices, crow, W, None, backend=backend)[:rows]
         if needs[3] and b_pre is not None:
@@ -482,7 +494,7 @@ def score_gradients(
             wide = accumulator(dscore.dtype)
             dscale = _feature_sums(dscore.to(wide) * product.to(wide), indices, crow, W.shape[0], backend).to(scale.dtype)
     if needs[2] and b is not None:
-        db = _feature_sums(dscore, indices, crow, W.shape[0], backend).to(b.dtype)
+        db = (_feature_sums(dscore, indices, crow, W.shape[0], backend) if sums is None else sums).to(b.dtype)
     return (dx if needs[0] else None), dW, db, db_pre, dscale
 
 
