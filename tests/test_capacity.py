@@ -183,7 +183,7 @@ def test_in_the_interpreter() -> None:
 
 @interpreted
 @usable
-@pytest.mark.parametrize(("name", "dtype"), zip(ENCODERS, (torch.float32, torch.float16, torch.float32, torch.float16)))
+@pytest.mark.parametrize(("name", "dtype"), list(zip(ENCODERS, (torch.float32, torch.float16, torch.float32, torch.float16))))
 def test_triton_leaves_out_what_does_not_fit(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where nothing is raised: whole words are left out, nothing is written elsewhere, and the flag is set."""
     from fastsae.kernels import encode
