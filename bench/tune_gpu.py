@@ -164,7 +164,7 @@ class Tuner:
 
     def _alternate(self, work: Workload, config: Config) -> dict[str, float]:
         pairs = []
-        for _ in range(2 if self.bench.quick else ROUNDS):
+        for _ in range(1 if self.bench.quick else ROUNDS):
             pair = []
             for one in (config, self.start):
                 with one.set():
@@ -180,7 +180,7 @@ class Tuner:
         expected = work.result(self.start)
         best, least = self.start, 1.0
         for stage in range(2):
-            for config in around(best) if stage else self.candidates():
+            for config in around(best)[: 1 if self.bench.quick else None] if stage else self.candidates():
                 if self.bench.left() < 0:
                     self.bench.note(work.name, "", f"out of time before {config}")
                     self.save()
