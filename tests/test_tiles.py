@@ -311,7 +311,8 @@ def test_blocks_of_a_pair_are_bounded() -> None:
         for plan, lines in ((forward, block[1]), (backward, block[0]), (lowest, block[1])):
             assert plan.number * plan.deep >= lines
             assert plan.entries >= 2 * plan.k
-    assert match._block(2000, 1 << 20, 5, 5, tile) == match._WHOLE
+    assert match._block(2000, 1 << 20, 5, 5, tile) == (2000, 32768)
+    assert match._block(2000, 2000, 1, 1, tile) == match._block(500, 1 << 20, 90, 90, tile) == match._WHOLE
     assert match._block(1 << 17, 1 << 17, 200, 1, tile) is None
     assert match._block(64, 1 << 17, _select.MOST_KEPT + 1, 1, tile) is None
     assert match._even(8193, 8192, 128) == 4224
