@@ -74,7 +74,7 @@ def test_the_interval_contains_the_exact_product(kind: str) -> None:
         centre = torch.randn(D, generator=generator)
     p = _problem.Problem(x, W, centre, None, None, None, _tile.tile_for(CPU))
     rounded = _problem.Rounded.of(p)
-    ((_, panel),) = rounded.panels(p)
+    ((_, panel, _),) = rounded.panels(p)
     keys = encode.all_keys(p)
     exact = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32).double()
     (a, c, back), (norm, loss, W_back) = rounded.x_factors[:, :, None], rounded.W_factors
@@ -233,23 +233,19 @@ def test_similarities_in_buckets(small_buckets: dict[str, int]) -> None:
 # ---------------------------------------------------------------- both directions in one pass
 
 
-def _dictionaries(kind: str) -> tuple[Tensor, Tensor]:
+def _dictionaries() -> tuple[Tensor, Tensor]:
+    """With ties in other blocks, tiles and buckets, zeros, an infinity and a NaN."""
     generator = torch.Generator().manual_seed(11)
     a, b = torch.randn(36, 5, generator=generator), torch.randn(70, 5, generator=generator)
-    if kind == "ties":  # in other blocks, tiles and buckets
-        a[14:30], b[::9], b[50], a[33] = a[3], -a[3], a[3], 0
-    elif kind == "special":
-        a[5], b[7], b[66], b[40] = float("inf"), float("nan"), a[34], 0
+    a[14:30], b[::9], b[50], a[33] = a[3], -a[3], a[3], 0
+    a[5, 2], b[7, 1], b[66], b[40] = float("inf"), float("nan"), a[34], 0
     return a, b
 
 
 @interpreted
 @usable
-@pytest.mark.parametrize(("kind", "k_ab", "k_ba"), [("ties", 3, 2), ("special", 1, 1)])
-def test_a_pair_in_one_pass_has_the_bits_of_three(
-    kind: str, k_ab: int, k_ba: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
-) -> None:  # fmt: skip
-    a, b = _dictionaries(kind)
+def test_a_pair_in_one_pass_has_the_bits_of_three(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    (a, b), k_ab, k_ba = _dictionaries(), 3, 2
     units = match._unit(a, 1e-8), match._unit(b, 1e-8)
     want = *match._best(*units, k_ab), *match._best(*units[::-1], k_ba), *match._best(*units, 1, negative=True)
     seen = {"screened": 0, "whole": 0, "crowded": 0}
@@ -291,7 +287,7 @@ def test_a_pair_in_one_pass_has_the_bits_of_three(
 @interpreted
 @usable
 def test_a_small_pair_is_one_block() -> None:
-    a, b = _dictionaries("ties")
+    a, b = _dictionaries()
     result = match.match_pair(a, b, 3, 2, 1e-8)
     MATCH_PAIR.check((a, b, 3, 2, 1e-8), result)
     few = (a[:2], b[:1], 1, 2, 1e-8)
@@ -418,6 +414,7 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
         lambda x: (spline.spline_code(x, W, b, None),),
     )
     whole = [call(x) for call in calls]
+    monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 64, 64, 8, 1, parts=2))
     monkeypatch.setattr(_problem, "WORKSPACE", 1)
     monkeypatch.setattr(_problem, "PANEL", 1)
     for call, want in zip(calls, whole, strict=True):
@@ -620,7 +617,7 @@ def test_gpu_tensor_cores_keep_the_interval(kind: str) -> None:
     x, W = (_hard_rows(kind, n, 4096, generator).cuda() for n in (128, 4096))
     p = _problem.Problem(x, W, None, None, None, None, _tile.tile_for(x.device))
     rounded = _problem.Rounded.of(p)
-    for part, panel in rounded.panels(p):
+    for part, panel, _ in rounded.panels(p):
         scale, features = rounded.W_factors[2, part], panel.shape[0]
         keys = torch.empty((128, features), dtype=torch.int32, device="cuda")
         encode._emit_direct(_problem.Problem(rounded.x, panel, None, scale, None, None, p.tile), keys, None, None)
