@@ -502,7 +502,7 @@ def _pair(a: Tensor, k_ab: int, k_ba: int) -> None:
 # Kernels that multiply matrices, and the bytes of stack that a thread of theirs may use, once a tile: elsewhere, and on sm_100, whose
 # accumulators leave tensor memory with 64 columns a thread.
 MATRIX = {
-    "emit_kernel": (256, 1152), "mask_kernel": (320, 64), "pair_kernel": (512, 1216), "rescan_kernel": (512, 320),
+    "emit_kernel": (256, 1152), "mask_kernel": (320, 64), "pair_kernel": (512, 1216), "rescan_kernel": (640, 320),
     "write_kernel": (640, 1280),
 }  # fmt: skip
 
