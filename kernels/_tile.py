@@ -292,7 +292,8 @@ def round_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a tile of products, and how it is launched: fixed for a chip, so the bits of a direct score depend on the chip only."""
+    """The shape of a tile of products, and how it is launched: fixed for a chip, so the bits of a direct score depend on the chip only.
+    Masks need a multiple of 64 columns, as a row's words come in pairs, and at least 32 of them in a part."""
 
     rows: int
     columns: int

@@ -236,9 +236,9 @@ def test_similarities_in_buckets(small_buckets: dict[str, int]) -> None:
 def _dictionaries() -> tuple[Tensor, Tensor]:
     """With ties in other blocks, tiles and buckets, zeros, an infinity and a NaN."""
     generator = torch.Generator().manual_seed(11)
-    a, b = torch.randn(36, 5, generator=generator), torch.randn(70, 5, generator=generator)
-    a[14:30], b[::9], b[50], a[33] = a[3], -a[3], a[3], 0
-    a[5, 2], b[7, 1], b[66], b[40] = float("inf"), float("nan"), a[34], 0
+    a, b = torch.randn(36, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    a[14:30], b[::9], b[30], a[33] = a[3], -a[3], a[3], 0
+    a[5, 2], b[7, 1], b[35], b[25] = float("inf"), float("nan"), a[34], 0
     return a, b
 
 
@@ -268,9 +268,9 @@ def test_a_pair_in_one_pass_has_the_bits_of_three(monkeypatch: pytest.MonkeyPatc
 
     settled, exact, added = encode.settle, encode._exact, match._add_whole
     for module, name, value in (
-        (_tile, "_INTERPRETED", _tile.Tile(16, 32, 64, 8, 1)), (encode.Buckets, "slots", property(lambda plan: 1)), (encode, "FEW", 0),
+        (_tile, "_INTERPRETED", _tile.Tile(16, 16, 64, 8, 1)), (encode.Buckets, "slots", property(lambda plan: 1)), (encode, "FEW", 0),
         (encode, "split", split), (encode, "settle", settle), (encode, "_exact", crowded), (match, "_add_whole", whole),
-        (match, "_BLOCKS", ((16, 32),)), (match, "_WHOLE", (8, 40)),
+        (match, "_BLOCKS", ((16, 16),)), (match, "_WHOLE", (8, 40)),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     result = match.match_pair(a, b, k_ab, k_ba, 1e-8)
