@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastsae.kernels import _tile
 from fastsae.kernels._problem import Problem, Rounded
-from fastsae.kernels._tile import affine, cells, ends, exact, interval, n_tiles, pack_bits, popcount, products, unpack_bits
+from fastsae.kernels._tile import affine, cells, ends, exact, halves, interval, n_tiles, pack_bits, popcount, products, unpack_bits
 
 SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _GATHER = 16  # features that a program scores exactly at a time
@@ -63,20 +63,26 @@ def _above(upper, limit):
     return ((upper < float("inf")) & (upper <= limit)) == 0
 
 
-@triton.jit(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
-def mask_kernel(
-    x, W, chosen, x_factors, W_factors, scale, bias, theta, kept_words, other_words,
-    first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
-    KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-    TWO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+@triton.jit
+def _store_bits(
+    total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words, half, D,
+    KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Direct: kept bits, and with BAND those in the band. Screened: bits that may be kept; SIGN: sure ones, and undecided ones."""
-    for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
-        _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
-        live, inside, f = rows < n_rows, local < n_panel, first + local
-        total, row, _column = products(
-            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
-        )
+    """The bits of products [ROWS, COLUMNS] of the panel's columns ``start`` and up, in PARTS of a tile one after the other."""
+    if PARTS > 1:
+        left, right = halves(total, ROWS, COLUMNS)
+        _store_bits(
+            left, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
+            half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+        _store_bits(
+            right, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start + COLUMNS // 2, first, n_rows,
+            n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+    else:
+        local = start + tl.arange(0, COLUMNS)
+        inside, f = local < n_panel, first + local
         if SCREENED:
             if KIND == GATED:
                 r, e = interval(total, x_factors, W_factors, row, n_rows, f, n, inside, D)
@@ -97,12 +103,32 @@ def mask_kernel(
                     other = kept
         else:
             kept, other, _ = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
-        word = (first + column_tile.to(tl.int64) * COLUMNS) // 32 + tl.arange(0, COLUMNS // 32)
+        word = (first + start) // 32 + tl.arange(0, COLUMNS // 32)
         to = (rows * n_words)[:, None] + word[None, :]
-        mask = live[:, None] & (word < n_words)[None, :]
+        mask = (rows < n_rows)[:, None] & (word < n_words)[None, :]
         tl.store(kept_words + to, pack_bits(kept & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
         if TWO:
             tl.store(other_words + to, pack_bits(other & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
+def mask_kernel(
+    x, W, chosen, x_factors, W_factors, scale, bias, theta, kept_words, other_words,
+    first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
+    KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    TWO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Direct: kept bits, and with BAND those in the band. Screened: bits that may be kept; SIGN: sure ones, and undecided ones."""
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
+        _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
+        total, row, _column = products(
+            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
+        )
+        _store_bits(
+            total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, column_tile.to(tl.int64) * COLUMNS, first,
+            n_rows, n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_words", "half", "D"])
@@ -240,7 +266,7 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
         kept = torch.empty((rows, words), dtype=torch.int32, device=device)
     screened_sign = rule.kind is SIGN and not p.direct
     other = torch.empty_like(kept) if screened_sign or rule.half is not None else None
-    common = {**rule.flags(), **p.tile_shape(), **p.tile.options}
+    common = {**rule.flags(), **p.tile_shape(), **p.tile.options, "PARTS": p.tile.parts}
     if p.direct:
         mask_kernel[p.tiles(p.n)](
             p.x, p.W, p.chosen, None, None, p.scale, p.bias, rule.theta, kept, other,

@@ -156,6 +156,12 @@ def products(
 
 
 @triton.jit
+def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def affine(value, scale, bias, f, inside, SCALED: tl.constexpr, BIASED: tl.constexpr):
     """fl(fl(value * scale) + bias) for columns ``f``."""
     if SCALED:
@@ -286,7 +292,8 @@ def round_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a tile of products, and how it is launched: fixed for a chip, so the bits of a direct score depend on the chip only."""
+    """The shape of a tile of products, and how it is launched: fixed for a chip, so the bits of a direct score depend on the chip only.
+    Masks need a multiple of 64 columns, as a row's words come in pairs, and at least 32 of them in a part."""
 
     rows: int
     columns: int
@@ -295,6 +302,7 @@ class Tile:
     stages: int
     group: int = 8
     registers: int | None = None  # of a thread, at most; None leaves it to the compiler
+    parts: int = 1  # that the masks take a tile's columns in, one after the other
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -308,7 +316,9 @@ _TILES = {
     (8, 0): Tile(128, 128, 64, 8, 3),
     (8, 6): Tile(128, 128, 32, 8, 3),
     (9, 0): Tile(128, 128, 64, 8, 4),
-    (10, 0): Tile(128, 128, 64, 8, 4, registers=255),  # told nothing, ptxas halves them to fit two programs and spills more
+    # Tensor memory gives a thread one row of 64 columns, and numbers of so many columns do not fit its registers at once. Told nothing,
+    # ptxas halves the registers, too, to fit two programs.
+    (10, 0): Tile(128, 128, 64, 8, 4, registers=255, parts=4),
     (12, 0): Tile(128, 128, 32, 8, 3),
 }
 _INTERPRETED = Tile(32, 64, 64, 8, 1)

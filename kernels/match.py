@@ -185,13 +185,11 @@ def _block(n: int, m: int, k_ab: int, k_ba: int, tile: Tile) -> tuple[int, int] 
     """Rows and columns of a block of one pass; None where three passes are better: many matches of each row of a large dictionary."""
     if max(k_ab, k_ba) > _select.MOST_KEPT:
         return None
-    if min(n, m) <= encode.FEW:
-        return _WHOLE
-    for rows, columns in _BLOCKS:
-        size = _even(n, rows, tile.rows), _even(m, columns, tile.columns)
+    for rows, columns in _BLOCKS if n * m > encode.FEW**2 else ():
+        size = min(n, _even(n, rows, tile.rows)), min(m, _even(m, columns, tile.columns))
         if _plans(*size, k_ab, k_ba, tile) is not None:
             return size
-    return None
+    return _WHOLE if min(n, m) <= encode.FEW else None
 
 
 def _emit_pair(

@@ -457,7 +457,9 @@ def hash_code(
     return result.reshape((*words.shape[:-1], *result.shape[1:]))
 
 
-def near_zero_counts(x: Tensor, W: Tensor, b: Tensor | None = None, eps: float = 1e-5, *, neurons: Tensor | None = None) -> Tensor:
+def near_zero_counts(
+    x: Tensor, W: Tensor | PackedWeights, b: Tensor | None = None, eps: float = 1e-5, *, neurons: Tensor | None = None
+) -> Tensor:
     """Neurons of each row whose score is so near 0 that other arithmetic may give another sign, and with it another code.
 
     Args:
@@ -471,7 +473,7 @@ def near_zero_counts(x: Tensor, W: Tensor, b: Tensor | None = None, eps: float =
     Raises: as ``spline_code``; ValueError: ``eps`` negative or not finite.
     """
     op = "near_zero_counts"
-    batch, x, W, b, neurons = _layer_inputs(op, x, W, b, neurons)
+    batch, x, W, b, neurons, _ = _layer_inputs(op, x, W, b, neurons)
     eps = float(_checks.number(op, "eps", eps, positive=False))
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
