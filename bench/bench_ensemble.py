@@ -18,7 +18,7 @@ from bench.harness import DEVICE, shapes, unit_rows
 from fastsae.superposition import Run, SuperpositionData, Training, train_dictionary, train_many
 
 SHAPES = shapes([(17, 256, 256, 128), (17, 256, 256, 512), (17, 256, 256, 2048)], [(3, 32, 16, 64)])
-SWEEPS = shapes([(5, 128, 64, 100), (5, 128, 256, 100), (5, 128, 1024, 100)], [(2, 16, 24, 10)])
+SWEEPS = shapes([(5, 128, 64, 50), (5, 128, 512, 50)], [(2, 16, 24, 10)])
 
 
 def plain(saes: fastsae.SAEs, l1: Tensor, lr: float) -> tuple[Callable[[Tensor], None], Tensor]:

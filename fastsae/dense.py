@@ -84,7 +84,11 @@ def _dthreshold(z: Tensor, theta: Tensor, bandwidth: float | None, grad: Tensor,
 
 def _decoded(code: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
     with full_precision():
-        return code.to(dtype).to(code.dtype) @ W.to(code.dtype)  # latents are in the dtype of x, sums wide
+        return _rounded(code, dtype) @ W.to(code.dtype)  # latents are in the dtype of x, sums wide
+
+
+def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype).to(t.dtype)
 
 
 def _tile(
@@ -275,8 +279,7 @@ class TilePass:
             else:
                 dropped = _flags(torch.le, p, theta.clamp_min(0))
                 code = weighed = _masked(dropped.neg_().add_(1), p.clone())  # NaN is not dropped
-        code = code.to(self.dtype).to(p.dtype)  # latents are in the dtype of x, sums wide
-        return _Scored(p, code, weighed.sum(0) if self.norm is not None else None)
+        return _Scored(p, _rounded(code, self.dtype), weighed.sum(0) if self.norm is not None else None)
 
     def _theta(self, part: slice, z: Tensor) -> Tensor | None:
         """Thresholds of a tile; None: ReLU's 0."""
@@ -378,8 +381,8 @@ class TilePass:
         norm = None
         with full_precision():
             W_dec = W_dec.to(p.dtype)
-            dcode = (self.grads[group] @ W_dec.T).to(self.dtype).to(p.dtype)
-            dgate = None if self.frozen is None else (self.frozen @ W_dec.T).to(self.dtype).to(p.dtype)
+            dcode = _rounded(self.grads[group] @ W_dec.T, self.dtype)
+            dgate = None if self.frozen is None else _rounded(self.frozen @ W_dec.T, self.dtype)
         if self.norm is not None:
             norm = self.norm[part]
         if self.w.r_mag is None:

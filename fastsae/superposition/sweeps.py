@@ -29,7 +29,7 @@ EVALUATION = 16_384
 """Samples that fvu, l0 and dead features are measured on, after those of training."""
 
 _NARROW = 256  # features up to which products of whole tiles cost less than slots, however few latents fire
-_OVERHEAD, _PARTS = 256, 4  # what a step costs beside its products, in features; groups for each process
+_OVERHEAD, _PARTS = 256, 2  # what a step costs beside its products, in features; groups for each process
 
 
 @dataclass(frozen=True)
@@ -359,8 +359,7 @@ def _groups(jobs: list[tuple[float, int, int]], workers: int) -> list[_Group]:
     parts = []
     for size, members in whole:
         count = min(len(members), math.ceil(len(members) * (size + _OVERHEAD) / share))
-        bounds = [len(members) * part // count for part in range(count + 1)]
-        parts += [(size, members[low:high]) for low, high in itertools.pairwise(bounds)]
+        parts += [(size, members[part::count]) for part in range(count)]  # low and high l1, whose costs differ, in each
     return parts
 
 
