@@ -201,7 +201,7 @@ struct AdamMatrices {
 //
 // A feature without slots has g = 0 * factor and is not projected; its moments decay and it moves, as in every dense Adam. Each element
 // of w, m and v is read and written once. The bits do not depend on the layout. Workspace with slots: that of decode_dweight, and a thread
-// the larger of 96 KiB and one row. Transposed: a thread 516 KiB, or with `project` or `normalise` 75 KiB and 1 KiB * d; with slots also
+// the larger of 96 KiB and one row. Transposed: a thread 514 KiB, or with `project` or `normalise` 75 KiB and 1 KiB * d; with slots also
 // that of decode_dweight, and a row for each feature with more than 1024 of them.
 struct AdamOptions {
   double lr, beta1, beta2, eps, weight_decay;

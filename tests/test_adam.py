@@ -194,6 +194,31 @@ def test_bits_do_not_depend_on_threads(hot: bool, unit_rows: bool) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("ragged", [False, True])
+def test_many_slots_are_sorted_by_all_threads(ragged: bool) -> None:
+    """In ranges of slots of 32768 and more, which must not change the order within a feature."""
+    rows, k, features, width = 20_000, 5, 300, 3
+    indices = torch.randint(0, features, (rows, k), generator=torch.Generator().manual_seed(0))
+    values, crow = normal(rows, k), None
+    if ragged:
+        cuts = torch.randint(0, rows * k, (rows - 1,), generator=torch.Generator().manual_seed(1)).sort().values
+        crow = torch.cat([torch.zeros(1, dtype=torch.int64), cuts, torch.tensor([rows * k])])
+        indices, values = indices.flatten().int(), values.flatten()
+    gradient = RowGradient(values, indices, crow, normal(rows, width, seed=1), features)
+
+    def run() -> tuple[Tensor, ...]:
+        W, m, v = normal(features, width), torch.zeros(features, width), torch.zeros(features, width)
+        fastsae.adam_(W, m, v, gradient, step=1, backend="cpu")
+        matrix = torch.empty(features, width)
+        native.decode_dweight(values, indices, crow, gradient.rows, matrix)
+        return W, m, v, matrix
+
+    first, *others = everywhere(run)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    torch.testing.assert_close(first[1], 0.1 * first[3])
+
+
+@needs_native
 def test_a_bias_is_split_over_threads_too() -> None:
     p, g = normal(1, 100_003), normal(1, 100_003, seed=1)
 

@@ -406,3 +406,45 @@ def test_real_activations() -> None:
     same(a.fvu, b.fvu, of=1e-4)
     chosen = [torch.zeros(x.shape[0], 1024).scatter_(1, out.latent_indices, 1.0) for out in (a, b)]
     assert float((chosen[0] != chosen[1]).double().mean()) < 1e-5  # scores within rounding of each other
+
+
+# ---------------------------------------------------------------- its optimiser
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_signum_is_the_trainers(unit: bool) -> None:
+    """``optim.Signum`` on a coder against the trainer's own: without unit rows to the rounding of a blend, and up to the signs of gradients
+    that cancel with them, where its projection rounds otherwise; then the averages that both keep."""
+    schedulefree = load("schedulefree", "schedulefree")
+    from sparsify.sign_sgd import SignSGD
+
+    theirs, ours = make(normalize_decoder=unit), make(normalize_decoder=unit)
+    for coder in (theirs, ours):
+        if unit:
+            coder.set_decoder_norm_to_unit_norm()
+    reference = schedulefree.ScheduleFreeWrapper(SignSGD(theirs.parameters(), lr=1e-3), momentum=0.95)
+    reference.train()
+    signum = fastsae.optim.Signum(ours, lr=1e-3, unit_rows=["W_dec"] if unit else [])
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(8):
+        x = torch.randn(ROWS, D, generator=generator)
+        if unit:
+            theirs.set_decoder_norm_to_unit_norm()
+        theirs(x).fvu.backward()
+        if unit:
+            theirs.remove_gradient_parallel_to_decoder_directions()
+            ours(x).fvu.backward()
+        else:  # the same gradients
+            for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                mine.grad = None if other.grad is None else other.grad.clone()
+        reference.step()
+        reference.zero_grad()
+        signum.apply()
+        ours.zero_grad()
+    if unit:
+        theirs.set_decoder_norm_to_unit_norm()  # ours is at the end of a step, its own at the start of the next
+    reference.eval()
+    signum.eval()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        allowed = 0.02 if unit else 0.0
+        assert float(((mine - other).abs() > 2e-6).double().mean()) <= allowed, name

@@ -212,13 +212,13 @@ def test_wrong_construction(options: dict[str, Any], error: type[Exception], mes
 
 def test_wrong_use() -> None:
     opt = Signum([("W", normal(4, 3))])
-    with pytest.raises(ValueError, match=r"^Signum.apply: unknown parameter 'V'; known: W"):
+    with pytest.raises(ValueError, match=r"^Signum\.apply: unknown parameter 'V'; known: W"):
         opt.apply({"V": normal(4, 3)})
     with pytest.raises(ValueError, match=r"^Signum.apply: gradient of W must have shape \[4, 3\]"):
         opt.apply({"W": normal(3, 4)})
-    with pytest.raises(TypeError, match=r"^Signum.step: needs a module with step_gradients, got NoneType; use Signum.apply"):
+    with pytest.raises(TypeError, match=r"^Signum\.step: needs a module with step_gradients, got NoneType; use Signum.apply"):
         opt.step(normal(4, 3))
-    with pytest.raises(ValueError, match=r"not a state of fastsae.optim.Signum: 'momentum' is missing"):
+    with pytest.raises(ValueError, match=r"not a state of fastsae\.optim\.Signum: 'momentum' is missing"):
         opt.load_state_dict(fastsae.optim.Adam([("W", normal(4, 3))]).state_dict())
     opt.eval()
     with pytest.raises(RuntimeError, match=r"call train\(\) before the next step"):

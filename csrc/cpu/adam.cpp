@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/slots.h"
 #include "isa.h"
@@ -51,7 +52,8 @@ struct GradientRows {
     return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32, threads) + Workspace::size<float>(threads * scratch());
   }
 
-  // body(f, g) once for every feature, with its row, or null where it has no slots; ahead(f) some time before it where there are slots.
+  // body(f, g) once for every feature, with its row, or null where it has no slots; ahead(f), unless null, some time before it where there
+  // are slots.
   template <class Ahead, class Body>
   void for_each(Workspace& space, const Ahead& ahead, const Body& body) const {
     const int64_t blocks = ceil_div(features, height());
@@ -73,11 +75,16 @@ struct GradientRows {
       const int64_t begin = block * height(), end = std::min(begin + height(), features);
       float* const mine = rows + worker * scratch();
       const SumJob job = into(mine, begin);
-      for (int64_t f = begin; f < end; ++f)
-        if (here(f)) {
+      for (int64_t f = begin; f < end; ++f) {
+        const int64_t first = f;
+        if constexpr (std::is_null_pointer_v<Ahead>) {
+          while (f < end && here(f)) ++f;
+          if (first < f) sum(job, first, f, 0, d);
+        } else if (here(f)) {
           ahead(f);
           sum(job, f, f + 1, 0, d);
         }
+      }
       for (int64_t f = begin; f < end; ++f)
         if (!hot(f)) body(f, sorted.has_slot(f) ? mine + (f - begin) * padded() : nullptr);
     });
@@ -246,8 +253,8 @@ int64_t move(const Gradient& grad, const AdamMatrices& a, const AdamJob& job, in
   const GradientRows rows(grad, a.features, a.d, threads);
   Workspace space(rows.bytes());
   if (!space.ok()) return kNoMemory;
-  const auto ahead = [](int64_t) {};  // every row is read, in order: the hardware knows
-  rows.for_each(space, ahead, [&](int64_t f, const float* g) {
+  // Nothing ahead: every row is read, in order, and the hardware knows.
+  rows.for_each(space, nullptr, [&](int64_t f, const float* g) {
     const int64_t at = f * a.stride_f;
     step(job, g, a.w + at, a.m + at, a.v + at, a.d);
   });
@@ -316,12 +323,14 @@ int64_t grad_squares(const Gradient& grad, const AdamMatrices& a, bool project, 
   Workspace space(rows.bytes() + Workspace::size<float>(a.features));
   if (!space.ok()) return kNoMemory;
   const auto ahead = [&](int64_t f) {
-    for (int64_t i = 0; project && i < a.d; i += 16) __builtin_prefetch(a.w + f * a.stride_f + i, 0, 2);
+    for (int64_t i = 0; i < a.d; i += 16) __builtin_prefetch(a.w + f * a.stride_f + i, 0, 2);
   };
   return add_up(space, [&](float* each) {
-    rows.for_each(space, ahead, [&](int64_t f, const float* g) {
-      each[f] = g == nullptr ? 0 : kernels.squares(g, project ? a.w + f * a.stride_f : nullptr, a.d);
-    });
+    if (!project)
+      return rows.for_each(space, nullptr,
+                           [&](int64_t f, const float* g) { each[f] = g == nullptr ? 0 : kernels.squares(g, nullptr, a.d); });
+    rows.for_each(space, ahead,
+                  [&](int64_t f, const float* g) { each[f] = g == nullptr ? 0 : kernels.squares(g, a.w + f * a.stride_f, a.d); });
   });
 }
 

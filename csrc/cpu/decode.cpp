@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/slots.h"
 #include "fastsae.h"
@@ -174,7 +175,7 @@ const DecodeKernels& pick_decode_kernels() { return pick(kTables); }
 
 // Ranges of slots that are sorted at the same time: each counts every feature, so slots must outnumber the counts.
 int64_t FeatureMajor::parts(const Slots& slots, int threads) {
-  constexpr int64_t kGrain = 8192;
+  constexpr int64_t kGrain = 32768;
   const int64_t paid = std::min(slots.n / kGrain, 2 * slots.n / std::max<int64_t>(slots.features, 1));
   return std::clamp<int64_t>(paid, 1, threads);
 }
@@ -207,24 +208,32 @@ FeatureMajor::FeatureMajor(const Slots& slots, Dtype t, const void* from, Worksp
     for (int64_t i = bound(part, slots.n); i < bound(part + 1, slots.n); ++i) ++own[indices[i]];
   });
   // Counts become first places: of a feature the slots of an earlier part come first.
-  for_each_unit(threads, count, [&](int64_t range) {
-    int64_t total = 0;
-    for (int64_t part = 0; count > 1 && part < count; ++part)
-      for (int64_t f = bound(range, features); f < bound(range + 1, features); ++f) total += cursors[part * features + f];
-    totals[range] = total;
-  });
-  for_each_unit(threads, count, [&](int64_t range) {
+  if (count == 1) {
     int64_t next = 0;
-    for (int64_t before = 0; before < range; ++before) next += totals[before];
-    for (int64_t f = bound(range, features); f < bound(range + 1, features); ++f) {
-      offsets[f] = next;
-      for (int64_t part = 0; part < count; ++part) {
-        const int64_t n = cursors[part * features + f];
-        cursors[part * features + f] = next;
-        next += n;
-      }
+    for (int64_t f = 0; f < features; ++f) {
+      const int64_t n = cursors[f];
+      offsets[f] = cursors[f] = next;
+      next += n;
     }
-  });
+  } else {
+    for_each_unit(threads, count, [&](int64_t range) {
+      int64_t total = 0;
+      for (int64_t part = 0; part < count; ++part)
+        for (int64_t f = bound(range, features); f < bound(range + 1, features); ++f) total += cursors[part * features + f];
+      totals[range] = total;
+    });
+    for_each_unit(threads, count, [&](int64_t range) {
+      int64_t next = std::accumulate(totals, totals + range, int64_t{0});
+      for (int64_t f = bound(range, features); f < bound(range + 1, features); ++f) {
+        offsets[f] = next;
+        for (int64_t part = 0; part < count; ++part) {
+          const int64_t n = cursors[part * features + f];
+          cursors[part * features + f] = next;
+          next += n;
+        }
+      }
+    });
+  }
   offsets[features] = slots.n;
   const auto place = [&](auto* to, const auto* each) {
     for_each_part([&](int64_t part, int64_t* own, const auto* indices) {

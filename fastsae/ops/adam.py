@@ -317,8 +317,9 @@ def adam_(
     Raises:
         TypeError, ValueError: dtype, device, shape, range. IndexError: an index outside ``0 .. F - 1``; nothing has been written then.
 
-    Memory beyond the arguments: 32 bytes a slot and a feature, one row a thread (transposed: 1 KiB * D); in the Triton row about 60 bytes
-    a slot, and a row of float32 for every 128 slots. Deterministic, whatever the number of threads.
+    Memory beyond the arguments: 32 bytes a slot and a feature, one row a thread (transposed: 514 KiB; with ``project`` or
+    ``normalise`` 1 KiB * D); in the Triton row about 60 bytes a slot, and a row of float32 for every 128 slots.
+    Deterministic, whatever the number of threads.
     """
     op = "adam_"
     _checks.tensor(op, "W", W, DTYPES)
