@@ -444,7 +444,7 @@ def _feature_sums(per_slot: Tensor, indices: Tensor, crow: Tensor | None, n_feat
 
 def by_features(dx_asked: bool, n_features: int, slots: int) -> bool:
     """Whether the gradient of ``b_pre`` comes from sums by feature: ``dx`` is not asked for, and forming it would read more rows of W."""
-    return not dx_asked and isinstance(slots, int) and n_features < slots  # a compiler may not know how many slots there will be
+    return not dx_asked and not torch.compiler.is_compiling() and n_features < slots  # a compiler may not know the number of slots
 
 
 def pre_bias_gradient(sums: Tensor, W: Tensor, b_pre: Tensor, backend: str | None) -> Tensor:
