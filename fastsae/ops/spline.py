@@ -473,12 +473,12 @@ def near_zero_counts(
     Raises: as ``spline_code``; ValueError: ``eps`` negative or not finite.
     """
     op = "near_zero_counts"
-    batch, x, W, b, neurons, _ = _layer_inputs(op, x, W, b, neurons)
+    batch, x, weights, b, neurons, _ = _layer_inputs(op, x, W, b, neurons)
     eps = float(_checks.number(op, "eps", eps, positive=False))
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
-    neurons = _mask(neurons, W.shape[0])
-    parts = [_selected(z.abs() <= eps, neurons).sum(1) for z in _scores(x, W, b)]
+    neurons = _mask(neurons, weights.shape[0])
+    parts = [_selected(z.abs() <= eps, neurons).sum(1) for z in _scores(x, weights, b)]
     return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=x.device)).reshape(batch)
 
 
