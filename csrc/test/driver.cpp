@@ -434,6 +434,7 @@ int main() {
         run_adam(1200, 3, 70, 40, ragged, unit, 2);
         run_adam(3, 2, 2, 30000, ragged, unit, 2);
         run_adam(600, 40, 2100, 70, ragged, unit, 2);
+        run_adam(2200, 60, 100, 5, ragged, unit, 2);  // sorted by both threads
       }
     std::printf("%s: %s\n", level_name(level), failures == before ? "ok" : "FAILED");
   }

@@ -16,6 +16,7 @@ Sign descent: Bernstein et al. 2018 (arXiv 1802.04434); schedule-free averaging 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -49,7 +50,8 @@ def signum_reference(
 
 def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     settings = ((1e-3, 0.95, 1.0), (3e-2, 0.5, 0.25), (1e-4, 1.0, 1e-3), (0.0, 0.9, 0.0))  # lr, momentum, share
-    for number, (W, m, _, grad, values, indices, crow, *_, project, normalise) in enumerate(_adam_samples(device, dtype, generator)):
+    every = _adam_samples(device, dtype, generator)
+    for number, (W, m, _, grad, values, indices, crow, *_, project, normalise) in enumerate(itertools.islice(every, 0, None, 3)):
         yield W, W + m, grad, values, indices, crow, *settings[number % len(settings)], project, normalise
 
 
