@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 TORCH  := torch==2.13.0
 # Two of the six architectures: the rest costs minutes of compiling and is checked by tests/test_cuda.py. A release builds them all.
 export FASTSAE_CUDA_ARCHS ?= 80,90
-# Compilers and interpreters of one thread: two at a time.
+# Compilers and interpreters of one thread: apart, so that nothing that uses all cores runs beside them.
 COMPILED := tests/test_kernels.py tests/test_tiles.py tests/test_cuda.py
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
@@ -38,7 +38,7 @@ $(VENV)/demo.stamp: $(VENV)/build.stamp
 build: $(VENV)/build.stamp ## a virtual environment with the package in it
 
 test: $(VENV)/dev.stamp lint ## everything CI runs: lint, contract, interpreter, ahead-of-time, install, smoke runs
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q tests $(addprefix --ignore=,$(COMPILED))
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests $(addprefix --ignore=,$(COMPILED))
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(COMPILED)
 	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests/test_contract.py -k triton
 	$(BIN)/fastsae info

@@ -16,6 +16,9 @@ hypothesis.settings.register_profile("ci", max_examples=20, deadline=None, deran
 hypothesis.settings.register_profile("deep", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":  # two workers: one with as many threads as there are, the others with one
+    torch.set_num_threads(1)
+
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def made(*args: Any, **kwargs: Any) -> torch.Tensor:
