@@ -47,6 +47,7 @@ def sample(op: str, **wanted: Any) -> tuple:
         "decode_dvalues": (normal(6, W.shape[1]), indices, None, W),
         "decode_dweight": (normal(6, 5), indices, None, normal(6, 8), torch.empty(50, 8)),
         "adam": (W, W / 9, W.square(), normal(6, 40), normal(6, 5), indices, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.1, 3, True, True),
+        "signum": (W, W + W / 9, normal(6, 40), normal(6, 5), indices, None, 1e-3, 0.95, 0.5, True, True),
         "grad_squares": (W, normal(6, 40), normal(6, 5), indices, None, True),
         "select_topk": (x @ W.T, 5, wanted.get("relu", False)),
         "match_cosine": (x, W, 5, wanted.get("absolute", False), False, 1e-8),

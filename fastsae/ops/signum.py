@@ -61,6 +61,8 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
 
     y, z, grad, values, indices, crow, lr, momentum, share, project, normalise = args
     new_y, new_z = result
+    if new_z.shape != z.shape or new_z.dtype != z.dtype:
+        raise Mismatch(f"z must stay {list(z.shape)} {z.dtype}, got {list(new_z.shape)} {new_z.dtype}")
     gradient = (y, grad, values, indices, crow, project)
     tiles = _gradient_tiles(*_double(gradient))
     g = torch.cat([y.new_zeros(0, y.shape[1], dtype=torch.float64), *(g for _, g in tiles)])
