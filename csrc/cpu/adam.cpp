@@ -105,8 +105,8 @@ struct GradientColumns {
   const Slots* slots;
   const float *values, *grad;
   int64_t stride_f, stride_d, features, d;
-  bool
-      whole;  // kAside features and all of d at a time; otherwise kRun features, so that memory is read in long runs, and kRunTile elements
+  // kAside features and all of d at a time; otherwise kRun features, so that memory is read in long runs, and kRunTile elements.
+  bool whole;
   int threads;
 
   static constexpr int64_t kColumnTile = 64, kRun = 2048, kRunTile = 32;
