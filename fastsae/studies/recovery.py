@@ -25,7 +25,7 @@ SIZES = {
         "snapshots": [0, 100, 250, 500, 1000],
     },
     "default": {
-        "minutes": 20, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
+        "minutes": 12, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
         "sizes": [128, 256, 512, 1024, 2048, 4096], "l1": powers(-1.75, 0, 8), "stop": "converged", "max_steps": 5000, "cooldown": 1000,
         "snapshots": [0, 100, 250, 500, 1000, 2000],
     },
