@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import pkgutil
 import re
 import sys
@@ -117,7 +118,7 @@ class Study:
         self.plots.append(path.name)
         return path
 
-    def write(self, seconds: float) -> Path:
+    def write(self, seconds: float, cpu_seconds: float) -> Path:
         """The JSON file, and README.md, the page that shows it."""
         where = machine()
         where["versions"] = versions("matplotlib", "pandas", "scikit-learn", "scipy")
@@ -127,6 +128,7 @@ class Study:
             "seed": self.seed,
             "parameters": _plain(self.parameters),
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
             **where,
             "findings": self.findings,
             "tables": self.tables,
@@ -222,10 +224,12 @@ def run_study(
     folder = Path("studies", name) if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     study = Study(name, size, seed, folder, {**parameters, **changes}, progress=progress)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), sum(os.times()[:4])  # with the processes that it starts
     module.run(study)
-    seconds = time.perf_counter() - start
-    print(f"\n{seconds:.0f} s; {study.write(seconds)}, {folder / 'README.md'}" + "".join(f", {study.out / plot}" for plot in study.plots))
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu
+    print(
+        f"\n{seconds:.0f} s; {study.write(seconds, cpu)}, {folder / 'README.md'}" + "".join(f", {study.out / plot}" for plot in study.plots)
+    )
     return study
 
 

@@ -29,8 +29,9 @@ def page(report: Mapping[str, Any], about: str) -> str:
     parts += [
         "## The run",
         table([{"parameter": key, "value": value} for key, value in report["parameters"].items() if key != "minutes"]),
-        f"Size {size}, seed {report['seed']}, {report['seconds']:g} s on {report['cpu']} ({report['cores']} cores, {report['threads']} "
-        f"threads in the process that started it){', ' + ', '.join(report['gpu']) if report['gpu'] else ''}; commit {report['commit']}; "
+        f"Size {size}, seed {report['seed']}, {report['seconds']:g} s{_cpu(report)} on {report['cpu']} ({report['cores']} cores, "
+        f"{report['threads']} threads in the process that started it){', ' + ', '.join(report['gpu']) if report['gpu'] else ''}; "
+        f"commit {report['commit']}; "
         f"{versions}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -39,10 +40,20 @@ def page(report: Mapping[str, Any], about: str) -> str:
 def index(reports: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
     """Markdown that lists runs, each in a folder of its name. titles: first lines of the studies' docstrings."""
     rows = [
-        {"study": f"[{r['study']}]({r['study']}/README.md)", "question": titles[r["study"]], "size": r["size"], "seconds": r["seconds"]}
+        {
+            "study": f"[{r['study']}]({r['study']}/README.md)",
+            "question": titles[r["study"]],
+            "size": r["size"],
+            "seconds": r["seconds"],
+            "CPU seconds": r.get("cpu_seconds"),
+        }
         for r in sorted(reports, key=lambda r: r["study"])
     ]
     return f"# Studies\n\n`fastsae study NAME` repeats one and writes its page.\n\n{table(rows)}\n"
+
+
+def _cpu(report: Mapping[str, Any]) -> str:
+    return f" ({report['cpu_seconds']:g} s of CPU time)" if "cpu_seconds" in report else ""
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
