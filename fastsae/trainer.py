@@ -37,8 +37,8 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = No
         opt: an optimiser with ``state_dict()``, or None.
         extra: numbers, text, tensors, and lists, tuples and dictionaries of them.
 
-    Raises: TypeError: no ``SAE`` or ``SAEs``; anything else in ``extra`` or the optimiser's state (it could not be read back without running
-    code). IsADirectoryError: ``path`` is a folder.
+    Raises: TypeError: no ``SAE`` or ``SAEs``; anything else in ``extra`` or the optimiser's state (it could not be read back without
+    running code). IsADirectoryError: ``path`` is a folder.
     """
     if not isinstance(sae, (SAE, SAEs)):
         raise TypeError(f"save_checkpoint: sae must be an SAE or SAEs, got {type(sae).__name__}")
@@ -191,7 +191,8 @@ class Trainer:
         checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used).
         progress: a tqdm bar where tqdm is installed, else lines on stderr.
 
-    Raises: TypeError, ValueError, also where ``opt`` holds none of the parameters of ``sae``. IsADirectoryError: ``checkpoint`` is a folder.
+    Raises: TypeError, ValueError: wrong arguments, an ``opt`` over other parameters than those of ``sae``. IsADirectoryError:
+    ``checkpoint`` is a folder.
     """
 
     def __init__(
@@ -214,13 +215,13 @@ class Trainer:
         if not isinstance(sae, SAE):
             raise TypeError(f"Trainer: sae must be an SAE, got {type(sae).__name__}")
         if isinstance(opt, type) or not callable(getattr(opt, "step", None)):
-            raise TypeError(f"Trainer: opt must be an optimiser with a step method, got {opt if isinstance(opt, type) else type(opt).__name__}")
+            raise TypeError(
+                f"Trainer: opt must be an optimiser with a step method, got {opt if isinstance(opt, type) else type(opt).__name__}"
+            )
         self.fused = "target" in inspect.signature(opt.step).parameters
         for name, value in (("schedule", schedule), ("clip", clip), ("reduce", reduce)):
             if self.fused and value is not None:
                 raise ValueError(f"Trainer: {name} is for torch optimisers; give {type(opt).__name__} its own")
-        if not _steps_any(opt, sae):
-            raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         for name, value in (("log_every", log_every), ("every", every)):
             _checks.integer("Trainer", name, value, 1)
         for name, function in (anneal or {}).items():
@@ -228,6 +229,8 @@ class Trainer:
                 raise ValueError(f"Trainer: anneal must name attributes of the SAE, got {name!r}")
             if not callable(function):
                 raise TypeError(f"Trainer: anneal[{name!r}] must be a function of the step, got {type(function).__name__}")
+        if not _steps_any(opt, sae):
+            raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else _file("Trainer", checkpoint), every
@@ -238,8 +241,9 @@ class Trainer:
 
         Args:
             batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each; iterated again
-                where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and ``load_state_dict`` (``Batches``, a stateful loader) goes on
-                where the checkpoint was taken; another is the caller's to position.
+                where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
+                ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint was taken; another is the caller's to
+                position.
             resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run.
 
         Returns: the metrics of the last step; empty where there was none to take.

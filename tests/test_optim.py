@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastsae
 from fastsae import RowGradient, TiledGradient
 from fastsae.dispatch import OPS
-from fastsae.optim import Adam, warmup_linear_decay
+from fastsae.optim import Adam, Signum, warmup_linear_decay
 
 B, D, F, K = 32, 20, 50, 4
 
@@ -424,6 +424,9 @@ def test_a_step_needs_a_module_that_knows_its_gradients() -> None:
     for params, kind in ((nn.Linear(2, 2), "Linear"), ([("W", normal(2, 2))], "NoneType")):
         with pytest.raises(TypeError, match=rf"Adam.step: needs a module with step_gradients, got {kind}"):
             Adam(params).step(normal(2, 2))
+    for opt in (Adam(nn.Linear(2, 2)), Signum(nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match=rf"^{type(opt).__name__}.step: x must be given.*after loss.backward\(\) it is .*apply\(\)"):
+            opt.step()
 
 
 def test_options_may_be_set_and_are_checked() -> None:

@@ -43,12 +43,12 @@ def tracks(op: str, *tensors: Tensor | None) -> bool:
         raise NotImplementedError(
             f"{op}: forward-mode derivatives (jvp, jacfwd, dual tensors) are not supported; use backward() or torch.autograd.grad"
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        if torch.is_grad_enabled() and any(_unwrapped(t).requires_grad for t in given):
-            raise NotImplementedError(
-                f"{op}: derivatives inside torch.func (grad, vjp, jacrev, vmap of what requires grad) are not supported; use backward() "
-                "or torch.autograd.grad, or torch.no_grad() where none are wanted"
-            )
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if transformed and torch.is_grad_enabled() and any(_unwrapped(t).requires_grad for t in given):
+        raise NotImplementedError(
+            f"{op}: derivatives inside torch.func (grad, vjp, jacrev, vmap of what requires grad) are not supported; use backward() "
+            "or torch.autograd.grad, or torch.no_grad() where none are wanted"
+        )
     return records
 
 

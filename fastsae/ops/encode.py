@@ -667,8 +667,10 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
     if isinstance(W, PackedWeights):
         packed, W = W.words(op), W.weight
     _checks.tensor(op, "W_enc", W, like=x)
-    if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have shape [.., D], got []")
+    if W.dim() != 2 or W.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
     if _checks.autocasting(x.device):
         given = W
         x, W, *cast = _checks.autocast(x, W, *vectors)
