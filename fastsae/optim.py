@@ -159,6 +159,8 @@ class _Optimiser:
             if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
                 continue
             _checks.tensor(op, name, p, DTYPES)
+            if self.module is not None and getattr(self.module, name, p) is not p:
+                raise ValueError(f"{op}: {name} of the module is another parameter now: make the optimiser after changing a module")
             state = self._states.get(name) or _State(0, self._fresh(p))
             for what in ("dtype", "device", "shape"):
                 was, now = getattr(state.buffers[0], what), getattr(p, what)

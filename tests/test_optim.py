@@ -429,6 +429,14 @@ def test_a_step_needs_a_module_that_knows_its_gradients() -> None:
             opt.step()
 
 
+def test_a_parameter_that_was_replaced_is_not_left_behind_in_silence() -> None:
+    sae = fastsae.SAE(4, 8, fastsae.TopK(2), seed=0)
+    opt = Adam(sae)
+    sae.W_dec = nn.Parameter(sae.W_dec.detach().clone())
+    with pytest.raises(ValueError, match=r"^Adam.apply: W_dec of the module is another parameter now: make the optimiser after"):
+        opt.step(normal(5, 4).float())
+
+
 def test_options_may_be_set_and_are_checked() -> None:
     stub = Stub()
     opt = Adam(stub)
