@@ -110,7 +110,7 @@ def tidy(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        if axis.get_scale() == "log" and high / low < 1e4:
+        if isinstance(axis.get_major_locator(), LogLocator) and high / low < 1e4:  # ticks that the study chose stay
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
