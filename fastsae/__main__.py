@@ -257,6 +257,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough (`fastsae info | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print(f"\nfastsae {options.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -342,3 +342,10 @@ def test_commands_with_a_wrong_request(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("FASTSAE_BACKEND", "gpu")
     assert main(["info"]) == 0
     assert "request FASTSAE_BACKEND: unknown name 'gpu'" in capsys.readouterr().out
+
+    def interrupt(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastsae.__main__.info", interrupt)
+    assert main(["info"]) == 130
+    assert "fastsae info: interrupted" in capsys.readouterr().err
