@@ -18,12 +18,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae.dispatch import Op
-from fastsae.ops.adam import DTYPES, _adam_samples, _double, _gradient_tiles, _matrices, _size_of_gradient, normalise_rows
+from fastsae.ops import _common
+from fastsae.ops.adam import (
+    DTYPES,
+    _adam_samples,
+    _double,
+    _gradient_tiles,
+    _matrices,
+    _size_of_gradient,
+    matrices_refused,
+    normalise_rows,
+)
 
 # ---------------------------------------------------------------- reference
 
@@ -99,6 +110,12 @@ def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generat
 
 # ---------------------------------------------------------------- rows
 
+
+def triton_refuses(y: Tensor, z: Tensor, *rest: Any) -> str | None:
+    """Why the Triton row cannot serve these arguments, or None."""
+    return matrices_refused((("y", y), ("z", z))) or _common.triton_refuses(y, z, *rest)
+
+
 SIGNUM = Op(
     "signum(Tensor(a!) y, Tensor(b!) z, Tensor grad, Tensor? values, Tensor? indices, Tensor? crow, float lr, float momentum, "
     "float share, bool project, bool normalise) -> ()",
@@ -111,3 +128,4 @@ SIGNUM = Op(
     dtypes=DTYPES,
 )
 SIGNUM.row("cpu", "fastsae.native:signum", "fastsae.native:refuses_signum")
+SIGNUM.row("triton", "fastsae.kernels.signum:signum", "fastsae.ops.signum:triton_refuses")
