@@ -552,11 +552,12 @@ def optimisers(b: Bench) -> None:
         def ours(i: int, args: Any = args, W: Tensor = W, states: Any = states) -> tuple:
             return args(W, *states, slots(i))
 
-        def verify(backend: str, op: str = op, args: Any = args, n: int = max(1, features // 16)) -> None:
-            few = (grads[0][: rows // 16], sets[0][0][: rows // 16], sets[0][1][: rows // 16] % n, None)
-            before = args(b.unit_rows(n, width), *(torch.zeros(n, width, device=b.device) for _ in range(n_states)), few)
-            after = [t.clone() for t in before[: 1 + n_states]]
-            OPS[op](*after, *before[1 + n_states :], backend=backend)
+        def verify(backend: str, op: str = op, args: Any = args, last: int = n_states + 1) -> None:
+            n, some = max(1, features // 16), slice(0, rows // 16)
+            few = (grads[0][some], sets[0][0][some], sets[0][1][some] % n, None)
+            before = args(b.unit_rows(n, width), *(torch.zeros(n, width, device=b.device) for _ in range(1, last)), few)
+            after = [t.clone() for t in before[:last]]
+            OPS[op](*after, *before[last:], backend=backend)
             OPS[op].check(before, tuple(after))
 
         if op == "adam":

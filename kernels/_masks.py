@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels import _tile
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._problem import Problem, Rounded
 from fastsae.kernels._tile import affine, cells, ends, exact, halves, interval, n_tiles, pack_bits, popcount, products, unpack_bits
 
@@ -111,7 +112,7 @@ def _store_bits(
             tl.store(other_words + to, pack_bits(other & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
+@kernel(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
 def mask_kernel(
     x, W, chosen, x_factors, W_factors, scale, bias, theta, kept_words, other_words,
     first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -131,7 +132,7 @@ def mask_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_words", "half", "D"])
+@kernel(do_not_specialize=["n_rows", "n_words", "half", "D"])
 def refine_kernel(
     x, W, chosen, centre, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
     n_rows, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -191,7 +192,7 @@ def refine_kernel(
             tl.store(other_words + at, tl.reshape(pack_bits(band_new[None, :], 1, WORDS), (WORDS,)), mask=there)
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: tl.constexpr):
     """Bits set in each word."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -201,7 +202,7 @@ def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: t
     tl.store(counts + at, popcount(word), mask=at < n)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "n_words", "half", "D"])
+@kernel(do_not_specialize=["n_rows", "n", "n_words", "half", "D"])
 def write_kernel(
     x, W, chosen, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
     n_rows, n, n_words, half, D, x_r, x_d, W_f, W_d,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._tile import interpreting, unordered
 
 MOST_KEPT = 512  # a row; the ranks of more are found by sorting
@@ -72,7 +73,7 @@ def _count(
     return found
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "k", "n_buckets", "n_slots"])
+@kernel(do_not_specialize=["n_rows", "n", "k", "n_buckets", "n_slots"])
 def select_kernel(
     keys, ids, counts, only, kept_keys, kept_ids, cut, flagged, slot_of, n_flagged, tile_flags,
     n_rows, n, k, n_buckets, n_slots, stride, kept_stride, tile_stride,
@@ -162,7 +163,7 @@ def select_kernel(
             tl.store(n_flagged + rows, slots, mask=live)
 
 
-@triton.jit(do_not_specialize=["n_rows", "k"])
+@kernel(do_not_specialize=["n_rows", "k"])
 def rank_kernel(
     keys, ids, chosen, values, indices, n_rows, k,
     CHOSEN: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,

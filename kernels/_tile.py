@@ -58,6 +58,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _triton
+from fastsae.kernels._jit import kernel
 
 _LANES = tl.constexpr(32)
 _LANE_COLUMNS = tl.constexpr(4)
@@ -231,7 +232,7 @@ def exact(x, W, centre, D, x_d, W_d, mask, CENTRED: tl.constexpr, ROWS: tl.const
 # ---------------------------------------------------------------- device code: rounded operands
 
 
-@triton.jit(do_not_specialize=["first", "n", "n_factors", "D"])
+@kernel(do_not_specialize=["first", "n", "n_factors", "D"])
 def round_kernel(
     v, chosen, centre, rounded, factors, first, n, n_factors, D, pitch, v_r, v_d,
     CHOSEN: tl.constexpr, CENTRED: tl.constexpr, FACTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels import decode
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._tile import on
 from fastsae.kernels.decode import _sum_slots
 
@@ -60,7 +61,7 @@ def unit_row(w, mask, COLUMNS: tl.constexpr):
     return tl.div_rn(w, tl.zeros((COLUMNS,), tl.float32) + tl.where(norm < 1e-8, 1.0, norm))
 
 
-@triton.jit(do_not_specialize=["n_rows", "split"])
+@kernel(do_not_specialize=["n_rows", "split"])
 def adam_kernel(
     W, m, v, grad, values, rows, segments, chunks, partials, factor, squares,
     n_rows, n_columns, split, stride_r, stride_g, stride_p,

@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _flags
+from fastsae.kernels._jit import kernel
 
 SLOTS = 16  # decode_dvalues: slots a program holds
 SPLIT = 128  # decode_dweight: slots of one feature summed by one program
@@ -92,7 +93,7 @@ def _row_slots(crow, row, k, n_slots, RAGGED: tl.constexpr):
     return start, end
 
 
-@triton.jit(do_not_specialize=["k", "n_slots", "n_features"])
+@kernel(do_not_specialize=["k", "n_slots", "n_features"])
 def decode_kernel(
     values,
     indices,
@@ -133,7 +134,7 @@ def _sum_lanes(x, ROWS: tl.constexpr):
     return tl.reshape(x, (ROWS,))
 
 
-@triton.jit(do_not_specialize=["k", "n_slots", "n_features"])
+@kernel(do_not_specialize=["k", "n_slots", "n_features"])
 def decode_dvalues_kernel(
     grad,
     indices,
@@ -180,7 +181,7 @@ def decode_dvalues_kernel(
         tl.store(flag + tl.zeros((SLOTS,), tl.int32), 1, mask=live & (known == 0))
 
 
-@triton.jit(do_not_specialize=["n_slots", "n_features"])
+@kernel(do_not_specialize=["n_slots", "n_features"])
 def sort_keys_kernel(indices, keys, flag, n_slots, n_features, SIZE: tl.constexpr):
     """The feature of each slot, -1 where it is out of range."""
     slot = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -191,7 +192,7 @@ def sort_keys_kernel(indices, keys, flag, n_slots, n_features, SIZE: tl.constexp
     tl.store(flag + tl.zeros((SIZE,), tl.int32), 1, mask=live & (known == 0))
 
 
-@triton.jit(do_not_specialize=["n_features", "n_rows", "split"])
+@kernel(do_not_specialize=["n_features", "n_rows", "split"])
 def decode_partials_kernel(
     values,
     rows,
@@ -220,7 +221,7 @@ def decode_partials_kernel(
         tl.store(partials + chunk * stride_p + d, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "split"])
+@kernel(do_not_specialize=["n_rows", "split"])
 def decode_dweight_kernel(
     values,
     rows,
@@ -252,7 +253,7 @@ def decode_dweight_kernel(
     tl.store(out + feature * stride_f + d * stride_d, (total + rest).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def turn_kernel(source, target, n_rows, n_columns, source_r, source_c, target_r, target_c, SIZE: tl.constexpr):
     """target = source, by tiles that are read and written along the contiguous side of each."""
     r = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

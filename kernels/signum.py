@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels import adam
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._tile import on
 from fastsae.kernels.adam import gradient_row, unit_row
 
@@ -27,7 +28,7 @@ def _lerp(a, b, share, COLUMNS: tl.constexpr):
     return tl.where(tl.abs(share) < 0.5, tl.fma(share, b - a, a), tl.fma(a - b, 1.0 - share, b))
 
 
-@triton.jit(do_not_specialize=["n_rows", "split"])
+@kernel(do_not_specialize=["n_rows", "split"])
 def signum_kernel(
     y, z, grad, values, rows, segments, chunks, partials,
     n_rows, n_columns, split, stride_r, stride_g, stride_p, lr, back, share, towards,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastsae import _flags
 from fastsae.kernels import _masks, _tile
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import chunks, problem
 from fastsae.kernels._tile import pack_bits, unpack_bits
@@ -26,7 +27,7 @@ from fastsae.kernels._tile import pack_bits, unpack_bits
 # ---------------------------------------------------------------- device code
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "n_words"])
+@kernel(do_not_specialize=["n_rows", "n", "n_words"])
 def sign_kernel(z, words, n_rows, n, n_words, z_r, z_c, ROWS: tl.constexpr, WORDS: tl.constexpr):
     n_parts = tl.cdiv(n_words, WORDS)
     rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -40,7 +41,7 @@ def sign_kernel(z, words, n_rows, n, n_words, z_r, z_c, ROWS: tl.constexpr, WORD
     )
 
 
-@triton.jit(do_not_specialize=["n", "layer", "seed"])
+@kernel(do_not_specialize=["n", "layer", "seed"])
 def key_kernel(keys, n, layer, seed, SIZE: tl.constexpr):
     """keys [n, 2]: two int64 of each neuron."""
     neuron = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -60,7 +61,7 @@ def _xor(x, ROWS: tl.constexpr):
     return tl.reshape(x, (ROWS,))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_words"])
+@kernel(do_not_specialize=["n_rows", "n_words"])
 def hash_kernel(words, keys, out, n_rows, n_words, PARTS: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows

@@ -556,7 +556,12 @@ def test_compiles_within_the_chip(
             with aot.record() as launches:
                 call()
             found.update({(l.name, l.signature, l.constants, l.aligned, l.options): l for l in launches})
-    names = {name for module in (_tile, _select, _masks, encode, match, spline, adam, signum) for name in vars(module) if name.endswith("_kernel")}
+    names = {
+        name
+        for module in (_tile, _select, _masks, encode, match, spline, adam, signum)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
     assert {launch.name for launch in found.values()} >= names - ({"sign_kernel"} if not full else set())
     # All forms of what multiplies matrices, one or two of the rest.
     chosen = [launch for launch in found.values() if launch.name in MATRIX]
