@@ -30,11 +30,14 @@ MOST_COLUMNS = 8192  # of a row that one program holds
 
 @triton.jit
 def gradient_row(
-    W, grad, values, rows, segments, chunks, partials, feature, d, mask, n_rows, n_columns, split, stride_r, stride_g, stride_p,
-    SPARSE: tl.constexpr, PROJECT: tl.constexpr, COLUMNS: tl.constexpr,
+    W, grad, values, rows, segments, chunks, partials, feature, d, at, mask, n_rows, split, stride_r, stride_g, stride_p,
+    SPARSE: tl.constexpr, STRIDED: tl.constexpr, PROJECT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of row ``feature`` of W [., n_columns], in float32; with PROJECT without its component along the row."""
+    """The gradient of row ``feature`` of W, elements ``at``, columns ``d``; with PROJECT without its component along the row."""
     touched = feature >= 0
+    along = d
+    if STRIDED:
+        along = d.to(tl.int64) * stride_g
     if SPARSE:
         first = tl.load(chunks + feature)
         last = tl.load(chunks + feature + 1)
@@ -43,13 +46,13 @@ def gradient_row(
             g += tl.load(partials + chunk * stride_p + d, mask=mask, other=0)
         start = tl.load(segments + feature)
         end = tl.load(segments + feature + 1)
-        rest, _ = _sum_slots(values, rows, grad, start + (last - first) * split, end, n_rows, stride_r, d * stride_g, mask)
+        rest, _ = _sum_slots(values, rows, grad, start + (last - first) * split, end, n_rows, stride_r, along, mask)
         g += rest
         touched = end > start
     else:
-        g = tl.load(grad + feature * stride_r + d * stride_g, mask=mask, other=0)
+        g = tl.load(grad + feature * stride_r + along, mask=mask, other=0)
     if PROJECT:
-        w = tl.load(W + feature * n_columns + d, mask=mask, other=0)
+        w = tl.load(W + at, mask=mask, other=0)
         g = tl.where(touched, g - tl.sum(g * w, axis=0) * w, g)
     return g
 
@@ -66,16 +69,16 @@ def adam_kernel(
     W, m, v, grad, values, rows, segments, chunks, partials, factor, squares,
     n_rows, n_columns, split, stride_r, stride_g, stride_p,
     beta1, rest1, beta2, rest2, keep, move, root, eps,
-    SPARSE: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, SQUARES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SPARSE: tl.constexpr, STRIDED: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr,
+    SQUARES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     mask = d < n_columns
     at = feature * n_columns + d
     g = gradient_row(
-        W, grad, values, rows, segments, chunks, partials, feature, d, mask, n_rows, n_columns, split, stride_r, stride_g, stride_p,
-        SPARSE, PROJECT, COLUMNS,
+        W, grad, values, rows, segments, chunks, partials, feature, d, at, mask, n_rows, split, stride_r, stride_g, stride_p,
+        SPARSE, STRIDED, PROJECT, COLUMNS,
     )  # fmt: skip
     if SQUARES:
         tl.store(squares + feature, tl.sum(g * g, axis=0))
@@ -128,8 +131,8 @@ def _launch(
         adam_kernel[(features,)](
             *matrices, grad, *sparse, factor, squares,
             grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, *numbers,
-            SPARSE=values is not None, FACTOR=factor is not None, PROJECT=project, NORMALISE=normalise, SQUARES=squares is not None,
-            COLUMNS=size, num_warps=warps, enable_fp_fusion=False,
+            SPARSE=values is not None, STRIDED=grad.stride(1) != 1, FACTOR=factor is not None, PROJECT=project, NORMALISE=normalise,
+            SQUARES=squares is not None, COLUMNS=size, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 

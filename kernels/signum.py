@@ -32,15 +32,15 @@ def _lerp(a, b, share, COLUMNS: tl.constexpr):
 def signum_kernel(
     y, z, grad, values, rows, segments, chunks, partials,
     n_rows, n_columns, split, stride_r, stride_g, stride_p, lr, back, share, towards,
-    SPARSE: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, COLUMNS: tl.constexpr,
+    SPARSE: tl.constexpr, STRIDED: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     mask = d < n_columns
     at = feature * n_columns + d
     g = gradient_row(
-        y, grad, values, rows, segments, chunks, partials, feature, d, mask, n_rows, n_columns, split, stride_r, stride_g, stride_p,
-        SPARSE, PROJECT, COLUMNS,
+        y, grad, values, rows, segments, chunks, partials, feature, d, at, mask, n_rows, split, stride_r, stride_g, stride_p,
+        SPARSE, STRIDED, PROJECT, COLUMNS,
     )  # fmt: skip
     sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
     before = tl.load(z + at, mask=mask, other=0)
@@ -69,6 +69,6 @@ def signum(
         signum_kernel[(features,)](
             y, z, grad, *sparse,
             grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, lr, 1 - 1 / momentum, share, 1 - momentum,
-            SPARSE=values is not None, PROJECT=project, NORMALISE=normalise,
+            SPARSE=values is not None, STRIDED=grad.stride(1) != 1, PROJECT=project, NORMALISE=normalise,
             COLUMNS=size, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -583,6 +583,46 @@ def test_compiles_within_the_chip(
             assert usage.resources["STACK"] == usage.resources["LOCAL"] == 0, (launch, usage.resources)
 
 
+def _strided_calls() -> Iterator[Callable[[], Any]]:
+    """Every matrix with two strides that are not 1."""
+    x, W = torch.zeros(40, 200)[:, ::2], torch.zeros(3000, 200)[:, ::2]
+    vector, m, grad, dense = torch.zeros(3000), torch.zeros(3000, 100), torch.zeros(100, 40).T, torch.zeros(100, 3000).T
+    slots = torch.zeros(40, 4), torch.zeros(40, 4, dtype=torch.int64)
+    low_x, low_W = (t.to(torch.bfloat16).repeat(1, 2)[:, ::2] for t in (x, W))
+    yield lambda: encode.encode_topk(low_x, low_W, None, None, None, None, None, 4, True)
+    yield lambda: encode.encode_topk(x, W, None, x[0], None, None, None, 4, True)
+    yield lambda: encode.encode_topk(x, W, None, None, None, None, None, 600, True)
+    yield lambda: _ragged(encode.problem(low_x, low_W, None, None, None, None), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype)
+    yield lambda: _ragged(encode.problem(x, W, None, None, None, None), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype)
+    yield lambda: spline.hash_signs(x, torch.arange(9), 0, 5, 128)
+    yield lambda: match.match_cosine(x, W, 8, True, True, 1e-8)
+    yield lambda: decode.decode(*slots, None, W, None)
+    yield lambda: decode.decode_dvalues(x, slots[1], None, W)
+    yield lambda: decode.decode_dweight(*slots, None, x, W)
+    yield lambda: _pair(torch.zeros(8192, 64), 1, 1)
+    for given in ((grad, *slots, None), (dense, None, None, None)):
+        yield lambda given=given: adam.adam(m, m, m, *given, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
+        yield lambda given=given: signum.signum(m, m, *given, 1e-3, 0.95, 0.1, True, True)
+
+
+@compiled
+def test_no_stride_is_multiplied_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import aot
+
+    monkeypatch.setattr(_tile, "tile_for", lambda device: _tile._TILES[9, 0])
+    found: dict[tuple, Any] = {}
+    for call in _strided_calls():
+        with aot.record() as launches:
+            call()
+        found.update({(l.name, tuple(name for name, _ in l.constants)): l for l in launches})
+    modules = (_tile, _select, _masks, encode, match, spline, adam, signum, decode)
+    names = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {launch.name for launch in found.values()} == names
+    for launch in found.values():
+        # Tiles of rows times tiles of columns are programs, of which there are fewer than 2^31.
+        assert aot.narrow_products(launch) <= {"n_tiles"}, launch
+
+
 # ---------------------------------------------------------------- on a GPU: what none of the above can show
 
 
