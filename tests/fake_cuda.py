@@ -21,10 +21,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from fastsae import _flags, _triton, native_cuda
 from fastsae.dispatch import Op
@@ -146,8 +149,6 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
-        from triton.runtime.jit import JITFunction
-
         gpu = self
 
         class Device:
@@ -164,8 +165,29 @@ class FakeCuda:
             index = gpu.current if device is None else torch.device(device).index
             return SimpleNamespace(cuda_stream=1000 + index, synchronize=lambda: gpu.sync("Stream.synchronize"))
 
+        bind = JITFunction.run
+        touched: dict[Any, tuple[Any, Any]] = {}
+
         def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             gpu._launch(kernel, args, grid, kwargs)
+            if kernel not in touched:
+                touched[kernel] = vars(kernel).get("compile"), kernel.device_caches.pop(gpu.device.index, None)
+            # Types, specialisations and options as Triton takes them, up to the compiler.
+            bind(kernel, *args, grid=grid, warmup=True, **kwargs)
+
+        def leave() -> None:
+            for kernel, (compiler, known) in touched.items():
+                kernel.compile = compiler
+                kernel.device_caches.pop(gpu.device.index, None)
+                if known is not None:
+                    kernel.device_caches[gpu.device.index] = known
+
+        major, minor = self.properties.major, self.properties.minor
+        driver = SimpleNamespace(
+            get_current_device=lambda: gpu.current,
+            get_current_stream=lambda device: 1000 + device,
+            get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
+        )
 
         patches = {
             "device": Device,
@@ -182,7 +204,10 @@ class FakeCuda:
         with contextlib.ExitStack() as stack:
             for name, value in patches.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            stack.callback(leave)
             stack.enter_context(mock.patch.object(JITFunction, "run", run))
+            stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
+            stack.enter_context(mock.patch.object(triton.compiler, "compile", lambda src, **_: src))
             stack.enter_context(mock.patch.dict(_triton._reasons, {self.device: None}))
             stack.enter_context(mock.patch.dict(native_cuda._devices, {self.device: reason}))
             for flags in (_flags._flags, _flags._overflows):
@@ -231,6 +256,9 @@ class _Watch(TorchDispatchMode):
             source = args[0].device if name == "_to_copy" else args[1].device
             if target is not None and {source.type, torch.device(target).type} == {"cpu", "cuda"}:
                 gpu.copies.append(gpu._where(f"{source.type} to {torch.device(target).type}"))
+        for key in ("out", "grad_input"):  # a stand-in of such an overload would copy, and ask for a device guard
+            if isinstance(kwargs.get(key), Tensor):
+                return kwargs[key]
         result = func(*args, **kwargs)
         for t in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(t, Tensor) and t.device.type == "cuda" and not t._is_view():
@@ -239,7 +267,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _Host(TorchFunctionMode):
-    """What reads a tensor's elements or address on the host; and indexing, which asks for a device guard that a CPU build has not."""
+    """What reads a tensor's elements or address on the host; and what asks for a device guard, which a CPU build of torch has not."""
 
     def __init__(self, gpu: FakeCuda):
         super().__init__()
@@ -266,6 +294,8 @@ class _Host(TorchFunctionMode):
             if kwargs.get("as_tuple"):
                 return tuple(torch.empty(t.numel(), dtype=torch.int64, device=t.device) for _ in t.shape)
             return torch.empty((t.numel(), t.dim()), dtype=torch.int64, device=t.device)
+        if name == "__invert__":
+            return torch.ops.aten.bitwise_not.default(t)
         if name == "contiguous":
             return t if t.is_contiguous() else torch.ops.aten.clone.default(t, memory_format=torch.contiguous_format)
         if name == "copy_":
