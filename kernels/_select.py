@@ -220,7 +220,7 @@ def select(keys: Tensor, ids: Tensor | None, k: int, kept_keys: Tensor, kept_ids
         keys, ids, counts, None, kept_keys, kept_ids, cut, None, None, None, None,
         rows, n, k, 1, 0, keys.stride(0), kept_keys.stride(0), 0,
         EMITTED=False, LISTED=ids is not None, COUNTED=counts is not None, ONLY=False, FLAG=False, MAPPED=False,
-        BUCKETS=1, DEEP=1, TILE_ROWS=1, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=warps(SIZE),
+        BUCKETS=1, DEEP=1, TILE_ROWS=1, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=warps(SIZE), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -230,7 +230,19 @@ def rank(keys: Tensor, ids: Tensor, chosen: Tensor | None, values: Tensor, indic
     SIZE = min(64, max(16, triton.next_power_of_2(k)))
     ROWS = min(triton.next_power_of_2(rows), 16 if interpreting() else max(1, 1024 // (SIZE * SIZE)))
     rank_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(k, SIZE))](
-        keys, ids, chosen, values, indices, rows, k, CHOSEN=chosen is not None, RELU=relu, ROWS=ROWS, SIZE=SIZE, num_warps=4
+        keys,
+        ids,
+        chosen,
+        values,
+        indices,
+        rows,
+        k,
+        CHOSEN=chosen is not None,
+        RELU=relu,
+        ROWS=ROWS,
+        SIZE=SIZE,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
 
 

@@ -381,4 +381,5 @@ def round_rows(
     round_kernel[(triton.cdiv(n, size),)](
         v, chosen, centre, rounded, factors, rows.start, n, factors.shape[1], v.shape[1], rounded.shape[1], v.stride(0), v.stride(1),
         CHOSEN=chosen is not None, CENTRED=centre is not None, FACTORS=of_rows, ROWS=size, COLUMNS=columns, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip

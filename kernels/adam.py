@@ -167,5 +167,6 @@ def _transposed(
         decode.decode_partials_kernel[owner.numel(), triton.cdiv(D, size)](
             values, row, grad, segments, chunks, owner, partials,
             features, grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, COLUMNS=size, num_warps=1, maxnreg=decode.REGISTERS,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return split, (values, row, segments, chunks, partials)

@@ -282,7 +282,7 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
             decode_kernel[rows, _blocks(panel.shape[1], size)](
                 values, indices, crow, panel, None if b is None else b[part], y[:, part], flag,
                 k, indices.numel(), n_features, panel.shape[1], panel.stride(0), panel.stride(1), D,
-                RAGGED=crow is not None, BIAS=b is not None, COLUMNS=size, num_warps=1, maxnreg=REGISTERS,
+                RAGGED=crow is not None, BIAS=b is not None, COLUMNS=size, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
             )  # fmt: skip
     return y
 
@@ -306,7 +306,7 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
             decode_dvalues_kernel[rows, min(groups, max(1, 4096 // rows))](
                 grad[:, part], indices, crow, panel, dvalues, flag,
                 k, n_slots, n_features, panel.shape[1], grad.stride(0), grad.stride(1), panel.stride(0), panel.stride(1),
-                RAGGED=crow is not None, RESUME=part.start > 0, SLOTS=SLOTS, num_warps=2, maxnreg=REGISTERS,
+                RAGGED=crow is not None, RESUME=part.start > 0, SLOTS=SLOTS, num_warps=2, maxnreg=REGISTERS, enable_fp_fusion=False,
             )  # fmt: skip
     return dvalues.to(grad.dtype).reshape(shape)
 
@@ -340,12 +340,12 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
                 decode_partials_kernel[n_partials, _blocks(n_columns, size)](
                     values, row, panel, segments, chunks, owner, partials,
                     n_features, panel.shape[0], n_columns, split, panel.stride(0), panel.stride(1), width,
-                    COLUMNS=size, num_warps=1, maxnreg=REGISTERS,
+                    COLUMNS=size, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
                 )  # fmt: skip
             decode_dweight_kernel[n_features, _blocks(n_columns, size)](
                 values, row, panel, segments, chunks, partials, target,
                 panel.shape[0], n_columns, split, panel.stride(0), panel.stride(1), width, target.stride(0), target.stride(1),
-                COLUMNS=size, num_warps=1, maxnreg=REGISTERS,
+                COLUMNS=size, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
             )  # fmt: skip
             if work is not None:
                 _turn(target, out[:, part])
@@ -356,7 +356,9 @@ def _by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     # The narrowest key that holds -1 .. F-1: a radix sort passes over each of its bytes.
     dtype = torch.int16 if n_features <= 1 << 15 else torch.int32 if n_features <= 1 << 31 else torch.int64
     keys = torch.empty(indices.shape, dtype=dtype, device=indices.device)
-    sort_keys_kernel[(triton.cdiv(keys.numel(), 1024),)](indices, keys, _flags.flag(indices.device), keys.numel(), n_features, SIZE=1024)
+    sort_keys_kernel[(triton.cdiv(keys.numel(), 1024),)](
+        indices, keys, _flags.flag(indices.device), keys.numel(), n_features, SIZE=1024, enable_fp_fusion=False
+    )
     keys, order = torch.sort(keys, stable=True)
     ends = torch.arange(-1, n_features, dtype=dtype, device=indices.device)
     return order, torch.searchsorted(keys, ends, right=True)
@@ -406,7 +408,7 @@ def _panels(matrix: Tensor, n_reads: int, width: int | None = None) -> Iterator[
 def _turn(source: Tensor, target: Tensor) -> Tensor:
     rows, columns = source.shape
     grid = triton.cdiv(rows, 64), triton.cdiv(columns, 64)
-    turn_kernel[grid](source, target, rows, columns, *source.stride(), *target.stride(), SIZE=64, num_warps=4)
+    turn_kernel[grid](source, target, rows, columns, *source.stride(), *target.stride(), SIZE=64, num_warps=4, enable_fp_fusion=False)
     return target
 
 

@@ -399,6 +399,7 @@ def _select_emitted(
         0 if tile_flags is None else tile_flags.shape[1],
         EMITTED=True, LISTED=False, COUNTED=False, ONLY=only is not None, FLAG=flagged is not None, MAPPED=slot_of is not None,
         BUCKETS=plan.a_tile, DEEP=plan.deep, TILE_ROWS=tile.rows, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -421,7 +422,7 @@ def _direct_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tenso
     room = plan.room(direct=True)
     list_kernel[(triton.cdiv(rows * room, 1024),)](
         kept_keys, kept_ids, slot_of, flagged, n_flagged, rows, p.n, plan.k, room, plan.number, flagged.shape[1],
-        BUCKETS=plan.a_tile, DEEP=plan.deep, SIZE=1024,
+        BUCKETS=plan.a_tile, DEEP=plan.deep, SIZE=1024, enable_fp_fusion=False,
     )  # fmt: skip
     return kept_keys, kept_ids, n_flagged.mul_(plan.deep).add_(plan.k)
 
@@ -459,6 +460,7 @@ def settle(p: Problem, plan: Buckets, keys: Tensor, columns: Tensor, floor: Tens
         keys, columns, cut, floor, kept_keys, kept_ids, lengths, flagged, n_flagged, crowded,
         rows, plan.entries, plan.number, plan.k, plan.extra, plan.slots, plan.entries, kept_keys.stride(0),
         FLOORED=floor is not None, BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
+        enable_fp_fusion=False,
     )  # fmt: skip
     _exact(p, keys, columns, plan, crowded, 1, plan.a_tile * plan.deep)
     _select_emitted(keys, columns, plan, p.tile, crowded, (kept_keys, kept_ids), cut, flagged, n_flagged, None, None)

@@ -129,7 +129,7 @@ def _pack(z: Tensor) -> Tensor:
     if words.numel():
         ROWS, WORDS = min(8, triton.next_power_of_2(rows)), min(8, triton.next_power_of_2(words.shape[1]))
         grid = triton.cdiv(rows, ROWS) * triton.cdiv(words.shape[1], WORDS)
-        sign_kernel[(grid,)](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4)
+        sign_kernel[(grid,)](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4, enable_fp_fusion=False)
     return words
 
 
@@ -158,7 +158,9 @@ def _hash(words: Tensor, layer: int, seed: int, bits: int) -> Tensor:
             n = 32 * n_words
             keys = torch.empty((n, 2), dtype=torch.int64, device=device)
             size = min(256, triton.next_power_of_2(n))
-            key_kernel[(triton.cdiv(n, size),)](keys, n, layer, seed, SIZE=size, num_warps=4)
+            key_kernel[(triton.cdiv(n, size),)](keys, n, layer, seed, SIZE=size, num_warps=4, enable_fp_fusion=False)
             ROWS = min(256, triton.next_power_of_2(rows)) if _tile.interpreting() else 16
-            hash_kernel[(triton.cdiv(rows, ROWS),)](words, keys, out, rows, n_words, PARTS=parts, ROWS=ROWS, num_warps=4)
+            hash_kernel[(triton.cdiv(rows, ROWS),)](
+                words, keys, out, rows, n_words, PARTS=parts, ROWS=ROWS, num_warps=4, enable_fp_fusion=False
+            )
     return out[:, 0] if parts == 1 else out

@@ -233,12 +233,14 @@ def test_what_it_finds(gpu: FakeCuda) -> None:
     torch.zeros(3).to(gpu.device)
     assert [sync.split(" ")[0] for sync in gpu.syncs] == ["__float__", "nonzero", "index"]
     assert gpu.copies == ["cpu to cuda in ?"]
-    turn = decode.turn_kernel
+    turn, args, no = decode.turn_kernel, (x, x, 64, 64, 64, 1, 1, 64), {"SIZE": 64, "enable_fp_fusion": False}
     with pytest.raises(AssertionError, match=r"turn_kernel: source lies on cuda:1, the launch goes to cuda:0"):
-        turn[(1, 1)](x, x, 64, 64, 64, 1, 1, 64, SIZE=64)
+        turn[(1, 1)](*args, **no)
     with torch.cuda.device(gpu.device):
         with pytest.raises(AssertionError, match=r"turn_kernel: grid \(1, 65536\)"):
-            turn[(1, 1 << 16)](x, x, 64, 64, 64, 1, 1, 64, SIZE=64)
+            turn[(1, 1 << 16)](*args, **no)
+        with pytest.raises(AssertionError, match=r"turn_kernel: enable_fp_fusion = None"):
+            turn[(1, 1)](*args, SIZE=64)
         with pytest.raises(KeyError, match="num_wraps"):
-            turn[(1, 1)](x, x, 64, 64, 64, 1, 1, 64, SIZE=64, num_wraps=4)
-        turn[(1, 1)](x, x, 64, 64, 64, 1, 1, 64, SIZE=64, num_warps=4)
+            turn[(1, 1)](*args, **no, num_wraps=4)
+        turn[(1, 1)](*args, **no, num_warps=4)
