@@ -25,7 +25,7 @@ SIZES = {
         "sizes": [32, 64, 128, 256, 512, 1024], "l1": powers(-1.25, -0.5, 3), "stop": "converged", "max_steps": 3000, "cooldown": 800,
     },
     "default": {
-        "minutes": 20, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
+        "minutes": 6, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
         "sizes": [64, 128, 256, 512, 1024, 2048], "l1": powers(-1.5, -0.5, 5), "stop": "converged", "max_steps": 12000, "cooldown": 1000,
     },
 }  # fmt: skip
