@@ -11,6 +11,8 @@ The weights are ``y``, where gradients are taken; ``z`` follows the signs, and t
     y[f] = lerp(x[f], z[f], 1 - momentum)
     y[f] = y[f] / |y[f]|                              with ``normalise``, unless |y[f]| < 1e-8
 
+The C++ row takes float32 rows, or two transposed views of the same strides; the Triton row float32, row-major, at most 8192 columns.
+
 Sign descent: Bernstein et al. 2018 (arXiv 1802.04434); schedule-free averaging around it: Defazio et al. 2024 (arXiv 2405.15682).
 """
 
