@@ -60,6 +60,7 @@ def info(options: argparse.Namespace) -> int:
     }
     report["cuda_module"] = native_cuda.missing()
     report["triton"] = {str(device): _triton.unavailable(device) for device in verify.devices()}
+    report["triton_cache"] = _triton.cache_directory()
     report["operations"] = [row for device in verify.devices() for row in table(device)]
     if options.json:
         print(json.dumps(report, indent=1))
@@ -74,7 +75,8 @@ def info(options: argparse.Namespace) -> int:
     else:
         print(f"cpu     {problem}")
     for device, reason in report["triton"].items():
-        print(f"triton  {device}: {reason or 'available'}")
+        kept = f"; compiled kernels in {report['triton_cache']}" if device.startswith("cuda") else ""
+        print(f"triton  {device}: {reason or 'available' + kept}")
     if report["request"]:
         print("request", _request_problem() or f"FASTSAE_BACKEND={report['request']}, before the order below")
     print()
