@@ -58,7 +58,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _triton
-from fastsae.kernels._jit import kernel
+from fastsae._jit import kernel
 
 _LANES = tl.constexpr(32)
 _LANE_COLUMNS = tl.constexpr(4)

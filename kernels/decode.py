@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _flags
-from fastsae.kernels._jit import kernel
+from fastsae._jit import kernel
 
 SLOTS = 16  # decode_dvalues: slots a program holds
 SPLIT = 128  # decode_dweight: slots of one feature summed by one program

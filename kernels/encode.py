@@ -32,8 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _flags
+from fastsae._jit import kernel
 from fastsae.kernels import _masks, _select, _tile
-from fastsae.kernels._jit import kernel
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
 from fastsae.kernels._select import bucket_index, load_candidates

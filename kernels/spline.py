@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _flags
+from fastsae._jit import kernel
 from fastsae.kernels import _masks, _tile
-from fastsae.kernels._jit import kernel
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import chunks, problem
 from fastsae.kernels._tile import pack_bits, unpack_bits

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from fastsae.kernels import _jit, _masks, _select, _tile, adam, decode, encode, match, signum, spline
+from fastsae import _jit
+from fastsae.kernels import _masks, _select, _tile, adam, decode, encode, match, signum, spline
 
 
 class Driver:
