@@ -122,7 +122,7 @@ int64_t pack(const Weights& w, uint32_t* packed, int threads);
 // screen: C * (5 d + 24) bytes, and for each thread 12 C (block + 16), the packed block (not with a handle) and 100 d; block = 32 to 256
 // features. A strided, normalised or (without screening) half-precision W: 4 d * block more for each thread. C shrinks, down to 64, to keep
 // all buffers of entries within 64 MiB.
-enum class EncodePath : int { automatic = 0, dense = 1, screen = 2 };
+enum class EncodePath : int { automatic = 0, dense = 1, screen = 2, rows = 3 };
 struct EncodeStats {      // for tests and benches
   int64_t screened_rows;  // rows whose result came from screening
   int64_t exact_rows;     // rows that were screened in vain, and scored densely

@@ -13,7 +13,7 @@ from fastsae.latents import to_capacity
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATS = ("screened_rows", "exact_rows", "scored", "survivors", "workspace")
 _PORTABLE_WORK = 1 << 18  # multiplications below which calling torch costs more than a slow loop
-_PATHS = {"auto": 0, "dense": 1, "screen": 2}
+_PATHS = {"auto": 0, "dense": 1, "screen": 2, "rows": 3}
 
 
 def _refuses(x: Tensor, W: Tensor, vectors: tuple[tuple[str, Tensor | None], ...], features: Tensor | None) -> str | None:
