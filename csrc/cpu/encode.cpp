@@ -298,12 +298,19 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   const EncodeKernels* const screens = encode_kernels();
   const Problem p{x, w, scale, bias, threads, stats};
   const TopkOutput out{k, relu, values, indices, w.list};
-  const bool wanted = path == EncodePath::screen || path == EncodePath::rows || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
+  const bool apart = path == EncodePath::rows || path == EncodePath::blocks || (path == EncodePath::automatic && rows_apart(x, w, k));
+  const bool wanted = apart || path == EncodePath::screen || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
   const Plan plan = make_plan(kernels, x, w, Number::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
   if (!plan.screens) return dense_topk_all(kernels, p, out);
-  if (path == EncodePath::rows && fits_rows(w, plan)) return rows_topk(kernels, *screens, p, out, plan, survived);
+  int64_t* const workspace = stats != nullptr ? &stats->workspace : nullptr;
+  if (apart && !plan.copied) {
+    if (path == EncodePath::rows || (path == EncodePath::automatic && pack_first(x, plan)))
+      return rows_topk(kernels, *screens, p, out, plan, survived);
+    const auto consumer = std::make_unique<RowsConsumer>(kernels, *screens, p, out, survived);
+    return run_engine(kernels, x, w, {scale, bias, nullptr}, consumer->within(plan), workspace, *consumer);
+  }
   TopkConsumer consumer{kernels, *screens, screens->screen_topk, p, out, survived};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
+  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, workspace, consumer);
 }
 
 Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,

@@ -29,10 +29,11 @@ struct TopkBuffer {
 struct RowsTopk {
   float* high;  // [rows][stride] upper ends
   int64_t stride;
-  float* low;  // [rows][16 * groups] of `panels` panels together, the largest lower end in each lane
-  int64_t groups, panels;
+  float* low;  // [rows][lows] of `panels` panels together, the largest lower end in each of 16 lanes
+  int64_t lows, panels;
   // Of one row at a time, [features + 16] each: what may be among the best, and what is looked at when some of it has been scored.
   Undecided open, later;
+  int64_t* scored;  // counts scores
   int64_t k;
 };
 
@@ -50,9 +51,11 @@ struct EncodeKernels {
   float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.h
   // The interval of every score of a block: rows of lo and hi are ld apart, features at their place.
   void (*bounds)(Number, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
-  void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const RowsTopk&);
-  // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many of them.
+  void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const Ahead&, const RowsTopk&);
+  // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many to be worth it.
   int64_t (*settle_row)(const ScreenPanels&, const ScoreJob&, const RowsTopk&, int64_t row);
+  // The k best of n entries (rank.h) in order to `best`; `all` has room for n + 8.
+  void (*rank_scores)(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best);
 };
 
 namespace avx512_vnni {

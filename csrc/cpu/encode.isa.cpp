@@ -67,7 +67,7 @@ struct RowsConsumer {
     _mm512_store_ps(high, f.upper(0, r0, e0));
     _mm512_store_ps(high + 16, f.upper(1, r1, e1));
     // The largest lower end so far; a NaN is passed over, and a feature that does not exist has none.
-    float* const low = to.low + row * to.groups * 16 + group;
+    float* const low = to.low + row * to.lows + group;
     __m512 most = _mm512_load_ps(low);
     if (__builtin_expect(f.exist == ~0u, 1)) {
       most = _mm512_max_ps(f.lower(1, r1, e1), _mm512_max_ps(f.lower(0, r0, e0), most));
@@ -81,15 +81,16 @@ struct RowsConsumer {
   }
 };
 
-void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const RowsTopk& to) {
-  for (int64_t i = 0; i < rows.rows * to.groups * 16; i += 16) _mm512_store_ps(to.low + i, _mm512_set1_ps(-__builtin_inff()));
-  const Ahead none{nullptr, 0, 1, 0};
+void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const RowsTopk& to) {
+  const int64_t lows = (panels.panels + to.panels - 1) / to.panels * 16;
+  for (int64_t r = 0; r < rows.rows; ++r)
+    for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
   if (panels.scale != nullptr) {
     RowsConsumer<true> consumer{to, rows, {}, 0, 0};
-    run_block<Number::int8>(rows, panels, none, consumer);
+    run_block<Number::int8>(rows, panels, next, consumer);
   } else {
     RowsConsumer<false> consumer{to, rows, {}, 0, 0};
-    run_block<Number::int8>(rows, panels, none, consumer);
+    run_block<Number::int8>(rows, panels, next, consumer);
   }
 }
 
@@ -148,16 +149,38 @@ FASTSAE_INLINE int64_t postpone(float least, const Undecided& open, int64_t n, c
   return kept;
 }
 
+// The k best of a row's scores as entries of rank.h, in order. Each goes where as many others are better.
+void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best) {
+  const __m256i top = _mm256_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256 v = _mm256_add_ps(_mm256_loadu_ps(scores + i), _mm256_setzero_ps());  // -0 to +0
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i key = _mm256_mask_sub_epi32(bits, _mm256_cmpge_epi32_mask(bits, _mm256_setzero_si256()), top, bits);
+    const __m256i high = _mm256_maskz_mov_epi32(_mm256_cmp_ps_mask(v, v, _CMP_ORD_Q), key);
+    const __m512i id = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(features + i)));
+    const __mmask8 valid = n - i >= 8 ? static_cast<__mmask8>(0xff) : static_cast<__mmask8>((1u << (n - i)) - 1u);
+    const __m512i made = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(high), 32), id);
+    _mm512_storeu_si512(all + i, _mm512_mask_mov_epi64(_mm512_set1_epi64(-1), valid, made));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const __m512i own = _mm512_set1_epi64(static_cast<int64_t>(all[i]));
+    int64_t better = 0;
+    for (int64_t j = 0; j < n; j += 8) better += __builtin_popcount(_mm512_cmplt_epu64_mask(_mm512_loadu_si512(all + j), own));
+    if (better < k) best[better] = all[i];
+  }
+}
+
 // Screening errs by much less than its bound. So the k features with the highest upper ends are scored first: the k-th largest of their
 // scores is close to that of all, and most others end below it.
 int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& to, int64_t row) {
   const Undecided& open = to.open;
-  const int64_t k = to.k, lows = to.groups * 16, limit = 4 * k + 256 + p.features / 4;
+  const int64_t k = to.k, lows = to.lows, limit = 4 * k + 256 + p.features / 4;
   const float floor = k <= lows ? kth_largest(to.low + row * lows, lows, k, k + k / 8) : -__builtin_inff();
   const int64_t n = reaching(floor, to.high + row * to.stride, p.features, open);
   const int64_t some = k + k / 4 + 2;
+  constexpr int64_t kWorth = 4096;  // elements of products that a second look at the bounds costs
   int64_t scored = n;
-  if (n > some) scored = postpone(kth_largest(open.hi, n, some, some + some / 8), open, n, to.later);
+  if ((n - some) * job.d > kWorth) scored = postpone(kth_largest(open.hi, n, some, some + some / 8), open, n, to.later);
   if (scored > limit) return -1;
   with_scorer(job, open, [&](auto& scorer) {
     score_entries(scorer, p, open, row, 0, scored);
@@ -171,6 +194,12 @@ int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& t
     score_entries(scorer, p, open, row, scored, scored + more);
     scored += more;
   });
+  *to.scored += scored;
+  constexpr int64_t kRanked = 64;
+  if (scored > kRanked && scored > k) {
+    const float tau = kth_largest(open.hi, scored, k, k);
+    scored = keep_above(tau, open.hi, open.id, nullptr, scored, open.hi, open.id, nullptr);
+  }
   return scored;
 }
 
@@ -281,8 +310,8 @@ void bounds(Number number, const ScreenRows& rows, const ScreenPanels& panels, f
 }  // namespace
 
 extern const EncodeKernels encode_kernels;
-const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_cut, keep_undecided, score_undecided, kth_largest, bounds,
-                                      screen_rows, settle_row};
+const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_cut,  keep_undecided, score_undecided,
+                                      kth_largest, bounds,      screen_rows, settle_row,     rank_scores};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae
