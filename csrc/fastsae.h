@@ -121,7 +121,7 @@ int64_t pack(const Weights& w, uint32_t* packed, int threads);
 // W cannot be read row by row as screen. automatic: what was measured to be faster.
 //
 // Workspace of screen, whatever rows and features are, for chunks of C <= 1024 rows and T threads, d rounded up to 32 (256 for the
-// rotation): screen: C * (5 d + 24) bytes, and for each thread 12 C (block + 16), the packed block (not with a handle) and 100 d; block =
+// rotation): C * (5 d + 24) bytes, and for each thread 12 C (block + 16), the packed block (not with a handle) and 100 d; block =
 // 32 to 256 features. A strided, normalised or (without screening) half-precision W: 4 d * block more for each thread. C shrinks, down to
 // 64, to keep all buffers of entries within 64 MiB.
 enum class EncodePath : int { automatic = 0, dense = 1, screen = 2, rows = 3, blocks = 4 };

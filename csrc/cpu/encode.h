@@ -24,14 +24,13 @@ struct TopkBuffer {
   int64_t self;    // match: feature self + r does not count for row r
 };
 
-// A top-k of few rows against all features at once, a worker's own: every interval is known before tau is chosen, so nothing is shared
-// and nothing is looked at twice.
+// A top-k for which every interval of a row is known before its first score: tau comes from all features, and nothing is shared.
 struct RowsTopk {
   float* high;  // [rows][stride] upper ends
   int64_t stride;
   float* low;  // [rows][lows] of `panels` panels together, the largest lower end in each of 16 lanes
   int64_t lows, panels;
-  // Of one row at a time, [features + 16] each: what may be among the best, and what is looked at when some of it has been scored.
+  // Of one row at a time, [features + 32] each: what may be among the best, and what is looked at when some of it has been scored.
   Undecided open, later;
   int64_t* scored;  // counts scores
   int64_t k;

@@ -170,8 +170,8 @@ void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_
   }
 }
 
-// Screening errs by much less than its bound. So the k features with the highest upper ends are scored first: the k-th largest of their
-// scores is close to that of all, and most others end below it.
+// Screening errs by much less than its bound. So the k features with the highest upper ends, and some more, are scored first: the k-th
+// largest of their scores is close to that of all, and most others end below it.
 int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& to, int64_t row) {
   const Undecided& open = to.open;
   const int64_t k = to.k, lows = to.lows, limit = 4 * k + 256 + p.features / 4;
@@ -194,6 +194,7 @@ int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& t
     score_entries(scorer, p, open, row, scored, scored + more);
     scored += more;
   });
+  if (scored < 0) return -1;
   *to.scored += scored;
   constexpr int64_t kRanked = 64;
   if (scored > kRanked && scored > k) {

@@ -348,8 +348,6 @@ struct Scorer {
     for (int a = 0; a < N; ++a) at.hi[place[a]] = reduce(total[a]);
   }
 
-  FASTSAE_INLINE int64_t bytes() const { return job.d * static_cast<int64_t>(sizeof(T)); }
-
   FASTSAE_INLINE const T* feature(int64_t id) const {
     return static_cast<const T*>(job.w) + (job.list != nullptr ? job.list[id] : id) * job.stride_f;
   }
