@@ -19,13 +19,13 @@ inline bool rows_apart(const Activations& x, const Weights& w, int64_t k) {
   const bool packed = w.packed != nullptr && w.list == nullptr;
   const int64_t words = packed_features(w.features) * w.d / 4;
   return by_rows(w) && w.eps == 0 && w.d >= 32 && w.features >= 2 * k && w.features >= 128 && x.rows >= (packed ? 1 : 12) &&
-         (4 * words <= kApartBytes || (packed && x.rows <= kFewRows));
+         (4 * words <= kApartBytes || (packed && x.rows <= kFewRows && x.rows * w.features * 4 <= kChunkHighBytes));
 }
 // All features before the first row, rather than each block where it is used.
 inline bool pack_first(const Activations& x, const Plan& plan) {
   const int64_t bytes = plan.blocks * plan.block * plan.words * 4;
   const bool enough = x.rows >= 4 * plan.threads;  // rows, not features, to divide among threads
-  return enough && (plan.packed != nullptr || bytes <= kSmallBytes || (bytes <= kApartBytes && x.rows >= kManyRows));
+  return enough && (bytes <= kSmallBytes || (bytes <= kApartBytes && (plan.packed != nullptr || x.rows >= kManyRows)));
 }
 
 // What a worker needs to finish a row.
