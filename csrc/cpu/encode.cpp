@@ -306,7 +306,7 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   if (apart && !plan.copied) {
     if (path == EncodePath::rows || (path == EncodePath::automatic && pack_first(x, plan)))
       return rows_topk(kernels, *screens, p, out, plan, survived);
-    const auto consumer = std::make_unique<RowsConsumer>(kernels, *screens, p, out, survived);
+    const std::unique_ptr<RowsConsumer> consumer(new RowsConsumer{kernels, *screens, p, out, survived});
     return run_engine(kernels, x, w, {scale, bias, nullptr}, consumer->within(plan), workspace, *consumer);
   }
   TopkConsumer consumer{kernels, *screens, screens->screen_topk, p, out, survived};

@@ -14,7 +14,7 @@ constexpr int64_t kChunkHighBytes = int64_t{8} << 20;  // of a chunk's rows
 constexpr int64_t kRanked = 256;                       // entries of which each is compared to all others; more are sorted
 
 // Measured. A row's scores are computed apart from the screen of its features, so their weights come from further away than where a block
-// is screened and scored at once: worth it until the dictionary is larger than a cache, or for few rows.
+// is screened and scored at once: worth it until the dictionary is larger than a cache, or for few rows of a handle.
 inline bool rows_apart(const Activations& x, const Weights& w, int64_t k) {
   const bool packed = w.packed != nullptr && w.list == nullptr;
   const int64_t words = packed_features(w.features) * w.d / 4;
