@@ -85,7 +85,7 @@ struct RowsConsumer {
   uint8_t* survived;
   float *high = nullptr, *low = nullptr, *scale = nullptr, *bias = nullptr;
   int32_t* list = nullptr;
-  RowsWorker workers[kMostWorkers];
+  RowsWorker workers[kMostWorkers] = {};
   int threads = 0;
 
   int64_t all() const { return packed_features(p.w.features); }
