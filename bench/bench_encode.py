@@ -16,6 +16,16 @@ SHAPES = shapes(
     [(32, 64, 2048, 8)],
 )
 SMALL = shapes([(1, 768, 24576, 32), (4, 768, 24576, 32), (16, 768, 24576, 32)], [(1, 64, 2048, 8)])
+DICTIONARIES = shapes(
+    [
+        *((rows, 384, 1536, 16) for rows in (16, 256, 1024)),
+        (1024, 64, 512, 16),
+        (256, 512, 4096, 32),
+        (16, 768, 6144, 32),
+        (256, 768, 6144, 32),
+    ],
+    [(24, 64, 512, 8)],
+)
 MAIN = SHAPES[0]
 
 
@@ -31,7 +41,7 @@ def plain(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[di
 
 
 def topk(compare: Callable[..., None], label: str, shape: tuple[int, ...], x: torch.Tensor, W: torch.Tensor, packed: bool) -> None:
-    k, b = shape[3], normal(shape[2]) / 10
+    k, b = shape[3], (normal(shape[2]) / 10).to(x.dtype)
     weights = fastsae.pack(W) if packed else W
 
     def ours() -> fastsae.TopKLatents:
@@ -58,6 +68,18 @@ def test_encode_topk(shape: tuple[int, int, int, int], layout: str, packed: bool
 @pytest.mark.parametrize("shape", SMALL, ids=name)
 def test_small_batch(shape: tuple[int, int, int, int], packed: bool, compare: Callable[..., None]) -> None:
     topk(compare, "FD", shape, normal(*shape[:2]), unit_rows(*shape[2:0:-1]), packed)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
+@pytest.mark.parametrize("shape", DICTIONARIES, ids=name)
+def test_small_dictionary(shape: tuple[int, int, int, int], packed: bool, compare: Callable[..., None]) -> None:
+    topk(compare, "small", shape, normal(*shape[:2]), unit_rows(*shape[2:0:-1]), packed)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
+def test_small_dictionary_bf16(packed: bool, compare: Callable[..., None]) -> None:
+    shape = DICTIONARIES[min(2, len(DICTIONARIES) - 1)]
+    topk(compare, "small bf16", shape, normal(*shape[:2]).bfloat16(), unit_rows(*shape[2:0:-1]).bfloat16(), packed)
 
 
 def planted(x: torch.Tensor, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,15 +114,17 @@ int64_t pack(const Weights& w, uint32_t* packed, int threads);
 //
 // scale and bias [dictionary] fp32, null where absent. Half-precision inputs are widened exactly.
 //
-// Two ways to the same bits. dense: every score is computed. screen (levels with 8-bit dot products): products of 8-bit integers with a
+// Several ways to the same bits. dense: every score is computed. screen (levels with 8-bit dot products): products of 8-bit integers with a
 // proven error bound (cpu/tile.h) choose which features can be kept; only those are scored. Rows for which that decides too little (flat,
-// tied, zero, not finite) are scored densely. automatic: screen where it was measured to be faster.
+// tied, zero, not finite) are scored densely. A top-k can also screen all features before the first score (cpu/rows.h): with all of them
+// packed first, a few rows at a time (rows), or each block packed where it is used (blocks); otherwise these two are as dense, and where a
+// W cannot be read row by row as screen. automatic: what was measured to be faster.
 //
-// Workspace, whatever rows and features are, for chunks of C <= 1024 rows and T threads, d rounded up to 32 (256 for the rotation):
-// screen: C * (5 d + 24) bytes, and for each thread 12 C (block + 16), the packed block (not with a handle) and 100 d; block = 32 to 256
-// features. A strided, normalised or (without screening) half-precision W: 4 d * block more for each thread. C shrinks, down to 64, to keep
-// all buffers of entries within 64 MiB.
-enum class EncodePath : int { automatic = 0, dense = 1, screen = 2 };
+// Workspace of screen, whatever rows and features are, for chunks of C <= 1024 rows and T threads, d rounded up to 32 (256 for the
+// rotation): C * (5 d + 24) bytes, and for each thread 12 C (block + 16), the packed block (not with a handle) and 100 d; block =
+// 32 to 256 features. A strided, normalised or (without screening) half-precision W: 4 d * block more for each thread. C shrinks, down to
+// 64, to keep all buffers of entries within 64 MiB.
+enum class EncodePath : int { automatic = 0, dense = 1, screen = 2, rows = 3, blocks = 4 };
 struct EncodeStats {      // for tests and benches
   int64_t screened_rows;  // rows whose result came from screening
   int64_t exact_rows;     // rows that were screened in vain, and scored densely
@@ -135,7 +137,9 @@ struct EncodeStats {      // for tests and benches
 //
 // values [rows, k] and indices [rows, k] are contiguous; `relu` clamps values at 0 after the selection (NaN stays). A NaN is returned as
 // the quiet NaN, -0 as +0. Workspace: that of the engine, and 8 * (4k + 272) bytes a row of the chunk; dense: 4 d a row of the chunk, and
-// T * 8 * min(2k + 64, features) a row within 64 MiB (or for one row).
+// T * 8 * min(2k + 64, features) a row within 64 MiB (or for one row). rows: features * (d + 32) bytes (not with a handle: 32 each), and a
+// thread at most 256 KiB (or 12 rows) of upper ends, 4 bytes a feature and row, 5 d a row and 24 bytes a feature. blocks: that of the
+// engine, 8 MiB (or 12 rows) of upper ends, and 24 bytes a feature and thread.
 int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, float* values,
                     int64_t* indices, EncodePath path, int threads, EncodeStats* stats,
                     uint8_t* survived);  // the last two may be null; survived [rows, features] is or-ed

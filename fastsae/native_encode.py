@@ -13,7 +13,7 @@ from fastsae.latents import to_capacity
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATS = ("screened_rows", "exact_rows", "scored", "survivors", "workspace")
 _PORTABLE_WORK = 1 << 18  # multiplications below which calling torch costs more than a slow loop
-_PATHS = {"auto": 0, "dense": 1, "screen": 2}
+_PATHS = {"auto": 0, "dense": 1, "screen": 2, "rows": 3, "blocks": 4}
 
 
 def _refuses(x: Tensor, W: Tensor, vectors: tuple[tuple[str, Tensor | None], ...], features: Tensor | None) -> str | None:
@@ -189,7 +189,8 @@ def encode_topk(
     Args:
         x: [rows, D], any strides. W: [F, D], any strides; read in place.
         b, scale: None, or [F]. b_pre: None, or [D]. features: None, an index or a mask. packed: None, or what `pack` returned for W.
-        path: "dense" scores everything, "screen" lets bounds choose what is scored, "auto" picks by measured crossover. Same bits.
+        path: "dense" scores everything, "screen" lets bounds choose what is scored, "rows" and "blocks" do so with all bounds of a row
+            before its first score (csrc/fastsae.h), "auto" picks by measured crossover. Same bits.
         stats: filled with screened_rows, exact_rows, scored, survivors, workspace (bytes); see csrc/fastsae.h.
         survived: [rows, features] uint8, set where a score was computed and not yet dropped.
     """

@@ -80,7 +80,7 @@ def columns(case: Case) -> Case:
     return {**case, "W": case["W"].T.contiguous().T}
 
 
-def verify(case: Case, exact_rows: int | None = None, checked: bool = True) -> dict[str, int]:
+def verify(case: Case, exact_rows: int | None = None, checked: bool = True, apart: bool = True) -> dict[str, int]:
     """Screened = dense, bit for bit, in both layouts; dense = float64 outside the rounding band; no row of the result was screened out."""
     dense = run(case, "dense")
     if checked:
@@ -97,10 +97,20 @@ def verify(case: Case, exact_rows: int | None = None, checked: bool = True) -> d
     same(run(columns(case), "screen"), dense)
     same(run(case, "screen", packed=True), dense)
     same(run(columns(case), "screen", packed=True), dense)
+    for path in ("rows", "blocks") if apart else ():  # all intervals of a row before its first score
+        counts: dict[str, int] = {}
+        survived.zero_()
+        same(run(case, path, stats=counts, survived=survived), dense)
+        assert bool(survived.gather(1, dense[1]).all()), f"{path}: a feature of the top k was screened out"
+        assert counts["screened_rows"] + counts["exact_rows"] == rows
+        assert exact_rows is None or counts["exact_rows"] == exact_rows, path
+        same(run(case, path, packed=True), dense)
+        same(run(columns(case), path, packed=True), dense)
     assert_enclosed(case)
     for level in SCREENING[:-1]:
         with native.use_isa(level):
-            same(run(case, "screen"), dense)
+            for path in ("screen", "rows", "blocks") if apart else ("screen",):
+                same(run(case, path), dense)
     assert stats["screened_rows"] + stats["exact_rows"] == rows
     if exact_rows is not None:
         assert stats["exact_rows"] == exact_rows
@@ -128,7 +138,7 @@ def test_awkward_row_counts(rows: int) -> None:
 def test_more_rows_than_a_chunk() -> None:
     stats = verify(draw(2100, 32, 600, k=5))
     assert stats["exact_rows"] == 0
-    wide = verify(draw(300, 16, 30000, k=3000))  # buffers of 64 MiB allow fewer rows at a time
+    wide = verify(draw(300, 16, 30000, k=3000), apart=False)  # buffers of 64 MiB allow fewer rows at a time
     assert wide["workspace"] < 200 << 20
 
 
@@ -148,6 +158,46 @@ def test_parameters(name: str) -> None:
 def test_few_scores_are_computed(k: int) -> None:
     stats = verify(draw(64, 256, 16384, k=k), exact_rows=0)
     assert stats["scored"] / 64 < 16 * k + 120
+
+
+@needs_screen
+@pytest.mark.parametrize("path", ["rows", "blocks"])
+@pytest.mark.parametrize(("d", "features", "k"), [(384, 1536, 16), (64, 512, 8), (256, 4096, 64)])
+def test_hardly_more_than_the_best_are_scored(path: str, d: int, features: int, k: int) -> None:
+    stats: dict[str, int] = {}
+    run(draw(64, d, features, k=k), path, stats=stats)
+    assert stats["exact_rows"] == 0
+    assert stats["scored"] / 64 < 3 * k + 16
+
+
+@needs_screen
+@pytest.mark.parametrize("packed", [False, True])
+def test_small_dictionaries_and_large_subsets_screen_by_themselves(packed: bool) -> None:
+    """What "auto" takes here: small dictionaries, few rows of a handle, k up to half of the features."""
+    for rows, d, features, k in ((1, 64, 300, 4), (13, 40, 128, 64), (50, 96, 700, 16), (600, 256, 2000, 16)):
+        case, stats = draw(rows, d, features, k=k), {}
+        same(run(case, "auto", packed=packed, stats=stats), run(case, "dense"))
+        assert (stats["screened_rows"] > 0) == (packed or rows >= 12)
+    case = draw(100, 64, 900, k=8)
+    case["features"] = torch.arange(0, 900, 2)
+    for path in ("rows", "blocks", "auto"):
+        same(run(case, path, packed=packed), run(case, "dense"))
+        for dtype in (torch.bfloat16, torch.float16):
+            half = {**case, "x": case["x"].to(dtype), "W": case["W"].to(dtype)}
+            values, indices = run(half, path, packed=packed)
+            want = run(half, "dense")
+            assert torch.equal(indices, want[1]) and torch.equal(values.view(torch.int16), want[0].view(torch.int16))
+
+
+@needs_screen
+def test_rows_that_screening_cannot_tell_apart_are_left_to_the_exact_path() -> None:
+    """Most rows of a few are undecided: the next ones are not screened at all, and the bits are the same."""
+    case = draw(700, 64, 600, k=8)
+    case["x"][:500] = 0
+    for path in ("rows", "blocks"):
+        stats: dict[str, int] = {}
+        same(run(case, path, stats=stats), run(case, "dense"))
+        assert 500 <= stats["exact_rows"] <= 700
 
 
 def heavy_norms(case: Case) -> None:
@@ -280,7 +330,7 @@ def test_zero_scores_tie_whatever_their_sign() -> None:
     assert torch.equal(run(case, "dense")[1][0], torch.arange(100, 140))
 
 
-@pytest.mark.parametrize("path", ["dense", "screen", "auto"])
+@pytest.mark.parametrize("path", ["dense", "screen", "rows", "blocks", "auto"])
 @pytest.mark.parametrize("layout", ["FD", "DF"])
 def test_bits_depend_on_nothing_but_the_row(path: str, layout: str) -> None:
     case = draw(50, 300, 5000, b=torch.randn(5000))
@@ -319,7 +369,7 @@ def test_strided_inputs_are_read_in_place() -> None:
     wide[::2, 7:71] = case["W"]
     rows = torch.zeros(64, 41)
     rows[:, 1::2] = case["x"].T
-    for path in ("dense", "screen"):
+    for path in ("dense", "screen", "rows", "blocks"):
         same(run({**case, "W": wide[::2, 7:71]}, path), want)
         same(run({**case, "W": wide.T.contiguous().T[::2].T.contiguous().T[:, 7:71]}, path), want)
         same(run({**case, "x": rows[:, 1::2].T}, path), want)

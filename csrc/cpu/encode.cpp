@@ -8,6 +8,7 @@
 
 #include "cpu/cuts.h"
 #include "cpu/rank.h"
+#include "cpu/rows.h"
 
 namespace fastsae {
 namespace {
@@ -204,7 +205,7 @@ struct BatchConsumer : Cuts {
       const std::lock_guard<std::mutex> guard(mutex);
       for (const Pooled& e : pool) values.push_back(score_of(e.key));
       if (static_cast<int64_t>(values.size()) >= total)
-        raise_to(screens->kth_largest(values.data(), static_cast<int64_t>(values.size()), total));
+        raise_to(screens->kth_largest(values.data(), static_cast<int64_t>(values.size()), total, total));
     }
     if (open > 0) {
       const float now = load_tau();
@@ -297,11 +298,19 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   const EncodeKernels* const screens = encode_kernels();
   const Problem p{x, w, scale, bias, threads, stats};
   const TopkOutput out{k, relu, values, indices, w.list};
-  const bool wanted = path == EncodePath::screen || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
+  const bool apart = path == EncodePath::rows || path == EncodePath::blocks || (path == EncodePath::automatic && rows_apart(x, w, k));
+  const bool wanted = apart || path == EncodePath::screen || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
   const Plan plan = make_plan(kernels, x, w, Number::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
   if (!plan.screens) return dense_topk_all(kernels, p, out);
+  int64_t* const workspace = stats != nullptr ? &stats->workspace : nullptr;
+  if (apart && !plan.copied) {
+    if (path == EncodePath::rows || (path == EncodePath::automatic && pack_first(x, plan)))
+      return rows_topk(kernels, *screens, p, out, plan, survived);
+    const std::unique_ptr<RowsConsumer> consumer(new RowsConsumer{kernels, *screens, p, out, survived});
+    return run_engine(kernels, x, w, {scale, bias, nullptr}, consumer->within(plan), workspace, *consumer);
+  }
   TopkConsumer consumer{kernels, *screens, screens->screen_topk, p, out, survived};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
+  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, workspace, consumer);
 }
 
 Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,

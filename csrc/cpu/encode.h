@@ -24,6 +24,18 @@ struct TopkBuffer {
   int64_t self;    // match: feature self + r does not count for row r
 };
 
+// A top-k for which every interval of a row is known before its first score: tau comes from all features, and nothing is shared.
+struct RowsTopk {
+  float* high;  // [rows][stride] upper ends
+  int64_t stride;
+  float* low;  // [rows][lows] of `panels` panels together, the largest lower end in each of 16 lanes
+  int64_t lows, panels;
+  // Of one row at a time, [features + 32] each: what may be among the best, and what is looked at when some of it has been scored.
+  Undecided open, later;
+  int64_t* scored;  // counts scores
+  int64_t k;
+};
+
 // What an entry must be able to exceed: the cut of its feature (strictly), one number for all, or 0 twice (score, and product + extra).
 enum class Cut : int { each, all, gate };
 
@@ -35,9 +47,14 @@ struct EncodeKernels {
   void (*screen_cut)(Cut, const ScreenRows&, const ScreenPanels&, const Ahead&, const Undecided&, const int32_t* cut);
   void (*keep_undecided)(const Undecided&, int64_t row, float tau);                               // those whose hi is not below tau
   void (*score_undecided)(const ScoreJob&, const Undecided&, int64_t rows, const uint8_t* skip);  // hi = the exact product
-  float (*kth_largest)(const float* values, int64_t n, int64_t k);  // at least k values are not below it; NaN counts as -inf
+  float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.h
   // The interval of every score of a block: rows of lo and hi are ld apart, features at their place.
   void (*bounds)(Number, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
+  void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const Ahead&, const RowsTopk&);
+  // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many to be worth it.
+  int64_t (*settle_row)(const ScreenPanels&, const ScoreJob&, const RowsTopk&, int64_t row);
+  // The k best of n entries (rank.h) in order to `best`; `all` has room for n + 8.
+  void (*rank_scores)(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best);
 };
 
 namespace avx512_vnni {

@@ -45,6 +45,165 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead
   settle<false>(rows, panels, job, buffer);
 }
 
+// ---- a top-k of few rows against all features ----
+
+template <bool kScaled>
+struct RowsConsumer {
+  const RowsTopk& to;
+  const ScreenRows& rows;
+  Features<kScaled> f;
+  int64_t at, group;
+
+  FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
+    f.set(p, panel);
+    at = static_cast<int64_t>(panel) * kPanelWidth;
+    group = panel / to.panels * 16;
+  }
+
+  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
+    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
+    const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
+    float* const high = to.high + row * to.stride + at;
+    _mm512_store_ps(high, f.upper(0, r0, e0));
+    _mm512_store_ps(high + 16, f.upper(1, r1, e1));
+    // The largest lower end so far; a NaN is passed over, and a feature that does not exist has none.
+    float* const low = to.low + row * to.lows + group;
+    __m512 most = _mm512_load_ps(low);
+    if (__builtin_expect(f.exist == ~0u, 1)) {
+      most = _mm512_max_ps(f.lower(1, r1, e1), _mm512_max_ps(f.lower(0, r0, e0), most));
+    } else {
+      for (int h = 0; h < 2; ++h) {
+        const __mmask16 m = static_cast<__mmask16>(f.exist >> (16 * h));
+        most = _mm512_mask_max_ps(most, m, f.lower(h, h == 0 ? r0 : r1, h == 0 ? e0 : e1), most);
+      }
+    }
+    _mm512_store_ps(low, most);
+  }
+};
+
+void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const RowsTopk& to) {
+  const int64_t lows = (panels.panels + to.panels - 1) / to.panels * 16;
+  for (int64_t r = 0; r < rows.rows; ++r)
+    for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
+  if (panels.scale != nullptr) {
+    RowsConsumer<true> consumer{to, rows, {}, 0, 0};
+    run_block<Number::int8>(rows, panels, next, consumer);
+  } else {
+    RowsConsumer<false> consumer{to, rows, {}, 0, 0};
+    run_block<Number::int8>(rows, panels, next, consumer);
+  }
+}
+
+// Entries [from, to) of `open`, of one row: their scores over their upper ends.
+template <class S>
+FASTSAE_INLINE void score_entries(S& scorer, const ScreenPanels& p, const Undecided& open, int64_t row, int64_t from, int64_t to) {
+  constexpr int64_t kAhead = 8;
+  for (int64_t i = from; i < to; ++i) {
+    if (i + kAhead < to) {
+      const char* const later = reinterpret_cast<const char*>(scorer.feature(open.id[i + kAhead] + scorer.job.first));
+      for (int line = 0; line < 4; ++line) _mm_prefetch(later + 64 * line, _MM_HINT_T0);
+    }
+    scorer.add_entry(row, i);
+  }
+  scorer.finish();
+  for (int64_t i = from; i < to; ++i) {
+    const int64_t at = open.id[i] - p.first;
+    float score = open.hi[i];
+    if (p.scale != nullptr) score = score * p.scale[at];
+    open.hi[i] = score + p.bias[at];
+  }
+}
+
+// How many features of a row have an upper end that is not below tau; they and their ends to `open`.
+FASTSAE_INLINE int64_t reaching(float tau, const float* high, int64_t features, const Undecided& open) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t n = 0;
+  for (int64_t i = 0; i < features; i += 16) {
+    const __mmask16 valid = features - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(features - i));
+    const __m512 v = _mm512_load_ps(high + i);
+    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ);
+    if (m == 0) continue;
+    _mm512_storeu_ps(open.hi + n, _mm512_maskz_compress_ps(m, v));
+    _mm512_storeu_si512(open.id + n, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(i)))));
+    n += __builtin_popcount(m);
+  }
+  return n;
+}
+
+// Entries of `open` whose upper end is below `least` (or NaN) to `later`; the number of those that stay.
+FASTSAE_INLINE int64_t postpone(float least, const Undecided& open, int64_t n, const Undecided& later) {
+  int64_t kept = 0, rest = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
+    const __m512 v = _mm512_loadu_ps(open.hi + i);
+    const __m512i id = _mm512_loadu_si512(open.id + i);
+    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, v, _mm512_set1_ps(least), _CMP_GE_OQ);
+    const __mmask16 other = valid & static_cast<__mmask16>(~m);
+    _mm512_storeu_ps(open.hi + kept, _mm512_maskz_compress_ps(m, v));
+    _mm512_storeu_si512(open.id + kept, _mm512_maskz_compress_epi32(m, id));
+    _mm512_storeu_ps(later.hi + rest, _mm512_maskz_compress_ps(other, v));
+    _mm512_storeu_si512(later.id + rest, _mm512_maskz_compress_epi32(other, id));
+    kept += __builtin_popcount(m);
+    rest += __builtin_popcount(other);
+  }
+  return kept;
+}
+
+// The k best of a row's scores as entries of rank.h, in order. Each goes where as many others are better.
+void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best) {
+  const __m256i top = _mm256_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256 v = _mm256_add_ps(_mm256_loadu_ps(scores + i), _mm256_setzero_ps());  // -0 to +0
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i key = _mm256_mask_sub_epi32(bits, _mm256_cmpge_epi32_mask(bits, _mm256_setzero_si256()), top, bits);
+    const __m256i high = _mm256_maskz_mov_epi32(_mm256_cmp_ps_mask(v, v, _CMP_ORD_Q), key);
+    const __m512i id = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(features + i)));
+    const __mmask8 valid = n - i >= 8 ? static_cast<__mmask8>(0xff) : static_cast<__mmask8>((1u << (n - i)) - 1u);
+    const __m512i made = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(high), 32), id);
+    _mm512_storeu_si512(all + i, _mm512_mask_mov_epi64(_mm512_set1_epi64(-1), valid, made));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const __m512i own = _mm512_set1_epi64(static_cast<int64_t>(all[i]));
+    int64_t better = 0;
+    for (int64_t j = 0; j < n; j += 8) better += __builtin_popcount(_mm512_cmplt_epu64_mask(_mm512_loadu_si512(all + j), own));
+    if (better < k) best[better] = all[i];
+  }
+}
+
+// Screening errs by much less than its bound. So the k features with the highest upper ends, and some more, are scored first: the k-th
+// largest of their scores is close to that of all, and most others end below it.
+int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& to, int64_t row) {
+  const Undecided& open = to.open;
+  const int64_t k = to.k, lows = to.lows, limit = 4 * k + 256 + p.features / 4;
+  const float floor = k <= lows ? kth_largest(to.low + row * lows, lows, k, k + k / 8) : -__builtin_inff();
+  const int64_t n = reaching(floor, to.high + row * to.stride, p.features, open);
+  const int64_t some = k + k / 4 + 2;
+  constexpr int64_t kWorth = 4096;  // elements of products that a second look at the bounds costs
+  int64_t scored = n;
+  if ((n - some) * job.d > kWorth) scored = postpone(kth_largest(open.hi, n, some, some + some / 8), open, n, to.later);
+  if (scored > limit) return -1;
+  with_scorer(job, open, [&](auto& scorer) {
+    score_entries(scorer, p, open, row, 0, scored);
+    if (scored == n) return;
+    const float tau = scored >= k ? kth_largest(open.hi, scored, k, k) : floor;
+    const int64_t more = keep_above(tau, to.later.hi, to.later.id, nullptr, n - scored, open.hi + scored, open.id + scored, nullptr);
+    if (scored + more > limit) {
+      scored = -1;
+      return;
+    }
+    score_entries(scorer, p, open, row, scored, scored + more);
+    scored += more;
+  });
+  if (scored < 0) return -1;
+  *to.scored += scored;
+  constexpr int64_t kRanked = 64;
+  if (scored > kRanked && scored > k) {
+    const float tau = kth_largest(open.hi, scored, k, k);
+    scored = keep_above(tau, open.hi, open.id, nullptr, scored, open.hi, open.id, nullptr);
+  }
+  return scored;
+}
+
 // ---- cuts: a threshold a feature, one for all, a gate ----
 
 // Undecided is what may exceed its cut: a feature's own (kEach), or one that all workers raise. kGate: a second bias, for the same product
@@ -152,7 +311,8 @@ void bounds(Number number, const ScreenRows& rows, const ScreenPanels& panels, f
 }  // namespace
 
 extern const EncodeKernels encode_kernels;
-const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_cut, keep_undecided, score_undecided, kth_largest, bounds};
+const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_cut,  keep_undecided, score_undecided,
+                                      kth_largest, bounds,      screen_rows, settle_row,     rank_scores};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

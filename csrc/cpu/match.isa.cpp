@@ -99,7 +99,7 @@ void close_pairs(const PairBuffer& buffer, int64_t row) {
     __builtin_memcpy(best.room, best.score + row * best.kept_stride, static_cast<size_t>(kept) * sizeof(float));
     unlock_row(best.lock + row);
     __builtin_memcpy(best.room + kept, lo, static_cast<size_t>(n) * sizeof(float));
-    if (kept + n >= best.k) raise_tau(best.tau + row, kth_largest(best.room, kept + n, best.k));
+    if (kept + n >= best.k) raise_tau(best.tau + row, kth_largest(best.room, kept + n, best.k, best.k));
     float low = __builtin_inff();
     for (int64_t i = 0; i < n; ++i) low = hi[i] < low ? hi[i] : low;
     raise_tau(buffer.low_tau + row, -low);

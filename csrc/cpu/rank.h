@@ -61,6 +61,9 @@ struct TopkOutput {
   void select(int64_t row, uint64_t* entries, int64_t n) const {
     if (k < n) std::nth_element(entries, entries + k, entries + n);
     std::sort(entries, entries + k);
+    write(row, entries);
+  }
+  void write(int64_t row, const uint64_t* entries) const {
     for (int64_t i = 0; i < k; ++i) {
       float score = score_of(static_cast<uint32_t>(entries[i] >> 32));
       int64_t feature = static_cast<int64_t>(entries[i] & 0xffffffffu);

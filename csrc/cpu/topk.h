@@ -16,29 +16,38 @@ FASTSAE_INLINE __m512i ordered(__m512i bits) {
   return _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff)));
 }
 
-// A number t with at least k of the n values not below t: the k-th largest. NaN counts as -inf. 0 < k <= n.
-float kth_largest(const float* values, int64_t n, int64_t k) {
+// A number t with at least k of the n values not below t, and with no more than `most` of them unless more are equal; with most = k the
+// k-th largest. NaN counts as -inf. 0 < k <= n.
+float kth_largest(const float* values, int64_t n, int64_t k, int64_t most) {
   const int64_t bottom = ordered(kMinusInfinity);
-  const auto key = [&](int64_t i) {
-    const __mmask16 m = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
-    const __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), m, values + i);
-    return ordered(_mm512_castps_si512(_mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()))));
+  constexpr int64_t kHeld = 1024;
+  alignas(64) int32_t held[kHeld];
+  const auto valid = [&](int64_t i) { return n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i)); };
+  const auto made = [&](int64_t i) {  // lanes beyond n have a key below all
+    const __m512 v = _mm512_maskz_loadu_ps(valid(i), values + i);
+    const __m512 number = _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()));
+    return _mm512_mask_mov_epi32(_mm512_set1_epi32(INT32_MIN), valid(i), ordered(_mm512_castps_si512(number)));
   };
   __m512i high_v = _mm512_set1_epi32(INT32_MIN), low_v = _mm512_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 16) {
-    high_v = _mm512_max_epi32(high_v, key(i));
-    low_v = _mm512_min_epi32(low_v, key(i));
+    const __m512i key = made(i);
+    if (n <= kHeld) _mm512_store_si512(held + i, key);
+    high_v = _mm512_max_epi32(high_v, key);
+    low_v = _mm512_mask_min_epi32(low_v, valid(i), low_v, key);
   }
-  // Invariant: at least k keys >= low, fewer than k keys >= high. Padding lanes count as -inf, which only `low` may be.
+  // Invariant: at least k keys >= low, fewer than k keys >= high.
   int64_t low = _mm512_reduce_min_epi32(low_v), high = static_cast<int64_t>(_mm512_reduce_max_epi32(high_v)) + 1;
   while (high - low > 1) {
     const int64_t mid = low + (high - low) / 2;
     const __m512i pivot = _mm512_set1_epi32(static_cast<int32_t>(mid));
     int64_t count = 0;
-    for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(_mm512_cmpge_epi32_mask(key(i), pivot));
+    if (n <= kHeld)
+      for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(_mm512_cmpge_epi32_mask(_mm512_load_si512(held + i), pivot));
+    else
+      for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(_mm512_cmpge_epi32_mask(made(i), pivot));
     if (count >= k) {
       low = mid;
-      if (count == k) break;
+      if (count <= most) break;
     } else {
       high = mid;
     }
@@ -95,7 +104,7 @@ FASTSAE_INLINE void reconsider(const TopkBuffer& buffer, int64_t row) {
     unlock_row(buffer.lock + row);
     __builtin_memcpy(buffer.room + kept, lo, static_cast<size_t>(n) * sizeof(float));
     if (kept + n >= buffer.k) {
-      raise_tau(buffer.tau + row, kth_largest(buffer.room, kept + n, buffer.k));
+      raise_tau(buffer.tau + row, kth_largest(buffer.room, kept + n, buffer.k, buffer.k));
       n = keep_above(load_tau(buffer.tau + row), hi, id, lo, n, hi, id, lo);
     }
   }
@@ -105,7 +114,7 @@ FASTSAE_INLINE void reconsider(const TopkBuffer& buffer, int64_t row) {
 int64_t raise(const TopkBuffer& buffer, int64_t row, int64_t kept) {
   float* const score = buffer.score + row * buffer.kept_stride;
   int32_t* const feature = buffer.feature + row * buffer.kept_stride;
-  if (kept >= buffer.k) raise_tau(buffer.tau + row, kth_largest(score, kept, buffer.k));
+  if (kept >= buffer.k) raise_tau(buffer.tau + row, kth_largest(score, kept, buffer.k, buffer.k));
   buffer.fresh[row] = 0;
   return keep_above(load_tau(buffer.tau + row), score, feature, nullptr, kept, score, feature, nullptr);
 }
@@ -191,7 +200,7 @@ FASTSAE_INLINE void settle(const ScreenRows& rows, const ScreenPanels& panels, c
   float* const score = buffer.score + row * buffer.kept_stride;
   int32_t* const feature = buffer.feature + row * buffer.kept_stride;
   const int64_t kept = buffer.kept[row];
-  const float tau = kept > buffer.k ? kth_largest(score, kept, buffer.k) : -__builtin_inff();
+  const float tau = kept > buffer.k ? kth_largest(score, kept, buffer.k, buffer.k) : -__builtin_inff();
   return keep_above(tau, score, feature, nullptr, kept, score, feature, nullptr);
 }
 

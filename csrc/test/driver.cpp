@@ -156,14 +156,15 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
   const float* const maybe_bias = twist % 2 != 0 ? bias.get() : nullptr;
   for (int subset = 0; subset < 2; ++subset) {
     Outcome first;
-    for (int way = 0; way < 3; ++way) {
+    for (int way = 0; way < 7; ++way) {  // dense, then each way with and without a handle
       Weights in = all;
       if (subset != 0) {
         in.list = exact_list.get();
         in.features = chosen;
       }
-      if (way == 2) in.packed = packed.get();
-      const EncodePath path = way == 0 ? EncodePath::dense : EncodePath::screen;
+      if (way != 0 && way % 2 == 0) in.packed = packed.get();
+      constexpr EncodePath kWays[] = {EncodePath::dense, EncodePath::screen, EncodePath::rows, EncodePath::blocks};
+      const EncodePath path = kWays[(way + 1) / 2];
       const int64_t kept = k < in.features ? k : in.features;
       std::unique_ptr<float[]> values(new float[static_cast<size_t>(rows * kept)]);
       std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(rows * kept)]);
