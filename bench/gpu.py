@@ -522,6 +522,79 @@ def step(b: Bench) -> None:
     )  # fmt: skip
 
 
+def optimisers(b: Bench) -> None:
+    """One weight matrix from slots. torch gets the dense gradient for nothing ("given"), or our decode_dweight writes it first."""
+    rows, width, features, k = b.shape((8192, 2048, 65536, 64), (32, 64, 2048, 8))
+    shape = "x".join(map(str, (rows, width, features, k)))
+    sets, grads = _latents(b, rows, features, k, 2, torch.float32), [b.normal(rows, width) for _ in range(2)]
+    gathered = rows * k * (width * 4 + 12)
+    lr, momentum, share = 1e-3, 0.95, 0.1
+
+    def adam(W: Tensor, m: Tensor, v: Tensor, slots: tuple) -> tuple:
+        return W, m, v, *slots, None, lr, 0.9, 0.999, 1e-8, 0.0, 10, False, False
+
+    def signum(y: Tensor, z: Tensor, slots: tuple) -> tuple:
+        return y, z, *slots, lr, momentum, share, False, False
+
+    def torch_signum(y: Tensor, z: Tensor, g: Tensor) -> None:
+        y.lerp_(z, 1 - 1 / momentum)
+        z.sub_(g.sign(), alpha=lr)
+        y.lerp_(z, share).lerp_(z, 1 - momentum)
+
+    for op, args, n_states in (("adam", adam, 2), ("signum", signum, 1)):
+        W, dense = b.unit_rows(features, width), torch.empty(features, width, device=b.device)
+        states = [torch.zeros_like(W) for _ in range(n_states)]
+        twin = [t.clone() for t in (W, *states)]
+
+        def slots(i: int) -> tuple:
+            return grads[i % 2], *sets[i % 2], None
+
+        def ours(i: int, args: Any = args, W: Tensor = W, states: Any = states) -> tuple:
+            return args(W, *states, slots(i))
+
+        def verify(backend: str, op: str = op, args: Any = args, last: int = n_states + 1) -> None:
+            n, some = max(1, features // 16), slice(0, rows // 16)
+            few = (grads[0][some], sets[0][0][some], sets[0][1][some] % n, None)
+            before = args(b.unit_rows(n, width), *(torch.zeros(n, width, device=b.device) for _ in range(1, last)), few)
+            after = [t.clone() for t in before[:last]]
+            OPS[op](*after, *before[last:], backend=backend)
+            OPS[op].check(before, tuple(after))
+
+        if op == "adam":
+            leaf = torch.nn.Parameter(twin[0])
+            leaf.grad = dense
+            theirs = torch.optim.Adam([leaf], lr=lr, fused=True)
+
+            def given(_: int, theirs: Any = theirs) -> None:
+                theirs.step()
+
+        else:
+
+            def given(_: int, twin: Any = twin, dense: Tensor = dense) -> None:
+                torch_signum(*twin, dense)
+
+        def formed(i: int, given: Call = given, dense: Tensor = dense) -> None:
+            OPS["decode_dweight"](*sets[i % 2], None, grads[i % 2], dense)
+            given(i)
+
+        def one_pass(_: int, W: Tensor = W, states: Any = states) -> None:
+            for t in (W, *states):
+                t.add_(0)
+
+        floor = "one pass over weights and state"
+        others: dict[str, Call] = {floor: one_pass, f"torch {op}, gradient given": given, f"decode_dweight + torch {op}": formed}
+        if op == "signum" and b.device.type == "cuda":
+            fast = torch.compile(torch_signum)
+            others["torch.compile signum, gradient given"] = lambda _, fast=fast, twin=twin, dense=dense: fast(*twin, dense)
+        dense.copy_(W)
+        b.row(
+            f"{op} float32", shape, _by_backend(b, op, ours), others, verify=verify, floor=floor,
+            n_bytes=gathered + 8 * features * width * (1 + n_states),
+        )  # fmt: skip
+        del W, dense, states, twin, others, given, formed, one_pass, ours
+        _clear(b)
+
+
 def dense(start: Any) -> Any:
     """What the dense libraries do: a [B, F] code, two products forward and their gradients, fused Adam."""
     from bench.training import Runner, Weights
@@ -795,7 +868,7 @@ def _dense_code(x: Tensor, W: Tensor, k: int) -> Tensor:
 # In order of importance: what the time does not allow is at the end. Seconds: what a row needs before it is begun.
 ROWS: list[tuple[Callable[[Bench], None], float]] = [
     (copy, 5), (encode_bf16, 30), (encode_fp32, 30), (decode, 45), (step, 40), (spline_hash, 20), (select, 15), (hamming, 15), (signs, 10),
-    (match, 40), (overhead, 5), (encode_smaller, 20), (growth, 25), (ragged, 20), (graphs, 15),
+    (match, 40), (overhead, 5), (optimisers, 20), (encode_smaller, 20), (growth, 25), (ragged, 20), (graphs, 15),
     (encode_compiled, 45),
 ]  # fmt: skip
 

@@ -1,8 +1,9 @@
-"""Command line: ``fastsae info | verify | bench | demo | study`` (also ``python -m fastsae``)."""
+"""Command line: ``fastsae info | verify | bench | demo | mmcs | study`` (also ``python -m fastsae``)."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 import fastsae
-from fastsae import _triton, native, native_cuda, verify
+from fastsae import _triton, _weights, native, native_cuda, verify
 from fastsae._machine import machine
 from fastsae.dispatch import OPS, parse_request
 
@@ -26,9 +27,28 @@ def table(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def _level_problem() -> str | None:
+    """Why FASTSAE_ISA names no level that runs here, or None."""
+    try:
+        native.isa()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _request_problem() -> str | None:
+    """Why FASTSAE_BACKEND is no request, or None."""
+    try:
+        parse_request(os.environ["FASTSAE_BACKEND"], "FASTSAE_BACKEND")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def info(options: argparse.Namespace) -> int:
-    problem = native.unavailable()
+    problem = native.unavailable() or _level_problem()
     report: dict[str, Any] = machine()
+    report["request"] = os.environ.get("FASTSAE_BACKEND") or None
     report["cpu_backend"] = {
         "available": problem is None,
         "reason": problem,
@@ -40,6 +60,7 @@ def info(options: argparse.Namespace) -> int:
     }
     report["cuda_module"] = native_cuda.missing()
     report["triton"] = {str(device): _triton.unavailable(device) for device in verify.devices()}
+    report["triton_cache"] = _triton.cache_directory()
     report["operations"] = [row for device in verify.devices() for row in table(device)]
     if options.json:
         print(json.dumps(report, indent=1))
@@ -54,7 +75,10 @@ def info(options: argparse.Namespace) -> int:
     else:
         print(f"cpu     {problem}")
     for device, reason in report["triton"].items():
-        print(f"triton  {device}: {reason or 'available'}")
+        kept = f"; compiled kernels in {report['triton_cache']}" if device.startswith("cuda") else ""
+        print(f"triton  {device}: {reason or 'available' + kept}")
+    if report["request"]:
+        print("request", _request_problem() or f"FASTSAE_BACKEND={report['request']}, before the order below")
     print()
     notes: dict[str, int] = {}
     for row in report["operations"]:
@@ -71,7 +95,11 @@ def info(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     request = options.backend or os.environ.get("FASTSAE_BACKEND")
-    backends = None if not request else [name for name in parse_request(request) if name != "*"] or None
+    try:
+        backends = None if not request else [name for name in parse_request(request) if name != "*"] or None
+    except ValueError as error:
+        print(f"fastsae verify: {error}", file=sys.stderr)
+        return 2
     names = options.ops.split(",") if options.ops else None
     if names and (unknown := [name for name in names if name not in OPS]):
         print(f"fastsae verify: unknown operation {', '.join(unknown)}; known: {', '.join(OPS)}", file=sys.stderr)
@@ -127,6 +155,49 @@ def demo(options: argparse.Namespace) -> int:
     return module.run(options)
 
 
+def mmcs(options: argparse.Namespace) -> int:
+    paths = options.dictionaries
+    if len(paths) < 2 or (options.plot and len(paths) > 2) or (options.variant and (options.plot or len(paths) > 2)):
+        print("fastsae mmcs: give two dictionaries, or more of them without --plot and --variant", file=sys.stderr)
+        return 2
+    try:
+        loaded = [_weights.dictionary(path)[0] for path in paths]
+        dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in loaded))  # widened exactly
+        loaded = [weight.to(torch.promote_types(dtype, torch.float32)) for weight in loaded]
+        report: dict[str, Any] = {"dictionaries": [{"path": str(p), "shape": list(w.shape)} for p, w in zip(paths, loaded)]}
+        if options.variant:
+            report[options.variant] = fastsae.mmcs(loaded[0], loaded[1], variant=options.variant)
+        elif len(paths) > 2:
+            report["a_to_b"] = fastsae.mmcs_matrix(loaded).tolist()
+        else:
+            found = fastsae.match(*loaded)
+            report |= {direction: found.mmcs(direction) for direction in ("a_to_b", "b_to_a", "mean")}
+            sides = {"a_to_b": found.a_to_b, "b_to_a": found.b_to_a}
+            report["above 0.9"] = {name: float((side.similarity > 0.9).double().mean()) for name, side in sides.items()}
+            if options.plot:
+                found.plot(options.plot)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"fastsae mmcs: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    names = "ab" if len(paths) == 2 else [str(number) for number in range(len(paths))]
+    for name, one in zip(names, report["dictionaries"]):
+        print(f"{name}  {one['shape'][0]} features, D = {one['shape'][1]}  {one['path']}")
+    if options.variant:
+        print(f"{options.variant}  {report[options.variant]:.4f}")
+    elif len(paths) > 2:
+        print("mean best cosine of the row's features in the column")
+        for row in report["a_to_b"]:
+            print("  ".join(f"{value:.4f}" for value in row))
+    else:
+        for direction in ("a_to_b", "b_to_a"):
+            print(f"{direction}  {report[direction]:.4f}  above 0.9: {report['above 0.9'][direction]:.1%}")
+        print(f"mean    {report['mean']:.4f}")
+    return 0
+
+
 def study(options: argparse.Namespace) -> int:
     from fastsae.studies import _frame
 
@@ -165,6 +236,14 @@ def parser() -> argparse.ArgumentParser:
     add_arguments(one)
     one.set_defaults(run=demo)
 
+    one = commands.add_parser("mmcs", help="mean max cosine similarity of dictionaries in files or folders")
+    one.add_argument("dictionaries", nargs="+", help="files or folders of weights, checkpoints; more than two: all pairs")
+    names = sorted(fastsae.MMCS_VARIANTS)
+    one.add_argument("--variant", choices=names, metavar="NAME", help=f"a published variant of the number: {', '.join(names)}")
+    one.add_argument("--plot", type=Path, help="image of both directions' histograms beside random vectors (matplotlib)")
+    one.add_argument("--json", action="store_true")
+    one.set_defaults(run=mmcs)
+
     one = commands.add_parser("study", help="run an experiment: tables, plots and JSON; without a name, list them")
     from fastsae.studies._frame import add_arguments
 
@@ -180,6 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough (`fastsae info | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print(f"\nfastsae {options.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

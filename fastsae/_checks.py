@@ -18,14 +18,22 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def _kind(value: Any) -> str:
+    """The name of a type; NumPy's with its module, whose int64 is no int."""
+    kind = type(value)
+    return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
+
+
 def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS, like: Tensor | None = None) -> Tensor:
     """``value`` is a dense tensor of one of ``dtypes`` on the device of ``like``; TypeError otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must have dtype {_names(dtypes)}, got {_names([value.dtype])}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a dense (strided) tensor, got {'a nested one' if value.is_nested else f'layout {value.layout}'}"
+        )
     if like is not None and value.device != like.device:
         raise TypeError(f"{op}: {name} must be on {like.device} like the other tensors, got {value.device}")
     return value
@@ -59,7 +67,7 @@ def vector(op: str, name: str, value: Any, size: int, like: Tensor, size_name: s
 def integer(op: str, name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> int:
     """An int in ``low .. high``; TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{op}: {name} must be an int, got {_kind(value)}")
     if value < low or (high is not None and value > high):
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{op}: {name} must be at least {low}{upper}{f' ({meaning})' if meaning else ''}, got {value}")
@@ -75,7 +83,7 @@ def flag(op: str, name: str, value: Any) -> bool:
 def number(op: str, name: str, value: Any, positive: bool = True) -> float:
     """A finite real number, above 0 where ``positive``; TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
     if not (0 < value < float("inf") if positive else -float("inf") < value < float("inf")):
         raise ValueError(f"{op}: {name} must be a finite number{' above 0' if positive else ''}, got {value}")
     return value  # pyright: ignore[reportReturnType]

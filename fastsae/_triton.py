@@ -1,4 +1,4 @@
-"""Why the Triton rows cannot serve a device or a dtype, without importing Triton to find out."""
+"""Why the Triton rows cannot serve a device or a dtype, and Triton's settings, without importing Triton to find out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def interpreting() -> bool:
     if _interpreting is None:
         _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
     return _interpreting
+
+
+def quiet() -> bool:
+    """Whether FASTSAE_QUIET asks for no line while a kernel compiles."""
+    return os.environ.get("FASTSAE_QUIET", "") not in ("", "0")
+
+
+def cache_directory() -> str:
+    """Where Triton keeps compiled kernels."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    return os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -47,6 +47,8 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     readers = {".safetensors": _read_safetensors, ".pt": _read_pt, ".pth": _read_pt, ".npz": _read_npz}
     reader = readers.get(path.suffix)
     if reader is None:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is neither a folder nor a file")
         raise ValueError(f"{path} must end in {', '.join(readers)}")
     tensors = reader(path, names)
     for name, tensor in tensors.items():
@@ -75,10 +77,16 @@ def _read_pt(path: Path, names: Collection[str] | None) -> dict[str, Tensor]:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # an unpickler raises what it stumbles over
-            reason = str(error).split("\n")[0]
+            lines = str(error).strip().split("\n")
+            reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
             raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+    if isinstance(state, dict) and {"config", "sae", "extra"} <= state.keys():  # of save_checkpoint
+        state = state["sae"]
+    if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a state dict of named tensors, got {type(state).__name__}")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{path} must hold a state dict of named tensors, got {type(value).__name__} for {name!r}")
     return {name: value for name, value in state.items() if names is None or name in names}
 
 
@@ -160,7 +168,9 @@ def locate(source: str | os.PathLike[str], format: str | None = None) -> tuple[s
 
 
 def dictionary(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
-    """(decoder ``[F, D]``, its bias or None) of a weights' file, or of a folder that ``locate`` knows; ValueError where it holds none."""
+    """(decoder ``[F, D]``, its bias or None) of a weights' file, of a checkpoint of this library, or of a folder that ``locate`` knows.
+
+    FileNotFoundError where there is none, ValueError where it holds none."""
     path = Path(source)
     if path.is_dir():
         path = locate(path)[1]

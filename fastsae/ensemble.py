@@ -60,6 +60,8 @@ class SAEs(nn.Module):
 
     def __init__(self, members: Iterable[SAE]):
         super().__init__()
+        if isinstance(members, SAE) or not isinstance(members, Iterable):
+            raise TypeError(f"SAEs: members must be an iterable of SAEs, got {type(members).__name__}")
         members = tuple(members)
         if not members:
             raise ValueError("SAEs: members must hold at least one SAE, got none")

@@ -88,13 +88,15 @@ class _Optimiser:
         self.steps = 0
         self._states: dict[str, _State] = {}
 
-    def step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Any:
+    def step(self, x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Any:
         """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
 
         Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them.
         """
+        kind = type(self).__name__
+        if x is None:
+            raise TypeError(f"{kind}.step: x must be given, the rows of a fused step; after loss.backward() it is {kind}.apply()")
         if not hasattr(self.module, "step_gradients"):
-            kind = type(self).__name__
             raise TypeError(
                 f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
             )
@@ -157,6 +159,8 @@ class _Optimiser:
             if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
                 continue
             _checks.tensor(op, name, p, DTYPES)
+            if self.module is not None and getattr(self.module, name, p) is not p:
+                raise ValueError(f"{op}: {name} of the module is another parameter now: make the optimiser after changing a module")
             state = self._states.get(name) or _State(0, self._fresh(p))
             for what in ("dtype", "device", "shape"):
                 was, now = getattr(state.buffers[0], what), getattr(p, what)

@@ -362,7 +362,10 @@ def fetch(repository: str, subfolder: str | None, revision: str | None, format: 
         raise ImportError(f"{op}: reading from the Hub needs huggingface_hub: pip install 'fastsae-kernels[hub]'") from error
     names = {name for known in ([format] if format else FORMATS) for name in _weights.FILES[known] if name is not None}
     prefix = f"{subfolder}/" if subfolder else ""
-    root = snapshot_download(repository, revision=revision, allow_patterns=sorted(prefix + name for name in names))
+    try:
+        root = snapshot_download(repository, revision=revision, allow_patterns=sorted(prefix + name for name in names))
+    except FileNotFoundError as error:  # no connection, and not in the cache
+        raise FileNotFoundError(f"{op}: {repository} is no folder or file here, and not to be had from the Hub: {error}") from error
     folder = Path(root, *parts) if subfolder else Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"{op}: {repository} has no folder {subfolder!r} with {', '.join(sorted(names))}")
@@ -371,7 +374,7 @@ def fetch(repository: str, subfolder: str | None, revision: str | None, format: 
 
 def is_repository(source: Any) -> bool:
     """Whether a string reads as the name of a Hub repository."""
-    return isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and ".." not in source
+    return isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None and ".." not in source
 
 
 # ---------------------------------------------------------------- writers
@@ -384,6 +387,10 @@ def write(folder: str | os.PathLike[str], format: str, config: Mapping[str, Any]
     cfg, out = writers[format](dict(config), own, metadata or {})
     file, config_file = _weights.FILES[format]
     out = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
+    try:
+        text = json.dumps(cfg, indent=1)
+    except TypeError as error:
+        raise TypeError(f"SAE.save_pretrained: metadata must hold JSON values: {error}") from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if format == "dictionary_learning":
@@ -392,7 +399,7 @@ def write(folder: str | os.PathLike[str], format: str, config: Mapping[str, Any]
         from safetensors.torch import save_file
 
         _files.replace(folder / file, lambda path: save_file(out, path))
-    _files.replace(folder / str(config_file), lambda path: path.write_text(json.dumps(cfg, indent=1)))
+    _files.replace(folder / str(config_file), lambda path: path.write_text(text))
     return folder
 
 

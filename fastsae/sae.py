@@ -267,7 +267,15 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Latents:
         """``[.., D]`` to latents over F features (after ``init_from(norm=)`` and until saved or folded: of the normalised input)."""
+        self._check_input("SAE.encode", x)
         return self._encode(self._scale_in(x))[0]
+
+    def _check_input(self, op: str, x: Any) -> None:
+        _checks.tensor(op, "x", x, like=self.W_dec)
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"{op}: x must have shape [.., d_in={self.d_in}], got {list(x.shape)}")
+        if not _checks.autocasting(x.device):
+            _checks.same_dtype(op, "x", x, "the parameters", self.W_dec)
 
     def _scale_in(self, x: Tensor) -> Tensor:
         return x * self.scale[0] if self._scaled else x
@@ -345,6 +353,7 @@ class SAE(nn.Module):
         result up to rounding. Memory: the latents, or ``[B, tile]``.
         """
         op = "SAE.loss"
+        self._check_input(op, x)
         x, target, terms = self._arguments(op, x, target, mask, l1, l0, aux)
         cast, _, w = self._cast(x, target)
         if self._is_dense(cast, w):
@@ -411,9 +420,8 @@ class SAE(nn.Module):
             ``gradients.accumulate`` adds up micro-batches. Equal to autograd's of ``loss`` up to rounding. Metrics are not waited for; the
             host waits for a device only with ``mask``, ``aux`` and the ragged activations' slots.
         """
+        self._check_input("SAE.step_gradients", x)
         x, target, terms = self._arguments("SAE.step_gradients", x, target, mask, l1, l0, aux)
-        if not _checks.autocasting(x.device):
-            _checks.same_dtype("SAE.step_gradients", "x", x, "the parameters", self.W_dec)
         return fused.step(self, x, target, terms)
 
     def _arguments(

@@ -37,15 +37,26 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = No
         opt: an optimiser with ``state_dict()``, or None.
         extra: numbers, text, tensors, and lists, tuples and dictionaries of them.
 
-    Raises: TypeError for anything else in ``extra`` or the optimiser's state: it could not be read back without running code.
+    Raises: TypeError: no ``SAE`` or ``SAEs``; anything else in ``extra`` or the optimiser's state (it could not be read back without
+    running code). IsADirectoryError: ``path`` is a folder.
     """
+    if not isinstance(sae, (SAE, SAEs)):
+        raise TypeError(f"save_checkpoint: sae must be an SAE or SAEs, got {type(sae).__name__}")
+    path = _file("save_checkpoint", path)
     content = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
     content["opt"] = None if opt is None else opt.state_dict()
     for part in ("opt", "extra"):
         _check_plain(part, content[part])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _files.replace(path, lambda part: torch.save(content, part))
+    return path
+
+
+def _file(op: str, path: str | os.PathLike[str]) -> Path:
+    """The path of a file that can be written: its folder is there."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{op}: a checkpoint is a file, {path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -83,11 +94,15 @@ def load_checkpoint(
         if opt is not None:
             if content["opt"] is None:
                 raise ValueError("it holds no optimiser's state")
-            opt.load_state_dict(content["opt"])
+            try:
+                opt.load_state_dict(content["opt"])
+            except Exception as error:
+                raise ValueError(f"its optimiser's state does not fit {type(opt).__name__}: {error!r}") from error
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # reading damaged bytes may raise anything
-        raise ValueError(f"load_checkpoint: {path} is damaged or of something else: {error}") from error
+        reason = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        raise ValueError(f"load_checkpoint: {path} is damaged or of something else: {reason}") from error
     return Checkpoint(sae, extra)
 
 
@@ -111,12 +126,19 @@ class Batches:
     Args:
         x: ``[n, D]``. target: ``[n, d_out]``. mask: bool ``[n]``. size: rows a batch, at most n.
         seed: of the order; every pass has another one. The rows left over at the end of a pass are dropped.
+
+    ``load_state_dict`` takes the seed and the position over; ValueError where the number of rows or the size is another, whose batches
+    would not be those that the state goes on with.
     """
 
     def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, *, size: int, seed: int = 0):
+        self.columns = {name: column for name, column in (("x", x), ("target", target), ("mask", mask)) if column is not None}
+        for name, column in self.columns.items():
+            if not isinstance(column, Tensor) or column.dim() == 0:
+                got = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
+                raise TypeError(f"Batches: {name} must be a tensor of rows, got {got}")
         _checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
         _checks.integer("Batches", "seed", seed, 0)
-        self.columns = {name: column for name, column in (("x", x), ("target", target), ("mask", mask)) if column is not None}
         if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
             raise ValueError(f"Batches: x, target and mask must have as many rows, got {[c.shape[0] for c in self.columns.values()]}")
         self.size, self.seed, self.pass_number, self.position = size, seed, 0, 0
@@ -133,9 +155,15 @@ class Batches:
             self.pass_number, self.position = self.pass_number + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "pass_number": self.pass_number, "position": self.position}
+        return {"seed": self.seed, "pass_number": self.pass_number, "position": self.position, **self._order()}
+
+    def _order(self) -> dict[str, int]:
+        return {"rows": self.columns["x"].shape[0], "size": self.size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        for name, ours in self._order().items():
+            if state.get(name, ours) != ours:
+                raise ValueError(f"Batches.load_state_dict: {name} must be {state[name]} as in the state, got {ours}")
         self.seed, self.pass_number, self.position = state["seed"], state["pass_number"], state["position"]
 
 
@@ -162,6 +190,9 @@ class Trainer:
         callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead.
         checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used).
         progress: a tqdm bar where tqdm is installed, else lines on stderr.
+
+    Raises: TypeError, ValueError: wrong arguments, an ``opt`` over other parameters than those of ``sae``. IsADirectoryError:
+    ``checkpoint`` is a folder.
     """
 
     def __init__(
@@ -181,20 +212,28 @@ class Trainer:
     ):
         if isinstance(sae, SAEs):
             raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
-        if not callable(getattr(opt, "step", None)):
-            raise TypeError(f"Trainer: opt must be an optimiser with a step method, got {type(opt).__name__}")
+        if not isinstance(sae, SAE):
+            raise TypeError(f"Trainer: sae must be an SAE, got {type(sae).__name__}")
+        if isinstance(opt, type) or not callable(getattr(opt, "step", None)):
+            raise TypeError(
+                f"Trainer: opt must be an optimiser with a step method, got {opt if isinstance(opt, type) else type(opt).__name__}"
+            )
         self.fused = "target" in inspect.signature(opt.step).parameters
         for name, value in (("schedule", schedule), ("clip", clip), ("reduce", reduce)):
             if self.fused and value is not None:
                 raise ValueError(f"Trainer: {name} is for torch optimisers; give {type(opt).__name__} its own")
         for name, value in (("log_every", log_every), ("every", every)):
             _checks.integer("Trainer", name, value, 1)
-        for name in anneal or ():
+        for name, function in (anneal or {}).items():
             if not hasattr(sae, name):
                 raise ValueError(f"Trainer: anneal must name attributes of the SAE, got {name!r}")
+            if not callable(function):
+                raise TypeError(f"Trainer: anneal[{name!r}] must be a function of the step, got {type(function).__name__}")
+        if not _steps_any(opt, sae):
+            raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
         self.callback, self.log_every, self.progress = callback, log_every, progress
-        self.checkpoint, self.every = None if checkpoint is None else Path(checkpoint), every
+        self.checkpoint, self.every = None if checkpoint is None else _file("Trainer", checkpoint), every
         self.step = 0
 
     def fit(self, batches: Iterable[Any], steps: int | None = None, *, resume: bool = False) -> dict[str, float]:
@@ -202,16 +241,29 @@ class Trainer:
 
         Args:
             batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each; iterated again
-                where it ends before ``steps``. One with ``state_dict`` and ``load_state_dict`` (``Batches``, a stateful loader) goes on
-                where the checkpoint was taken; another is the caller's to position.
+                where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
+                ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint was taken; another is the caller's to
+                position.
             resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run.
 
-        Returns: the metrics of the last step.
+        Returns: the metrics of the last step; empty where there was none to take.
+
+        Raises: TypeError: ``batches`` is one tensor, or a batch is nothing of the above. ValueError: batches that end before ``steps`` and
+        give no more; ``resume`` without a ``checkpoint``, or from a file that is damaged or does not fit.
         """
+        op = "Trainer.fit"
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
+            raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
+        if steps is not None:
+            _checks.integer(op, "steps", steps, 0)
+        if resume and self.checkpoint is None:
+            raise ValueError(f"{op}: resume needs a file to go on from, Trainer(checkpoint=..)")
         if resume and self.checkpoint is not None and self.checkpoint.exists():
             self.load(self.checkpoint, batches)
         self.sae.train()
         last: dict[str, float] = {}
+        result: dict[str, Tensor] = {}
         with _bar(self.progress, steps, self.step) as bar:
             for batch in self._stream(batches, steps):
                 result = self.train_step(*_columns(batch, self.sae.W_dec.device))
@@ -225,9 +277,9 @@ class Trainer:
                         self.callback(self.step, last)
                 if self.checkpoint is not None and (final or self.step % self.every == 0):
                     self.save(self.checkpoint, batches)
-            if steps is None:
-                last = {name: float(value) for name, value in result.items()} if self.step else {}
-                if self.checkpoint is not None and self.step:
+            if steps is None and result:
+                last = {name: float(value) for name, value in result.items()}
+                if self.checkpoint is not None:
                     self.save(self.checkpoint, batches)
         return last
 
@@ -265,8 +317,10 @@ class Trainer:
         save_checkpoint(path, self.sae, self.opt, extra)
 
     def load(self, path: str | os.PathLike[str], batches: Any = None) -> None:
-        """Goes on from a checkpoint."""
+        """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step."""
         extra = load_checkpoint(path, self.sae, self.opt).extra
+        if missing := [name for name in ("step", "rng") if name not in extra]:
+            raise ValueError(f"Trainer.load: {path} was not written by a Trainer: extra holds no {missing[0]!r}")
         self.step = extra["step"]
         torch.set_rng_state(extra["rng"])
         if "data" in extra and hasattr(batches, "load_state_dict"):
@@ -283,6 +337,19 @@ class Trainer:
                 return
             if self.step == before:
                 raise ValueError(f"Trainer.fit: batches ended after step {self.step} of {steps} and give no more")
+
+
+def _steps_any(opt: Any, sae: SAE) -> bool:
+    """Whether an optimiser holds a parameter of the module, as far as it says which it holds."""
+    held = getattr(opt, "parameters", None)  # by name in optim
+    if isinstance(held, Mapping):
+        held = held.values()
+    else:
+        held = [p for group in getattr(opt, "param_groups", ()) for p in group["params"]]
+        if not held:
+            return True
+    ours = {id(p) for p in sae.parameters()}
+    return any(id(p) in ours for p in held)
 
 
 def _columns(batch: Any, device: torch.device) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels import _tile
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._problem import Problem, Rounded
 from fastsae.kernels._tile import affine, cells, ends, exact, halves, interval, n_tiles, pack_bits, popcount, products, unpack_bits
 
@@ -64,54 +65,90 @@ def _above(upper, limit):
 
 
 @triton.jit
+def _store_part(
+    total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words, half, D,
+    KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The bits of products [ROWS, COLUMNS] of the panel's columns ``start`` and up."""
+    local = start + tl.arange(0, COLUMNS)
+    inside, f = local < n_panel, first + local
+    if SCREENED:
+        if KIND == GATED:
+            r, e = interval(total, x_factors, W_factors, row, n_rows, f, n, inside, D)
+            kept = _above(affine(r + e, scale, bias, f, inside, False, True), 0.0)
+            kept = kept & _above(affine(r + e, scale, theta, f, inside, True, True), 0.0)
+            other = kept
+        else:
+            low, high = ends(total, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
+            if KIND == SIGN:
+                kept = low > 0
+                other = _above(high, 0.0) & (kept == 0)
+            else:
+                limit = tl.load(theta + f, mask=inside, other=0)[None, :]
+                kept = _above(high, tl.where(limit < 0, 0.0, limit))
+                if BAND:
+                    # Slightly below the band: its own ends round.
+                    kept = kept | _above(high, limit - half - (tl.abs(limit) + half) * 9.5367431640625e-07)
+                other = kept
+    else:
+        kept, other, _ = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
+    word = (first + start) // 32 + tl.arange(0, COLUMNS // 32)
+    to = (rows * n_words)[:, None] + word[None, :]
+    mask = (rows < n_rows)[:, None] & (word < n_words)[None, :]
+    tl.store(kept_words + to, pack_bits(kept & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
+    if TWO:
+        tl.store(other_words + to, pack_bits(other & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
+
+
+@triton.jit
+def _store_two(
+    total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words, half, D,
+    KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As ``_store_part``, one half after the other."""
+    left, right = halves(total, ROWS, COLUMNS)
+    _store_part(
+        left, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
+        half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
+    )  # fmt: skip
+    _store_part(
+        right, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start + COLUMNS // 2, first, n_rows,
+        n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
+    )  # fmt: skip
+
+
+@triton.jit
 def _store_bits(
     total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words, half, D,
     KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, TWO: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The bits of products [ROWS, COLUMNS] of the panel's columns ``start`` and up, in PARTS of a tile one after the other."""
-    if PARTS > 1:
+    """As ``_store_part``, in PARTS of a tile one after the other: 1, 2 or 4. No function calls itself, which Triton 3.4 does not know."""
+    if PARTS == 4:
         left, right = halves(total, ROWS, COLUMNS)
-        _store_bits(
+        _store_two(
             left, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
-            half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2, PARTS // 2,
+            half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
         )  # fmt: skip
-        _store_bits(
+        _store_two(
             right, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start + COLUMNS // 2, first, n_rows,
-            n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2, PARTS // 2,
+            n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
+        )  # fmt: skip
+    elif PARTS == 2:
+        _store_two(
+            total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
+            half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS,
         )  # fmt: skip
     else:
-        local = start + tl.arange(0, COLUMNS)
-        inside, f = local < n_panel, first + local
-        if SCREENED:
-            if KIND == GATED:
-                r, e = interval(total, x_factors, W_factors, row, n_rows, f, n, inside, D)
-                kept = _above(affine(r + e, scale, bias, f, inside, False, True), 0.0)
-                kept = kept & _above(affine(r + e, scale, theta, f, inside, True, True), 0.0)
-                other = kept
-            else:
-                low, high = ends(total, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
-                if KIND == SIGN:
-                    kept = low > 0
-                    other = _above(high, 0.0) & (kept == 0)
-                else:
-                    limit = tl.load(theta + f, mask=inside, other=0)[None, :]
-                    kept = _above(high, tl.where(limit < 0, 0.0, limit))
-                    if BAND:
-                        # Slightly below the band: its own ends round.
-                        kept = kept | _above(high, limit - half - (tl.abs(limit) + half) * 9.5367431640625e-07)
-                    other = kept
-        else:
-            kept, other, _ = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
-        word = (first + start) // 32 + tl.arange(0, COLUMNS // 32)
-        to = (rows * n_words)[:, None] + word[None, :]
-        mask = (rows < n_rows)[:, None] & (word < n_words)[None, :]
-        tl.store(kept_words + to, pack_bits(kept & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
-        if TWO:
-            tl.store(other_words + to, pack_bits(other & inside[None, :], ROWS, COLUMNS // 32), mask=mask)
+        _store_part(
+            total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
+            half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
+@kernel(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
 def mask_kernel(
     x, W, chosen, x_factors, W_factors, scale, bias, theta, kept_words, other_words,
     first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -131,7 +168,7 @@ def mask_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_words", "half", "D"])
+@kernel(do_not_specialize=["n_rows", "n_words", "half", "D"])
 def refine_kernel(
     x, W, chosen, centre, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
     n_rows, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -191,7 +228,7 @@ def refine_kernel(
             tl.store(other_words + at, tl.reshape(pack_bits(band_new[None, :], 1, WORDS), (WORDS,)), mask=there)
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: tl.constexpr):
     """Bits set in each word."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -201,7 +238,7 @@ def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: t
     tl.store(counts + at, popcount(word), mask=at < n)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "n_words", "half", "D"])
+@kernel(do_not_specialize=["n_rows", "n", "n_words", "half", "D"])
 def write_kernel(
     x, W, chosen, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
     n_rows, n, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -301,7 +338,9 @@ def counts(kept: Tensor, other: Tensor | None) -> Tensor:
     """[rows, n_words] int32: bits set, in either mask."""
     result = torch.empty_like(kept)
     if kept.numel():
-        count_kernel[(triton.cdiv(kept.numel(), 1024),)](kept, other, result, kept.numel(), BAND=other is not None, SIZE=1024)
+        count_kernel[(triton.cdiv(kept.numel(), 1024),)](
+            kept, other, result, kept.numel(), BAND=other is not None, SIZE=1024, enable_fp_fusion=False
+        )
     return result
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._tile import interpreting, unordered
 
 MOST_KEPT = 512  # a row; the ranks of more are found by sorting
@@ -72,7 +73,7 @@ def _count(
     return found
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "k", "n_buckets", "n_slots"])
+@kernel(do_not_specialize=["n_rows", "n", "k", "n_buckets", "n_slots"])
 def select_kernel(
     keys, ids, counts, only, kept_keys, kept_ids, cut, flagged, slot_of, n_flagged, tile_flags,
     n_rows, n, k, n_buckets, n_slots, stride, kept_stride, tile_stride,
@@ -162,7 +163,7 @@ def select_kernel(
             tl.store(n_flagged + rows, slots, mask=live)
 
 
-@triton.jit(do_not_specialize=["n_rows", "k"])
+@kernel(do_not_specialize=["n_rows", "k"])
 def rank_kernel(
     keys, ids, chosen, values, indices, n_rows, k,
     CHOSEN: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
@@ -219,7 +220,7 @@ def select(keys: Tensor, ids: Tensor | None, k: int, kept_keys: Tensor, kept_ids
         keys, ids, counts, None, kept_keys, kept_ids, cut, None, None, None, None,
         rows, n, k, 1, 0, keys.stride(0), kept_keys.stride(0), 0,
         EMITTED=False, LISTED=ids is not None, COUNTED=counts is not None, ONLY=False, FLAG=False, MAPPED=False,
-        BUCKETS=1, DEEP=1, TILE_ROWS=1, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=warps(SIZE),
+        BUCKETS=1, DEEP=1, TILE_ROWS=1, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=warps(SIZE), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -229,7 +230,19 @@ def rank(keys: Tensor, ids: Tensor, chosen: Tensor | None, values: Tensor, indic
     SIZE = min(64, max(16, triton.next_power_of_2(k)))
     ROWS = min(triton.next_power_of_2(rows), 16 if interpreting() else max(1, 1024 // (SIZE * SIZE)))
     rank_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(k, SIZE))](
-        keys, ids, chosen, values, indices, rows, k, CHOSEN=chosen is not None, RELU=relu, ROWS=ROWS, SIZE=SIZE, num_warps=4
+        keys,
+        ids,
+        chosen,
+        values,
+        indices,
+        rows,
+        k,
+        CHOSEN=chosen is not None,
+        RELU=relu,
+        ROWS=ROWS,
+        SIZE=SIZE,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
 
 

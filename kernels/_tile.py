@@ -58,6 +58,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _triton
+from fastsae.kernels._jit import kernel
 
 _LANES = tl.constexpr(32)
 _LANE_COLUMNS = tl.constexpr(4)
@@ -231,7 +232,7 @@ def exact(x, W, centre, D, x_d, W_d, mask, CENTRED: tl.constexpr, ROWS: tl.const
 # ---------------------------------------------------------------- device code: rounded operands
 
 
-@triton.jit(do_not_specialize=["first", "n", "n_factors", "D"])
+@kernel(do_not_specialize=["first", "n", "n_factors", "D"])
 def round_kernel(
     v, chosen, centre, rounded, factors, first, n, n_factors, D, pitch, v_r, v_d,
     CHOSEN: tl.constexpr, CENTRED: tl.constexpr, FACTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -380,4 +381,5 @@ def round_rows(
     round_kernel[(triton.cdiv(n, size),)](
         v, chosen, centre, rounded, factors, rows.start, n, factors.shape[1], v.shape[1], rounded.shape[1], v.stride(0), v.stride(1),
         CHOSEN=chosen is not None, CENTRED=centre is not None, FACTORS=of_rows, ROWS=size, COLUMNS=columns, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels import decode
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._tile import on
 from fastsae.kernels.decode import _sum_slots
 
@@ -27,19 +28,16 @@ MOST_COLUMNS = 8192  # of a row that one program holds
 # ---------------------------------------------------------------- device code
 
 
-@triton.jit(do_not_specialize=["n_rows", "split"])
-def adam_kernel(
-    W, m, v, grad, values, rows, segments, chunks, partials, factor, squares,
-    n_rows, n_columns, split, stride_r, stride_g, stride_p,
-    beta1, rest1, beta2, rest2, keep, move, root, eps,
-    SPARSE: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, SQUARES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+@triton.jit
+def gradient_row(
+    W, grad, values, rows, segments, chunks, partials, feature, d, at, mask, n_rows, split, stride_r, stride_g, stride_p,
+    SPARSE: tl.constexpr, STRIDED: tl.constexpr, PROJECT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    feature = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, COLUMNS)
-    mask = d < n_columns
-    at = feature * n_columns + d
+    """The gradient of row ``feature`` of W, elements ``at``, columns ``d``; with PROJECT without its component along the row."""
     touched = feature >= 0
+    along = d
+    if STRIDED:
+        along = d.to(tl.int64) * stride_g
     if SPARSE:
         first = tl.load(chunks + feature)
         last = tl.load(chunks + feature + 1)
@@ -48,14 +46,40 @@ def adam_kernel(
             g += tl.load(partials + chunk * stride_p + d, mask=mask, other=0)
         start = tl.load(segments + feature)
         end = tl.load(segments + feature + 1)
-        rest, _ = _sum_slots(values, rows, grad, start + (last - first) * split, end, n_rows, stride_r, d * stride_g, mask)
+        rest, _ = _sum_slots(values, rows, grad, start + (last - first) * split, end, n_rows, stride_r, along, mask)
         g += rest
         touched = end > start
     else:
-        g = tl.load(grad + feature * stride_r + d * stride_g, mask=mask, other=0)
+        g = tl.load(grad + feature * stride_r + along, mask=mask, other=0)
     if PROJECT:
         w = tl.load(W + at, mask=mask, other=0)
         g = tl.where(touched, g - tl.sum(g * w, axis=0) * w, g)
+    return g
+
+
+@triton.jit
+def unit_row(w, mask, COLUMNS: tl.constexpr):
+    """A row of norm 1; one shorter than 1e-8 stays."""
+    norm = tl.sqrt_rn(tl.sum(tl.where(mask, w * w, 0.0), axis=0))
+    return tl.div_rn(w, tl.zeros((COLUMNS,), tl.float32) + tl.where(norm < 1e-8, 1.0, norm))
+
+
+@kernel(do_not_specialize=["n_rows", "split"])
+def adam_kernel(
+    W, m, v, grad, values, rows, segments, chunks, partials, factor, squares,
+    n_rows, n_columns, split, stride_r, stride_g, stride_p,
+    beta1, rest1, beta2, rest2, keep, move, root, eps,
+    SPARSE: tl.constexpr, STRIDED: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr,
+    SQUARES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, COLUMNS)
+    mask = d < n_columns
+    at = feature * n_columns + d
+    g = gradient_row(
+        W, grad, values, rows, segments, chunks, partials, feature, d, at, mask, n_rows, split, stride_r, stride_g, stride_p,
+        SPARSE, STRIDED, PROJECT, COLUMNS,
+    )  # fmt: skip
     if SQUARES:
         tl.store(squares + feature, tl.sum(g * g, axis=0))
     else:
@@ -68,8 +92,7 @@ def adam_kernel(
         w = keep * tl.load(W + at, mask=mask, other=0)
         w = w - move * tl.div_rn(moment, tl.div_rn(tl.sqrt_rn(second), root) + eps)
         if NORMALISE:
-            norm = tl.sqrt_rn(tl.sum(tl.where(mask, w * w, 0.0), axis=0))
-            w = tl.div_rn(w, tl.zeros((COLUMNS,), tl.float32) + tl.where(norm < 1e-8, 1.0, norm))
+            w = unit_row(w, mask, COLUMNS)
         tl.store(W + at, w, mask=mask)
 
 
@@ -100,21 +123,33 @@ def _launch(
     factor: Tensor | None, squares: Tensor | None, numbers: tuple[float, ...], *, project: bool, normalise: bool,
 ) -> None:  # fmt: skip
     (features, D), device = matrices[0].shape, matrices[0].device
-    size = max(32, triton.next_power_of_2(D))
+    size, warps = row_size(D)
     with on(device):
-        sparse: tuple[Tensor | None, ...] = (None,) * 5
-        split = 0
-        if values is not None and indices is not None:
-            decode._check_on_cpu(indices, crow, features)
-            split, sparse = _transposed(values, indices, crow, grad, features, min(512, size))
+        split, sparse = slots(values, indices, crow, grad, features)
         if features == 0 or D == 0:
             return
         adam_kernel[(features,)](
             *matrices, grad, *sparse, factor, squares,
             grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, *numbers,
-            SPARSE=values is not None, FACTOR=factor is not None, PROJECT=project, NORMALISE=normalise, SQUARES=squares is not None,
-            COLUMNS=size, num_warps=min(16, max(1, size // 512)), enable_fp_fusion=False,
+            SPARSE=values is not None, STRIDED=grad.stride(1) != 1, FACTOR=factor is not None, PROJECT=project, NORMALISE=normalise,
+            SQUARES=squares is not None, COLUMNS=size, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def row_size(D: int) -> tuple[int, int]:
+    """(columns, warps) of a program that holds a row of D."""
+    size = max(32, triton.next_power_of_2(D))
+    return size, min(16, max(1, size // 512))
+
+
+def slots(
+    values: Tensor | None, indices: Tensor | None, crow: Tensor | None, grad: Tensor, features: int
+) -> tuple[int, tuple[Tensor | None, ...]]:  # fmt: skip
+    """What ``gradient_row`` reads beside ``grad``: (slots a partial sum, the slots by feature); nothing where ``grad`` is the gradient."""
+    if values is None or indices is None:
+        return 0, (None,) * 5
+    decode._check_on_cpu(indices, crow, features)
+    return _transposed(values, indices, crow, grad, features, min(512, row_size(grad.shape[1])[0]))
 
 
 def _transposed(
@@ -132,5 +167,6 @@ def _transposed(
         decode.decode_partials_kernel[owner.numel(), triton.cdiv(D, size)](
             values, row, grad, segments, chunks, owner, partials,
             features, grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, COLUMNS=size, num_warps=1, maxnreg=decode.REGISTERS,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return split, (values, row, segments, chunks, partials)

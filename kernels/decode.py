@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae import _flags
+from fastsae.kernels._jit import kernel
 
 SLOTS = 16  # decode_dvalues: slots a program holds
 SPLIT = 128  # decode_dweight: slots of one feature summed by one program
@@ -92,7 +93,7 @@ def _row_slots(crow, row, k, n_slots, RAGGED: tl.constexpr):
     return start, end
 
 
-@triton.jit(do_not_specialize=["k", "n_slots", "n_features"])
+@kernel(do_not_specialize=["k", "n_slots", "n_features"])
 def decode_kernel(
     values,
     indices,
@@ -133,7 +134,7 @@ def _sum_lanes(x, ROWS: tl.constexpr):
     return tl.reshape(x, (ROWS,))
 
 
-@triton.jit(do_not_specialize=["k", "n_slots", "n_features"])
+@kernel(do_not_specialize=["k", "n_slots", "n_features"])
 def decode_dvalues_kernel(
     grad,
     indices,
@@ -180,7 +181,7 @@ def decode_dvalues_kernel(
         tl.store(flag + tl.zeros((SLOTS,), tl.int32), 1, mask=live & (known == 0))
 
 
-@triton.jit(do_not_specialize=["n_slots", "n_features"])
+@kernel(do_not_specialize=["n_slots", "n_features"])
 def sort_keys_kernel(indices, keys, flag, n_slots, n_features, SIZE: tl.constexpr):
     """The feature of each slot, -1 where it is out of range."""
     slot = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -191,7 +192,7 @@ def sort_keys_kernel(indices, keys, flag, n_slots, n_features, SIZE: tl.constexp
     tl.store(flag + tl.zeros((SIZE,), tl.int32), 1, mask=live & (known == 0))
 
 
-@triton.jit(do_not_specialize=["n_features", "n_rows", "split"])
+@kernel(do_not_specialize=["n_features", "n_rows", "split"])
 def decode_partials_kernel(
     values,
     rows,
@@ -220,7 +221,7 @@ def decode_partials_kernel(
         tl.store(partials + chunk * stride_p + d, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "split"])
+@kernel(do_not_specialize=["n_rows", "split"])
 def decode_dweight_kernel(
     values,
     rows,
@@ -252,7 +253,7 @@ def decode_dweight_kernel(
     tl.store(out + feature * stride_f + d * stride_d, (total + rest).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def turn_kernel(source, target, n_rows, n_columns, source_r, source_c, target_r, target_c, SIZE: tl.constexpr):
     """target = source, by tiles that are read and written along the contiguous side of each."""
     r = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -281,7 +282,7 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
             decode_kernel[rows, _blocks(panel.shape[1], size)](
                 values, indices, crow, panel, None if b is None else b[part], y[:, part], flag,
                 k, indices.numel(), n_features, panel.shape[1], panel.stride(0), panel.stride(1), D,
-                RAGGED=crow is not None, BIAS=b is not None, COLUMNS=size, num_warps=1, maxnreg=REGISTERS,
+                RAGGED=crow is not None, BIAS=b is not None, COLUMNS=size, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
             )  # fmt: skip
     return y
 
@@ -305,7 +306,7 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
             decode_dvalues_kernel[rows, min(groups, max(1, 4096 // rows))](
                 grad[:, part], indices, crow, panel, dvalues, flag,
                 k, n_slots, n_features, panel.shape[1], grad.stride(0), grad.stride(1), panel.stride(0), panel.stride(1),
-                RAGGED=crow is not None, RESUME=part.start > 0, SLOTS=SLOTS, num_warps=2, maxnreg=REGISTERS,
+                RAGGED=crow is not None, RESUME=part.start > 0, SLOTS=SLOTS, num_warps=2, maxnreg=REGISTERS, enable_fp_fusion=False,
             )  # fmt: skip
     return dvalues.to(grad.dtype).reshape(shape)
 
@@ -339,12 +340,12 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
                 decode_partials_kernel[n_partials, _blocks(n_columns, size)](
                     values, row, panel, segments, chunks, owner, partials,
                     n_features, panel.shape[0], n_columns, split, panel.stride(0), panel.stride(1), width,
-                    COLUMNS=size, num_warps=1, maxnreg=REGISTERS,
+                    COLUMNS=size, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
                 )  # fmt: skip
             decode_dweight_kernel[n_features, _blocks(n_columns, size)](
                 values, row, panel, segments, chunks, partials, target,
                 panel.shape[0], n_columns, split, panel.stride(0), panel.stride(1), width, target.stride(0), target.stride(1),
-                COLUMNS=size, num_warps=1, maxnreg=REGISTERS,
+                COLUMNS=size, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
             )  # fmt: skip
             if work is not None:
                 _turn(target, out[:, part])
@@ -355,7 +356,9 @@ def _by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     # The narrowest key that holds -1 .. F-1: a radix sort passes over each of its bytes.
     dtype = torch.int16 if n_features <= 1 << 15 else torch.int32 if n_features <= 1 << 31 else torch.int64
     keys = torch.empty(indices.shape, dtype=dtype, device=indices.device)
-    sort_keys_kernel[(triton.cdiv(keys.numel(), 1024),)](indices, keys, _flags.flag(indices.device), keys.numel(), n_features, SIZE=1024)
+    sort_keys_kernel[(triton.cdiv(keys.numel(), 1024),)](
+        indices, keys, _flags.flag(indices.device), keys.numel(), n_features, SIZE=1024, enable_fp_fusion=False
+    )
     keys, order = torch.sort(keys, stable=True)
     ends = torch.arange(-1, n_features, dtype=dtype, device=indices.device)
     return order, torch.searchsorted(keys, ends, right=True)
@@ -405,7 +408,7 @@ def _panels(matrix: Tensor, n_reads: int, width: int | None = None) -> Iterator[
 def _turn(source: Tensor, target: Tensor) -> Tensor:
     rows, columns = source.shape
     grid = triton.cdiv(rows, 64), triton.cdiv(columns, 64)
-    turn_kernel[grid](source, target, rows, columns, *source.stride(), *target.stride(), SIZE=64, num_warps=4)
+    turn_kernel[grid](source, target, rows, columns, *source.stride(), *target.stride(), SIZE=64, num_warps=4, enable_fp_fusion=False)
     return target
 
 

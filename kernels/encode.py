@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastsae import _flags
 from fastsae.kernels import _masks, _select, _tile
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
 from fastsae.kernels._select import bucket_index, load_candidates
@@ -73,7 +74,7 @@ def emit_rows(
     emit(tl.reshape(key, (ROWS, DEEP, BUCKETS)), keys, columns, to, n_buckets, mask, BEST, DEEP)
 
 
-@triton.jit(do_not_specialize=["first_row", "first", "n_rows", "n_panel", "n", "n_buckets", "D"])
+@kernel(do_not_specialize=["first_row", "first", "n_rows", "n_panel", "n", "n_buckets", "D"])
 def emit_kernel(
     x, W, chosen, x_factors, W_factors, scale, bias, keys, columns,
     first_row, first, n_rows, n_panel, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
@@ -105,7 +106,7 @@ def emit_kernel(
             emit_rows(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "D", "k", "tile_stride"])
+@kernel(do_not_specialize=["n_rows", "n", "n_buckets", "D", "k", "tile_stride"])
 def rescan_kernel(
     x, W, chosen, scale, bias, slot_of, tile_flags, keys,
     n_rows, n, n_buckets, D, k, stride, tile_stride, x_r, x_d, W_f, W_d,
@@ -129,7 +130,7 @@ def rescan_kernel(
             tl.store(keys + (rows * stride)[:, None, None] + at, key, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "k", "room", "n_buckets", "n_slots"])
+@kernel(do_not_specialize=["n_rows", "n", "k", "room", "n_buckets", "n_slots"])
 def list_kernel(
     keys, ids, slot_of, flagged, n_flagged, n_rows, n, k, room, n_buckets, n_slots,
     BUCKETS: tl.constexpr, DEEP: tl.constexpr, SIZE: tl.constexpr,
@@ -151,7 +152,7 @@ def list_kernel(
     tl.store(keys + p, -(2**31), mask=again | (listed & (f >= n)))
 
 
-@triton.jit(do_not_specialize=["first_row", "n_rows", "n", "n_buckets", "D"])
+@kernel(do_not_specialize=["first_row", "n_rows", "n", "n_buckets", "D"])
 def exact_kernel(
     x, W, chosen, centre, scale, bias, only, keys, columns,
     first_row, n_rows, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
@@ -185,7 +186,7 @@ def exact_kernel(
                 emit_rows(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_entries", "n_buckets", "k", "n_extra", "n_slots"])
+@kernel(do_not_specialize=["n_rows", "n_entries", "n_buckets", "k", "n_extra", "n_slots"])
 def widen_kernel(
     keys, columns, cut, floor, kept_keys, ids, lengths, flagged, n_flagged, crowded,
     n_rows, n_entries, n_buckets, k, n_extra, n_slots, stride, kept_stride,
@@ -233,7 +234,7 @@ def widen_kernel(
     tl.store(n_flagged + rows, tl.where(full, 0, slots), mask=live)
 
 
-@triton.jit(do_not_specialize=["first_row", "first", "n", "n_buckets", "n_slots", "D"])
+@kernel(do_not_specialize=["first_row", "first", "n", "n_buckets", "n_slots", "D"])
 def rescore_kernel(
     x, W, chosen, centre, scale, bias, columns, lengths, flagged, n_flagged, ids, keys,
     first_row, first, n, n_buckets, n_slots, D, stride, emitted_stride, x_r, x_d, W_f, W_d,
@@ -398,6 +399,7 @@ def _select_emitted(
         0 if tile_flags is None else tile_flags.shape[1],
         EMITTED=True, LISTED=False, COUNTED=False, ONLY=only is not None, FLAG=flagged is not None, MAPPED=slot_of is not None,
         BUCKETS=plan.a_tile, DEEP=plan.deep, TILE_ROWS=tile.rows, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -420,7 +422,7 @@ def _direct_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tenso
     room = plan.room(direct=True)
     list_kernel[(triton.cdiv(rows * room, 1024),)](
         kept_keys, kept_ids, slot_of, flagged, n_flagged, rows, p.n, plan.k, room, plan.number, flagged.shape[1],
-        BUCKETS=plan.a_tile, DEEP=plan.deep, SIZE=1024,
+        BUCKETS=plan.a_tile, DEEP=plan.deep, SIZE=1024, enable_fp_fusion=False,
     )  # fmt: skip
     return kept_keys, kept_ids, n_flagged.mul_(plan.deep).add_(plan.k)
 
@@ -458,6 +460,7 @@ def settle(p: Problem, plan: Buckets, keys: Tensor, columns: Tensor, floor: Tens
         keys, columns, cut, floor, kept_keys, kept_ids, lengths, flagged, n_flagged, crowded,
         rows, plan.entries, plan.number, plan.k, plan.extra, plan.slots, plan.entries, kept_keys.stride(0),
         FLOORED=floor is not None, BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
+        enable_fp_fusion=False,
     )  # fmt: skip
     _exact(p, keys, columns, plan, crowded, 1, plan.a_tile * plan.deep)
     _select_emitted(keys, columns, plan, p.tile, crowded, (kept_keys, kept_ids), cut, flagged, n_flagged, None, None)

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.kernels import _select, _tile, encode
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._problem import WORKSPACE, Problem, rounded
 from fastsae.kernels._tile import Tile, cells, exact, interval, n_tiles, products, upper_key
 from fastsae.kernels.encode import Buckets, emit, emit_rows, topk
@@ -37,7 +38,7 @@ _NOTHING = -(2**31)
 # ---------------------------------------------------------------- device code
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "x_stride", "W_stride", "D"])
+@kernel(do_not_specialize=["n_rows", "n_columns", "x_stride", "W_stride", "D"])
 def pair_kernel(
     x, W, x_factors, W_factors, row_keys, row_places, low_keys, low_places, column_keys, column_places,
     n_rows, n_columns, x_stride, W_stride, D, x_r, W_f,
@@ -78,7 +79,7 @@ def pair_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["k", "D"])
+@kernel(do_not_specialize=["k", "D"])
 def similarity_kernel(x, W, indices, values, k, D, x_r, x_d, W_f, W_d, COLUMNS: tl.constexpr):
     """values[row, s] = the exact product of a row and the feature that indices[row, s] names."""
     n_parts = tl.cdiv(k, COLUMNS)

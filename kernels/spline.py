@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastsae import _flags
 from fastsae.kernels import _masks, _tile
+from fastsae.kernels._jit import kernel
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import chunks, problem
 from fastsae.kernels._tile import pack_bits, unpack_bits
@@ -26,7 +27,7 @@ from fastsae.kernels._tile import pack_bits, unpack_bits
 # ---------------------------------------------------------------- device code
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "n_words"])
+@kernel(do_not_specialize=["n_rows", "n", "n_words"])
 def sign_kernel(z, words, n_rows, n, n_words, z_r, z_c, ROWS: tl.constexpr, WORDS: tl.constexpr):
     n_parts = tl.cdiv(n_words, WORDS)
     rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -40,7 +41,7 @@ def sign_kernel(z, words, n_rows, n, n_words, z_r, z_c, ROWS: tl.constexpr, WORD
     )
 
 
-@triton.jit(do_not_specialize=["n", "layer", "seed"])
+@kernel(do_not_specialize=["n", "layer", "seed"])
 def key_kernel(keys, n, layer, seed, SIZE: tl.constexpr):
     """keys [n, 2]: two int64 of each neuron."""
     neuron = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -60,7 +61,7 @@ def _xor(x, ROWS: tl.constexpr):
     return tl.reshape(x, (ROWS,))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_words"])
+@kernel(do_not_specialize=["n_rows", "n_words"])
 def hash_kernel(words, keys, out, n_rows, n_words, PARTS: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
@@ -128,7 +129,7 @@ def _pack(z: Tensor) -> Tensor:
     if words.numel():
         ROWS, WORDS = min(8, triton.next_power_of_2(rows)), min(8, triton.next_power_of_2(words.shape[1]))
         grid = triton.cdiv(rows, ROWS) * triton.cdiv(words.shape[1], WORDS)
-        sign_kernel[(grid,)](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4)
+        sign_kernel[(grid,)](z, words, rows, n, words.shape[1], *z.stride(), ROWS=ROWS, WORDS=WORDS, num_warps=4, enable_fp_fusion=False)
     return words
 
 
@@ -157,7 +158,9 @@ def _hash(words: Tensor, layer: int, seed: int, bits: int) -> Tensor:
             n = 32 * n_words
             keys = torch.empty((n, 2), dtype=torch.int64, device=device)
             size = min(256, triton.next_power_of_2(n))
-            key_kernel[(triton.cdiv(n, size),)](keys, n, layer, seed, SIZE=size, num_warps=4)
+            key_kernel[(triton.cdiv(n, size),)](keys, n, layer, seed, SIZE=size, num_warps=4, enable_fp_fusion=False)
             ROWS = min(256, triton.next_power_of_2(rows)) if _tile.interpreting() else 16
-            hash_kernel[(triton.cdiv(rows, ROWS),)](words, keys, out, rows, n_words, PARTS=parts, ROWS=ROWS, num_warps=4)
+            hash_kernel[(triton.cdiv(rows, ROWS),)](
+                words, keys, out, rows, n_words, PARTS=parts, ROWS=ROWS, num_warps=4, enable_fp_fusion=False
+            )
     return out[:, 0] if parts == 1 else out

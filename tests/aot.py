@@ -20,8 +20,10 @@ from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -123,8 +125,42 @@ def _specialise(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, A
     return Launch(kernel, grid, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
-def compile_launch(launch: Launch, capability: int) -> Usage:
+def _source(launch: Launch) -> ASTSource:
     attrs = {(number,): [["tt.divisibility", 16]] for number in launch.aligned}
-    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
+    return ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
+
+
+def narrow_products(launch: Launch) -> set[str]:
+    """The functions of a launch's code that multiply two integers, neither of them a constant, in 32 bits: a stride times a column may
+    pass 2^31."""
+    target = GPUTarget("cuda", 90, 32)
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(dict(launch.options))
+    generators = backend.get_codegen_implementation(options)
+    code = str(_source(launch).make_ir(target, options, generators, backend.get_module_map(), context))
+    found, function, made = set(), "", {}
+    for line in code.splitlines():
+        if name := re.search(r"tt\.func \w+ @\"?([\w.]+?)(__.*)?\"?\(", line):
+            function, made = name[1], {}
+        elif operation := re.match(r"\s*(%[\w#]+)(?::\d+)? = (\S+)\s*(.*)", line):
+            made[operation[1]] = operation[2], operation[3]
+            if operation[2] == "arith.muli" and re.search(r": (i32|tensor<.*xi32>) loc", line):
+                factors = re.findall(r"%[\w#]+", operation[3])[:2]
+                if not any(_is_constant(factor, made) for factor in factors):
+                    found.add(function.rpartition(".")[2])
+    return found
+
+
+def _is_constant(value: str, made: dict[str, Any]) -> bool:
+    operation, rest = made.get(value, ("", ""))
+    if operation in ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", "arith.bitcast"):
+        return _is_constant(re.findall(r"%[\w#]+", rest)[0], made)
+    return operation == "arith.constant"
+
+
+def compile_launch(launch: Launch, capability: int) -> Usage:
+    source = _source(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     return Usage(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)

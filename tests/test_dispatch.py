@@ -14,6 +14,7 @@ import torch
 
 import fastsae
 from fastsae import dispatch
+from fastsae.__main__ import main
 from fastsae.dispatch import OPS, BackendError, Choice, Row, explain, use_backend
 
 DECODE = OPS["decode"]
@@ -330,3 +331,21 @@ def test_the_request_travels_into_a_compiled_function(rows: list[str]) -> None:
     with use_backend("reference"):
         compiled(LATENTS.values)
     assert rows == ["cpu", "reference"]
+
+
+def test_commands_with_a_wrong_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--backend", "gpu", "--ops", "decode"]) == 2
+    assert "unknown name 'gpu'" in capsys.readouterr().err
+    monkeypatch.setenv("FASTSAE_BACKEND", "reference")
+    assert main(["info"]) == 0
+    assert "request FASTSAE_BACKEND=reference, before the order below" in capsys.readouterr().out
+    monkeypatch.setenv("FASTSAE_BACKEND", "gpu")
+    assert main(["info"]) == 0
+    assert "request FASTSAE_BACKEND: unknown name 'gpu'" in capsys.readouterr().out
+
+    def interrupt(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastsae.__main__.info", interrupt)
+    assert main(["info"]) == 130
+    assert "fastsae info: interrupted" in capsys.readouterr().err

@@ -156,6 +156,8 @@ def test_errors() -> None:
     good = SAE(D, F, TopK(4))
     for members, error, match in (
         ([], ValueError, "at least one"),
+        (good, TypeError, "members must be an iterable of SAEs, got SAE"),
+        (None, TypeError, "members must be an iterable of SAEs, got NoneType"),
         ([good, 3], TypeError, r"members\[1\] must be an SAE, got int"),
         ([good, good], ValueError, "given twice"),
         ([good, SAE(D, F + 1, TopK(4))], ValueError, f"d_sae must be {F} in all members, got {F + 1} in 1"),

@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import fastsae
 from fastsae import RaggedLatents, TopKLatents
@@ -221,6 +223,7 @@ def integers() -> Iterator[Any]:
 def test_integers(op: str, name: str, low: int, high: int | None) -> None:
     for wrong in (True, False, 2.0, "2", None, torch.tensor(2)):
         rejects(TypeError, rf"^{op}: {name} must be an int, got {type(wrong).__name__}$", op, **{name: wrong})
+    rejects(TypeError, rf"^{op}: {name} must be an int, got numpy.int64$", op, **{name: np.int64(2)})
     for wrong in (low - 1, -(10**30), *(() if high is None else (high + 1, 10**30))):
         rejects(ValueError, rf"^{op}: {name} must be at least {low}.*, got {wrong}$", op, **{name: wrong})
     call(op, **{name: low})
@@ -292,6 +295,31 @@ def test_exclude_self_leaves_one_fewer() -> None:
     rejects(ValueError, r"k must be at least 1 and at most 6 \(M - 1 with exclude_self\), got 7", "match_cosine", k=7, exclude_self=True)
     with pytest.raises(ValueError, match="at most 0"):
         fastsae.match_cosine(draw(3, 4), draw(1, 4), exclude_self=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("encode_topk", "x"), ("encode_threshold", "W_enc"), ("encode_batch_topk", "b_enc"), ("encode_gated", "r_mag"),
+                     ("decode", "W_dec"), ("reconstruct", "W_dec"), ("match_cosine", "a"), ("select_topk", "z")],
+)  # fmt: skip
+def test_derivatives_that_would_be_lost_in_silence(op: str, name: str) -> None:
+    given = VALID[op][name]
+
+    def total(value: Tensor) -> Tensor:
+        return sum(leaf.sum() for leaf in pytree.tree_leaves(call(op, **{name: value})) if leaf.is_floating_point())  # pyright: ignore[reportReturnType]
+
+    message = rf"^(encode_topk|decode|{op}): (forward-mode derivatives|derivatives inside torch.func) .* are not supported"
+    for derive in (
+        lambda: torch.func.jvp(total, (given,), (given,)),
+        lambda: torch.func.jacfwd(total)(given),
+        lambda: torch.func.grad(total)(given),
+        lambda: torch.func.vmap(total)(given.expand(2, *given.shape).clone().requires_grad_()),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            derive()
+    with torch.autograd.forward_ad.dual_level():
+        total(given)  # no tangent, nothing to lose
+        with pytest.raises(NotImplementedError, match=message):
+            total(torch.autograd.forward_ad.make_dual(given, given))
 
 
 # ---------------------------------------------------------------- subsets and indices

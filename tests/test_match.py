@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae import MMCS_VARIANTS, MmcsVariant, match, match_cosine, mmcs, mmcs_matrix, native
+from fastsae.__main__ import main
 from fastsae.ops import _common
 
 optimize = pytest.importorskip("scipy.optimize")
@@ -341,10 +343,11 @@ def test_what_variants_refuse() -> None:
         ({"variant": "median"}, r"^mmcs: variant must be .*truth_recovery.* got 'median'"),
         ({"variant": "mcc", "direction": "a_to_b"}, "^mmcs: give direction or variant"),
         ({"variant": "self_similarity"}, r"^mmcs: a variant with exclude_self .* got \[9, 6\] and \[12, 6\]"),
+        ({"variant": "self_similarity", "b": a + 1}, "^mmcs: a variant with exclude_self .* a and b must be equal"),
         ({"variant": "mcc", "weights": (torch.ones(9, dtype=torch.float64), None)}, "^mmcs: weights go with the mean"),
     ):
         with pytest.raises(ValueError, match=message):
-            mmcs(a, b, **options)
+            mmcs(a, **{"b": b, **options})
     for wrong in (
         lambda: MmcsVariant("up"),
         lambda: MmcsVariant(summary="median"),
@@ -379,8 +382,30 @@ def test_transposed_views_and_saes_and_files(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "empty", "must hold one of"), (tmp_path / "damaged.safetensors", "not a safetensors file")):
         with pytest.raises(ValueError, match=message):
             mmcs(path, other)
-    with pytest.raises(FileNotFoundError):
-        mmcs(tmp_path / "missing.safetensors", other)
+    for missing in (tmp_path / "missing.safetensors", "nothing"):
+        with pytest.raises(FileNotFoundError, match=r"neither a folder nor a file|No such file"):
+            mmcs(missing, other)
+    assert mmcs(fastsae.save_checkpoint(tmp_path / "run.pt", sae), other) == expected
+    for content, message in ((sae, "Unsupported global.*fastsae.sae.SAE"), (other, "got Tensor"), ({"step": 3}, "got int for 'step'")):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=rf"^match: a: .*other.pt .*{message}"):
+            mmcs(tmp_path / "other.pt", other)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (fastsae.SAE(6, size, fastsae.TopK(2), seed=size) for size in (10, 7))
+    paths = [str(fastsae.save_checkpoint(tmp_path / f"{sae.d_sae}.pt", sae)) for sae in (a, b.to(torch.bfloat16))]
+    wide = b.W_dec.detach().float()  # files of two dtypes: the narrower one is widened
+    assert main(["mmcs", *paths]) == 0
+    said = capsys.readouterr().out
+    assert "b  7 features, D = 6" in said and f"a_to_b  {mmcs(a, wide, 'a_to_b'):.4f}" in said and f"mean    {mmcs(a, wide):.4f}" in said
+    assert main(["mmcs", *paths, "--variant", "mcc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mcc"] == mmcs(a, wide, variant="mcc")
+    assert main(["mmcs", *paths, paths[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["a_to_b"] == mmcs_matrix([a, wide, a]).tolist()
+    for wrong, message in (([paths[0]], "give two dictionaries"), ([paths[0], "nothing"], "nothing is neither a folder nor a file")):
+        assert main(["mmcs", *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_two_matrices_that_may_be_transposed_warn() -> None:

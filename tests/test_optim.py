@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastsae
 from fastsae import RowGradient, TiledGradient
 from fastsae.dispatch import OPS
-from fastsae.optim import Adam, warmup_linear_decay
+from fastsae.optim import Adam, Signum, warmup_linear_decay
 
 B, D, F, K = 32, 20, 50, 4
 
@@ -106,6 +106,70 @@ def test_a_run_equals_autograd_with_torch_adam(clip: float | None, decay: float)
             assert difference <= 2e-5, name  # in practice, with selections that did not flip
     assert opt.steps == 10
     torch.testing.assert_close(torch.linalg.vector_norm(ours.W_dec, dim=1), torch.ones(F), rtol=2e-6, atol=0)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {"activation": fastsae.TopK(4), "aux": fastsae.AuxK(8), "dead_after": 500},
+    "batchtopk": {"activation": fastsae.BatchTopK(3.0), "prefixes": [8, 32]},
+    "jumprelu": {"activation": fastsae.JumpReLU(0.1, bandwidth=0.2), "l0": 0.01},
+    "relu": {"activation": fastsae.ReLU(), "l1": 0.02},
+    "gated": {"activation": fastsae.Gated(), "l1": 0.02},
+}
+
+
+def batch(step: int, n: int = 64) -> Tensor:
+    """Sparse combinations of 24 directions in 12 dimensions."""
+    generator = torch.Generator().manual_seed(step)
+    code = torch.rand(n, 24, generator=generator) * (torch.rand(n, 24, generator=generator) < 0.15)
+    return code @ unit(normal(24, 12))
+
+
+def autograd_step(sae: fastsae.SAE, theirs: torch.optim.Optimizer, loss: Tensor) -> None:
+    theirs.zero_grad()
+    loss.backward()
+    sae.remove_parallel_gradient_()
+    theirs.step()
+    sae.normalise_decoder_()
+
+
+def furthest(a: nn.Module, b: nn.Module) -> float:
+    return max(float((p - b.get_parameter(name)).detach().abs().max()) for name, p in a.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_equals_autograd_with_torch_adam(kind: str) -> None:
+    """After 1 and 10 steps from one state, and in what 200 free steps reach (selections flip, then runs drift apart)."""
+    lr = 3e-3
+    ours, other = (fastsae.SAE(12, 32, **KINDS[kind], seed=0).init_from(batch(1000, 512)) for _ in range(2))
+    opt, theirs = Adam(ours, lr=lr), torch.optim.Adam(other.parameters(), lr=lr)
+    losses = torch.zeros(200, 2)
+    for step in range(200):
+        x = batch(step)
+        loss = other.loss(x).loss
+        losses[step] = torch.stack([opt.step(x).loss, loss.detach()])
+        autograd_step(other, theirs, loss)
+        if step in (0, 9):
+            assert furthest(ours, other) <= 0.1 * lr
+    reached = losses[-20:].mean(0)
+    assert abs(float(reached[0] / reached[1]) - 1) <= 0.01
+    assert float(reached[0]) < 0.7 * float(losses[0, 0])  # it has learnt something
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
+def test_200_steps_with_replayed_selections_equal_plain_torch(kind: str) -> None:
+    """Plain torch on dense latents that keep what our run has kept: then only rounding is left."""
+    lr = 3e-3
+    options = {"activation": KINDS[kind]["activation"]}
+    ours, other = (fastsae.SAE(12, 32, **options, seed=0).init_from(batch(1000, 512)) for _ in range(2))
+    opt, theirs = Adam(ours, lr=lr), torch.optim.Adam(other.parameters(), lr=lr)
+    for step in range(200):
+        x = batch(step)
+        with torch.no_grad():
+            kept = ours.encode(x).to_dense() != 0
+        opt.step(x)
+        latents = torch.where(kept, (x - other.b_dec) @ other.W_enc.T + other.b_enc, 0)
+        autograd_step(other, theirs, (latents @ other.W_dec + other.b_dec - x).square().sum(1).mean())
+    assert furthest(ours, other) <= 0.1 * lr
 
 
 def test_clipping_reports_the_norm_before_it() -> None:
@@ -424,6 +488,17 @@ def test_a_step_needs_a_module_that_knows_its_gradients() -> None:
     for params, kind in ((nn.Linear(2, 2), "Linear"), ([("W", normal(2, 2))], "NoneType")):
         with pytest.raises(TypeError, match=rf"Adam.step: needs a module with step_gradients, got {kind}"):
             Adam(params).step(normal(2, 2))
+    for opt in (Adam(nn.Linear(2, 2)), Signum(nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match=rf"^{type(opt).__name__}.step: x must be given.*after loss.backward\(\) it is .*apply\(\)"):
+            opt.step()
+
+
+def test_a_parameter_that_was_replaced_is_not_left_behind_in_silence() -> None:
+    sae = fastsae.SAE(4, 8, fastsae.TopK(2), seed=0)
+    opt = Adam(sae)
+    sae.W_dec = nn.Parameter(sae.W_dec.detach().clone())
+    with pytest.raises(ValueError, match=r"^Adam.apply: W_dec of the module is another parameter now: make the optimiser after"):
+        opt.step(normal(5, 4).float())
 
 
 def test_options_may_be_set_and_are_checked() -> None:

@@ -167,6 +167,12 @@ def test_errors(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     Mine.__module__ = "elsewhere"
     with pytest.raises(TypeError, match=r"got elsewhere.*a subclass of Toy: subclasses are left alone"):
         fastsae.accelerate(Mine())
+    with pytest.raises(TypeError, match=rf"^accelerate: obj must be an instance, got the class {__name__}.Toy"):
+        fastsae.accelerate(Toy)
+    with pytest.raises(TypeError, match=r"got fastsae.sae.SAE \(made of the fast operations as it is\)"):
+        fastsae.accelerate(fastsae.SAE(2, 3, fastsae.TopK(1)))
+    with pytest.raises(TypeError, match=r"^encode: sae must be an SAE, trainer or runner .* got builtins.int"):
+        fastsae.encode(3, torch.zeros(1, 2))
     for call in (fastsae.accelerate, fastsae.report):
         with pytest.raises(TypeError, match=rf"{call.__name__}: obj must be an SAE, trainer or runner of SAELens, .* got builtins.int"):
             call(3)

@@ -401,6 +401,9 @@ def test_scaled_inputs_are_folded_and_metadata_is_written(tmp_path: Path) -> Non
         sae.save_pretrained(tmp_path, metadata={"a": 1})
     with pytest.raises(TypeError, match="metadata must be a mapping, got list"):
         sae.save_pretrained(tmp_path, format="saelens", metadata=[1])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^SAE.save_pretrained: metadata must hold JSON values: .* object"):
+        sae.save_pretrained(tmp_path / "half", format="saelens", metadata={"a": object()})
+    assert not (tmp_path / "half").exists()
     with pytest.raises(ValueError, match="format must be one of"):
         sae.save_pretrained(tmp_path, format="gemma_scope")  # pyright: ignore[reportArgumentType]
 
@@ -457,9 +460,16 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in ("../other", "a/../../b", "/etc", "a//b", "", ".", "a\\b", "*"):
         with pytest.raises(ValueError, match="subfolder must be a relative path inside the repository"):
             SAE.from_pretrained("owner/name", subfolder=bad)
-    for bad in ("one/two/three", "../name", "owner/na me", "nowhere", tmp_path / "no" / "no"):
+    for bad in ("one/two/three", "../name", "owner/na me", "nowhere", "./nowhere", "-a/b", tmp_path / "no" / "no"):
         with pytest.raises(FileNotFoundError, match="neither a folder nor a file"):
             SAE.from_pretrained(bad)
+
+    def offline(repository: str, **_: Any) -> str:
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=offline))
+    with pytest.raises(FileNotFoundError, match=r"owner/name is no folder or file here, and not to be had from the Hub: no connection"):
+        SAE.from_pretrained("owner/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install 'fastsae-kernels\\[hub\\]'"):
         SAE.from_pretrained("owner/name")

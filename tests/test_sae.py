@@ -386,7 +386,7 @@ def test_moves(name: str | None) -> None:
 
 def test_meta_is_refused_or_empty() -> None:
     sae = build("topk").to("meta")
-    with pytest.raises(TypeError, match="must be on cpu"):
+    with pytest.raises(TypeError, match="x must be on meta like the other tensors, got cpu"):
         sae(rows(3, 7))
     empty = SAE(7, 20, TopK(3), device="meta")
     assert {p.device.type for p in [*empty.parameters(), *empty.buffers()]} == {"meta"}
@@ -668,9 +668,14 @@ def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
         (lambda: build("topk").loss(rows(4, 7), mask=torch.ones(4)), TypeError, "mask must have dtype bool, got float32"),
         (lambda: build("topk").loss(rows(4, 7), l1="x"), TypeError, "l1 must be a number, got str"),
         (lambda: build("topk").loss(rows(4, 7), l0=1.0), ValueError, "l0 needs JumpReLU with a bandwidth"),
-        (lambda: build("topk")(rows(4, 6)), ValueError, r"W_enc must have shape \[F, D=6\]"),
-        (lambda: build("topk")(rows(4, 7).double()), TypeError, r"W_enc must have the dtype of x \(float64\), got float32"),
-        (lambda: build("topk")(rows(4, 7).to("meta")), TypeError, "W_enc must be on meta"),
+        (lambda: build("topk")(rows(4, 6)), ValueError, r"^SAE.encode: x must have shape \[.., d_in=7\], got \[4, 6\]"),
+        (lambda: build("topk").loss(rows(4, 7).double()), TypeError, r"^SAE.loss: x must have the dtype of the parameters \(float32\)"),
+        (
+            lambda: build("topk")(rows(4, 7).double()),
+            TypeError,
+            r"^SAE.encode: x must have the dtype of the parameters \(float32\), got float64",
+        ),
+        (lambda: build("topk")(rows(4, 7).to("meta")), TypeError, "^SAE.encode: x must be on cpu like the other tensors, got meta"),
     ],
 )
 def test_wrong_arguments(make: Any, error: type[Exception], message: str) -> None:

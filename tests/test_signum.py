@@ -13,8 +13,9 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import fastsae
-from fastsae import RowGradient, native
+from fastsae import RowGradient, _triton, native
 from fastsae.dispatch import OPS, use_backend
+from fastsae.ops import signum
 from fastsae.optim import Signum, warmup_linear_decay
 
 LEVELS = native.isa_levels() if native.unavailable() is None else []
@@ -148,6 +149,15 @@ def test_without_projection_the_kernel_has_the_bits_of_torch() -> None:
             assert all(torch.equal(a, b) for a, b in zip(*results))
         else:
             torch.testing.assert_close(*results)
+
+
+def test_refusals_of_the_triton_row() -> None:
+    rest = (normal(4, 3), None, None, None, 1e-3, 0.9, 0.1, False, False)
+    wide = torch.empty(4, 8193)
+    assert signum.triton_refuses(normal(3, 4).T, normal(4, 3), *rest) == "y is not contiguous (supported: row-major weights and moments)"
+    assert signum.triton_refuses(normal(4, 3), normal(3, 4).T, *rest) == "z is not contiguous (supported: row-major weights and moments)"
+    assert signum.triton_refuses(wide, wide, *rest) == "rows of 8193 (supported: at most 8192)"
+    assert "device cpu" in str(signum.triton_refuses(normal(4, 3), normal(4, 3), *rest)) or _triton.interpreting()
 
 
 @given(seed=st.integers(0, 2**31 - 1), rows=st.sampled_from([0, 1, 17, 40]), width=st.sampled_from([1, 15, 16, 33]), project=st.booleans())

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 import fastsae
 from fastsae.dispatch import OPS
-from fastsae.kernels import _masks, _problem, _select, _tile, adam, encode, match, spline
+from fastsae.kernels import _masks, _problem, _select, _tile, adam, decode, encode, match, signum, spline
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_TOPK
 from fastsae.ops.match import MATCH_COSINE, MATCH_PAIR
 
@@ -452,6 +452,32 @@ def test_a_bad_subset_raises() -> None:
         spline.spline_code(x, W, None, torch.tensor([-1]))
 
 
+# ---------------------------------------------------------------- optimisers
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize("unit", [False, True])
+def test_slots_move_signum_as_the_matrix_does_that_decode_dweight_writes(unit: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    values, grad = torch.randn(300, 4, generator=generator), torch.randn(300, 19, generator=generator)
+    indices = torch.randint(0, 29, (300, 4), generator=generator)
+    indices[:, 0] = 5  # more slots than a partial sum takes
+    matrix = torch.empty(30, 19)
+    decode.decode_dweight(values, indices, None, grad, matrix)
+    assert not matrix[29].any()
+    results = []
+    for given in ((grad, values, indices, None), (matrix, None, None, None)):
+        y, z = torch.randn(30, 19, generator=torch.Generator().manual_seed(1)), torch.zeros(30, 19)
+        y /= torch.linalg.vector_norm(y, dim=1, keepdim=True)
+        signum.signum(y, z, *given, 1e-2, 0.9, 0.3, unit, unit)
+        results.append((y, z))
+    assert torch.equal(results[0][0], results[1][0])
+    # A feature without slots has gradient 0, where a matrix of zeros has the sign of what the projection leaves: 0 as well.
+    assert torch.equal(results[0][1], results[1][1])
+    assert not results[0][1][29].any()
+
+
 # ---------------------------------------------------------------- ahead of time
 
 
@@ -465,6 +491,7 @@ def _calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any
         m, grad = torch.zeros(512, 768), torch.zeros(300, 768)
         slots = torch.zeros(300, 32), torch.zeros(300, 32, dtype=torch.int64)
         yield lambda: adam.adam(m, m, m, grad, *slots, None, numbers[0], 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
+        yield lambda: signum.signum(m, m, grad, *slots, None, 1e-3, 0.95, 0.1, True, True)
         yield lambda: match.match_cosine(x, x, 8, True, True, 1e-8)
         yield lambda: _pair(W[:8192], 1, 1)
     if everything:
@@ -480,6 +507,7 @@ def _calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any
             wide = torch.zeros(64, adam.MOST_COLUMNS)
             yield lambda: adam.adam(wide, wide, wide, wide, None, None, None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
             yield lambda: adam.grad_squares(m, grad, *slots, None, True)
+            yield lambda: signum.signum(wide, wide, wide, None, None, None, 1e-3, 0.95, 0.1, True, True)
             yield lambda: _pair(W[:8192], 8, 8)
             yield lambda: encode.encode_topk(x, W, vector, None, None, torch.arange(20000), _problem.pack(W), 32, True)
 
@@ -528,7 +556,12 @@ def test_compiles_within_the_chip(
             with aot.record() as launches:
                 call()
             found.update({(l.name, l.signature, l.constants, l.aligned, l.options): l for l in launches})
-    names = {name for module in (_tile, _select, _masks, encode, match, spline, adam) for name in vars(module) if name.endswith("_kernel")}
+    names = {
+        name
+        for module in (_tile, _select, _masks, encode, match, spline, adam, signum)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
     assert {launch.name for launch in found.values()} >= names - ({"sign_kernel"} if not full else set())
     # All forms of what multiplies matrices, one or two of the rest.
     chosen = [launch for launch in found.values() if launch.name in MATRIX]
@@ -546,8 +579,48 @@ def test_compiles_within_the_chip(
             assert usage.resources["LOCAL"] == 0, launch
             # What a tile's consumer spills is spilled once a tile; nothing is in the loop over d.
             assert not any(re.match(r"(@\S+ )?(LDL|STL)", text) for text in usage.matrix_loop), launch
-        elif launch.name in ("exact_kernel", "rescore_kernel", "refine_kernel", "adam_kernel", "round_kernel"):
+        elif launch.name in ("exact_kernel", "rescore_kernel", "refine_kernel", "adam_kernel", "signum_kernel", "round_kernel"):
             assert usage.resources["STACK"] == usage.resources["LOCAL"] == 0, (launch, usage.resources)
+
+
+def _strided_calls() -> Iterator[Callable[[], Any]]:
+    """Every matrix with two strides that are not 1."""
+    x, W = torch.zeros(40, 200)[:, ::2], torch.zeros(3000, 200)[:, ::2]
+    vector, m, grad, dense = torch.zeros(3000), torch.zeros(3000, 100), torch.zeros(100, 40).T, torch.zeros(100, 3000).T
+    slots = torch.zeros(40, 4), torch.zeros(40, 4, dtype=torch.int64)
+    low_x, low_W = (t.to(torch.bfloat16).repeat(1, 2)[:, ::2] for t in (x, W))
+    yield lambda: encode.encode_topk(low_x, low_W, None, None, None, None, None, 4, True)
+    yield lambda: encode.encode_topk(x, W, None, x[0], None, None, None, 4, True)
+    yield lambda: encode.encode_topk(x, W, None, None, None, None, None, 600, True)
+    yield lambda: _ragged(encode.problem(low_x, low_W, None, None, None, None), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype)
+    yield lambda: _ragged(encode.problem(x, W, None, None, None, None), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype)
+    yield lambda: spline.hash_signs(x, torch.arange(9), 0, 5, 128)
+    yield lambda: match.match_cosine(x, W, 8, True, True, 1e-8)
+    yield lambda: decode.decode(*slots, None, W, None)
+    yield lambda: decode.decode_dvalues(x, slots[1], None, W)
+    yield lambda: decode.decode_dweight(*slots, None, x, W)
+    yield lambda: _pair(torch.zeros(8192, 64), 1, 1)
+    for given in ((grad, *slots, None), (dense, None, None, None)):
+        yield lambda given=given: adam.adam(m, m, m, *given, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
+        yield lambda given=given: signum.signum(m, m, *given, 1e-3, 0.95, 0.1, True, True)
+
+
+@compiled
+def test_no_stride_is_multiplied_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import aot
+
+    monkeypatch.setattr(_tile, "tile_for", lambda device: _tile._TILES[9, 0])
+    found: dict[tuple, Any] = {}
+    for call in _strided_calls():
+        with aot.record() as launches:
+            call()
+        found.update({(l.name, tuple(name for name, _ in l.constants)): l for l in launches})
+    modules = (_tile, _select, _masks, encode, match, spline, adam, signum, decode)
+    names = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {launch.name for launch in found.values()} == names
+    for launch in found.values():
+        # Tiles of rows times tiles of columns are programs, of which there are fewer than 2^31.
+        assert aot.narrow_products(launch) <= {"n_tiles"}, launch
 
 
 # ---------------------------------------------------------------- on a GPU: what none of the above can show
@@ -638,4 +711,4 @@ def test_gpu_tensor_cores_keep_the_interval(kind: str) -> None:
 def test_the_table_names_the_rows() -> None:
     rows = {name for name, op in OPS.items() if any(row.backend == "triton" for row in op.rows)}
     assert {"encode_topk", "encode_threshold", "encode_batch_topk", "encode_gated", "match_cosine", "match_pair"} <= rows
-    assert {"spline_code", "spline_hash", "pack_signs", "hash_signs", "hash_code", "adam", "grad_squares"} <= rows
+    assert {"spline_code", "spline_hash", "pack_signs", "hash_signs", "hash_code", "adam", "grad_squares", "signum"} <= rows

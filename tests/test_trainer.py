@@ -200,6 +200,25 @@ def test_order_of_batches() -> None:
     assert torch.equal(next(iter(again))["x"], expected)
 
 
+def test_a_state_of_other_batches_is_refused() -> None:
+    state = Batches(data(40), size=8).state_dict()
+    with pytest.raises(ValueError, match=r"^Batches.load_state_dict: size must be 8 as in the state, got 4"):
+        Batches(data(40), size=4).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^Batches.load_state_dict: rows must be 40 as in the state, got 30"):
+        Batches(data(30), size=8).load_state_dict(state)
+
+
+def test_batches_that_have_ended_take_no_step(tmp_path: Path) -> None:
+    trainer, stream = trained(checkpoint=tmp_path / "run.pt"), iter([data()] * 2)
+    assert trainer.fit(stream)["loss"] > 0 and trainer.step == 2
+    assert trainer.fit(stream) == {} and trainer.step == 2
+
+
+def trained(**options: Any) -> Trainer:
+    sae = build()
+    return Trainer(sae, adam(sae), progress=False, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -209,10 +228,22 @@ def test_order_of_batches() -> None:
         (lambda: Trainer(build(), adam(build()), every=0), ValueError, "every must be at least 1, got 0"),
         (lambda: Trainer(build(), adam(build()), anneal={"sparsity": abs}), ValueError, "anneal must name attributes .* got 'sparsity'"),
         (lambda: Trainer(build("relu"), adam(build()), anneal={"k": abs}), ValueError, "anneal must name attributes .* got 'k'"),
-        (lambda: Trainer(build(), adam(build()), progress=False).fit(iter([data()]), 3), ValueError, "batches ended after step 1 of 3"),
-        (lambda: Trainer(build(), adam(build()), progress=False).fit([], 3), ValueError, "batches ended after step 0 of 3"),
-        (lambda: Trainer(build(), adam(build()), progress=False).fit([3], 3), TypeError, r"a batch must be x, \(x, target\).* got int"),
-        (lambda: Trainer(build(), adam(build()), progress=False).fit([{"y": 3}], 3), TypeError, r"a batch must be .* got \['y'\]"),
+        (lambda: trained().fit(iter([data()]), 3), ValueError, "batches ended after step 1 of 3"),
+        (lambda: trained().fit([], 3), ValueError, "batches ended after step 0 of 3"),
+        (lambda: trained().fit([3], 3), TypeError, r"a batch must be x, \(x, target\).* got int"),
+        (lambda: trained().fit([{"y": 3}], 3), TypeError, r"a batch must be .* got \['y'\]"),
+        (lambda: trained().fit(data(), 3), TypeError, r"batches must be an iterable .* got Tensor \[200, 12\].*Batches\(x, size=..\)"),
+        (lambda: trained().fit(None, 3), TypeError, "^Trainer.fit: batches must be an iterable of batches, got NoneType$"),  # pyright: ignore
+        (lambda: trained().fit([data()], 2.5), TypeError, "^Trainer.fit: steps must be an int, got float"),  # pyright: ignore
+        (lambda: trained().fit([data()], 3, resume=True), ValueError, r"^Trainer.fit: resume needs .* Trainer\(checkpoint=..\)"),
+        (lambda: trained(checkpoint="/"), IsADirectoryError, "^Trainer: a checkpoint is a file, / is a folder"),
+        (lambda: trained(anneal={"k": 3}), TypeError, r"^Trainer: anneal\['k'\] must be a function of the step, got int"),
+        (lambda: Trainer(build(), adam(build())), ValueError, "^Trainer: opt must step parameters of sae, got Adam over others"),
+        (lambda: Trainer(build(), fastsae.optim.Adam(build())), ValueError, "^Trainer: opt must step parameters of sae, got Adam over"),
+        (lambda: Trainer(build(), fastsae.optim.Adam), TypeError, "opt must be an optimiser with a step method, got <class"),  # pyright: ignore
+        (lambda: Trainer(torch.nn.Linear(2, 2), None), TypeError, "^Trainer: sae must be an SAE, got Linear"),  # pyright: ignore
+        (lambda: Batches(data().numpy(), size=3), TypeError, "^Batches: x must be a tensor of rows, got ndarray"),  # pyright: ignore
+        (lambda: save_checkpoint("x", torch.nn.Linear(2, 2)), TypeError, "^save_checkpoint: sae must be an SAE or SAEs, got Linear"),  # pyright: ignore
         (lambda: Batches(data(10), size=11), ValueError, r"size must be at least 1 and at most 10 \(n=10\), got 11"),
         (lambda: Batches(data(10), data(9), size=3), ValueError, r"must have as many rows, got \[10, 9\]"),
         (lambda: save_checkpoint("x", build(), None, {"a": {"b": object()}}), TypeError, "extra.a.b must be a number.* got object"),
@@ -225,6 +256,15 @@ def test_wrong_arguments(make: Any, error: type[Exception], message: str) -> Non
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+def test_what_a_trainer_cannot_go_on_from(tmp_path: Path) -> None:
+    sae, path = build(), tmp_path / "x.pt"
+    save_checkpoint(path, sae, fastsae.optim.Adam(sae))
+    with pytest.raises(ValueError, match=r"^load_checkpoint: .* its optimiser's state does not fit Adam: KeyError\('param_groups'\)"):
+        trained(checkpoint=path).fit([data()], 3, resume=True)
+    with pytest.raises(ValueError, match=r"^Trainer.load: .*x.pt was not written by a Trainer: extra holds no 'step'"):
+        Trainer(sae, fastsae.optim.Adam(sae), checkpoint=path, progress=False).fit([data()], 3, resume=True)
 
 
 @each
@@ -277,7 +317,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is damaged or of something else"):
             load_checkpoint(path)
     torch.save({"sae": {}}, path)
-    with pytest.raises(ValueError, match="is damaged or of something else: 'config'"):
+    with pytest.raises(ValueError, match=r"is damaged or of something else: KeyError..config"):
         load_checkpoint(path)
 
 

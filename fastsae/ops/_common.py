@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 WORKSPACE_ELEMENTS = 1 << 24
 """Most elements that a reference holds in one temporary (64 MiB in float32), whatever B, F, N and M are."""
@@ -22,6 +23,33 @@ def chunks(total: int, cost: int, least: int = 1) -> Iterator[slice]:
     step = max(least, WORKSPACE_ELEMENTS // max(cost, 1))
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    """What a tensor of vmap holds; that of ``torch.func.grad`` says itself that it requires grad."""
+    while not t.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+        t = torch._C._functorch.get_unwrapped(t)  # pyright: ignore[reportAttributeAccessIssue]
+    return t
+
+
+def tracks(op: str, *tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these differentiable inputs. Derivatives that it does not record, which the kernels would drop
+    in silence, raise NotImplementedError: forward-mode ones, and those of ``torch.func``."""
+    given = [t for t in tensors if t is not None]
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if torch.compiler.is_compiling():
+        return records
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        raise NotImplementedError(
+            f"{op}: forward-mode derivatives (jvp, jacfwd, dual tensors) are not supported; use backward() or torch.autograd.grad"
+        )
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if transformed and torch.is_grad_enabled() and any(_unwrapped(t).requires_grad for t in given):
+        raise NotImplementedError(
+            f"{op}: derivatives inside torch.func (grad, vjp, jacrev, vmap of what requires grad) are not supported; use backward() "
+            "or torch.autograd.grad, or torch.no_grad() where none are wanted"
+        )
+    return records
 
 
 @contextmanager

@@ -216,14 +216,19 @@ def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generat
 # ---------------------------------------------------------------- rows
 
 
-def triton_refuses_adam(W: Tensor, m: Tensor, v: Tensor, *rest: Any) -> str | None:
-    """Why the Triton row cannot serve these arguments, or None."""
-    for name, matrix in (("W", W), ("m", m), ("v", v)):
+def matrices_refused(matrices: tuple[tuple[str, Tensor], ...]) -> str | None:
+    """Why a Triton program cannot hold rows of these weights and their state, or None."""
+    for name, matrix in matrices:
         if not matrix.is_contiguous():
             return f"{name} is not contiguous (supported: row-major weights and moments)"
-    if W.shape[1] > 8192:
-        return f"rows of {W.shape[1]} (supported: at most 8192)"
-    return triton_refuses(W, m, v, *rest)
+        if matrix.shape[1] > 8192:
+            return f"rows of {matrix.shape[1]} (supported: at most 8192)"
+    return None
+
+
+def triton_refuses_adam(W: Tensor, m: Tensor, v: Tensor, *rest: Any) -> str | None:
+    """Why the Triton row cannot serve these arguments, or None."""
+    return matrices_refused((("W", W), ("m", m), ("v", v))) or triton_refuses(W, m, v, *rest)
 
 
 def triton_refuses_grad_squares(W: Tensor, *rest: Any) -> str | None:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
-from fastsae.ops._common import accumulator, chunks, guard, row_of_slot
+from fastsae.ops._common import accumulator, chunks, guard, row_of_slot, tracks
 
 # ---------------------------------------------------------------- reference
 
@@ -341,7 +341,7 @@ def decode(
 
 
 def _decode_slots(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, backend: str | None) -> Tensor:
-    if torch.is_grad_enabled() and (values.requires_grad or W.requires_grad or (b is not None and b.requires_grad)):
+    if tracks("decode", values, W, b):
         return _Decode.apply(values, indices, crow, W, b, backend)  # pyright: ignore[reportReturnType]
     return DECODE(values, indices, crow, W, b, backend=backend)
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
-from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores
+from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, tracks
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, DECODE_DWEIGHT, weight_gradient
 from fastsae.packed import PackedWeights
 
@@ -657,10 +657,6 @@ class _EncodeGated(torch.autograd.Function):
         return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None, None, None
 
 
-def _tracks(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 # ---------------------------------------------------------------- public
 
 
@@ -671,8 +667,10 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
     if isinstance(W, PackedWeights):
         packed, W = W.words(op), W.weight
     _checks.tensor(op, "W_enc", W, like=x)
-    if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have shape [.., D], got []")
+    if W.dim() != 2 or W.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
     if _checks.autocasting(x.device):
         given = W
         x, W, *cast = _checks.autocast(x, W, *vectors)
@@ -752,7 +750,7 @@ def encode_topk(
     features = _checks.subset(op, "features", features, W.shape[0], x, "F")
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     backend = preference(backend)
-    if _tracks(x, W, b, b_pre, scale):
+    if tracks(op, x, W, b, b_pre, scale):
         values, indices = _EncodeTopK.apply(x, W, b, b_pre, scale, features, packed, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, packed, k, relu, backend=backend)
@@ -816,7 +814,7 @@ def encode_threshold(
         _checks.tensor(op, "threshold", threshold, _checks.beside(x), x)
     backend = preference(backend)
     capacity = _capacity(op, capacity)
-    if _tracks(x, W, b, threshold, b_pre, scale):
+    if tracks(op, x, W, b, threshold, b_pre, scale):
         outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend)
         values, col, crow, _, l0 = outputs  # pyright: ignore[reportGeneralTypeIssues]
     else:
@@ -868,7 +866,7 @@ def encode_batch_topk(
     k = float(_checks.number(op, "k", k))
     capacity = _capacity(op, capacity)
     backend = preference(backend)
-    if _tracks(x, W, b, b_pre, scale):
+    if tracks(op, x, W, b, b_pre, scale):
         outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, packed, k, capacity, backend)
     else:
         outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, capacity, backend=backend)
@@ -909,7 +907,7 @@ def encode_gated(
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
     capacity = _capacity(op, capacity)
     backend = preference(backend)
-    if _tracks(x, W, r_mag, b_mag, b_gate, b_pre):
+    if tracks(op, x, W, r_mag, b_mag, b_gate, b_pre):
         outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend)
     else:
         outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)

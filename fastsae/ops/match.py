@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import _checks, _weights
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.ops._common import accumulator, chunks, full_precision
+from fastsae.ops._common import accumulator, chunks, full_precision, tracks
 from fastsae.ops.decode import DECODE, weight_gradient
 from fastsae.ops.encode import select_topk
 
@@ -298,7 +298,7 @@ def match_cosine(
     _checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
     eps = float(_checks.number(op, "eps", eps))
     backend = preference(backend)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+    if tracks(op, a, b):
         similarity, index = _MatchCosine.apply(a, b, k, absolute, exclude_self, eps, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         similarity, index = MATCH_COSINE(a, b, k, absolute, exclude_self, eps, backend=backend)

@@ -138,12 +138,16 @@ def mmcs(a: Any, b: Any, direction: str = "mean", *, variant: str | MmcsVariant 
     return sum(values) / len(values)
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def _best(found: Match, direction: str, variant: MmcsVariant, backend: str | None) -> Tensor:
     if not variant.absolute and not variant.exclude_self:
         return getattr(found, direction).similarity[:, 0]
-    if variant.exclude_self and not (found.sides[0].shape == found.sides[1].shape and torch.equal(found.rows[0], found.rows[1])):
+    if variant.exclude_self and not (_same(*found.sides) and torch.equal(*found.rows)):
         raise ValueError(
-            "mmcs: a variant with exclude_self compares a dictionary to itself: a and b must have one shape and the same alive features, "
+            "mmcs: a variant with exclude_self compares a dictionary to itself: a and b must be equal and have the same alive features, "
             f"got {list(found.sides[0].shape)} and {list(found.sides[1].shape)} with {len(found.rows[0])} and {len(found.rows[1])} alive"
         )
     first = int(direction == "b_to_a")

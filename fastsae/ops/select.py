@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fastsae import _checks
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
-from fastsae.ops._common import chunks
+from fastsae.ops._common import chunks, tracks
 from fastsae.ops.encode import select_topk as select_rows
 
 # ---------------------------------------------------------------- reference
@@ -143,7 +143,7 @@ def select_topk(z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtyp
     dtype = _checks.index_dtype(op, index_dtype, n)
     batch = z.shape[:-1]
     flat = z.reshape(batch.numel(), n)
-    if torch.is_grad_enabled() and z.requires_grad:
+    if tracks(op, z):
         values, indices = _SelectTopK.apply(flat, k, relu, preference(backend))  # pyright: ignore[reportGeneralTypeIssues]
     else:
         values, indices = SELECT_TOPK(flat, k, relu, backend=preference(backend))

@@ -11,6 +11,8 @@ The weights are ``y``, where gradients are taken; ``z`` follows the signs, and t
     y[f] = lerp(x[f], z[f], 1 - momentum)
     y[f] = y[f] / |y[f]|                              with ``normalise``, unless |y[f]| < 1e-8
 
+The C++ row takes float32 rows, or two transposed views of the same strides; the Triton row float32, row-major, at most 8192 columns.
+
 Sign descent: Bernstein et al. 2018 (arXiv 1802.04434); schedule-free averaging around it: Defazio et al. 2024 (arXiv 2405.15682).
 """
 
@@ -18,12 +20,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae.dispatch import Op
-from fastsae.ops.adam import DTYPES, _adam_samples, _double, _gradient_tiles, _matrices, _size_of_gradient, normalise_rows
+from fastsae.ops import _common
+from fastsae.ops.adam import (
+    DTYPES,
+    _adam_samples,
+    _double,
+    _gradient_tiles,
+    _matrices,
+    _size_of_gradient,
+    matrices_refused,
+    normalise_rows,
+)
 
 # ---------------------------------------------------------------- reference
 
@@ -99,6 +112,12 @@ def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generat
 
 # ---------------------------------------------------------------- rows
 
+
+def triton_refuses(y: Tensor, z: Tensor, *rest: Any) -> str | None:
+    """Why the Triton row cannot serve these arguments, or None."""
+    return matrices_refused((("y", y), ("z", z))) or _common.triton_refuses(y, z, *rest)
+
+
 SIGNUM = Op(
     "signum(Tensor(a!) y, Tensor(b!) z, Tensor grad, Tensor? values, Tensor? indices, Tensor? crow, float lr, float momentum, "
     "float share, bool project, bool normalise) -> ()",
@@ -111,3 +130,4 @@ SIGNUM = Op(
     dtypes=DTYPES,
 )
 SIGNUM.row("cpu", "fastsae.native:signum", "fastsae.native:refuses_signum")
+SIGNUM.row("triton", "fastsae.kernels.signum:signum", "fastsae.ops.signum:triton_refuses")

@@ -228,7 +228,7 @@ def encode(sae: Any, x: Tensor, *, packed: PackedWeights | None = None) -> Laten
         if packed is not None:
             raise TypeError("encode: packed does not go with a fastsae.SAE")
         return sae.encode(x)
-    _, adapter = _lookup("encode", sae)
+    _, adapter = _lookup("encode", sae, "sae")
     if adapter.encode is None:
         raise TypeError(f"encode: {type(sae).__name__} is not an SAE with a sparse encoder{_because(adapter)}")
     _checks.tensor("encode", "x", x)
@@ -266,7 +266,7 @@ def _reconstruct(sae: Any, x: Tensor, *, target: Tensor | None = None) -> Recons
     _checks.tensor("reconstruct", "x", x)
     if isinstance(sae, SAE):
         return sae(x, target)
-    _, adapter = _lookup("reconstruct", sae)
+    _, adapter = _lookup("reconstruct", sae, "sae")
     if adapter.reconstruct is None:
         raise TypeError(f"reconstruct: {type(sae).__name__} is not an SAE with a sparse encoder{_because(adapter)}")
     return adapter.reconstruct(sae, x, target)
@@ -315,11 +315,13 @@ def _is_supported(obj: Any) -> bool:
     return True
 
 
-def _lookup(op: str, obj: Any) -> tuple[Library, Adapter]:
-    return _find(op, _base(type(obj)))
+def _lookup(op: str, obj: Any, argument: str = "obj") -> tuple[Library, Adapter]:
+    if isinstance(obj, type) and obj.__module__.split(".")[0] in _LIBRARIES:
+        raise TypeError(f"{op}: {argument} must be an instance, got the class {obj.__module__}.{obj.__qualname__}")
+    return _find(op, _base(type(obj)), argument)
 
 
-def _find(op: str, base: type) -> tuple[Library, Adapter]:
+def _find(op: str, base: type, argument: str = "obj") -> tuple[Library, Adapter]:
     name = f"{base.__module__}.{base.__qualname__}"
     module = _LIBRARIES.get(name.split(".")[0])
     if module is not None:
@@ -327,14 +329,16 @@ def _find(op: str, base: type) -> tuple[Library, Adapter]:
         if name in library.adapters:
             return library, library.adapters[name]
         known = ", ".join(sorted(cls.rsplit(".", 1)[1] for cls in library.adapters))
-        raise TypeError(f"{op}: obj must be of a supported class of {library.distribution} ({known}), got {name}")
+        raise TypeError(f"{op}: {argument} must be of a supported class of {library.distribution} ({known}), got {name}")
     hint = ""
     parents = [cls for cls in base.__mro__[1:] if cls.__module__.split(".")[0] in _LIBRARIES]
     if parents:
         hint = f" (a subclass of {parents[0].__name__}: subclasses are left alone, their methods may mean something else)"
     elif base.__name__ == "OptimizedModule":
         hint = " (a compiled module: accelerate it first, then compile it)"
-    raise TypeError(f"{op}: obj must be an SAE, trainer or runner of SAELens, sparsify or dictionary_learning, got {name}{hint}")
+    elif issubclass(base, SAE):
+        hint = " (made of the fast operations as it is)"
+    raise TypeError(f"{op}: {argument} must be an SAE, trainer or runner of SAELens, sparsify or dictionary_learning, got {name}{hint}")
 
 
 @functools.cache

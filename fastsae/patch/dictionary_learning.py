@@ -20,7 +20,7 @@ library adds to norms that are 1, about 2e-6 of a component that is being remove
 ``PAnnealTrainer`` and ``GatedAnnealTrainer`` are left alone: their losses change form while they run; accelerate their ``ae``.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), TopK, two CPU cores (``fastsae bench
-dropin``): ``update`` 0.04 and 0.09, ``fastsae.encode`` 0.31 and 0.27, ``encode`` 0.33 and 0.37.
+dropin``): ``update`` 0.05 and 0.12, ``fastsae.encode`` 0.31 and 0.37, ``encode`` 0.36 and 0.38.
 """
 
 from __future__ import annotations

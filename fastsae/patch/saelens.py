@@ -23,7 +23,7 @@ against float64); the fused norm is not, so that clipped gradients differ by tha
 output NaN; here it does so only where it is selected.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), TopK, two CPU cores (``fastsae bench
-dropin``): a trainer's step 0.11 and 0.10, ``fastsae.encode`` 0.35 and 0.28 (packed weights: 0.28 and 0.26), ``encode`` 0.35 and 0.38.
+dropin``): a trainer's step 0.08 and 0.12, ``fastsae.encode`` 0.32 and 0.37 (packed weights: 0.28 and 0.36), ``encode`` 0.33 and 0.37.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ The trainer calls its coders, then an optimiser on dense gradients; ``train_step
 ``torch.optim.Adam``, forms none.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), two CPU cores (``fastsae bench dropin``):
-``train_step`` 0.15 and 0.37, ``fastsae.encode`` 0.27 and 0.30, ``encode`` 0.26 and 0.30; ``Trainer.fit`` about 0.75.
+``train_step`` 0.15 and 0.37, ``fastsae.encode`` 0.28 and 0.42, ``encode`` 0.29 and 0.30; ``Trainer.fit`` about 0.75.
 """
 
 from __future__ import annotations

@@ -278,7 +278,9 @@ def _stages(op: str, module: Any) -> list[Stage]:
         return []
     if _is_gated(module):
         raise ValueError(f"{op}: {_gated_name(module)} ({type(module).__name__}) multiplies two branches and has no piecewise affine form")
-    raise ValueError(f"{op}: {type(module).__name__} is not supported; supported: {_KNOWN}")
+    raise ValueError(
+        f"{op}: {type(module).__name__} is not supported; supported: {_KNOWN}, and a list of such parts of a module of your own"
+    )
 
 
 def as_net(module: nn.Module | Net | Sequence[nn.Module | Net], *, residual: bool = False) -> Net:

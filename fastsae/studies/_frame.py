@@ -68,7 +68,7 @@ class Study:
         return torch.Generator().manual_seed(stream_seed(self.seed, stream))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """``items`` with a progress bar (tqdm's, or a line every ten seconds where tqdm is missing)."""
+        """``items`` with a progress bar (tqdm's; a line every ten seconds where tqdm is missing or stderr is a file)."""
         with self.bar(label, total if total is not None else len(items) if hasattr(items, "__len__") else None) as advance:  # pyright: ignore[reportArgumentType]
             for item in items:
                 yield item
@@ -83,6 +83,8 @@ class Study:
         try:
             from tqdm import tqdm
         except ImportError:
+            tqdm = None
+        if tqdm is None or not sys.stderr.isatty():
             yield _Lines(label, total).advance
             return
         with tqdm(total=total, desc=label, leave=False, mininterval=0.5) as shown:
@@ -157,7 +159,7 @@ class _Lines:
         self.done += count
         if time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
-            print(f"{self.label}: {self.done}{'' if self.total is None else f' of {self.total}'}", file=sys.stderr)
+            print(f"{self.label}: {self.done}{'' if self.total is None else f' of {self.total}'}", file=sys.stderr, flush=True)
 
 
 def _plain(value: Any) -> Any:
@@ -273,7 +275,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         minutes = _module(options.name).SIZES[size]["minutes"]
         print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} minutes on two cores", file=sys.stderr)
-        run_study(options.name, size, out=options.out, seed=options.seed, progress=sys.stderr.isatty())
+        run_study(options.name, size, out=options.out, seed=options.seed)
     except (ValueError, ImportError) as error:
         print(f"fastsae study: {error}", file=sys.stderr)
         return 2

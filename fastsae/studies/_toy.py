@@ -88,12 +88,9 @@ def distribution(label: str, cosines: Tensor) -> Distribution:
 
 def ridgeline(axes: Any, distributions: Sequence[Distribution], title: str) -> None:
     """Distributions one above the other, the first at the top; heights are roots of shares."""
-    from matplotlib import colormaps
-
     edges = torch.linspace(0, 1, BINS + 1).numpy()
-    for place, (_, mean, counts) in enumerate(distributions):
+    for place, ((_, mean, counts), colour) in enumerate(zip(distributions, colours(len(distributions)))):
         heights = (torch.tensor(counts) / max(sum(counts), 1)).sqrt().numpy()
-        colour = colormaps["viridis"](place / max(len(distributions), 1))
         axes.stairs(heights - place, edges, baseline=-place, fill=True, color=colour, alpha=0.85)
         axes.text(0.62, 0.45 - place, f"mean {mean:.2f}", fontsize=7)
     axes.set_yticks([-place for place in range(len(distributions))], [label for label, _, _ in distributions], fontsize=8)
@@ -101,5 +98,20 @@ def ridgeline(axes: Any, distributions: Sequence[Distribution], title: str) -> N
     tidy(axes)
 
 
+def colours(count: int) -> list[Any]:
+    """``count`` colours that show an order."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](place / max(count, 1)) for place in range(count)]
+
+
 def tidy(axes: Any) -> None:
+    """No frame; plain numbers (200, not 2 × 10²) on a logarithmic axis of a few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if isinstance(axis.get_major_locator(), LogLocator) and high / low < 1e4:  # ticks that the study chose stay
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)

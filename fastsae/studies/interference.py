@@ -26,7 +26,7 @@ SIZES = {
         "stop": "converged", "max_steps": 2000, "cooldown": 600,
     },
     "default": {
-        "minutes": 20, "d": 128, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 5.0, "over": 2, "l1": powers(-1.5, -0.5, 4),
+        "minutes": 13, "d": 128, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 5.0, "over": 2, "l1": powers(-1.5, -0.5, 4),
         "stop": "converged", "max_steps": 8000, "cooldown": 1000,
     },
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.studies import Study
-from fastsae.studies._toy import share_between, tidy, train
+from fastsae.studies._toy import colours, share_between, tidy, train
 from fastsae.superposition import SuperpositionData
 
 SIZES = {
@@ -24,7 +24,7 @@ SIZES = {
         "cooldown": 500, "every": 25,
     },
     "default": {
-        "minutes": 2, "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024, "l1": 0.1, "steps": 6000,
+        "minutes": 1, "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024, "l1": 0.1, "steps": 6000,
         "cooldown": 1000, "every": 25,
     },
 }  # fmt: skip
@@ -73,12 +73,14 @@ def run(study: Study) -> None:
     shown = axes[0].imshow(image.clamp_min(1e-3).log10().numpy(), origin="lower", aspect="auto", extent=(0, steps[-1], 0, 1), cmap="magma")
     canvas.colorbar(shown, ax=axes[0], label="log10 of the share of true features")
     axes[0].set(xlabel="step", ylabel="best cosine", title="Distribution of the true features' best cosines")
-    for place in torch.linspace(0, cosines.shape[1] - 1, 12).long().tolist():
-        axes[1].plot(steps, cosines[:, place].tolist(), lw=1, label=f"{float(seen[place]):.2g} a step")
+    places = torch.linspace(0, cosines.shape[1] - 1, 12).long().tolist()
+    for place, colour in zip(places, colours(len(places))):
+        axes[1].plot(steps, cosines[:, place].tolist(), lw=1, color=colour, label=f"{float(seen[place]):.2g} a step")
     axes[1].set(xlabel="step", ylabel="best cosine", ylim=(0, 1.02), title="Single features, from common to rare")
     axes[1].legend(frameon=False, fontsize=6, ncol=2)
     axes[2].scatter(seen[known].tolist(), learnt[known].clamp_min(1).tolist(), s=8, label="learnt")
-    axes[2].scatter(seen[~known].tolist(), [1.2 * steps[-1]] * int((~known).sum()), s=8, marker="x", color="C3", label="never")
+    if not known.all():
+        axes[2].scatter(seen[~known].tolist(), [1.2 * steps[-1]] * int((~known).sum()), s=8, marker="x", color="C3", label="never")
     axes[2].set(xlabel="times a feature is active in a step", ylabel="step at which it is learnt", xscale="log", yscale="log")
     axes[2].set(title="When each feature is learnt")
     axes[2].legend(frameon=False)

@@ -8,7 +8,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -64,6 +64,8 @@ class Training:
     def __post_init__(self) -> None:
         op = "Training"
         if self.stop != "converged":
+            if isinstance(self.stop, str):
+                raise ValueError(f"{op}: stop must be 'converged' or a number of steps, got {self.stop!r}")
             _checks.integer(op, "stop", self.stop, 1)
         for name in ("batch", "window", "max_steps"):
             _checks.integer(op, name, getattr(self, name), 1)
@@ -326,6 +328,9 @@ def train_many(
     for seed in grid[2]:
         _checks.integer(op, "seeds", seed, 0)
     _checks.integer(op, "workers", workers, 1)
+    known = [option.name for option in fields(Training)]
+    if unknown := [name for name in training if name not in known]:
+        raise TypeError(f"sweep: unknown option {unknown[0]!r}; those of Training are {', '.join(known)}")
     options = Training(**training)
     jobs = [(weight, size, seed) for size, weight, seed in itertools.product(*grid)]
     runs: dict[tuple[float, int, int], Run] = {}
