@@ -22,8 +22,17 @@ GompParallel find_runtime() {
 #endif
 }
 
+int (*find_thread_number())() {
+#if defined(__unix__) || defined(__APPLE__)
+  return reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+#else
+  return nullptr;
+#endif
+}
+
 // Looked up when this library is loaded; native.py imports torch before.
 GompParallel const runtime = find_runtime();
+int (*const number)() = find_thread_number();
 std::atomic<bool> serial{false};
 
 }  // namespace
@@ -31,6 +40,8 @@ std::atomic<bool> serial{false};
 bool threads_available() { return runtime != nullptr && !serial.load(std::memory_order_relaxed); }
 
 void force_serial() { serial.store(true, std::memory_order_relaxed); }
+
+int thread_number() { return number != nullptr ? number() : 0; }
 
 void run_on_threads(int threads, void (*body)(void*), void* data) {
   if (threads <= 1 || !threads_available()) {

@@ -9,6 +9,7 @@ namespace fastsae {
 bool threads_available();
 void force_serial();                                                // for good: a forked child must not enter its parent's runtime
 void run_on_threads(int threads, void (*body)(void*), void* data);  // body(data) on up to `threads` threads, and waits
+int thread_number();                                                // of the caller among those, from 0; a thread keeps it
 
 // body(i, worker) for every i in [0, units), each once, in any order and on any thread; `worker` < threads tells concurrent calls apart,
 // for scratch memory. Units must not depend on each other, and what a unit computes must not depend on how many threads there are.
@@ -37,6 +38,46 @@ void for_each_unit_by_worker(int threads, int64_t units, const Body& body) {
 template <class Body>
 void for_each_unit(int threads, int64_t units, const Body& body) {
   for_each_unit_by_worker(threads, units, [&](int64_t i, int) { body(i); });
+}
+
+// The same for units that lie side by side in memory and are worked on call after call. A thread begins with its own range of units, the
+// same one in every call, and helps with the others' afterwards: cores that share no cache would otherwise take the lines that they write
+// from each other, and more so where a unit ends within a page that is prefetched.
+template <class Body>
+void for_each_unit_at_home(int threads, int64_t units, const Body& body) {
+  if (units <= 1 || threads <= 1 || !threads_available()) {
+    for (int64_t i = 0; i < units; ++i) body(i, 0);
+    return;
+  }
+  constexpr int kHomes = 256;
+  struct alignas(64) Home {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  struct Shared {
+    const Body& body;
+    std::atomic<int> workers;
+    int count;
+    Home homes[kHomes];
+  } shared{body, {0}, 0, {}};
+  shared.count = threads < kHomes ? threads : kHomes;
+  if (units < shared.count) shared.count = static_cast<int>(units);
+  for (int h = 0; h < shared.count; ++h) {
+    shared.homes[h].next.store(units * h / shared.count, std::memory_order_relaxed);
+    shared.homes[h].end = units * (h + 1) / shared.count;
+  }
+  run_on_threads(
+      shared.count,
+      [](void* data) {
+        Shared& s = *static_cast<Shared*>(data);
+        const int worker = s.workers.fetch_add(1, std::memory_order_relaxed);
+        const int own = thread_number() % s.count;
+        for (int h = 0; h < s.count; ++h) {
+          Home& home = s.homes[(own + h) % s.count];
+          for (int64_t i; (i = home.next.fetch_add(1, std::memory_order_relaxed)) < home.end;) s.body(i, worker);
+        }
+      },
+      &shared);
 }
 
 // As many threads as the work pays for: waking one costs about what `grain` elements do.

@@ -58,7 +58,7 @@ struct GradientRows {
   void for_each(Workspace& space, const Ahead& ahead, const Body& body) const {
     const int64_t blocks = ceil_div(features, height());
     if (slots == nullptr) {
-      for_each_unit(threads, blocks, [&](int64_t block) {
+      for_each_unit_at_home(threads, blocks, [&](int64_t block, int) {
         for (int64_t f = block * height(); f < std::min((block + 1) * height(), features); ++f) body(f, grad + f * stride);
       });
       return;
@@ -71,7 +71,7 @@ struct GradientRows {
     };
     const auto hot = [&](int64_t f) { return threads > 1 && sorted.hot(f); };
     const auto here = [&](int64_t f) { return sorted.has_slot(f) && !hot(f); };
-    for_each_unit_by_worker(threads, blocks, [&](int64_t block, int worker) {
+    for_each_unit_at_home(threads, blocks, [&](int64_t block, int worker) {
       const int64_t begin = block * height(), end = std::min(begin + height(), features);
       float* const mine = rows + worker * scratch();
       const SumJob job = into(mine, begin);
@@ -143,7 +143,7 @@ struct GradientColumns {
   template <class Body>
   void for_each(Workspace& space, const Body& body) const {
     float* const memory = space.take<float>(threads * scratch());
-    const int64_t blocks = ceil_div(features, aside()), units = blocks * ceil_div(d, width());
+    const int64_t parts = ceil_div(d, width()), units = ceil_div(features, aside()) * parts;
     const auto scatter = pick_decode_kernels().scatter[static_cast<int>(Dtype::f32)];
     const auto run = [&](int64_t unit, int worker, const FeatureMajor* sorted, const auto& rows_of) {
       float* const own = memory + worker * scratch();
@@ -151,9 +151,9 @@ struct GradientColumns {
       float* const beside = tile + aside() * tile_width();
       float* const local = beside + ld() * width();
       float* const touched = local + kAside * d;
-      // Blocks of one range of d in a row: the next one goes on where the last one ended.
-      const int64_t f0 = unit % blocks * aside(), n = std::min(aside(), features - f0);
-      const int64_t d0 = unit / blocks * width(), d1 = std::min(d0 + width(), d);
+      // A thread's units are features side by side, so that no two threads work within a page.
+      const int64_t f0 = unit / parts * aside(), n = std::min(aside(), features - f0);
+      const int64_t d0 = unit % parts * width(), d1 = std::min(d0 + width(), d);
       for (int64_t i = 0; whole && i < kAside; ++i) {
         const uint32_t bits = i < n && (sorted == nullptr || sorted->has_slot(f0 + i)) ? ~uint32_t{0} : 0;
         std::memcpy(touched + i, &bits, sizeof bits);
@@ -179,7 +179,7 @@ struct GradientColumns {
       int64_t ld;
     };
     if (slots == nullptr) {
-      for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
+      for_each_unit_at_home(threads, units, [&](int64_t unit, int worker) {
         run(unit, worker, nullptr,
             [&](int64_t f0, int64_t, int64_t c, int64_t, float*) { return Rows{grad + f0 * stride_f + c, stride_f}; });
       });
@@ -201,8 +201,8 @@ struct GradientColumns {
         for_each_unit(threads, ceil_div(d, kColumns),
                       [&](int64_t unit) { sum(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
       }
-    for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
-      const int64_t before = std::lower_bound(hot_list, hot_list + found, unit % blocks * aside()) - hot_list;
+    for_each_unit_at_home(threads, units, [&](int64_t unit, int worker) {
+      const int64_t before = std::lower_bound(hot_list, hot_list + found, unit / parts * aside()) - hot_list;
       run(unit, worker, &sorted, [&](int64_t f0, int64_t n, int64_t c, int64_t end, float* tile) {
         const int64_t wide = tile_width();
         const SumJob job = into(tile - f0 * wide - c, wide);
@@ -229,7 +229,7 @@ int64_t move(const Gradient& grad, const AdamMatrices& a, const AdamJob& job, in
   const bool dense = (transposed ? a.stride_d : a.stride_f) == (transposed ? a.features : a.d);
   if (grad.slots == nullptr && !rows_matter && dense && grad.stride_f == a.stride_f && grad.stride_d == a.stride_d) {
     const int64_t n = a.features * a.d;  // a bias is one row: split it all the same
-    for_each_unit(useful_threads(threads, n), ceil_div(n, kElements), [&](int64_t unit) {
+    for_each_unit_at_home(useful_threads(threads, n), ceil_div(n, kElements), [&](int64_t unit, int) {
       const int64_t i = unit * kElements;
       step(job, grad.data + i, a.w + i, a.m + i, a.v + i, std::min(kElements, n - i));
     });
