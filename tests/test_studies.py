@@ -98,7 +98,7 @@ def test_stored_pages_are_those_of_the_stored_runs(tmp_path: Path) -> None:
     stored = Path(__file__).parent.parent / "bench" / "results" / "studies"
     if not stored.exists():
         pytest.skip("not a checkout")
-    for path in stored.glob("*/*.json"):
+    for path in stored.rglob("*.json"):
         copy = tmp_path / path.name
         copy.write_bytes(path.read_bytes())
         assert _frame.write_page(copy).read_text() == path.with_name("README.md").read_text(), f"fastsae study --pages {stored}"

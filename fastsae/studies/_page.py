@@ -31,8 +31,7 @@ def page(report: Mapping[str, Any], about: str) -> str:
         table([{"parameter": key, "value": value} for key, value in report["parameters"].items() if key != "minutes"]),
         f"Size {size}, seed {report['seed']}, {report['seconds']:g} s{_cpu(report)} on {report['cpu']} ({report['cores']} cores, "
         f"{report['threads']} threads in the process that started it){', ' + ', '.join(report['gpu']) if report['gpu'] else ''}; "
-        f"commit {report['commit']}; "
-        f"{versions}.",
+        f"commit {report['commit']}; {versions}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
