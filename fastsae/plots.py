@@ -166,8 +166,9 @@ def speed_ratios(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     axes.set_yticks(range(len(rows)), [f"{row['operation']}\n{row['shape']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    limits = (min([0.5, *(0.9 * r for r in ratios)]), 6 * max([1.5, *ratios]))  # room for the text
-    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if limits[0] <= t <= limits[1]]
+    low, top = min([0.5, *(0.9 * r for r in ratios)]), max([1.5, *ratios])
+    limits = (low, top * top / low)  # the right half of the logarithmic axis is for the text
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= max(top, 2)]
     axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set(
