@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae.gradients import TiledGradient
 from fastsae.losses import Pass, Weights, quotient
@@ -69,7 +68,6 @@ class _Jump(torch.autograd.Function):
         return torch.where(active, z, 0), active.sum().to(z.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, dcount: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, theta = ctx.saved_tensors
         dtheta = _dthreshold(z, theta.to(z.dtype), ctx.bandwidth, grad, dcount)
@@ -123,6 +121,7 @@ def forward(x: Tensor, w: Weights, penalised: bool) -> Pass:
     """The loss's pass over all tiles; each is computed again in the backward."""
     from torch.utils.checkpoint import checkpoint  # 60 ms that an import of fastsae need not wait for
 
+    _common.tracks("SAE.loss", x, w.W_enc, w.W_dec, w.b_dec)
     F, rows, dtype = w.W_enc.shape[0], x.shape[0], x.dtype
     tiles = list(_tiles(rows, x.shape[1], w.prefixes))
     sizes = [part.stop - part.start for _, part in tiles]

@@ -188,11 +188,22 @@ class Op:
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float}
 
 
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def batching() -> bool:
+    """Whether tensors may stand for a batch of tensors: ``torch.vmap``, or a backward of batched gradients (``is_grads_batched``)."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # pyright: ignore[reportArgumentType]
+    )
+
+
 def _nobody_listens() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        and not batching()
         and not torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._get_tracing_state() is None
     )

@@ -41,13 +41,14 @@ def tracks(op: str, *tensors: Tensor | None) -> bool:
         return records
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         raise NotImplementedError(
-            f"{op}: forward-mode derivatives (jvp, jacfwd, dual tensors) are not supported; use backward() or torch.autograd.grad"
+            f"{op}: forward-mode derivatives (jvp, jacfwd, dual tensors) are not supported; use backward(), torch.autograd.grad or "
+            "torch.autograd.functional"
         )
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
     if transformed and torch.is_grad_enabled() and any(_unwrapped(t).requires_grad for t in given):
         raise NotImplementedError(
-            f"{op}: derivatives inside torch.func (grad, vjp, jacrev, vmap of what requires grad) are not supported; use backward() "
-            "or torch.autograd.grad, or torch.no_grad() where none are wanted"
+            f"{op}: derivatives inside torch.func (grad, vjp, jacrev, vmap of what requires grad) are not supported; use backward(), "
+            "torch.autograd.grad or torch.autograd.functional, or torch.no_grad() where none are wanted"
         )
     return records
 

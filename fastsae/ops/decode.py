@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
-from fastsae.dispatch import Op, preference, then_any
+from fastsae.dispatch import Op, batching, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
 from fastsae.ops._common import accumulator, chunks, guard, row_of_slot, tracks
 
@@ -227,6 +226,9 @@ for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
 # ---------------------------------------------------------------- backward
 
 
+# The three operations are each other's derivatives, so that gradients have derivatives of any order, through the same kernels.
+
+
 class _Decode(torch.autograd.Function):
     # forward(ctx, ..) rather than setup_context, which costs 25 µs a call in inspect.signature (torch 2.13).
     @staticmethod
@@ -237,11 +239,42 @@ class _Decode(torch.autograd.Function):
         return DECODE(values, indices, crow, W, b, backend=backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, indices, crow, W = ctx.saved_tensors
         dvalues, dweight, dbias = _gradients(grad, values, indices, crow, W, ctx.b_dtype, ctx.needs_input_grad, then_any(ctx.backend))
         return dvalues, None, None, dweight, dbias, None
+
+
+class _DValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, backend: str | None) -> Tensor:
+        ctx.save_for_backward(grad, indices, crow, W)
+        ctx.backend = backend
+        return DECODE_DVALUES(grad, indices, crow, W, backend=backend)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad, indices, crow, W = ctx.saved_tensors
+        dgrad = decode_slots(g, indices, crow, W, None, ctx.backend) if ctx.needs_input_grad[0] else None
+        dweight = weight_gradient(g, indices, crow, grad, W, ctx.backend) if ctx.needs_input_grad[3] else None
+        return dgrad, None, None, dweight, None
+
+
+class _DWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, like: Tensor, backend: str | None
+    ) -> Tensor:
+        ctx.save_for_backward(values, indices, crow, grad)
+        ctx.backend = backend
+        return weight_gradient(values, indices, crow, grad, like, backend)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, indices, crow, grad = ctx.saved_tensors
+        dvalues = value_gradient(grad, indices, crow, g, ctx.backend) if ctx.needs_input_grad[0] else None
+        dgrad = decode_slots(values, indices, crow, g, None, ctx.backend) if ctx.needs_input_grad[3] else None
+        return dvalues, None, None, dgrad, None, None
 
 
 def _gradients(
@@ -257,7 +290,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dvalues = dweight = dbias = None
     if needs[0]:
-        dvalues = DECODE_DVALUES(grad, indices, crow, W, backend=backend)
+        dvalues = value_gradient(grad, indices, crow, W, backend)
     if needs[3]:
         dweight = weight_gradient(values, indices, crow, grad, W, backend, out)
     if needs[4] and b_dtype is not None:
@@ -265,10 +298,28 @@ def _gradients(
     return dvalues, dweight, dbias
 
 
+def decode_slots(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, backend: str | None) -> Tensor:
+    if tracks("decode", values, W, b):
+        return _Decode.apply(values, indices, crow, W, b, backend)  # pyright: ignore[reportReturnType]
+    return DECODE(values, indices, crow, W, b, backend=backend)
+
+
+def value_gradient(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, backend: str | None) -> Tensor:
+    if tracks("the gradient of decode", grad, W):
+        return _DValues.apply(grad, indices, crow, W, backend)  # pyright: ignore[reportReturnType]
+    return DECODE_DVALUES(grad, indices, crow, W, backend=backend)
+
+
 def weight_gradient(
     values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, W: Tensor, backend: str | None, out: Tensor | None = None
 ) -> Tensor:
     """A gradient in the layout of ``W``: contiguous, or transposed where ``W`` is a transposed view."""
+    if tracks("the gradient of decode", values, grad):
+        return _DWeight.apply(values, indices, crow, grad, W.detach(), backend)  # pyright: ignore[reportReturnType]
+    if out is None and not torch.compiler.is_compiling() and batching():  # what writes into a tensor knows no batch of them
+        values, slots = guard(values, indices, W.shape[0], _index_name(crow))
+        products = values.reshape(-1, 1) * grad[row_of_slot(crow, indices)].to(accumulator(grad.dtype))
+        return torch.zeros_like(W, dtype=products.dtype).index_add(0, slots.reshape(-1), products).to(W.dtype)
     dweight = torch.empty_like(W, requires_grad=False) if out is None else out
     DECODE_DWEIGHT(values, indices, crow, grad, dweight, backend=backend)
     return dweight
@@ -330,7 +381,7 @@ def decode(
     _checks.same_dtype(op, "W_dec", W_dec, "latents.values", values)
     backend = preference(backend)
     if prefixes is None:
-        y = _decode_slots(values, indices, crow, W_dec, b_dec, backend)
+        y = decode_slots(values, indices, crow, W_dec, b_dec, backend)
     else:
         y = _decode_prefixes(values, indices, crow, W_dec, b_dec, _checked_prefixes(prefixes, latents.n_features), backend)
     y = y if rows is None else y[..., :rows, :]
@@ -340,12 +391,6 @@ def decode(
     return y
 
 
-def _decode_slots(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, backend: str | None) -> Tensor:
-    if tracks("decode", values, W, b):
-        return _Decode.apply(values, indices, crow, W, b, backend)  # pyright: ignore[reportReturnType]
-    return DECODE(values, indices, crow, W, b, backend=backend)
-
-
 def _decode_prefixes(
     values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None, prefixes: Sequence[int], backend: str | None
 ) -> Tensor:
@@ -353,7 +398,7 @@ def _decode_prefixes(
     low = 0
     for high in prefixes:
         inside = (indices >= low) & (indices < high)
-        part = _decode_slots(torch.where(inside, values, 0), indices, crow, W, None if parts else b, backend)
+        part = decode_slots(torch.where(inside, values, 0), indices, crow, W, None if parts else b, backend)
         parts.append(parts[-1] + part if parts else part)
         low = high
     return torch.stack(parts)

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
 from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, tracks
-from fastsae.ops.decode import DECODE, DECODE_DVALUES, DECODE_DWEIGHT, weight_gradient
+from fastsae.ops.decode import decode_slots, value_gradient, weight_gradient
 from fastsae.packed import PackedWeights
 
 # ---------------------------------------------------------------- references
@@ -437,9 +436,8 @@ def _feature_sums(per_slot: Tensor, indices: Tensor, crow: Tensor | None, n_feat
     """``[F]``: sums over the slots of each feature, deterministic, in the accumulation dtype."""
     rows = indices.shape[0] if crow is None else crow.shape[0] - 1
     per_slot = per_slot.to(accumulator(per_slot.dtype))
-    out = per_slot.new_empty(n_features, 1)
-    DECODE_DWEIGHT(per_slot, indices, crow, per_slot.new_ones(()).expand(rows, 1), out, backend=backend)
-    return out[:, 0]
+    like = torch.empty((n_features, 1), dtype=per_slot.dtype, device=per_slot.device)
+    return weight_gradient(per_slot, indices, crow, like.new_ones(()).expand(rows, 1), like, backend)[:, 0]
 
 
 def by_features(dx_asked: bool, n_features: int, slots: int) -> bool:
@@ -450,7 +448,7 @@ def by_features(dx_asked: bool, n_features: int, slots: int) -> bool:
 def pre_bias_gradient(sums: Tensor, W: Tensor, b_pre: Tensor, backend: str | None) -> Tensor:
     """``[D]``: what ``b_pre`` gets from the sums ``[F]`` of the scores' gradients."""
     every = torch.arange(W.shape[0], device=W.device)
-    return -DECODE(sums.to(W.dtype).unsqueeze(0), every.unsqueeze(0), None, W, None, backend=backend)[0].to(b_pre.dtype)
+    return -decode_slots(sums.to(W.dtype).unsqueeze(0), every.unsqueeze(0), None, W, None, backend)[0].to(b_pre.dtype)
 
 
 def score_gradients(
@@ -480,7 +478,7 @@ def score_gradients(
         of = sums if sums is not None else _feature_sums(through, indices, crow, W.shape[0], backend)
         db_pre = pre_bias_gradient(of, W, b_pre, backend)
     elif needs[0] or needs[3]:
-        dx = DECODE(through, indices, crow, W, None, backend=backend)[:rows]
+        dx = decode_slots(through, indices, crow, W, None, backend)[:rows]
         if needs[3] and b_pre is not None:
             db_pre = -dx.sum(0, dtype=accumulator(dx.dtype)).to(b_pre.dtype)
     if needs[1] or needs[4]:
@@ -490,7 +488,7 @@ def score_gradients(
         if needs[1]:
             dW = weight_gradient(through, indices, crow, xc, W, backend)
         if needs[4] and scale is not None:
-            product = DECODE_DVALUES(xc, indices, crow, W, backend=backend)
+            product = value_gradient(xc, indices, crow, W, backend)
             wide = accumulator(dscore.dtype)
             dscale = _feature_sums(dscore.to(wide) * product.to(wide), indices, crow, W.shape[0], backend).to(scale.dtype)
     if needs[2] and b is not None:
@@ -524,7 +522,6 @@ class _EncodeTopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, indices, x, W, b, b_pre, scale = ctx.saved_tensors
         passes = values > 0 if ctx.relu else ~values.isnan()
@@ -557,7 +554,6 @@ class _EncodeThreshold(torch.autograd.Function):
         return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, accumulator(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, col, crow, flags, x, W, b, threshold, b_pre, scale = ctx.saved_tensors
         active = ~values.isnan() if ctx.bandwidth is None else (flags & 1).bool() & ~values.isnan()
@@ -615,7 +611,6 @@ class _EncodeBatchTopK(torch.autograd.Function):
         return values, col, crow, min_kept
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, col, crow, x, W, b, b_pre, scale = ctx.saved_tensors
         dscore = torch.where(values.isnan(), 0, grad)
@@ -644,7 +639,6 @@ class _EncodeGated(torch.autograd.Function):
         return values, col, crow
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre = ctx.saved_tensors
         n = ctx.needs_input_grad

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae import _checks, _weights
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.ops._common import accumulator, chunks, full_precision, tracks
-from fastsae.ops.decode import DECODE, weight_gradient
+from fastsae.ops.decode import decode_slots, weight_gradient
 from fastsae.ops.encode import select_topk
 
 # ---------------------------------------------------------------- references
@@ -228,14 +227,13 @@ class _MatchCosine(torch.autograd.Function):
         return similarity, index
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b, index = ctx.saved_tensors
         unit_a, unit_b = normalise(a, ctx.eps), normalise(b, ctx.eps)
         grad = grad.to(unit_a.dtype)
         da = db = None
         if ctx.needs_input_grad[0]:
-            da = _through_norm(a, unit_a, DECODE(grad, index, None, unit_b, None, backend=ctx.backend), ctx.eps)
+            da = _through_norm(a, unit_a, decode_slots(grad, index, None, unit_b, None, ctx.backend), ctx.eps)
         if ctx.needs_input_grad[1]:
             db = _through_norm(b, unit_b, weight_gradient(grad, index, None, unit_a, unit_b, ctx.backend), ctx.eps)
         return da, db, None, None, None, None, None

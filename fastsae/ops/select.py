@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference
@@ -95,17 +94,11 @@ class _SelectTopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, indices = ctx.saved_tensors
         kept = values > 0 if ctx.relu else ~values.isnan()
         # Indices of a row are distinct: each element is written once.
-        return (
-            torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device).scatter_(1, indices, torch.where(kept, grad, 0)),
-            None,
-            None,
-            None,
-        )
+        return grad.new_zeros(ctx.shape).scatter_(1, indices, torch.where(kept, grad, 0)), None, None, None
 
 
 # ---------------------------------------------------------------- public

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastsae import _checks
 from fastsae.dispatch import preference, then_any
@@ -56,7 +55,6 @@ class _Encode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, x, W, b = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:3], False, False)
