@@ -53,3 +53,11 @@ def same_gradients(a: Any, b: Any) -> None:
         assert (p.grad is None) == (q.grad is None), name
         if q.grad is not None:
             same(p.grad, q.grad)
+
+
+def second_derivatives(module: Any, function: Any, x: Tensor) -> list[Tensor]:
+    """The gradients of a penalty on all first gradients of ``function(module, x)``: of x and of every parameter."""
+    leaves = [x.clone().requires_grad_(), *module.parameters()]
+    first = torch.autograd.grad(function(module, leaves[0]).square().sum(), leaves, create_graph=True, allow_unused=True)
+    penalty = torch.stack([g.square().sum() for g in first if g is not None]).sum()
+    return list(torch.autograd.grad(penalty, leaves, materialize_grads=True))

@@ -2,7 +2,8 @@
 
 For each operation x backend (each instruction set of the C++ rows) x dtype: results against the specification, fresh memory poisoned,
 inputs untouched, the same bits on a second run and for every slice of a batch, ``opcheck``; drawn inputs with other strides, ties,
-NaN, infinities and denormals. For each public operation: gradients against autograd of the reference, ``gradcheck``, fullgraph compile.
+NaN, infinities and denormals. For each public operation: first and second derivatives against autograd of the reference,
+``gradcheck``, batched gradients, ``vmap``, fullgraph compile.
 """
 
 from __future__ import annotations
@@ -248,6 +249,84 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(function, tuple(tensor.clone().requires_grad_() for tensor in inputs), eps=1e-7, atol=1e-5)
 
 
+def _second(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The gradients of a penalty on all first gradients."""
+    leaves = [tensor.to(device=device, dtype=dtype).detach().requires_grad_() for tensor in inputs]
+    first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(("backend", "context", "device"), list(_backends()))
+def test_second_derivatives(name: str, backend: str, context: Context, device: torch.device) -> None:
+    function, inputs = PUBLIC[name]
+    sample = next(OPS["decode"].samples(device, torch.float32, torch.Generator()))
+    row = next(row for row in OPS["decode"].rows if row.backend == backend)
+    if (reason := row.reason(sample)) is not None:
+        pytest.skip(reason)
+    with context(), fastsae.use_backend(f"{backend},*"):
+        got = _second(function, inputs, torch.float32, device)
+    # torch's segment_reduce has no second derivative: there it is what gradgradcheck holds.
+    plain = function if name == "decode_ragged" else _reference_values(name) or function
+    with fastsae.use_backend("reference"):
+        exact = _second(plain, inputs, torch.float64, torch.device("cpu"))
+    for position, (g, e) in enumerate(zip(got, exact, strict=True)):
+        # Float32 sums over the square of the inputs, whose terms cancel: 2^9 units of the largest.
+        assert (g.to(e.device) - e).abs().max() <= 2**9 * torch.finfo(torch.float32).eps * e.abs().max(), f"of input {position}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_second_derivatives_in_float64(name: str) -> None:
+    function, inputs = PUBLIC[name]
+    if name == "decode_ragged" or (reference := _reference_values(name)) is None:
+        leaves = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+        assert torch.autograd.gradgradcheck(function, leaves, eps=1e-7, atol=1e-5, fast_mode=True)
+        return
+    cpu = torch.device("cpu")
+    for a, b in zip(_second(function, inputs, torch.float64, cpu), _second(reference, inputs, torch.float64, cpu), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_batched_gradients(name: str, dtype: torch.dtype) -> None:
+    """``is_grads_batched``, which ``torch.autograd.functional.jacobian(vectorize=True)`` and ``hessian`` use."""
+    function, inputs = PUBLIC[name]
+    leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in inputs]
+    result = function(*leaves)
+    seeds = _t(3, max(result.numel(), 1)).to(dtype).reshape(3, *result.shape)
+    for create in (False, True):
+        got = torch.autograd.grad(result, leaves, seeds, is_grads_batched=True, retain_graph=True, create_graph=create)
+        each = [torch.autograd.grad(result, leaves, seed, retain_graph=True) for seed in seeds]
+        for a, want in zip(got, zip(*each, strict=True), strict=True):
+            torch.testing.assert_close(a, torch.stack(want), rtol=1e-5, atol=1e-5)
+
+
+VMAPPED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "encode_topk": lambda x, W: fastsae.encode_topk(x, W, k=3).values,
+    "encode_topk_indices": lambda x, W: fastsae.encode_topk(x, W, k=3).indices,
+    "encode_threshold": lambda x, W: fastsae.encode_threshold(x, W, capacity=200).values,
+    "encode_batch_topk": lambda x, W: fastsae.encode_batch_topk(x, W, k=2)[1],
+    "decode": lambda x, W: fastsae.decode(fastsae.TopKLatents(x[:, :5], _INDICES, 23), W),
+    "select_topk": lambda x, W: fastsae.select_topk(x, k=2).values,
+    "match_cosine": lambda x, W: fastsae.match_cosine(x, W, k=2).similarity,
+    "spline_code": lambda x, W: fastsae.spline_code(x, W),
+    "spline_hash": lambda x, W: fastsae.spline_hash(x, W),
+    "pack_signs": lambda x, W: fastsae.pack_signs(x),
+    "hash_signs": lambda x, W: fastsae.hash_signs(x),
+    "hash_code": lambda x, W: fastsae.hash_code(fastsae.pack_signs(x)),
+}
+
+
+@pytest.mark.parametrize("name", VMAPPED)
+def test_vmap(name: str) -> None:
+    """One call for each member where nothing requires a gradient; derivatives inside torch.func are refused (tests/test_errors.py)."""
+    x, W = _t(4, 6, 7).float(), _t(23, 7).float()
+    with torch.no_grad():
+        got = torch.func.vmap(VMAPPED[name], in_dims=(0, None))(x, W)
+    assert torch.equal(got, torch.stack([VMAPPED[name](part, W) for part in x]))
+
+
 def _reference_values(name: str) -> Callable[..., Any] | None:
     """The operation's reference on the same inputs, under autograd."""
     index = {"decode": _INDICES, "ragged": _INDICES.flatten()}
@@ -294,6 +373,8 @@ def test_compiles_without_graph_breaks(name: str) -> None:
         _gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True
     ):
         torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
+        _second(compiled, inputs, torch.float32, cpu)
 
 
 def _ragged_sum(function: Callable[..., Any]) -> Callable[..., Tensor]:

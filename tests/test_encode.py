@@ -428,11 +428,40 @@ def test_a_transposed_view_gives_the_same_result(name: str) -> None:
     assert grad.stride() == view.stride()
 
 
-def test_second_derivatives_are_refused() -> None:
-    x, W = draw(3, 4, dtype=torch.float32).requires_grad_(), draw(6, 4, dtype=torch.float32).requires_grad_()
-    (gradient,) = torch.autograd.grad(fastsae.encode_topk(x, W, k=2).values.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+class StraightThrough(torch.autograd.Function):
+    """(JumpReLU(z), its step) in plain torch, with the straight-through gradients of ``encode_threshold``."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, e: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z, theta)
+        ctx.e = e
+        return z * (z > theta), (z > theta).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, dstep: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, theta = ctx.saved_tensors
+        band = ((z - theta).abs() < ctx.e / 2).to(z.dtype)
+        return grad * (z > theta), (-(theta * grad + dstep) / ctx.e * band).sum(0), None
+
+
+def test_second_derivatives_of_the_straight_through_gradient() -> None:
+    x, W, W_dec, theta = draw(5, 4), draw(9, 4), draw(9, 4), draw(9).abs()
+
+    def ours(x: Tensor, W: Tensor, W_dec: Tensor, theta: Tensor) -> Tensor:
+        latents, l0 = fastsae.encode_threshold(x, W, threshold=theta, bandwidth=0.5)
+        return (fastsae.decode(latents, W_dec) - x).square().sum() + (l0 * x[:, 0]).sum()
+
+    def plain(x: Tensor, W: Tensor, W_dec: Tensor, theta: Tensor) -> Tensor:
+        z, step = StraightThrough.apply(x @ W.T, theta, 0.5)  # pyright: ignore[reportGeneralTypeIssues]
+        return (z @ W_dec - x).square().sum() + (step.sum(1) * x[:, 0]).sum()
+
+    results = []
+    for function in (ours, plain):
+        leaves = [t.double().detach().requires_grad_() for t in (x, W, W_dec, theta)]
+        first = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        results.append(torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_default_bias_and_half_precision_beside_a_float32_bias() -> None:

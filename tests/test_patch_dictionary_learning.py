@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients
+from peers import load, same, same_gradients, second_derivatives
 from torch import Tensor, nn
 
 import fastsae
@@ -100,6 +100,14 @@ def test_outputs_and_gradients_of_any_dictionary(data: st.DataObject) -> None:
     with torch.no_grad():
         f = theirs.encode(rows(*batch))
         same(mine.decode(f), theirs.decode(f))
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_second_derivatives(name: str) -> None:
+    mine, theirs = pair(name, shift=2.5)
+    for function in (lambda sae, x: sae(x), lambda sae, x: sae.encode(x)):
+        for a, b in zip(second_derivatives(mine, function, rows()), second_derivatives(theirs, function, rows()), strict=True):
+            same(a, b)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

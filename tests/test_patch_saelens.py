@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients
+from peers import load, same, same_gradients, second_derivatives
 from torch import Tensor
 
 import fastsae
@@ -106,6 +106,14 @@ def test_outputs_and_gradients_of_any_sae(data: st.DataObject) -> None:
         acts = theirs.encode(x)  # leaves the normalisation's numbers for decode
         mine.encode(x)
         same(mine.decode(acts), theirs.decode(acts))
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_second_derivatives(name: str) -> None:
+    mine, theirs = pair(name, shift=2.5)
+    for function in (lambda sae, x: sae(x), lambda sae, x: sae.encode(x)):
+        for a, b in zip(second_derivatives(mine, function, rows()), second_derivatives(theirs, function, rows()), strict=True):
+            same(a, b)
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

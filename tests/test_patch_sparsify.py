@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients
+from peers import load, same, same_gradients, second_derivatives
 from torch import Tensor
 
 import fastsae
@@ -85,6 +85,20 @@ def test_outputs_and_gradients(data: st.DataObject) -> None:
     same_code((outs[0].latent_acts, outs[0].latent_indices), (outs[1].latent_acts, outs[1].latent_indices))
     same(*grads)
     same_gradients(mine, theirs)
+
+
+@pytest.mark.parametrize("config", [{}, {"transcode": True}])
+def test_second_derivatives(config: dict[str, Any]) -> None:
+    """Where the library's decoder has none (embedding_bag), those of its formula."""
+    mine, theirs = pair(**config)
+
+    def formula(coder: Any, x: Tensor) -> Tensor:
+        values, indices, _ = coder.encode(x)
+        return torch.einsum("nk,nkd->nd", values, coder.W_dec[indices]) + coder.b_dec
+
+    for ours, expected in ((lambda coder, x: coder(x).sae_out, formula), (*(lambda coder, x: coder.encode(x).top_acts,) * 2,)):
+        for a, b in zip(second_derivatives(mine, ours, rows()), second_derivatives(theirs, expected, rows()), strict=True):
+            same(a, b)
 
 
 def test_encode_and_lazy_pre_acts() -> None:

@@ -96,9 +96,10 @@ def test_loss(kind: str, dense: bool | None) -> None:
     penalty = (penalised.abs() * sae.W_dec.norm(dim=1)).sum() / 12
     whole = (error + frozen) / 12 + 0.7 * penalty
     torch.testing.assert_close(sae.loss(x, l1=0.7).loss, whole, rtol=1e-12, atol=1e-12)
-    got = torch.autograd.grad(sae.loss(x, l1=0.7).loss, leaves)
-    want = torch.autograd.grad(whole, leaves)
-    for g, w in zip(got, want, strict=True):
+    got = torch.autograd.grad(sae.loss(x, l1=0.7).loss, leaves, create_graph=True)
+    want = torch.autograd.grad(whole, leaves, create_graph=True)
+    second = [torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves) for first in (got, want)]
+    for g, w in zip((*got, *second[0]), (*want, *second[1]), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
 
 

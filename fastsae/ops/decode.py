@@ -262,9 +262,7 @@ class _DValues(torch.autograd.Function):
 
 class _DWeight(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, like: Tensor, backend: str | None
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, like: Tensor, backend: str | None) -> Tensor:
         ctx.save_for_backward(values, indices, crow, grad)
         ctx.backend = backend
         return weight_gradient(values, indices, crow, grad, like, backend)
