@@ -25,6 +25,7 @@ from fastsae.losses import Metrics, Pass, Terms, Weights, combine, fired, quotie
 from fastsae.ops._common import accumulator, centre
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import _feature_sums, by_features, pre_bias_gradient
+from fastsae.packed import share
 from fastsae.sae import SAE
 
 _SAME = ("d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
@@ -119,6 +120,7 @@ class SAEs(nn.Module):
             member._scaled = not member.scale.is_meta and bool((member.scale != 1).any())
             member.train(self.training)
             member.weights_changed()
+        share(self)
 
     def __len__(self) -> int:
         return len(self._members)

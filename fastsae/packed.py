@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastsae import _checks
+
+_live: weakref.WeakValueDictionary[int, PackedWeights] = weakref.WeakValueDictionary()
+"""By id: the handles whose weights no optimiser has stepped since they were packed."""
+_stacks: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
+"""By the memory of its parameters: a module that others' parameters are views of (``SAEs``), which count their own writes alone."""
+_hooks: list[Any] = []
+
+
+def share(stack: torch.nn.Module) -> None:
+    """Lets handles of memory that ``stack`` owns see writes to its parameters."""
+    _stacks.update({address: stack for p in stack.parameters(recurse=False) if (address := _memory(p)) is not None})
+
+
+def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """After every ``torch.optim`` step: the fused ones write without telling torch's version counter."""
+    if handles := [handle for reference in _live.valuerefs() if (handle := reference()) is not None]:
+        changed = {_memory(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        for handle in handles:
+            if handle._storage.cdata in changed:
+                _live.pop(id(handle), None)
+
+
+def _memory(t: Tensor) -> int | None:
+    """The address of the storage object, which all views of a tensor share."""
+    try:
+        return getattr(t, "_local_tensor", t).untyped_storage()._cdata  # of a DTensor, this process's part
+    except Exception:  # a sparse or an uninitialised parameter, which no handle is made of
+        return None
 
 
 class PackedWeights:
     """A dictionary ``[F, D]`` with its packed form, made by ``fastsae.pack``.
 
-    The handle belongs to whoever made it: after the weights change, ``refresh()`` packs them again. Other memory, or a change in place that
-    torch's version counter saw, raises an error at the next use; a change behind its back (``p.data.mul_()``) is the owner's business.
+    The handle belongs to whoever made it: after the weights change, ``refresh()`` packs them again. Its next use raises an error after a
+    change that torch tells of: a step of any ``torch.optim`` optimiser on them or on what they are a view of, a write in place that counts
+    in ``_version``, other memory (``p.data = ...``). A write that torch keeps to itself is the owner's business: through ``p.data``,
+    NumPy, DLPack or a raw address, by replaying a CUDA graph, by FSDP's gathering of shards, by an optimiser that is none of torch's.
 
     Attributes:
         weight: the tensor itself; gradients flow to it.
@@ -24,24 +56,35 @@ class PackedWeights:
         _checks.tensor("pack", "W", weight)
         if weight.dim() != 2:
             raise ValueError(f"pack: W must have shape [F, D], got {list(weight.shape)}")
+        if not _hooks:
+            from torch.optim.optimizer import register_optimizer_step_post_hook
+
+            _hooks.append(register_optimizer_step_post_hook(_stepped))
         self.weight = weight
         self._words: Tensor | None = None
         self.refresh()
 
     def refresh(self) -> PackedWeights:
         """Packs the weights as they are now; returns the handle."""
-        self._words = _packed(self.weight.detach())
+        if self.weight.is_inference():
+            raise ValueError("pack: W must not be an inference tensor, whose changes torch does not count; clone it outside inference_mode")
         self._made_of = self._state()
+        self._storage = StorageWeakRef(self.weight.untyped_storage())  # so that no other storage gets its address
+        _live[id(self)] = self
+        self._words = _packed(self.weight.detach())
         return self
 
     def _state(self) -> tuple[Any, ...]:
         weight = self.weight
-        return weight.shape, weight.dtype, weight.device, weight.data_ptr(), None if weight.is_inference() else weight._version
+        memory, writes = weight.untyped_storage()._cdata, -1 if weight.is_inference() else weight._version
+        if _stacks and (stack := _stacks.get(memory)) is not None:
+            writes += sum(p._version for p in stack.parameters(recurse=False) if not p.is_inference())
+        return weight.shape, weight.stride(), weight.dtype, weight.data_ptr(), memory, writes
 
     @property
     def fresh(self) -> bool:
         """Whether nothing that can be seen has changed the weights since they were packed."""
-        return self._state() == self._made_of
+        return _live.get(id(self)) is self and self._state() == self._made_of
 
     @property
     def nbytes(self) -> int:
@@ -49,10 +92,18 @@ class PackedWeights:
         return 0 if self._words is None else self._words.numel() * self._words.element_size()
 
     def words(self, op: str) -> Tensor | None:
-        """The packed form, for the operations; an error where the weights have changed since."""
-        if not torch.compiler.is_compiling() and not self.fresh:
-            raise ValueError(f"{op}: the packed weights were changed since fastsae.pack; call refresh() on the handle")
+        """The packed form, for the operations; an error where the weights have changed since. None for a compiler, whose code could not
+        see that they do."""
+        if torch.compiler.is_compiling():
+            return None
+        if not self.fresh:
+            raise ValueError(
+                f"{op}: the packed weights were changed since fastsae.pack (or its handle copied); call refresh() on the handle"
+            )
         return self._words
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weight": self.weight, "_words": None}  # a copy is of other memory: out of date
 
     def __repr__(self) -> str:
         return f"PackedWeights({list(self.weight.shape)} {str(self.weight.dtype)[6:]}, {self.nbytes} bytes)"
@@ -85,6 +136,7 @@ def pack(W: Tensor) -> PackedWeights:
         Results are the same bits. It takes, on a CPU, about ``F * D`` bytes more than ``W``; for a ``W`` that is not row-major (a
         transposed view) also a row-major copy of it. On a GPU: ``2 * F * (D rounded up to 64) + 12 * F`` bytes.
 
-    Raises: TypeError: no tensor, or a dtype that is not floating. ValueError: shape.
+    Raises: TypeError: no tensor, or a dtype that is not floating. ValueError: shape, or an inference tensor. Compiled code reads the
+    weights themselves.
     """
     return PackedWeights(W)

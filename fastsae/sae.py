@@ -204,8 +204,9 @@ class SAE(nn.Module):
         """Whether evaluation encodes from a packed form of the encoder (see ``fastsae.pack``): the same bits from a quarter of the bytes.
 
         Off at first; it takes about ``F * D`` bytes. The form is made at the first encoding in evaluation mode, and again at the first one
-        after a step of ``optim.Adam`` or any change that torch's version counter sees; after others (``p.data.mul_()``) call
-        ``weights_changed()``. Training does not use it: packing costs a step more than it saves.
+        after ``train()``, a step of an optimiser or another change that torch tells of; after those that it does not (``p.data.mul_()``,
+        see ``PackedWeights``) call ``weights_changed()``. Training does not use it: packing costs a step more than it saves. Nor do
+        parameters that were made under ``inference_mode``, and compiled code, which could not see them change.
         """
         return self._use_packed
 
@@ -218,8 +219,15 @@ class SAE(nn.Module):
         """Drops what was derived from the weights; ``optim.Adam`` calls it after a step."""
         self._packed = None
 
+    def train(self, mode: bool = True) -> SAE:
+        if mode:
+            self.weights_changed()
+        return super().train(mode)
+
     def _encoder(self, x: Tensor) -> Any:
         if not self._use_packed or self.training or torch.compiler.is_compiling() or _checks.autocasting(x.device):
+            return self.W_enc
+        if self.W_enc.is_inference():
             return self.W_enc
         if self._packed is None or self._packed.weight is not self.W_enc or not self._packed.fresh:
             self._packed = PackedWeights(self.W_enc)
