@@ -11,33 +11,56 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastsae import _checks
 
-_live: weakref.WeakValueDictionary[int, PackedWeights] = weakref.WeakValueDictionary()
-"""By id: the handles whose weights no optimiser has stepped since they were packed."""
+_live: weakref.WeakValueDictionary[int, Unchanged] = weakref.WeakValueDictionary()
+"""By id: those whose tensors no optimiser has stepped."""
 _stacks: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 """By the memory of its parameters: a module that others' parameters are views of (``SAEs``), which count their own writes alone."""
 _hooks: list[Any] = []
 
 
 def share(stack: torch.nn.Module) -> None:
-    """Lets handles of memory that ``stack`` owns see writes to its parameters."""
+    """Lets those who watch memory that ``stack`` owns see writes to its parameters."""
     _stacks.update({address: stack for p in stack.parameters(recurse=False) if (address := _memory(p)) is not None})
-
-
-def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """After every ``torch.optim`` step: the fused ones write without telling torch's version counter."""
-    if handles := [handle for reference in _live.valuerefs() if (handle := reference()) is not None]:
-        changed = {_memory(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        for handle in handles:
-            if handle._storage.cdata in changed:
-                _live.pop(id(handle), None)
 
 
 def _memory(t: Tensor) -> int | None:
     """The address of the storage object, which all views of a tensor share."""
     try:
         return getattr(t, "_local_tensor", t).untyped_storage()._cdata  # of a DTensor, this process's part
-    except Exception:  # a sparse or an uninitialised parameter, which no handle is made of
+    except Exception:  # a sparse or an uninitialised parameter, which nobody watches
         return None
+
+
+def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """After every ``torch.optim`` step: the fused ones write without telling torch's version counter."""
+    if watched := [unchanged for reference in _live.valuerefs() if (unchanged := reference()) is not None]:
+        changed = {_memory(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        for unchanged in watched:
+            if any(storage.cdata in changed for storage in unchanged.storages):
+                _live.pop(id(unchanged), None)
+
+
+class Unchanged:
+    """Knows whether tensors hold what they held when it was made, as far as torch tells (``PackedWeights`` says how far)."""
+
+    def __init__(self, *tensors: Tensor):
+        if not _hooks:
+            from torch.optim.optimizer import register_optimizer_step_post_hook
+
+            _hooks.append(register_optimizer_step_post_hook(_stepped))
+        self.tensors, self.states = tensors, [self._state(t) for t in tensors]
+        self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]  # so that no other storage gets their address
+        _live[id(self)] = self
+
+    @staticmethod
+    def _state(t: Tensor) -> tuple[Any, ...]:
+        memory, writes = t.untyped_storage()._cdata, -1 if t.is_inference() else t._version
+        if _stacks and (stack := _stacks.get(memory)) is not None:
+            writes += sum(p._version for p in stack.parameters(recurse=False) if not p.is_inference())
+        return t.shape, t.stride(), t.dtype, t.data_ptr(), memory, writes
+
+    def holds(self) -> bool:
+        return _live.get(id(self)) is self and [self._state(t) for t in self.tensors] == self.states
 
 
 class PackedWeights:
@@ -56,10 +79,6 @@ class PackedWeights:
         _checks.tensor("pack", "W", weight)
         if weight.dim() != 2:
             raise ValueError(f"pack: W must have shape [F, D], got {list(weight.shape)}")
-        if not _hooks:
-            from torch.optim.optimizer import register_optimizer_step_post_hook
-
-            _hooks.append(register_optimizer_step_post_hook(_stepped))
         self.weight = weight
         self._words: Tensor | None = None
         self.refresh()
@@ -68,23 +87,14 @@ class PackedWeights:
         """Packs the weights as they are now; returns the handle."""
         if self.weight.is_inference():
             raise ValueError("pack: W must not be an inference tensor, whose changes torch does not count; clone it outside inference_mode")
-        self._made_of = self._state()
-        self._storage = StorageWeakRef(self.weight.untyped_storage())  # so that no other storage gets its address
-        _live[id(self)] = self
+        self._unchanged = Unchanged(self.weight)
         self._words = _packed(self.weight.detach())
         return self
-
-    def _state(self) -> tuple[Any, ...]:
-        weight = self.weight
-        memory, writes = weight.untyped_storage()._cdata, -1 if weight.is_inference() else weight._version
-        if _stacks and (stack := _stacks.get(memory)) is not None:
-            writes += sum(p._version for p in stack.parameters(recurse=False) if not p.is_inference())
-        return weight.shape, weight.stride(), weight.dtype, weight.data_ptr(), memory, writes
 
     @property
     def fresh(self) -> bool:
         """Whether nothing that can be seen has changed the weights since they were packed."""
-        return _live.get(id(self)) is self and self._state() == self._made_of
+        return self._unchanged is not None and self._unchanged.holds()
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +113,7 @@ class PackedWeights:
         return self._words
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"weight": self.weight, "_words": None}  # a copy is of other memory: out of date
+        return {"weight": self.weight, "_words": None, "_unchanged": None}  # a copy is of other memory: out of date
 
     def __repr__(self) -> str:
         return f"PackedWeights({list(self.weight.shape)} {str(self.weight.dtype)[6:]}, {self.nbytes} bytes)"
