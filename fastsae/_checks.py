@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from fastsae import _flags
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
+_INT64, _LARGEST = 2**63 - 1, sys.float_info.max
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -64,10 +67,19 @@ def vector(op: str, name: str, value: Any, size: int, like: Tensor, size_name: s
     return value
 
 
+def plain(value: Any) -> Any:
+    """A NumPy number as Python's; everything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
+
+
 def integer(op: str, name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> int:
-    """An int in ``low .. high``; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an int, got {_kind(value)}")
+    """An int (NumPy's become Python's) in ``low .. high``, at most ``2^63 - 1``; TypeError or ValueError otherwise."""
+    if type(value) is not int:
+        given, value = value, plain(value)
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an int, got {_kind(given)}")
+    if high is None and isinstance(value, int) and value > _INT64:
+        high = _INT64
     if value < low or (high is not None and value > high):
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{op}: {name} must be at least {low}{upper}{f' ({meaning})' if meaning else ''}, got {value}")
@@ -76,17 +88,34 @@ def integer(op: str, name: str, value: Any, low: int, high: int | None = None, m
 
 def flag(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+        given, value = value, plain(value)
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be a bool, got {_kind(given)}")
     return value
 
 
 def number(op: str, name: str, value: Any, positive: bool = True) -> float:
-    """A finite real number, above 0 where ``positive``; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
-    if not (0 < value < float("inf") if positive else -float("inf") < value < float("inf")):
+    """A finite real number (NumPy's become Python's), above 0 where ``positive``; TypeError or ValueError otherwise."""
+    if type(value) is not float:
+        given, value = value, plain(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be a number, got {_kind(given)}")
+    if not (0 < value <= _LARGEST if positive else -_LARGEST <= value <= _LARGEST):
         raise ValueError(f"{op}: {name} must be a finite number{' above 0' if positive else ''}, got {value}")
-    return value  # pyright: ignore[reportReturnType]
+    return float(value) if isinstance(value, int) and abs(value) > _INT64 else value  # pyright: ignore[reportReturnType]
+
+
+def rate(op: str, name: str, value: Any) -> float:
+    """A number from 0 that float32 holds: a learning rate, a decay."""
+    if not 0 <= (value := number(op, name, value, positive=False)) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: {name} must be {'at least 0' if value < 0 else 'a float32'}, got {value}")
+    return value
+
+
+def within(like: torch.dtype, value: float) -> float:
+    """A number brought into the range of a dtype: beside scores of that dtype it compares as it did."""
+    largest = torch.finfo(like).max
+    return value if -largest <= value <= largest else math.copysign(largest, value)
 
 
 def subset(op: str, name: str, value: Any, size: int, like: Tensor, size_name: str) -> Tensor | None:

@@ -64,8 +64,8 @@ class AuxK:
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            _checks.integer("AuxK", "k", self.k, 1)
-        _checks.number("AuxK", "coefficient", self.coefficient)
+            object.__setattr__(self, "k", _checks.integer("AuxK", "k", self.k, 1))
+        object.__setattr__(self, "coefficient", _checks.number("AuxK", "coefficient", self.coefficient))
         _checks.flag("AuxK", "relu", self.relu)
         _checks.flag("AuxK", "bias", self.bias)
         if self.denominator not in ("residual", "total", "tokens"):

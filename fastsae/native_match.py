@@ -15,8 +15,8 @@ def refuses_match_cosine(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_s
     """Why `match_cosine` cannot serve these inputs, or None."""
     if b.shape[0] >= 2**30:
         return f"{b.shape[0]} rows of b (supported: fewer than 2^30)"
-    if eps < 1e-37:
-        return f"eps {eps} (supported: a normal float32 number)"
+    if eps < 1e-30:
+        return f"eps {eps} (supported: from 1e-30, below which rows of denormals count)"
     return _refuses(a, b, (), None)
 
 

@@ -141,6 +141,9 @@ class _Optimiser:
         raise NotImplementedError
 
     def _check_options(self, op: str) -> None:
+        for name in self._OPTIONS:  # a checkpoint holds no NumPy numbers
+            value = getattr(self, name, None)
+            setattr(self, name, type(value)(map(_checks.plain, value)) if isinstance(value, (tuple, list)) else _checks.plain(value))
         lr = self.lr
         if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
             raise ValueError(f"{op}: lr must be a number, or one for each of {self.members or 1} dictionaries, got {len(lr)}")
@@ -266,7 +269,7 @@ class Adam(_Optimiser):
         self.eps, self.weight_decay = eps, weight_decay
         super().__init__(params, lr, schedule, unit_rows)
         if clip is not None:
-            _checks.number(op, "clip", clip)
+            clip = _checks.number(op, "clip", clip)
         self.clip = clip
         self.grad_norm: Tensor | None = None
 
@@ -461,8 +464,7 @@ class Signum(_Optimiser):
     def _check_options(self, op: str) -> None:
         super()._check_options(op)
         for rate in self.lr if isinstance(self.lr, (tuple, list)) and self.lr else [self.lr]:
-            if _checks.number(op, "lr", rate, positive=False) < 0:
-                raise ValueError(f"{op}: lr must be at least 0, got {rate}")
+            _checks.rate(op, "lr", rate)
         if not 0 < _checks.number(op, "momentum", self.momentum, positive=False) <= 1:
             raise ValueError(f"{op}: momentum must be above 0 and at most 1, got {self.momentum}")
 
@@ -523,9 +525,9 @@ def warmup_linear_decay(warmup: int, decay_start: int, total: int) -> Callable[[
     ``0 <= warmup <= decay_start <= total``. The first step has the factor ``1 / warmup``; from ``total`` on it is 0. Can be pickled.
     """
     op = "warmup_linear_decay"
-    _checks.integer(op, "warmup", warmup, 0)
-    _checks.integer(op, "decay_start", decay_start, warmup)
-    _checks.integer(op, "total", total, decay_start)
+    warmup = _checks.integer(op, "warmup", warmup, 0)
+    decay_start = _checks.integer(op, "decay_start", decay_start, warmup)
+    total = _checks.integer(op, "total", total, decay_start)
     return partial(_warmup_linear_decay, warmup, decay_start, total)
 
 

@@ -109,11 +109,11 @@ class SAE(nn.Module):
         seed: int | None = None,
     ):
         super().__init__()
-        _checks.integer("SAE", "d_in", d_in, 1)
-        _checks.integer("SAE", "d_sae", d_sae, 1)
-        _check_activation(activation, d_sae)
+        d_in = _checks.integer("SAE", "d_in", d_in, 1)
+        d_sae = _checks.integer("SAE", "d_sae", d_sae, 1)
+        activation = _checked_activation(activation, d_sae)
         if d_out is not None:
-            _checks.integer("SAE", "d_out", d_out, 1)
+            d_out = _checks.integer("SAE", "d_out", d_out, 1)
         for name, value in (("skip", skip), ("tied", tied)):
             _checks.flag("SAE", name, value)
         if skip and d_out is None:
@@ -129,7 +129,7 @@ class SAE(nn.Module):
                 raise ValueError(f"SAE: prefixes must ascend strictly and end in d_sae={d_sae}, got {prefixes}")
         if objective not in ("mse", "fvu"):
             raise ValueError(f"SAE: objective must be 'mse' or 'fvu', got {objective!r}")
-        _checks.integer("SAE", "dead_after", dead_after, 1)
+        dead_after = _checks.integer("SAE", "dead_after", dead_after, 1)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"SAE: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         self.d_in, self.d_sae, self.activation = d_in, d_sae, activation
@@ -137,9 +137,11 @@ class SAE(nn.Module):
         self.pre_bias, self.prefixes, self.objective, self.dead_after, self.dense = pre_bias, prefixes, objective, dead_after, dense
         self.normalise_decoder = not self.transcoder if normalise_decoder is None else normalise_decoder
         self.l1, self.l0, self.aux = l1, l0, aux
-        self._terms("SAE", None, None, None)
+        self.l1, self.l0, _ = self._terms("SAE", None, None, None)
 
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None
+        if seed is not None:
+            generator = torch.Generator().manual_seed(_checks.integer("SAE", "seed", seed, -(2**63), 2**64 - 1))
 
         def directions(width: int) -> Tensor:
             if device is not None and torch.device(device).type == "meta":
@@ -193,11 +195,9 @@ class SAE(nn.Module):
     def k(self, value: float) -> None:
         if not isinstance(self.activation, (TopK, BatchTopK)):
             raise AttributeError(f"SAE: {type(self.activation).__name__} has no k")
-        if isinstance(self.activation, TopK) and isinstance(value, float):
-            value = round(value)
-        activation = replace(self.activation, k=value)  # pyright: ignore[reportArgumentType]
-        _check_activation(activation, self.d_sae)
-        self.activation = activation
+        if isinstance(self.activation, TopK) and isinstance(value := _checks.plain(value), float):
+            value = round(_checks.number("SAE", "activation.k", value))
+        self.activation = _checked_activation(replace(self.activation, k=value), self.d_sae)  # pyright: ignore[reportArgumentType]
 
     @property
     def packed(self) -> bool:
@@ -804,25 +804,25 @@ class SAE(nn.Module):
         return pretrained.write(folder, format, config, tensors, metadata)
 
 
-def _check_activation(activation: Any, d_sae: int) -> None:
+def _checked_activation(activation: Any, d_sae: int) -> Activation:
     if not isinstance(activation, (TopK, BatchTopK, JumpReLU, ReLU, Gated)):
         raise TypeError(f"SAE: activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(activation).__name__}")
-    if isinstance(activation, TopK):
-        _checks.integer("SAE", "activation.k", activation.k, 1, d_sae, f"d_sae={d_sae}")
-    if isinstance(activation, BatchTopK):
-        _checks.number("SAE", "activation.k", activation.k)
-        _checks.number("SAE", "activation.rate", activation.rate)
-    if isinstance(activation, JumpReLU):
-        if not isinstance(activation.threshold, Tensor):
-            _checks.number("SAE", "activation.threshold", activation.threshold, positive=False)
-        if activation.bandwidth is not None:
-            _checks.number("SAE", "activation.bandwidth", activation.bandwidth)
+    for name in ("k", "rate", "threshold", "bandwidth"):
+        value = getattr(activation, name, None)
+        if not hasattr(activation, name) or (name == "bandwidth" and value is None) or (name == "threshold" and isinstance(value, Tensor)):
+            continue
+        if name == "k" and isinstance(activation, TopK):
+            number = _checks.integer("SAE", "activation.k", value, 1, d_sae, f"d_sae={d_sae}")
+        else:
+            number = _checks.number("SAE", f"activation.{name}", value, positive=name != "threshold")
+        activation = activation if number is value else replace(activation, **{name: number})
     for name in ("threshold", "b_gate", "r_mag", "b_mag"):
         value = getattr(activation, name, None)
         if isinstance(value, Tensor) or (value is not None and name != "threshold"):
             _checks.tensor("SAE", f"activation.{name}", value)
             if value.dim():
                 _checks.shape("SAE", f"activation.{name}", value, (d_sae,), f"[d_sae={d_sae}] or []")
+    return activation
 
 
 def _geometric_median(x: Tensor, steps: int = 100) -> Tensor:

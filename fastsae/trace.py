@@ -215,7 +215,7 @@ def trace(
         raise ValueError(f"{op}: emit must be one of {', '.join(_EMITS)}, got {emit!r}")
     if mask is not None and not isinstance(mask, (Tensor, str)):
         raise TypeError(f"{op}: mask must be a tensor, the name of an argument or None, got {type(mask).__name__}")
-    _checks.integer(op, "seed", seed, 0, 2**64 - 1)
+    seed = _checks.integer(op, "seed", seed, 0, 2**64 - 1)
     if type(bits) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
     modules = _find(model, layers)

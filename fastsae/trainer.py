@@ -137,8 +137,8 @@ class Batches:
             if not isinstance(column, Tensor) or column.dim() == 0:
                 got = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
                 raise TypeError(f"Batches: {name} must be a tensor of rows, got {got}")
-        _checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
-        _checks.integer("Batches", "seed", seed, 0)
+        size = _checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
+        seed = _checks.integer("Batches", "seed", seed, 0)
         if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
             raise ValueError(f"Batches: x, target and mask must have as many rows, got {[c.shape[0] for c in self.columns.values()]}")
         self.size, self.seed, self.pass_number, self.position = size, seed, 0, 0
@@ -231,6 +231,7 @@ class Trainer:
                 raise TypeError(f"Trainer: anneal[{name!r}] must be a function of the step, got {type(function).__name__}")
         if not _steps_any(opt, sae):
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
+        clip = None if clip is None else _checks.number("Trainer", "clip", clip)
         self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else _file("Trainer", checkpoint), every
@@ -256,7 +257,7 @@ class Trainer:
             hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
             raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
         if steps is not None:
-            _checks.integer(op, "steps", steps, 0)
+            steps = _checks.integer(op, "steps", steps, 0)
         if resume and self.checkpoint is None:
             raise ValueError(f"{op}: resume needs a file to go on from, Trainer(checkpoint=..)")
         if resume and self.checkpoint is not None and self.checkpoint.exists():

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae._jit import kernel
+from fastsae._norms import unit_rows
 from fastsae.kernels import _select, _tile, encode
 from fastsae.kernels._problem import WORKSPACE, Problem, rounded
 from fastsae.kernels._tile import Tile, cells, exact, interval, n_tiles, products, upper_key
@@ -96,8 +97,7 @@ def similarity_kernel(x, W, indices, values, k, D, x_r, x_d, W_f, W_d, COLUMNS: 
 
 
 def _unit(v: Tensor, eps: float) -> Tensor:
-    wide = v.to(torch.float32)
-    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(eps)
+    return unit_rows(v.to(torch.float32), eps)[0]
 
 
 def _best(

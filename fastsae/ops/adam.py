@@ -335,7 +335,7 @@ def adam_(
     for name, written in (("W", W), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _checks.writable(op, name, written)
     grad, values, indices, crow = checked_gradient(op, "gradient", gradient, W)
-    _checks.integer(op, "step", step, 1)
+    step = _checks.integer(op, "step", step, 1)
     checked_options(op, lr, betas, eps, weight_decay)
     if factor is not None:
         _checks.tensor(op, "factor", factor, (W.dtype,), W)
@@ -349,8 +349,7 @@ def adam_(
 def checked_options(op: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
     """Numbers from 0, and two betas in ``[0, 1)``."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if _checks.number(op, name, value, positive=False) < 0:
-            raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+        _checks.rate(op, name, value)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{op}: betas must be two numbers, got {betas!r}")
     for beta in betas:

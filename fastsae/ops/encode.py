@@ -681,7 +681,7 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
 
 
 def _capacity(op: str, capacity: Any) -> int | None:
-    return None if capacity is None else _checks.integer(op, "capacity", capacity, 1)
+    return None if capacity is None else _checks.integer(op, "capacity", capacity, 1, 2**40)
 
 
 def _latents(
@@ -740,7 +740,7 @@ def encode_topk(
     """
     op = "encode_topk"
     batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    _checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
+    k = _checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
     _checks.flag(op, "relu", relu)
     features = _checks.subset(op, "features", features, W.shape[0], x, "F")
     dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
@@ -775,7 +775,7 @@ def encode_threshold(
         threshold: a number, a tensor ``[]`` or one threshold a feature ``[F]`` (raw, not its logarithm); dtype of ``x`` or float32.
         bandwidth: width of the straight-through band, above 0. With it the call returns ``(latents, l0)``: scores within
             ``bandwidth / 2`` of their threshold but not above it are stored too, as slots of value 0, so that the backward sees them.
-        capacity: slots of the result, at least 1. With it the result has exactly that many, whatever fires, the latents are ``padded``, and
+        capacity: slots of the result, 1 .. 2^40. With it the result has exactly that many, whatever fires, the latents are ``padded``, and
             on a GPU the host waits for nothing: for CUDA graphs, and compiled code of fixed shapes. Latents that do not fit: ValueError on
             the CPU; on a GPU they are left out and ``fastsae.check()`` raises. Each 256 empty slots cost a decode and the backward about
             what a row does, so twice the usual number is ample.
@@ -802,7 +802,8 @@ def encode_threshold(
     if bandwidth is not None:
         bandwidth = float(_checks.number(op, "bandwidth", bandwidth))
     if not isinstance(threshold, Tensor):
-        threshold = x.new_full((), _checks.number(op, "threshold", threshold, positive=False), dtype=accumulator(x.dtype))
+        wide = accumulator(x.dtype)
+        threshold = x.new_full((), _checks.within(wide, float(_checks.number(op, "threshold", threshold, positive=False))), dtype=wide)
     elif threshold.dim():
         _checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
     else:

@@ -197,7 +197,7 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, backend: str | None = None) ->
     """
     op = "hamming_topk"
     _inputs(op, a, b)
-    _checks.integer(op, "k", k, 1, b.shape[0], f"M={b.shape[0]}")
+    k = _checks.integer(op, "k", k, 1, b.shape[0], f"M={b.shape[0]}")
     return Neighbours(*HAMMING_TOPK(a, b, k, backend=preference(backend)))
 
 
@@ -290,7 +290,7 @@ def neighbour_graph(
     if codes.dim() != 2 or codes.shape[0] < 2:
         raise ValueError(f"{op}: codes must have shape [N, words] with N at least 2, got {list(codes.shape)}")
     n = codes.shape[0]
-    _checks.integer(op, "k", k, 1, n - 1, "N - 1")
+    k = _checks.integer(op, "k", k, 1, n - 1, "N - 1")
     _checks.flag(op, "symmetric", symmetric)
     if not isinstance(zero, (int, float)) or isinstance(zero, bool) or not 0 <= zero < 1:
         raise ValueError(f"{op}: zero must be a number of at least 0 and below 1, got {zero!r}")

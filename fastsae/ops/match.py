@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsae import _checks, _weights
+from fastsae._norms import unit_rows
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.ops._common import accumulator, chunks, full_precision, tracks
 from fastsae.ops.decode import decode_slots, weight_gradient
@@ -26,8 +27,7 @@ from fastsae.ops.encode import select_topk
 
 def normalise(v: Tensor, eps: float) -> Tensor:
     """``fl(v / max(|v|, eps))`` row by row, in the accumulation dtype."""
-    wide = v.to(accumulator(v.dtype))
-    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(eps)
+    return unit_rows(v.to(accumulator(v.dtype)), eps)[0]
 
 
 def _similarity_tiles(a: Tensor, b: Tensor, eps: float) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -102,6 +102,10 @@ def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Gen
     a = normal(10, 8)
     a[3] = 0
     yield a, torch.cat([-a, a, a[:2] * 20])
+    limits = torch.finfo(dtype)  # norms and squares that overflow or vanish in the dtype
+    sizes = [limits.max / 8, limits.max**0.5, limits.tiny**0.4, limits.tiny**0.5, 8 * limits.tiny, 1e-8, 0.5, limits.max**0.4]
+    b = normal(8, 8).clamp(-4, 4) * torch.tensor(sizes, dtype=torch.float64).to(device=device, dtype=dtype).unsqueeze(1)
+    yield b, torch.cat([b.flip(0), a])
 
 
 def _pair(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -138,7 +142,7 @@ def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
         plain = (normalise(a, eps) @ normalise(b, eps).T).double()
     unit, terms = torch.finfo(wide).eps / 2, a.shape[1] + 3
     finite = exact.isfinite() & plain.isfinite()
-    exact = torch.where(finite, exact, plain)  # a norm that overflows in float32 is the specified one
+    exact = torch.where(finite, exact, plain)
     worst = float(((plain - exact).abs() / (size + torch.finfo(wide).tiny))[finite].max()) if bool(finite.any()) else 0.0
     out = torch.finfo(a.dtype)
     rounding = exact.abs() * out.eps / 2 + out.smallest_normal * out.eps if a.dtype != wide else 0.0
@@ -229,20 +233,19 @@ class _MatchCosine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b, index = ctx.saved_tensors
-        unit_a, unit_b = normalise(a, ctx.eps), normalise(b, ctx.eps)
+        (unit_a, *norms_a), (unit_b, *norms_b) = (unit_rows(v.to(accumulator(v.dtype)), ctx.eps) for v in (a, b))
         grad = grad.to(unit_a.dtype)
         da = db = None
         if ctx.needs_input_grad[0]:
-            da = _through_norm(a, unit_a, decode_slots(grad, index, None, unit_b, None, ctx.backend), ctx.eps)
+            da = _through_norm(unit_a, decode_slots(grad, index, None, unit_b, None, ctx.backend), *norms_a).to(a.dtype)
         if ctx.needs_input_grad[1]:
-            db = _through_norm(b, unit_b, weight_gradient(grad, index, None, unit_a, unit_b, ctx.backend), ctx.eps)
+            db = _through_norm(unit_b, weight_gradient(grad, index, None, unit_a, unit_b, ctx.backend), *norms_b).to(b.dtype)
         return da, db, None, None, None, None, None
 
 
-def _through_norm(v: Tensor, unit: Tensor, grad: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(v.to(unit.dtype), dim=1, keepdim=True)
+def _through_norm(unit: Tensor, grad: Tensor, divisor: Tensor, norm: Tensor, factor: Tensor) -> Tensor:
     along = (unit * grad).sum(1, keepdim=True)
-    return torch.where(norm >= eps, (grad - unit * along) / norm.clamp_min(eps), grad / eps).to(v.dtype)
+    return torch.where(norm >= divisor, grad - unit * along, grad) / divisor * factor
 
 
 # ---------------------------------------------------------------- public
@@ -266,6 +269,13 @@ def _check_dictionaries(op: str, a: Any, b: Any) -> None:
         raise ValueError(f"{op}: a [N, D] and b [M, D] must have the same D, got {list(a.shape)} and {list(b.shape)}{hint}")
 
 
+def _checked_eps(op: str, eps: Any, like: Tensor) -> float:
+    eps, limits = float(_checks.number(op, "eps", eps)), torch.finfo(accumulator(like.dtype))
+    if eps > limits.max:
+        raise ValueError(f"{op}: eps must be at most {limits.max:g}, got {eps}")
+    return max(eps, limits.smallest_normal * limits.eps)  # only a row of zeros has a smaller norm
+
+
 def match_cosine(
     a: Tensor, b: Tensor, *, k: int = 1, absolute: bool = False, exclude_self: bool = False, eps: float = 1e-8, backend: str | None = None
 ) -> Matches:
@@ -283,8 +293,8 @@ def match_cosine(
     Returns:
         ``Matches(similarity, index)``: ``[N, k]`` in the dtype of ``a``, descending, in -1 .. 1 up to rounding; int64.
 
-    The similarity is the float32 (float64 for float64) product of ``fl(v / max(|v|, eps))``; equal ones: lower index first; NaN ranks
-    highest. Gradients flow to ``a`` and ``b`` through the matches. Deterministic. Memory: the unit rows and temporaries of 64 MiB each in
+    The similarity is the float32 (float64 for float64) product of ``fl(v / max(|v|, eps))``, with the true norm of every finite row, also
+    where its square would overflow or vanish; equal ones: lower index first; NaN ranks highest. Gradients flow to ``a`` and ``b`` through the matches. Deterministic. Memory: the unit rows and temporaries of 64 MiB each in
     the reference, the unit rows and the workspace of ``encode_topk`` in the Triton row; nothing grows with ``N * M``.
 
     Raises: TypeError: dtype or device. ValueError: shape, k or eps out of range.
@@ -293,8 +303,8 @@ def match_cosine(
     _check_dictionaries(op, a, b)
     _checks.flag(op, "absolute", absolute)
     limit = b.shape[0] - _checks.flag(op, "exclude_self", exclude_self)
-    _checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
-    eps = float(_checks.number(op, "eps", eps))
+    k = _checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
+    eps = _checked_eps(op, eps, a)
     backend = preference(backend)
     if tracks(op, a, b):
         similarity, index = _MatchCosine.apply(a, b, k, absolute, exclude_self, eps, backend)  # pyright: ignore[reportGeneralTypeIssues]
@@ -356,6 +366,7 @@ class Match:
         """Share of features whose best match is above ``similarity``."""
         if direction not in ("a_to_b", "b_to_a"):
             raise ValueError(f"Match.fraction_above: direction must be 'a_to_b' or 'b_to_a', got {direction!r}")
+        similarity = _checks.number("Match.fraction_above", "similarity", similarity, positive=False)
         return float((getattr(self, direction).similarity[:, 0] > similarity).double().mean())
 
     def histogram(self, bins: int = 50, null: str | None = "random", seed: int = 0) -> dict[str, Tensor]:
@@ -369,11 +380,11 @@ class Match:
         Returns:
             ``edges [bins + 1]``, ``a_to_b [bins]``, ``b_to_a [bins]`` and ``null [bins]``, on the CPU.
         """
-        _checks.integer("Match.histogram", "bins", bins, 1)
+        bins = _checks.integer("Match.histogram", "bins", bins, 1)
         edges = torch.linspace(-1, 1, bins + 1)
         named = {"a_to_b": self.a_to_b.similarity[:, 0], "b_to_a": self.b_to_a.similarity[:, 0]}
         if null == "random":
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(_checks.integer("Match.histogram", "seed", seed, 0))
             n, m, width = self.shape
             first, second = (torch.randn(size, width, generator=generator).to(named["a_to_b"].device) for size in (n, m))
             named["null"] = match_cosine(first, second).similarity[:, 0]
@@ -539,7 +550,7 @@ def match(
     rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), (a, b))))
     if not rows_a.shape[0] or not rows_b.shape[0]:
         raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")
-    _checks.integer(op, "candidates", candidates, 1)
+    candidates = _checks.integer(op, "candidates", candidates, 1)
     checked: list[Tensor | None] = []
     for position, (side, rows, weight) in enumerate(zip((a, b), (rows_a, rows_b), _both(op, "weights", weights))):
         if weight is not None:
@@ -555,7 +566,7 @@ def match(
     side_a = a if rows_a.shape[0] == a.shape[0] else a[rows_a]
     side_b = b if rows_b.shape[0] == b.shape[0] else b[rows_b]
     n, m = side_a.shape[0], side_b.shape[0]
-    eps = float(_checks.number(op, "eps", eps))
+    eps = _checked_eps(op, eps, side_a)
     ab, ab_at, ba, ba_at, low, low_at = MATCH_PAIR(side_a, side_b, min(candidates, m), min(candidates, n), eps, backend=preference(backend))
     return Match(
         Matches(ab, rows_b[ab_at]),

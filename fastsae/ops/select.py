@@ -131,7 +131,7 @@ def select_topk(z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtyp
     if z.dim() == 0:
         raise ValueError(f"{op}: z must have shape [.., F], got []")
     n = z.shape[-1]
-    _checks.integer(op, "k", k, 1, n, f"F={n}")
+    k = _checks.integer(op, "k", k, 1, n, f"F={n}")
     _checks.flag(op, "relu", relu)
     dtype = _checks.index_dtype(op, index_dtype, n)
     batch = z.shape[:-1]

@@ -52,8 +52,8 @@ def spline_keys(n_neurons: int, *, layer: int = 0, seed: int = 0, device: torch.
         seed: 0 .. 2^64 - 1; record it with the hashes.
         device: of the result.
     """
-    _checks.integer("spline_keys", "n_neurons", n_neurons, 0, 2**32 - 1)
-    _check_key("spline_keys", layer, seed)
+    n_neurons = _checks.integer("spline_keys", "n_neurons", n_neurons, 0, 2**32 - 1)
+    layer, seed, _ = _checked_key("spline_keys", layer, seed)
     neuron = torch.arange(n_neurons, device=device)
     zero = torch.zeros_like(neuron)
     words = philox(torch.stack([neuron, zero + layer, zero, zero], 1), seed)
@@ -314,11 +314,10 @@ for _op in (SPLINE_CODE, SPLINE_HASH):
 # ---------------------------------------------------------------- public
 
 
-def _check_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> None:
-    _checks.integer(op, "layer", layer, 0, 2**32 - 1)
-    _checks.integer(op, "seed", seed, 0, 2**64 - 1)
-    if type(bits) is not int or bits not in (64, 128):
+def _checked_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> tuple[int, int, int]:
+    if type(_checks.plain(bits)) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
+    return _checks.integer(op, "layer", layer, 0, 2**32 - 1), _checks.integer(op, "seed", seed, 0, 2**64 - 1), int(bits)
 
 
 def _signed(seed: int) -> int:
@@ -404,7 +403,7 @@ def spline_hash(
 
     Raises: as ``spline_code``; ValueError for layer, seed or bits.
     """
-    _check_key("spline_hash", layer, seed, bits)
+    layer, seed, bits = _checked_key("spline_hash", layer, seed, bits)
     batch, x, W, b, neurons, packed = _layer_inputs("spline_hash", x, W, b, neurons)
     result = SPLINE_HASH(x, W, b, neurons, layer, _signed(seed), bits, packed, backend=preference(backend))
     return result.reshape((*batch, *result.shape[1:]))
@@ -428,7 +427,7 @@ def hash_signs(
     z: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """Hash of pre-activations that a model has computed; equals ``hash_code(pack_signs(z), ...)``. Arguments as in ``spline_hash``."""
-    _check_key("hash_signs", layer, seed, bits)
+    layer, seed, bits = _checked_key("hash_signs", layer, seed, bits)
     batch, z, neurons = _sign_inputs("hash_signs", z, neurons)
     result = HASH_SIGNS(z, neurons, layer, _signed(seed), bits, backend=preference(backend))
     return result.reshape((*batch, *result.shape[1:]))
@@ -447,7 +446,7 @@ def hash_code(
         ``[..]`` int64, or ``[.., 2]`` with ``bits=128``. Raises: TypeError, ValueError, IndexError as there.
     """
     op = "hash_code"
-    _check_key(op, layer, seed, bits)
+    layer, seed, bits = _checked_key(op, layer, seed, bits)
     _checks.tensor(op, "words", words, (torch.int64,))
     if words.dim() == 0:
         raise ValueError(f"{op}: words must have shape [.., w], got []")

@@ -145,7 +145,7 @@ def _best(coder: Any, x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, 
     _checks.tensor("SparseCoder.encode", "x", x, (W.dtype,), W)
     if x.dim() != 2 or x.shape[1] != W.shape[1]:
         raise ValueError(f"SparseCoder.encode: x must have shape [N, d_in={W.shape[1]}], got {list(x.shape)}")
-    _checks.integer("SparseCoder.encode", "k", k, 1, W.shape[0], f"num_latents={W.shape[0]}")
+    k = _checks.integer("SparseCoder.encode", "k", k, 1, W.shape[0], f"num_latents={W.shape[0]}")
     with torch.autocast(x.device.type, enabled=False):
         return _Encode.apply(x, W, b, k, preference(None))  # pyright: ignore[reportReturnType]
 

@@ -225,9 +225,9 @@ def frobenius_topk(net: Net, codes: Tensor, others: Tensor, k: int) -> Neighbour
         k.
     """
     op = "frobenius_topk"
-    _checks.integer(op, "k", k, 1)
+    k = _checks.integer(op, "k", k, 1)
     M, a, _, b, b2 = _near(op, net, codes, others)
-    _checks.integer(op, "k", k, 1, b.shape[0], "the number of others")
+    k = _checks.integer(op, "k", k, 1, b.shape[0], "the number of others")
     # The nearest b has the largest a^T M b - b^T M b / 2: a top-k of scores, whose kernel never holds them all.
     index = encode_topk(a @ M, b, -0.5 * b2, k=k, relu=False).indices
     distance = torch.empty(index.shape, dtype=torch.float64, device=a.device)

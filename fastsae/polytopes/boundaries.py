@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fastsae import _checks
 from fastsae.ops.hamming import _bit_count
-from fastsae.ops.spline import _check_key, combine_hashes, hash_signs, pack_signs, spline_code, spline_keys
+from fastsae.ops.spline import _checked_key, combine_hashes, hash_signs, pack_signs, spline_code, spline_keys
 from fastsae.polytopes.net import (
     PIECEWISE,
     Activation,
@@ -337,7 +337,7 @@ def crossings(net: Net, p: Tensor, q: Tensor, *, seed: int = 0, bits: int = 64) 
     Raises: TypeError: dtype, device or type. ValueError: shapes; values that are not finite; a layer whose input is not piecewise affine.
     """
     op = "crossings"
-    _check_key(op, 0, seed, bits)
+    _, seed, bits = _checked_key(op, 0, seed, bits)
     net, p, q = _segments(op, net, p, q)
     stages = _exact_stages(op, net)
     wide = Net(stages).to(torch.float64)
@@ -423,7 +423,7 @@ def shell(
     op = "shell"
     net = check_net(op, net)
     check_points(op, "directions", directions, net)
-    _check_key(op, 0, seed, bits)
+    _, seed, bits = _checked_key(op, 0, seed, bits)
     if directions.dim() != 2:
         raise ValueError(f"{op}: directions must have shape [R, d_in={net.d_in}], got {list(directions.shape)}")
     unit = directions.detach().double()
@@ -439,7 +439,7 @@ def shell(
         _checks.same_dtype(op, "origin", origin, "directions", directions)
         start = origin.detach().double().expand_as(unit)
     if radius is not None:
-        _checks.number(op, "radius", radius)
+        radius = _checks.number(op, "radius", radius)
         found = crossings(net, start, start + radius * unit, seed=seed, bits=bits)
         return Shell(radius * found.t, *found[1:])
     stages = net.stages
@@ -485,8 +485,8 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     if x.dim() != 2:
         raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
     radius = float(_checks.number(op, "radius", radius))
-    _checks.integer(op, "vertices", vertices, 2, 2 * x.shape[1], "2 d_in")
-    _checks.integer(op, "seed", seed, 0)
+    vertices = _checks.integer(op, "vertices", vertices, 2, 2 * x.shape[1], "2 d_in")
+    seed = _checks.integer(op, "seed", seed, 0)
     if vertices % 2:
         raise ValueError(f"{op}: vertices must be even (plus and minus each direction), got {vertices}")
     if not net.widths:

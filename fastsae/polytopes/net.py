@@ -366,7 +366,7 @@ def mlp_block(model: nn.Module, layer: int, *, norm: bool = True, residual: bool
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     blocks = _blocks(op, model)
-    _checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")
+    layer = _checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")
     _checks.flag(op, "norm", norm)
     _checks.flag(op, "residual", residual)
     before, first, act, second = _parts(op, blocks[layer])

@@ -219,7 +219,7 @@ def run_study(
     module = _module(name)
     if size not in _SIZES:
         raise ValueError(f"study: size must be one of {', '.join(_SIZES)}, got {size!r}")
-    _checks.integer("study", "seed", seed, 0)
+    seed = _checks.integer("study", "seed", seed, 0)
     parameters = module.SIZES[size]
     if unknown := [key for key in changes if key not in parameters]:
         raise ValueError(f"study: unknown parameter {unknown[0]!r} of {name}; known: {', '.join(parameters)}")

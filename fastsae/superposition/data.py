@@ -49,8 +49,8 @@ _DATA = 0xDA7A
 
 def unit_features(n_features: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """``[G, D]``: directions uniform on the sphere (normal rows, scaled to norm 1)."""
-    _checks.integer("unit_features", "n_features", n_features, 1)
-    _checks.integer("unit_features", "d", d, 1)
+    n_features = _checks.integer("unit_features", "n_features", n_features, 1)
+    d = _checks.integer("unit_features", "d", d, 1)
     rows = torch.randn(n_features, d, generator=generator, dtype=torch.float64)
     return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(dtype)
 
@@ -125,9 +125,9 @@ class SuperpositionData:
         device: torch.device | str | None = None,
     ):
         op = "SuperpositionData"
-        _checks.integer(op, "n_features", n_features, 1)
-        _checks.integer(op, "d", d, 1)
-        _checks.number(op, "mean_active", mean_active)
+        n_features = _checks.integer(op, "n_features", n_features, 1)
+        d = _checks.integer(op, "d", d, 1)
+        mean_active = _checks.number(op, "mean_active", mean_active)
         if mean_active > n_features:
             raise ValueError(f"{op}: mean_active must be at most n_features={n_features}, got {mean_active}")
         for name, value, known in (
@@ -138,7 +138,7 @@ class SuperpositionData:
         ):
             if value not in known:
                 raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-        _checks.number(op, "rate", rate)
+        rate = _checks.number(op, "rate", rate)
         if decay == "geometric" and rate > 1:
             raise ValueError(f"{op}: rate of a geometric decay must be above 0 and at most 1, got {rate}")
         if isinstance(coefficients, str) and coefficients not in _LAWS:
@@ -148,7 +148,7 @@ class SuperpositionData:
         _checks.flag(op, "ensure_nonempty", ensure_nonempty)
         if _checks.number(op, "noise", noise, positive=False) < 0:
             raise ValueError(f"{op}: noise must be at least 0, got {noise}")
-        _checks.integer(op, "seed", seed, 0)
+        seed = _checks.integer(op, "seed", seed, 0)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         if link == "copula" and (covariance is None or redraw != "sample" or rescale != "expected"):
@@ -196,7 +196,7 @@ class SuperpositionData:
         elif covariance not in _COVARIANCES:
             raise ValueError(f"{op}: covariance must be a tensor, None or one of {', '.join(_COVARIANCES)}, got {covariance!r}")
         elif covariance == "low_rank":
-            _checks.integer(op, "rank", rank, 1)
+            rank = _checks.integer(op, "rank", rank, 1)
             if not 0 <= _checks.number(op, "shared", shared, positive=False) <= 1:
                 raise ValueError(f"{op}: shared must be in 0 .. 1, got {shared}")
             return unit_features(G, rank, g) * shared**0.5, torch.full((G,), (1 - shared) ** 0.5)
@@ -328,7 +328,7 @@ class SuperpositionData:
 
     def sample(self, n: int) -> SuperpositionBatch:
         """The next ``n`` samples: ``SuperpositionBatch(x, latents, features)``. With redraw="batch" this is one batch."""
-        _checks.integer("SuperpositionData.sample", "n", n, 0)
+        n = _checks.integer("SuperpositionData.sample", "n", n, 0)
         rows, columns = self._active(n)
         if self.parents is not None:
             rows, columns = self._with_parents(rows, columns)
@@ -493,8 +493,8 @@ def toy_model_features(
     for name, value in (("density", density), ("importance", importance)):
         if _checks.number(op, name, value) > 1:
             raise ValueError(f"{op}: {name} must be above 0 and at most 1, got {value}")
-    _checks.number(op, "lr", lr)
-    _checks.integer(op, "seed", seed, 0)
+    lr = _checks.number(op, "lr", lr)
+    seed = _checks.integer(op, "seed", seed, 0)
     generator = torch.Generator().manual_seed(seed)
     W = (unit_features(n_features, d, generator) * min(1.0, math.sqrt(d / n_features))).requires_grad_()
     bias = torch.zeros(n_features, requires_grad=True)

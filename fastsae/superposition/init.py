@@ -20,7 +20,7 @@ from fastsae.superposition.data import unit_features
 
 
 def _start(op: str, n_features: Any, noise: Any, seed: Any) -> torch.Generator:
-    _checks.integer(op, "n_features", n_features, 1)
+    n_features = _checks.integer(op, "n_features", n_features, 1)
     if _checks.number(op, "noise", noise, positive=False) < 0:
         raise ValueError(f"{op}: noise must be at least 0, got {noise}")
     return torch.Generator().manual_seed(_checks.integer(op, "seed", seed, 0))
@@ -60,7 +60,7 @@ def orthogonal(n_features: int, d: int, *, seed: int = 0) -> Tensor:
     """
     op = "orthogonal"
     generator = _start(op, n_features, 0.0, seed)
-    _checks.integer(op, "d", d, 1)
+    d = _checks.integer(op, "d", d, 1)
     blocks = []
     for start in range(0, n_features, d):
         Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
@@ -85,7 +85,7 @@ def noised_unit_vectors(n_features: int, d: int, *, noise: float = 0.1, seed: in
     """Noisy copies of the axes e_0, e_1, ..: for activations with a privileged basis (after an elementwise non-linearity)."""
     op = "noised_unit_vectors"
     generator = _start(op, n_features, noise, seed)
-    _checks.integer(op, "d", d, 1)
+    d = _checks.integer(op, "d", d, 1)
     return _filled(torch.eye(d, dtype=torch.float64), n_features, noise, generator, torch.empty(0))
 
 
@@ -146,9 +146,9 @@ def token_positions(length: int, count: int = 6, *, skip: int = 100) -> Tensor:
     Raises: ValueError: fewer than ``count`` positions from ``skip`` on.
     """
     op = "token_positions"
-    _checks.integer(op, "count", count, 1)
-    _checks.integer(op, "skip", skip, 0)
-    _checks.integer(op, "length", length, skip + count, meaning=f"skip + count, {skip} + {count}")
+    count = _checks.integer(op, "count", count, 1)
+    skip = _checks.integer(op, "skip", skip, 0)
+    length = _checks.integer(op, "length", length, skip + count, meaning=f"skip + count, {skip} + {count}")
     last = length - 1 - skip
     return torch.tensor([skip + (place * last) // max(count - 1, 1) for place in range(count)])
 

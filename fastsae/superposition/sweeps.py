@@ -327,7 +327,7 @@ def train_many(
             raise ValueError(f"{op}: l1 must be at least 0, got {weight}")
     for seed in grid[2]:
         _checks.integer(op, "seeds", seed, 0)
-    _checks.integer(op, "workers", workers, 1)
+    workers = _checks.integer(op, "workers", workers, 1)
     known = [option.name for option in fields(Training)]
     if unknown := [name for name in training if name not in known]:
         raise TypeError(f"sweep: unknown option {unknown[0]!r}; those of Training are {', '.join(known)}")
