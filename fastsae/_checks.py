@@ -53,6 +53,19 @@ def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor
         raise TypeError(f"{op}: {name} must have the dtype of {other_name} ({_names([other.dtype])}), got {_names([value.dtype])}")
 
 
+def narrower(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """``value`` has the dtype of ``other``, or one whose numbers that dtype holds; TypeError otherwise."""
+    if value.dtype is not other.dtype and torch.promote_types(value.dtype, other.dtype) is not other.dtype:
+        names = _names([other.dtype]), _names([value.dtype])
+        raise TypeError(f"{op}: {name} must have the dtype of {other_name} ({names[0]}), got {names[1]}; {name}.to({other.dtype}) casts it")
+
+
+def widened(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the dtype of ``like`` where that holds its numbers; under autocast as it is."""
+    same = value.dtype is like.dtype or torch.promote_types(value.dtype, like.dtype) is not like.dtype
+    return value if same or autocasting(value.device) else value.to(like.dtype)
+
+
 def beside(like: Tensor) -> tuple[torch.dtype, ...]:
     """The dtypes of a vector or number beside ``like``: its own, or float32 beside half precision."""
     return (like.dtype,) if like.dtype in (torch.float32, torch.float64) else (like.dtype, torch.float32)

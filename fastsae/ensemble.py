@@ -195,9 +195,10 @@ class SAEs(nn.Module):
             ``StackedGradient``.
         """
         op = "SAEs.step_gradients"
+        if isinstance(x, Tensor) and x.is_floating_point() and not _checks.autocasting(x.device):
+            _checks.narrower(op, "x", x, "the parameters", self.W_dec)
+            x = _checks.widened(x, self.W_dec)  # once for all members
         batches = [m._arguments(op, *batch, l1, l0, aux) for m, batch in zip(self.members, self._batches(op, x, target, mask))]
-        if not _checks.autocasting(x.device):
-            _checks.same_dtype(op, "x", x, "the parameters", self.W_dec)
         terms = [batch[2] for batch in batches]
         cast = [m._cast(x, target) for m, (x, target, _) in zip(self._members, batches)]
         with self._members[0]._no_autocast(x):

@@ -57,6 +57,9 @@ class SAE(nn.Module):
     In training mode ``loss`` and ``step_gradients`` count silent features and move the running threshold; BatchTopK selects over the
     batch. In evaluation mode they leave the buffers alone and BatchTopK keeps the scores above its running threshold.
 
+    Activations may have a narrower dtype than the parameters (a half-precision model's beside a float32 SAE): they are widened, and
+    latents and reconstruction have the parameters' dtype. A wider one is a TypeError: cast it.
+
     Args:
         d_in: activation dimension D, at least 1.
         d_sae: number of features F, at least 1.
@@ -283,9 +286,10 @@ class SAE(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"{op}: x must have shape [.., d_in={self.d_in}], got {list(x.shape)}")
         if not _checks.autocasting(x.device):
-            _checks.same_dtype(op, "x", x, "the parameters", self.W_dec)
+            _checks.narrower(op, "x", x, "the parameters", self.W_dec)
 
     def _scale_in(self, x: Tensor) -> Tensor:
+        x = _checks.widened(x, self.W_dec)
         return x * self.scale[0] if self._scaled else x
 
     def _encode(self, x: Tensor) -> tuple[Latents, Tensor | None, Tensor | None]:
@@ -454,7 +458,7 @@ class SAE(nn.Module):
         x = self._scale_in(x.reshape(rows, self.d_in))
         if target is None:
             return x, x, terms
-        target = target.reshape(rows, self.d_out)
+        target = _checks.widened(target.reshape(rows, self.d_out), self.W_dec)
         return x, target * self.scale[1] if self._scaled else target, terms
 
     def _terms(self, op: str, l1: Any, l0: Any, aux: Any) -> Terms:
