@@ -339,7 +339,7 @@ class CodeCounter:
 
 
 def _names(op: str, layers: Any) -> list[str | int]:
-    if isinstance(layers, int) and not isinstance(layers, bool):
+    if isinstance(layers := _checks.plain(layers), int) and not isinstance(layers, bool):
         return list(range(_checks.integer(op, "layers", layers, 1)))
     if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
         raise TypeError(f"{op}: layers must be an int or a sequence of names, got {type(layers).__name__}")

@@ -7,6 +7,9 @@ tensor beside CPU ones.
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -223,7 +226,12 @@ def integers() -> Iterator[Any]:
 def test_integers(op: str, name: str, low: int, high: int | None) -> None:
     for wrong in (True, False, 2.0, "2", None, torch.tensor(2)):
         rejects(TypeError, rf"^{op}: {name} must be an int, got {type(wrong).__name__}$", op, **{name: wrong})
-    rejects(TypeError, rf"^{op}: {name} must be an int, got numpy.int64$", op, **{name: np.int64(2)})
+    for wrong in (np.bool_(True), np.float64(2.0), np.array([2])):
+        rejects(TypeError, rf"^{op}: {name} must be an int, got numpy.{type(wrong).__name__}$", op, **{name: wrong})
+    want = pytree.tree_leaves(call(op, **{name: 2}))
+    for number in (np.int64(2), np.int32(2), np.uint8(2), np.array(2)):
+        got = pytree.tree_leaves(call(op, **{name: number}))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if isinstance(b, Tensor))
     for wrong in (low - 1, -(10**30), *(() if high is None else (high + 1, 10**30))):
         rejects(ValueError, rf"^{op}: {name} must be at least {low}.*, got {wrong}$", op, **{name: wrong})
     call(op, **{name: low})
@@ -252,6 +260,123 @@ def test_thresholds() -> None:
     rejects(ValueError, r"threshold must have shape \[F=12\], got \[1\]", "encode_threshold", threshold=torch.ones(1))
 
 
+ODD = (
+    *(1e300, -1e300, 1e39, 5e-324, 1e-300, -0.0, 0.0, -1.0, float("inf"), -float("inf"), float("nan"), True, None, "2", 2 + 0j),
+    *(-1, -(2**63), 2**32, 2**62, 2**63, 2**64, 10**400, torch.tensor(2), torch.tensor(0.5), torch.tensor([2])),
+    *(
+        np.int64(2),
+        np.uint8(2),
+        np.float32(0.5),
+        np.float16(0.5),
+        np.float64(0.5),
+        np.array(2),
+        np.array(0.5),
+        np.array([2]),
+        np.bool_(True),
+    ),
+)
+NUMBERS = {
+    **dict.fromkeys(("encode_topk", "select_topk", "hamming_topk"), ("k",)),
+    "encode_threshold": ("threshold", "bandwidth", "capacity"),
+    "encode_batch_topk": ("k", "capacity"),
+    "encode_gated": ("capacity",),
+    "match_cosine": ("k", "eps"),
+    "match": ("candidates", "eps"),
+    "near_zero_counts": ("eps",),
+    "neighbour_graph": ("k", "zero"),
+    **dict.fromkeys(("spline_hash", "hash_signs", "hash_code"), ("layer", "seed", "bits")),
+    "spline_keys": ("layer", "seed"),
+    "adam_": ("step", "lr", "eps", "weight_decay"),
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [pytest.param(op, name, id=f"{op}-{name}") for op in NUMBERS for name in NUMBERS[op]])
+def test_odd_numbers(op: str, name: str) -> None:
+    """A result, or an error of the operation itself that names the argument: never one from further below."""
+    for value in ODD:
+        if name == "capacity" and value is ODD[17]:
+            continue  # that many slots are just what was asked for
+        for backend in (None, "reference"):
+            more = {} if op in ("match", "spline_keys", "near_zero_counts") else {"backend": backend}
+            try:
+                call(op, **{name: value}, **more)
+            except (TypeError, ValueError) as error:
+                assert str(error).startswith(f"{op}: {name} "), (value, error)  # noqa: PT017
+
+
+def _sae(activation: Any = fastsae.TopK(2), **options: Any) -> Any:  # noqa: B008 (a frozen dataclass)
+    """An SAE that has been through everything that takes its numbers."""
+    made, x = fastsae.SAE(D, F, activation, seed=0, **options), draw(ROWS, D)
+    made.loss(x).loss.backward()
+    made(x)
+    fastsae.optim.Adam(made, lr=1e-3).step(x)
+    json.dumps(made.config())
+    return made
+
+
+def _optimiser(kind: Any, **options: Any) -> None:
+    opt = kind(fastsae.SAE(D, F, fastsae.TopK(2), seed=0), **options)
+    opt.step(draw(ROWS, D))
+    saved = io.BytesIO()
+    torch.save(opt.state_dict(), saved)
+    saved.seek(0)
+    torch.load(saved, weights_only=True)  # numbers of Python only
+
+
+def _annealed(k: Any) -> None:
+    made = fastsae.SAE(D, F, fastsae.TopK(2), seed=0)
+    made.k = k
+
+
+OWNERS: dict[str, Any] = {
+    "TopK": lambda v: _sae(fastsae.TopK(v)),
+    "BatchTopK": lambda v: _sae(fastsae.BatchTopK(v)),
+    "rate": lambda v: _sae(fastsae.BatchTopK(2, v)),
+    "threshold": lambda v: _sae(fastsae.JumpReLU(v)),
+    "bandwidth": lambda v: _sae(fastsae.JumpReLU(0.1, v)),
+    "bandwidth_dense": lambda v: _sae(fastsae.JumpReLU(0.1, v), dense=True),
+    "l1": lambda v: _sae(fastsae.ReLU(), l1=v),
+    "l0": lambda v: _sae(fastsae.JumpReLU(0.1, 0.1), l0=v),
+    "aux_k": lambda v: _sae(aux=fastsae.AuxK(v)),
+    "aux_coefficient": lambda v: _sae(aux=fastsae.AuxK(2, v)),
+    "dead_after": lambda v: _sae(dead_after=v),
+    "prefixes": lambda v: _sae(prefixes=[v, F]),
+    "seed": lambda v: fastsae.SAE(D, F, fastsae.TopK(2), seed=v),
+    "annealed": _annealed,
+    "reconstruct": lambda v: fastsae.reconstruct(draw(ROWS, D), draw(F, D), draw(F, D), activation=fastsae.JumpReLU(v)),
+    "decode_prefixes": lambda v: call("decode", prefixes=[v, F]),
+    "adam_lr": lambda v: _optimiser(fastsae.optim.Adam, lr=v),
+    "adam_betas": lambda v: _optimiser(fastsae.optim.Adam, betas=(v, 0.9)),
+    "adam_clip": lambda v: _optimiser(fastsae.optim.Adam, clip=v),
+    "signum_lr": lambda v: _optimiser(fastsae.optim.Signum, lr=v),
+    "signum_momentum": lambda v: _optimiser(fastsae.optim.Signum, momentum=v),
+    "fraction_above": lambda v: call("match").fraction_above(v),
+    "accumulate": lambda v: fastsae.gradients.accumulate([{"W": draw(F, D)}], [v]),
+    "schedule": lambda v: fastsae.optim.warmup_linear_decay(v, 2**63 - 1, 2**63 - 1)(3),
+    "data": lambda v: fastsae.superposition.SuperpositionData(5, 4, mean_active=1, noise=v).sample(3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("owner", OWNERS)
+def test_odd_numbers_of_modules_and_optimisers(owner: str) -> None:
+    for value in ODD:
+        try:
+            OWNERS[owner](value)
+        except (TypeError, ValueError) as error:
+            assert re.match(r"[A-Za-z_.]+: .*(must|got)", str(error)), (value, error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_thresholds_beyond_float32_compare_as_they_are(backend: str | None) -> None:
+    x = torch.cat([draw(ROWS, D), torch.full((1, D), 3e38), draw(1, D).mul(float("inf"))])
+    for threshold, like in ((-1e300, 0.0), (-3e38, 0.0), (1e-300, 0.0)):
+        got, want = (call("encode_threshold", x=x, bandwidth=None, threshold=t, backend=backend) for t in (threshold, like))
+        assert torch.equal(got.values.nan_to_num(7), want.values.nan_to_num(7)) and torch.equal(got.col, want.col)
+    kept = call("encode_threshold", x=x, bandwidth=None, threshold=1e300, backend=backend).values
+    assert kept.numel() and not kept.isfinite().any()  # infinite and NaN scores alone
+
+
 @pytest.mark.parametrize("bits", [0, 32, 96, 64.0, "64", True, None, torch.tensor(64)])
 @pytest.mark.parametrize("op", ["spline_hash", "hash_signs", "hash_code"])
 def test_bits(op: str, bits: Any) -> None:
@@ -270,6 +395,7 @@ def test_bits(op: str, bits: Any) -> None:
 )
 @pytest.mark.parametrize("wrong", [1, 0.0, None, "no"])
 def test_flags(op: str, name: str, wrong: Any) -> None:
+    call(op, **{name: np.bool_(True)})
     rejects(TypeError, rf"^{op}: {name} must be a bool, got {type(wrong).__name__}$", op, **{name: wrong})
 
 

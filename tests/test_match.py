@@ -518,3 +518,32 @@ def test_every_match_is_right_where_plain_bfloat16_gets_some_wrong(backend: str)
     low = (a.bfloat16() @ b.bfloat16().T).max(1).indices
     assert wrong(ours) <= 4096 - int(clear.sum())
     assert 20 < wrong(low) < 400  # about 2 %
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e-12, 1e19, 1e37])
+def test_cosines_and_their_gradients_do_not_depend_on_the_size_of_rows(size: float, dtype: torch.dtype, backend: str | None) -> None:
+    """Rows whose squares overflow or vanish have the cosines that they have."""
+    generator = torch.Generator().manual_seed(0)
+    size = size if dtype is torch.float32 else size**8
+    a, b = torch.randn(5, 12, generator=generator), torch.randn(9, 12, generator=generator)
+    results = []
+    for factor in (1.0, size):
+        leaves = [a.to(dtype).mul(factor).requires_grad_(), b.to(dtype).mul(factor).requires_grad_()]
+        found = fastsae.match_cosine(*leaves, k=3, eps=1e-35 if dtype is torch.float32 else 1e-300, backend=backend)
+        grads = [g * factor for g in torch.autograd.grad(found.similarity.square().sum(), leaves)]
+        pair = fastsae.match(*leaves, eps=1e-35 if dtype is torch.float32 else 1e-300, backend=backend)
+        results.append((found.similarity, *grads, pair.a_to_b.similarity, pair.b_to_a.similarity, pair.most_negative.similarity))
+        results[-1] += (found.index, pair.a_to_b.index, pair.b_to_a.index, pair.most_negative.index)
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6 if dtype is torch.float32 else 1e-14)
+
+
+def test_a_row_of_zeros_has_similarity_0_whatever_eps() -> None:
+    b = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for eps in (5e-324, 1e-40, 1e-8, 1e38):
+        for backend in (None, "reference"):
+            assert not fastsae.match_cosine(torch.zeros(2, 3), b, eps=eps, backend=backend).similarity.any()
+    with pytest.raises(ValueError, match=r"^match_cosine: eps must be at most 3.40282e\+38, got 1e\+39"):
+        fastsae.match_cosine(b, b, eps=1e39)

@@ -726,3 +726,35 @@ def test_packed_encoding_follows_the_weights(stacked: bool, monkeypatch: pytest.
     same(sae, 1)
     with pytest.raises(TypeError, match="packed must be a bool, got int"):
         sae.packed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrower_activations_are_widened(kind: str, dtype: torch.dtype) -> None:
+    """A model's half-precision activations beside a float32 SAE, everywhere; only what would lose digits is refused."""
+    x = rows(9, 7).to(dtype).requires_grad_()
+    sae, other = build(kind, dtype=torch.float32), build(kind, dtype=torch.float32)
+    got, want = sae(x), other(x.float())
+    assert got.x_hat.dtype is got.latents.values.dtype is torch.float32
+    assert torch.equal(got.x_hat, want.x_hat) and torch.equal(got.squared_error, want.squared_error)
+    assert torch.equal(*(torch.autograd.grad(result.x_hat.sum(), x)[0] for result in (got, want)))
+    assert torch.equal(sae.loss(x).loss, other.loss(x.float()).loss)
+    for module in (sae, other):
+        Adam(module, lr=1e-2).step(x if module is sae else x.float())
+    stack = SAEs([build(kind, dtype=torch.float32)])
+    Adam(stack, lr=1e-2).step(x)
+    assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), other.parameters(), strict=True))
+    for p, q in zip(stack.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p[0], q)
+    for narrow in (torch.bfloat16, torch.float16):
+        if narrow is not dtype:
+            with pytest.raises(TypeError, match=r"^SAE.encode: x must have the dtype of the parameters .*; x.to\(torch.*\) casts it$"):
+                build(kind, dtype=narrow)(x)
+
+
+def test_a_transcoder_takes_narrower_targets() -> None:
+    sae = SAE(7, 20, TopK(3), d_out=5, skip=True, seed=0)
+    x, target = rows(9, 7).bfloat16(), rows(9, 5).bfloat16()
+    assert torch.equal(sae(x, target).squared_error, sae(x.float(), target.float()).squared_error)
+    assert torch.equal(sae.loss(x, target).loss, sae.loss(x.float(), target.float()).loss)
+    assert torch.equal(sae.step_gradients(x, target)[0].loss, sae.step_gradients(x.float(), target.float())[0].loss)

@@ -292,7 +292,7 @@ def neighbour_graph(
     n = codes.shape[0]
     k = _checks.integer(op, "k", k, 1, n - 1, "N - 1")
     _checks.flag(op, "symmetric", symmetric)
-    if not isinstance(zero, (int, float)) or isinstance(zero, bool) or not 0 <= zero < 1:
+    if not isinstance(zero := _checks.plain(zero), (int, float)) or isinstance(zero, bool) or not 0 <= zero < 1:
         raise ValueError(f"{op}: zero must be a number of at least 0 and below 1, got {zero!r}")
     try:
         from scipy.sparse import csr_array

@@ -66,7 +66,7 @@ class Training:
         if self.stop != "converged":
             if isinstance(self.stop, str):
                 raise ValueError(f"{op}: stop must be 'converged' or a number of steps, got {self.stop!r}")
-            _checks.integer(op, "stop", self.stop, 1)
+            object.__setattr__(self, "stop", _checks.integer(op, "stop", self.stop, 1))
         for name in ("batch", "window", "max_steps"):
             _checks.integer(op, name, getattr(self, name), 1)
         _checks.integer(op, "cooldown", self.cooldown, 0)
