@@ -197,6 +197,8 @@ class Trace:
             mask, past = given[mask], given.get("past_key_values")
             if hasattr(past, "get_seq_length") and not hasattr(past, "cross_attention_cache"):  # a decoder's, not beside an encoder's mask
                 mask = mask[:, int(past.get_seq_length()) :] if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            raise ValueError(f"trace: mask must have an entry a position, [batch, seq], got an attention mask of pairs {list(mask.shape)}")
         return None if mask is None else _checks.mask("trace", "mask", mask)
 
     def _codes(self, name: str, z: Tensor, number: int) -> Tensor:
