@@ -137,8 +137,8 @@ class Trace:
             By layer name, in the model's order: hashes ``[rows]`` int64 (``[rows, 2]`` with ``bits=128``) or codes ``[rows, words]``.
             Rows are the unmasked positions, call after call, each call's batch dimensions flattened: the same rows in every layer. A
             layer that did not run is missing. A module that runs several times in a forward call (an activation shared by layers) is
-            ``name`` the first time, then ``name#2``, ``name#3``, each with layer numbers of its own. A call is the outermost one of a module
-            with traced layers in it, of the model or of a part.
+            ``name`` the first time, then ``name#2``, ``name#3``, each with layer numbers of its own. A call is the outermost one of a
+            module with traced layers in it, of the model or of a part.
         """
         taken = {name: torch.cat(parts) for name, parts in self._parts.items() if parts}
         self._parts = {name: [] for name in self.layers}
@@ -191,7 +191,7 @@ class Trace:
         """The mask of the rows of a call of ``module``."""
         mask = self.mask
         if isinstance(mask, str):
-            given = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+            given: dict[str, Any] = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
             if given.get(mask) is None:
                 raise ValueError(f"trace: mask={mask!r} must name an argument that the model is called with, got {', '.join(given)}")
             mask, past = given[mask], given.get("past_key_values")
@@ -252,8 +252,8 @@ def trace(
     model itself gives to its activation, whose last dimension is the neurons. Pre-activations are not kept: a row costs 8 or 16 bytes, or
     one bit a neuron. The model's results and gradients do not change. It must run eagerly: a compiled graph may skip hooks. A call that
     raises leaves no rows; what runs in a backward pass (activation checkpointing computes a layer again) or in another thread than the
-    block's does not count, and a block in which no traced layer ran warns. Hooks are removed on leaving the block, also by an exception, and
-    what was collected can still be popped. Hashes combine over layers by ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
+    block's does not count, and a block in which no traced layer ran warns. Hooks are removed on leaving the block, also by an exception,
+    and what was collected can still be popped. Hashes combine over layers by ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
 
     Example:
         >>> with torch.no_grad(), fastsae.trace(model, "encoder.*", mask="attention_mask") as t:

@@ -701,7 +701,11 @@ def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
         (lambda: build("topk").loss(rows(4, 7), mask=torch.zeros(4)), ValueError, "an additive attention mask"),
         (lambda: build("topk").loss(rows(4, 7), mask=torch.tensor([0, 1, float("nan"), 1])), ValueError, "mask must be bool, or 0 and 1"),
         (lambda: build("topk").loss(rows(4, 7), mask=[1, 1, 0, 1]), TypeError, "mask must be a torch.Tensor, got list"),
-        (lambda: build("topk").loss(rows(4, 7), mask=torch.ones(4, dtype=torch.cfloat)), TypeError, "mask must have dtype bool, .*complex64"),
+        (
+            lambda: build("topk").loss(rows(4, 7), mask=torch.ones(4, dtype=torch.cfloat)),
+            TypeError,
+            "mask must have dtype bool, .*complex64",
+        ),
         (lambda: build("topk").loss(rows(4, 7), l1="x"), TypeError, "l1 must be a number, got str"),
         (lambda: build("topk").loss(rows(4, 7), l0=1.0), ValueError, "l0 needs JumpReLU with a bandwidth"),
         (lambda: build("topk")(rows(4, 6)), ValueError, r"^SAE.encode: x must have shape \[.., d_in=7\], got \[4, 6\]"),

@@ -401,7 +401,7 @@ def test_what_cannot_be_traced_says_so(model: Model) -> None:
             trace(whole)  # pyright: ignore[reportArgumentType]
     several = nn.DataParallel(model)
     several.device_ids = [0, 1]
-    with pytest.raises(ValueError, match="a DataParallel over several devices: trace the model.module"):
+    with pytest.raises(ValueError, match=r"a DataParallel over several devices: trace the model\.module"):
         trace(several)
     with pytest.warns(UserWarning, match="^trace: no traced layer ran in the block"), trace(model):
         threading.Thread(target=model, args=(x(2),)).start()
@@ -504,7 +504,11 @@ def test_wrong_arguments(model: Model, change: dict, error: type[Exception], mes
         (torch.full((2, 3), 2), ValueError, r"mask must be bool, or 0 and 1 \(1: counts\), got int64 from 2 to 2"),
         (torch.full((2, 3), -torch.inf), ValueError, r"mask must be bool, or 0 and 1 .*, got float32 from -inf to -inf \(an additive"),
         (torch.zeros(2, 3), ValueError, ".*an additive attention mask, 0 where a position counts"),
-        (torch.zeros(2, 1, 3, 3), ValueError, r"mask must have an entry a position, \[batch, seq\], got an attention mask of pairs \[2, 1, 3, 3\]"),
+        (
+            torch.zeros(2, 1, 3, 3),
+            ValueError,
+            r"mask must have an entry a position, \[batch, seq\], got an attention mask of pairs \[2, 1, 3, 3\]",
+        ),
         (torch.ones(2, 4), ValueError, r"mask must have shape \[2, 3\], the batch dimensions of layer .*, got \[2, 4\]"),
         (torch.ones(2, 4, dtype=torch.bool), ValueError, r"mask must have shape \[2, 3\], the batch dimensions of layer .*, got \[2, 4\]"),
         ("padding", ValueError, "mask='padding' must name an argument that the model is called with, got x"),
