@@ -191,10 +191,11 @@ class Trace:
         """The mask of the rows of a call of ``module``."""
         mask = self.mask
         if isinstance(mask, str):
-            given: dict[str, Any] = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+            given = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
             if given.get(mask) is None:
                 raise ValueError(f"trace: mask={mask!r} must name an argument that the model is called with, got {', '.join(given)}")
-            mask, past = given[mask], given.get("past_key_values")
+            past: Any = given.get("past_key_values")
+            mask = given[mask]
             if hasattr(past, "get_seq_length") and not hasattr(past, "cross_attention_cache"):  # a decoder's, not beside an encoder's mask
                 mask = mask[:, int(past.get_seq_length()) :] if isinstance(mask, Tensor) and mask.dim() == 2 else mask
         if isinstance(mask, Tensor) and mask.dim() == 4:
