@@ -186,6 +186,11 @@ def test_a_part_that_is_called_by_itself(model: Model) -> None:
         model.head(x(2))
         model.head(x(3))
     assert {name: hashes.shape for name, hashes in t.pop().items()} == {"head.1": (5,)}
+    with trace(model, "head", mask="attention_mask") as t:
+        with pytest.raises(ValueError, match="mask='attention_mask' must name an argument"):  # not all rows, unmasked
+            model.head(x(2))
+        model(x(2), torch.tensor([0, 1]))
+    assert len(t.pop()["head.1"]) == 1
 
 
 def test_keyword_inputs_other_dtypes_and_layouts() -> None:
