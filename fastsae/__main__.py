@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 
 import fastsae
-from fastsae import _triton, _weights, native, native_cuda, verify
+from fastsae import _triton, native, native_cuda, verify
 from fastsae._machine import machine
 from fastsae.dispatch import OPS, parse_request
+from fastsae.ops.match import as_dictionaries
 
 
 def table(device: torch.device) -> list[dict[str, Any]]:
@@ -161,9 +161,12 @@ def mmcs(options: argparse.Namespace) -> int:
         print("fastsae mmcs: give two dictionaries, or more of them without --plot and --variant", file=sys.stderr)
         return 2
     try:
-        loaded = [_weights.dictionary(path)[0] for path in paths]
-        dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in loaded))  # widened exactly
-        loaded = [weight.to(torch.promote_types(dtype, torch.float32)) for weight in loaded]
+        loaded = as_dictionaries("mmcs", paths, paths)
+        for path, weight in zip(paths, loaded):
+            if broken := int((~weight.isfinite()).any(1).sum()):
+                raise ValueError(
+                    f"mmcs: {path}: {broken} of {len(weight)} features are not finite (fastsae.mmcs(.., alive=) leaves them out)"
+                )
         report: dict[str, Any] = {"dictionaries": [{"path": str(p), "shape": list(w.shape)} for p, w in zip(paths, loaded)]}
         if options.variant:
             report[options.variant] = fastsae.mmcs(loaded[0], loaded[1], variant=options.variant)
@@ -176,8 +179,8 @@ def mmcs(options: argparse.Namespace) -> int:
             report["above 0.9"] = {name: float((side.similarity > 0.9).double().mean()) for name, side in sides.items()}
             if options.plot:
                 found.plot(options.plot)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"fastsae mmcs: {error}", file=sys.stderr)
+    except (TypeError, ValueError) as error:
+        print(f"fastsae {error}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(report, indent=1))
@@ -255,10 +258,18 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        return options.run(options)
-    except BrokenPipeError:  # the reader of a pipe has seen enough (`fastsae info | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = options.run(options)
+        print(end="", flush=True)  # here, where a full disk or a closed pipe can be said, and not when Python ends
+        return code
+    except (OSError, ImportError) as error:
+        try:
+            print(end="", flush=True)
+        except OSError:  # it is stdout that failed: what is left in its buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough (`fastsae info | head`)
+            return 0
+        print(f"fastsae {options.command}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nfastsae {options.command}: interrupted", file=sys.stderr)
         return 130

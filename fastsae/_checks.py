@@ -85,6 +85,20 @@ def plain(value: Any) -> Any:
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
 
 
+def mask(op: str, name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """A mask as bool: what is bool, or 0 and 1 in any real dtype (1: counts), as Hugging Face's are; TypeError or ValueError otherwise."""
+    tensor(op, name, value, (torch.bool, *INDICES, torch.int16, torch.int8, torch.uint8, *FLOATS), like)
+    if value.dtype is torch.bool:
+        return value
+    counts = value != 0
+    additive = value.is_floating_point() and value.numel() > 0 and not bool((value > 0).any())
+    if additive or not torch.equal(counts.to(value.dtype), value):
+        hint = " (an additive attention mask, 0 where a position counts? pass mask == 0)" if additive else ""
+        low, high = value.min().item(), value.max().item()
+        raise ValueError(f"{op}: {name} must be bool, or 0 and 1 (1: counts), got {_names([value.dtype])} from {low:g} to {high:g}{hint}")
+    return counts
+
+
 def integer(op: str, name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> int:
     """An int (NumPy's become Python's) in ``low .. high``, at most ``2^63 - 1``; TypeError or ValueError otherwise."""
     if type(value) is not int:

@@ -167,19 +167,21 @@ def locate(source: str | os.PathLike[str], format: str | None = None) -> tuple[s
     raise FileNotFoundError(f"{path}: format {format!r} needs the file {config}, which is not there")
 
 
-def dictionary(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
-    """(decoder ``[F, D]``, its bias or None) of a weights' file, of a checkpoint of this library, or of a folder that ``locate`` knows.
+def dictionary(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(decoder ``[F, D]``, its bias or None, the encoder's or None) of a weights' file, of a checkpoint of this library, or of a folder
+    that ``locate`` knows.
 
     FileNotFoundError where there is none, ValueError where it holds none."""
     path = Path(source)
     if path.is_dir():
         path = locate(path)[1]
-    biases = ("b_dec", "bias", "decoder_bias", "decoder.bias")
-    tensors = read_tensors(path, ("W_dec", "w_dec", "decoder.weight", *biases))
-    bias = next((tensors[name] for name in biases if name in tensors), None)
-    for name in ("W_dec", "w_dec"):
-        if name in tensors:
-            return tensors[name], bias
-    if "decoder.weight" in tensors:
-        return tensors["decoder.weight"].T, bias
-    raise ValueError(f"{path} holds no decoder ('W_dec' or 'decoder.weight')")
+    names = (("b_dec", "bias", "decoder_bias", "decoder.bias"), ("b_enc", "encoder.bias", "encoder_bias"))
+    tensors = read_tensors(path, ("W_dec", "w_dec", "decoder.weight", *names[0], *names[1]))
+    biases = [next((tensors[name] for name in some if name in tensors), None) for some in names]
+    decoder = next((tensors[name] for name in ("W_dec", "w_dec") if name in tensors), None)
+    if decoder is None and "decoder.weight" in tensors:
+        decoder = tensors["decoder.weight"]
+        decoder = decoder.T if decoder.dim() == 2 else decoder
+    if decoder is None:
+        raise ValueError(f"{path} holds no decoder ('W_dec' or 'decoder.weight')")
+    return decoder, biases[0], biases[1]

@@ -170,7 +170,7 @@ class CodeCounter:
 
     Example:
         >>> counter = fastsae.CodeCounter(["mlp.0", "mlp.1"])
-        >>> counter.update({"mlp.0": hashes_0, "mlp.1": hashes_1}, mask=attention_mask.bool())
+        >>> counter.update({"mlp.0": hashes_0, "mlp.1": hashes_1}, mask=attention_mask)
         >>> print(counter.merge(other).table())
 
     Raises: TypeError, ValueError: arguments. ImportError: a sketch without ``datasketches``.
@@ -201,7 +201,7 @@ class CodeCounter:
         Args:
             hashes: int64 ``[.., L]``, ``[..]`` for a single layer, or a dict of some layers' ``[..]``, which need not have equal shapes
                 unless there is a mask. Any device.
-            mask: bool ``[..]``; samples where it is False do not count (padding).
+            mask: ``[..]``, bool or 0 and 1; samples where it is False do not count (padding).
 
         Cost: a sort of the batch, and merges that move a code about log2(distinct) times over the whole life of the counter; a sketch costs
         about a quarter of a microsecond for each distinct hash of the batch. Nothing is counted where an argument is wrong.
@@ -209,6 +209,7 @@ class CodeCounter:
         Raises: TypeError: dtype. ValueError: shape, or a layer that the counter does not have.
         """
         op = "CodeCounter.update"
+        mask = None if mask is None else _checks.mask(op, "mask", mask)
         chosen = []
         for place, layer in self._split(op, hashes):
             chosen.append((place, _masked(op, f"hashes of layer {self.names[place]!r}", layer, mask).cpu().numpy()))

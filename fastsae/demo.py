@@ -642,11 +642,15 @@ def _run(args: argparse.Namespace) -> int:
         yield
         seconds[name] = time.perf_counter() - start
 
+    from safetensors import SafetensorError
+
     try:
         with stage("activations"):
             data = _load_data(settings, out / "activations.safetensors", args.fresh)
-    except ValueError as error:
-        print(error, file=sys.stderr)
+        with stage("training"):
+            trained = {seed: _load_sae(settings, seed, data, out / f"sae-seed{seed}", args.fresh) for seed in settings.seeds}
+    except (ValueError, KeyError, SafetensorError) as error:
+        print(f"fastsae demo: {error} (--fresh makes what lies in {out} anew)", file=sys.stderr)
         return 2
     n = data["x"].shape[0]
     if settings.synthetic:
@@ -657,8 +661,6 @@ def _run(args: argparse.Namespace) -> int:
         kind, kinds = "word", "token"
     with stage("statistics"):
         stats = activation_statistics(data)
-    with stage("training"):
-        trained = {seed: _load_sae(settings, seed, data, out / f"sae-seed{seed}", args.fresh) for seed in settings.seeds}
     saes = [sae for sae, _ in trained.values()]
     with stage("evaluation"):
         evaluated = {seed: evaluate(sae, data) for seed, (sae, _) in trained.items()}

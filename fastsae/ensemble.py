@@ -187,7 +187,7 @@ class SAEs(nn.Module):
 
         Args:
             x: ``[B, D]``, the same rows for all members, or ``[E, B, D]``, rows for each.
-            target: ``[B, d_out]`` or ``[E, B, d_out]``. mask: bool, ``[B]`` or ``[E, B]``.
+            target: ``[B, d_out]`` or ``[E, B, d_out]``. mask: ``[B]`` or ``[E, B]``, bool or 0 and 1.
             l1, l0, aux: for all members; None: each member's own.
 
         Returns:
@@ -220,6 +220,7 @@ class SAEs(nn.Module):
     def _batches(self, op: str, x: Tensor, target: Tensor | None, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
         """(x, target, mask) of each member."""
         n = len(self._members)
+        mask = None if mask is None else _checks.mask(op, "mask", mask)
         columns = []
         for name, value, own, meaning in (("x", x, 3, "D"), ("target", target, 3, "d_out"), ("mask", mask, 2, "")):
             if value is None:

@@ -353,7 +353,7 @@ class SAE(nn.Module):
         Args:
             x: ``[.., D]``.
             target: ``[.., d_out]``, what is to be reconstructed; default ``x``; a transcoder needs one.
-            mask: bool ``[..]``: tokens that count (False: padding, BOS; they take no part anywhere).
+            mask: ``[..]``, bool or 0 and 1: tokens that count (False: padding, BOS; they take no part anywhere).
             l1: weight of the L1 penalty, scaled by the decoder's row norms so that it cannot be evaded; a gated SAE's is on its gate.
             l0: weight of the straight-through L0 penalty; needs ``JumpReLU(bandwidth=...)``.
             aux: the AuxK term, False for none. None in these three: the module's own.
@@ -451,7 +451,7 @@ class SAE(nn.Module):
             want = (*x.shape[:-1], self.d_out)
             _checks.shape(op, "target", target, want, str(list(want)))
         if mask is not None:
-            _checks.tensor(op, "mask", mask, (torch.bool,), x)
+            mask = _checks.mask(op, "mask", mask, x)
             _checks.shape(op, "mask", mask, tuple(x.shape[:-1]), str(list(x.shape[:-1])))
             x, target = x[mask], None if target is None else target[mask]
         rows = x.shape[:-1].numel()

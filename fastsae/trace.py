@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -81,19 +84,24 @@ class Trace:
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], emit: str, mask: Any, neurons: Any, seed: int, bits: int) -> None:
         self.layers = tuple(modules)
         self.mask = mask
-        self._model, self._modules = model, modules
+        self._modules = modules
         self._emit, self._neurons, self._seed, self._bits = emit, neurons, seed, bits
+        traced = {id(module) for module in modules.values()}
+        self._around = {id(module): module for module in model.modules() if traced & set(map(id, module.modules()))}
         self._handles: list[Any] = []
         self._parts: dict[str, list[Tensor]] = {name: [] for name in modules}
-        self._calls: dict[str, int] | None = None  # how often each layer ran in the forward call under way
-        self._given: Any = None  # the mask that this forward call was given
+        self._forget()
 
     def __enter__(self) -> Trace:
         if self._handles:
             raise RuntimeError("trace: already entered; a trace cannot be nested in itself")
+        self._thread, self._ran = threading.get_ident(), False
+        begin, done, end = self._hooks_around()
         try:
-            self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(self._model.register_forward_hook(self._end, always_call=True))
+            for module in self._around.values():
+                self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(done))
+                self._handles.append(module.register_forward_hook(end, always_call=True))
             for number, (name, module) in enumerate(self._modules.items()):
                 self._handles.append(module.register_forward_pre_hook(self._hook(name, number), with_kwargs=True))
         except BaseException:
@@ -103,12 +111,24 @@ class Trace:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._remove()
+        if kind is None and not self._ran:
+            warnings.warn(
+                "trace: no traced layer ran in the block; calls in a compiled graph, in another thread and in a backward pass do not count",
+                stacklevel=2,
+            )
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._calls = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """No call is under way."""
+        self._running: list[nn.Module] = []  # from the outermost module called to the innermost
+        self._frame: FrameType | None = None  # of the outermost call
+        self._taken: dict[str, list[Tensor]] = {}  # its codes, a tensor for each time that a layer ran
+        self._mask: Tensor | None = None
 
     def pop(self) -> dict[str, Tensor]:
         """The codes of all forward calls since the last ``pop``, and forgets them.
@@ -117,7 +137,8 @@ class Trace:
             By layer name, in the model's order: hashes ``[rows]`` int64 (``[rows, 2]`` with ``bits=128``) or codes ``[rows, words]``.
             Rows are the unmasked positions, call after call, each call's batch dimensions flattened: the same rows in every layer. A
             layer that did not run is missing. A module that runs several times in a forward call (an activation shared by layers) is
-            ``name`` the first time, then ``name#2``, ``name#3``, each with layer numbers of its own.
+            ``name`` the first time, then ``name#2``, ``name#3``, each with layer numbers of its own. A call is the outermost one of a
+            module with traced layers in it, of the model or of a part.
         """
         taken = {name: torch.cat(parts) for name, parts in self._parts.items() if parts}
         self._parts = {name: [] for name in self.layers}
@@ -125,30 +146,65 @@ class Trace:
 
     # ---- hooks
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._calls = {}
-        if isinstance(self.mask, str):
-            given = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
-            if given.get(self.mask) is None:
-                raise ValueError(f"trace: mask={self.mask!r} must name an argument that the model is called with, got {', '.join(given)}")
-            self._given = given[self.mask]
+    def _counts(self, module: nn.Module) -> bool:
+        """Not a recomputation in a backward pass (activation checkpointing), another thread's call, or a copy's of the model."""
+        return id(module) in self._around and torch._C._current_graph_task_id() == -1 and threading.get_ident() == self._thread
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._calls = self._given = None
+    def _hooks_around(self) -> tuple[Callable[..., None], ...]:
+        """Hooks of every module with a traced layer in it: the outermost one that is called makes a call, which counts whole or not at
+        all."""
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if not self._counts(module):
+                return
+            if self._frame is not None and not _is_running(self._frame):  # what interrupted that call was no Exception
+                self._forget()
+            self._running.append(module)
+            if len(self._running) == 1:
+                self._frame = sys._getframe(1)
+                self._mask = self._mask_of(module, args, kwargs)
+
+        def done(module: nn.Module, args: Any, output: Any) -> None:
+            if self._running == [module] and self._counts(module):
+                for name, parts in self._taken.items():
+                    for call, codes in enumerate(parts):
+                        self._parts.setdefault(name if call == 0 else f"{name}#{call + 1}", []).append(codes)
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            if self._running[-1:] == [module] and self._counts(module):
+                self._running.pop()
+                if not self._running:
+                    self._forget()
+
+        return begin, done, end
 
     def _hook(self, name: str, number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            z = args[0] if args else next(iter(kwargs.values()))
-            call = 0
-            if self._calls is not None:  # a part of the model that is called by itself counts as the first time
-                call = self._calls.get(name, 0)
-                self._calls[name] = call + 1
-            codes = self._codes(name, z, number + call * len(self.layers))
-            self._parts.setdefault(name if call == 0 else f"{name}#{call + 1}", []).append(codes)
+            if self._counts(module):
+                parts = self._taken.setdefault(name, [])
+                parts.append(self._codes(name, args[0] if args else next(iter(kwargs.values())), number + len(parts) * len(self.layers)))
+                self._ran = True
 
         return hook
 
+    def _mask_of(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """The mask of the rows of a call of ``module``."""
+        mask = self.mask
+        if isinstance(mask, str):
+            given = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+            if given.get(mask) is None:
+                raise ValueError(f"trace: mask={mask!r} must name an argument that the model is called with, got {', '.join(given)}")
+            past: Any = given.get("past_key_values")
+            mask = given[mask]
+            if hasattr(past, "get_seq_length") and not hasattr(past, "cross_attention_cache"):  # a decoder's, not beside an encoder's mask
+                mask = mask[:, int(past.get_seq_length()) :] if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            raise ValueError(f"trace: mask must have an entry a position, [batch, seq], got an attention mask of pairs {list(mask.shape)}")
+        return None if mask is None else _checks.mask("trace", "mask", mask)
+
     def _codes(self, name: str, z: Tensor, number: int) -> Tensor:
+        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(z):
+            raise RuntimeError(f"trace: layer {name} must run eagerly and outside torch.vmap, not while it is compiled, exported or mapped")
         neurons = self._neurons.get(name) if isinstance(self._neurons, Mapping) else self._neurons
         if isinstance(neurons, Tensor):
             neurons = neurons.to(z.device)
@@ -158,15 +214,17 @@ class Trace:
             codes = hash_signs(z, layer=number, seed=self._seed, bits=self._bits, neurons=neurons)
         batch = z.shape[:-1]
         codes = codes.reshape(batch.numel(), *codes.shape[len(batch) :])
-        mask = self._given if isinstance(self.mask, str) else self.mask
-        if mask is None:
+        if self._mask is None:
             return codes
-        if not isinstance(mask, Tensor) or mask.dtype.is_floating_point or mask.dtype.is_complex:
-            got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"trace: mask must be a bool or integer tensor, got {got}")
-        if mask.shape != batch:
-            raise ValueError(f"trace: mask must have shape {list(batch)}, the batch dimensions of layer {name}, got {list(mask.shape)}")
-        return codes[mask.reshape(-1).to(codes.device) != 0]
+        _checks.shape("trace", "mask", self._mask, batch, f"{list(batch)}, the batch dimensions of layer {name}")
+        return codes[self._mask.reshape(-1).to(codes.device)]
+
+
+def _is_running(frame: FrameType) -> bool:
+    at = sys._getframe(1)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is not None
 
 
 def trace(
@@ -186,16 +244,17 @@ def trace(
         layers: which activation modules: a pattern of qualified names as in ``fnmatch`` (``"encoder.layer.[0-3].*"``), a list of them, or
             ``layers(name, module) -> bool``. A name of a block (``"*.mlp"``) stands for the activation modules in it.
         emit: "hash": ``hash_signs`` with the layer's number in the key; "code": ``pack_signs``.
-        mask: positions that count, bool or integers (0: left out) ``[batch, seq]``; or the name of the model's argument that holds it
-            (``"attention_mask"``), read at each call.
+        mask: positions that count, bool or 0 and 1, ``[batch, seq]``; or the name of the argument of the module called that holds it
+            (``"attention_mask"``), read at each call; beside a cache (``past_key_values``) its columns after those in the cache.
         neurons: index or mask of the neurons that take part, for all layers or by layer name.
         seed, bits: of the hashes, as in ``hash_signs``.
 
     Traced are nn.ReLU, LeakyReLU, PReLU, GELU and SiLU, and Hugging Face's activation modules of these kinds: a bit is the sign of what the
     model itself gives to its activation, whose last dimension is the neurons. Pre-activations are not kept: a row costs 8 or 16 bytes, or
-    one bit a neuron. The model's results and gradients do not change. It must run eagerly: a compiled graph may skip hooks. Hooks are
-    removed on leaving the block, also by an exception, and what was collected can still be popped. Hashes combine over layers by
-    ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
+    one bit a neuron. The model's results and gradients do not change. It must run eagerly: a compiled graph may skip hooks. A call that
+    raises leaves no rows; what runs in a backward pass (activation checkpointing computes a layer again) or in another thread than the
+    block's does not count, and a block in which no traced layer ran warns. Hooks are removed on leaving the block, also by an exception,
+    and what was collected can still be popped. Hashes combine over layers by ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
 
     Example:
         >>> with torch.no_grad(), fastsae.trace(model, "encoder.*", mask="attention_mask") as t:
@@ -218,6 +277,11 @@ def trace(
     seed = _checks.integer(op, "seed", seed, 0, 2**64 - 1)
     if type(bits) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
+    for name, module in _all_names(model):
+        several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
+        if several or module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            what, instead = ("a DataParallel over several devices", ".module") if several else ("compiled", " before torch.compile")
+            raise ValueError(f"{op}: model must run eagerly in one thread, got {name or 'one'} that is {what}: trace the model{instead}")
     modules = _find(model, layers)
     for name, subset in neurons.items() if isinstance(neurons, Mapping) else (("", neurons),):
         if subset is not None and not isinstance(subset, Tensor):

@@ -124,7 +124,7 @@ class Batches:
     """Endless batches of stored activations in a seeded order, whose position a checkpoint keeps.
 
     Args:
-        x: ``[n, D]``. target: ``[n, d_out]``. mask: bool ``[n]``. size: rows a batch, at most n.
+        x: ``[n, D]``. target: ``[n, d_out]``. mask: ``[n]``, bool or 0 and 1. size: rows a batch, at most n.
         seed: of the order; every pass has another one. The rows left over at the end of a pass are dropped.
 
     ``load_state_dict`` takes the seed and the position over; ValueError where the number of rows or the size is another, whose batches

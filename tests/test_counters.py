@@ -178,7 +178,7 @@ def test_a_wrong_update_counts_nothing() -> None:
         with pytest.raises(error, match=message):
             counter.update(bad)  # pyright: ignore[reportArgumentType]
     for mask, error, message in (
-        (torch.ones(5), TypeError, "mask must have dtype bool, got float32"),
+        (torch.full((5,), 2.0), ValueError, r"mask must be bool, or 0 and 1 \(1: counts\), got float32 from 2 to 2"),
         (torch.ones(4, dtype=torch.bool), ValueError, r"mask must have the shape of the hashes of layer 'a' \[5\], got \[4\]"),
     ):
         with pytest.raises(error, match=message):

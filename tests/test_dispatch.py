@@ -5,8 +5,11 @@ The table itself is that of this machine; where a test needs rows of known behav
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,3 +352,35 @@ def test_commands_with_a_wrong_request(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("fastsae.__main__.info", interrupt)
     assert main(["info"]) == 130
     assert "fastsae info: interrupted" in capsys.readouterr().err
+
+
+def test_commands_say_what_is_wrong_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("x")
+    for name in ("demo", "study/init"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "demo/activations.safetensors").write_text("x")
+    for arguments, message in (
+        (["demo", "--smoke", "--out", "file/x"], "file/x"),
+        (["demo", "--smoke", "--out", "demo"], "(--fresh makes what lies in"),
+        (["study", "init", "--smoke", "--out", "file/x"], "file/x"),
+        (["study", "--pages", "nothing"], "no NAME/NAME.json of a study in"),
+        (["study", "--pages", "study"], "study/init/init.json is not what a study wrote"),
+    ):
+        for content in ("x", "[]", '{"study": 3}', '{"study": "init"}') if arguments[-1] == "study" else ("x",):
+            (tmp_path / "study/init/init.json").write_text(content)
+            assert main([*arguments[:-1], str(tmp_path / arguments[-1])]) == 2
+            said = capsys.readouterr().err.strip().splitlines()[-1]
+            assert said.startswith(f"fastsae {arguments[0]}: ") and message in said and str(tmp_path) in said
+
+
+def test_commands_whose_output_nobody_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe, contextlib.redirect_stdout(pipe):
+        assert main(["study"]) == 0  # `fastsae study | head -1`
+    assert capsys.readouterr().err == ""
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+            assert main(["study"]) == 2
+        assert capsys.readouterr().err == "fastsae study: [Errno 28] No space left on device\n"

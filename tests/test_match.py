@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -408,14 +410,100 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert message in capsys.readouterr().err
 
 
-def test_two_matrices_that_may_be_transposed_warn() -> None:
-    a, b = draw(8, 20), draw(8, 20, seed=1)
-    with pytest.warns(UserWarning, match=r"^match: a and b are both \[8, 20\].*pass a.T and b.T$"):
-        match(a, b)
+def test_nothing_warns_where_nothing_tells() -> None:
+    """Fewer features than dimensions are a small dictionary; the same numbers may be a [D, F] matrix."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for pair in ((a.T, b.T), (a, a), (a, b[:7])):
+        for shape in ((8, 20), (20, 8), (8, 8), (500, 2048)):
+            a, b = draw(*shape, dtype=torch.float32), draw(*shape, seed=1, dtype=torch.float32)
+            assert match(a, b).shape == (*shape[:1], *shape)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("first", DTYPES)
+@pytest.mark.parametrize("second", DTYPES)
+def test_dictionaries_of_two_dtypes_are_widened(first: torch.dtype, second: torch.dtype, tmp_path: Path) -> None:
+    a, b = draw(9, 6).to(first), draw(12, 6, seed=1).to(second)
+    wide = first if first == second else torch.float64 if torch.float64 in (first, second) else torch.float32
+    found, want = match(a, b), match(a.to(wide), b.to(wide))
+    assert found.a_to_b.similarity.dtype == wide
+    for ours, theirs in zip((*found.a_to_b, *found.b_to_a), (*want.a_to_b, *want.b_to_a), strict=True):
+        assert torch.equal(ours, theirs)
+    for name in ("mcc", "absolute"):
+        assert mmcs(a, b, variant=name) == mmcs(a.to(wide), b.to(wide), variant=name)
+    assert mmcs_matrix([a, b, a])[1, 2] == mmcs(b, a, "a_to_b")
+    with pytest.raises(TypeError, match="float8_e4m3fn"):
+        match(a, b.to(torch.float8_e4m3fn))
+
+
+@given(data=st.data())
+def test_the_command_is_the_function_on_drawn_files(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever the files: one number from both, or the same complaint from both and an exit code."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder, paths = tmp_path_factory.mktemp("a folder"), []
+    for number in range(2):
+        F, D = data.draw(st.sampled_from([(9, 6), (6, 9), (6, 6), (0, 6), (12, 5)]), label="F, D")
+        W = draw(F, D, seed=number).to(data.draw(st.sampled_from(DTYPES), label="dtype"))
+        damage = data.draw(st.sampled_from(["none"] * 6 + ["nan", "integers", "empty", "no decoder", "missing", "3-D"]), label="damage")
+        turned = data.draw(st.booleans(), label="turned")
+        W = {"nan": W / 0, "integers": W.int(), "3-D": W[None]}.get(damage, W)
+        W = (W.mT if turned else W).contiguous()
+        kind = data.draw(st.sampled_from(["W_dec", "decoder.weight"]), label="kind")
+        tensors = {kind if damage != "no decoder" else "W_enc": W.mT.contiguous() if kind == "decoder.weight" else W}
+        if bias := data.draw(st.sampled_from(["", "b_dec", "b_enc"]), label="bias"):
+            tensors[bias] = torch.zeros(F if bias == "b_enc" else D)
+        ending = data.draw(st.sampled_from(["pt", "safetensors", "npz"]), label="ending")
+        path = folder / f"{number} é.{ending}"
+        if ending == "pt":
+            torch.save(tensors, path)
+        elif ending == "safetensors":
+            safetensors.save_file(tensors, path)
+        else:
+            np.savez(path, **{n: t.float().numpy() if t.is_floating_point() else t.numpy() for n, t in tensors.items()})
+        if damage == "empty":
+            path.write_bytes(b"")
+        if damage == "missing":
+            path.unlink()
+        paths.append(path)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["mmcs", *map(str, paths), "--json"])
+    said, number, complaint = err.getvalue(), 0.0, ""
+    try:
+        number = mmcs(*paths)
+    except (OSError, TypeError, ValueError) as error:
+        complaint = str(error)
+    if complaint:
+        tail = complaint.split(str(folder))[-1] if str(folder) in complaint else complaint.split(" must ")[-1]
+        assert code == 2 and not out.getvalue() and (tail in said or "features are not finite" in said), (complaint, said)
+        assert "need an alive feature" in said or (str(folder) in said and said.startswith("fastsae mmcs: "))
+    elif number != number:
+        assert code == 2 and "features are not finite" in said
+    else:
+        assert code == 0 and json.loads(out.getvalue())["mean"] == number and not said
+
+
+def test_stacks_devices_and_lists_of_files(tmp_path: Path) -> None:
+    from fastsae.ops.match import as_dictionaries
+
+    saes = fastsae.SAEs(fastsae.SAE(6, 10, fastsae.TopK(2), seed=seed) for seed in range(3))
+    for pair in ((saes, saes[0]), (saes[0], saes.W_dec)):
+        with pytest.raises(
+            ValueError, match=r"^match: a \[N, D\].*\(a stack of several dictionaries: give one of them, or all to mmcs_matrix\)$"
+        ):
             match(*pair)
+    assert torch.equal(mmcs_matrix(saes), mmcs_matrix([sae.W_dec for sae in saes]))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(mmcs_matrix(saes.W_dec), mmcs_matrix(saes))  # pyright: ignore[reportArgumentType]
+    assert mmcs_matrix([]).shape == (0, 0)
+    path = fastsae.save_checkpoint(tmp_path / "run.pt", saes[0])
+    assert mmcs_matrix([path, saes[1]])[0, 1] == mmcs(saes[0], saes[1], "a_to_b")
+    assert [side.device.type for side in as_dictionaries("match", (path, saes[1].W_dec.to("meta"), path), "abc")] == ["meta"] * 3
+    with pytest.raises(ValueError, match=r"^mmcs_matrix: dictionaries\[0\] \[N, D\] and dictionaries\[2\] \[M, D\] must have the same D"):
+        mmcs_matrix([saes[0], path, draw(4, 7)])
+    with pytest.raises(TypeError, match=r"^mmcs_matrix: dictionaries\[1\] must be on cpu"):
+        mmcs_matrix([saes[0], saes[1].W_dec.to("meta")])
 
 
 class Coder:
@@ -434,6 +522,10 @@ def test_a_decoder_beside_a_bias_that_shows_its_orientation(tmp_path: Path) -> N
     assert mmcs(linear, other) == pytest.approx(mmcs(W, other), abs=1e-6)
     torch.save({"encoder.weight": W, "decoder.weight": W.T, "b_dec": bias}, tmp_path / "ae.pt")
     assert mmcs(tmp_path / "ae.pt", other) == pytest.approx(mmcs(W, other), abs=1e-6)
+    coder = Coder(W.T, bias[:0])
+    coder.b_dec, coder.b_enc = None, torch.zeros(10)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"^match: a\.W_dec must be \[F=10, D\] beside its b_enc, got \[6, 10\].*W_dec\.T"):
+        match(coder, other)
     with pytest.raises(ValueError, match=r"^match: b\.W_dec must be \[F, D=6\] beside its b_dec, got \[6, 10\].*W_dec\.T"):
         match(other, Coder(W.T, bias))
     safetensors = pytest.importorskip("safetensors.torch")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, PackedWeights, ReLU, SAEs, TopK
+from fastsae import SAE, AuxK, BatchTopK, CodeCounter, Gated, JumpReLU, PackedWeights, ReLU, SAEs, TopK
 from fastsae.optim import Adam
+from fastsae.trainer import Batches, Trainer
 
 KINDS = {
     "topk": TopK(3),
@@ -126,6 +127,32 @@ def test_masked_tokens_take_no_part(kind: str, shape: tuple[int, ...]) -> None:
             assert torch.equal(a, b)
         for a, b in zip(torch.autograd.grad(kept.loss, sae.W_enc), torch.autograd.grad(masked.loss, sae.W_enc), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16])
+def test_a_mask_of_ones_and_zeros_is_the_bool_one_wherever_a_mask_is_taken(dtype: torch.dtype) -> None:
+    """Hugging Face's masks are int64, and an int64 tensor also is an index."""
+    from fastsae.superposition import ActivationStatistics
+
+    def everywhere(mask: Tensor) -> list[Tensor]:
+        x, sae, saes = rows(4, 3, 7), build("topk"), SAEs([build("topk"), build("topk")])
+        opt = Adam(build("topk"), lr=0.1)
+        out = [*sae.loss(x, mask=mask), *sae.step_gradients(x, mask=mask)[0], sae.init_from(x, mask=mask).b_dec, *opt.step(x, mask=mask)]
+        out += [opt.module.W_dec, *saes.step_gradients(x.flatten(0, 1), mask=mask.flatten())[0]]
+        out += saes.step_gradients(x[:2], mask=mask[:2])[0]
+        out.append(saes.init_from(x.flatten(0, 1), mask=mask.flatten()).b_dec)
+        counter = CodeCounter(["a"])
+        counter.update({"a": torch.arange(12).reshape(4, 3)}, mask)
+        statistics = ActivationStatistics(7).update(x, mask=mask)
+        return [t.detach() for t in [*out, torch.tensor([counter.table()[0].seen, statistics.count])]]
+
+    mask = torch.arange(12).reshape(4, 3) % 3 != 1
+    for ours, plain_bool in zip(everywhere(mask.to(dtype)), everywhere(mask), strict=True):
+        assert torch.equal(ours, plain_bool)
+    sae = build("topk")
+    batches = Batches(rows(12, 7), mask=mask.flatten().to(dtype), size=6)
+    Trainer(sae, Adam(sae, lr=0.1), progress=False).fit(batches, 2)
+    assert int(sae.silent.max()) == int(mask.sum())
 
 
 @each
@@ -666,7 +693,20 @@ def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
         (lambda: build("topk").loss(rows(7, 6)), ValueError, r"x must have shape \[.., d_in=7\], got \[7, 6\]"),
         (lambda: build("topk").loss(torch.tensor(1.0)), ValueError, r"x must have shape \[.., d_in=7\], got \[\]"),
         (lambda: build("topk").loss(rows(4, 7), mask=torch.ones(5).bool()), ValueError, r"mask must have shape \[4\], got \[5\]"),
-        (lambda: build("topk").loss(rows(4, 7), mask=torch.ones(4)), TypeError, "mask must have dtype bool, got float32"),
+        (
+            lambda: build("topk").loss(rows(4, 7), mask=torch.arange(4)),
+            ValueError,
+            r"mask must be bool, or 0 and 1 \(1: counts\), got int64 from 0 to 3",
+        ),
+        (lambda: build("topk").loss(rows(4, 7), mask=torch.full((4,), -1e9)), ValueError, r"an additive attention mask.*pass mask == 0"),
+        (lambda: build("topk").loss(rows(4, 7), mask=torch.zeros(4)), ValueError, "an additive attention mask"),
+        (lambda: build("topk").loss(rows(4, 7), mask=torch.tensor([0, 1, float("nan"), 1])), ValueError, "mask must be bool, or 0 and 1"),
+        (lambda: build("topk").loss(rows(4, 7), mask=[1, 1, 0, 1]), TypeError, "mask must be a torch.Tensor, got list"),
+        (
+            lambda: build("topk").loss(rows(4, 7), mask=torch.ones(4, dtype=torch.cfloat)),
+            TypeError,
+            "mask must have dtype bool, .*complex64",
+        ),
         (lambda: build("topk").loss(rows(4, 7), l1="x"), TypeError, "l1 must be a number, got str"),
         (lambda: build("topk").loss(rows(4, 7), l0=1.0), ValueError, "l0 needs JumpReLU with a bandwidth"),
         (lambda: build("topk")(rows(4, 6)), ValueError, r"^SAE.encode: x must have shape \[.., d_in=7\], got \[4, 6\]"),

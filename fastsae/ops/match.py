@@ -7,7 +7,6 @@ match in one pass over the tiles. ``match`` wraps the latter in an object that a
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -258,15 +257,18 @@ class Matches(NamedTuple):
     index: Tensor
 
 
-def _check_dictionaries(op: str, a: Any, b: Any) -> None:
-    _checks.tensor(op, "a", a)
-    _checks.tensor(op, "b", b, like=a)
-    _checks.same_dtype(op, "b", b, "a", a)
+def _check_dictionaries(op: str, a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> None:
+    _checks.tensor(op, names[0], a)
+    _checks.tensor(op, names[1], b, like=a)
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         hint = ""
-        if a.dim() == 2 and b.dim() == 2 and (a.shape[0] == b.shape[0] or a.shape[1] == b.shape[0] or a.shape[0] == b.shape[1]):
+        if a.dim() == 3 or b.dim() == 3:
+            hint = " (a stack of several dictionaries: give one of them, or all to mmcs_matrix)"
+        elif a.dim() == b.dim() == 2 and (a.shape[0] == b.shape[0] or a.shape[1] == b.shape[0] or a.shape[0] == b.shape[1]):
             hint = " (one of them looks like [D, F]: dictionaries are feature-major, pass W.T)"
-        raise ValueError(f"{op}: a [N, D] and b [M, D] must have the same D, got {list(a.shape)} and {list(b.shape)}{hint}")
+        raise ValueError(
+            f"{op}: {names[0]} [N, D] and {names[1]} [M, D] must have the same D, got {list(a.shape)} and {list(b.shape)}{hint}"
+        )
 
 
 def _checked_eps(op: str, eps: Any, like: Tensor) -> float:
@@ -302,6 +304,7 @@ def match_cosine(
     """
     op = "match_cosine"
     _check_dictionaries(op, a, b)
+    _checks.same_dtype(op, "b", b, "a", a)
     _checks.flag(op, "absolute", absolute)
     limit = b.shape[0] - _checks.flag(op, "exclude_self", exclude_self)
     k = _checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
@@ -450,47 +453,51 @@ class Match:
         histogram_of_matches(self, path, bins)
 
 
+def as_dictionaries(op: str, values: Sequence[Any], names: Sequence[str]) -> list[Tensor]:
+    """Each value as a ``[F, D]`` tensor, that of a file on the device of those that are none, of one D and on one device."""
+    sides = [_dictionary(op, name, value).detach() for name, value in zip(names, values)]
+    files = [isinstance(value, (str, bytes)) or hasattr(value, "__fspath__") for value in values]
+    device = next((side.device for side, file in zip(sides, files) if not file), None)
+    sides = [side.to(device) if file and device is not None else side for side, file in zip(sides, files)]
+    for name, side in zip(names, sides):
+        _check_dictionaries(op, sides[0], side, (names[0], name))
+    return sides
+
+
 def _dictionary(op: str, name: str, value: Any) -> Tensor:
     """A ``[F, D]`` tensor from a tensor, an SAE with ``W_dec [F, D]`` or a linear ``decoder``, or weights on disk that hold one."""
     if isinstance(value, Tensor):
         return value
     weight = getattr(value, "W_dec", None)
     if isinstance(weight, Tensor):
-        return _beside_bias(op, name, weight, getattr(value, "b_dec", None))
+        return _beside_biases(f"{op}: {name}.W_dec", weight, getattr(value, "b_dec", None), getattr(value, "b_enc", None))
     decoder = getattr(value, "decoder", None)
     if isinstance(decoder, torch.nn.Linear):  # its weight is [D, F]
         return decoder.weight.T
     if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
+        path = os.fsdecode(value)
+        where = op if name == path else f"{op}: {name}"
         try:
-            weight, bias = _weights.dictionary(os.fsdecode(value))
+            tensors = _weights.dictionary(path)
         except ImportError as error:
-            raise ImportError(f"{op}: {name}: {error}") from error
+            raise ImportError(f"{where}: {error}") from error
         except ValueError as error:
-            raise ValueError(f"{op}: {name}: {error}") from error
-        return _beside_bias(op, name, weight, bias)
+            raise ValueError(f"{where}: {error}") from error
+        return _beside_biases(f"{where}: {path}: W_dec", *tensors)
     expected = "a tensor [F, D], an SAE with W_dec or a linear decoder, or a file or folder of weights"
     raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
 
 
-def _beside_bias(op: str, name: str, weight: Tensor, bias: Any) -> Tensor:
-    """A ``W_dec``, which the length D of its ``b_dec`` must show to be [F, D]."""
-    if isinstance(bias, Tensor) and weight.dim() == 2 and bias.dim() == 1 and bias.shape[0] != weight.shape[1]:
-        hint = " (it looks like [D, F]: dictionaries are feature-major, pass W_dec.T)" if bias.shape[0] == weight.shape[0] else ""
-        raise ValueError(f"{op}: {name}.W_dec must be [F, D={bias.shape[0]}] beside its b_dec, got {list(weight.shape)}{hint}")
+def _beside_biases(what: str, weight: Tensor, b_dec: Any, b_enc: Any) -> Tensor:
+    """A decoder, which the lengths of ``b_dec [D]`` and ``b_enc [F]`` beside it must show to be [F, D]."""
+    for axis, (name, bias) in enumerate((("b_enc", b_enc), ("b_dec", b_dec))):
+        if isinstance(bias, Tensor) and weight.dim() == 2 and bias.dim() == 1 and bias.shape[0] != weight.shape[axis]:
+            hint = (
+                " (it looks like [D, F]: dictionaries are feature-major, pass W_dec.T)" if bias.shape[0] == weight.shape[1 - axis] else ""
+            )
+            want = f"[F, D={len(bias)}]" if axis else f"[F={len(bias)}, D]"
+            raise ValueError(f"{what} must be {want} beside its {name}, got {list(weight.shape)}{hint}")
     return weight
-
-
-def _warn_of_columns(op: str, a: Any, b: Any) -> None:
-    """A warning where both are bare tensors of one shape with fewer rows than columns, which two [D, F] matrices have as well."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a is b or a.shape != b.shape or a.dim() != 2:
-        return
-    rows, columns = a.shape
-    if 1 < rows < columns:
-        warnings.warn(
-            f"{op}: a and b are both [{rows}, {columns}], read as {rows} features of width {columns}; if they are [D, F] matrices of "
-            f"{columns} features, pass a.T and b.T",
-            stacklevel=3,
-        )
 
 
 def _both(op: str, name: str, pair: Any) -> tuple[Any, Any]:
@@ -526,9 +533,9 @@ def match(
 
     Args:
         a, b: ``[N, D]`` and ``[M, D]`` tensors; SAEs of this library, SAELens, sparsify or dictionary_learning (a ``W_dec`` or a linear
-            ``decoder``); or their files or folders, see ``SAE.from_pretrained``. A ``[D, F]`` matrix given by mistake raises where the
-            shapes tell (one side only, or a ``W_dec`` beside its ``b_dec``), and two bare tensors of one shape with fewer rows than
-            columns warn.
+            ``decoder``); or their files or folders, see ``SAE.from_pretrained``, read to the other side's device. Of two dtypes both are
+            widened to what holds them, at least float32. A ``[D, F]`` matrix given by mistake raises where the shapes tell: one side
+            only, or a ``W_dec`` beside its ``b_dec`` or ``b_enc``. Where nothing tells (two bare ``[D, F]`` tensors) rows are features.
         alive: masks ``([N], [M])`` of the features that take part; None: all.
         weights: non-negative ``([N], [M])``, e.g. the mean coefficient of each feature: ``mmcs`` becomes a weighted mean, in which
             coefficients carry the scale and unit features do not. This is our reading of a metric proposed beside MMCS that has no
@@ -545,9 +552,10 @@ def match(
     Source: Sharkey, Braun & Millidge 2022, "Taking features out of superposition with sparse autoencoders".
     """
     op = "match"
-    _warn_of_columns(op, a, b)
-    a, b = (_dictionary(op, name, value).detach() for name, value in (("a", a), ("b", b)))
-    _check_dictionaries(op, a, b)
+    a, b = as_dictionaries(op, (a, b), "ab")
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = a.to(dtype), b.to(dtype)
     rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), (a, b))))
     if not rows_a.shape[0] or not rows_b.shape[0]:
         raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")

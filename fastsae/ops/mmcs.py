@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae import _checks
-from fastsae.ops.match import Match, _dictionary, match, match_cosine
+from fastsae.ops.match import Match, as_dictionaries, match, match_cosine
 
 _DIRECTIONS = ("a_to_b", "b_to_a", "mean", "small_to_large", "large_to_small")
 _SUMMARIES = ("mean", "max", "above", "distance_sum")
@@ -186,7 +186,8 @@ def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **option
     """
     if direction not in ("a_to_b", "b_to_a", "mean"):
         raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
-    sides = [_dictionary("mmcs_matrix", f"dictionaries[{i}]", d) for i, d in enumerate(dictionaries)]
+    dictionaries = list(dictionaries)
+    sides = as_dictionaries("mmcs_matrix", dictionaries, [f"dictionaries[{i}]" for i in range(len(dictionaries))])
     result = torch.eye(len(sides), dtype=torch.float64)
     for i in range(len(sides)):
         for j in range(i):

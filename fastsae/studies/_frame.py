@@ -145,9 +145,13 @@ class Study:
 
 def write_page(report: Path) -> Path:
     """README.md beside ``NAME.json``: the page of that run."""
-    content = json.loads(report.read_text())
+    try:
+        content = json.loads(report.read_text())
+        text = page(content, _module(content["study"]).__doc__ or content["study"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{report} is not what a study wrote: {error!r}") from error
     path = report.with_name("README.md")
-    _files.replace(path, lambda part: part.write_text(page(content, _module(content["study"]).__doc__ or content["study"])))
+    _files.replace(path, lambda part: part.write_text(text))
     return path
 
 
@@ -262,9 +266,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """``fastsae study``."""
-    if options.pages is not None:
-        return write_pages(options.pages)
-    if options.name is None:
+    if options.pages is None and options.name is None:
         print(f"{'study':<13} {'minutes (quick)':<16} question")
         for name in names():
             module = _module(name)
@@ -273,6 +275,8 @@ def main(options: argparse.Namespace) -> int:
         return 0
     size = "smoke" if options.smoke else "quick" if options.quick else "default"
     try:
+        if options.pages is not None:
+            return write_pages(options.pages)
         minutes = _module(options.name).SIZES[size]["minutes"]
         print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} minutes on two cores", file=sys.stderr)
         run_study(options.name, size, out=options.out, seed=options.seed)

@@ -33,7 +33,7 @@ class ActivationStatistics:
     Example:
         >>> statistics = ActivationStatistics(3072)
         >>> for x in batches:
-        ...     statistics.update(x, mask=attention_mask.bool())
+        ...     statistics.update(x, mask=attention_mask)
         >>> statistics.kurtosis()  # [3072], excess: 0 for a normal distribution
         >>> statistics.overall()["sparsity"]
     """
@@ -55,7 +55,7 @@ class ActivationStatistics:
         self._bins = torch.zeros(n_neurons, 2 * self._half + 1, dtype=torch.int64)
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> ActivationStatistics:
-        """Counts a batch ``[.., D]``; ``mask [..]`` bool: rows that count. Returns itself.
+        """Counts a batch ``[.., D]``; ``mask [..]``, bool or 0 and 1: rows that count. Returns itself.
 
         Raises: TypeError, ValueError: arguments, and entries that are not finite (nothing is counted then).
         """
@@ -64,7 +64,7 @@ class ActivationStatistics:
         if x.dim() == 0 or x.shape[-1] != self.n_neurons:
             raise ValueError(f"{op}: x must have shape [.., D={self.n_neurons}], got {list(x.shape)}")
         if mask is not None:
-            _checks.tensor(op, "mask", mask, (torch.bool,), x)
+            mask = _checks.mask(op, "mask", mask, x)
             _checks.shape(op, "mask", mask, tuple(x.shape[:-1]), str(list(x.shape[:-1])))
         rows = (x.reshape(-1, self.n_neurons) if mask is None else x[mask]).detach().cpu()
         if not bool(rows.isfinite().all()):
