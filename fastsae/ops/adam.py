@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae import _checks, _seeds
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
 from fastsae.ops._common import chunks, guard, row_of_slot, triton_refuses
@@ -118,7 +118,7 @@ def _matrices(
 
     def normal() -> Tensor:
         shape = (width, features) if transposed else (features, width)
-        t = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        t = _seeds.normal(generator, shape).to(device=device, dtype=dtype)
         return t.T if transposed else t
 
     W, m, v = normal(), normal(), normal()
@@ -137,13 +137,13 @@ def _adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
     number = 0
     for values, indices, crow, features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
-        grad = torch.randn((rows, width), generator=generator).to(device=device, dtype=dtype)
-        dense = torch.randn((features, width), generator=generator).to(device=device, dtype=dtype)
+        grad = _seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
+        dense = _seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
         for given in ((grad, values, indices, crow), (dense, None, None, None)):
             for project, normalise in ((False, False), (True, True), (True, False), (False, True)):
                 number += 1
                 matrices = _matrices(device, dtype, generator, features, width, transposed=number % 5 == 0)
-                factor = None if number % 3 else torch.rand((), generator=generator).to(device=device, dtype=dtype)
+                factor = None if number % 3 else _seeds.uniform(generator, ()).to(device=device, dtype=dtype)
                 yield *matrices, *given, factor, *settings[number % len(settings)], project, normalise
 
 
@@ -207,8 +207,8 @@ def _check_grad_squares(args: tuple, result: Tensor) -> float:
 
 
 def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    values = torch.randn((256, 32), generator=generator).to(device=device, dtype=dtype)
-    indices = torch.randint(0, 16384, (256, 32), generator=generator).to(device)
+    values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+    indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
     W, m, v = _matrices(device, dtype, generator, 16384, 512, False)
     return W, m, v, values @ W[:32], values, indices, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, False, False
 
@@ -264,15 +264,15 @@ for _op in (ADAM, GRAD_SQUARES):
 
 
 def checked_gradient(op: str, name: str, gradient: Any, W: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """``(grad, values, indices, crow)`` of a dense gradient or a ``RowGradient`` of ``W [F, D]``, all of W's dtype."""
+    """``(grad, values, indices, crow)`` of a dense gradient or a ``RowGradient`` of ``W [F, D]``, widened to W's dtype."""
     features, width = W.shape
+    narrower = tuple(dtype for dtype in _checks.FLOATS if torch.promote_types(dtype, W.dtype) == W.dtype)
     if not isinstance(gradient, RowGradient):
         if not isinstance(gradient, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor or a RowGradient, got {type(gradient).__name__}")
-        _checks.tensor(op, name, gradient, (W.dtype,), W)
+        _checks.tensor(op, name, gradient, narrower, W)
         _checks.shape(op, name, gradient, (features, width), f"[F={features}, D={width}]")
-        return gradient, None, None, None
-    narrower = tuple(dtype for dtype in _checks.FLOATS if torch.promote_types(dtype, W.dtype) == W.dtype)
+        return gradient.to(W.dtype), None, None, None
     values = _checks.tensor(op, f"{name}.values", gradient.values, narrower, W)
     indices = _checks.tensor(op, f"{name}.indices", gradient.indices, _checks.INDICES, W)
     rows = _checks.tensor(op, f"{name}.rows", gradient.rows, narrower, W)
@@ -312,7 +312,7 @@ def adam_(
     Args:
         W, exp_avg, exp_avg_sq: ``[F, D]``, float32 or float64, written. The C++ row takes float32 rows, or three transposed
             views of the same strides (``[D, F]`` parameters), to the same bits; the Triton row contiguous ones.
-        gradient: ``[F, D]``, or a ``RowGradient`` of F features whose values and rows have W's dtype or a narrower one.
+        gradient: ``[F, D]``, or a ``RowGradient`` of F features (values and rows), of W's dtype or a narrower one.
         step: number of this step, 1 for the first.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; results agree with it to rounding.
         factor: ``[]``, dtype of W: multiplies the gradient, after the projection.
