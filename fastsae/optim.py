@@ -54,7 +54,9 @@ class _Job:
             part = slice(start, min(start + height, W.shape[0]))
             yield (
                 tuple(view[part] for view in self.views),
-                checked_gradient(self.op, f"gradient of {self.name}", self.gradient.compute(part), W[part]),
+                checked_gradient(
+                    self.op, f"gradient of {self.name}", self.gradient.compute(part).to(W.dtype), W[part]
+                ),  # of autocast: narrower
             )
 
 

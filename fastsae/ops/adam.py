@@ -264,15 +264,15 @@ for _op in (ADAM, GRAD_SQUARES):
 
 
 def checked_gradient(op: str, name: str, gradient: Any, W: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """``(grad, values, indices, crow)`` of a dense gradient or a ``RowGradient`` of ``W [F, D]``, widened to W's dtype."""
+    """``(grad, values, indices, crow)`` of a dense gradient or a ``RowGradient`` of ``W [F, D]``, all of W's dtype."""
     features, width = W.shape
-    narrower = tuple(dtype for dtype in _checks.FLOATS if torch.promote_types(dtype, W.dtype) == W.dtype)
     if not isinstance(gradient, RowGradient):
         if not isinstance(gradient, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor or a RowGradient, got {type(gradient).__name__}")
-        _checks.tensor(op, name, gradient, narrower, W)
+        _checks.tensor(op, name, gradient, (W.dtype,), W)
         _checks.shape(op, name, gradient, (features, width), f"[F={features}, D={width}]")
-        return gradient.to(W.dtype), None, None, None
+        return gradient, None, None, None
+    narrower = tuple(dtype for dtype in _checks.FLOATS if torch.promote_types(dtype, W.dtype) == W.dtype)
     values = _checks.tensor(op, f"{name}.values", gradient.values, narrower, W)
     indices = _checks.tensor(op, f"{name}.indices", gradient.indices, _checks.INDICES, W)
     rows = _checks.tensor(op, f"{name}.rows", gradient.rows, narrower, W)
@@ -312,7 +312,7 @@ def adam_(
     Args:
         W, exp_avg, exp_avg_sq: ``[F, D]``, float32 or float64, written. The C++ row takes float32 rows, or three transposed
             views of the same strides (``[D, F]`` parameters), to the same bits; the Triton row contiguous ones.
-        gradient: ``[F, D]``, or a ``RowGradient`` of F features (values and rows), of W's dtype or a narrower one.
+        gradient: ``[F, D]``, or a ``RowGradient`` of F features whose values and rows have W's dtype or a narrower one.
         step: number of this step, 1 for the first.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; results agree with it to rounding.
         factor: ``[]``, dtype of W: multiplies the gradient, after the projection.
