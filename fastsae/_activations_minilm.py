@@ -74,13 +74,13 @@ def load(tokens: int) -> tuple[Any, Any, Tensor, Tensor]:
         logging.disable_progress_bar()
         tokeniser = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
         model = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True, dtype=torch.float32).eval()
-    ids = torch.tensor(tokeniser(text(8 * tokens), add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(tokeniser(text(8 * tokens), add_special_tokens=False)["input_ids"], device="cpu")
     windows = ids[: ids.shape[0] // WINDOW * WINDOW].view(-1, WINDOW)
     wanted = -(-tokens // WINDOW)
     if windows.shape[0] < wanted:
         raise ValueError(f"demo: the text has {windows.numel()} tokens in whole windows, --tokens asks for {tokens}")
-    windows = windows[torch.linspace(0, windows.shape[0] - 1, wanted).long()]
-    ends = [torch.full((wanted, 1), token) for token in (tokeniser.cls_token_id, tokeniser.sep_token_id)]
+    windows = windows[torch.linspace(0, windows.shape[0] - 1, wanted, device="cpu", dtype=torch.float32).long()]
+    ends = [torch.full((wanted, 1), token, device="cpu") for token in (tokeniser.cls_token_id, tokeniser.sep_token_id)]
     return model, tokeniser, windows, torch.cat([ends[0], windows, ends[1]], 1)
 
 
@@ -110,7 +110,7 @@ def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
             progress.update(part.shape[0] * WINDOW)
     hook.remove()
     vocabulary = tokeniser.convert_ids_to_tokens(list(range(len(tokeniser))))
-    word = torch.tensor([token.isalpha() and len(token) >= 3 for token in vocabulary])
+    word = torch.tensor([token.isalpha() and len(token) >= 3 for token in vocabulary], device="cpu")
     return {
         "x": torch.cat(residual).flatten(0, 1),
         "layer_in": torch.cat([x for x, _ in seen]).flatten(0, 1),
@@ -119,5 +119,5 @@ def extract(tokens: int, layer: int, batch: int = 32) -> dict[str, Tensor]:
         "b": first.bias.detach().clone(),
         "kind": windows.flatten(),
         "word": word[windows].flatten(),
-        "held": (torch.arange(windows.shape[0]) % 10 == 9).repeat_interleave(WINDOW),
+        "held": (torch.arange(windows.shape[0], device="cpu") % 10 == 9).repeat_interleave(WINDOW),
     }

@@ -1,10 +1,24 @@
-"""Seeds of several random streams from one."""
+"""Seeds of several random streams from one, and what is drawn from a stream."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def stream_seed(seed: int, stream: int) -> int:
     """A seed of 32 bits for one of several streams of a seed. (Of a larger one torch's CPU generator reads the low 32 bits only.)"""
     return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
+
+
+def normal(generator: torch.Generator | None, *shape: Any) -> Tensor:
+    """Standard normal numbers in float32 on the CPU: what a seed draws depends on no default of torch's."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def uniform(generator: torch.Generator | None, *shape: Any) -> Tensor:
+    """As ``normal``, in 0 .. 1."""
+    return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")

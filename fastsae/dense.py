@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae._precision import full_precision
 from fastsae.gradients import TiledGradient
 from fastsae.losses import Pass, Weights, quotient
 from fastsae.ops import _common
-from fastsae.ops._common import centre, chunks, full_precision, scores
+from fastsae.ops._common import centre, chunks, product, running_sums, scores
 
 DENSITY = 1 / 8
 """Share of all scores from which on tiles are used: a slot takes about 32 bytes with what a step keeps beside it (value, feature, flag,
@@ -81,8 +82,7 @@ def _dthreshold(z: Tensor, theta: Tensor, bandwidth: float | None, grad: Tensor,
 
 
 def _decoded(code: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
-    with full_precision():
-        return _rounded(code, dtype) @ W.to(code.dtype)  # latents are in the dtype of x, sums wide
+    return product(_rounded(code, dtype), W.to(code.dtype))  # latents are in the dtype of x, sums wide
 
 
 def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,9 +141,9 @@ def forward(x: Tensor, w: Weights, penalised: bool) -> Pass:
         groups[group] = groups[group] + part
         sums = [other if total is None else total + other for total, other in zip(sums, others)]
         hits.append(hit)
-    x_hats = torch.stack(groups).cumsum(0) + w.b_dec
+    x_hats = running_sums(torch.stack(groups)) + w.b_dec
     if w.skip is not None:
-        x_hats = x_hats + torch.nn.functional.linear(x, w.skip)
+        x_hats = x_hats + product(x, w.skip.T)
     frozen, magnitude, counted, active = sums
     if frozen is not None:
         frozen = (frozen + w.b_dec.detach()).to(dtype)
@@ -254,18 +254,17 @@ class TilePass:
                 magnitude = total if magnitude is None else magnitude + total
             if self.scored is not None:
                 self.scored.append(scored)
-        x_hats = groups[0].unsqueeze(0) if len(groups) == 1 else torch.stack(groups).cumsum(0)
+        x_hats = groups[0].unsqueeze(0) if len(groups) == 1 else running_sums(torch.stack(groups))
         x_hats += w.b_dec
         if w.skip is not None:
-            x_hats += torch.nn.functional.linear(x, w.skip)
+            x_hats += product(x, w.skip.T)
         if frozen is not None:
             frozen = (frozen + w.b_dec).to(dtype)
         count = counts[0] if len(counts) == 1 else torch.cat(counts)
         return Pass(x_hats.to(dtype), frozen, magnitude, None, count.to(torch.int64).sum(), count > 0)
 
     def _score(self, part: slice, W_enc: Tensor) -> _Scored:
-        with full_precision():
-            p = self.xc @ W_enc.to(self.xc.dtype).T
+        p = product(self.xc, W_enc.to(self.xc.dtype).T)
         if self.w.r_mag is not None:
             gate, magnitude, _, both = self._gated(part, p)
             code, weighed = _masked(both, magnitude), gate.relu_()
@@ -310,7 +309,8 @@ class TilePass:
             tile = self._new_tile(group, part, W_enc, self.w.W_dec[part], None if self.scored is None else self.scored[number])
             if self.w.b_pre is not None:
                 ends = tile.vectors["b_enc"] if self.w.r_mag is None else tile.dproducts.sum(0)
-                pulled = -(ends @ W_enc.to(wide))
+                with full_precision():
+                    pulled = -(ends @ W_enc.to(wide))
                 b_pre = pulled if b_pre is None else b_pre + pulled
             for name, vector in tile.vectors.items():
                 parts.setdefault(name, []).append(vector)
@@ -378,10 +378,9 @@ class TilePass:
         scored = self._score(part, W_enc) if scored is None else scored
         p, code = scored.scores, scored.code
         norm = None
-        with full_precision():
-            W_dec = W_dec.to(p.dtype)
-            dcode = _rounded(self.grads[group] @ W_dec.T, self.dtype)
-            dgate = None if self.frozen is None else _rounded(self.frozen @ W_dec.T, self.dtype)
+        W_dec = W_dec.to(p.dtype)
+        dcode = _rounded(product(self.grads[group], W_dec.T), self.dtype)
+        dgate = None if self.frozen is None else _rounded(product(self.frozen, W_dec.T), self.dtype)
         if self.norm is not None:
             norm = self.norm[part]
         if self.w.r_mag is None:

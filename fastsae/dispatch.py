@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from fastsae._precision import full_precision
+
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 """cpu: C++ (AVX-512, AVX2, portable, chosen at run time); triton: GPUs, or the interpreter on a CPU; cuda: CUDA C++; reference: PyTorch."""
 
@@ -178,9 +180,9 @@ class Op:
         # A kernel writes through an address, which autograd does not see.
         torch.autograd.graph.increment_version([args[position] for position in self.mutates if not args[position].is_inference()])
         if recorder is None:
-            return _without_autocast(row.run(), args)
+            return _run(row, args)
         start = time.perf_counter()
-        result = _without_autocast(row.run(), args)
+        result = _run(row, args)
         recorder.append(Choice(self.name, row.backend, self.reasons(args), time.perf_counter() - start))
         return result
 
@@ -209,10 +211,14 @@ def _nobody_listens() -> bool:
     )
 
 
-def _without_autocast(run: Callable[..., Any], args: Sequence[Any]) -> Any:
+def _run(row: Row, args: Sequence[Any]) -> Any:
+    run = row.run()
     # The public operation has already cast its inputs; casting again inside would round the fp32 sums.
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), full_precision():
+            return run(*args)
+    if row.backend == "reference":  # the others have products of their own
+        with full_precision():
             return run(*args)
     return run(*args)
 

@@ -33,7 +33,7 @@ from fastsae.losses import (
     quotient,
     spread,
 )
-from fastsae.ops._common import accumulator, centre, row_of_slot
+from fastsae.ops._common import accumulator, centre, product, row_of_slot, running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import (
     ENCODE_BATCH_TOPK,
@@ -150,13 +150,13 @@ def pass_of(
     grads = run.x_hats.to(wide) - target.to(wide)
     error = grads.square().sum((1, 2))
     grads *= scale / P
-    G = (grads if P == 1 else grads.flip(0).cumsum(0).flip(0)).to(w.W_dec.dtype)
+    G = (grads if P == 1 else running_sums(grads.flip(0)).flip(0)).to(w.W_dec.dtype)
     dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
 
     grad = _Sum()
     grad.add("b_dec", G[0].sum(0, dtype=wide))
     if w.skip is not None:
-        grad.add("W_skip", G[0].T @ x)
+        grad.add("W_skip", product(G[0].T, x))
     rates = terms.l1 / tokens, terms.l0 / tokens
     if isinstance(this, dense.TilePass):
         _dense_backward(grad, this, G, dfrozen, *rates)
@@ -184,9 +184,9 @@ class _SlotPass:
         groups = self.groups
         partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=self.backend).to(self.wide)
         x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
-        x_hats = (x_hats if len(w.prefixes) == 1 else x_hats.cumsum(0)) + w.b_dec
+        x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
         if w.skip is not None:
-            x_hats += torch.nn.functional.linear(x, w.skip)
+            x_hats += product(x, w.skip.T)
         self.gate = frozen = None
         if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
             self.gate = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)

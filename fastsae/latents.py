@@ -85,7 +85,9 @@ class _Latents:
 
     def _to_coo(self) -> Tensor:
         row, feature, value, rows = self._coordinates()
-        return torch.sparse_coo_tensor(torch.stack([row, feature]), value, (rows, self.n_features), check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(
+            torch.stack([row, feature]), value, (rows, self.n_features), check_invariants=False, device=value.device
+        ).coalesce()
 
     def to_csr(self) -> Tensor:
         """``torch.sparse_csr`` of shape ``[rows, n_features]`` (batch dimensions flattened): columns sorted, duplicates added."""

@@ -176,7 +176,7 @@ def combine(
         loss = loss + terms.l0 * run.counted / tokens
     if aux is not None and terms.aux is not None:
         loss = loss + terms.aux.coefficient * aux
-    return Loss(loss, ratio(error[-1].detach(), whole.detach()), run.active / tokens)
+    return Loss(loss, ratio(error[-1].detach(), whole.detach()), run.active.float() / tokens)
 
 
 @dataclass

@@ -137,8 +137,8 @@ def _refuses(a: Tensor, a_name: str, indices: Tensor, crow: Tensor | None, w: Te
         return f"mixed dtypes: {a_name} {str(other.dtype)[6:]}, {w_name} {str(dtype)[6:]}"
     if indices.dtype not in _INDEX:
         return f"index dtype {str(indices.dtype)[6:]} (supported: int64, int32)"
-    if not (w.is_cpu and a.is_cpu and indices.is_cpu):
-        other = w if not w.is_cpu else a if not a.is_cpu else indices
+    if not (w.is_cpu and a.is_cpu and indices.is_cpu and (t is None or t.is_cpu)):
+        other = next(each for each in (w, a, indices, t) if each is not None and not each.is_cpu)
         return f"device {other.device} (supported: cpu)"
     if crow is not None and (not crow.is_cpu or crow.dtype is not torch.int64):
         return f"crow {str(crow.dtype)[6:]} on {crow.device} (supported: int64 on cpu)"
@@ -147,8 +147,8 @@ def _refuses(a: Tensor, a_name: str, indices: Tensor, crow: Tensor | None, w: Te
 
 def refuses_decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> str | None:
     """Why `decode` cannot serve these inputs, or None."""
-    if b is not None and (b.dtype is not torch.float32 and b.dtype is not W.dtype):
-        return f"mixed dtypes: b {str(b.dtype)[6:]}, W {str(W.dtype)[6:]}"
+    if b is not None and ((b.dtype is not torch.float32 and b.dtype is not W.dtype) or not b.is_cpu):
+        return f"b {str(b.dtype)[6:]} on {b.device} (supported: float32 or the dtype of W, on cpu)"
     return _refuses(values, "values", indices, crow, W, "W", None)
 
 
@@ -222,7 +222,7 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
         if not b.is_contiguous():
             b = b.contiguous()
         bias_address = b.data_ptr()
-    y = torch.empty((rows, d), dtype=dtype)
+    y = torch.empty((rows, d), dtype=dtype, device="cpu")
     stride_f, stride_d = W.stride()
     status = kernels.decode(
         indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, features, _DTYPES[dtype], values.data_ptr(),
@@ -248,7 +248,7 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
     _same(dtype, grad)
     if not grad.is_contiguous():
         grad = grad.contiguous()
-    dvalues = torch.empty(indices.shape, dtype=dtype)
+    dvalues = torch.empty(indices.shape, dtype=dtype, device="cpu")
     stride_f, stride_d = W.stride()
     status = kernels.decode_dvalues(
         indices.data_ptr(), _INDEX[indices.dtype], crow_address, rows, k, n, features, _DTYPES[dtype], grad.data_ptr(),
@@ -298,13 +298,13 @@ def _same(dtype: torch.dtype, *tensors: Tensor) -> None:
 _SIGNS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
 
-def _refuses_codes(*tensors: Tensor) -> str | None:
+def _refuses_codes(*tensors: Tensor | None) -> str | None:
     if not _tried:
         unavailable()
     if _reason is not None:
         return _reason
     for t in tensors:
-        if not t.is_cpu:
+        if t is not None and not t.is_cpu:
             return f"device {t.device} (supported: cpu)"
     return None
 
@@ -329,7 +329,7 @@ def refuses_pack_signs(z: Tensor, neurons: Tensor | None) -> str | None:
         return f"dtype {str(z.dtype)[6:]} ({_SUPPORTED}, bool)"
     if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
         return f"z with strides {z.stride()} (supported: stride 1 along H)"
-    return _refuses_codes(z)
+    return _refuses_codes(z, neurons)
 
 
 def refuses_hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
@@ -339,7 +339,7 @@ def refuses_hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int,
 
 def refuses_hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
     """Why `hash_code` cannot serve these inputs, or None."""
-    return _refuses_codes(words)
+    return _refuses_codes(words, neurons)
 
 
 def _code_rows(codes: Tensor) -> tuple[Tensor, int, int]:
@@ -357,7 +357,7 @@ def _taking_part(neurons: Tensor | None, size: int) -> Tensor | None:
         return neurons.contiguous()
     if neurons.numel() and (int(neurons.min()) < 0 or int(neurons.max()) >= size):
         raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
-    return torch.zeros(size, dtype=torch.bool).index_fill_(0, neurons.long(), True)
+    return torch.zeros(size, dtype=torch.bool, device="cpu").index_fill_(0, neurons.long(), True)
 
 
 def hamming(a: Tensor, b: Tensor, out: Tensor, *, vpopcnt: bool = True) -> None:
@@ -391,8 +391,8 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, vpopcnt: bool = True) -> tuple
         raise ValueError(f"hamming_topk: a {list(a.shape)}, b {list(b.shape)}, k {k}")
     _same(torch.int64, a, b)
     (a, n, stride_a), (b, m, stride_b) = _code_rows(a), _code_rows(b)
-    distance = torch.empty((n, k), dtype=torch.int32)
-    index = torch.empty((n, k), dtype=torch.int64)
+    distance = torch.empty((n, k), dtype=torch.int32, device="cpu")
+    index = torch.empty((n, k), dtype=torch.int64, device="cpu")
     status = kernels.hamming_topk(
         a.data_ptr(), n, stride_a, b.data_ptr(), m, stride_b, a.shape[1], k, distance.data_ptr(), index.data_ptr(), vpopcnt,
         torch.get_num_threads(),
@@ -413,7 +413,7 @@ def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
     """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is z[row, j] > 0, and 0 where `neurons` leaves j out."""
     kernels = _C or _load()
     mask = _taking_part(neurons, z.shape[1])
-    words = torch.empty((z.shape[0], (z.shape[1] + 63) // 64), dtype=torch.int64)
+    words = torch.empty((z.shape[0], (z.shape[1] + 63) // 64), dtype=torch.int64, device="cpu")
     status = kernels.pack_signs(*_signs(z), 0 if mask is None else mask.data_ptr(), words.data_ptr(), torch.get_num_threads())
     if status != -1:
         raise MemoryError("fastsae: no memory for the workspace of pack_signs")
@@ -424,7 +424,7 @@ def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: i
     """[rows] int64, or [rows, 2] with 128 bits: the XOR of the keys of the neurons with z > 0 that take part."""
     kernels = _C or _load()
     mask = _taking_part(neurons, z.shape[1])
-    hashes = torch.empty((z.shape[0],) if bits == 64 else (z.shape[0], 2), dtype=torch.int64)
+    hashes = torch.empty((z.shape[0],) if bits == 64 else (z.shape[0], 2), dtype=torch.int64, device="cpu")
     status = kernels.hash_signs(
         *_signs(z), 0 if mask is None else mask.data_ptr(), layer, seed & (2**64 - 1), bits, hashes.data_ptr(), torch.get_num_threads()
     )
@@ -439,7 +439,7 @@ def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits
     _same(torch.int64, words)
     mask = _taking_part(neurons, 64 * words.shape[1])
     words, rows, stride = _code_rows(words)
-    hashes = torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64)
+    hashes = torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64, device="cpu")
     status = kernels.hash_code(
         words.data_ptr(), rows, stride, words.shape[1], 0 if mask is None else mask.data_ptr(), layer, seed & (2**64 - 1), bits,
         hashes.data_ptr(), torch.get_num_threads(),
@@ -587,7 +587,7 @@ def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor
         raise ValueError(f"W: expected rows {list(W.shape)} or their transposed view, got strides {W.stride()}")
     _same(torch.float32, W)
     where, held = _gradient(W, grad, values, indices, crow)
-    total = torch.empty((), dtype=torch.float32)
+    total = torch.empty((), dtype=torch.float32, device="cpu")
     status = kernels.grad_squares(*where, W.data_ptr(), *W.shape, *lies, project, total.data_ptr(), torch.get_num_threads())
     del held
     if status != -1:

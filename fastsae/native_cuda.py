@@ -126,7 +126,7 @@ def _run(status: int, what: str) -> None:
 
 
 def _flag(device: torch.device) -> Tensor:
-    return _flags.flag(device) if device.type == "cuda" else torch.zeros(1, dtype=torch.int32)
+    return _flags.flag(device) if device.type == "cuda" else torch.zeros(1, dtype=torch.int32, device="cpu")
 
 
 def _check_on_cpu(flag: Tensor, what: str, size: int) -> None:

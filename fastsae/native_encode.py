@@ -119,11 +119,13 @@ class _Call:
         address, stride_f, stride_d = W.data_ptr(), *W.stride()
         blob = 0
         if packed is not None and packed.numel():
-            blob = packed.data_ptr()
+            blob = packed.data_ptr() if packed.is_cpu else 0
             words = self.kernels.packed_words(self.size, d)
             rows = (W.numel() * W.element_size() + 3) // 4
-            if packed.dtype is not torch.int32 or packed.numel() not in (words, words + rows) or not packed.is_contiguous():
-                raise ValueError(f"{op}: packed {list(packed.shape)} {packed.dtype} is not what pack returned for W {list(W.shape)}")
+            if not blob or packed.dtype is not torch.int32 or packed.numel() not in (words, words + rows) or not packed.is_contiguous():
+                raise ValueError(
+                    f"{op}: packed {list(packed.shape)} {packed.dtype} on {packed.device} is not what pack returned for W {list(W.shape)}"
+                )
             if packed.numel() > words:  # rows of a transposed W are part of the handle
                 address, stride_f, stride_d = blob + 4 * words, d, 1
         self.tensors = (x, W, packed)
@@ -161,7 +163,7 @@ def _ascending(features: Tensor, n: int) -> Tensor:
 
 
 def _numbers(stats: dict[str, int] | None) -> Tensor | None:
-    return None if stats is None else torch.zeros(len(_STATS), dtype=torch.int64)
+    return None if stats is None else torch.zeros(len(_STATS), dtype=torch.int64, device="cpu")
 
 
 def _report(stats: dict[str, int] | None, numbers: Tensor | None) -> None:
@@ -198,8 +200,8 @@ def encode_topk(
     if not 0 <= k <= call.count:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({call.count}), got {k}")
     b, scale = call.vector("b", b), call.vector("scale", scale)
-    values = torch.empty((x.shape[0], k), dtype=torch.float32)
-    indices = torch.empty((x.shape[0], k), dtype=torch.int64)
+    values = torch.empty((x.shape[0], k), dtype=torch.float32, device="cpu")
+    indices = torch.empty((x.shape[0], k), dtype=torch.int64, device="cpu")
     numbers = _numbers(stats)
     status = call.kernels.encode_topk(
         *call.arguments, _address(scale), _address(b), k, relu, values.data_ptr(), indices.data_ptr(), _PATHS[path],
@@ -215,9 +217,9 @@ def _ragged(entries: Any, x: Tensor, op: str, capacity: int | None, with_flags: 
     if entries.status != -1:
         raise MemoryError(f"fastsae: no memory for the workspace of {op}")
     n = entries.count
-    values, col = torch.empty(n, dtype=torch.float32), torch.empty(n, dtype=torch.int64)
-    crow = torch.empty(x.shape[0] + 1, dtype=torch.int64)
-    flags = torch.empty(n if with_flags else 0, dtype=torch.uint8)
+    values, col = torch.empty(n, dtype=torch.float32, device="cpu"), torch.empty(n, dtype=torch.int64, device="cpu")
+    crow = torch.empty(x.shape[0] + 1, dtype=torch.int64, device="cpu")
+    flags = torch.empty(n if with_flags else 0, dtype=torch.uint8, device="cpu")
     entries.copy(values.data_ptr(), col.data_ptr(), crow.data_ptr(), _address(flags if with_flags else None), torch.get_num_threads())
     values, col, crow, *some = to_capacity(op, capacity, values, col, crow, *([flags] if with_flags else []))
     return values if x.dtype is torch.float32 else values.to(x.dtype), col, crow, some[0] if some else flags
@@ -277,7 +279,7 @@ def encode_batch_topk(
     )
     _report(stats, numbers)
     values, col, crow, _ = _ragged(entries, x, "encode_batch_topk", capacity)
-    return values, col, crow, torch.tensor(entries.min_kept)
+    return values, col, crow, torch.tensor(entries.min_kept, dtype=torch.float32, device="cpu")
 
 
 def encode_gated(
@@ -318,7 +320,7 @@ def pack(W: Tensor) -> Tensor | None:
         return None
     words = kernels.packed_words(n, d)
     rows = 0 if W.stride(1) == 1 or d == 1 else (n * d * W.element_size() + 3) // 4
-    blob = torch.empty(words + rows, dtype=torch.int32)
+    blob = torch.empty(words + rows, dtype=torch.int32, device="cpu")
     if rows:
         copy = blob[words:].view(W.dtype)[: n * d].view(n, d)
         copy.copy_(W)
@@ -342,7 +344,7 @@ def screen_bounds(
     """For tests: (lo, hi) [rows, F], the interval that the screen claims for every score; None where this level cannot screen."""
     call = _Call("screen_bounds", x, W, b_pre, None, packed)
     b, scale = call.vector("b", b), call.vector("scale", scale)
-    lo, hi = torch.empty(2, x.shape[0], W.shape[0]).unbind(0)
+    lo, hi = torch.empty(2, x.shape[0], W.shape[0], device="cpu", dtype=torch.float32).unbind(0)
     done = call.kernels.screen_bounds(
         *call.arguments, _address(scale), _address(b), bf16, lo.data_ptr(), hi.data_ptr(), torch.get_num_threads()
     )

@@ -57,8 +57,8 @@ def match_cosine(
     arguments = _arguments("match_cosine", a, b, eps)
     if not 0 <= k <= b.shape[0] - (1 if exclude_self else 0):
         raise ValueError(f"match_cosine: k {k} for {b.shape[0]} rows of b")
-    similarity = torch.empty((a.shape[0], k), dtype=torch.float32)
-    index = torch.empty((a.shape[0], k), dtype=torch.int64)
+    similarity = torch.empty((a.shape[0], k), dtype=torch.float32, device="cpu")
+    index = torch.empty((a.shape[0], k), dtype=torch.int64, device="cpu")
     numbers = _numbers(stats)
     status = kernels.match_cosine(
         *arguments, k, absolute, exclude_self, similarity.data_ptr(), index.data_ptr(), _PATHS[path], torch.get_num_threads(),
@@ -82,7 +82,7 @@ def match_pair(
     if one_pass and kernels.packs(a.shape[1]) and k_ba <= _MOST_COLUMN_BEST and 32 * k_ab <= m:
         shapes = ((n, k_ab), (m, k_ba), (n,))
         (ab, ba, low), (ab_index, ba_index, low_index) = (
-            [torch.empty(shape, dtype=dtype) for shape in shapes] for dtype in (torch.float32, torch.int64)
+            [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes] for dtype in (torch.float32, torch.int64)
         )
         numbers = _numbers(stats)
         status = kernels.match_pair(

@@ -30,7 +30,7 @@ def _mask(neurons: Tensor | None, size: int) -> Tensor | None:
     if neurons.dtype is not torch.bool:
         if neurons.numel() and (int(neurons.min()) < 0 or int(neurons.max()) >= size):
             raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
-        neurons = torch.zeros(size, dtype=torch.bool).index_fill_(0, neurons.long(), True)
+        neurons = torch.zeros(size, dtype=torch.bool, device="cpu").index_fill_(0, neurons.long(), True)
     return native.pack_signs(neurons.contiguous().unsqueeze(0), None)
 
 
@@ -54,7 +54,7 @@ def spline_code(
     call = _Call("spline_code", x, W, None, None, None)
     mask = _mask(neurons, W.shape[0])
     b = call.vector("b", b)
-    words = torch.empty((x.shape[0], (W.shape[0] + 63) // 64), dtype=torch.int64)
+    words = torch.empty((x.shape[0], (W.shape[0] + 63) // 64), dtype=torch.int64, device="cpu")
     numbers = _numbers(stats)
     status = call.kernels.spline_code(
         *call.arguments, _address(b), words.data_ptr(), _PATHS[path], torch.get_num_threads(), _address(numbers)

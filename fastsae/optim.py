@@ -54,7 +54,9 @@ class _Job:
             part = slice(start, min(start + height, W.shape[0]))
             yield (
                 tuple(view[part] for view in self.views),
-                checked_gradient(self.op, f"gradient of {self.name}", self.gradient.compute(part), W[part]),
+                checked_gradient(
+                    self.op, f"gradient of {self.name}", self.gradient.compute(part).to(W.dtype), W[part]
+                ),  # of autocast: narrower
             )
 
 
@@ -315,9 +317,10 @@ class Adam(_Optimiser):
             raise ValueError(f"Adam.to_torch: lr must be one number, got {self.lr}")
         kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
         parameters = list(self.parameters.values())
+        step = torch.empty(0, dtype=torch.float32, device="cpu")
         made = kind(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, **options)
         state = {
-            number: {"step": torch.tensor(float(s.step)), **{key: buffer.clone() for key, buffer in zip(self._BUFFERS, s.buffers)}}
+            number: {"step": step.new_full((), float(s.step)), **{key: buffer.clone() for key, buffer in zip(self._BUFFERS, s.buffers)}}
             for number, name in enumerate(self.parameters)
             if (s := self._states.get(name)) is not None
         }

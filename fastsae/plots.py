@@ -85,7 +85,7 @@ def feature_density(fired: Mapping[str, Tensor], samples: int, path: str | os.Pa
         fired: by label, the number of samples ``[F]`` on which each feature fired. samples: the number of samples seen.
     """
     canvas, axes = figure(figsize=(7, 4))
-    edges = torch.linspace(-math.log10(max(samples, 2)), 0, bins + 1)
+    edges = torch.linspace(-math.log10(max(samples, 2)), 0, bins + 1, device="cpu", dtype=torch.float32)
     for label, count in fired.items():
         alive = count[count > 0].float().cpu()
         heights = torch.histogram((alive / samples).log10().clamp(float(edges[0]), 0), edges).hist
@@ -113,8 +113,8 @@ def code_distances(same: Tensor, different: Tensor, kind: str, path: str | os.Pa
     for counts, label, colour in ((different, f"different {kind}", "0.55"), (same, f"same {kind}", "C0")):
         total = max(int(counts.sum()), 1)
         share = torch.nn.functional.pad(counts, (0, -counts.shape[0] % step)).view(-1, step).sum(1).double() / total
-        mean = float((counts * torch.arange(counts.shape[0])).sum()) / total
-        edges = torch.arange(share.shape[0] + 1) * step
+        mean = float((counts * torch.arange(counts.shape[0], device="cpu")).sum()) / total
+        edges = torch.arange(share.shape[0] + 1, device="cpu") * step
         axes.stairs(
             share.numpy(), edges.numpy(), fill=True, alpha=0.45, color=colour, label=f"{label}: {total:,} pairs, mean {mean:.0f} bits"
         )

@@ -282,7 +282,7 @@ def _read_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor]
     if activation == "batchtopk":
         if threshold is not None and (threshold.dim() or not threshold.is_floating_point()):
             raise ValueError(f"threshold must be one number, got {list(threshold.shape)} {threshold.dtype}")
-        found["running_threshold"] = torch.tensor(-1.0) if threshold is None else threshold.float()
+        found["running_threshold"] = torch.tensor(-1.0, device="cpu", dtype=torch.float32) if threshold is None else threshold.float()
         beta = trainer.get("threshold_beta", 0.999)
         more["rate"] = 1 - _checks.number("SAE.from_pretrained", "threshold_beta", beta, positive=False)
     if groups is not None:
@@ -483,12 +483,12 @@ def _write_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor
     out: dict[str, Tensor] = {}
     if kind in ("topk", "batchtopk"):
         trainer["k"] = int(config["k"])
-        out["k"] = torch.tensor(trainer["k"], dtype=torch.int)
-        out["threshold"] = tensors.get("running_threshold", torch.tensor(-1.0)).float()
+        out["k"] = torch.tensor(trainer["k"], dtype=torch.int, device="cpu")
+        out["threshold"] = tensors.get("running_threshold", torch.tensor(-1.0, device="cpu", dtype=torch.float32)).float()
     if matryoshka:
         ends = config["prefixes"]
         trainer["group_sizes"] = [end - start for start, end in zip([0, *ends], ends)]
-        out["group_sizes"] = torch.tensor(trainer["group_sizes"])
+        out["group_sizes"] = torch.tensor(trainer["group_sizes"], device="cpu")
     if kind == "jumprelu":
         out["threshold"] = tensors["threshold"]
     if bare:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks, _files, dense, fused, pretrained
+from fastsae import _checks, _files, _seeds, dense, fused, pretrained
+from fastsae._precision import full_precision
 from fastsae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents
@@ -77,7 +78,7 @@ class SAE(nn.Module):
         normalise_decoder: decoder rows are meant to stay of norm 1, see ``unit_rows``; default: yes, but not for transcoders.
         dense: run the loss tile by tile over F; None: where more than 1/8 of the scores would be stored, by a sample of them
             (ReLU, JumpReLU, Gated).
-        dtype, device: of the parameters.
+        dtype, device: of the parameters; None: torch's default device, as for torch's modules.
         seed: of the decoder's random directions; None draws from torch's global generator.
 
     Raises: TypeError, ValueError as the operations do.
@@ -112,6 +113,7 @@ class SAE(nn.Module):
         seed: int | None = None,
     ):
         super().__init__()
+        device = torch.get_default_device() if device is None else torch.device(device)
         d_in = _checks.integer("SAE", "d_in", d_in, 1)
         d_sae = _checks.integer("SAE", "d_sae", d_sae, 1)
         activation = _checked_activation(activation, d_sae)
@@ -147,9 +149,9 @@ class SAE(nn.Module):
             generator = torch.Generator().manual_seed(_checks.integer("SAE", "seed", seed, -(2**63), 2**64 - 1))
 
         def directions(width: int) -> Tensor:
-            if device is not None and torch.device(device).type == "meta":
+            if device.type == "meta":
                 return torch.empty(d_sae, width, device=device, dtype=dtype)
-            rows = torch.randn(d_sae, width, generator=generator)
+            rows = _seeds.normal(generator, d_sae, width)
             return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(device=device, dtype=dtype)
 
         W = directions(self.d_out)
@@ -172,9 +174,9 @@ class SAE(nn.Module):
         if isinstance(activation, JumpReLU):
             self.threshold = vector(activation.threshold)
         self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64, device=device))
-        self.register_buffer("scale", torch.ones(2, device=device))
+        self.register_buffer("scale", torch.ones(2, device=device, dtype=torch.float32))
         if isinstance(activation, BatchTopK):
-            self.register_buffer("running_threshold", torch.full((), -1.0, device=device))
+            self.register_buffer("running_threshold", torch.full((), -1.0, device=device, dtype=torch.float32))
         self._scaled = False
         self._packed: PackedWeights | None = None
         self._use_packed = False
@@ -829,6 +831,7 @@ def _checked_activation(activation: Any, d_sae: int) -> Activation:
     return activation
 
 
+@full_precision()
 def _geometric_median(x: Tensor, steps: int = 100) -> Tensor:
     """The point of least summed distance to the rows, by Weiszfeld's iteration from the mean until it moves by less than 1e-6 of the
     median distance."""

@@ -357,7 +357,7 @@ def perturb(args: tuple, seed: int, keep: tuple[int, ...] = ()) -> tuple:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(n: int) -> int:
-        return int(torch.randint(0, n, (), generator=generator))
+        return int(torch.randint(0, n, (), generator=generator, device="cpu"))
 
     changed = []
     for position, arg in enumerate(args):

@@ -147,7 +147,7 @@ class Batches:
         n = self.columns["x"].shape[0]
         while True:
             generator = torch.Generator().manual_seed(stream_seed(self.seed, self.pass_number))
-            order = torch.randperm(n, generator=generator).to(self.columns["x"].device)
+            order = torch.randperm(n, generator=generator, device="cpu").to(self.columns["x"].device)
             while self.position + self.size <= n:
                 rows = order[self.position : self.position + self.size]
                 self.position += self.size

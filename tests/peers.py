@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from surroundings import surroundings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -61,3 +63,16 @@ def second_derivatives(module: Any, function: Any, x: Tensor) -> list[Tensor]:
     first = torch.autograd.grad(function(module, leaves[0]).square().sum(), leaves, create_graph=True, allow_unused=True)
     penalty = torch.stack([g.square().sum() for g in first if g is not None]).sum()
     return list(torch.autograd.grad(penalty, leaves, materialize_grads=True))
+
+
+def works_under_settings(make: Callable[[bool], Any], use: Callable[[Any], list[Tensor]]) -> None:
+    """``use`` of ``make(accelerated)`` gives under other defaults of torch what it gives of the library's own object there."""
+    for name in ("default device", "with device", "default torch.bfloat16", "default torch.float64", "deterministic"):
+        results = []
+        for accelerated in (True, False):
+            made = make(accelerated)
+            with surroundings([name]):
+                results.append(use(made))
+        for mine, theirs in zip(*results, strict=True):
+            assert mine.device == theirs.device, name
+            same(mine, theirs, 2e-5)

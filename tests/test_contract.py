@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from surroundings import PRECISIONS, SETTINGS, surroundings
 from torch import Tensor
 
 import fastsae
@@ -124,6 +126,42 @@ def test_drawn_inputs(op: Op, row: Row, context: Context, device: torch.device, 
     with context():  # what a row refuses may depend on the instruction set
         if row.reason(args) is None and affordable(row, device, args):
             op.check(args, call(op, row, args))
+
+
+# One at a time of what excludes another, and in the order in which they are entered.
+_CHOSEN = st.lists(st.sampled_from(sorted(SETTINGS)), min_size=1, max_size=3, unique=True).filter(
+    lambda names: sum(name in PRECISIONS for name in names) < 2
+)
+
+
+@pytest.mark.parametrize(("op", "row", "context", "device"), list(_rows()))
+@settings(max_examples=max(3, settings().max_examples // 6))
+@given(seed=st.integers(0, 3), names=_CHOSEN, data=st.data())
+def test_drawn_surroundings_change_nothing(
+    op: Op, row: Row, context: Context, device: torch.device, seed: int, names: list[str], data: st.DataObject
+) -> None:
+    dtype = data.draw(st.sampled_from(op.dtypes))
+    everything = _drawn(op.name, device, dtype, seed)
+    args = data.draw(st.sampled_from(range(len(everything))).map(lambda number: everything[number]))
+    if row.backend == "reference":  # whose products are torch's, and may depend on the number of threads
+        names = [name for name in names if name != "one thread"]
+    if any(_subnormal(arg) for arg in args):
+        names = [name for name in names if name != "flush denormals"]  # which asks for another result then
+    with context():
+        if row.reason(args) is None and affordable(row, device, args):
+            expected = _tensors(call(op, row, args))
+            with surroundings(names):
+                result = _tensors(call(op, row, args))
+            assert all(a.device == b.device and _same_bits(a, b) for a, b in zip(result, expected, strict=True)), names
+
+
+def _subnormal(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point() and bool(((arg != 0) & (arg.abs() < torch.finfo(arg.dtype).tiny)).any())
+
+
+@cache
+def _drawn(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> list[tuple]:
+    return list(OPS[name].samples(device, dtype, torch.Generator().manual_seed(seed)))
 
 
 # ---------------------------------------------------------------- public operations

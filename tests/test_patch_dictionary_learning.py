@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients, second_derivatives
+from peers import load, same, same_gradients, second_derivatives, works_under_settings
 from torch import Tensor, nn
 
 import fastsae
@@ -328,6 +328,17 @@ def test_updates(name: str, sparse: bool) -> None:
     mine.update(5, rows()), theirs.update(5, rows())
     for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
         assert float((p - q).detach().abs().max()) <= 0.1 * LR
+
+
+@pytest.mark.parametrize("name", ["TopK", "BatchTopK", "Standard", "Gated"])  # others fail by themselves
+def test_under_other_settings(name: str) -> None:
+    x = rows()
+
+    def use(made: Any) -> list[Tensor]:
+        made.update(0, x)
+        return [made.ae.encode(x).detach(), made.ae(x).detach(), *(p.detach() for p in made.ae.parameters())]
+
+    works_under_settings(lambda fast: fastsae.accelerate(trainer(name, True)) if fast else trainer(name, True), use)
 
 
 def test_weights_are_laid_out_feature_major_and_files_stay(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients, second_derivatives
+from peers import load, same, same_gradients, second_derivatives, works_under_settings
 from torch import Tensor
 
 import fastsae
@@ -453,6 +453,19 @@ def test_training_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert repr(a).startswith("TrainStepOutput(loss=")
         with pytest.raises(RuntimeError, match=r"forms no .B, F. pre-activations"):
             _ = a.hidden_pre
+
+
+@pytest.mark.parametrize("case", ["topk", "jumprelu", "gated"])
+def test_under_other_settings(case: str) -> None:
+    name, more = TRAINED[case]
+    x = rows()
+
+    def use(trainer: Any) -> list[Tensor]:
+        out = trainer.step(x)
+        acts = trainer.sae.encode(x)
+        return [out.loss.detach(), acts.detach(), trainer.sae(x).detach(), *(p.detach() for p in trainer.sae.parameters())]
+
+    works_under_settings(lambda fast: fastsae.accelerate(trainer_of(name, **more)) if fast else trainer_of(name, **more), use)
 
 
 @pytest.mark.parametrize("name", ["TopKTrainingSAE", "BatchTopKTrainingSAE"])

@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients, second_derivatives
+from peers import load, same, same_gradients, second_derivatives, works_under_settings
 from torch import Tensor
 
 import fastsae
@@ -310,6 +310,21 @@ def test_training_steps(config: dict[str, Any], fused: bool) -> None:
     again = torch.optim.Adam(theirs.parameters(), lr=lr)
     again.load_state_dict(optimizers[0].state_dict())
     library_step(theirs, again, rows(), rows(seed=2) if config.get("transcode") else None, None, 0.0)
+
+
+@pytest.mark.parametrize("config", CONFIGS[1:4:2], ids=str)
+def test_under_other_settings(config: dict[str, Any]) -> None:
+    x, y, dead = rows(), rows(seed=2) if config.get("transcode") else None, torch.arange(F) % 3 == 0
+
+    def use(coder: Any) -> list[Tensor]:
+        optimizer = torch.optim.Adam(coder.parameters(), lr=1e-3)
+        if fastsae.report(coder).accelerated:
+            out = adapter.train_step(coder, optimizer, x, y, dead_mask=dead, auxk_alpha=1 / 32)
+        else:
+            out = library_step(coder, optimizer, x, y, dead, 1 / 32)
+        return [out.sae_out.detach(), out.fvu.detach(), out.auxk_loss.detach(), *(p.detach() for p in coder.parameters())]
+
+    works_under_settings(lambda fast: fastsae.accelerate(make(**config)) if fast else make(**config), use)
 
 
 def test_other_optimisers_step_on_dense_gradients() -> None:

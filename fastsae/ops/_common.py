@@ -1,13 +1,17 @@
-"""What the references share: accumulation dtype, tiles of a bounded workspace, the score of a row and a feature, guards for indices."""
+"""What the references share: accumulation dtype, tiles of a bounded workspace, products in full precision, scores, guards for indices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastsae._precision import full_precision
+from fastsae.dispatch import _LIBRARY
 
 WORKSPACE_ELEMENTS = 1 << 24
 """Most elements that a reference holds in one temporary (64 MiB in float32), whatever B, F, N and M are."""
@@ -53,18 +57,48 @@ def tracks(op: str, *tensors: Tensor | None) -> bool:
     return records
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever ``torch.set_float32_matmul_precision`` allows (TF32, bf16)."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    with full_precision(a.device):
+        return a @ b
+
+
+# For compilers, which would take the product out of its context.
+_LIBRARY.define("product(Tensor a, Tensor b) -> Tensor")
+_LIBRARY.impl("product", _exact, "CompositeExplicitAutograd")
+torch.library.register_fake("fastsae::product", lambda a, b: a @ b, lib=_LIBRARY)
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.ops.fastsae.product(a, b) if torch.compiler.is_compiling() else _exact(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, b = ctx.saved_tensors
+        da, db = ctx.needs_input_grad
+
+        def laid_out(like: Tensor, left: Tensor, right: Tensor) -> Tensor:
+            """``left @ right`` in the layout of ``like``, as torch's own backward."""
+            return product(right.mT, left.mT).mT if like.dim() == 2 and like.stride() == (1, like.shape[0]) else product(left, right)
+
+        return laid_out(a, grad, b.mT) if da else None, laid_out(b, a.mT, grad) if db else None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of matrices, or of as many of them, in the precision of their dtype; so is the backward, wherever it runs."""
+    return _Product.apply(a, b)  # pyright: ignore[reportReturnType]
+
+
+def running_sums(t: Tensor) -> Tensor:
+    """``cumsum`` of floats along the first, short dimension: on a GPU torch's is not deterministic, and raises where that is asked for."""
+    return t.cumsum(0) if t.is_cpu or t.shape[0] == 0 else torch.stack(list(accumulate(t.unbind(0))))
 
 
 def centre(x: Tensor, b_pre: Tensor | None) -> Tensor:
@@ -77,8 +111,7 @@ def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, featur
     """``[rows, f]``: the score (fl(x - b_pre) . W * scale + bias) for centred rows and a subset of features, by torch's own product."""
     if features is not None:
         W, b, scale = (None if t is None else t[features] for t in (W, b, scale))  # pyright: ignore[reportAssignmentType]
-    with full_precision():
-        result = xc @ W.to(xc.dtype).T
+    result = product(xc, W.to(xc.dtype).T)
     if scale is not None:
         result = result * scale
     return result if b is None else result + b

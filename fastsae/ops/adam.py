@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae import _checks, _seeds
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
 from fastsae.ops._common import chunks, guard, row_of_slot, triton_refuses
@@ -118,7 +118,7 @@ def _matrices(
 
     def normal() -> Tensor:
         shape = (width, features) if transposed else (features, width)
-        t = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        t = _seeds.normal(generator, shape).to(device=device, dtype=dtype)
         return t.T if transposed else t
 
     W, m, v = normal(), normal(), normal()
@@ -137,13 +137,13 @@ def _adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
     number = 0
     for values, indices, crow, features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
-        grad = torch.randn((rows, width), generator=generator).to(device=device, dtype=dtype)
-        dense = torch.randn((features, width), generator=generator).to(device=device, dtype=dtype)
+        grad = _seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
+        dense = _seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
         for given in ((grad, values, indices, crow), (dense, None, None, None)):
             for project, normalise in ((False, False), (True, True), (True, False), (False, True)):
                 number += 1
                 matrices = _matrices(device, dtype, generator, features, width, transposed=number % 5 == 0)
-                factor = None if number % 3 else torch.rand((), generator=generator).to(device=device, dtype=dtype)
+                factor = None if number % 3 else _seeds.uniform(generator, ()).to(device=device, dtype=dtype)
                 yield *matrices, *given, factor, *settings[number % len(settings)], project, normalise
 
 
@@ -207,8 +207,8 @@ def _check_grad_squares(args: tuple, result: Tensor) -> float:
 
 
 def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    values = torch.randn((256, 32), generator=generator).to(device=device, dtype=dtype)
-    indices = torch.randint(0, 16384, (256, 32), generator=generator).to(device)
+    values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+    indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
     W, m, v = _matrices(device, dtype, generator, 16384, 512, False)
     return W, m, v, values @ W[:32], values, indices, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, False, False
 

@@ -31,8 +31,8 @@ def count_codes_reference(hashes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for n, distinct in ((50, 9), (1, 1), (0, 1), (1000, 10**6)):
-        values = torch.randint(-(2**63), 2**63 - 1, (distinct, 2), generator=generator).to(device)
-        pick = torch.randint(0, distinct, (n,), generator=generator).to(device)
+        values = torch.randint(-(2**63), 2**63 - 1, (distinct, 2), generator=generator, device="cpu").to(device)
+        pick = torch.randint(0, distinct, (n,), generator=generator, device="cpu").to(device)
         yield (values[pick, 0],)
         yield (values[pick],)
         yield (torch.stack([values[pick, 0] >> 62, values[pick, 1]], 1),)
@@ -63,7 +63,7 @@ COUNT_CODES = Op(
     fake=_fake,
     samples=_samples,
     check=_check,
-    workload=lambda device, dtype, generator: (torch.randint(0, 5000, (65536,), generator=generator).to(device),),
+    workload=lambda device, dtype, generator: (torch.randint(0, 5000, (65536,), generator=generator, device="cpu").to(device),),
     dtypes=(torch.int64,),
 )
 

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae import _checks, _seeds
 from fastsae.dispatch import Op, batching, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
-from fastsae.ops._common import accumulator, chunks, guard, row_of_slot, tracks
+from fastsae.ops._common import accumulator, chunks, guard, product, row_of_slot, tracks
 
 # ---------------------------------------------------------------- reference
 
@@ -110,10 +110,10 @@ def latent_samples(
     """(values, indices, crow, n_features, width) over sizes 0, 1, odd, powers of two and one heavy feature."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     def draw(high: int, shape: Sequence[int]) -> Tensor:
-        return torch.randint(0, max(high, 1), shape, generator=generator).to(device)
+        return torch.randint(0, max(high, 1), shape, generator=generator, device="cpu").to(device)
 
     for rows, k, n_features, width in (
         (3, 4, 17, 33),
@@ -126,7 +126,7 @@ def latent_samples(
     ):
         yield normal(rows, k), draw(n_features, (rows, k)), None, n_features, width
     for lengths, n_features, width in (([2, 0, 5, 1], 11, 19), ([0, 0], 4, 5), ([], 4, 5), ([200, 1, 70, 0, 3], 300, 40)):
-        crow = torch.tensor([0, *lengths]).cumsum(0).to(device)
+        crow = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device)
         nnz = sum(lengths)
         yield normal(nnz), draw(n_features, (nnz,)), crow, n_features, width
     heavy = draw(9, (300, 2))
@@ -136,14 +136,14 @@ def latent_samples(
 
 def _weights(device: torch.device, dtype: torch.dtype, generator: torch.Generator, features: int, width: int) -> Iterator[Tensor]:
     """The two layouts: ``[F, D]``, and a transposed view of ``[D, F]``."""
-    yield torch.randn((features, width), generator=generator).to(device=device, dtype=dtype)
-    yield torch.randn((width, features), generator=generator).to(device=device, dtype=dtype).T
+    yield _seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
+    yield _seeds.normal(generator, (width, features)).to(device=device, dtype=dtype).T
 
 
 def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         for W in _weights(device, dtype, generator, n_features, width):
-            yield values, indices, crow, W, torch.randn(width, generator=generator).to(device=device, dtype=dtype)
+            yield values, indices, crow, W, _seeds.normal(generator, width).to(device=device, dtype=dtype)
             yield values, indices, crow, W, None
 
 
@@ -151,7 +151,7 @@ def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
         for W in _weights(device, dtype, generator, n_features, width):
-            grad = torch.randn((rows, width), generator=generator).to(device=device, dtype=dtype)
+            grad = _seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
             yield grad, indices, crow, W
         yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W
 
@@ -159,7 +159,7 @@ def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.
 def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
-        grad = torch.randn((rows, width), generator=generator).to(device=device, dtype=dtype)
+        grad = _seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
         yield values, indices, crow, grad, torch.empty((n_features, width), device=device, dtype=dtype)
         yield values, indices, crow, grad, torch.empty((width, n_features), device=device, dtype=dtype).T
 
@@ -175,9 +175,9 @@ def _check(reference: Any) -> Any:
 
 def _workload(arrange: Any) -> Any:
     def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-        values = torch.randn((256, 32), generator=generator).to(device=device, dtype=dtype)
-        indices = torch.randint(0, 16384, (256, 32), generator=generator).to(device)
-        return arrange(values, indices, torch.randn((16384, 512), generator=generator).to(device=device, dtype=dtype))
+        values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+        indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
+        return arrange(values, indices, _seeds.normal(generator, (16384, 512)).to(device=device, dtype=dtype))
 
     return workload
 
@@ -436,7 +436,8 @@ def _skip(op: str, x: Any, skip: Any, latents: Latents, W_dec: Tensor) -> Tensor
     if x.shape[:-1] != torch.Size(latents.batch_shape):
         raise ValueError(f"{op}: x must have the batch dimensions of latents {list(latents.batch_shape)}, got {list(x.shape[:-1])}")
     _checks.shape(op, "skip", skip, (W_dec.shape[1], x.shape[-1]), f"[D_out={W_dec.shape[1]}, D_in={x.shape[-1]}]")
-    return torch.nn.functional.linear(x, skip)
+    x, skip = _checks.autocast(x, skip)
+    return product(x.reshape(-1, x.shape[-1]), skip.T).reshape(*x.shape[:-1], skip.shape[0])
 
 
 def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:

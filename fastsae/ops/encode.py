@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae import _checks, _seeds
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
 from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, tracks
@@ -220,7 +220,7 @@ def encode_gated_reference(
 
 
 def _normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
-    return lambda *shape: torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+    return lambda *shape: _seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
 
 def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
@@ -230,7 +230,7 @@ def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
         x, W = normal(rows, width), normal(n, width)
         yield x, W, normal(n), None, None, None
         yield x, normal(width, n).T, None, normal(width), normal(n), None
-        subset = torch.randperm(n, generator=generator)[: n // 2 + 1].to(device)
+        subset = torch.randperm(n, generator=generator, device="cpu")[: n // 2 + 1].to(device)
         yield x, W, normal(n), normal(width), None, subset
         mask = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, subset, True)
         yield x, W, None, None, normal(n), mask
@@ -246,8 +246,9 @@ def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
     broken = W.clone()
     broken[7, 2] = float("nan")
     yield special, broken, normal(50), None, None, None
-    integers = torch.randint(-4, 5, (9, 16), generator=generator).to(device=device, dtype=dtype)
-    yield integers, torch.randint(-2, 3, (200, 16), generator=generator).to(device=device, dtype=dtype), None, None, None, None
+    integers = torch.randint(-4, 5, (9, 16), generator=generator, device="cpu").to(device=device, dtype=dtype)
+    few = torch.randint(-2, 3, (200, 16), generator=generator, device="cpu").to(device=device, dtype=dtype)
+    yield integers, few, None, None, None, None
     yield x[::2, 1::2], W[::3, 1::2], None, None, None, None
     yield normal(1, 12).expand(4, 12), W, None, None, None, None
 
@@ -272,7 +273,7 @@ def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
-        per_feature = torch.randn(W.shape[0], generator=generator).to(device=device, dtype=dtype)
+        per_feature = _seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
         for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
             yield x, W, b, threshold, b_pre, scale, features, _packed(W, count), bandwidth, _room(x, W, count)
 
@@ -403,7 +404,7 @@ ENCODE_THRESHOLD = Op(
     fake=_fake_threshold,
     samples=_threshold_samples,
     check=_check_threshold,
-    workload=lambda *where: (*_layer(*where), torch.tensor(2.5, device=where[0]), None, None, None, None, None),
+    workload=lambda *where: (*_layer(*where), torch.tensor(2.5, device=where[0], dtype=torch.float32), None, None, None, None, None),
     handle=(1, 7),
 )
 ENCODE_BATCH_TOPK = Op(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsae import _checks
 from fastsae.dispatch import Op, preference
-from fastsae.ops._common import accumulator, chunks, full_precision
+from fastsae.ops._common import accumulator, chunks, product
 from fastsae.ops.encode import merge_topk, select_topk
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def _bits(words: Tensor) -> Tensor:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """``|a| + |b| - 2 <a, b>``: exact in float32 below 2^24 bits."""
-    with full_precision():
-        return a.sum(1, keepdim=True) + b.sum(1) - 2 * (a @ b.T)
+    return a.sum(1, keepdim=True) + b.sum(1) - 2 * product(a, b.T)
 
 
 def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -64,7 +63,7 @@ def hamming_topk_reference(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
 
 def _codes(device: torch.device, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     def words(*shape: int) -> Tensor:
-        return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator).to(device)
+        return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator, device="cpu").to(device)
 
     for n, m, w in ((5, 7, 3), (1, 1, 1), (0, 4, 2), (4, 0, 2), (3, 2, 0), (65, 130, 16)):
         yield words(n, w), words(m, w)
@@ -75,7 +74,7 @@ def _codes(device: torch.device, generator: torch.Generator) -> Iterator[tuple[T
 
 def _pair(device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Codes of a moderate layer."""
-    codes = torch.randint(-(2**63), 2**63 - 1, (2, 1024, 16), generator=generator).to(device)
+    codes = torch.randint(-(2**63), 2**63 - 1, (2, 1024, 16), generator=generator, device="cpu").to(device)
     return codes[0], codes[1]
 
 
@@ -302,7 +301,7 @@ def neighbour_graph(
     # A code is among its own nearest unless k others are equal to it and come before: then the last one goes.
     others = near.index != torch.arange(n, device=codes.device).unsqueeze(1)
     others[:, -1] &= ~others.all(1)
-    row, column, distance = torch.arange(n).repeat_interleave(k), near.index[others].cpu(), near.distance[others].cpu()
+    row, column, distance = torch.arange(n, device="cpu").repeat_interleave(k), near.index[others].cpu(), near.distance[others].cpu()
     if symmetric:
         place, first = torch.cat([row * n + column, column * n + row]).sort()
         distance = torch.cat([distance, distance])[first]
@@ -313,7 +312,7 @@ def neighbour_graph(
         place, first = (row * n + column).sort()
         distance = distance[first]
     row, column = place // n, place % n
-    crow = torch.searchsorted(row, torch.arange(n + 1))
+    crow = torch.searchsorted(row, torch.arange(n + 1, device="cpu"))
     value = torch.where(distance == 0, float(zero), distance.double())
     graph = csr_array((value.numpy(), column.numpy(), crow.numpy()), shape=(n, n))
     graph.has_sorted_indices = True

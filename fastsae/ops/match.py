@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _weights
+from fastsae import _checks, _seeds, _weights
 from fastsae._norms import unit_rows
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.ops._common import accumulator, chunks, full_precision, tracks
+from fastsae.ops._common import accumulator, chunks, product, tracks
 from fastsae.ops.decode import decode_slots, weight_gradient
 from fastsae.ops.encode import select_topk
 
@@ -35,8 +35,7 @@ def _similarity_tiles(a: Tensor, b: Tensor, eps: float) -> Iterator[tuple[slice,
     step = column_tiles[0].stop if column_tiles else 0  # the same row tiles beside every column tile, the last and narrower one too
     for columns in column_tiles:
         for rows in chunks(a.shape[0], step):
-            with full_precision():
-                yield rows, columns, unit_a[rows] @ unit_b[columns].T
+            yield rows, columns, product(unit_a[rows], unit_b[columns].T)
 
 
 class _Best:
@@ -93,7 +92,7 @@ def match_pair_reference(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float)
 
 def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     for n, m, width in ((7, 9, 16), (1, 1, 1), (0, 4, 3), (65, 130, 33), (40, 33, 128)):
         yield normal(n, width), normal(m, width)
@@ -103,14 +102,14 @@ def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Gen
     yield a, torch.cat([-a, a, a[:2] * 20])
     limits = torch.finfo(dtype)  # norms and squares that overflow or vanish in the dtype
     sizes = [limits.max / 8, limits.max**0.5, limits.tiny**0.4, limits.tiny**0.5, 8 * limits.tiny, 1e-8, 0.5, limits.max**0.4]
-    b = normal(8, 8).clamp(-4, 4) * torch.tensor(sizes, dtype=torch.float64).to(device=device, dtype=dtype).unsqueeze(1)
+    b = normal(8, 8).clamp(-4, 4) * torch.tensor(sizes, dtype=torch.float64, device="cpu").to(device=device, dtype=dtype).unsqueeze(1)
     yield b, torch.cat([b.flip(0), a])
 
 
 def _pair(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two moderate dictionaries that share half of their features up to noise."""
-    a = torch.randn((4096, 256), generator=generator)
-    b = torch.cat([a[:2048] + torch.randn((2048, 256), generator=generator), torch.randn((2048, 256), generator=generator)])
+    a = _seeds.normal(generator, (4096, 256))
+    b = torch.cat([a[:2048] + _seeds.normal(generator, (2048, 256)), _seeds.normal(generator, (2048, 256))])
     return a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
 
 
@@ -137,8 +136,7 @@ def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
     wide = accumulator(a.dtype)
     unit_a, unit_b = normalise(a.double(), eps), normalise(b.double(), eps)
     exact, size = unit_a @ unit_b.T, unit_a.abs() @ unit_b.abs().T
-    with full_precision():
-        plain = (normalise(a, eps) @ normalise(b, eps).T).double()
+    plain = product(normalise(a, eps), normalise(b, eps).T).double()
     unit, terms = torch.finfo(wide).eps / 2, a.shape[1] + 3
     finite = exact.isfinite() & plain.isfinite()
     exact = torch.where(finite, exact, plain)
@@ -385,12 +383,12 @@ class Match:
             ``edges [bins + 1]``, ``a_to_b [bins]``, ``b_to_a [bins]`` and ``null [bins]``, on the CPU.
         """
         bins = _checks.integer("Match.histogram", "bins", bins, 1)
-        edges = torch.linspace(-1, 1, bins + 1)
+        edges = torch.linspace(-1, 1, bins + 1, device="cpu", dtype=torch.float32)
         named = {"a_to_b": self.a_to_b.similarity[:, 0], "b_to_a": self.b_to_a.similarity[:, 0]}
         if null == "random":
             generator = torch.Generator().manual_seed(_checks.integer("Match.histogram", "seed", seed, 0))
             n, m, width = self.shape
-            first, second = (torch.randn(size, width, generator=generator).to(named["a_to_b"].device) for size in (n, m))
+            first, second = (_seeds.normal(generator, size, width).to(named["a_to_b"].device) for size in (n, m))
             named["null"] = match_cosine(first, second).similarity[:, 0]
         elif null is not None:
             raise ValueError(f"Match.histogram: null must be 'random' or None, got {null!r}")

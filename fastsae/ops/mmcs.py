@@ -188,7 +188,7 @@ def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **option
         raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
     dictionaries = list(dictionaries)
     sides = as_dictionaries("mmcs_matrix", dictionaries, [f"dictionaries[{i}]" for i in range(len(dictionaries))])
-    result = torch.eye(len(sides), dtype=torch.float64)
+    result = torch.eye(len(sides), dtype=torch.float64, device="cpu")
     for i in range(len(sides)):
         for j in range(i):
             pair = match(sides[i], sides[j], **options)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae import _checks, _seeds
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
 from fastsae.ops._common import chunks, tracks
@@ -32,7 +32,7 @@ def select_topk_reference(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor
 
 def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     for rows, n in ((5, 7), (1, 1), (0, 4), (3, 33), (2, 2049), (2, 2500)):
         for k in sorted({1, min(n, 17), n}):
@@ -65,7 +65,7 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
 
 
 def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    return torch.randn((256, 16384), generator=generator).to(device=device, dtype=dtype), 32, True
+    return _seeds.normal(generator, (256, 16384)).to(device=device, dtype=dtype), 32, True
 
 
 # ---------------------------------------------------------------- rows

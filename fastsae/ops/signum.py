@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae import _seeds
 from fastsae.dispatch import Op
 from fastsae.ops import _common
 from fastsae.ops.adam import (
@@ -104,8 +105,8 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
 
 
 def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    values = torch.randn((256, 32), generator=generator).to(device=device, dtype=dtype)
-    indices = torch.randint(0, 16384, (256, 32), generator=generator).to(device)
+    values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+    indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
     y, z, _ = _matrices(device, dtype, generator, 16384, 512, False)
     return y, y + z, values @ y[:32], values, indices, None, 1e-3, 0.95, 0.1, False, False
 

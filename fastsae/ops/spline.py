@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae import _checks, _seeds
 from fastsae.dispatch import Op, preference
 from fastsae.ops._common import chunks, scores
 from fastsae.packed import PackedWeights
@@ -150,11 +150,11 @@ def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed:
 
 def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     for rows, width, size in ((5, 16, 64), (1, 1, 1), (0, 4, 10), (3, 0, 65), (9, 33, 130), (4, 2, 63)):
         yield normal(rows, width), normal(size, width), normal(size), None
-        mask = torch.rand(size, generator=generator).to(device) > 0.5
+        mask = _seeds.uniform(generator, size).to(device) > 0.5
         yield normal(rows, width), normal(width, size).T, None, mask
         yield normal(rows, width), normal(size, width), None, mask.nonzero().flatten()
     special = normal(4, 8)
@@ -166,7 +166,7 @@ def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator)
     """(x, W, b) of a moderate MLP layer."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     return normal(2048, 384), normal(1536, 384), normal(1536)
 

@@ -72,7 +72,7 @@ def step(
                 continue
             state = optimizer.state[p]
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), device="cpu", dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             gradient = gradients[p]
@@ -87,7 +87,8 @@ def step(
     norm = factor = None
     if max_norm is not None:
         squares = [GRAD_SQUARES(W[rows], *tile, unit) for _, _, (W, *_), gradient, unit, _ in jobs for rows, tile in _tiles(W, gradient)]
-        norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt() if squares else torch.zeros(())
+        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
+        norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt() if squares else nothing
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for group, state, (W, m, v), gradient, unit, normal in jobs:
         state["step"] += 1

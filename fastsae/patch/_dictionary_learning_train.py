@@ -19,6 +19,7 @@ from torch import Tensor
 from fastsae.dispatch import preference, then_any
 from fastsae.fused import Slots, _Groups
 from fastsae.gradients import Gradient, RowGradient, densify, total
+from fastsae.ops._common import running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
 from fastsae.patch import _adam, warn_once
@@ -266,12 +267,12 @@ def _top(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]
     groups, weights = _levels(trainer, back.n_features)
     grouped = _Groups.of(slots, groups, x.shape[0])
     parts = DECODE(grouped.values, grouped.indices, grouped.crow, decoder(ae), None, backend=back.backend)
-    x_hats = parts.reshape(len(groups), x.shape[0], -1).cumsum(0) + decoder_bias(ae)
+    x_hats = running_sums(parts.reshape(len(groups), x.shape[0], -1)) + decoder_bias(ae)
     errors = x - x_hats
     losses = errors.square().sum(-1).mean(1)
     loss = (losses * weights).sum()
     G = errors * (weights * (-2 / x.shape[0])).reshape(-1, 1, 1)
-    G = G if len(groups) == 1 else G.flip(0).cumsum(0).flip(0)
+    G = G if len(groups) == 1 else running_sums(G.flip(0)).flip(0)
     flat = G.flatten(0, 1)
     back.b_dec.append(G[0].sum(0))
     back.into_decoder(Slots(grouped.values, grouped.indices, grouped.crow, slots.passes), flat)

@@ -22,7 +22,7 @@ from fastsae.dispatch import preference, then_any
 from fastsae.fused import Slots, _Groups
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
-from fastsae.ops._common import row_of_slot
+from fastsae.ops._common import row_of_slot, running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
 from fastsae.patch import _adam, accelerated, warn_once
@@ -193,7 +193,7 @@ class _Step:
         widths = [*_widths(sae), self.n_features]
         groups = _Groups.of(code.slots._replace(values=code.a), widths, x.shape[0])
         partial = DECODE(groups.values, groups.indices, groups.crow, sae.W_dec, None, backend=self.backend)
-        x_hats = partial.reshape(len(widths), x.shape[0], -1).cumsum(0) + sae.b_dec
+        x_hats = running_sums(partial.reshape(len(widths), x.shape[0], -1)) + sae.b_dec
         outs, losses, G = self._errors(x_hats, widths)
         aux, metrics = {}, {}
         if jump:
@@ -204,7 +204,7 @@ class _Step:
         if self.kind.activation == "batchtopk":
             metrics["topk_threshold"] = self._move_threshold(code)
 
-        suffix = G if len(widths) == 1 else G.flip(0).cumsum(0).flip(0)
+        suffix = G if len(widths) == 1 else running_sums(G.flip(0)).flip(0)
         rows = suffix.flatten(0, 1)
         W_dec: list[Gradient] = [RowGradient(groups.values, groups.indices, groups.crow, rows, self.n_features)]
         da = groups.restore(DECODE_DVALUES(rows, groups.indices, groups.crow, sae.W_dec, backend=self.backend), code.a)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastsae import _checks
-from fastsae.ops._common import accumulator, chunks
+from fastsae.ops._common import accumulator, chunks, product
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.hamming import Neighbours
 from fastsae.ops.spline import _unpack
@@ -371,7 +371,7 @@ class NearestAffine(nn.Module):
         place = (blocks.cumsum(0) - blocks)[index[order]] * self.BLOCK + rank
         padded = rows.new_zeros(owner.shape[0] * self.BLOCK, rows.shape[1]).index_copy(0, place, rows[order])
         parts = [
-            torch.bmm(part, self.A[which].transpose(1, 2)) + (0 if self.c is None else self.c[which].unsqueeze(1))
+            product(part, self.A[which].mT) + (0 if self.c is None else self.c[which].unsqueeze(1))
             for part, which in zip(padded.view(-1, self.BLOCK, rows.shape[1]).split(512), owner.split(512))
         ]
         y = torch.cat(parts).flatten(0, 1) if rows.shape[0] else rows.new_zeros(0, self.A.shape[1])

@@ -494,7 +494,7 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     narrow = net.to(x.dtype)
     first = narrow.stages[0]
     one = len(net.widths) == 1 and isinstance(first, Affine) and isinstance(narrow.stages[1], Activation)
-    normal = torch.randn(x.shape[1], vertices // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    normal = torch.randn(x.shape[1], vertices // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu")
     frame = torch.linalg.qr(normal).Q.T.to(x.device, x.dtype) * radius
     either: list[Tensor] = []
     both: list[Tensor] = []

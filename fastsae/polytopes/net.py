@@ -6,7 +6,6 @@ Modules are recognised by what they are (PyTorch) or by their names (Hugging Fac
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastsae import _checks
-from fastsae.ops._common import full_precision
+from fastsae._precision import full_precision
 
 PIECEWISE = ("relu", "leaky_relu")
 GATES = ("gelu", "gelu_tanh", "silu", "quick_gelu")
@@ -158,7 +157,7 @@ class Net:
     @property
     def dtype(self) -> torch.dtype:
         tensors = (t for stage in self.stages for t in vars(stage).values() if isinstance(t, Tensor))
-        return next((t.dtype for t in tensors), torch.get_default_dtype())
+        return next((t.dtype for t in tensors), torch.float32)
 
     def __repr__(self) -> str:
         def show(stage: Stage) -> str:
@@ -395,8 +394,7 @@ def full_products(function: Function) -> Function:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.device("cpu"))
-        off = torch.autocast(device.type, enabled=False) if _checks.autocasting(device) else contextlib.nullcontext()
-        with full_precision(), off:
+        with full_precision(device):
             return function(*args, **kwargs)
 
     return run  # pyright: ignore[reportReturnType]

@@ -231,7 +231,8 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     study = Study(name, size, seed, folder, {**parameters, **changes}, progress=progress)
     start, cpu = time.perf_counter(), sum(os.times()[:4])  # with the processes that it starts
-    module.run(study)
+    with torch.device("cpu"):  # modules and optimisers of torch's own make tensors where the default says
+        module.run(study)
     seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu
     print(
         f"\n{seconds:.0f} s; {study.write(seconds, cpu)}, {folder / 'README.md'}" + "".join(f", {study.out / plot}" for plot in study.plots)

@@ -39,21 +39,21 @@ def digits(study: Study) -> Digits:
     except ImportError as error:
         raise ImportError("the digits need scikit-learn: pip install 'fastsae-kernels[studies]'") from error
     found: Any = load_digits()
-    x, y = torch.tensor(found.data / 16, dtype=torch.float32), torch.tensor(found.target)
-    order = torch.randperm(x.shape[0], generator=study.generator(1))
+    x, y = torch.tensor(found.data / 16, dtype=torch.float32, device="cpu"), torch.tensor(found.target, device="cpu")
+    order = torch.randperm(x.shape[0], generator=study.generator(1), device="cpu")
     train, test = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)
         widths = [64, *study["hidden"], 10]
         module = nn.Sequential()
         for before, after in pairwise(widths):
-            module.extend([nn.Linear(before, after), nn.ReLU()])
+            module.extend([nn.Linear(before, after, dtype=torch.float32), nn.ReLU()])
         module = module[:-1]
     untrained = as_net(module).to(torch.float64).to(torch.float32)  # with parameters of its own, which training does not change
     optimiser = torch.optim.Adam(module.parameters(), 1e-3, weight_decay=1e-4)
     shuffle = study.generator(2)
     for _ in study.track(range(study["epochs"]), "training"):
-        for batch in train[torch.randperm(len(train), generator=shuffle)].split(64):
+        for batch in train[torch.randperm(len(train), generator=shuffle, device="cpu")].split(64):
             optimiser.zero_grad()
             F.cross_entropy(module(x[batch]), y[batch]).backward()
             optimiser.step()
@@ -67,7 +67,7 @@ def pairs(y: Tensor, count: int, generator: torch.Generator, same: bool) -> tupl
     first: list[Tensor] = []
     second: list[Tensor] = []
     while sum(map(len, first)) < count:
-        a, b = torch.randint(len(y), (2, 4 * count + 16), generator=generator)
+        a, b = torch.randint(len(y), (2, 4 * count + 16), generator=generator, device="cpu")
         keep = ((y[a] == y[b]) == same) & (a != b)
         first.append(a[keep])
         second.append(b[keep])
@@ -104,11 +104,11 @@ def tokens(study: Study) -> Tokens:
     model, tokeniser, _, _ = _activations_minilm.load(1)
     net = mlp_block(model.requires_grad_(False), study["layer"], residual=False)
     rows = data["word"].nonzero().flatten()
-    rows = rows[torch.randperm(len(rows), generator=study.generator(3))]
+    rows = rows[torch.randperm(len(rows), generator=study.generator(3), device="cpu")]
     _, inverse, counts = data["kind"][rows].unique(return_inverse=True, return_counts=True)
     order = inverse.argsort(stable=True)
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[inverse[order]]
+    rank[order] = torch.arange(len(order), device="cpu") - (counts.cumsum(0) - counts)[inverse[order]]
     rows = rows[(counts[inverse] >= study["each"]) & (rank < study["each"])]
     kinds, kind = data["kind"][rows].unique(return_inverse=True)
     names = tokeniser.convert_ids_to_tokens(kinds.tolist())

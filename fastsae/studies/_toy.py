@@ -53,12 +53,12 @@ def share_between(values: Tensor, low: float, high: float) -> float:
 def heat(axes: Any, rows: Sequence[dict[str, Any]], column: str, title: str, *, limits: tuple[float, float] | None = None) -> None:
     """A heat map over dictionary size (right) and l1 (up) with the numbers in it."""
     sizes, weights = (sorted({row[name] for row in rows}) for name in ("n_features", "l1"))
-    grid = torch.full((len(weights), len(sizes)), float("nan"), dtype=torch.float64)
+    grid = torch.full((len(weights), len(sizes)), float("nan"), dtype=torch.float64, device="cpu")
     for row in rows:
         grid[weights.index(row["l1"]), sizes.index(row["n_features"])] = row[column]
     low, high = limits or (float(grid.nan_to_num(torch.inf).min()), float(grid.nan_to_num(-torch.inf).max()))
     axes.imshow(grid.numpy(), origin="lower", aspect="auto", vmin=low, vmax=high, cmap="viridis")
-    for i, j in torch.cartesian_prod(torch.arange(len(weights)), torch.arange(len(sizes))).tolist():
+    for i, j in torch.cartesian_prod(torch.arange(len(weights), device="cpu"), torch.arange(len(sizes), device="cpu")).tolist():
         value = float(grid[i, j])
         if not math.isfinite(value):  # no feature alive
             continue
@@ -82,15 +82,15 @@ class Distribution(NamedTuple):
 
 
 def distribution(label: str, cosines: Tensor) -> Distribution:
-    counts = torch.histogram(cosines.float().clamp(0, 1), torch.linspace(0, 1, BINS + 1)).hist
+    counts = torch.histogram(cosines.float().clamp(0, 1), torch.linspace(0, 1, BINS + 1, device="cpu", dtype=torch.float32)).hist
     return Distribution(label, float(cosines.double().mean()), counts.long().tolist())
 
 
 def ridgeline(axes: Any, distributions: Sequence[Distribution], title: str) -> None:
     """Distributions one above the other, the first at the top; heights are roots of shares."""
-    edges = torch.linspace(0, 1, BINS + 1).numpy()
+    edges = torch.linspace(0, 1, BINS + 1, device="cpu", dtype=torch.float32).numpy()
     for place, ((_, mean, counts), colour) in enumerate(zip(distributions, colours(len(distributions)))):
-        heights = (torch.tensor(counts) / max(sum(counts), 1)).sqrt().numpy()
+        heights = (torch.tensor(counts, dtype=torch.float32, device="cpu") / max(sum(counts), 1)).sqrt().numpy()
         axes.stairs(heights - place, edges, baseline=-place, fill=True, color=colour, alpha=0.85)
         axes.text(0.62, 0.45 - place, f"mean {mean:.2f}", fontsize=7)
     axes.set_yticks([-place for place in range(len(distributions))], [label for label, _, _ in distributions], fontsize=8)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastsae
+from fastsae import _seeds
 from fastsae.studies import Study
 from fastsae.studies._networks import Digits, digits
 
@@ -53,8 +54,8 @@ def run(study: Study) -> None:
     right = data.predict(x) == y
     x, y = x[right], y[right]
     generator = study.generator(6)
-    random = _unit(torch.randn(x.shape, generator=generator))
-    others = _unit(data.x[torch.randint(len(data.x), (len(x),), generator=generator)] - x + 1e-6 * random)
+    random = _unit(_seeds.normal(generator, x.shape))
+    others = _unit(data.x[torch.randint(len(data.x), (len(x),), generator=generator, device="cpu")] - x + 1e-6 * random)
     gradient = _unit(_gradient(data, x, y))
     rows = []
     for radius in study.track(study["radii"], "perturbations"):

@@ -33,7 +33,7 @@ SIZES = {
 
 def run(study: Study) -> None:
     data = tokens(study)
-    pick = torch.randperm(len(data.x), generator=study.generator(7))[: study["samples"]]
+    pick = torch.randperm(len(data.x), generator=study.generator(7), device="cpu")[: study["samples"]]
     x, kind = data.x[pick], data.kind[pick]
     codes = fastsae.pack_signs(data.net.preactivations(x)[0])
     neurons = data.net.widths[0]
@@ -51,12 +51,12 @@ def run(study: Study) -> None:
     weight = norms.square()
     on = bits @ weight
     alone = (on.unsqueeze(1) + on - 2 * (bits * weight) @ bits.T).clamp_min(0)
-    apart = ~torch.eye(len(x), dtype=torch.bool)
+    apart = ~torch.eye(len(x), dtype=torch.bool, device="cpu")
     same = (kind.unsqueeze(1) == kind) & apart
     different = apart & ~same
     # Codes with the same number of changes, but of random neurons.
-    flips = torch.randperm(len(x), generator=study.generator(8))
-    rolled = bits[:, torch.randperm(neurons, generator=study.generator(9))][flips]
+    flips = torch.randperm(len(x), generator=study.generator(8), device="cpu")
+    rolled = bits[:, torch.randperm(neurons, generator=study.generator(9), device="cpu")][flips]
     shuffled = fastsae.frobenius_pairs(data.net, fastsae.pack_signs(rolled > 0.5))
     shuffled_on = rolled @ weight
     shuffled_alone = (shuffled_on.unsqueeze(1) + shuffled_on - 2 * (rolled * weight) @ rolled.T).clamp_min(0)
@@ -87,12 +87,12 @@ def run(study: Study) -> None:
         }
     )
     study.table("distances", rows)
-    i, j = torch.triu_indices(len(x), len(x), 1)
-    few = torch.randperm(len(i), generator=study.generator(11))[:200_000]
+    i, j = torch.triu_indices(len(x), len(x), 1, device="cpu")
+    few = torch.randperm(len(i), generator=study.generator(11), device="cpu")[:200_000]
     correlation = float(torch.corrcoef(torch.stack([hamming[i[few], j[few]], distance[i[few], j[few]]]))[0, 1])
     near_h = fastsae.hamming_topk(codes, codes, 2).index
     near_f = fastsae.frobenius_topk(data.net, codes, codes, 2).index
-    own = torch.arange(len(x))
+    own = torch.arange(len(x), device="cpu")
     nearest = {
         name: torch.where(index[:, 0] == own, index[:, 1], index[:, 0]) for name, index in (("Hamming", near_h), ("Frobenius", near_f))
     }
@@ -118,7 +118,7 @@ def run(study: Study) -> None:
         norms.numpy(), 60, density=True, histtype="step", color="0.2", label=f"all {neurons} neurons, mean {float(norms.mean()):.3g}"
     )
     axes[0].set(xlabel="Frobenius distance of neighbouring polytopes", ylabel="density", title="Across one boundary")
-    bins = torch.linspace(0, float(max(distance.max(), shuffled.max())), 80).numpy()
+    bins = torch.linspace(0, float(max(distance.max(), shuffled.max())), 80, device="cpu", dtype=torch.float32).numpy()
     for name, where, values, colour in (
         ("same kind", same, distance, "C0"),
         ("different kinds", different, distance, "0.5"),
@@ -129,7 +129,7 @@ def run(study: Study) -> None:
     shown = few[:8000]
     axes[2].plot(hamming[i[shown], j[shown]], distance[i[shown], j[shown]], ",", color="0.5")
     axes[2].plot(hamming[same], distance[same], ".", ms=1, color="C0", alpha=0.4, label="same kind")
-    line = torch.linspace(1, float(hamming.max()), 50)
+    line = torch.linspace(1, float(hamming.max()), 50, device="cpu", dtype=torch.float32)
     axes[2].plot(line, (line * float(weight.mean())).sqrt(), "k--", lw=1, label="orthogonal contributions, mean norms")
     axes[2].set(xlabel="Hamming distance", ylabel="Frobenius distance", title=f"Pairs of samples, correlation {correlation:.2f}")
     for axis in axes:

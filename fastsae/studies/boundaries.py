@@ -35,7 +35,7 @@ def run(study: Study) -> None:
             p, q = data.x[a], data.x[b]
             crossed = fastsae.crossings(net, p, q)
             length = (p - q).double().norm(dim=1)
-            by_layer = torch.zeros(len(a), len(net.widths), dtype=torch.float64)
+            by_layer = torch.zeros(len(a), len(net.widths), dtype=torch.float64, device="cpu")
             by_layer.index_put_((crossed.segment, crossed.layer), torch.ones_like(crossed.t), accumulate=True)
             per_unit = by_layer / length.unsqueeze(1)
             density[network, kind], found[network, kind] = per_unit, (crossed, length)
@@ -57,7 +57,7 @@ def run(study: Study) -> None:
 
     # Pairs of two classes are farther apart, and the density may depend on distance: compare at equal distance too.
     distances = {kind: (data.x[a] - data.x[b]).double().norm(dim=1) for kind, (a, b) in kinds.items()}
-    cuts = torch.quantile(distances["within"], torch.linspace(0, 1, 9, dtype=torch.float64))
+    cuts = torch.quantile(distances["within"], torch.linspace(0, 1, 9, dtype=torch.float64, device="cpu"))
     bins = {kind: torch.bucketize(values, cuts[1:-1]) for kind, values in distances.items()}
     matched = []
     for network in ("trained", "untrained"):
@@ -75,14 +75,14 @@ def run(study: Study) -> None:
 
     # Around the first change of the trained network's prediction: boundaries per unit of distance by signed distance from it.
     a, b = kinds["between"]
-    t = torch.linspace(0, 1, 401)
-    change = torch.full((len(a),), float("nan"), dtype=torch.float64)
+    t = torch.linspace(0, 1, 401, device="cpu", dtype=torch.float32)
+    change = torch.full((len(a),), float("nan"), dtype=torch.float64, device="cpu")
     for i in study.track(range(len(a)), "predictions"):
         predicted = data.predict(torch.lerp(data.x[a[i]], data.x[b[i]], t.unsqueeze(1)))
         changes = (predicted[1:] != predicted[:-1]).nonzero()
         if len(changes):
             change[i] = float(t[int(changes[0])] + t[1] / 2)
-    edges = torch.linspace(-WINDOW, WINDOW, 21, dtype=torch.float64)
+    edges = torch.linspace(-WINDOW, WINDOW, 21, dtype=torch.float64, device="cpu")
     near, far = range(8, 12), (0, 1, 2, 17, 18, 19)  # bins within 0.2, and 0.7 to 1 away
     profiles, rows = {}, []
     for network in ("trained", "untrained"):
@@ -108,7 +108,7 @@ def run(study: Study) -> None:
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     for axis, network in zip(axes, ("trained", "untrained")):
         totals = {kind: density[network, kind].sum(1) for kind in kinds}
-        bins = torch.linspace(0, float(max(v.max() for v in totals.values())), 40).numpy()
+        bins = torch.linspace(0, float(max(v.max() for v in totals.values())), 40, device="cpu", dtype=torch.float32).numpy()
         for (kind, values), colour in zip(totals.items(), ("C0", "C1")):
             axis.hist(values.numpy(), bins, alpha=0.55, color=colour, label=f"{kind} classes, mean {float(values.mean()):.1f}")
         axis.set(xlabel="boundaries per unit of distance", ylabel="pairs", title=f"{network} network")

@@ -39,7 +39,7 @@ def cluster(graph: Any, least: int, samples: int) -> Tensor:
     from sklearn.cluster import HDBSCAN
 
     count, component = connected_components(graph, directed=False)
-    labels = torch.full((graph.shape[0],), -1)
+    labels = torch.full((graph.shape[0],), -1, device="cpu")
     sizes = torch.bincount(torch.from_numpy(component).long(), minlength=count)
     for part in sizes.argsort(descending=True).tolist():
         if int(sizes[part]) < max(least, samples + 1):
@@ -123,7 +123,7 @@ def run(study: Study) -> None:
     axes[1].set(xlabel="cluster, by size", ylabel="samples", yscale="log", title="Sizes of clusters")
     axes[1].legend(frameon=False)
     generator = study.generator(5)
-    a, b = torch.randint(len(z), (2, 20_000), generator=generator)
+    a, b = torch.randint(len(z), (2, 20_000), generator=generator, device="cpu")
     packed = fastsae.pack_signs(z)
     hamming = fastsae.boundary_density(packed[a], packed[b]).pairs
     euclid = (activate(z[a], act) - activate(z[b], act)).norm(dim=1)

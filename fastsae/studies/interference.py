@@ -61,7 +61,7 @@ def run(study: Study) -> None:
         f"Antipodes among the alive features: {rows[0]['antipodal']:.1%} at G / D = {rows[0]['ratio']}, {rows[-1]['antipodal']:.1%} at "
         f"{rows[-1]['ratio']}."
     )
-    found = [distribution(f"G / D = {ratio}", torch.as_tensor(r.similarity)) for ratio, r in winners.items()]
+    found = [distribution(f"G / D = {ratio}", torch.as_tensor(r.similarity, device="cpu")) for ratio, r in winners.items()]
     study.record(distributions=found)
 
     canvas, axes = study.figure(rows=1, columns=2, figsize=(12, 4.5))

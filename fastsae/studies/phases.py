@@ -39,7 +39,7 @@ def run(study: Study) -> None:
     (trained,) = train(study, "dictionary", data, l1=study["l1"], n_features=study["dictionary"], **options)
     cosines = torch.stack([similarity for _, similarity in trained.snapshots])  # [snapshots, G]
     seen = data.expected_probabilities * 256  # times a step at which a feature is active, on average
-    at = torch.tensor(steps)
+    at = torch.tensor(steps, device="cpu")
 
     learnt = _for_good(cosines, at, 0.9)
     begun = _for_good(cosines, at, 0.5)
@@ -68,12 +68,12 @@ def run(study: Study) -> None:
 
     canvas, axes = study.figure(rows=1, columns=3, figsize=(16, 4.6))
     bins = 50
-    edges = torch.linspace(0, 1, bins + 1)
+    edges = torch.linspace(0, 1, bins + 1, device="cpu", dtype=torch.float32)
     image = torch.stack([torch.histogram(now.float().clamp(0, 1), edges).hist / now.shape[0] for now in cosines]).T
     shown = axes[0].imshow(image.clamp_min(1e-3).log10().numpy(), origin="lower", aspect="auto", extent=(0, steps[-1], 0, 1), cmap="magma")
     canvas.colorbar(shown, ax=axes[0], label="log10 of the share of true features")
     axes[0].set(xlabel="step", ylabel="best cosine", title="Distribution of the true features' best cosines")
-    places = torch.linspace(0, cosines.shape[1] - 1, 12).long().tolist()
+    places = torch.linspace(0, cosines.shape[1] - 1, 12, device="cpu", dtype=torch.float32).long().tolist()
     for place, colour in zip(places, colours(len(places))):
         axes[1].plot(steps, cosines[:, place].tolist(), lw=1, color=colour, label=f"{float(seen[place]):.2g} a step")
     axes[1].set(xlabel="step", ylabel="best cosine", ylim=(0, 1.02), title="Single features, from common to rare")

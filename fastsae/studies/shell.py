@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 import fastsae
+from fastsae import _seeds
 from fastsae.polytopes.net import Activation, Net
 from fastsae.studies import Study
 from fastsae.studies._networks import digits
@@ -27,8 +28,8 @@ def run(study: Study) -> None:
     images = data.x[: study["rays"]]
     norm = float(images.norm(dim=1).mean())
     radius = study["reach"] * norm
-    random = torch.randn(len(images), images.shape[1], generator=study.generator(5))
-    edges = radius * 2.0 ** torch.linspace(-10, 0, 41, dtype=torch.float64)  # four bins for each doubling of the distance
+    random = _seeds.normal(study.generator(5), len(images), images.shape[1])
+    edges = radius * 2.0 ** torch.linspace(-10, 0, 41, dtype=torch.float64, device="cpu")  # four bins for each doubling of the distance
     profiles, rows = {}, []
     for network, net in (("trained", data.net), ("untrained", data.untrained)):
         for kind, directions in (("random", random), ("through images", images)):
@@ -67,12 +68,14 @@ def run(study: Study) -> None:
     found = fastsae.crossings(back, torch.zeros_like(h), top * h)
     scale = found.t * top
     # The interval around 1 within which the code of all later layers stays.
-    below = torch.zeros(len(h), dtype=torch.float64).scatter_reduce(0, found.segment[scale <= 1], scale[scale <= 1], "amax")
-    above = torch.full((len(h),), top, dtype=torch.float64).scatter_reduce(0, found.segment[scale > 1], scale[scale > 1], "amin")
+    below = torch.zeros(len(h), dtype=torch.float64, device="cpu").scatter_reduce(0, found.segment[scale <= 1], scale[scale <= 1], "amax")
+    above = torch.full((len(h),), top, dtype=torch.float64, device="cpu").scatter_reduce(
+        0, found.segment[scale > 1], scale[scale > 1], "amin"
+    )
     base = fastsae.pack_signs(torch.cat(back.preactivations(h), 1))
     predicted = back(h).argmax(1)
     curve = []
-    for s in torch.linspace(0, top, 49).tolist():
+    for s in torch.linspace(0, top, 49, device="cpu", dtype=torch.float32).tolist():
         code = fastsae.pack_signs(torch.cat(back.preactivations(s * h), 1))
         changed = fastsae.boundary_density(base, code).pairs / sum(back.widths)
         curve.append(

@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks
-from fastsae._seeds import stream_seed
+from fastsae import _checks, _seeds
+from fastsae._precision import full_precision
 from fastsae.latents import RaggedLatents
-from fastsae.ops._common import chunks
+from fastsae.ops._common import chunks, product
 from fastsae.ops.decode import decode
 
 _COVARIANCES = ("low_rank", "symmetric_uniform", "wishart", "wishart_over_max", "wishart_over_count")
 _LAWS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
-    "uniform": lambda count, g: torch.rand(count, generator=g),
-    "uniform_product": lambda count, g: torch.rand(count, generator=g) * torch.rand(count, generator=g),
-    "one": lambda count, g: torch.ones(count),
-    "half_normal": lambda count, g: torch.randn(count, generator=g).abs(),
-    "exponential": lambda count, g: torch.empty(count).exponential_(generator=g),
+    "uniform": lambda count, g: _seeds.uniform(g, count),
+    "uniform_product": lambda count, g: _seeds.uniform(g, count) * _seeds.uniform(g, count),
+    "one": lambda count, g: torch.ones(count, device="cpu", dtype=torch.float32),
+    "half_normal": lambda count, g: _seeds.normal(g, count).abs(),
+    "exponential": lambda count, g: torch.empty(count, device="cpu", dtype=torch.float32).exponential_(generator=g),
 }
 
 
@@ -51,7 +51,7 @@ def unit_features(n_features: int, d: int, generator: torch.Generator | None = N
     """``[G, D]``: directions uniform on the sphere (normal rows, scaled to norm 1)."""
     n_features = _checks.integer("unit_features", "n_features", n_features, 1)
     d = _checks.integer("unit_features", "d", d, 1)
-    rows = torch.randn(n_features, d, generator=generator, dtype=torch.float64)
+    rows = torch.randn(n_features, d, generator=generator, dtype=torch.float64, device="cpu")
     return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(dtype)
 
 
@@ -164,7 +164,7 @@ class SuperpositionData:
         self.redraw, self.link, self.rescale, self.coefficients = redraw, link, rescale, coefficients
         self.ensure_nonempty, self.parents, self.noise, self.seed = ensure_nonempty, parents, float(noise), seed
         self.dtype, self.device = dtype, torch.device(device or "cpu")
-        self.generator = torch.Generator().manual_seed(stream_seed(seed, _DATA))
+        self.generator = torch.Generator().manual_seed(_seeds.stream_seed(seed, _DATA))
         made = unit_features(n_features, d, self.generator, torch.float64)
         if features is not None:
             _checks.tensor(op, "features", features)
@@ -184,7 +184,7 @@ class SuperpositionData:
     def _factored(self, op: str, covariance: Any, rank: int, shared: float) -> tuple[Tensor | None, Tensor]:
         """``L`` and the standard deviations of what each feature has of its own: z = L u + own * e."""
         G, g = self.n_features, self.generator
-        none = torch.zeros(G)
+        none = torch.zeros(G, device="cpu", dtype=torch.float32)
         if covariance is None:
             return None, none
         if isinstance(covariance, Tensor):
@@ -199,13 +199,13 @@ class SuperpositionData:
             rank = _checks.integer(op, "rank", rank, 1)
             if not 0 <= _checks.number(op, "shared", shared, positive=False) <= 1:
                 raise ValueError(f"{op}: shared must be in 0 .. 1, got {shared}")
-            return unit_features(G, rank, g) * shared**0.5, torch.full((G,), (1 - shared) ** 0.5)
+            return unit_features(G, rank, g) * shared**0.5, none + (1 - shared) ** 0.5
         elif covariance == "symmetric_uniform":
-            matrix = torch.rand(G, G, generator=g, dtype=torch.float64)
+            matrix = torch.rand(G, G, generator=g, dtype=torch.float64, device="cpu")
             matrix = (matrix + matrix.T) / 2
-            matrix += 1.001 * torch.linalg.eigvalsh(matrix)[0].abs() * torch.eye(G)
+            matrix += 1.001 * torch.linalg.eigvalsh(matrix)[0].abs() * torch.eye(G, device="cpu", dtype=torch.float32)
         else:
-            Z = torch.randn(G, G, generator=g, dtype=torch.float64)
+            Z = torch.randn(G, G, generator=g, dtype=torch.float64, device="cpu")
             if covariance == "wishart_over_max":
                 return (Z / (Z @ Z.T).max().sqrt()).float(), none
             return (Z / G**0.5 if covariance == "wishart_over_count" else Z).float(), none
@@ -216,7 +216,7 @@ class SuperpositionData:
 
     def _decays(self) -> Tensor:
         """Factor ``[G]`` on a probability; with "power" its exponent."""
-        index = torch.arange(self.n_features, dtype=torch.float64)
+        index = torch.arange(self.n_features, dtype=torch.float64, device="cpu")
         if self.decay == "geometric":
             return self.rate**index
         if self.decay == "power":
@@ -231,7 +231,7 @@ class SuperpositionData:
             return 0.5**self._decay if self.decay == "power" else self._decay
         if self.decay != "power":
             return self._decay / 2  # z is symmetric
-        quantiles = torch.special.ndtri((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
+        quantiles = torch.special.ndtri((torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096)
         assert self.marginal_variance is not None
         sd = self.marginal_variance.double().sqrt()
         return torch.stack([torch.special.ndtr(s * quantiles).pow(a).mean() for s, a in zip(sd, self._decay)])
@@ -246,9 +246,9 @@ class SuperpositionData:
     def _normal(self, rows: int) -> Tensor:
         """z ``[rows, G]``."""
         assert self._factor is not None
-        z = torch.randn(rows, self._factor.shape[1], generator=self.generator) @ self._factor.T
+        z = product(_seeds.normal(self.generator, rows, self._factor.shape[1]), self._factor.T)
         if bool(self._own.any()):
-            z += self._own * torch.randn(rows, self.n_features, generator=self.generator)
+            z += self._own * _seeds.normal(self.generator, rows, self.n_features)
         return z
 
     def _probabilities(self, z: Tensor) -> Tensor:
@@ -271,7 +271,8 @@ class SuperpositionData:
         if self.link == "probability" and self.rescale == "expected" and self.decay != "power" and self._factor.shape[1] < self.n_features:
             return self._thinned(n)
         found = [self._dense(part.stop - part.start, part.start) for part in chunks(n, 4 * self.n_features)]
-        rows, features = (torch.cat([pair[i] for pair in found]) if found else torch.empty(0, dtype=torch.int64) for i in (0, 1))
+        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+        rows, features = (torch.cat([nothing, *(pair[i] for pair in found)]) for i in (0, 1))
         return rows, features
 
     def _poisson(self, n: int, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,13 +280,14 @@ class SuperpositionData:
         always = p >= 1
         rates = torch.where(always, 0.0, -torch.log1p(-p)).cumsum(0)
         total = float(rates[-1]) * n
-        count = int(torch.poisson(torch.tensor([total], dtype=torch.float64), self.generator))
-        features = torch.searchsorted(rates, torch.rand(count, generator=self.generator, dtype=torch.float64) * rates[-1], right=True)
+        count = int(torch.poisson(torch.tensor([total], dtype=torch.float64, device="cpu"), self.generator))
+        drawn = torch.rand(count, generator=self.generator, dtype=torch.float64, device="cpu") * rates[-1]
+        features = torch.searchsorted(rates, drawn, right=True)
         features.clamp_(max=self.n_features - 1)  # a product that rounds up to the sum
-        cells = torch.randint(max(n, 1), (count,), generator=self.generator) * self.n_features + features
+        cells = torch.randint(max(n, 1), (count,), generator=self.generator, device="cpu") * self.n_features + features
         if bool(always.any()):
             fixed = always.nonzero().flatten()
-            cells = torch.cat([cells, (torch.arange(n).unsqueeze(1) * self.n_features + fixed).flatten()])
+            cells = torch.cat([cells, (torch.arange(n, device="cpu").unsqueeze(1) * self.n_features + fixed).flatten()])
         cells = torch.unique(cells)
         return cells // self.n_features, cells % self.n_features
 
@@ -294,11 +296,12 @@ class SuperpositionData:
         assert self._factor is not None
         scale = self._decay * (self.mean_active / self._sum)
         rows, features = self._poisson(n, scale.clamp(max=1.0))
-        shared = torch.randn(n, self._factor.shape[1], generator=self.generator)
-        own = torch.randn(rows.shape[0], generator=self.generator)
+        shared = _seeds.normal(self.generator, n, self._factor.shape[1])
+        own = _seeds.normal(self.generator, rows.shape[0])
         z = (self._factor[features] * shared[rows]).sum(1) + self._own[features] * own
         wanted = (torch.special.ndtr(z.double()) * scale[features]).clamp(max=1.0)
-        keep = torch.rand(rows.shape[0], generator=self.generator, dtype=torch.float64) * scale[features].clamp(max=1.0) < wanted
+        drawn = torch.rand(rows.shape[0], generator=self.generator, dtype=torch.float64, device="cpu")
+        keep = drawn * scale[features].clamp(max=1.0) < wanted
         return rows[keep], features[keep]
 
     def _dense(self, n: int, first: int) -> tuple[Tensor, Tensor]:
@@ -307,7 +310,7 @@ class SuperpositionData:
             assert self.marginal_variance is not None
             active = z < torch.special.ndtri(self.expected_probabilities.double()).float() * self.marginal_variance.sqrt()
         else:
-            active = torch.rand(z.shape, generator=self.generator) < self._probabilities(z)
+            active = _seeds.uniform(self.generator, z.shape) < self._probabilities(z)
         rows, features = active.nonzero(as_tuple=True)
         return rows + first, features
 
@@ -341,7 +344,7 @@ class SuperpositionData:
         if self.ensure_nonempty and bool((empty := counts == 0).any()):
             added = empty.nonzero().flatten()
             rows, order = torch.sort(torch.cat([rows, added]), stable=True)
-            columns = torch.cat([columns, torch.randint(self.n_features, added.shape, generator=self.generator)])[order]
+            columns = torch.cat([columns, torch.randint(self.n_features, added.shape, generator=self.generator, device="cpu")])[order]
             values = torch.cat([values, values.new_ones(added.shape)])[order]
             counts = counts + empty
         crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -352,9 +355,10 @@ class SuperpositionData:
             self.n_features,
             torch.Size((n,)),
         )
-        x = decode(latents, self.features)
+        with full_precision(self.device):
+            x = decode(latents, self.features)
         if self.noise:
-            x = x + self.noise * torch.randn(n, self.d, generator=self.generator).to(x)
+            x = x + self.noise * _seeds.normal(self.generator, n, self.d).to(x)
         return SuperpositionBatch(x, latents, self.features)
 
     def batches(self, size: int) -> SuperpositionStream:
@@ -458,6 +462,8 @@ class ToyModel(NamedTuple):
     loss: float
 
 
+@torch.inference_mode(False)  # it trains
+@full_precision(torch.device("cpu"))
 def toy_model_features(
     n_features: int,
     d: int,
@@ -497,14 +503,14 @@ def toy_model_features(
     seed = _checks.integer(op, "seed", seed, 0)
     generator = torch.Generator().manual_seed(seed)
     W = (unit_features(n_features, d, generator) * min(1.0, math.sqrt(d / n_features))).requires_grad_()
-    bias = torch.zeros(n_features, requires_grad=True)
-    weight = importance ** torch.arange(n_features)
+    bias = torch.zeros(n_features, requires_grad=True, device="cpu", dtype=torch.float32)
+    weight = importance ** torch.arange(n_features, device="cpu").float()
     optimizer = torch.optim.Adam([W, bias], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loss = W.new_zeros(())
     for _ in range(steps):
-        f = torch.rand(batch, n_features, generator=generator)
-        f *= torch.rand(batch, n_features, generator=generator) < density
+        f = _seeds.uniform(generator, batch, n_features)
+        f *= _seeds.uniform(generator, batch, n_features) < density
         with torch.enable_grad():
             f_hat = torch.relu((f @ W) @ W.T + bias)
             loss = (weight * (f - f_hat).square()).sum(1).mean()

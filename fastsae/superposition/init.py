@@ -63,7 +63,7 @@ def orthogonal(n_features: int, d: int, *, seed: int = 0) -> Tensor:
     d = _checks.integer(op, "d", d, 1)
     blocks = []
     for start in range(0, n_features, d):
-        Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+        Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64, device="cpu"))
         blocks.append((Q * R.diagonal().sign())[: n_features - start])  # Haar: the signs make it unique
     return torch.cat(blocks).float()
 
@@ -86,7 +86,8 @@ def noised_unit_vectors(n_features: int, d: int, *, noise: float = 0.1, seed: in
     op = "noised_unit_vectors"
     generator = _start(op, n_features, noise, seed)
     d = _checks.integer(op, "d", d, 1)
-    return _filled(torch.eye(d, dtype=torch.float64), n_features, noise, generator, torch.empty(0))
+    rows = torch.eye(d, dtype=torch.float64, device="cpu")
+    return _filled(rows, n_features, noise, generator, rows[:0].float())
 
 
 def principal_components(x: Tensor, n_features: int, *, noise: float = 0.1, seed: int = 0) -> Tensor:
@@ -115,7 +116,7 @@ def data_points(x: Tensor, n_features: int, *, noise: float = 0.0, centre: bool 
     rows = _matrix(op, "x", x)
     if _checks.flag(op, "centre", centre):
         rows = rows - rows.mean(0)
-    return _filled(rows[torch.randperm(rows.shape[0], generator=generator).to(rows.device)], n_features, noise, generator, x)
+    return _filled(rows[torch.randperm(rows.shape[0], generator=generator, device="cpu").to(rows.device)], n_features, noise, generator, x)
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def token_positions(length: int, count: int = 6, *, skip: int = 100) -> Tensor:
     skip = _checks.integer(op, "skip", skip, 0)
     length = _checks.integer(op, "length", length, skip + count, meaning=f"skip + count, {skip} + {count}")
     last = length - 1 - skip
-    return torch.tensor([skip + (place * last) // max(count - 1, 1) for place in range(count)])
+    return torch.tensor([skip + (place * last) // max(count - 1, 1) for place in range(count)], device="cpu")
 
 
 def sample_tokens(x: Tensor, count: int = 6, *, skip: int = 100) -> Tensor:

@@ -47,12 +47,13 @@ class ActivationStatistics:
             raise ValueError(f"{op}: zero must be at least 0, got {zero}")
         self.count = 0
         """Rows seen."""
-        self._moments = torch.zeros(4, n_neurons, dtype=torch.float64)  # mean, and sums of the 2nd, 3rd and 4th powers about it
-        self._zeros = torch.zeros(n_neurons, dtype=torch.int64)
-        self._positive = torch.zeros(n_neurons, dtype=torch.int64)
-        self._range = torch.tensor([[math.inf], [-math.inf]], dtype=torch.float64).repeat(1, n_neurons)
+        # Mean, and sums of the 2nd, 3rd and 4th powers about it.
+        self._moments = torch.zeros(4, n_neurons, dtype=torch.float64, device="cpu")
+        self._zeros = torch.zeros(n_neurons, dtype=torch.int64, device="cpu")
+        self._positive = torch.zeros(n_neurons, dtype=torch.int64, device="cpu")
+        self._range = torch.tensor([[math.inf], [-math.inf]], dtype=torch.float64, device="cpu").repeat(1, n_neurons)
         self._half = (_HIGH - _LOW) * self.sub_bins + 1  # bins of one sign; the last one is the overflow
-        self._bins = torch.zeros(n_neurons, 2 * self._half + 1, dtype=torch.int64)
+        self._bins = torch.zeros(n_neurons, 2 * self._half + 1, dtype=torch.int64, device="cpu")
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> ActivationStatistics:
         """Counts a batch ``[.., D]``; ``mask [..]``, bool or 0 and 1: rows that count. Returns itself.
@@ -83,7 +84,7 @@ class ActivationStatistics:
         self._zeros += (x.abs() <= self.zero).sum(0)
         self._positive += (x > self.zero).sum(0)
         self._range = torch.stack([torch.minimum(self._range[0], x.amin(0)), torch.maximum(self._range[1], x.amax(0))])
-        place = self._place(x) + torch.arange(self.n_neurons) * self._bins.shape[1]
+        place = self._place(x) + torch.arange(self.n_neurons, device="cpu") * self._bins.shape[1]
         self._bins += torch.bincount(place.flatten(), minlength=self._bins.numel()).view_as(self._bins)
 
     def _place(self, x: Tensor) -> Tensor:
@@ -178,18 +179,18 @@ class ActivationStatistics:
             if not 0 <= _checks.number(op, "q", share, positive=False) <= 1:
                 raise ValueError(f"{op}: q must be in 0 .. 1, got {share}")
         below, count = bins.cumsum(1), int(bins[0].sum())
-        edges = torch.arange(self._half, dtype=torch.float64)
+        edges = torch.arange(self._half, dtype=torch.float64, device="cpu")
         octave, part = torch.floor(edges / self.sub_bins), edges % self.sub_bins
         middle = torch.exp2(octave + _LOW) * (1 + (part + 0.5) / self.sub_bins)
         middle[-1] = 2.0**_HIGH
-        values = torch.cat([-middle.flip(0), torch.zeros(1, dtype=torch.float64), middle])
+        values = torch.cat([-middle.flip(0), torch.zeros(1, dtype=torch.float64, device="cpu"), middle])
         result = []
         for share in q:
             rank = max(1, math.ceil(share * count))
-            at = torch.searchsorted(below, torch.full((bins.shape[0], 1), rank)).squeeze(1)
+            at = torch.searchsorted(below, torch.full((bins.shape[0], 1), rank, device="cpu")).squeeze(1)
             found = torch.minimum(torch.maximum(values[at], low), high)
             result.append(low if share == 0 else high if share == 1 else found)
-        return torch.stack(result) if result else torch.empty(0, bins.shape[0], dtype=torch.float64)
+        return torch.stack(result) if result else torch.empty(0, bins.shape[0], dtype=torch.float64, device="cpu")
 
     def overall(self, q: Sequence[float] = (0.01, 0.25, 0.5, 0.75, 0.99)) -> dict[str, Any]:
         """The same over all entries as if they were one neuron's: ``count, mean, variance, skewness, kurtosis, sparsity, positive,
