@@ -239,3 +239,35 @@ def test_steps_that_underflow_together() -> None:
     assert bool((lo[:, 1::2] <= want[0][:, :1]).all()) and bool((hi[:, 1::2] >= want[0][:, :1]).all())
     for values, indices in results:
         assert torch.equal(indices, want[1]) and torch.equal(values, want[0])
+
+
+@pytest.mark.parametrize("level", SCREENING)
+def test_what_the_ends_leave_to_ties(level: str) -> None:
+    """Upper ends that equal the cut, scores of both zeros, a band whose edge is rounded: what an interval may not decide."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(20, 40, generator=g), torch.randn(600, 40, generator=g)
+    with native.use_isa(level):
+        # All scores and all ends are the bias: the first features are kept, whatever comes first.
+        bias = torch.full((600,), 1e30)
+        for path in ("dense", "screen", "rows", "blocks"):
+            values, indices = native_encode.encode_topk(x, W, bias, None, None, None, None, 7, False, path=path)
+            assert torch.equal(indices, torch.arange(7).expand(20, 7)) and bool((values == 1e30).all())
+        for path in ("dense", "screen"):
+            _, col, crow, least = native_encode.encode_batch_topk(x, W, bias, None, None, None, None, 2.5, path=path)
+            assert torch.equal(col, torch.arange(50)) and crow[1] == 50 and least == 1e30
+            # k = 600: rows are full, then the first features of the next.
+            _, col, crow, _ = native_encode.encode_batch_topk(x[:3], W, bias, None, None, None, None, 500.5, path=path)
+            assert crow.tolist() == [0, 600, 1200, 1501] and torch.equal(col[1200:], torch.arange(301))
+        # Zeros of both signs tie.
+        W, scale = W[:100].clone(), torch.where(torch.arange(100) % 3 == 0, 1.0, -1.0)
+        W[20:80] = 0
+        bias = torch.where((torch.arange(100) >= 20) & (torch.arange(100) < 80), -0.0, -1e3)
+        for path in ("dense", "screen", "rows", "blocks"):
+            values, indices = native_encode.encode_topk(x, W, bias, None, scale, None, None, 30, False, path=path)
+            assert torch.equal(indices, torch.arange(20, 50).expand(20, 30))
+            assert bool((values.view(torch.int32) == 0).all())
+        # |score - theta| = 2 u < 2.5 u, and theta - 2.5 u rounds to the score.
+        theta, band, score = torch.ones(100), 5 * U, torch.full((100,), 1 - 2 * U)
+        for path in ("dense", "screen"):
+            _, col, _, flags = native_encode.encode_threshold(x * 0, W, score, theta, None, None, None, None, band, path=path)
+            assert col.numel() == 2000 and bool((flags == 2).all())

@@ -557,6 +557,51 @@ def test_every_operation_has_the_bits_of_the_oracle(part: int, oracle: ctypes.CD
         number += PARTS
 
 
+def test_references_select_as_the_oracle(oracle: ctypes.CDLL) -> None:
+    """Sums of small integers are exact in any order, so that the references' selections must be the oracle's, too: ties, -0, NaN."""
+    ctypes.c_int.in_dll(oracle, "fused").value = 1
+    for number in range(CASES // 200):
+        problem, draw = Problem(oracle, number), Draw(number)
+        problem.said = "reference"
+        rows, d, n = draw.randint(1, 6), draw.randint(1, 9), draw.choice((1, draw.randint(1, 40), 70))
+        x, w, b, theta = (np.resize(POOLS[draw.choice(("integers", "signs", "zeros"))][draw.randrange(SIZE - 700) :], size) for size in (rows * d, n * d, n, n))
+        if draw.random() < 0.3:
+            x[0], w[-1] = draw.choice((nan, inf, -inf)), draw.choice((1, nan))
+        x, w = x.reshape(rows, d), w.reshape(n, d)
+        chosen = np.array([f for f in range(n) if draw.random() < 0.6] or [0], np.int32) if draw.random() < 0.4 else None
+        m = n if chosen is None else len(chosen)
+        now = np.empty((rows, m), np.float32)
+        oracle.products(p(x), i64(rows), p(w), p(chosen), i64(m), i64(d), None, ctypes.c_float(0), p(now))
+        tensors = [torch.from_numpy(a) for a in (x, w, b)]
+        options: dict[str, Any] = {"features": None if chosen is None else torch.from_numpy(chosen).long(), "backend": "reference"}
+
+        k, relu = draw.choice((1, draw.randint(1, m), m)), draw.random() < 0.5
+        values, indices = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)
+        oracle.topk(p(now), i64(rows), i64(m), p(chosen), None, p(b), i64(k), int(relu), 0, 0, p(values), p(indices))
+        got = fastsae.encode_topk(*tensors, k=k, relu=relu, **options)
+        problem.same("encode_topk", f"k={k}", values=(got.values + 0.0, values), indices=(got.indices, indices))
+
+        out = np.empty(rows * m, np.float32), np.empty(rows * m, np.int64), np.empty(rows + 1, np.int64), np.empty(rows * m, np.uint8)
+        found = oracle.threshold(p(now), i64(rows), i64(m), p(chosen), None, p(b), p(theta), ctypes.c_float(-1), *map(p, out))
+        ragged = fastsae.encode_threshold(*tensors, threshold=torch.from_numpy(theta), **options)
+        problem.same("encode_threshold", "", values=(ragged.values, out[0][:found]), col=(ragged.col, out[1][:found]), crow=(ragged.crow, out[2]))
+
+        least, total = np.empty(1, np.float32), draw.randint(1, m)
+        found = oracle.batch_topk(p(now), i64(rows), i64(m), p(chosen), None, p(b), i64(total * rows), *map(p, out[:3]), p(least))
+        ragged, min_kept = fastsae.encode_batch_topk(*tensors, k=total, **options)
+        problem.same("encode_batch_topk", f"k={total}", values=(ragged.values, out[0][:found]), col=(ragged.col, out[1][:found]),
+                     crow=(ragged.crow, out[2]), min_kept=(min_kept, least[0]))  # fmt: skip
+
+        selected = fastsae.select_topk(torch.from_numpy(now), k=k, relu=relu, backend="reference")
+        oracle.topk(p(now), i64(rows), i64(m), None, None, None, i64(k), int(relu), 0, 0, p(values), p(indices))
+        problem.same("select_topk", f"k={k}", values=(selected.values + 0.0, values), indices=(selected.indices, indices))
+        code = fastsae.spline_code(*tensors, backend="reference")
+        if chosen is None:
+            words = np.empty((rows, (n + 63) // 64), np.int64)
+            oracle.signs(p(now), i64(rows), i64(n), p(b), None, p(words))
+            problem.same("spline_code", "", words=(code, words))
+
+
 def test_the_published_key(oracle: ctypes.CDLL) -> None:
     """Philox4x32-10 of zeros (Salmon et al. 2011, known answers): both sides of the comparison at once would not show a wrong constant."""
     words, out = np.array([1], np.uint64), np.empty(2, np.uint64)
