@@ -4,6 +4,8 @@ Each mutant names its file, a text that occurs there once, what takes its place 
 the proof does not need the text there, because another term or a later check covers it; the runner leaves those out.
 """
 
+# ruff: noqa: E501 (a mutant a line)
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -36,37 +38,38 @@ class Mutant(NamedTuple):
     new: str
     test: str = ""
     slack: str = ""
+    sees: str = ""  # the one source that has to be compiled anew for the test; else all that include `path`
 
 
 MUTANTS = [
     # ---- the CPU's bound: E = |w| (l(x) + q X + g |x|) + l(w) (X + q X) + U
-    Mutant(TILE, FACTOR_A, "(loss + (q + 0x1p-22f) * x) * (1 + 0x1p-20f)", HALF_WIDTH),
-    Mutant(TILE, FACTOR_A, "((q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH),
-    Mutant(TILE, FACTOR_A, "(loss + 0x1p-22f * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH),
-    Mutant(TILE, FACTOR_A, "(loss + q * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH),
+    Mutant(TILE, FACTOR_A, "(loss + (q + 0x1p-22f) * x) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_A, "((q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_A, "(loss + 0x1p-22f * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_A, "(loss + q * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
     Mutant(TILE, FACTOR_A, "(loss + (q + 0x1p-22f) * x + g * norm)", slack=COVERED),
-    Mutant(TILE, FACTOR_C, "norm * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)", HALF_WIDTH),
-    Mutant(TILE, FACTOR_C, "0", HALF_WIDTH),
+    Mutant(TILE, FACTOR_C, "norm * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_C, "0", HALF_WIDTH, sees=ENGINE),
     Mutant(TILE, FACTOR_C, "x * (1 + 0x1p-22f) * (1 + 0x1p-20f)", slack=COVERED + "; q is 4 u, or for bf16 less than (D + 8) 2u"),
     Mutant(TILE, FACTOR_C, "x * (1 + q) * (1 + 0x1p-20f)", slack=COVERED),
     Mutant(TILE, FACTOR_C, "x * (1 + q + 0x1p-22f)", slack=COVERED),
-    Mutant(TILE, "const float x = norm + loss;", "const float x = norm;", HALF_WIDTH),
-    Mutant(TILE, "Number::int8 ? 4 * kUnit", "Number::int8 ? 3 * kUnit", HALF_WIDTH),
-    Mutant(TILE, "1.01f * additions * 2 * kUnit", "1.01f * additions * kUnit", HALF_WIDTH),
-    Mutant(TILE, "at_most(d + 1, kScreenBlock) + (d", "(d", HALF_WIDTH),
-    Mutant(TILE, "(d + kScreenBlock - 1) / kScreenBlock + 3)", "1)", HALF_WIDTH),
-    Mutant(TILE, "at_most(vectors, kScoreBlock / 16) + blocks + 5", "blocks + 5", HALF_WIDTH),
-    Mutant(TILE, "kScoreBlock / 16) + blocks + 5", "kScoreBlock / 16) + 1", HALF_WIDTH),
-    Mutant(TILE, "const float g = 1.01f * ", "const float g = ", HALF_WIDTH),
-    Mutant(TILE, "(1.0f + static_cast<float>(d + 72) * 2 * kUnit)", "1.0f", HALF_WIDTH),
-    Mutant(TILE, " + root(static_cast<float>(d)) * 0x1p-62f", "", HALF_WIDTH),
+    Mutant(TILE, "const float x = norm + loss;", "const float x = norm;", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "Number::int8 ? 4 * kUnit", "Number::int8 ? 3 * kUnit", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "1.01f * additions * 2 * kUnit", "1.01f * additions * kUnit", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "at_most(d + 1, kScreenBlock) + (d", "(d", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "(d + kScreenBlock - 1) / kScreenBlock + 3)", "1)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "at_most(vectors, kScoreBlock / 16) + blocks + 5", "blocks + 5", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "kScoreBlock / 16) + blocks + 5", "kScoreBlock / 16) + 1", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "const float g = 1.01f * ", "const float g = ", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "(1.0f + static_cast<float>(d + 72) * 2 * kUnit)", "1.0f", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, " + root(static_cast<float>(d)) * 0x1p-62f", "", HALF_WIDTH, sees=ENGINE),
     Mutant(TILE, "if (!(squares <= 3e38f)) return __builtin_inff();", "", slack="the callers' norm <= kHugeNorm is false for inf and NaN as well"),
-    Mutant(TILE, "kHugeNorm = 1e18f", "kHugeNorm = 1e19f", LARGEST_NORM),
-    Mutant(TILE, "_mm512_fmadd_ps(c, loss[h], floor[h])", "_mm512_mul_ps(c, loss[h])", HALF_WIDTH),
-    Mutant(TILE, "_mm512_fmadd_ps(c, loss[h], floor[h])", "floor[h]", HALF_WIDTH),
-    Mutant(TILE, "score(h, _mm512_sub_ps(r, e))", "score(h, r)", ORACLE),
-    Mutant(TILE, "score(h, _mm512_add_ps(r, e))", "score(h, r)", ORACLE),
-    Mutant(TILE, "(1u << left) - 1u", "~0u", ORACLE),
+    Mutant(TILE, "kHugeNorm = 1e18f", "kHugeNorm = 1e19f", LARGEST_NORM, sees=ENGINE),
+    Mutant(TILE, "_mm512_fmadd_ps(c, loss[h], floor[h])", "_mm512_mul_ps(c, loss[h])", HALF_WIDTH, sees=ENCODE_ISA),
+    Mutant(TILE, "_mm512_fmadd_ps(c, loss[h], floor[h])", "floor[h]", HALF_WIDTH, sees=ENCODE_ISA),
+    Mutant(TILE, "score(h, _mm512_sub_ps(r, e))", "score(h, r)", ORACLE, sees=ENCODE_ISA),
+    Mutant(TILE, "score(h, _mm512_add_ps(r, e))", "score(h, r)", ORACLE, sees=ENCODE_ISA),
+    Mutant(TILE, "(1u << left) - 1u", "~0u", ORACLE, sees=ENCODE_ISA),
     Mutant(ENGINE, " + 1.02f * stages * kUnit * norm", "", HANDLE),
     Mutant(ENGINE, "rotation == 64 ? 0.125f", "rotation == 64 ? 0.0625f", HANDLE),
     Mutant(ENGINE, "rotation == 256 ? 0.0625f", "rotation == 256 ? 0.03125f", HANDLE),
@@ -88,12 +91,12 @@ MUTANTS = [
     Mutant(SCREEN, "kShortRow : 65535)", "kShortRow : 65536)", TOO_LONG),
     Mutant("csrc/cpu/engine.cpp", "d > 0 && d < 65536;", "d > 0 && d < 65537;", TOO_LONG),
     # ---- what an interval decides
-    Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_NLE_UQ)", EDGES),
-    Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_GE_OQ)", ORACLE),
-    Mutant(TOPK, "_mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()))", "v", ORACLE),
+    Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_NLE_UQ)", EDGES, sees=ENCODE_ISA),
+    Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_GE_OQ)", ORACLE, sees=ENCODE_ISA),
+    Mutant(TOPK, "_mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()))", "v", ORACLE, sees=ENCODE_ISA),
     Mutant(TOPK, "if (count >= k) {", "if (count > k) {", slack="tau is then a lower bound: more is scored, the same is kept"),
-    Mutant(TOPK, "score < 0 ? 1 : 0", "0", ORACLE),
-    Mutant(TOPK, "u.hi[i] = score + p.bias[at];", "u.hi[i] = score;", ORACLE),
+    Mutant(TOPK, "score < 0 ? 1 : 0", "0", ORACLE, sees=MATCH_ISA),
+    Mutant(TOPK, "u.hi[i] = score + p.bias[at];", "u.hi[i] = score;", ORACLE, sees=ENCODE_ISA),
     Mutant(ENCODE_ISA, "f.upper(0, r0, e0), tau, _CMP_NLT_UQ)", "f.upper(0, r0, e0), tau, _CMP_GT_OQ)", ORACLE),
     Mutant(ENCODE_ISA, "f.upper(1, r1, e1), tau, _CMP_NLT_UQ)", "f.lower(1, r1, e1), tau, _CMP_NLT_UQ)", ORACLE),
     Mutant(ENCODE_ISA, "valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "valid, v, _mm512_set1_ps(tau), _CMP_NLE_UQ)", EDGES),

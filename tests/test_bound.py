@@ -63,7 +63,11 @@ def proof(x: Tensor, W: Tensor, bf16: bool, above: bool = False) -> Tensor:
 
     def sizes(v: Tensor) -> tuple[Tensor, Tensor]:
         norm, loss = v.double().norm(dim=1), (rounded(v, bf16) - v.double()).norm(dim=1)
-        return (norm * (1 + (D + 80) * 4 * U) + D**0.5 * 2.0**-61, loss * (1 + (D + 80) * 4 * U) + D**0.5 * 2.0**-61) if above else (norm, loss)
+        return (
+            (norm * (1 + (D + 80) * 4 * U) + D**0.5 * 2.0**-61, loss * (1 + (D + 80) * 4 * U) + D**0.5 * 2.0**-61)
+            if above
+            else (norm, loss)
+        )
 
     (norm, loss), (W_norm, W_loss) = sizes(x), sizes(W)
     g = 1.01 * (min(math.ceil(D / 16), 256) + math.ceil(D / 4096) + (6 if above else 4)) * U
@@ -170,7 +174,11 @@ def test_sums_of_the_largest_integers(D: int, level: str) -> None:
             W = extreme(n - 5, D)
             W[[10, n - 1]] = single[:2]
             W[31:32] = single[2]  # at the panel's border
-            for x, size, spread in ((extreme(8, D), 1.0, False), (extreme(1, D), 2.0**40, False), (torch.cat([single, W[:9]]), 2.0**-60, True)):
+            for x, size, spread in (
+                (extreme(8, D), 1.0, False),
+                (extreme(1, D), 2.0**40, False),
+                (torch.cat([single, W[:9]]), 2.0**-60, True),
+            ):
                 x = x * size
                 case = (x, W, None, None, None, None)
                 dense = native_encode.encode_topk(*case, None, n, False, path="dense")

@@ -86,8 +86,9 @@ def _pools() -> dict[str, Array]:
 POOLS = _pools()
 KINDS = list(POOLS)
 with np.errstate(all="ignore"):
-    AS = {(name, t): {F32: pool, BF16: (pool.view(np.uint32) & 0xFFFF0000).view(np.float32), F16: pool.astype(np.float16).astype(np.float32)}[t]
-          for name, pool in POOLS.items() for t in (F32, BF16, F16)}  # fmt: skip
+    AS = {(name, F32): pool for name, pool in POOLS.items()}
+    AS |= {(name, BF16): (pool.view(np.uint32) & 0xFFFF0000).view(np.float32) for name, pool in POOLS.items()}
+    AS |= {(name, F16): pool.astype(np.float16).astype(np.float32) for name, pool in POOLS.items()}
 
 
 def address(array: Array | None) -> int:
@@ -247,7 +248,8 @@ class Problem:
 
         def ragged(operation: str, name: str, entries: Any, m: int, *want: Array) -> None:
             assert entries.status == -1
-            assert entries.count == m, f"check({self.number}): {operation} at {self.said}, {name}: {entries.count} entries, the oracle says {m}"
+            where = f"check({self.number}): {operation} at {self.said}, {name}"
+            assert entries.count == m, f"{where}: {entries.count} entries, the oracle says {m}"
             got = np.empty(m, np.float32), np.empty(m, np.int64), np.empty(rows + 1, np.int64), np.zeros(m, np.uint8)
             entries.copy(*(address(a) for a in got[:3]), address(got[3]) if len(want) > 3 else 0, 1)
             self.same(operation, name, **{
@@ -564,7 +566,8 @@ def test_references_select_as_the_oracle(oracle: ctypes.CDLL) -> None:
         problem, draw = Problem(oracle, number), Draw(number)
         problem.said = "reference"
         rows, d, n = draw.randint(1, 6), draw.randint(1, 9), draw.choice((1, draw.randint(1, 40), 70))
-        x, w, b, theta = (np.resize(POOLS[draw.choice(("integers", "signs", "zeros"))][draw.randrange(SIZE - 700) :], size) for size in (rows * d, n * d, n, n))
+        sizes, kinds = (rows * d, n * d, n, n), ("integers", "signs", "zeros")
+        x, w, b, theta = (np.resize(POOLS[draw.choice(kinds)][draw.randrange(SIZE - 700) :], size) for size in sizes)
         if draw.random() < 0.3:
             x[0], w[-1] = draw.choice((nan, inf, -inf)), draw.choice((1, nan))
         x, w = x.reshape(rows, d), w.reshape(n, d)
@@ -584,7 +587,8 @@ def test_references_select_as_the_oracle(oracle: ctypes.CDLL) -> None:
         out = np.empty(rows * m, np.float32), np.empty(rows * m, np.int64), np.empty(rows + 1, np.int64), np.empty(rows * m, np.uint8)
         found = oracle.threshold(p(now), i64(rows), i64(m), p(chosen), None, p(b), p(theta), ctypes.c_float(-1), *map(p, out))
         ragged = fastsae.encode_threshold(*tensors, threshold=torch.from_numpy(theta), **options)
-        problem.same("encode_threshold", "", values=(ragged.values, out[0][:found]), col=(ragged.col, out[1][:found]), crow=(ragged.crow, out[2]))
+        problem.same("encode_threshold", "", values=(ragged.values, out[0][:found]), col=(ragged.col, out[1][:found]),
+                     crow=(ragged.crow, out[2]))  # fmt: skip
 
         least, total = np.empty(1, np.float32), draw.randint(1, m)
         found = oracle.batch_topk(p(now), i64(rows), i64(m), p(chosen), None, p(b), i64(total * rows), *map(p, out[:3]), p(least))

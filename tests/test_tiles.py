@@ -137,7 +137,7 @@ def test_the_factors_are_those_of_the_proof(D: int) -> None:
     totals = torch.randn(8, 16, generator=g)
     floor = (4 * panel.shape[1] + 128) * 2.0**-126
     e = (a[:, None] * norm + c[:, None] * loss + floor).float().double()
-    for scale in (None, torch.tensor([1.0, -2.0, -1.0, 3.0, -1.0, -2.0**100])):
+    for scale in (None, torch.tensor([1.0, -2.0, -1.0, 3.0, -1.0, -(2.0**100)])):
         for sums in (totals, totals * 0):
             ends = torch.empty(2, 8, 16)
             _ends_kernel[(1,)](
