@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import queue
 import re
@@ -30,6 +31,10 @@ AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", 
 LEVELS = {"portable": [], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"]}
 SCREENS = {"cpu/tile.h", "cpu/topk.h"}  # only levels with dot products of 8-bit integers include these
 NO_SCREEN = {"adam", "decode", "hamming", "signs"}  # have no body of their own at the highest level
+
+# Most of a short test's time is importing torch: once for all. Triton must find TRITON_INTERPRET set when it is imported.
+FORK, SPAWN = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
+FORK.set_forkserver_preload(["torch", "pytest", "hypothesis", "triton"])
 
 
 def includes(root: Path, source: Path, screens: bool, seen: set[Path]) -> set[Path]:
@@ -103,38 +108,42 @@ def prepare(job: int) -> Path:
     return root
 
 
-def passes(root: Path, test: str) -> bool:
-    name = test.removeprefix("interpreted ")
-    path = name.split("::")[0]
-    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "2"}
-    env.pop("FASTSAE_ISA", None)
-    if test != name:
-        env["TRITON_INTERPRET"] = "1"
-    check = "import fastsae, sys; sys.exit(not fastsae.__file__.startswith(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", check, str(root)], cwd=root / "tests", env=env, check=True)
-    # In the folder of tests: with the copy's root on the path, other libraries would take our kernels/ for theirs.
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(root / "pyproject.toml"),
-        "--rootdir",
-        str(root),
-    ]
-    try:
-        done = subprocess.run(
-            [*command, str(root / name)], cwd=root / "tests", env=env, capture_output=True, text=True, timeout=600, check=False
-        )
-    except subprocess.TimeoutExpired:
+def run_tests(root: Path, names: list[str], interpreted: bool, said: Path) -> None:
+    """In a process of its own, which has what tests import but not fastsae."""
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(root)}
+    os.environ.pop("FASTSAE_ISA", None)
+    if interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"
+    log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    # In the folder of tests: with the copy's root first on the path, other libraries would take our kernels/ for theirs.
+    os.chdir(root / "tests")
+    # `root` stands before what an editable install adds; its parent folder's tests are not there.
+    sys.path[:] = [str(root / "tests"), str(root), *(p for p in sys.path if p not in ("", str(ROOT / "tests"), str(ROOT)))]
+    import pytest
+
+    import fastsae
+
+    if not str(fastsae.__file__).startswith(str(root)):
+        sys.exit(9)
+    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-c", str(root / "pyproject.toml"), "--rootdir", str(root), *names]))
+
+
+def passes(root: Path, *tests: str) -> bool:
+    """Whether these tests pass, all of them in the interpreter or none."""
+    interpreted = tests[0].startswith("interpreted ")
+    names, said = [str(root / test.removeprefix("interpreted ")) for test in tests], root / "said.txt"
+    process = (SPAWN if interpreted else FORK).Process(target=run_tests, args=(root, names, interpreted, said))
+    process.start()
+    process.join(600)
+    if process.is_alive():  # it waits for ever: seen
+        process.kill()
+        process.join()
         return False
-    if done.returncode == 5 or "no tests ran" in done.stdout or " error" in done.stdout.splitlines()[-1]:
-        raise RuntimeError(f"{path}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0
+    if process.exitcode is not None and process.exitcode > 1:
+        raise RuntimeError(f"{tests}: {process.exitcode} {said.read_text()[-2000:]}")
+    return process.exitcode == 0
 
 
 def survives(root: Path, mutant: Mutant) -> bool:
@@ -160,9 +169,10 @@ def main() -> int:
     roots.put(first)
     for job in range(1, min(options.jobs, len(chosen))):
         roots.put(prepare(job))
-    for test in sorted({m.test for m in chosen}):
-        if not passes(first, test):
-            raise SystemExit(f"{test} fails without a mutant")
+    for interpreted in (False, True):
+        tests = sorted({m.test for m in chosen if m.test.startswith("interpreted ") is interpreted})
+        if tests and not passes(first, *tests):
+            raise SystemExit(f"without a mutant one of these fails: {tests}")
 
     def run(mutant: Mutant) -> bool:
         root = roots.get()

@@ -15,14 +15,14 @@ static float step(float a, float b, float sum) {
   return product + sum;
 }
 
-static float fold(float *lane) { /* 16 lanes fold 8, 4, 2, 1 */
+static float fold(float* lane) { /* 16 lanes fold 8, 4, 2, 1 */
   for (int half = 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
 
 /* ---- the score's sum: lane l sums d with d mod 16 = l, blocks of 4096 ---- */
-static float score_sum(const float *x, const float *w, i64 d) {
+static float score_sum(const float* x, const float* w, i64 d) {
   float total[16] = {0};
   for (i64 block = 0; block < d; block += 4096) {
     float part[16] = {0};
@@ -32,7 +32,7 @@ static float score_sum(const float *x, const float *w, i64 d) {
   return fold(total);
 }
 
-static void prepare(float *row, i64 d, const float *subtract, float eps) {
+static void prepare(float* row, i64 d, const float* subtract, float eps) {
   for (i64 i = 0; subtract && i < d; ++i) row[i] -= subtract[i];
   if (eps <= 0) return;
   float squares = score_sum(row, row, d), unit = 1;
@@ -50,8 +50,9 @@ static void prepare(float *row, i64 d, const float *subtract, float eps) {
 }
 
 /* out[r, j] = <row r of x, feature list[j]>; both centred or normalised first. */
-void products(const float *x, i64 rows, const float *w, const int32_t *list, i64 n, i64 d, const float *subtract, float eps, float *out) {
-  float *a = malloc((2 * d + 1) * sizeof(float)), *b = a + d;
+void products(const float* x, i64 rows, const float* w, const int32_t* list, i64 n, i64 d, const float* subtract, float eps, float* out) {
+  float* a = malloc((2 * d + 1) * sizeof(float));
+  float* b = a + d;
   for (i64 r = 0; r < rows; ++r) {
     memcpy(a, x + r * d, d * sizeof(float));
     prepare(a, d, subtract, eps);
@@ -64,7 +65,7 @@ void products(const float *x, i64 rows, const float *w, const int32_t *list, i64
   free(a);
 }
 
-static float score_of(float product, const float *scale, const float *bias, i64 f) {
+static float score_of(float product, const float* scale, const float* bias, i64 f) {
   if (scale) product = product * scale[f];
   if (bias) product = product + bias[f];
   return product;
@@ -76,18 +77,19 @@ typedef struct {
   float key, value;
   i64 row, feature;
 } Item;
-static int better_first(const void *p, const void *q) { /* NaN, then by score, then row, then feature */
-  const Item *a = p, *b = q;
+static int better_first(const void* p, const void* q) { /* NaN, then by score, then row, then feature */
+  const Item* a = p;
+  const Item* b = q;
   if (isnan(a->key) != isnan(b->key)) return isnan(a->key) ? -1 : 1;
   if (!isnan(a->key) && a->key != b->key) return a->key > b->key ? -1 : 1;
   if (a->row != b->row) return a->row < b->row ? -1 : 1;
   return a->feature < b->feature ? -1 : 1;
 }
 
-/* skip: the feature that does not count is row * skip - 1 + skip, that is its own (skip = 1); 0: none. */
-void topk(const float *products, i64 rows, i64 n, const int32_t *list, const float *scale, const float *bias, i64 k, int relu, int absolute,
-          int skip_self, float *values, i64 *indices) {
-  Item *items = malloc((n + 1) * sizeof(Item));
+/* skip_self: feature r does not count for row r. */
+void topk(const float* products, i64 rows, i64 n, const int32_t* list, const float* scale, const float* bias, i64 k, int relu, int absolute,
+          int skip_self, float* values, i64* indices) {
+  Item* items = malloc((n + 1) * sizeof(Item));
   for (i64 r = 0; r < rows; ++r) {
     i64 m = 0;
     for (i64 j = 0; j < n; ++j) {
@@ -106,8 +108,8 @@ void topk(const float *products, i64 rows, i64 n, const int32_t *list, const flo
 }
 
 /* Ragged results: entries in order, crow [rows + 1]; the number of entries is returned. */
-i64 threshold(const float *products, i64 rows, i64 n, const int32_t *list, const float *scale, const float *bias, const float *theta,
-              float half_band, float *values, i64 *col, i64 *crow, uint8_t *flags) {
+i64 threshold(const float* products, i64 rows, i64 n, const int32_t* list, const float* scale, const float* bias, const float* theta,
+              float half_band, float* values, i64* col, i64* crow, uint8_t* flags) {
   i64 m = 0;
   for (i64 r = crow[0] = 0; r < rows; crow[++r] = m)
     for (i64 j = 0; j < n; ++j) {
@@ -122,8 +124,8 @@ i64 threshold(const float *products, i64 rows, i64 n, const int32_t *list, const
   return m;
 }
 
-i64 gated(const float *products, i64 rows, i64 n, const float *b_gate, const float *stretch, const float *b_mag, float *values, i64 *col,
-          i64 *crow) {
+i64 gated(const float* products, i64 rows, i64 n, const float* b_gate, const float* stretch, const float* b_mag, float* values, i64* col,
+          i64* crow) {
   i64 m = 0;
   for (i64 r = crow[0] = 0; r < rows; crow[++r] = m)
     for (i64 j = 0; j < n; ++j) {
@@ -135,9 +137,9 @@ i64 gated(const float *products, i64 rows, i64 n, const float *b_gate, const flo
   return m;
 }
 
-i64 batch_topk(const float *products, i64 rows, i64 n, const int32_t *list, const float *scale, const float *bias, i64 total, float *values,
-               i64 *col, i64 *crow, float *min_kept) {
-  Item *items = malloc((rows * n + 1) * sizeof(Item));
+i64 batch_topk(const float* products, i64 rows, i64 n, const int32_t* list, const float* scale, const float* bias, i64 total, float* values,
+               i64* col, i64* crow, float* min_kept) {
+  Item* items = malloc((rows * n + 1) * sizeof(Item));
   i64 m = 0;
   for (i64 r = 0; r < rows; ++r)
     for (i64 j = 0; j < n; ++j) {
@@ -162,7 +164,7 @@ i64 batch_topk(const float *products, i64 rows, i64 n, const int32_t *list, cons
 }
 
 /* ---- codes ---- */
-void signs(const float *z, i64 rows, i64 n, const float *bias, const uint8_t *taking_part, uint64_t *words) {
+void signs(const float* z, i64 rows, i64 n, const float* bias, const uint8_t* taking_part, uint64_t* words) {
   i64 w = (n + 63) / 64;
   memset(words, 0, rows * w * 8);
   for (i64 r = 0; r < rows; ++r)
@@ -177,7 +179,7 @@ static void philox(uint32_t c[4], uint32_t k0, uint32_t k1) { /* Philox4x32-10 *
     memcpy(c, next, sizeof next);
   }
 }
-void hash(const uint64_t *words, i64 rows, i64 n_words, const uint8_t *taking_part, uint32_t layer, uint64_t seed, int bits, uint64_t *out) {
+void hash(const uint64_t* words, i64 rows, i64 n_words, const uint8_t* taking_part, uint32_t layer, uint64_t seed, int bits, uint64_t* out) {
   memset(out, 0, rows * (bits / 64) * 8);
   for (i64 r = 0; r < rows; ++r)
     for (i64 j = 0; j < 64 * n_words; ++j) {
@@ -187,7 +189,7 @@ void hash(const uint64_t *words, i64 rows, i64 n_words, const uint8_t *taking_pa
       for (int half = 0; half < bits / 64; ++half) out[r * (bits / 64) + half] ^= c[2 * half] | (uint64_t)c[2 * half + 1] << 32;
     }
 }
-void hamming(const uint64_t *a, i64 n, const uint64_t *b, i64 m, i64 words, i64 k, int32_t *out, int32_t *distance, i64 *index) {
+void hamming(const uint64_t* a, i64 n, const uint64_t* b, i64 m, i64 words, i64 k, int32_t* out, int32_t* distance, i64* index) {
   for (i64 i = 0; i < n; ++i) {
     for (i64 j = 0; j < m; ++j) {
       out[i * m + j] = 0;
@@ -215,7 +217,7 @@ static float narrow(float x, int type) { /* the nearest number of fp32, bf16 (8 
   double beyond = type == 1 ? ldexp(1, 128) : 65536;
   return fabs(rounded) >= beyond ? copysignf(INFINITY, x) : (float)copysign(rounded, x);
 }
-static float sum_slots(const float *values, const i64 *rows_of, const i64 *order, i64 n, const float *table, i64 d, i64 at) {
+static float sum_slots(const float* values, const i64* rows_of, const i64* order, i64 n, const float* table, i64 d, i64 at) {
   float total = 0;
   for (i64 block = 0; block < n || block == 0; block += 16) {
     float part = 0;
@@ -224,8 +226,8 @@ static float sum_slots(const float *values, const i64 *rows_of, const i64 *order
   }
   return total;
 }
-void decode(const float *values, const i64 *indices, const i64 *crow, i64 rows, const float *w, i64 d, const float *bias, int type, float *y) {
-  i64 *order = malloc((crow[rows] + 1) * sizeof(i64));
+void decode(const float* values, const i64* indices, const i64* crow, i64 rows, const float* w, i64 d, const float* bias, int type, float* y) {
+  i64* order = malloc((crow[rows] + 1) * sizeof(i64));
   for (i64 i = 0; i < crow[rows]; ++i) order[i] = i;
   for (i64 r = 0; r < rows; ++r)
     for (i64 e = 0; e < d; ++e) {
@@ -234,8 +236,10 @@ void decode(const float *values, const i64 *indices, const i64 *crow, i64 rows, 
     }
   free(order);
 }
-void dweight(const float *values, const i64 *indices, const i64 *crow, i64 rows, const float *grad, i64 d, i64 features, int type, float *out) {
-  i64 n = crow[rows], *order = malloc((2 * n + 1) * sizeof(i64)), *row = order + n;
+void dweight(const float* values, const i64* indices, const i64* crow, i64 rows, const float* grad, i64 d, i64 features, int type, float* out) {
+  i64 n = crow[rows];
+  i64* order = malloc((2 * n + 1) * sizeof(i64));
+  i64* row = order + n;
   for (i64 r = 0; r < rows; ++r)
     for (i64 i = crow[r]; i < crow[r + 1]; ++i) row[i] = r;
   for (i64 f = 0; f < features; ++f) {
@@ -247,7 +251,7 @@ void dweight(const float *values, const i64 *indices, const i64 *crow, i64 rows,
   free(order);
 }
 /* Blocks of 256: four accumulators of 16 lanes, (a0 + a1) + (a2 + a3), folded at the end; term(i) is a[i] * b[i]. */
-static float dot(const float *a, const float *b, i64 d) {
+static float dot(const float* a, const float* b, i64 d) {
   float total[16] = {0};
   for (i64 block = 0; block < d; block += 256) {
     float part[4][16] = {{0}};
@@ -257,7 +261,7 @@ static float dot(const float *a, const float *b, i64 d) {
   return fold(total);
 }
 /* The same of a W that does not lie by rows: panels of 64, each folded; four in order are a block. */
-static float dot_panels(const float *a, const float *b, i64 d) {
+static float dot_panels(const float* a, const float* b, i64 d) {
   float total = 0;
   for (i64 block = 0; block < d; block += 256) {
     float sum = 0;
@@ -270,27 +274,27 @@ static float dot_panels(const float *a, const float *b, i64 d) {
   }
   return total;
 }
-void dvalues(const float *grad, const i64 *indices, const i64 *crow, i64 rows, const float *w, i64 d, int panels, int type, float *out) {
+void dvalues(const float* grad, const i64* indices, const i64* crow, i64 rows, const float* w, i64 d, int panels, int type, float* out) {
   for (i64 r = 0; r < rows; ++r)
     for (i64 i = crow[r]; i < crow[r + 1]; ++i)
       out[i] = narrow((panels ? dot_panels : dot)(grad + r * d, w + indices[i] * d, d), type);
 }
 
 /* ---- the optimiser: one row; g is null for a feature without slots ---- */
-static void projected(const float *g, const float *w, i64 d, float *to) {
+static void projected(const float* g, const float* w, i64 d, float* to) {
   float minus_along = -dot(g, w, d);
   for (i64 i = 0; i < d; ++i) to[i] = step(minus_along, w[i], g[i]);
 }
-static void scale_row(float *w, i64 d, int normalise) {
+static void scale_row(float* w, i64 d, int normalise) {
   float norm = sqrtf(dot(w, w, d));
   if (!normalise || norm < 1e-8f) return;
   for (i64 i = 0; i < d; ++i) w[i] = w[i] * (1 / norm);
 }
-void adam(const float *grad, const uint8_t *has, i64 features, i64 d, float factor, float *w, float *m, float *v, double lr, double beta1,
+void adam(const float* grad, const uint8_t* has, i64 features, i64 d, float factor, float* w, float* m, float* v, double lr, double beta1,
           double beta2, double eps, double weight_decay, i64 t, int project, int normalise) {
   double r = sqrt(1 - pow(beta2, (double)t));
   float decay = (float)(1 - lr * weight_decay), s = (float)(lr * r / (1 - pow(beta1, (double)t))), e = (float)(eps * r);
-  float *g = malloc((d + 1) * sizeof(float));
+  float* g = malloc((d + 1) * sizeof(float));
   for (i64 f = 0; f < features; ++f, grad += d, w += d, m += d, v += d) {
     memcpy(g, grad, d * sizeof(float));
     if (!has[f]) memset(g, 0, d * sizeof(float));
@@ -307,9 +311,9 @@ void adam(const float *grad, const uint8_t *has, i64 features, i64 d, float fact
   free(g);
 }
 static float lerp(float a, float b, float s) { return fabsf(s) < 0.5f ? step(s, b - a, a) : step(s - 1, b - a, b); }
-void signum(const float *grad, const uint8_t *has, i64 features, i64 d, float *y, float *z, double lr, double momentum, double share,
+void signum(const float* grad, const uint8_t* has, i64 features, i64 d, float* y, float* z, double lr, double momentum, double share,
             int project, int normalise) {
-  float *g = malloc((d + 1) * sizeof(float));
+  float* g = malloc((d + 1) * sizeof(float));
   for (i64 f = 0; f < features; ++f, grad += d, y += d, z += d) {
     memcpy(g, grad, d * sizeof(float));
     if (!has[f]) memset(g, 0, d * sizeof(float));
@@ -323,9 +327,9 @@ void signum(const float *grad, const uint8_t *has, i64 features, i64 d, float *y
   }
   free(g);
 }
-float grad_squares(const float *grad, const uint8_t *has, i64 features, i64 d, const float *w, int project) {
+float grad_squares(const float* grad, const uint8_t* has, i64 features, i64 d, const float* w, int project) {
   double sum = 0;
-  float *g = malloc((d + 1) * sizeof(float));
+  float* g = malloc((d + 1) * sizeof(float));
   for (i64 f = 0; f < features; ++f, grad += d, w += d) {
     if (!has[f]) continue;
     memcpy(g, grad, d * sizeof(float));

@@ -266,6 +266,17 @@ def test_what_the_ends_leave_to_ties(level: str) -> None:
             # k = 600: rows are full, then the first features of the next.
             _, col, crow, _ = native_encode.encode_batch_topk(x[:3], W, bias, None, None, None, None, 500.5, path=path)
             assert crow.tolist() == [0, 600, 1200, 1501] and torch.equal(col[1200:], torch.arange(301))
+        # Few ties in each block: those of the first row in a later block come before those of the next row.
+        few = torch.where(torch.arange(600) % 30 == 5, 1e30, -1e30)
+        for path in ("dense", "screen"):
+            _, col, crow, _ = native_encode.encode_batch_topk(x, W, few, None, None, None, None, 0.75, path=path)
+            assert torch.equal(col, torch.arange(5, 450, 30)) and crow[1] == 15
+        # A gate that is NaN is kept, in both halves of a panel; all others are shut.
+        gate = torch.full((600,), -1e3)
+        gate[[4, 23, 520, 596]] = math.nan
+        for path in ("dense", "screen"):
+            values, col, _ = native_encode.encode_gated(x, W, gate, torch.zeros(600), torch.full((600,), 1e3), None, None, path=path)
+            assert torch.equal(col, torch.tensor([4, 23, 520, 596]).repeat(20)) and bool(values.isnan().all())
         # Zeros of both signs tie.
         W, scale = W[:100].clone(), torch.where(torch.arange(100) % 3 == 0, 1.0, -1.0)
         W[20:80] = 0

@@ -38,7 +38,7 @@ Array = np.ndarray[Any, Any]
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     assert CC is not None
     library = tmp_path_factory.mktemp("oracle") / "oracle.so"
-    command = [CC, "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", str(Path(__file__).with_name("oracle.c"))]
+    command = [CC, "-O2", "-ffp-contract=off", "-shared", "-fPIC", str(Path(__file__).with_name("oracle.c"))]
     # With the CPU's own FMA fmaf() is an instruction; the bits are the same without.
     done = subprocess.run([*command, "-march=native", "-o", str(library), "-lm"], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -207,7 +207,9 @@ class Problem:
         rows = draw.size(most=14, edges=(1, 12, 13, 25, 26))
         d = draw.size(most=70, edges=(1, 2, 15, 16, 17, 31, 32, 33, 64, 130, 250, 256, 257))
         n = draw.size(most=90, edges=(1, 2, 31, 32, 33, 64, 65, 129, 257, 300))
-        if draw.random() < 0.01:
+        if draw.random() < 0.06:  # several blocks: what the first of them shows decides what the next leave open
+            rows, n = draw.randint(1, 3), draw.randint(257, 1000)
+        elif draw.random() < 0.01:
             rows, d, n = draw.choice(((2, 4095, 40), (3, 4097, 33), (1, 8200, 20), (1030, 5, 40), (2, 20, 2100)))
         match = draw.random() < 0.25
         x, w = draw.matrix(rows, d, t), draw.matrix(n, d, t)
