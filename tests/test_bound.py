@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import native, native_encode
+from fastsae import native, native_encode, native_match
 
 SCREENING = [level for level in ("avx512_vnni", "avx512_bf16") if level in native.isa_levels()]
 pytestmark = pytest.mark.skipif(not SCREENING, reason="no level with dot products of 8-bit integers here")
@@ -290,3 +290,15 @@ def test_what_the_ends_leave_to_ties(level: str) -> None:
         for path in ("dense", "screen"):
             _, col, _, flags = native_encode.encode_threshold(x * 0, W, score, theta, None, None, None, None, band, path=path)
             assert col.numel() == 2000 and bool((flags == 2).all())
+
+
+@pytest.mark.parametrize("level", SCREENING)
+def test_a_pair_in_one_pass_has_the_bits_of_three(level: str) -> None:
+    """Best of rows, best of columns and lowest of rows, over several blocks: each of the three cuts leaves open what it must."""
+    with native.use_isa(level):
+        for seed, (n, k_ab, k_ba) in enumerate([(40, 3, 2), (7, 1, 1), (100, 20, 8), (30, 25, 1)]):
+            g = torch.Generator().manual_seed(seed)
+            a, b = torch.randn(n, 24, generator=g), torch.randn(900, 24, generator=g)
+            once = native_match.match_pair(a, b, k_ab, k_ba, 1e-8)
+            for got, want in zip(once, native_match.match_pair(a, b, k_ab, k_ba, 1e-8, one_pass=False), strict=True):
+                assert torch.equal(got, want)

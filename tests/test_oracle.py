@@ -108,11 +108,13 @@ def stored(values: Array, t: int) -> Array:
 
 
 class Draw(random.Random):
+    usual = 0.3  # the share of normal numbers
+
     def size(self, *, most: int, edges: tuple[int, ...]) -> int:
         return self.choice(edges) if self.random() < 0.3 else self.randint(1, most)
 
     def kind(self) -> str:
-        return "normal" if self.random() < 0.3 else self.choice(KINDS)
+        return "normal" if self.random() < self.usual else self.choice(KINDS)
 
     def array(self, n: int, kind: str | None = None, t: int = F32) -> Array:
         pool = AS[kind or self.kind(), t]
@@ -207,8 +209,8 @@ class Problem:
         rows = draw.size(most=14, edges=(1, 12, 13, 25, 26))
         d = draw.size(most=70, edges=(1, 2, 15, 16, 17, 31, 32, 33, 64, 130, 250, 256, 257))
         n = draw.size(most=90, edges=(1, 2, 31, 32, 33, 64, 65, 129, 257, 300))
-        if draw.random() < 0.06:  # several blocks: what the first of them shows decides what the next leave open
-            rows, n = draw.randint(1, 3), draw.randint(257, 1000)
+        if draw.random() < 0.1:  # several blocks: what the first of them shows decides what the next leave open
+            rows, d, n, draw.usual = draw.randint(1, 4), draw.randint(1, 40), draw.randint(257, 800), 0.8
         elif draw.random() < 0.01:
             rows, d, n = draw.choice(((2, 4095, 40), (3, 4097, 33), (1, 8200, 20), (1030, 5, 40), (2, 20, 2100)))
         match = draw.random() < 0.25
