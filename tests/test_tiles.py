@@ -133,6 +133,12 @@ def test_the_factors_are_those_of_the_proof(D: int) -> None:
     for name, got, least in zip(("a", "c", "norm", "loss"), (a, c, norm, loss), wanted, strict=True):
         assert bool((got >= least).all()), (name, got, least)
         assert bool((got <= least * (1 + (D + 80) * 8 * u) + D**0.5 * 2.0**-60).all()), (name, got, least)
+    sized = torch.nn.functional.normalize(normal) * torch.tensor([[0.99e18], [1.1e18]])  # (10): the largest that has an interval
+    p = _problem.Problem(sized, sized, None, None, None, None, _tile.tile_for(CPU))
+    large = _problem.Rounded.of(p)
+    list(large.panels(p))
+    for factors in (large.x_factors, large.W_factors):
+        assert factors[:2].isinf().tolist() == [[False, True]] * 2
     n = len(W)
     totals = torch.randn(8, 16, generator=g)
     floor = (4 * panel.shape[1] + 128) * 2.0**-126
@@ -164,6 +170,8 @@ def test_keys_keep_the_order_of_values() -> None:
     assert keys[3] == keys[4]
     assert keys[9] == keys[10] == 2**31 - 1
     assert int(keys.min()) > -(2**31)
+    signs = _problem.Problem(torch.zeros(1, 1), W.expand(2, 1), None, torch.tensor([1.0, -1.0]), None, None, _tile.tile_for(CPU))
+    assert encode.all_keys(signs)[0].tolist() == [0, 0]  # 0 * -1 is -0
 
 
 # ---------------------------------------------------------------- selection
