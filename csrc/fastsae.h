@@ -76,7 +76,8 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
 // ---- encode ----
 
 // x [rows, d] in any strides; row r as the score takes it is fl(x[r, :] - subtract) in fp32 (subtract may be null), or with eps > 0
-// fl(x[r, :] / max(norm, eps)) with norm = sqrt(sum of squares in the order of a score).
+// fl(x[r, :] / max(norm, eps)) with norm = sqrt(sum of squares in the order of a score). Where that sum is below 2^-80, above 2^126 or NaN
+// and the largest element is a normal number, with exponent e: the same of fl(x[r, :] * 2^-e) and fl(eps * 2^-e) (2^-126 for e = 127).
 struct Activations {
   const void* data;
   Dtype t;
@@ -87,7 +88,7 @@ struct Activations {
 
 // The features in use: `features` rows of a dictionary [*, d] in any strides, all of them or those of `list` (ascending, without
 // repetition). With eps > 0 they are divided as rows of Activations are. `packed` may be null, or what `pack` wrote for the whole
-// dictionary.
+// dictionary, at a multiple of 64 bytes.
 struct Weights {
   const void* data;
   Dtype t;

@@ -306,7 +306,7 @@ struct Vec {
 };
 
 FASTSAE_INLINE Vec zero() { return {Lanes{}}; }
-FASTSAE_INLINE Vec broadcast(float x) { return {Lanes{} + x}; }
+FASTSAE_INLINE Vec broadcast(float x) { return {x - Lanes{}}; }  // a sum would lose the sign of -0
 FASTSAE_INLINE Vec add(Vec a, Vec b) { return {a.x + b.x}; }
 FASTSAE_INLINE Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
 FASTSAE_INLINE Vec mul(Vec a, Vec b) { return {a.x * b.x}; }

@@ -16,6 +16,8 @@ from torch import Tensor
 from triton_marks import CPU, compiled, interpreted, on_gpu, passes_in_the_interpreter, usable
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 import fastsae
 from fastsae.dispatch import OPS
@@ -94,6 +96,67 @@ def test_the_interval_contains_the_exact_product(kind: str) -> None:
         assert float((e / sizes).max()) < 3e-3  # and it screens: a thousandth of |x||w| is far below the spread of scores
 
 
+@triton.jit
+def _ends_kernel(
+    totals, x_factors, W_factors, scale, lower, upper, n_rows, n, D, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    rows, f = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    at = rows[:, None] * COLUMNS + f[None, :]
+    inside = f < n
+    lo, hi = _tile.ends(
+        tl.load(totals + at), x_factors, W_factors, scale, scale, tl.minimum(rows, n_rows - 1), n_rows, f, n, inside, D, SCALED, False
+    )
+    tl.store(lower + at, lo)
+    tl.store(upper + at, hi)
+
+
+@interpreted
+@usable
+@pytest.mark.parametrize("D", [5, 261, 4096])
+def test_the_factors_are_those_of_the_proof(D: int) -> None:
+    """a, c, norms and losses against (6) to (8) of the proof in float64, for rows that make each term the largest; and both ends."""
+    g = torch.Generator().manual_seed(D)
+    normal, u = torch.randn(2, D, generator=g), 2.0**-24
+    lossy = torch.full((2, D), 1 + 2.0**-8 - 2.0**-12).sqrt()  # squares of which a block's sum loses almost half a unit each time
+    drawn = [normal, normal.half().float(), lossy, normal * 2.0**-78, normal * 2.0**40, torch.zeros(2, D)]
+    x, W = torch.cat([v[:1] for v in drawn]), torch.cat([v[1:] for v in drawn])
+    p = _problem.Problem(x, W, None, None, None, None, _tile.tile_for(CPU))
+    rounded = _problem.Rounded.of(p)
+    ((_, panel, _),) = rounded.panels(p)
+    (a, c, back), (norm, loss, W_back) = rounded.x_factors.double(), rounded.W_factors.double()
+    true_norm, W_norm = (torch.linalg.vector_norm(v.double(), dim=1) for v in (x, W))
+    true_loss = torch.linalg.vector_norm(rounded.x[:, :D].double() * back[:, None] - x.double(), dim=1)
+    W_loss = torch.linalg.vector_norm(panel[:, :D].double() * W_back[:, None] - W.double(), dim=1)
+    chain, q = 1.01 * (-(-D // 128) + 10) * u, 1.01 * 1.5 * (D + 64) * 2 * u
+    reach = true_norm + true_loss
+    wanted = true_loss + (q + 4 * u) * reach + chain * true_norm, reach * (1 + q + 4 * u), W_norm, W_loss
+    for name, got, least in zip(("a", "c", "norm", "loss"), (a, c, norm, loss), wanted, strict=True):
+        assert bool((got >= least).all()), (name, got, least)
+        assert bool((got <= least * (1 + (D + 80) * 8 * u) + D**0.5 * 2.0**-60).all()), (name, got, least)
+    sized = torch.nn.functional.normalize(normal) * torch.tensor([[0.99e18], [1.1e18]])  # (10): the largest that has an interval
+    p = _problem.Problem(sized, sized, None, None, None, None, _tile.tile_for(CPU))
+    large = _problem.Rounded.of(p)
+    list(large.panels(p))
+    for factors in (large.x_factors, large.W_factors):
+        assert factors[:2].isinf().tolist() == [[False, True]] * 2
+    n = len(W)
+    totals = torch.randn(8, 16, generator=g)
+    floor = (4 * panel.shape[1] + 128) * 2.0**-126
+    e = (a[:, None] * norm + c[:, None] * loss + floor).float().double()
+    for scale in (None, torch.tensor([1.0, -2.0, -1.0, 3.0, -1.0, -(2.0**100)])):
+        for sums in (totals, totals * 0):
+            ends = torch.empty(2, 8, 16)
+            _ends_kernel[(1,)](
+                sums, rounded.x_factors, rounded.W_factors, scale, *ends, n, n, panel.shape[1], SCALED=scale is not None, ROWS=8, COLUMNS=16
+            )
+            r = sums[:n, :n].double() * back[:, None] * W_back
+            s = torch.ones(n) if scale is None else scale
+            lower, upper = (torch.minimum((r - e) * s, (r + e) * s), torch.maximum((r - e) * s, (r + e) * s))
+            slack = 8 * u * (r.abs() + e) * s.abs()
+            assert bool((ends[0, :n, :n] <= lower + slack).all()) and bool((ends[0, :n, :n] >= lower - slack).all())
+            assert bool((ends[1, :n, :n] >= upper - slack).all()) and bool((ends[1, :n, :n] <= upper + slack).all())
+
+
 @interpreted
 @usable
 def test_keys_keep_the_order_of_values() -> None:
@@ -107,6 +170,8 @@ def test_keys_keep_the_order_of_values() -> None:
     assert keys[3] == keys[4]
     assert keys[9] == keys[10] == 2**31 - 1
     assert int(keys.min()) > -(2**31)
+    signs = _problem.Problem(torch.zeros(1, 1), W.expand(2, 1), None, torch.tensor([1.0, -1.0]), None, None, _tile.tile_for(CPU))
+    assert encode.all_keys(signs)[0].tolist() == [0, 0]  # 0 * -1 is -0
 
 
 # ---------------------------------------------------------------- selection

@@ -215,12 +215,7 @@ inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& scre
   float *const scale = space.take<float>(all), *const bias = space.take<float>(all);
   gather_terms(p, all, scale, bias);
   const float* const facts = reinterpret_cast<const float*>(packed + all * words);
-  const float underflow = static_cast<float>(4 * d + 128) * 0x1p-126f + 0x1p-94f;
-  for (int64_t j = 0; j < all; ++j) {
-    norm[j] = std::copysign(facts[j], scale[j]);
-    loss[j] = std::copysign(facts[all + j], scale[j]);
-    floor[j] = std::copysign(underflow, scale[j]);
-  }
+  sign_bounds(facts, facts + all, underflow_of(plan.number, d), scale, all, norm, loss, floor);
   const ScreenPanels of{packed, words,  panels, 0, w.features, norm, loss, floor, facts + 2 * all, p.scale != nullptr ? scale : nullptr,
                         bias,   nullptr};
   struct Own : RowsWorker {

@@ -101,6 +101,22 @@ inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const 
   return p;
 }
 
+// (5) of tile.h: what a screened product may lose to underflow.
+inline float underflow_of(Number number, int64_t d) {
+  if (number == Number::exact) return 0;
+  return static_cast<float>(4 * d + 128) * 0x1p-126f + (number == Number::int8 ? 0x1p-94f : 0.0f);
+}
+
+// (9) of tile.h: a feature's terms of the bound carry the sign of its scale.
+inline void sign_bounds(const float* norms, const float* losses, float underflow, const float* scale, int64_t n, float* norm, float* loss,
+                        float* floor) {
+  for (int64_t j = 0; j < n; ++j) {
+    norm[j] = std::copysign(norms[j], scale[j]);
+    loss[j] = std::copysign(losses[j], scale[j]);
+    floor[j] = std::copysign(underflow, scale[j]);
+  }
+}
+
 // Whether some rows of a chunk have elements so large that 8-bit steps would be coarse for the others.
 bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d);
 
@@ -154,8 +170,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
     own[t].data = plan.screens && !in_place ? space.take<uint32_t>(plan.panels * plan.words_most * kPanelWidth) : nullptr;
   }
   consumer.take(space, plan);
-  const float rounding = static_cast<float>(4 * d + 128) * 0x1p-126f;
-  const float underflow = plan.number == Number::exact ? 0.0f : rounding + (plan.number == Number::int8 ? 0x1p-94f : 0.0f);
+  const float underflow = underflow_of(plan.number, d);
   const int64_t packed_count = packed_features(w.features);
 
   std::atomic<bool> failed{false};
@@ -221,11 +236,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
           kernels.pack_features[number]({b.job.w, b.job.t, b.job.stride_f, d, b.job.first + f0, n, b.job.list, panels, plan.rotation, signs,
                                          o.data, norm, loss, step, o.scratch});
         }
-        for (int64_t j = 0; j < all; ++j) {
-          norm[j] = std::copysign(norm[j], scale[j]);
-          loss[j] = std::copysign(loss[j], scale[j]);
-          floor[j] = std::copysign(underflow, scale[j]);
-        }
+        sign_bounds(norm, loss, underflow, scale, all, norm, loss, floor);
         // Very likely the block that this thread gets next. Columns whose stride is a power of two evict each other from the second-level
         // cache, but only to the third.
         const int64_t g0 = f0 + threads * block, m = std::min(block, w.features - g0);

@@ -1,0 +1,191 @@
+"""Changes that must fail a test: one term of the screen's bound weakened, one clamp or tie rule turned. tests/mutate.py runs them.
+
+Each mutant names its file, a text that occurs there once, what takes its place and the test that fails then. `slack` says why no test can:
+the proof does not need the text there, because another term or a later check covers it; the runner leaves those out.
+"""
+
+# ruff: noqa: E501 (a mutant a line)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TILE, ENGINE, SCREEN = "csrc/cpu/tile.h", "csrc/cpu/engine.isa.cpp", "csrc/cpu/screen.h"
+ENCODE, ENCODE_ISA, RANK, TOPK = "csrc/cpu/encode.cpp", "csrc/cpu/encode.isa.cpp", "csrc/cpu/rank.h", "csrc/cpu/topk.h"
+MATCH, MATCH_ISA, SPLINE_ISA, ROWS = "csrc/cpu/match.cpp", "csrc/cpu/match.isa.cpp", "csrc/cpu/spline.isa.cpp", "csrc/cpu/rows.h"
+ADAM_ISA, DECODE_ISA, SIGNS_ISA, VEC = "csrc/cpu/adam.isa.cpp", "csrc/cpu/decode.isa.cpp", "csrc/cpu/signs.isa.cpp", "csrc/vec.h"
+TRITON, OPS, HAMMING = "kernels/_tile.py", "fastsae/ops/encode.py", "csrc/cpu/hamming.cpp"
+
+HALF_WIDTH = "tests/test_bound.py::test_the_half_width_is_that_of_the_proof"
+HANDLE = "tests/test_bound.py::test_norms_and_losses_of_a_handle"
+LARGEST_NORM = "tests/test_bound.py::test_norms_at_the_largest_that_is_screened"
+TOO_LONG = "tests/test_bound.py::test_rows_too_long_for_the_sums_are_not_screened"
+LARGEST_SUMS = "tests/test_bound.py::test_sums_of_the_largest_integers"
+PAIR = "tests/test_bound.py::test_a_pair_in_one_pass_has_the_bits_of_three"
+EDGES = "tests/test_bound.py::test_what_the_ends_leave_to_ties"
+ORACLE = "tests/test_oracle.py::test_every_operation_has_the_bits_of_the_oracle"
+REFERENCES = "tests/test_oracle.py::test_references_select_as_the_oracle"
+FACTORS = "interpreted tests/test_tiles.py::test_the_factors_are_those_of_the_proof"
+KEYS = "interpreted tests/test_tiles.py::test_keys_keep_the_order_of_values"
+
+FACTOR_A = "(loss + (q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f)"
+FACTOR_C = "x * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)"
+COVERED = "(7) multiplies each norm and loss by 1 + (D + 72) 2u, of which their own rounding takes (D / 16 + 10) u at most: 100 u are left"
+
+
+class Mutant(NamedTuple):
+    path: str
+    old: str
+    new: str
+    test: str = ""
+    slack: str = ""
+    sees: str = ""  # the one source that has to be compiled anew for the test; else all that include `path`
+
+
+MUTANTS = [
+    # ---- the CPU's bound: E = |w| (l(x) + q X + g |x|) + l(w) (X + q X) + U
+    Mutant(TILE, FACTOR_A, "(loss + (q + 0x1p-22f) * x) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_A, "((q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_A, "(loss + 0x1p-22f * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_A, "(loss + q * x + g * norm) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_A, "(loss + (q + 0x1p-22f) * x + g * norm)", slack=COVERED),
+    Mutant(TILE, FACTOR_C, "norm * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_C, "0", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, FACTOR_C, "x * (1 + 0x1p-22f) * (1 + 0x1p-20f)", slack=COVERED + "; q is 4 u, or for bf16 less than (D + 8) 2u"),
+    Mutant(TILE, FACTOR_C, "x * (1 + q) * (1 + 0x1p-20f)", slack=COVERED),
+    Mutant(TILE, FACTOR_C, "x * (1 + q + 0x1p-22f)", slack=COVERED),
+    Mutant(TILE, "const float x = norm + loss;", "const float x = norm;", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "Number::int8 ? 4 * kUnit", "Number::int8 ? 0", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "1.01f * additions * 2 * kUnit", "1.01f * additions * kUnit", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "at_most(d + 1, kScreenBlock) + (d", "(d", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "(d + kScreenBlock - 1) / kScreenBlock + 3)", "1)", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "at_most(vectors, kScoreBlock / 16) + blocks + 5", "blocks + 5", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "kScoreBlock / 16) + blocks + 5", "kScoreBlock / 16) + 1", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "const float g = 1.01f * ", "const float g = ", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "(1.0f + static_cast<float>(d + 72) * 2 * kUnit)", "1.0f", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, " + root(static_cast<float>(d)) * 0x1p-62f", "", HALF_WIDTH, sees=ENGINE),
+    Mutant(TILE, "if (!(squares <= 3e38f)) return __builtin_inff();", "", slack="the callers' norm <= kHugeNorm is false for inf and NaN as well"),
+    Mutant(TILE, "kHugeNorm = 1e18f", "kHugeNorm = 1e19f", LARGEST_NORM, sees=ENGINE),
+    Mutant(TILE, "_mm512_fmadd_ps(c, loss[h], floor[h])", "_mm512_mul_ps(c, loss[h])", HALF_WIDTH, sees=ENCODE_ISA),
+    Mutant(TILE, "_mm512_fmadd_ps(c, loss[h], floor[h])", "floor[h]", HALF_WIDTH, sees=ENCODE_ISA),
+    Mutant(TILE, "score(h, _mm512_sub_ps(r, e))", "score(h, r)", ORACLE, sees=ENCODE_ISA),
+    Mutant(TILE, "score(h, _mm512_add_ps(r, e))", "score(h, r)", ORACLE, sees=ENCODE_ISA),
+    Mutant(TILE, "(1u << left) - 1u", "~0u", ORACLE, sees=ENCODE_ISA),
+    Mutant(ENGINE, " + 1.02f * stages * kUnit * norm", "", HANDLE),
+    Mutant(ENGINE, "rotation == 64 ? 0.125f", "rotation == 64 ? 0.0625f", HANDLE),
+    Mutant(ENGINE, "rotation == 256 ? 0.0625f", "rotation == 256 ? 0.03125f", HANDLE),
+    Mutant(ENGINE, "lost = _mm512_fmadd_ps(e, e, lost);", "", HALF_WIDTH),
+    Mutant(ENGINE, "usable && loss <= kHugeNorm}", "usable}", slack="l(x) <= 2 |x| + sqrt(D) 2^-62: where |x| <= 1e18 no partial sum comes near 2^127"),
+    Mutant(ENGINE, "const bool usable = norm <= kHugeNorm;", "const bool usable = true;", LARGEST_NORM),
+    Mutant(ENGINE, "const bool usable = norm <= kHugeNorm && loss", "const bool usable = loss", LARGEST_NORM),
+    Mutant(ENGINE, "set_feature(job, f, norm <= kHugeNorm && loss", "set_feature(job, f, loss", LARGEST_NORM),
+    Mutant(ENGINE, "? -128 * total", "? -127 * total", LARGEST_SUMS),
+    Mutant(ENGINE, "static_cast<char>(0x80)", "static_cast<char>(0x00)", LARGEST_SUMS),
+    Mutant(ENGINE, "usable && !zero_row ? 127.0f / largest", "usable && !zero_row ? 128.0f / largest", HANDLE),
+    Mutant(ENGINE, "r.usable && job.d < 65536", "r.usable", slack="make_plan does not screen such rows"),
+    Mutant(ENGINE, "sums.largest = _mm512_max_ps(sums.largest, _mm512_abs_ps(x));", "sums.largest = _mm512_max_ps(sums.largest, x);", LARGEST_SUMS),
+    Mutant(SCREEN, "static_cast<float>(4 * d + 128) * 0x1p-126f + ", "", HALF_WIDTH),
+    Mutant(SCREEN, "Number::int8 ? 0x1p-94f", "Number::int8 ? 0.0f", HALF_WIDTH),
+    Mutant(SCREEN, "norm[j] = std::copysign(norms[j], scale[j]);", "norm[j] = norms[j];", ORACLE),
+    Mutant(SCREEN, "loss[j] = std::copysign(losses[j], scale[j]);", "loss[j] = losses[j];", ORACLE),
+    Mutant(SCREEN, "floor[j] = std::copysign(underflow, scale[j]);", "floor[j] = underflow;", ORACLE),
+    Mutant(SCREEN, "kShortRow : 65535)", "kShortRow : 65536)", TOO_LONG),
+    Mutant("csrc/cpu/engine.cpp", "d > 0 && d < 65536;", "d > 0 && d < 65537;", TOO_LONG),
+    # ---- what an interval decides
+    Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_NLE_UQ)", EDGES, sees=ENCODE_ISA),
+    Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_GE_OQ)", ORACLE, sees=ENCODE_ISA),
+    Mutant(TOPK, "_mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()))", "v", slack="a NaN made here has its sign bit set and is below -inf; one passed on from scale or bias is the end of a NaN score, which ranks first"),
+    Mutant(TOPK, "if (count >= k) {", "if (count > k) {", slack="tau is then a lower bound: more is scored, the same is kept"),
+    Mutant(TOPK, "score < 0 ? 1 : 0", "0", ORACLE, sees=MATCH_ISA),
+    Mutant(TOPK, "u.hi[i] = score + p.bias[at];", "u.hi[i] = score;", ORACLE, sees=ENCODE_ISA),
+    Mutant(ENCODE_ISA, "f.upper(0, r0, e0), tau, _CMP_NLT_UQ)", "f.upper(0, r0, e0), tau, _CMP_GT_OQ)", ORACLE),
+    Mutant(ENCODE_ISA, "f.upper(1, r1, e1), tau, _CMP_NLT_UQ)", "f.lower(1, r1, e1), tau, _CMP_NLT_UQ)", ORACLE),
+    Mutant(ENCODE_ISA, "valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "valid, v, _mm512_set1_ps(tau), _CMP_NLE_UQ)", EDGES),
+    Mutant(ENCODE_ISA, "valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "valid, v, _mm512_set1_ps(tau), _CMP_GE_OQ)", ORACLE),
+    Mutant(ENCODE_ISA, "_mm512_set1_ps(least), _CMP_GE_OQ)", "_mm512_set1_ps(least), _CMP_GT_OQ)", slack="what is put aside is looked at again"),
+    Mutant(ENCODE_ISA, "_mm512_mask_max_ps(most, m, f.lower", "_mm512_max_ps(f.lower", ORACLE),
+    Mutant(ENCODE_ISA, "_mm256_add_ps(_mm256_loadu_ps(scores + i), _mm256_setzero_ps())", "_mm256_loadu_ps(scores + i)", EDGES),
+    Mutant(ENCODE_ISA, "_mm256_maskz_mov_epi32(_mm256_cmp_ps_mask(v, v, _CMP_ORD_Q), key)", "key", ORACLE),
+    Mutant(ENCODE_ISA, "_mm512_cmplt_epu64_mask(_mm512_loadu_si512(all + j), own)", "_mm512_cmple_epu64_mask(_mm512_loadu_si512(all + j), own)", ORACLE),
+    Mutant(ENCODE_ISA, "_mm512_cmp_ps_mask(upper, least, _CMP_NLE_UQ) :", "_mm512_cmp_ps_mask(upper, least, _CMP_GT_OQ) :", ORACLE),
+    Mutant(ENCODE_ISA, ": _mm512_cmp_ps_mask(upper, least, _CMP_NLT_UQ);", ": _mm512_cmp_ps_mask(upper, least, _CMP_NLE_UQ);", EDGES),
+    Mutant(ENCODE_ISA, "_mm512_add_ps(_mm512_add_ps(r0, e0), extra[0])", "_mm512_add_ps(r0, extra[0])", ORACLE),
+    Mutant(ENCODE_ISA, "_mm512_add_ps(_mm512_add_ps(r1, e1), extra[1]), _mm512_setzero_ps(), _CMP_NLE_UQ)", "_mm512_add_ps(_mm512_add_ps(r1, e1), extra[1]), _mm512_setzero_ps(), _CMP_GT_OQ)", EDGES),
+    Mutant(SPLINE_ISA, "f.lower(0, r0, e0), none, _CMP_GT_OQ)", "f.lower(0, r0, e0), none, _CMP_GE_OQ)", ORACLE),
+    Mutant(SPLINE_ISA, "f.upper(1, r1, e1), none, _CMP_NLE_UQ)", "f.upper(1, r1, e1), none, _CMP_GT_OQ)", slack="an upper end is NaN only where the score is NaN or -inf, whose bit is 0"),
+    Mutant(SPLINE_ISA, "maybe & ~on & f.exist", "maybe & ~on", ORACLE),
+    Mutant(MATCH_ISA, "_mm512_cmp_ps_mask(_mm512_add_ps(r0, e0), tau, _CMP_NLT_UQ)", "_mm512_cmp_ps_mask(r0, tau, _CMP_NLT_UQ)", ORACLE),
+    Mutant(MATCH_ISA, "m &= ~(1u << self);", "m &= ~0u;", ORACLE),
+    Mutant(MATCH_ISA, "_mm512_cmp_ps_mask(lo, low_tau, _CMP_NGT_UQ)", "_mm512_cmp_ps_mask(r, low_tau, _CMP_NGT_UQ)", PAIR),
+    Mutant(MATCH_ISA, "_mm512_cmp_ps_mask(hi, _mm512_min_ps(tau, kth), _CMP_NLT_UQ)", "_mm512_cmp_ps_mask(hi, tau, _CMP_NLT_UQ)", PAIR),
+    # ---- order, ties, clamps
+    Mutant(RANK, "if (score != score) return 0;", "", ORACLE),
+    Mutant(RANK, "score += 0.0f;  // -0 to +0", "", EDGES),
+    Mutant(RANK, "values[row * k + i] = relu && score < 0 ? 0.0f : score;", "values[row * k + i] = score;", ORACLE),
+    Mutant(RANK, "if ((feature & 1) != 0) score = -score;", "", ORACLE),
+    Mutant(RANK, "(scores[j] < 0 ? 1 : 0)", "(scores[j] > 0 ? 1 : 0)", ORACLE),
+    Mutant(RANK, "(p.exclude_self && first + j == row)", "false", ORACLE),
+    Mutant(RANK, "if (worst == 0) above = INFINITY;", "", slack="a NaN lets all scores enter the list, where they lose"),
+    Mutant(RANK, "(!any && score <= above)", "(!any && score < above)", slack="an equal score then enters the list and loses to the lower index there"),
+    Mutant(ENCODE, "score > (theta < 0 ? 0.0f : theta)", "score >= (theta < 0 ? 0.0f : theta)", ORACLE),
+    Mutant(ENCODE, "score > (theta < 0 ? 0.0f : theta)", "score > theta", ORACLE),
+    Mutant(ENCODE, "std::fabs(score - theta) < half_band", "std::fabs(score - theta) <= half_band", ORACLE),
+    Mutant(ENCODE, "active ? plain(score) : 0.0f", "plain(score)", ORACLE),
+    Mutant(ENCODE, "cut[f] = theta < 0 ? 0.0f : theta;", "cut[f] = theta < 0 ? 1e-3f : theta;", ORACLE),
+    Mutant(ENCODE, "theta - half_band - (std::fabs(theta) + half_band) * 0x1p-20f", "theta - half_band", EDGES),
+    Mutant(ENCODE, "cut[f] = std::min(cut[f], FLT_MAX);", "", "tests/test_engine.py::test_a_nan_score_passes_an_infinite_threshold"),
+    Mutant(ENCODE, "if (!(gate <= 0) && !(score <= 0))", "if (gate > 0 && !(score <= 0))", ORACLE),
+    Mutant(ENCODE, "if (!(gate <= 0) && !(score <= 0))", "if (!(gate < 0) && !(score <= 0))", ORACLE),
+    Mutant(ENCODE, "if (score <= 0 || score < load_tau()) continue;", "if (score < 0 || score < load_tau()) continue;", ORACLE),
+    Mutant(ENCODE, "if (score <= 0 || score < load_tau()) continue;", "if (score <= 0 || score <= load_tau()) continue;", EDGES),
+    Mutant(ENCODE, "row != o.row ? row < o.row : feature < o.feature", "row != o.row ? row > o.row : feature < o.feature", ORACLE),
+    Mutant(ENCODE, "row != o.row ? row < o.row : feature < o.feature", "row != o.row ? row < o.row : feature > o.feature", ORACLE),
+    Mutant(ENCODE, "raise_to(worst != worst ? INFINITY : worst);", "raise_to(INFINITY);", ORACLE),
+    Mutant(MATCH, "for (; at > 0 && list[at - 1].key > key; --at)", "for (; at > 0 && list[at - 1].key >= key; --at)", ORACLE),
+    Mutant(MATCH, "entry(-similarity, u.id[i])", "entry(similarity, u.id[i])", ORACLE),
+    Mutant(ENGINE, "norm < least ? least : norm;", "norm > least ? norm : least;", slack="a NaN norm has a NaN element, which stays NaN by any divisor"),
+    Mutant(ENGINE, "squares >= 0x1p-80f && squares <= 0x1p126f", "squares == squares", ORACLE),
+    Mutant(ENGINE, "exponent < 254 ? 254 - exponent : 1", "254 - exponent", ORACLE),
+    Mutant(HAMMING, "if (sizes[r] > k) std::nth_element(kept, kept + k - 1, kept + sizes[r]);", "", ORACLE),
+    Mutant(HAMMING, "static_cast<uint64_t>(j + c + found[f]);", "static_cast<uint64_t>(0xffffffff - (j + c + found[f]));", ORACLE),
+    Mutant(SIGNS_ISA, "uint64_t pack64(const boolean* z) {\n  const __m512i bytes", "uint64_t pack64(const boolean* z) {\n  const __m512i bytes = _mm512_set1_epi8(1), unused", ORACLE),
+    # ---- sums in the documented order, and the optimisers' clamps
+    Mutant(DECODE_ISA, "total = add(total, add(add(a[0], a[1]), add(a[2], a[3])));", "total = add(total, add(add(a[0], a[2]), add(a[1], a[3])));", ORACLE),
+    Mutant(DECODE_ISA, "narrow(reduce(total), out + s);", "narrow(reduce(total) + 0.0f * job.d, out + s + 0);", slack="the same value: shows that survivors are seen"),
+    Mutant("csrc/cpu/decode.h", "kSlotBlock = 16", "kSlotBlock = 32", ORACLE),
+    Mutant("csrc/cpu/engine.h", "kScoreBlock = 4096", "kScoreBlock = 8192", ORACLE),
+    Mutant("csrc/cpu/adam.cpp", "job.from_m = 1 - o.beta1 < 0.5;", "job.from_m = 1 - o.beta1 <= 0.5;", ORACLE),
+    Mutant(ADAM_ISA, "from_b(!(__builtin_fabsf(s) < 0.5f))", "from_b(!(__builtin_fabsf(s) <= 0.5f))", ORACLE),
+    Mutant(ADAM_ISA, "  if (norm < 1e-8f) return;", "", ORACLE),
+    Mutant(ADAM_ISA, "norm < 1e-8f ? 1.0f : 1.0f / norm", "1.0f / norm", ORACLE),
+    Mutant(ADAM_ISA, "if (kProject) gi = both(fma(load(minus_along + f), wi, gi), load(c.touched + f));", "if (kProject) gi = fma(load(minus_along + f), wi, gi);", ORACLE),
+    Mutant("csrc/cpu/signs.cpp", "k0 += 0x9E3779B9;", "k0 += 0x9E3779B8;", ORACLE),
+    # ---- the Triton engine's bound
+    Mutant(TRITON, " + g * norm) * 1.00000095367431640625", ") * 1.00000095367431640625", FACTORS),
+    Mutant(TRITON, "norm_factor = (loss + (q", "norm_factor = ((q", FACTORS),
+    Mutant(TRITON, "(loss + (q + 2.384185791015625e-07) * reach", "(loss + 2.384185791015625e-07 * reach", FACTORS),
+    Mutant(TRITON, "(loss + (q + 2.384185791015625e-07) * reach", "(loss + q * reach", FACTORS),
+    Mutant(TRITON, "g * norm) * 1.00000095367431640625", "g * norm)", slack=COVERED),
+    Mutant(TRITON, "reach = norm + loss", "reach = norm", FACTORS),
+    Mutant(TRITON, "loss_factor = reach * (1.0 + q", "loss_factor = reach * (1.0", slack="q is 1.5 (D + 64) 2u: (7) leaves 2 (D + 72) 2u in c l(w)"),
+    Mutant(TRITON, "q = 1.515 * (width + 64.0)", "q = 1.01 * (width + 64.0)", FACTORS),
+    Mutant(TRITON, "q = 1.515 * (width + 64.0)", "q = 1.515 * width", FACTORS),
+    Mutant(TRITON, "tl.cast((D + 127) // 128, tl.float32) + 10.0)", "tl.cast((D + 127) // 128, tl.float32))", FACTORS),
+    Mutant(TRITON, "relative = 1.0 + (width + 72.0) * 1.1920928955078125e-07", "relative = 1.0", FACTORS),
+    Mutant(TRITON, "absolute = tl.sqrt_rn(width) * 2.168404344971009e-19", "absolute = 0.0 * width", FACTORS),
+    Mutant(TRITON, "a * norm + (c * loss + floor)", "a * norm + c * loss", FACTORS),
+    Mutant(TRITON, "a * norm + (c * loss + floor)", "a * norm + floor", FACTORS),
+    Mutant(TRITON, "e = tl.where((tl.load(scale + f, mask=inside, other=0) < 0)[None, :], -e, e)", "e = e", FACTORS),
+    Mutant(TRITON, "norm = tl.where(squares <= 1e36, tl.sqrt_rn(squares)", "norm = tl.where(squares <= 1e38, tl.sqrt_rn(squares)", FACTORS),
+    Mutant(TRITON, "tl.where(value != value, 0x7FFFFFFF, key)", "key", KEYS),
+    Mutant(TRITON, "bits = tl.where(value == 0, 0.0, value)", "bits = tl.where(value != value, 0.0, value)", KEYS),
+    # ---- selections of the references
+    Mutant(OPS, "same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()", "same = values[:, 1:] == values[:, :-1]", REFERENCES),
+    Mutant(OPS, "s[rows].sort(dim=1, descending=True, stable=True)", "s[rows].flip(1).sort(dim=1, descending=True, stable=True)", REFERENCES),
+    Mutant(OPS, "values, indices = s.topk(min(k + 1, n), dim=1)", "values, indices = s.topk(k, dim=1)", REFERENCES),
+    Mutant(OPS, "active = (s > theta.clamp_min(0)) | s.isnan()", "active = (s >= theta.clamp_min(0)) | s.isnan()", REFERENCES),
+    Mutant(OPS, "active = (s > theta.clamp_min(0)) | s.isnan()", "active = (s > theta) | s.isnan()", REFERENCES),
+    Mutant(OPS, "active = (s > theta.clamp_min(0)) | s.isnan()", "active = s > theta.clamp_min(0)", REFERENCES),
+    Mutant(OPS, "keep = ~(new < least)", "keep = new > least", REFERENCES),
+    Mutant(OPS, "((s > floor.clamp_min(0)) | (s.isnan()", "((s >= floor.clamp_min(0)) | (s.isnan()", REFERENCES),
+]  # fmt: skip
