@@ -7,8 +7,16 @@ import torch
 
 def ranks() -> int:
     """Processes of the group, 1 without one."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if grouped() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 without a group."""
+    return torch.distributed.get_rank() if grouped() else 0
+
+
+def grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def refuse(op: str, what: str) -> None:
