@@ -34,10 +34,8 @@ def spoilt(parameters: Mapping[str, Tensor]) -> str | None:
     return next((f"the parameter {name} is not finite already, first at {at[0].tolist()}" for name, at in bad if len(at)), None)
 
 
-def culprit(parameters: Mapping[str, Tensor], x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None) -> str:
-    """What of these is not finite, and where first. Waits for a device."""
-    if (reason := spoilt(parameters)) is not None:
-        return reason
+def bad_row(x: Tensor | None, target: Tensor | None, mask: Tensor | None) -> str | None:
+    """Which row that counts is not finite."""
     for name, rows in (("x", x), ("target", target)):
         if rows is not None and rows.dim():
             bad = ~rows.isfinite().all(-1)
@@ -45,5 +43,12 @@ def culprit(parameters: Mapping[str, Tensor], x: Tensor | None = None, target: T
             if len(at):
                 where = int(at[0]) if at.shape[1] == 1 else at[0].tolist()
                 return f"{name} is not finite in row {where} of the batch" + (f" and in {len(at) - 1} more" if len(at) > 1 else "")
+    return None
+
+
+def culprit(parameters: Mapping[str, Tensor], x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None) -> str:
+    """What of these is not finite, and where first. Waits for a device."""
+    if (reason := spoilt(parameters) or bad_row(x, target, mask)) is not None:
+        return reason
     largest = "" if x is None or not x.numel() else f" (the largest magnitude in x is {float(x.abs().max()):.3g})"
     return f"parameters and inputs are finite: the loss, or the square of a gradient, overflows{largest}"

@@ -178,6 +178,7 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
 
 _MOST_SKIPPED = 100  # batches in a row
 
+
 class Trainer:
     """Trains an SAE with any torch optimiser, or with a fused one.
 
@@ -322,7 +323,7 @@ class Trainer:
         if hasattr(self.opt, "_settle"):
             self.opt._settle()
         read = {name: float(value) for name, value in result.items()}
-        if not read["loss"] - read["loss"] == 0:  # an optimiser that knows no policy
+        if self.fused and read["loss"] - read["loss"] != 0:  # of an optimiser that knows no policy
             raise FloatingPointError(f"Trainer.fit: the loss of step {self.step} is {read['loss']}")
         return {**read, "skipped": self.skipped}
 
