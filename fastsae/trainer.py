@@ -415,7 +415,7 @@ class Trainer:
         """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step.
 
         In a process group the file holds rank 0's position: the other ranks' ``Batches``, which are as long, go there in an order of their
-        own seed, and their random state stays; RuntimeError for other batches with a state, whose position is each rank's to restore.
+        own seed, their random state stays, and they count silent features on from rank 0's; RuntimeError for other batches with a state, whose position is each rank's to restore.
         """
         extra = load_checkpoint(path, self.sae, self.opt).extra
         if missing := [name for name in ("step", "rng") if name not in extra]:

@@ -98,7 +98,9 @@ def test_drawn_batches_leave_everything_or_something_finite(kind: str, data: st.
     bad = batch(3)
     bad[name][slice(None) if whole else 0 if hidden else row, column] = damage
     taken = [batch(0), batch(1)]
-    ours, other = (trainer(build(kind, **options), way, policy, anneal={"dead_after": lambda step: 20 + step}) for policy in ("raise", "skip"))
+    ours, other = (
+        trainer(build(kind, **options), way, policy, anneal={"dead_after": lambda step: 20 + step}) for policy in ("raise", "skip")
+    )
     for part in taken:
         ours.train_step(**part)
         other.train_step(**part)
@@ -106,8 +108,11 @@ def test_drawn_batches_leave_everything_or_something_finite(kind: str, data: st.
     before = state(ours)
     try:
         ours.train_step(**bad)
-    except FloatingPointError as error:
-        assert same(state(ours), before), error
+        refused = False
+    except FloatingPointError:
+        refused = True
+    if refused:
+        assert same(state(ours), before)
         other.train_step(**bad)
         assert other.skipped == 1
         assert same(state(other), before)
@@ -117,7 +122,7 @@ def test_drawn_batches_leave_everything_or_something_finite(kind: str, data: st.
         other.train_step(**batch(4))
         assert same(state(ours), state(other))
     else:
-        assert damage == damage and abs(damage) < INF or (hidden and not whole)
+        assert abs(damage) < INF or (hidden and not whole)
         assert finite(state(ours))
         if hidden and not whole:  # nothing of it is seen
             other.train_step(**batch(3))
@@ -146,7 +151,7 @@ def test_what_is_said(way: str) -> None:
     x, mask = rows().reshape(3, 4, 6), torch.ones(3, 4, dtype=torch.bool)
     x[1, 2, 5] = NAN
     sae = build()
-    with pytest.raises(FloatingPointError, match=r"step 1 is not finite: x is not finite in row \[1, 2\] of the batch\. Nothing has been cha"):
+    with pytest.raises(FloatingPointError, match=r"step 1 is not finite: x is not finite in row \[1, 2\] of the batch\. Nothing has"):
         trainer(sae, way).train_step(x, mask=mask)
     mask[1, 2] = False
     trainer(sae, way).train_step(x, mask=mask)
@@ -167,7 +172,11 @@ def test_gradients_by_hand_are_looked_at_too() -> None:
         before = copy.deepcopy((sae.state_dict(), opt.state_dict()))
         for bad in (NAN, INF, 1e30):  # the square of the last has no place in a second moment
             matrix = torch.full((24, 6), bad)
-            for g in (matrix, TiledGradient(lambda part, g=matrix: g[part], 24), RowGradient(matrix, torch.zeros(24, 6).long(), None, matrix, 24)):
+            for g in (
+                matrix,
+                TiledGradient(lambda part, g=matrix: g[part], 24),
+                RowGradient(matrix, torch.zeros(24, 6).long(), None, matrix, 24),
+            ):
                 with pytest.raises(FloatingPointError, match="apply: step 1 is not finite: parameters and inputs are finite"):
                     opt.apply({"b_dec": torch.ones(6), "W_dec": g})
         assert same((sae.state_dict(), opt.state_dict()), before)
@@ -180,9 +189,9 @@ def test_gradients_by_hand_are_looked_at_too() -> None:
         opt.on_nonfinite = "ignore"  # pyright: ignore[reportAttributeAccessIssue]
         with pytest.raises(ValueError, match="on_nonfinite must be 'raise' or 'skip', got 'ignore'"):
             opt.apply({})
-    with pytest.raises(ValueError, match="^Trainer: on_nonfinite must be 'raise' or 'skip', got 'warn'"):
+    with pytest.raises(ValueError, match=r"^Trainer: on_nonfinite must be 'raise' or 'skip', got 'warn'"):
         Trainer(sae, torch.optim.Adam(sae.parameters()), on_nonfinite="warn")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="^Trainer: on_nonfinite is for torch optimisers; give Adam its own"):
+    with pytest.raises(ValueError, match=r"^Trainer: on_nonfinite is for torch optimisers; give Adam its own"):
         Trainer(sae, Adam(sae), on_nonfinite="skip")
 
 
@@ -277,7 +286,9 @@ def test_a_run_that_skips_everything_is_no_success(way: str) -> None:
 # ---------------------------------------------------------------- a device whose answer nobody waits for
 
 
-@pytest.mark.parametrize("made", [lambda s: Adam(s, clip=1.0), lambda s: Adam(s, lr=[1e-3, 1e-2]), lambda s: Signum(s, schedule=lambda n: n + 1)])
+@pytest.mark.parametrize(
+    "made", [lambda s: Adam(s, clip=1.0), lambda s: Adam(s, lr=[1e-3, 1e-2]), lambda s: Signum(s, schedule=lambda n: n + 1)]
+)
 def test_an_answer_that_is_not_waited_for(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: nothing is written from a bad step on, and the next check says so and sets the counters back."""
     monkeypatch.setattr("fastsae._finite.finite", lambda sizes, real=fastsae._finite.finite: torch.tensor(real(sizes)))
