@@ -73,11 +73,12 @@ def size(gradient: Tensor | RowGradient | TiledGradient) -> Tensor | None:
     if isinstance(gradient, TiledGradient):
         return gradient.size
     if isinstance(gradient, RowGradient):
-        return _norm(gradient.values) * _norm(gradient.rows)
-    return _norm(gradient)
+        return norm(gradient.values) * norm(gradient.rows)
+    return norm(gradient)
 
 
-def _norm(t: Tensor) -> Tensor:
+def norm(t: Tensor) -> Tensor:
+    """``[]``: of all elements, in float32 or wider."""
     return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
 

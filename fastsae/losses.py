@@ -180,16 +180,16 @@ def combine(
     ``whole``, ``spread(target)``, where they are known."""
     tokens = max(target.shape[0], 1)
     error = squares(run.x_hats, target).sum((1, 2)) if error is None else error
-    whole, noise = spread(target) if whole is None else whole
+    spreads, noise = spread(target) if whole is None else whole
     fit = error.mean() if run.frozen is None else error.mean() + squares(run.frozen, target).sum()
-    loss = quotient(fit, whole) if objective == "fvu" else fit / tokens
+    loss = quotient(fit, spreads) if objective == "fvu" else fit / tokens
     if run.magnitude is not None:
         loss = loss + terms.l1 * run.magnitude / tokens
     if run.counted is not None:
         loss = loss + terms.l0 * run.counted / tokens
     if aux is not None and terms.aux is not None:
         loss = loss + terms.aux.coefficient * aux
-    return Loss(loss, ratio(error[-1].detach(), whole.detach(), noise.detach()), run.active / tokens)
+    return Loss(loss, ratio(error[-1].detach(), spreads.detach(), noise.detach()), run.active / tokens)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae import _checks, _finite, _flags, _processes
-from fastsae.gradients import Gradient, StackedGradient, TiledGradient, size
+from fastsae.gradients import Gradient, StackedGradient, TiledGradient, norm
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient, checked_options
 from fastsae.ops.signum import SIGNUM
 
@@ -45,10 +45,10 @@ class _Job:
     def size(self) -> Tensor:
         """``[]``: at least the gradient's norm."""
         if isinstance(self.gradient, TiledGradient):
-            known = size(self.gradient)
+            known = self.gradient.size
             return torch.stack(self.squares()).sum().sqrt() if known is None else known
         grad, values, *_ = self.gradient
-        return size(grad) if values is None else size(values) * size(grad)
+        return norm(grad) if values is None else norm(values) * norm(grad)
 
     def squares(self) -> list[Tensor]:
         """Sums of the squares of the gradient's elements, by ranges."""
@@ -471,9 +471,9 @@ class Adam(_Optimiser):
                 raise ValueError(f"{op}: amsgrad and maximize are not supported")
             if group["weight_decay"] and not group.get("decoupled_weight_decay"):
                 raise ValueError(f"{op}: weight_decay must be decoupled (AdamW's), got the L2 penalty of torch.optim.Adam")
-        options = {key: float(groups[0][key]) for key in ("lr", "eps", "weight_decay")}
+        lr, eps, decay = (float(groups[0][key]) for key in ("lr", "eps", "weight_decay"))
         betas = (float(groups[0]["betas"][0]), float(groups[0]["betas"][1]))
-        made = cls(named, betas=betas, clip=clip, schedule=schedule, unit_rows=unit_rows, **options)
+        made = cls(named, lr, betas, eps, decay, clip=clip, schedule=schedule, unit_rows=unit_rows)
         numbers = [number for group in groups for number in group["params"]]
         for number, name in zip(numbers, order, strict=True):
             if number in state["state"]:

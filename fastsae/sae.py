@@ -408,7 +408,10 @@ class SAE(nn.Module):
         magnitude = None
         if terms.l1:
             norms = torch.linalg.vector_norm(self.W_dec, dim=1)
-            magnitude = (penalised.values.abs() * norms[features(penalised)]).sum()
+            feature = features(penalised)
+            # Of the two gathers, the one whose backward adds in a fixed order on this device.
+            weights = norms[feature] if norms.is_cuda else norms.index_select(0, feature.flatten()).view_as(feature)
+            magnitude = (penalised.values.abs() * weights).sum()
         values = latents.values.detach()
         return Pass(
             self._decode(latents, x, self.prefixes or [self.d_sae]),

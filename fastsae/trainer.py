@@ -17,7 +17,7 @@ from fastsae import _checks, _files, _finite, _processes
 from fastsae._seeds import stream_seed
 from fastsae.activations import BatchTopK, TopK
 from fastsae.ensemble import SAEs
-from fastsae.gradients import size
+from fastsae.gradients import norm
 from fastsae.sae import SAE
 
 # ---------------------------------------------------------------- checkpoints
@@ -258,7 +258,9 @@ class Trainer:
                 where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
                 ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint was taken; another is the caller's to
                 position.
-            resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run.
+            resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run on the same instruction
+                set level (``fastsae info``, FASTSAE_ISA) with the same ``torch.get_num_threads()``. Levels from avx2 on have the same bits,
+                portable its own; the number of threads shows in the dense regime, whose products are torch's.
 
         Returns: the metrics of the last step; empty where there was none to take.
 
@@ -374,8 +376,8 @@ class Trainer:
                 self.reduce(parameters)
             if self.sae.unit_rows:
                 self.sae.remove_parallel_gradient_()
-            sizes = [size(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
-            refused = not bool(_finite.finite(sizes))  # pyright: ignore[reportArgumentType]
+            sizes = [norm(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
+            refused = not bool(_finite.finite(sizes))
         finally:
             if refused:
                 self.opt.zero_grad()
@@ -415,7 +417,8 @@ class Trainer:
         """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step.
 
         In a process group the file holds rank 0's position: the other ranks' ``Batches``, which are as long, go there in an order of their
-        own seed, their random state stays, and they count silent features on from rank 0's; RuntimeError for other batches with a state, whose position is each rank's to restore.
+        own seed, their random state stays, and they count silent features on from rank 0's. RuntimeError for other batches with a state,
+        whose position is each rank's to restore.
         """
         extra = load_checkpoint(path, self.sae, self.opt).extra
         if missing := [name for name in ("step", "rng") if name not in extra]:
