@@ -134,7 +134,7 @@ def test_drawn_batches_leave_everything_or_something_finite(kind: str, data: st.
 def test_a_bound_of_the_gradient_is_one(kind: str) -> None:
     sae = build(kind, aux=None if kind == "gated" else AuxK(4), dead_after=1)
     sae.silent += 1
-    target = {"target": rows(d=5)} if kind == "transcoder" else {}
+    target: dict[str, Any] = {"target": rows(d=5)} if kind == "transcoder" else {}
     steps = [sae.step_gradients(rows(seed=seed) * 3, **target)[1] for seed in range(2)]
     for gradients in (*steps, accumulate(steps, [0.5, 2.0])):
         for name, gradient in gradients.items():
