@@ -1,5 +1,5 @@
 """Two sticky flags a device, which ``fastsae.check()`` reads: a GPU kernel that meets a bad index sets the first, latents that pass their
-capacity set the second.
+capacity set the second. An optimiser has one of its own, for a step that was not finite.
 
 Reading a flag waits for the GPU, so no operation does; see ``raise_if_set``.
 """
@@ -7,10 +7,13 @@ Reading a flag waits for the GPU, so no operation does; see ``raise_if_set``.
 from __future__ import annotations
 
 import threading
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()  # optimisers with a flag of their own
 _flags: dict[torch.device, Tensor] = {}
 _overflows: dict[torch.device, Tensor] = {}
 _lock = threading.Lock()
@@ -43,8 +46,14 @@ def _create(device: torch.device) -> tuple[Tensor, Tensor]:
         return _flags[device], _overflows[device]
 
 
+def watch(optimiser: Any) -> None:
+    """``optimiser._settle()`` is called by every check from now on."""
+    _watched.add(optimiser)
+
+
 def raise_if_set() -> None:
-    """Waits for every device that has flags, clears them, and raises if one was set: IndexError, or ValueError for a capacity."""
+    """Waits for every device that has flags, clears them, and raises if one was set: IndexError, ValueError for a capacity, or
+    FloatingPointError for a training step."""
     bad, full = _take(_flags), _take(_overflows)
     if bad:
         raise IndexError(
@@ -55,6 +64,8 @@ def raise_if_set() -> None:
         raise ValueError(
             f"capacity was too small for the latents of an encoder on {', '.join(full)} since the last fastsae.check(): some were left out"
         )
+    for optimiser in list(_watched):
+        optimiser._settle()
 
 
 def _take(flags: dict[torch.device, Tensor]) -> list[str]:

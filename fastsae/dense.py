@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from fastsae._precision import full_precision
 from fastsae.gradients import TiledGradient
@@ -112,7 +113,7 @@ def _tile(
         code = torch.where((gate > 0) & (magnitude > 0), magnitude, 0)
         weighed, counted = gate.relu(), None
         frozen = _decoded(weighed, W_dec.detach(), dtype)
-    magnitude = (weighed.abs() * torch.linalg.vector_norm(W_dec.to(code.dtype), dim=1)).sum() if penalised else None
+    magnitude = (weighed.abs() * vector_norm(W_dec.to(code.dtype), dim=1)).sum() if penalised else None
     hit = code.detach() != 0
     return _decoded(code, W_dec, dtype), frozen, magnitude, counted, hit.sum(), hit.any(0)
 
@@ -227,10 +228,11 @@ class TilePass:
         self.own: dict[str, Any] = {
             name: None if t is None else t.clone() for name, t in vars(w).items() if (isinstance(t, Tensor) and t.dim() < 2) or t is None
         }
-        self.norm = torch.linalg.vector_norm(w.W_dec.to(self.xc.dtype), dim=1) if penalised else None
+        self.norm = vector_norm(w.W_dec.to(self.xc.dtype), dim=1) if penalised else None
         whole = x.shape[0] * w.W_enc.shape[0] <= _common.WORKSPACE_ELEMENTS
         self.scored: list[_Scored] | None = [] if whole else None
         self.held: list[_Tile] | None = None
+        self.sizes: list[tuple[Tensor, Tensor, Tensor]] = []  # norms of each tile's dproducts, code and shrinking part
         self.enc, self.dec = _Kept(w.W_enc), _Kept(w.W_dec)
         self.last: tuple[slice, _Tile] | None = None  # the other weight asks for the same range next, mostly
         self.run = self._forward(x)
@@ -312,6 +314,8 @@ class TilePass:
                 with full_precision():
                     pulled = -(ends @ W_enc.to(wide))
                 b_pre = pulled if b_pre is None else b_pre + pulled
+            shrunk = tile.code.new_zeros(()) if tile.shrink is None else vector_norm(tile.shrink * self.norm[part])  # pyright: ignore[reportOptionalSubscript]
+            self.sizes.append((vector_norm(tile.dproducts), vector_norm(tile.code), shrunk))
             for name, vector in tile.vectors.items():
                 parts.setdefault(name, []).append(vector)
             if self.scored is not None:
@@ -327,7 +331,9 @@ class TilePass:
         """Of W_enc and of W_dec."""
         F = self.w.W_enc.shape[0]
         settled = self.held is not None
-        return TiledGradient(self._encoder, F, settled), TiledGradient(self._decoder, F, settled)
+        left, code, shrunk = (torch.stack(sizes).sum() for sizes in zip(*self.sizes))
+        encoder, decoder = left * vector_norm(self.xc), code * vector_norm(self.grads) + shrunk
+        return TiledGradient(self._encoder, F, settled, size=encoder), TiledGradient(self._decoder, F, settled, size=decoder)
 
     @torch.no_grad()
     def _encoder(self, part: slice) -> Tensor:

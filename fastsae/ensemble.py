@@ -206,7 +206,7 @@ class SAEs(nn.Module):
             joint = None if any(tiled) or _checks.autocasting(x.device) else self._joint(batches, [w for *_, w in cast])
             if joint is not None:
                 return joint
-            whole: dict[Any, Tensor] = {}
+            whole: dict[Any, tuple[Tensor, Tensor]] = {}
             for _, rows, _ in cast:
                 if _place(rows) not in whole:
                     whole[_place(rows)] = spread(rows)
@@ -305,7 +305,9 @@ def _end_to_end(tiles: list[TiledGradient]) -> TiledGradient:
         rows = [tile.compute(slice(max(part.start - low, 0), min(part.stop - low, F))) for tile, low in each]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
-    return TiledGradient(compute, len(tiles) * F, settled=True, block=F)
+    sizes = [tile.size for tile in tiles]
+    known = None if any(size is None for size in sizes) else torch.stack(sizes).sum()  # pyright: ignore[reportArgumentType]
+    return TiledGradient(compute, len(tiles) * F, settled=True, block=F, size=known)
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:
@@ -363,7 +365,7 @@ class _JointPass:
             member._observe(self.B, runs[-1])
 
         each_target = target.expand(self.E, -1, -1)
-        units = [spread(t) if m.objective == "fvu" else x.new_full((), tokens, dtype=wide) for m, t in zip(members, each_target)]
+        units = [spread(t)[0] if m.objective == "fvu" else x.new_full((), tokens, dtype=wide) for m, t in zip(members, each_target)]
         unit = torch.stack(units)
         scale = quotient(torch.full_like(unit, 2.0), unit).reshape(-1, 1, 1)
         G = (x_hats.to(wide) - target.to(wide)).mul_(scale).to(self.W_dec.dtype)
@@ -385,7 +387,7 @@ class _JointPass:
             rate = torch.tensor(l1, dtype=wide, device=x.device).repeat_interleave(F)
             dvalues = dvalues + (rate[indices] * norm[indices] * self.values.sign()).to(dvalues.dtype)
             sums = _feature_sums(self.values.abs(), indices, crow, E * F, backend)
-            parts["W_dec"].append(fused._shrinking(rate * quotient(sums, norm), self.W_dec))
+            parts["W_dec"].append(fused._shrinking(rate * quotient(sums, norm), self.W_dec, norm))
         dscore = torch.where(self.passes, dvalues, 0)
         parts["b_dec"] = [torch.stack([g.sum(0, dtype=wide) for g in G])]
         sums = _feature_sums(dscore, indices, crow, E * F, backend).reshape(E, F)
@@ -435,7 +437,7 @@ class _JointPass:
         """Member e's part of a gradient over all features."""
         if isinstance(gradient, TiledGradient):
             low = e * self.F
-            return TiledGradient(lambda tile: gradient.compute(slice(tile.start + low, tile.stop + low)), self.F)
+            return TiledGradient(lambda tile: gradient.compute(slice(tile.start + low, tile.stop + low)), self.F, size=gradient.size)
         assert isinstance(gradient, RowGradient)
         slots, rows, crow = self.own(e, gradient.crow)
         return RowGradient(gradient.values[slots], gradient.indices[slots] - e * self.F, crow, gradient.rows[rows], self.F)

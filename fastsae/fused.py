@@ -134,7 +134,7 @@ def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, di
 
 
 def pass_of(
-    sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms, tiled: bool, whole: Tensor | None = None
+    sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms, tiled: bool, whole: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Metrics, dict[str, Gradient]]:
     """``step`` in a regime that has been chosen; ``whole`` is ``spread(target)`` where it is known."""
     P, wide, tokens = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1)
@@ -145,7 +145,7 @@ def pass_of(
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
     whole = spread(target) if whole is None else whole
-    unit = whole if sae.objective == "fvu" else x.new_full((), tokens, dtype=wide)
+    unit = whole[0] if sae.objective == "fvu" else x.new_full((), tokens, dtype=wide)
     scale = quotient(unit.new_full((), 2.0), unit)
     grads = run.x_hats.to(wide) - target.to(wide)
     error = grads.square().sum((1, 2))
@@ -216,7 +216,7 @@ class _SlotPass:
             slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
             sums = _feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
-            grad.add("W_dec", _shrinking(l1 * quotient(sums, self.norm), w.W_dec))
+            grad.add("W_dec", _shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
         if gate is None or dgate is None:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend)
         else:
@@ -257,9 +257,10 @@ def _through_scores(
         grad.add("r_mag", dstretch * stretch)
 
 
-def _shrinking(factor: Tensor, W: Tensor) -> TiledGradient:
-    """``factor[f] * W[f]``: what a penalty on a row's norm gives it."""
-    return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0])
+def _shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
+    """``factor[f] * W[f]``, where ``norm[f]`` is that of ``W[f]``: what a penalty on a row's norm gives it."""
+    size = torch.linalg.vector_norm(factor * norm)
+    return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)
 
 
 def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK) -> Tensor | None:

@@ -43,12 +43,14 @@ class TiledGradient:
         compute: as above. n_features: F.
         settled: whether it reads no weight but the rows asked for, so that order costs nothing.
         block: ranges begin and end at its multiples: members of a stack, whose bits are those of a range of their own.
+        size: ``[]``, at least its Frobenius norm (a bound that costs little), or None: an optimiser then computes it once more.
     """
 
     compute: Callable[[slice], Tensor]
     n_features: int
     settled: bool = False
     block: int = 1
+    size: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,21 @@ class StackedGradient:
 
 
 Gradient = Tensor | RowGradient | TiledGradient | StackedGradient
+
+
+def size(gradient: Tensor | RowGradient | TiledGradient) -> Tensor | None:
+    """``[]``: at least the Frobenius norm, from what there is: of slots ``|values| |rows|`` (Cauchy and Schwarz, for features that differ
+    within a row of slots). NaN and infinities show in it, and nothing is waited for."""
+    if isinstance(gradient, TiledGradient):
+        return gradient.size
+    if isinstance(gradient, RowGradient):
+        return norm(gradient.values) * norm(gradient.rows)
+    return norm(gradient)
+
+
+def norm(t: Tensor) -> Tensor:
+    """``[]``: of all elements, in float32 or wider."""
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
 def accumulate(steps: Sequence[Mapping[str, Gradient]], weights: Sequence[float] | None = None) -> dict[str, Gradient]:
@@ -99,7 +116,9 @@ def total(gradients: Sequence[Gradient]) -> Gradient:
         return gradients[0]
     tiles = [_tile(gradient) for gradient in gradients]
     n_features = next(gradient.n_features for gradient in gradients if isinstance(gradient, (RowGradient, TiledGradient)))
-    return TiledGradient(lambda part: sum((tile(part) for tile in tiles[1:]), tiles[0](part)), n_features)
+    sizes = [size(gradient) for gradient in gradients]  # pyright: ignore[reportArgumentType]
+    known = None if any(part is None for part in sizes) else torch.stack(sizes).sum()  # pyright: ignore[reportArgumentType]
+    return TiledGradient(lambda part: sum((tile(part) for tile in tiles[1:]), tiles[0](part)), n_features, size=known)
 
 
 def densify(gradient: Gradient) -> Tensor:
@@ -117,7 +136,8 @@ def _scaled(gradient: Gradient, weight: float) -> Gradient:
     if isinstance(gradient, RowGradient):
         return replace(gradient, values=gradient.values * weight)
     if isinstance(gradient, TiledGradient):
-        return replace(gradient, compute=lambda part: gradient.compute(part) * weight)
+        known = None if gradient.size is None else gradient.size * abs(weight)
+        return replace(gradient, compute=lambda part: gradient.compute(part) * weight, size=known)
     if isinstance(gradient, StackedGradient):
         return StackedGradient(gradient.n, lambda e: _scaled(gradient.part(e), weight))
     return gradient * weight

@@ -4,7 +4,7 @@
          + l1 * sum |latent| ||W_dec row|| / tokens + l0 * number of latents / tokens + AuxK
 
 with ``error = sum (target - x_hat)^2`` and ``unit`` the number of tokens ("mse") or ``sum (target - mean target)^2`` ("fvu"; where it is
-0, so is the term).
+0, so is the term). A spread such as the latter is 0 where it is no more than its own rounding, see ``spread``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AuxK:
         relu: clamp those scores at 0.
         bias: ``e_hat`` includes ``b_dec`` (which ``x_hat`` has already: two of the libraries below do it).
         denominator: "residual", ``sum (e - mean e)^2``; "total", ``sum (x - mean x)^2``; or "tokens", their number. Where it is 0 (a single
-            token) so is the term.
+            token, rows that are equal up to rounding: see ``losses.spread``) so is the term.
 
     Source: Gao et al. 2024 (arXiv 2406.04093). ``dictionary_learning()``, ``saelens()`` and ``sparsify()`` make each library's choices.
     """
@@ -115,15 +115,28 @@ def squares(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(wide) - b.to(wide)).square()
 
 
-def spread(x: Tensor) -> Tensor:
-    """``sum (x - mean x)^2`` over rows and columns, 0 without rows."""
+NOISE = 8
+"""Roundings in a mean, see ``spread``: of equal numbers torch's means are off by up to 2.5 (CPU, up to 65,536 rows)."""
+
+
+def spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum (x - mean x)^2`` over rows and columns, 0 without rows; and the rounding noise in it, ``(NOISE eps)^2 rows sum (mean x)^2``.
+
+    A spread up to that noise is 0: rows that do not differ leave the rounding error of their mean, a few eps of it in every element, and
+    what is divided by that says nothing. (A column whose standard deviation is below 1e-6 of its mean counts as constant in float32.)
+    """
     wide = x.to(accumulator(x.dtype))
-    return (wide - wide.mean(0)).square().sum() if x.shape[0] else wide.new_zeros(())
+    if not x.shape[0]:
+        return wide.new_zeros(()), wide.new_zeros(())
+    mean, limits = wide.mean(0), torch.finfo(wide.dtype)
+    noise = (mean * (NOISE * limits.eps)).square().sum().mul(x.shape[0]).clamp_max(limits.max)  # an infinite spread stays one
+    sums = (wide - mean).square().sum()
+    return torch.where(sums <= noise, 0, sums), noise
 
 
-def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b`` with 0/0 = 0."""
-    return a / torch.where((a == 0) & (b == 0), 1.0, b)
+def ratio(a: Tensor, b: Tensor, noise: Tensor) -> Tensor:
+    """``a / b`` with 0/0 = 0, where ``a`` up to ``noise`` is 0 as well."""
+    return torch.where((b == 0) & (a <= noise), 0, a / b)
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -151,7 +164,7 @@ def dead_share(aux: AuxK, d_in: int, dead: int) -> tuple[int, float]:
 def aux_denominator(aux: AuxK, residual: Tensor, target: Tensor) -> Tensor:
     if aux.denominator == "tokens":
         return residual.new_full((), max(residual.shape[0], 1))
-    return spread(residual if aux.denominator == "residual" else target)
+    return spread(residual if aux.denominator == "residual" else target)[0]
 
 
 def combine(
@@ -161,22 +174,22 @@ def combine(
     objective: str,
     aux: Tensor | None,
     error: Tensor | None = None,
-    whole: Tensor | None = None,
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> Loss:
     """The loss of one pass; ``aux`` is the AuxK term before its coefficient. ``error [P]``, ``sum (x_hat - target)^2`` of each prefix, and
     ``whole``, ``spread(target)``, where they are known."""
     tokens = max(target.shape[0], 1)
     error = squares(run.x_hats, target).sum((1, 2)) if error is None else error
-    whole = spread(target) if whole is None else whole
+    spreads, noise = spread(target) if whole is None else whole
     fit = error.mean() if run.frozen is None else error.mean() + squares(run.frozen, target).sum()
-    loss = quotient(fit, whole) if objective == "fvu" else fit / tokens
+    loss = quotient(fit, spreads) if objective == "fvu" else fit / tokens
     if run.magnitude is not None:
         loss = loss + terms.l1 * run.magnitude / tokens
     if run.counted is not None:
         loss = loss + terms.l0 * run.counted / tokens
     if aux is not None and terms.aux is not None:
         loss = loss + terms.aux.coefficient * aux
-    return Loss(loss, ratio(error[-1].detach(), whole.detach()), run.active.float() / tokens)
+    return Loss(loss, ratio(error[-1].detach(), spreads.detach(), noise.detach()), run.active.float() / tokens)
 
 
 @dataclass

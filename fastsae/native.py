@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -538,9 +539,11 @@ def adam(
 
     Args:
         grad: [F, D] without slots; else [rows, D], with values, indices [rows, K], or [nnz] with crow [rows + 1].
-        factor: None, or [] which multiplies the gradient.
+        factor: None, or [] which multiplies the gradient; NaN: nothing is written.
     """
     kernels = _C or _load()
+    if factor is not None and math.isnan(factor):
+        return
     for name, t in (("W", W), ("m", m), ("v", v)):
         if t.shape != W.shape or (lies := _lies(t)) is None or lies != _lies(W):
             raise ValueError(f"{name}: expected {list(W.shape)} as W lies, got {list(t.shape)} with strides {t.stride()}")
@@ -556,7 +559,7 @@ def adam(
 
 
 def refuses_signum(
-    y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, *options: float
+    y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, *options: Any
 ) -> str | None:
     """Why `signum` cannot serve these inputs, or None."""
     return _refuses_gradient(grad, values, indices, crow, y=y, z=z)
@@ -564,10 +567,12 @@ def refuses_signum(
 
 def signum(
     y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
-    lr: float, momentum: float, share: float, project: bool, normalise: bool,
+    lr: float, momentum: float, share: float, project: bool, normalise: bool, factor: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One step of schedule-free sign descent on y, z [F, D] with the same strides; grad, values, indices and crow as in `adam`."""
     kernels = _C or _load()
+    if factor is not None and math.isnan(factor):
+        return
     if z.shape != y.shape or (lies := _lies(y)) is None or _lies(z) != lies:
         raise ValueError(f"z: expected {list(y.shape)} as y lies, got {list(z.shape)} with strides {z.stride()}")
     _same(torch.float32, y, z)

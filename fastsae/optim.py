@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks
-from fastsae.gradients import Gradient, StackedGradient, TiledGradient
+from fastsae import _checks, _finite, _flags, _processes
+from fastsae.gradients import Gradient, StackedGradient, TiledGradient, norm
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient, checked_options
 from fastsae.ops.signum import SIGNUM
 
@@ -42,6 +42,18 @@ class _Job:
     unit: bool
     member: int = 0
 
+    def size(self) -> Tensor:
+        """``[]``: at least the gradient's norm."""
+        if isinstance(self.gradient, TiledGradient):
+            known = self.gradient.size
+            return torch.stack(self.squares()).sum().sqrt() if known is None else known
+        grad, values, *_ = self.gradient
+        return norm(grad) if values is None else norm(values) * norm(grad)
+
+    def squares(self) -> list[Tensor]:
+        """Sums of the squares of the gradient's elements, by ranges."""
+        return [GRAD_SQUARES(views[0], *tile, self.unit) for views, tile in self.tiles()]
+
     def tiles(self) -> Iterator[tuple[tuple[Tensor, ...], _Slots]]:
         """Ranges of rows of the views, and the gradient of each."""
         W = self.views[0]
@@ -65,6 +77,7 @@ class _Optimiser:
 
     _OPTIONS: tuple[str, ...]
     _BUFFERS: tuple[str, ...]
+    _SUMS: tuple[str, ...] = ()  # lists that count over steps
 
     def __init__(
         self,
@@ -72,8 +85,11 @@ class _Optimiser:
         lr: float | Sequence[float],
         schedule: Callable[[int], float] | None,
         unit_rows: Sequence[str] | None,
+        on_nonfinite: Literal["raise", "skip"],
     ):
         op = f"optim.{type(self).__name__}"
+        self.on_nonfinite = on_nonfinite
+        self.skipped = 0
         self.module = params if isinstance(params, nn.Module) else None
         self.members: int | None = getattr(params, "n_dictionaries", None)
         self.parameters = _named(op, params)
@@ -89,11 +105,16 @@ class _Optimiser:
         self.schedule, self.unit_rows = schedule, unit_rows
         self.steps = 0
         self._states: dict[str, _State] = {}
+        self._flag: Tensor | None = None  # on a GPU: whether a step was refused, and the steps taken before it
+        self._log: list[Any] = []  # the counters before each step since that was read
 
     def step(self, x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Any:
         """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
 
         Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them.
+
+        Raises: what ``step_gradients`` and ``apply`` raise; the module's buffers are then as before, too. RuntimeError: in a process group
+        of several processes, whose models would not be one.
         """
         kind = type(self).__name__
         if x is None:
@@ -102,11 +123,22 @@ class _Optimiser:
             raise TypeError(
                 f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
             )
-        metrics, gradients = self.module.step_gradients(x, target=target, mask=mask, **loss_options)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
-        self.apply(gradients)
+        _processes.refuse(
+            f"{kind}.step",
+            "each would train a model of its own. For one model: wrap a module whose forward returns sae.loss(x).loss in "
+            f"DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in each: "
+            f"{kind}.apply(sae.step_gradients(x)[1]), or train before the group is made",
+        )
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # pyright: ignore[reportOptionalMemberAccess]
+        try:
+            metrics, gradients = self.module.step_gradients(x, target=target, mask=mask, **loss_options)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+            refused = self._apply(gradients, getattr(metrics, "loss", None), (x, target, mask))
+        except BaseException:
+            _restore(buffers, True)
+            raise
+        _restore(buffers, refused)
         return metrics
 
-    @torch.no_grad()
     def apply(self, gradients: Mapping[str, Gradient | None] | None = None) -> None:
         """One step from gradients by parameter name; None: from the ``grad`` of each parameter, as after ``backward()``.
 
@@ -117,22 +149,83 @@ class _Optimiser:
         Raises:
             TypeError, ValueError: an unknown name, a wrong type, shape, dtype or device, a parameter that has changed since its first
                 step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
+                FloatingPointError: a gradient that is not finite, see ``on_nonfinite``: nothing has been written.
         """
+        self._apply(gradients)
+
+    @torch.no_grad()
+    def _apply(
+        self, gradients: Mapping[str, Gradient | None] | None, loss: Tensor | None = None, batch: tuple[Tensor | None, ...] = ()
+    ) -> bool | Tensor:
+        """Whether the step was refused: nothing was written then."""
         op = f"{type(self).__name__}.apply"
         self._check_options(op)
-        jobs = self._jobs(op, {name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
-        factors = self._clip(jobs)
+        if len(self._log) >= 1000:
+            self._settle()
+        jobs, states = self._jobs(op, {name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
         schedule = 1.0 if self.schedule is None else float(self.schedule(self.steps))
         rates = [lr * schedule for lr in (self.lr if isinstance(self.lr, Sequence) else [self.lr])]
         for lr in rates:
             if not 0 <= lr < float("inf"):
                 raise ValueError(f"{op}: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
+        norms = self._norms(jobs)
+        sizes = [job.size() for job in jobs] if norms is None else [*norms]
+        if isinstance(loss, Tensor):
+            sizes.append((loss - loss).abs().sum())  # 0, or NaN
+        taken = _finite.finite(sizes)
+        if isinstance(taken, Tensor) and self.on_nonfinite == "skip":
+            taken = bool(taken)
+        if taken is False:
+            if self.on_nonfinite == "raise" or _finite.spoilt(self.parameters):
+                raise FloatingPointError(self._refusal("step" if batch else "apply", *batch))
+            self.skipped += 1
+            return True
+        factors = self._factors(norms)
+        refused = False if taken is True else self._deferred(taken)
+        if refused is not False:
+            factors = [torch.where(refused, torch.nan, f) for f in factors or [refused.new_ones((), dtype=torch.float32)]]
+            factors = factors if len(factors) > 1 else factors * (self.members or 1)
+        self._states.update(states)
         self.steps += 1
         for name in {job.name for job in jobs}:
             self._states[name].step += 1
         self._move(jobs, rates if len(rates) > 1 else rates * (self.members or 1), factors)
         if hasattr(self.module, "weights_changed"):
             self.module.weights_changed()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
+        return refused
+
+    def _refusal(self, method: str, *batch: Tensor | None) -> str:
+        return (
+            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {_finite.culprit(self.parameters, *batch)}. "
+            "Nothing has been changed; on_nonfinite='skip' leaves such batches out and counts them"
+        )
+
+    def _deferred(self, taken: Tensor) -> Tensor:
+        """On a GPU, whose host does not wait: whether this step, or one since the last ``_settle``, is refused; no step is taken from the
+        first such one on."""
+        if self._flag is None:
+            self._flag = torch.zeros(2, dtype=torch.int32, device=taken.device)
+            _flags.watch(self)
+        self._log.append((self.steps, {name: s.step for name, s in self._states.items()}, [list(getattr(self, n)) for n in self._SUMS]))
+        bad, count = self._flag[0], self._flag[1]
+        bad.logical_or_(taken.logical_not())
+        count.add_(bad == 0)
+        return bad != 0
+
+    def _settle(self) -> None:
+        """FloatingPointError where a step on a GPU was refused since the last call, which this waits for; counters are then those before
+        it, as weights, moments and buffers are."""
+        log, self._log = self._log, []
+        if not log or self._flag is None:
+            return
+        bad, count = self._flag.tolist()
+        self._flag.zero_()
+        if bad:
+            self.steps, steps, sums = log[count]
+            self._states = {name: _State(step, self._states[name].buffers) for name, step in steps.items()}
+            for name, value in zip(self._SUMS, sums):
+                setattr(self, name, value)
+            raise FloatingPointError(f"{self._refusal('step')}. {len(log) - count - 1} steps after it were not taken either")
 
     def _move(self, jobs: Sequence[_Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
         """The step itself; ``rates`` and ``factors`` by member."""
@@ -147,15 +240,20 @@ class _Optimiser:
             value = getattr(self, name, None)
             setattr(self, name, type(value)(map(_checks.plain, value)) if isinstance(value, (tuple, list)) else _checks.plain(value))
         lr = self.lr
+        _finite.policy(op, self.on_nonfinite)
         if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
             raise ValueError(f"{op}: lr must be a number, or one for each of {self.members or 1} dictionaries, got {len(lr)}")
 
-    def _clip(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
+    def _norms(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
+        """The gradient's norm, or each member's, where it is needed; else None."""
+        return None
+
+    def _factors(self, norms: list[Tensor] | None) -> list[Tensor] | None:
         """Factors of the gradients, or None."""
         return None
 
-    def _jobs(self, op: str, gradients: Mapping[str, Gradient | None]) -> list[_Job]:
-        """The parameters to step, everything checked, their state made."""
+    def _jobs(self, op: str, gradients: Mapping[str, Gradient | None]) -> tuple[list[_Job], dict[str, _State]]:
+        """The parameters to step, everything checked, and their state, made where it is new."""
         if unknown := [name for name in gradients if name not in self.parameters]:
             raise ValueError(f"{op}: unknown parameter {unknown[0]!r}; known: {', '.join(self.parameters)}")
         jobs, fresh = [], {}
@@ -194,8 +292,7 @@ class _Optimiser:
                 views = tuple(map(_matrix, each))
                 jobs.append(_Job(op, name, views, _checked(op, what, g, views[0]), unit, e))
         jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
-        self._states.update(fresh)
-        return jobs
+        return jobs, fresh
 
     @property
     def _by_member(self) -> bool:
@@ -204,6 +301,7 @@ class _Optimiser:
 
     def state_dict(self) -> dict[str, Any]:
         """``steps``, the options, and ``state``: step and moments by parameter name. A schedule is a function and not in it."""
+        self._settle()
         state = {name: {"step": s.step, **dict(zip(self._BUFFERS, s.buffers))} for name, s in self._states.items()}
         return {"steps": self.steps, **{name: getattr(self, name) for name in self._OPTIONS}, "state": state}
 
@@ -215,6 +313,9 @@ class _Optimiser:
         if missing := [name for name in ("steps", *self._OPTIONS, "state") if name not in state_dict]:
             raise ValueError(f"{op}: not a state of fastsae.optim.{kind}: {missing[0]!r} is missing")
         self._states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
+        self._log = []
+        if self._flag is not None:
+            self._flag.zero_()
         for name in self._OPTIONS:
             setattr(self, name, state_dict[name])
         self.steps = state_dict["steps"]
@@ -245,6 +346,13 @@ class Adam(_Optimiser):
             before clipping: ``[]``, or ``[E]``.
         schedule: ``schedule(number of steps done)`` is a factor of ``lr``, e.g. ``warmup_linear_decay``; None: 1.
         unit_rows: names of matrices whose rows keep norm 1; None: what the module says in its attribute ``unit_rows``, or none.
+        on_nonfinite: what becomes of a step whose loss is not finite, or whose gradient's norm is not or is so large (2^60 in float32) that
+            its square soon would not be; without ``clip`` a bound of the norm is looked at (``gradients.size``), which costs no pass over
+            the gradient. Weights, moments, counters, and in ``step`` the module's buffers stay bit for bit what they were; of ``SAEs`` all
+            members'. "raise": FloatingPointError, which names the row of the batch, or the parameter. "skip": go on with the next batch;
+            ``skipped`` counts (a parameter that is not finite raises all the same). On a GPU "raise" does not wait: from such a step
+            on nothing is written until ``fastsae.check()``, ``state_dict()`` or one of 1000 steps reads the device's flag and raises;
+            "skip" waits for the answer in every step.
 
     Example:
         >>> opt = fastsae.optim.Adam(sae, lr=3e-4, clip=1.0, schedule=fastsae.optim.warmup_linear_decay(1000, 8000, 10000))
@@ -265,11 +373,12 @@ class Adam(_Optimiser):
         clip: float | None = None,
         schedule: Callable[[int], float] | None = None,
         unit_rows: Sequence[str] | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
     ):
         op = "optim.Adam"
         self.betas: tuple[float, float] = betas
         self.eps, self.weight_decay = eps, weight_decay
-        super().__init__(params, lr, schedule, unit_rows)
+        super().__init__(params, lr, schedule, unit_rows, on_nonfinite)
         if clip is not None:
             clip = _checks.number(op, "clip", clip)
         self.clip = clip
@@ -295,17 +404,16 @@ class Adam(_Optimiser):
     def _by_member(self) -> bool:
         return super()._by_member or (self.members is not None and self.clip is not None)
 
-    def _clip(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
-        """The factors that bring the global norm down to ``clip``, of each member or one for all, as ``clip_grad_norm_`` has it."""
+    def _norms(self, jobs: Sequence[_Job]) -> list[Tensor] | None:
         if self.clip is None or not jobs:
-            self.grad_norm = None
             return None
-        norms = []
-        for member in range(self.members or 1):
-            squares = [GRAD_SQUARES(views[0], *tile, job.unit) for job in jobs if job.member == member for views, tile in job.tiles()]
-            norms.append(torch.stack([s.to(squares[0].device, torch.float32) for s in squares]).sum().sqrt())
-        self.grad_norm = norms[0] if self.members is None else torch.stack(norms)
-        return [(self.clip / (norm + 1e-6)).clamp_max(1.0) for norm in norms]
+        each = [[s for job in jobs if job.member == member for s in job.squares()] for member in range(self.members or 1)]
+        return [torch.stack([s.to(squares[0].device, torch.float32) for s in squares]).sum().sqrt() for squares in each]
+
+    def _factors(self, norms: list[Tensor] | None) -> list[Tensor] | None:
+        """Those that bring the global norm down to ``clip``, of each member or one for all, as ``clip_grad_norm_`` has it."""
+        self.grad_norm = None if norms is None else norms[0] if self.members is None else torch.stack(norms)
+        return None if norms is None or self.clip is None else [(self.clip / (norm + 1e-6)).clamp_max(1.0) for norm in norms]
 
     def to_torch(self, **options: Any) -> torch.optim.Adam:
         """A ``torch.optim.Adam`` (``AdamW`` with a weight decay) over the same parameters with a copy of this state.
@@ -369,9 +477,9 @@ class Adam(_Optimiser):
                 raise ValueError(f"{op}: amsgrad and maximize are not supported")
             if group["weight_decay"] and not group.get("decoupled_weight_decay"):
                 raise ValueError(f"{op}: weight_decay must be decoupled (AdamW's), got the L2 penalty of torch.optim.Adam")
-        options = {key: float(groups[0][key]) for key in ("lr", "eps", "weight_decay")}
+        lr, eps, decay = (float(groups[0][key]) for key in ("lr", "eps", "weight_decay"))
         betas = (float(groups[0]["betas"][0]), float(groups[0]["betas"][1]))
-        made = cls(named, betas=betas, clip=clip, schedule=schedule, unit_rows=unit_rows, **options)
+        made = cls(named, lr, betas, eps, decay, clip=clip, schedule=schedule, unit_rows=unit_rows)
         numbers = [number for group in groups for number in group["params"]]
         for number, name in zip(numbers, order, strict=True):
             if number in state["state"]:
@@ -395,7 +503,7 @@ class Signum(_Optimiser):
     Args:
         params: a module (an ``SAE``, or ``SAEs``), or named parameters such as ``module.named_parameters()``; float32 or float64.
         lr: of one step, the size by which each element of z moves; for ``SAEs`` it may be a list, one a member.
-        momentum: above 0, at most 1. schedule, unit_rows: as in ``Adam``; a warm-up is the schedule that makes sense.
+        momentum: above 0, at most 1. schedule, unit_rows, on_nonfinite: as in ``Adam``; a warm-up is the schedule that makes sense.
 
     Sources: Bernstein et al. 2018 (arXiv 1802.04434), Defazio et al. 2024 (arXiv 2405.15682).
 
@@ -407,6 +515,7 @@ class Signum(_Optimiser):
 
     _OPTIONS = ("lr", "momentum", "lr_max", "weight_sum", "training")
     _BUFFERS = ("z",)
+    _SUMS = ("lr_max", "weight_sum")
 
     def __init__(
         self,
@@ -416,19 +525,18 @@ class Signum(_Optimiser):
         *,
         schedule: Callable[[int], float] | None = None,
         unit_rows: Sequence[str] | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
     ):
         self.momentum = momentum
         self.training = True
-        super().__init__(params, lr, schedule, unit_rows)
+        super().__init__(params, lr, schedule, unit_rows, on_nonfinite)
         self.lr_max = [0.0] * (self.members or 1)
         self.weight_sum = [0.0] * (self.members or 1)
 
-    def apply(self, gradients: Mapping[str, Gradient | None] | None = None) -> None:
+    def _apply(self, *args: Any) -> bool | Tensor:
         if not self.training:
             raise RuntimeError("Signum.apply: the parameters hold the average; call train() before the next step")
-        super().apply(gradients)
-
-    apply.__doc__ = _Optimiser.apply.__doc__
+        return super()._apply(*args)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -459,7 +567,7 @@ class Signum(_Optimiser):
         for job in jobs:
             options = (rates[job.member], float(self.momentum), shares[job.member], job.unit, job.unit)
             for views, tile in job.tiles():
-                SIGNUM(*views, *tile, *options)
+                SIGNUM(*views, *tile, *options, None if factors is None else factors[job.member].to(views[0]))
 
     def _fresh(self, p: Tensor) -> tuple[Tensor, ...]:
         return (p.detach().clone(memory_format=torch.preserve_format),)
@@ -481,6 +589,15 @@ class Signum(_Optimiser):
         self.lr_max, self.weight_sum = list(self.lr_max), list(self.weight_sum)
 
     load_state_dict.__doc__ = _Optimiser.load_state_dict.__doc__
+
+
+@torch.no_grad()
+def _restore(buffers: Iterable[tuple[Tensor, Tensor]], refused: bool | Tensor) -> None:
+    """Puts back what buffers held, where ``refused``; a GPU's answer is not waited for."""
+    if refused is False:
+        return
+    for buffer, before in buffers:
+        buffer.copy_(before if refused is True else torch.where(refused, before, buffer))
 
 
 def _checked(op: str, what: str, gradient: Any, W: Tensor) -> Any:

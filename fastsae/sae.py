@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks, _files, _seeds, dense, fused, pretrained
+from fastsae import _checks, _files, _finite, _processes, _seeds, dense, fused, pretrained
 from fastsae._precision import full_precision
 from fastsae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.gradients import Gradient
@@ -41,6 +41,10 @@ from fastsae.packed import PackedWeights
 
 _WEIGHTS = "sae.safetensors"
 _CONFIG = "cfg.json"
+_PAST = (
+    "it was called past DistributedDataParallel(sae), which averages gradients only of its own forward: wrap a module whose forward "
+    "returns sae.loss(x).loss"
+)
 
 
 class SAE(nn.Module):
@@ -89,6 +93,7 @@ class SAE(nn.Module):
     silent: Tensor
     scale: Tensor
     running_threshold: Tensor
+    _wrapped = False  # by DistributedDataParallel
 
     def __init__(
         self,
@@ -363,12 +368,18 @@ class SAE(nn.Module):
         Returns:
             ``Loss(loss, fvu, l0)``. ``fvu = sum (x - x_hat)^2 / sum (x - mean x)^2`` of the whole dictionary, 0/0 = 0.
 
+        In a process group of several a training mode's loss raises RuntimeError where each process would count for itself what the loss
+        uses (AuxK's dead features, BatchTopK's threshold), and where ``DistributedDataParallel(sae).module.loss`` would average nothing;
+        ``silent`` counts each process's rows.
+
         Where ReLU, JumpReLU or Gated fire on more than 1/8 of the scores this runs tile by tile over F (see ``dense``) with the same
         result up to rounding. Memory: the latents, or ``[B, tile]``.
         """
         op = "SAE.loss"
         self._check_input(op, x)
         x, target, terms = self._arguments(op, x, target, mask, l1, l0, aux)
+        if self.training and _processes.ranks() > 1:
+            self._check_processes(op, terms)
         cast, _, w = self._cast(x, target)
         if self._is_dense(cast, w):
             with self._no_autocast(x):
@@ -380,6 +391,28 @@ class SAE(nn.Module):
         term = None if terms.aux is None else self._aux(x, target, run.x_hats[-1], terms.aux)
         return combine(run, target, terms, self.objective, term)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> tuple[str, ...]:
+        """DistributedDataParallel reads this of what it wraps, and of nothing else: how ``loss`` knows that it ought to be called by it."""
+        self._wrapped = True
+        return self.__dict__.get("_ignored", ())
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Sequence[str]) -> None:
+        self.__dict__["_ignored"] = names
+
+    def _check_processes(self, op: str, terms: Terms) -> None:
+        """Refuses what would silently be each process's own."""
+        if terms.aux is not None or isinstance(self.activation, BatchTopK):
+            what = "dead features" if terms.aux is not None else "BatchTopK's threshold"
+            _processes.refuse(
+                op,
+                f"{what} would be those of each process's rows: train in one process (aux=False leaves AuxK out); where each process is to "
+                "train a model of its own, by optimiser.apply(sae.step_gradients(x)[1])",
+            )
+        if self._wrapped and torch.is_grad_enabled() and torch.nn.parallel.DistributedDataParallel._active_ddp_module is None:
+            _processes.refuse(op, _PAST)
+
     def _run(self, x: Tensor, terms: Terms) -> Pass:
         latents, counted, min_kept = self._encode(x)
         penalised, frozen = latents, None
@@ -389,7 +422,10 @@ class SAE(nn.Module):
         magnitude = None
         if terms.l1:
             norms = torch.linalg.vector_norm(self.W_dec, dim=1)
-            magnitude = (penalised.values.abs() * norms[features(penalised)]).sum()
+            feature = features(penalised)
+            # Of the two gathers, the one whose backward adds in a fixed order on this device.
+            weights = norms[feature] if norms.is_cuda else norms.index_select(0, feature.flatten()).view_as(feature)
+            magnitude = (penalised.values.abs() * weights).sum()
         values = latents.values.detach()
         return Pass(
             self._decode(latents, x, self.prefixes or [self.d_sae]),
@@ -435,6 +471,8 @@ class SAE(nn.Module):
             host waits for a device only with ``mask``, ``aux`` and the ragged activations' slots.
         """
         self._check_input("SAE.step_gradients", x)
+        if self._wrapped:
+            _processes.refuse("SAE.step_gradients", _PAST)
         x, target, terms = self._arguments("SAE.step_gradients", x, target, mask, l1, l0, aux)
         return fused.step(self, x, target, terms)
 
@@ -537,6 +575,9 @@ class SAE(nn.Module):
             encoder: "transpose" sets ``W_enc = W_dec`` (where their shapes agree); None leaves it.
 
         Returns: the module.
+
+        Raises: as ``loss``; ValueError: a row that is not finite, by its place; no row that counts; rows whose mean or normalisation is not
+        finite. The module is then as before.
         """
         op = "SAE.init_from"
         for name, value, known in (
@@ -546,22 +587,32 @@ class SAE(nn.Module):
         ):
             if value is not None and value not in known:
                 raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, known))} or None, got {value!r}")
-        self.scale.fill_(1)
+        given, scaled, factors = (x, target, mask), self._scaled, torch.ones_like(self.scale)
         self._scaled = False
-        x, target, _ = self._arguments(op, x, target, mask, None, None, None)
-        if x.shape[0] == 0:
-            raise ValueError(f"{op}: x must hold at least one token that counts, got none")
-        if norm is not None and self.transcoder and self.pre_bias:
-            raise ValueError(f"{op}: norm does not go with a transcoder that has a pre_bias, whose b_dec would need two scales")
-        wide = accumulator(x.dtype)
-        if norm == "rms":
-            self.scale.copy_(torch.stack([1 / t.to(wide).square().mean().sqrt() for t in (x, target)]))
-            if not bool(self.scale.isfinite().all()):
-                self.scale.fill_(1)
-                raise ValueError(f"{op}: norm='rms' needs activations that are finite and not all 0")
-            self._scaled = True
-        if b_dec is not None:
-            centre = target.to(wide).mean(0) if b_dec == "mean" else _geometric_median(target.to(wide))
+        try:
+            x, target, _ = self._arguments(op, x, target, mask, None, None, None)
+            if x.shape[0] == 0:
+                raise ValueError(f"{op}: x must hold at least one token that counts, got none")
+            if norm is not None and self.transcoder and self.pre_bias:
+                raise ValueError(f"{op}: norm does not go with a transcoder that has a pre_bias, whose b_dec would need two scales")
+            if (bad := _finite.bad_row(*given)) is not None:
+                raise ValueError(f"{op}: {bad}")
+            wide = accumulator(x.dtype)
+            if norm == "rms":
+                factors = torch.stack([1 / t.to(wide).square().mean().sqrt() for t in (x, target)]).to(factors)
+                if not bool((factors.isfinite() & (factors > 0)).all()):
+                    raise ValueError(f"{op}: norm='rms' needs activations that are finite and not all 0, and so their squares")
+            centre = None
+            if b_dec is not None:
+                centre = target.to(wide).mean(0) if b_dec == "mean" else _geometric_median(target.to(wide))
+                if not bool(centre.isfinite().all()):
+                    raise ValueError(f"{op}: the {b_dec} of the rows must be finite, got {float(centre[~centre.isfinite()][0])}")
+        except BaseException:
+            self._scaled = scaled
+            raise
+        self.scale.copy_(factors)
+        self._scaled = norm == "rms"
+        if centre is not None:
             self.b_dec.copy_(centre * self.scale[1])
         if encoder == "transpose" and self.d_out == self.d_in:
             self.W_enc.copy_(self.W_dec)

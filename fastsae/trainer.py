@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _files
+from fastsae import _checks, _files, _finite, _processes
 from fastsae._seeds import stream_seed
 from fastsae.activations import BatchTopK, TopK
 from fastsae.ensemble import SAEs
+from fastsae.gradients import norm
 from fastsae.sae import SAE
 
 # ---------------------------------------------------------------- checkpoints
@@ -174,6 +176,8 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
 
 # ---------------------------------------------------------------- the loop
 
+_MOST_SKIPPED = 100  # batches in a row
+
 
 class Trainer:
     """Trains an SAE with any torch optimiser, or with a fused one.
@@ -186,8 +190,16 @@ class Trainer:
             optimiser has its own.
         anneal: attributes of ``sae`` as functions of the step: ``{"k": linear(256, 64, 1000), "l1": ...}``.
         clip: largest norm of all gradients together (torch optimisers).
-        reduce: called with the parameters between backward and step, e.g. to average gradients over processes.
-        callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead.
+        reduce: called with the parameters between backward and step, e.g. to average gradients over processes. In a process group of
+            several it must be given (``lambda parameters: None`` where each process trains a model of its own); all processes then take
+            the same batches, steps and decisions, rank 0 saves, and metrics are those of each process's rows.
+        on_nonfinite: what becomes of a batch whose loss, or whose gradient's norm (or its square), is not finite; a fused optimiser has
+            its own. Parameters, optimiser, buffers, attributes under ``anneal`` and counters stay bit for bit what they were. "raise" (the
+            default): FloatingPointError with the step and the row. "skip": go on with the next batch, as if this one had not come;
+            ``skipped`` counts them, in the metrics and the progress line too. With torch optimisers a GPU's answer is waited for in
+            every step.
+        callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead,
+            skipped.
         checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used).
         progress: a tqdm bar where tqdm is installed, else lines on stderr.
 
@@ -204,6 +216,7 @@ class Trainer:
         anneal: Mapping[str, Callable[[int], float]] | None = None,
         clip: float | None = None,
         reduce: Callable[[list[Tensor]], object] | None = None,
+        on_nonfinite: Literal["raise", "skip"] | None = None,
         callback: Callable[[int, dict[str, float]], object] | None = None,
         log_every: int = 100,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -219,7 +232,7 @@ class Trainer:
                 f"Trainer: opt must be an optimiser with a step method, got {opt if isinstance(opt, type) else type(opt).__name__}"
             )
         self.fused = "target" in inspect.signature(opt.step).parameters
-        for name, value in (("schedule", schedule), ("clip", clip), ("reduce", reduce)):
+        for name, value in (("schedule", schedule), ("clip", clip), ("reduce", reduce), ("on_nonfinite", on_nonfinite)):
             if self.fused and value is not None:
                 raise ValueError(f"Trainer: {name} is for torch optimisers; give {type(opt).__name__} its own")
         for name, value in (("log_every", log_every), ("every", every)):
@@ -233,9 +246,10 @@ class Trainer:
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         clip = None if clip is None else _checks.number("Trainer", "clip", clip)
         self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
+        self.on_nonfinite = _finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else _file("Trainer", checkpoint), every
-        self.step = 0
+        self.step = self.skipped = 0
 
     def fit(self, batches: Iterable[Any], steps: int | None = None, *, resume: bool = False) -> dict[str, float]:
         """Trains on batches until step ``steps`` (counted from the very first, over resumes; None: until the batches end).
@@ -245,12 +259,16 @@ class Trainer:
                 where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
                 ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint was taken; another is the caller's to
                 position.
-            resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run.
+            resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run on the same instruction
+                set level (``fastsae info``, FASTSAE_ISA) with the same ``torch.get_num_threads()``. Levels from avx2 on have the same bits,
+                portable its own; the number of threads shows in the dense regime, whose products are torch's.
 
         Returns: the metrics of the last step; empty where there was none to take.
 
         Raises: TypeError: ``batches`` is one tensor, or a batch is nothing of the above. ValueError: batches that end before ``steps`` and
-        give no more; ``resume`` without a ``checkpoint``, or from a file that is damaged or does not fit.
+        give no more; ``resume`` without a ``checkpoint``, or from a file that is damaged or does not fit. FloatingPointError: see
+        ``on_nonfinite``; under "skip" where 100 batches in a row, or all that there were, have been skipped; the checkpoint stays the last
+        good one. RuntimeError: processes of a group that cannot train one model.
         """
         op = "Trainer.fit"
         if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
@@ -260,72 +278,171 @@ class Trainer:
             steps = _checks.integer(op, "steps", steps, 0)
         if resume and self.checkpoint is None:
             raise ValueError(f"{op}: resume needs a file to go on from, Trainer(checkpoint=..)")
-        if resume and self.checkpoint is not None and self.checkpoint.exists():
-            self.load(self.checkpoint, batches)
+        if (alone := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and not _processes.grouped():
+            file = "" if self.checkpoint is None else f" and writes {self.checkpoint}"
+            warnings.warn(
+                f"{op}: WORLD_SIZE is {alone} and there is no process group: each process trains a model of its own{file}. For one model "
+                "call torch.distributed.init_process_group() and give Trainer(reduce=..); otherwise give each process its own file",
+                stacklevel=2,
+            )
+        if resume and self.checkpoint is not None:
+            if self.checkpoint.exists():
+                self.load(self.checkpoint, batches)
+            self._check_alike()
         self.sae.train()
         last: dict[str, float] = {}
         result: dict[str, Tensor] = {}
+        row = 0  # batches skipped, one after the other
         with _bar(self.progress, steps, self.step) as bar:
             for batch in self._stream(batches, steps):
-                result = self.train_step(*_columns(batch, self.sae.W_dec.device))
+                skipped = self.skipped
+                metrics = self.train_step(*_columns(batch, self.sae.W_dec.device))
+                row = row + 1 if self.skipped > skipped else 0
+                if row >= _MOST_SKIPPED:
+                    raise FloatingPointError(f"{op}: after step {self.step} {row} batches in a row were not finite and have been skipped")
+                if row:
+                    continue
+                result = metrics
                 self.step += 1
                 final = self.step == steps
                 bar.update()
                 if final or self.step % self.log_every == 0:
-                    last = {name: float(value) for name, value in result.items()}  # the only wait for a device
+                    last = self._read(result)
                     bar.show(last)
                     if self.callback is not None:
                         self.callback(self.step, last)
                 if self.checkpoint is not None and (final or self.step % self.every == 0):
                     self.save(self.checkpoint, batches)
+            if steps is None and not result and row:
+                raise FloatingPointError(f"{op}: no step has been taken: none of the {row} batches was finite")
             if steps is None and result:
-                last = {name: float(value) for name, value in result.items()}
+                last = self._read(result)
                 if self.checkpoint is not None:
                     self.save(self.checkpoint, batches)
         return last
 
+    def _read(self, result: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics as numbers: with a fused optimiser the only wait for a device, and where one says that a step was not finite."""
+        if hasattr(self.opt, "_settle"):
+            self.opt._settle()
+        read = {name: float(value) for name, value in result.items()}
+        if self.fused and read["loss"] - read["loss"] != 0:  # of an optimiser that knows no policy
+            raise FloatingPointError(f"Trainer.fit: the loss of step {self.step} is {read['loss']}")
+        return {**read, "skipped": self.skipped}
+
     def train_step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """One step; the metrics as 0-d tensors."""
-        for name, value in self.anneal.items():
-            setattr(self.sae, name, value(self.step))
-        if self.fused:
-            return self.opt.step(x, target=target, mask=mask)._asdict()
-        if self.schedule is not None:
-            for group in self.opt.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.schedule(self.step)
-        self.opt.zero_grad()
-        result = self.sae.loss(x, target, mask=mask)
-        result.loss.backward()
-        parameters: list[Tensor] = [p for p in self.sae.parameters() if p.grad is not None]
-        if self.reduce is not None:
-            self.reduce(parameters)
-        if self.sae.unit_rows:
-            self.sae.remove_parallel_gradient_()
-        if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-        self.opt.step()
-        if self.sae.unit_rows:
-            self.sae.normalise_decoder_()
-        return {"loss": result.loss.detach(), "fvu": result.fvu, "l0": result.l0, "dead": self.sae.dead_features.sum()}
+        """One step; the metrics as 0-d tensors. It has not been taken where ``skipped`` counts one more."""
+        if self.reduce is None:
+            _processes.refuse(
+                "Trainer.train_step",
+                "each would train a model of its own: give Trainer a torch optimiser and reduce=, which averages the gradients (or does "
+                "nothing, lambda parameters: None, where each process is to train its own)",
+            )
+        annealed = {name: getattr(self.sae, name) for name in self.anneal}
+        skipped = self.skipped
+        try:
+            for name, value in self.anneal.items():
+                setattr(self.sae, name, value(self.step))
+            if not self.fused:
+                return self._autograd_step(x, target, mask)
+            before = getattr(self.opt, "skipped", 0)
+            metrics = self.opt.step(x, target=target, mask=mask)._asdict()
+            self.skipped += getattr(self.opt, "skipped", 0) - before
+            return metrics
+        except BaseException:
+            skipped = -1
+            raise
+        finally:
+            if skipped != self.skipped:
+                for name, value in annealed.items():
+                    setattr(self.sae, name, value)
+
+    def _autograd_step(self, x: Tensor, target: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
+        rate = 1.0 if self.schedule is None else self.schedule(self.step)
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"Trainer: schedule must give a finite factor of at least 0, got {rate} at step {self.step}")
+        buffers = [(buffer, buffer.clone()) for buffer in self.sae.buffers()]
+        refused = True
+        try:
+            self.opt.zero_grad()
+            result = self.sae.loss(x, target, mask=mask)
+            result.loss.backward()
+            parameters: list[Tensor] = [p for p in self.sae.parameters() if p.grad is not None]
+            loss = result.loss.detach()
+            shared = self.reduce is not None and _processes.ranks() > 1
+            if shared and not bool(loss.isfinite()):  # into the gradients, which all processes see
+                for p in parameters:
+                    p.grad.fill_(torch.nan)  # pyright: ignore[reportOptionalMemberAccess]
+            if self.reduce is not None:
+                self.reduce(parameters)
+            if self.sae.unit_rows:
+                self.sae.remove_parallel_gradient_()
+            sizes = [norm(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
+            refused = not bool(_finite.finite(sizes))
+        finally:
+            if refused:
+                self.opt.zero_grad()
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        named = dict(self.sae.named_parameters())
+        if refused and (self.on_nonfinite == "raise" or _finite.spoilt(named)):
+            raise FloatingPointError(
+                f"Trainer: step {self.step + 1} is not finite: {_finite.culprit(named, x, target, mask)}. Nothing has been changed; "
+                "on_nonfinite='skip' leaves such batches out and counts them"
+            )
+        if refused:
+            self.skipped += 1
+        else:
+            if self.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+            for group in self.opt.param_groups if self.schedule is not None else ():
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
+            self.opt.step()
+            if self.sae.unit_rows:
+                self.sae.normalise_decoder_()
+        return {"loss": loss, "fvu": result.fvu, "l0": result.l0, "dead": self.sae.dead_features.sum()}
 
     def save(self, path: str | os.PathLike[str], batches: Any = None) -> None:
-        """A checkpoint of module, optimiser, step, torch's random state and the position in ``batches``."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        """A checkpoint of module, optimiser, step, torch's random state and the position in ``batches``; in a process group rank 0's, and
+        by it alone. FloatingPointError: a parameter is not finite; the file stays what it was."""
+        if _processes.rank() != 0:
             return
-        extra = {"step": self.step, "rng": torch.get_rng_state()}
+        if (reason := _finite.spoilt(dict(self.sae.named_parameters()))) is not None:
+            raise FloatingPointError(f"Trainer.save: {reason}; {path} has not been touched")
+        extra = {"step": self.step, "rng": torch.get_rng_state(), "skipped": self.skipped}
         if hasattr(batches, "state_dict"):
             extra["data"] = batches.state_dict()
         save_checkpoint(path, self.sae, self.opt, extra)
 
     def load(self, path: str | os.PathLike[str], batches: Any = None) -> None:
-        """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step."""
+        """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step.
+
+        In a process group the file holds rank 0's position: the other ranks' ``Batches``, which are as long, go there in an order of their
+        own seed, their random state stays, and they count silent features on from rank 0's. RuntimeError for other batches with a state,
+        whose position is each rank's to restore.
+        """
         extra = load_checkpoint(path, self.sae, self.opt).extra
         if missing := [name for name in ("step", "rng") if name not in extra]:
             raise ValueError(f"Trainer.load: {path} was not written by a Trainer: extra holds no {missing[0]!r}")
-        self.step = extra["step"]
-        torch.set_rng_state(extra["rng"])
+        self.step, self.skipped = extra["step"], extra.get("skipped", 0)
+        if _processes.rank() == 0:
+            torch.set_rng_state(extra["rng"])
         if "data" in extra and hasattr(batches, "load_state_dict"):
-            batches.load_state_dict(extra["data"])
+            if _processes.ranks() > 1 and not isinstance(batches, Batches):
+                _processes.refuse(
+                    "Trainer.load",
+                    f"{path} holds the position of rank 0 alone: restore that of {type(batches).__name__} on each, and hand fit an "
+                    "iterable without load_state_dict",
+                )
+            batches.load_state_dict({**extra["data"], **({"seed": batches.seed} if _processes.rank() else {})})
+
+    def _check_alike(self) -> None:
+        """RuntimeError where processes would go on from different steps, as where one does not see the file."""
+        if (n := _processes.ranks()) > 1:
+            steps: list[Any] = [None] * n
+            torch.distributed.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:
+                raise RuntimeError(f"Trainer.fit: resume must find {self.checkpoint} on all ranks, which are at the steps {steps} now")
 
     def _stream(self, batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
         while steps is None or self.step < steps:
@@ -337,7 +454,8 @@ class Trainer:
             if steps is None:
                 return
             if self.step == before:
-                raise ValueError(f"Trainer.fit: batches ended after step {self.step} of {steps} and give no more")
+                more = f" ({self.skipped} that were not finite have been skipped)" if self.skipped else ""
+                raise ValueError(f"Trainer.fit: batches ended after step {self.step} of {steps} and give no more{more}")
 
 
 def _steps_any(opt: Any, sae: SAE) -> bool:
@@ -384,6 +502,7 @@ class _bar:  # noqa: N801 (used as a function)
 
     def show(self, metrics: dict[str, float]) -> None:
         text = f"FVU {metrics['fvu']:.3f}, L0 {metrics['l0']:.1f}, dead {metrics['dead']:.0f}"
+        text += f", {metrics['skipped']:.0f} skipped" if metrics["skipped"] else ""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
         elif self.wanted:

@@ -84,7 +84,9 @@ def adam_kernel(
         tl.store(squares + feature, tl.sum(g * g, axis=0))
     else:
         if FACTOR:
-            g = g * tl.load(factor)
+            scale = tl.load(factor)
+            g = g * scale
+            mask = mask & (scale == scale)  # NaN: a step that shall not be taken
         moment = beta1 * tl.load(m + at, mask=mask, other=0) + rest1 * g
         second = beta2 * tl.load(v + at, mask=mask, other=0) + rest2 * (g * g)
         tl.store(m + at, moment, mask=mask)

@@ -30,9 +30,10 @@ def _lerp(a, b, share, COLUMNS: tl.constexpr):
 
 @kernel(do_not_specialize=["n_rows", "split"])
 def signum_kernel(
-    y, z, grad, values, rows, segments, chunks, partials,
+    y, z, grad, values, rows, segments, chunks, partials, factor,
     n_rows, n_columns, split, stride_r, stride_g, stride_p, lr, back, share, towards,
-    SPARSE: tl.constexpr, STRIDED: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr, COLUMNS: tl.constexpr,
+    SPARSE: tl.constexpr, STRIDED: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
@@ -46,6 +47,9 @@ def signum_kernel(
     before = tl.load(z + at, mask=mask, other=0)
     average = _lerp(tl.load(y + at, mask=mask, other=0), before, back, COLUMNS)
     after = before - lr * sign
+    if FACTOR:
+        scale = tl.load(factor)
+        mask = mask & (scale == scale)  # NaN: a step that shall not be taken
     tl.store(z + at, after, mask=mask)
     w = _lerp(_lerp(average, after, share, COLUMNS), after, towards, COLUMNS)
     if NORMALISE:
@@ -58,7 +62,7 @@ def signum_kernel(
 
 def signum(
     y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
-    lr: float, momentum: float, share: float, project: bool, normalise: bool,
+    lr: float, momentum: float, share: float, project: bool, normalise: bool, factor: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One step in place; y and z are contiguous. The contract is fastsae.ops.signum's."""
     (features, D), (size, warps) = y.shape, adam.row_size(y.shape[1])
@@ -67,8 +71,8 @@ def signum(
         if features == 0 or D == 0:
             return
         signum_kernel[(features,)](
-            y, z, grad, *sparse,
+            y, z, grad, *sparse, factor,
             grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, lr, 1 - 1 / momentum, share, 1 - momentum,
-            SPARSE=values is not None, STRIDED=grad.stride(1) != 1, PROJECT=project, NORMALISE=normalise,
+            SPARSE=values is not None, STRIDED=grad.stride(1) != 1, FACTOR=factor is not None, PROJECT=project, NORMALISE=normalise,
             COLUMNS=size, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer, load_checkpoint, save_checkpoint
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer, load_checkpoint, native, save_checkpoint
 from fastsae.gradients import densify
 from fastsae.losses import Metrics
 from fastsae.trainer import Batches, linear
@@ -287,6 +287,42 @@ def test_a_resumed_run_has_the_bits_of_the_whole_one(kind: str, make: Any, tmp_p
     assert torch.equal(from_file(data()).x_hat, whole(data()).x_hat)
     assert extra["step"] == 23
     assert [p.name for p in path.parent.iterdir()] == ["run.pt"]
+
+
+LEVELS = native.isa_levels() if native.unavailable() is None else []
+OPTIMISERS: dict[str, Any] = {
+    "torch": adam,
+    "adam": lambda sae: fastsae.optim.Adam(sae, lr=3e-3, clip=1.0),
+    "signum": lambda sae: fastsae.optim.Signum(sae, lr=3e-3),
+}
+
+
+@pytest.mark.skipif(not LEVELS, reason=f"no C++ kernels: {native.unavailable()}")
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu", "slots"])
+def test_a_resumed_run_has_its_bits_on_every_level_and_number_of_threads(kind: str, tmp_path: Path) -> None:
+    """The optimisers take turns; relu is in the dense regime, slots the same out of it."""
+    threads, x = torch.get_num_threads(), data(600, 96)
+    settings = [(level, n) for level in sorted({LEVELS[0], LEVELS[-1]}) for n in (1, 2)]
+    if os.environ.get("HYPOTHESIS_PROFILE") == "deep":
+        settings = [(level, n) for level in LEVELS for n in (1, 2, 3)] * 3
+
+    def run(make: Any, steps: int, path: Path | None) -> SAE:
+        more = {"batchtopk": {"prefixes": [64, 128]}, "slots": {"dense": False}}
+        options = {**KINDS["relu" if kind == "slots" else kind], **more.get(kind, {})}
+        sae = SAE(96, 128, seed=0, **options)
+        Trainer(sae, make(sae), checkpoint=path, progress=False).fit(Batches(x, size=400, seed=1), steps, resume=path is not None)
+        return sae
+
+    try:
+        for number, (level, n) in enumerate(settings):
+            torch.set_num_threads(n)
+            make = list(OPTIMISERS.values())[(number if len(settings) < 10 else number * 3 // len(settings)) % 3]
+            path = tmp_path / f"{number}.pt"
+            with native.use_isa(level):
+                whole, _ = run(make, 3, None), run(make, 1, path)
+                assert same(whole, run(make, 3, path)), (level, n)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_checkpoint_of_everything(tmp_path: Path) -> None:

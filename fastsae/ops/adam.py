@@ -15,12 +15,15 @@ with ``grad [rows, D]``, and row f is then what decode_dweight writes there: the
         W[f] = W[f] - lr / (1 - beta1^step) * m[f] / (sqrt(v[f]) / sqrt(1 - beta2^step) + eps)
         W[f] = W[f] / |W[f]|                              with ``normalise``, unless |W[f]| < 1e-8
 
+A factor that is NaN leaves W, m and v as they are: a step that shall not be taken, known to the device alone.
+
 A feature without slots has g = 0: its moments decay and it moves all the same, which is what makes this Adam the dense one (Kingma and Ba
 2015, arXiv 1412.6980; decay after Loshchilov and Hutter 2019, arXiv 1711.05101). Sums are in float32 (float64 stays).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -89,6 +92,15 @@ def normalise_rows(W: Tensor) -> Tensor:
     return W.div_(torch.where(norm < 1e-8, 1.0, norm))
 
 
+@contextlib.contextmanager
+def kept_if_nan(factor: Tensor | None, *written: Tensor) -> Iterator[None]:
+    """What is written inside is undone where ``factor`` is NaN, without a look at it."""
+    before = [] if factor is None else [t.clone() for t in written]
+    yield
+    for t, old in zip(written, before):
+        t.copy_(torch.where(factor.isnan(), old, t))  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def adam_reference(
     W: Tensor, m: Tensor, v: Tensor,
     grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
@@ -96,9 +108,10 @@ def adam_reference(
 ) -> None:  # fmt: skip
     for part, g in _gradient_tiles(W, grad, values, indices, crow, project):
         g = g if factor is None else g * factor
-        m[part].lerp_(g, 1 - beta1)
-        v[part].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        _move(W[part], m[part], v[part], lr, beta1, beta2, eps, weight_decay, step, normalise)
+        with kept_if_nan(factor, W[part], m[part], v[part]):
+            m[part].lerp_(g, 1 - beta1)
+            v[part].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            _move(W[part], m[part], v[part], lr, beta1, beta2, eps, weight_decay, step, normalise)
 
 
 def grad_squares_reference(
@@ -144,6 +157,7 @@ def _adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
                 number += 1
                 matrices = _matrices(device, dtype, generator, features, width, transposed=number % 5 == 0)
                 factor = None if number % 3 else _seeds.uniform(generator, ()).to(device=device, dtype=dtype)
+                factor = factor if number % 12 or factor is None else factor * torch.nan
                 yield *matrices, *given, factor, *settings[number % len(settings)], project, normalise
 
 
@@ -177,6 +191,8 @@ def _check_adam(args: tuple, result: tuple[Tensor, Tensor, Tensor]) -> float:
     from fastsae.testing import check_values
 
     W, m, v, grad, values, indices, crow, factor, lr, beta1, beta2, eps, weight_decay, step, project, normalise = args
+    if factor is not None and bool(factor.isnan()):
+        return check_kept((W, m, v), result)
     exact, plain = map(_copies, (_double(args), args))
     adam_reference(*exact)
     adam_reference(*plain)
@@ -197,6 +213,15 @@ def _check_adam(args: tuple, result: tuple[Tensor, Tensor, Tensor]) -> float:
         norm = torch.linalg.vector_norm(free, dim=1, keepdim=True)
         size = size / torch.where(norm < 1e-8, 1.0, norm)
     return max(error, check_values(new_W, moved(torch.float64, normalise), moved(W.dtype, normalise), size))
+
+
+def check_kept(args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> float:
+    """A step whose factor is NaN has written nothing."""
+    from fastsae.testing import Mismatch
+
+    if not all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(args, result, strict=True)):
+        raise Mismatch("a factor that is NaN must leave everything as it is")
+    return 0.0
 
 
 def _check_grad_squares(args: tuple, result: Tensor) -> float:
@@ -315,7 +340,7 @@ def adam_(
         gradient: ``[F, D]``, or a ``RowGradient`` of F features whose values and rows have W's dtype or a narrower one.
         step: number of this step, 1 for the first.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; results agree with it to rounding.
-        factor: ``[]``, dtype of W: multiplies the gradient, after the projection.
+        factor: ``[]``, dtype of W: multiplies the gradient, after the projection; NaN: nothing is written.
         project: remove from the gradient of each row its component along the row (of norm 1).
         normalise: scale each row to norm 1 afterwards; rows shorter than 1e-8 stay.
 

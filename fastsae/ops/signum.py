@@ -11,6 +11,8 @@ The weights are ``y``, where gradients are taken; ``z`` follows the signs, and t
     y[f] = lerp(x[f], z[f], 1 - momentum)
     y[f] = y[f] / |y[f]|                              with ``normalise``, unless |y[f]| < 1e-8
 
+A ``factor []`` that is NaN leaves y and z as they are, as in ``adam``; any other would be positive, and is not used: it changes no sign.
+
 The C++ row takes float32 rows, or two transposed views of the same strides; the Triton row float32, row-major, at most 8192 columns.
 
 Sign descent: Bernstein et al. 2018 (arXiv 1802.04434); schedule-free averaging around it: Defazio et al. 2024 (arXiv 2405.15682).
@@ -35,6 +37,8 @@ from fastsae.ops.adam import (
     _gradient_tiles,
     _matrices,
     _size_of_gradient,
+    check_kept,
+    kept_if_nan,
     matrices_refused,
     normalise_rows,
 )
@@ -53,10 +57,11 @@ def _move(y: Tensor, z: Tensor, sign: Tensor, lr: float, momentum: float, share:
 
 def signum_reference(
     y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
-    lr: float, momentum: float, share: float, project: bool, normalise: bool,
+    lr: float, momentum: float, share: float, project: bool, normalise: bool, factor: Tensor | None = None,
 ) -> None:  # fmt: skip
     for part, g in _gradient_tiles(y, grad, values, indices, crow, project):
-        _move(y[part], z[part], g.sign(), lr, momentum, share, normalise)
+        with kept_if_nan(factor, y[part], z[part]):
+            _move(y[part], z[part], g.sign(), lr, momentum, share, normalise)
 
 
 # ---------------------------------------------------------------- samples and checks
@@ -66,14 +71,17 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     settings = ((1e-3, 0.95, 1.0), (3e-2, 0.5, 0.25), (1e-4, 1.0, 1e-3), (0.0, 0.9, 0.0))  # lr, momentum, share
     every = _adam_samples(device, dtype, generator)
     for number, (W, m, _, grad, values, indices, crow, *_, project, normalise) in enumerate(itertools.islice(every, 0, None, 3)):
-        yield W, W + m, grad, values, indices, crow, *settings[number % len(settings)], project, normalise
+        factor = None if number % 4 else torch.full((), 1.0 if number % 8 else torch.nan, device=device, dtype=dtype)
+        yield W, W + m, grad, values, indices, crow, *settings[number % len(settings)], project, normalise, factor
 
 
 def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
     """z against the signs of float64, either one where the gradient is within its rounding of 0; then y from the result's own z."""
     from fastsae.testing import Mismatch, check_values
 
-    y, z, grad, values, indices, crow, lr, momentum, share, project, normalise = args
+    y, z, grad, values, indices, crow, lr, momentum, share, project, normalise, *factor = args
+    if factor and factor[0] is not None and bool(factor[0].isnan()):
+        return check_kept((y, z), result)
     new_y, new_z = result
     if new_z.shape != z.shape or new_z.dtype != z.dtype:
         raise Mismatch(f"z must stay {list(z.shape)} {z.dtype}, got {list(new_z.shape)} {new_z.dtype}")
@@ -108,7 +116,7 @@ def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generat
     values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
     indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
     y, z, _ = _matrices(device, dtype, generator, 16384, 512, False)
-    return y, y + z, values @ y[:32], values, indices, None, 1e-3, 0.95, 0.1, False, False
+    return y, y + z, values @ y[:32], values, indices, None, 1e-3, 0.95, 0.1, False, False, None
 
 
 # ---------------------------------------------------------------- rows
@@ -121,7 +129,7 @@ def triton_refuses(y: Tensor, z: Tensor, *rest: Any) -> str | None:
 
 SIGNUM = Op(
     "signum(Tensor(a!) y, Tensor(b!) z, Tensor grad, Tensor? values, Tensor? indices, Tensor? crow, float lr, float momentum, "
-    "float share, bool project, bool normalise) -> ()",
+    "float share, bool project, bool normalise, Tensor? factor=None) -> ()",
     signum_reference,
     fake=lambda *args: None,
     samples=_samples,

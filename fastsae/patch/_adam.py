@@ -93,7 +93,8 @@ def step(
     for group, state, (W, m, v), gradient, unit, normal in jobs:
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        scale = None if factor is None else factor.to(W)
+        # The library's step makes everything NaN of a norm that is; a NaN here would leave everything as it is.
+        scale = None if factor is None else factor.nan_to_num(torch.inf).to(W)
         options = (float(group["lr"]), beta1, beta2, group["eps"], 0.0, int(state["step"]), unit, normal)
         for rows, tile in _tiles(W, gradient):
             ADAM(W[rows], m[rows], v[rows], *tile, scale, *options)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks
+from fastsae import _checks, _processes
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import TopKLatents
@@ -268,6 +268,7 @@ def train_step(
 
     Returns: sparsify's ``ForwardOutput``; after a step without dense gradients its numbers are detached.
     """
+    _processes.refuse("train_step", "each would train a model of its own: the library's Trainer wraps its coders and averages gradients")
     project = coder.cfg.normalize_decoder and not coder.cfg.transcode
     if project:
         coder.set_decoder_norm_to_unit_norm()
