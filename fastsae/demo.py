@@ -8,16 +8,15 @@ same runs on synthetic superposition data. What is done is kept in the output fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
-import os
 import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastsae
-from fastsae import SAE, RaggedLatents, TopK, _activations_minilm, plots
+from fastsae import SAE, RaggedLatents, TopK, _activations_minilm, _files, _weights, plots
 from fastsae._machine import machine
 
 FORMAT = 1  # of the cached activations and dictionaries
@@ -116,21 +115,19 @@ def synthetic_data(rows: int, width: int, seed: int = 20221213) -> dict[str, Ten
 
 
 def _load_data(settings: Settings, path: Path, fresh: bool) -> dict[str, Tensor]:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     if path.exists() and not fresh:
-        with safe_open(path, "pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
-            if (file.metadata() or {}).get("key") == settings.data_key():
+        with contextlib.suppress(ValueError):  # a damaged file is made again
+            data, about = _weights.read(path)
+            if about is not None and about["config"] == {"key": settings.data_key()}:
                 print(f"activations: from {path}")
-                return load_file(path)
+                return data
     if settings.synthetic:
         data = synthetic_data(settings.tokens, settings.width)
     else:
         data = _activations_minilm.extract(settings.tokens, settings.layer)
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous().clone() for name, tensor in data.items()}, part, metadata={"key": settings.data_key()})
-    os.replace(part, path)
+    data = {name: tensor.contiguous().clone() for name, tensor in data.items()}
+    about = {"format": "fastsae", "config": {"key": settings.data_key()}}
+    _files.replace(path, lambda part: _weights.save_safetensors(part, data, about))
     return data
 
 
@@ -225,7 +222,7 @@ def _load_sae(settings: Settings, seed: int, data: dict[str, Tensor], folder: Pa
     record.unlink(missing_ok=True)
     sae, curve = train(data["x"][~data["held"]], data["x"][data["held"]], settings, seed)
     sae.save(folder)
-    record.write_text(json.dumps({"key": key, "curve": curve}))
+    _files.replace_text(record, json.dumps({"key": key, "curve": curve}))
     return sae, curve
 
 
@@ -636,7 +633,7 @@ def _run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
@@ -704,7 +701,7 @@ def _run(args: argparse.Namespace) -> int:
         "examples": examples,
         "seconds": seconds,
     }
-    (out / "demo.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    _files.replace_text(out / "demo.json", json.dumps(results, indent=1, ensure_ascii=False))
     _print_table(results)
     print(f"\n{sum(seconds.values()):.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in seconds.items())})")
     written = ["demo.json", *sorted(path.name for path in out.glob("*.png")), *(f"sae-seed{seed}/" for seed in settings.seeds)]
