@@ -38,15 +38,14 @@ def replace_all(files: Mapping[Path, Fill]) -> None:
     that the process gives new files.
     """
     parts: dict[Path, Path] = {}
-    path = Path()
+    path = next(iter(files))
     try:
         for path, fill in files.items():
             if path.exists() and not path.is_file():
                 kind = errno.EISDIR if path.is_dir() else errno.EEXIST
                 raise OSError(kind, os.strerror(kind))
-            part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
+            parts[path] = part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
             with open(part, "xb") as file:  # nothing that is there already is opened, nor a link followed
-                parts[path] = part
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             fill(part)
             os.chmod(part, mode)  # some libraries put a private file of theirs in its place

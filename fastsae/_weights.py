@@ -95,12 +95,12 @@ def save_pt(part: Path, content: Any, about: Mapping[str, Any] | None = None) ->
     kept = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
-        with open(part, "wb") as file:  # a file of Python's, whose errors say what is wrong
+        with open(part, "wb") as file:  # of Python, whose errors say what is wrong
             torch.save(content, file)
     finally:
         torch.serialization.set_crc32_options(kept)
     if about is not None:
-        with zipfile.ZipFile(part, "a") as archive:
+        with open(part, "rb+") as file, zipfile.ZipFile(file, "a") as archive:  # by its name it would be made anew where opening fails
             archive.writestr(f"archive/{_ENTRY}", _sealed(about))
 
 
@@ -221,6 +221,9 @@ def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None) ->
                         arrays[name] = np.require(np.lib.format.read_array(file, allow_pickle=False), requirements="C")
                         if file.read(1):  # to the end, where the checksum is compared
                             raise ValueError(f"{name} is longer than its array")
+                    array = arrays[name]
+                    if array.dtype.kind == "U" and (np.frombuffer(array.tobytes(), array.dtype.str[0] + "u4") > 0x10FFFF).any():
+                        raise ValueError(f"{name} is no text")  # Python would make an invalid string of it
         except Exception as error:  # so does a reader of archives
             raise ValueError(f"{path} is not an .npz file of numbers: {error}") from error
     return arrays

@@ -322,7 +322,9 @@ class CodeCounter:
         counter = cls.__new__(cls)
         try:
             counter.__setstate__(_weights.read_arrays(Path(path), "iuU"))
-        except (KeyError, ValueError, IndexError, RuntimeError, MemoryError, TypeError, AttributeError) as error:
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # reading damaged bytes may raise anything
             raise ValueError(f"CodeCounter.load: {path} is damaged or not a saved CodeCounter: {error}") from error
         return counter
 

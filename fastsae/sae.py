@@ -147,7 +147,9 @@ class SAE(nn.Module):
         W = directions(self.d_out)
 
         def vector(start: float | Tensor | None) -> nn.Parameter:
-            return nn.Parameter(W.new_zeros(d_sae) + (start.detach().to(W) if isinstance(start, Tensor) else start or 0.0))
+            if isinstance(start, Tensor):
+                return nn.Parameter(W.new_zeros(d_sae) + start.detach().to(W))
+            return nn.Parameter(W.new_full((d_sae,), start or 0.0))  # no sum: on the meta device torch's compiler would be imported for it
 
         if not tied:
             self.W_enc = nn.Parameter(W.clone() if self.d_out == d_in else directions(d_in))

@@ -161,7 +161,7 @@ def _check_state(state: Mapping[str, Any], fresh: SAE | SAEs) -> None:
         like = isinstance(held, Tensor) and (
             held.dtype == want.dtype if name in parameters else held.is_floating_point() == want.is_floating_point()
         )
-        if not like or held.shape != want.shape or held.layout is not torch.strided:
+        if not like or held.shape != want.shape or held.layout is not torch.strided or held.device.type != "cpu":
             got = f"{held.dtype} {list(held.shape)}" if isinstance(held, Tensor) else type(held).__name__
             raise ValueError(f"its {name} must be {want.dtype} {list(want.shape)}, got {got}")
         if name not in parameters and not bool(
@@ -189,8 +189,11 @@ def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> N
         for name, value in theirs.items():
             if isinstance(group.get(name), (int, float)) and not isinstance(value, (int, float, Tensor)):
                 raise ValueError(f"{name} is {value!r}, the optimiser has {group[name]!r}")
-        for number, p in zip(theirs["params"], group["params"]):
-            for name, value in state["state"].get(number, {}).items():
+        entries = [state["state"].get(number, {}) for number in theirs["params"]]
+        if len({frozenset(entry) for entry in entries if entry}) > 1:
+            raise ValueError(f"parameters have different states: {[sorted(entry) for entry in entries]}")
+        for entry, p in zip(entries, group["params"]):
+            for name, value in entry.items():
                 tensor = isinstance(value, Tensor) and value.dim() == p.dim() and type(opt).__module__.startswith("torch.")
                 if tensor and any(size not in (1, whole) for size, whole in zip(value.shape, p.shape)):
                     raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}")
