@@ -636,6 +636,8 @@ class SAE(nn.Module):
         options |= {"skip": config.get("skip_connection", False), "normalise_decoder": config.get("normalize_decoder")}
         transcoder = _checks.flag("SAE", "transcoder", config.get("transcoder", config.get("transcode", False)))
         options["d_out"] = config["d_out"] if transcoder else None
+        if not transcoder and config.get("d_out") not in (None, config["d_in"]):
+            raise ValueError(f"d_out={config['d_out']!r} is for transcoders")
         options["aux"] = None if config.get("aux") is None else AuxK(**config["aux"])
         return cls(config["d_in"], config["num_latents"], activation, **options, dtype=dtype, device=device, seed=seed)
 

@@ -194,8 +194,10 @@ def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> N
             raise ValueError(f"parameters have different states: {[sorted(entry) for entry in entries]}")
         for entry, p in zip(entries, group["params"]):
             for name, value in entry.items():
-                tensor = isinstance(value, Tensor) and value.dim() == p.dim() and type(opt).__module__.startswith("torch.")
-                if tensor and any(size not in (1, whole) for size, whole in zip(value.shape, p.shape)):
+                elementwise = type(opt).__module__.startswith("torch.") and not isinstance(opt, torch.optim.LBFGS)
+                if not elementwise or not isinstance(value, Tensor) or value.numel() == 1:
+                    continue
+                if value.dim() != p.dim() or any(size not in (1, whole) for size, whole in zip(value.shape, p.shape)):
                     raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}")
 
 

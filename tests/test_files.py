@@ -624,24 +624,25 @@ def test_an_optimiser_of_something_else_changes_nothing(name: str, tmp_path: Pat
 
 def test_a_damaged_optimiser_s_state_changes_nothing(tmp_path: Path) -> None:
     """Each value in turn replaced by another type, size or range."""
-    for make in (optim.Adam, optim.Signum, adam):
+    for make in (optim.Adam, adam, *([optim.Signum] if DEEP else [])):
         sae = made({}, 0)
         opt = make(sae)
         opt.step(rows()) if not isinstance(opt, torch.optim.Optimizer) else stepped(opt, sae)
         path = save_checkpoint(tmp_path / "x.pt", sae, opt)
         whole = torch.load(path, weights_only=True)
         load_checkpoint(path, sae, opt)
-        before, taken = state_of(sae, opt), []
+        before = state_of(sae, opt)
         for change in changes(whole["opt"]):
             torch.save({**whole, "opt": change}, path)
             try:
                 load_checkpoint(path, sae, opt)
-                taken.append(change)
-                opt.step(rows()) if not isinstance(opt, torch.optim.Optimizer) else stepped(opt, sae)
-                sae.load_state_dict(whole["sae"])
-                opt.load_state_dict(whole["opt"])
             except ValueError:
                 assert state_of(sae, opt) == before
+                continue
+            if make is not adam:  # torch's takes what it likes, but for sizes
+                opt.step(rows())
+            sae.load_state_dict(whole["sae"])
+            opt.load_state_dict(whole["opt"])
 
 
 def changes(value: Any, name: str = "") -> Iterator[Any]:
@@ -664,7 +665,8 @@ def test_a_damaged_state_changes_nothing(tmp_path: Path) -> None:
         whole = torch.load(path, weights_only=True)
         before = state_of(sae)
         for name, tensor in whole["sae"].items():
-            wrong: list[Any] = [None, "text", tensor.reshape(-1)[:0], tensor.unsqueeze(0), tensor.to(torch.int8), tensor.to("meta")]
+            wrong: list[Any] = [None, "text", tensor.reshape(-1)[:0], tensor.unsqueeze(0), tensor.to("meta")]
+            wrong += [tensor.to(torch.int8)] if tensor.is_floating_point() else [tensor.float()]
             wrong += [tensor.to_sparse()] if tensor.dim() else []
             wrong += [-tensor - 1] if name in ("scale", "silent") else []
             wrong += [torch.full_like(tensor, float("nan"))] if name in ("scale", "running_threshold") else []
