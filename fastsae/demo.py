@@ -8,7 +8,6 @@ same runs on synthetic superposition data. What is done is kept in the output fo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import platform
@@ -17,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -116,11 +116,10 @@ def synthetic_data(rows: int, width: int, seed: int = 20221213) -> dict[str, Ten
 
 def _load_data(settings: Settings, path: Path, fresh: bool) -> dict[str, Tensor]:
     if path.exists() and not fresh:
-        with contextlib.suppress(ValueError):  # a damaged file is made again
-            data, about = _weights.read(path)
-            if about is not None and about["config"] == {"key": settings.data_key()}:
-                print(f"activations: from {path}")
-                return data
+        data, about = _weights.read(path)
+        if about is not None and about["config"] == {"key": settings.data_key()}:
+            print(f"activations: from {path}")
+            return data
     if settings.synthetic:
         data = synthetic_data(settings.tokens, settings.width)
     else:
@@ -633,7 +632,7 @@ def _run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 
-    @contextlib.contextmanager
+    @contextmanager
     def stage(name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
