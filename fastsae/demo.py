@@ -638,14 +638,12 @@ def _run(args: argparse.Namespace) -> int:
         yield
         seconds[name] = time.perf_counter() - start
 
-    from safetensors import SafetensorError
-
     try:
         with stage("activations"):
             data = _load_data(settings, out / "activations.safetensors", args.fresh)
         with stage("training"):
             trained = {seed: _load_sae(settings, seed, data, out / f"sae-seed{seed}", args.fresh) for seed in settings.seeds}
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, KeyError) as error:
         print(f"fastsae demo: {error} (--fresh makes what lies in {out} anew)", file=sys.stderr)
         return 2
     n = data["x"].shape[0]
