@@ -48,7 +48,8 @@ def replace_all(files: Mapping[Path, Fill]) -> None:
             with open(part, "xb") as file:  # nothing that is there already is opened, nor a link followed
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             fill(part)
-            os.chmod(part, mode)  # some libraries put a private file of theirs in its place
+            if stat.S_IMODE(part.stat().st_mode) != mode:
+                os.chmod(part, mode)  # some libraries put a private file of theirs in its place
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
         for path, part in parts.items():
