@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastsae
 from bench.harness import milliseconds
-from fastsae import _activations_minilm
+from fastsae import _activations_minilm, _files
 from fastsae._machine import machine
 from fastsae.plots import figure
 
@@ -176,7 +176,7 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
 
     def finish(canvas: Any, axes: Any, name: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
-        canvas.savefig(out / name, dpi=130)
+        _files.replace_figure(out / name, canvas, dpi=130)
 
     canvas, axes = figure(figsize=(7, 4.2))
     sizes = counts["sizes"]
@@ -208,7 +208,7 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
         axes.set_yticks(range(len(labels)), labels)
         axes.set(title=f"layer {row['layer']}", xlabel="token of the neighbour", ylabel="token")
     canvas.colorbar(image, ax=panels, shrink=0.8, label=f"share of the {near['k']} nearest")
-    canvas.savefig(out / "graph.png", dpi=130, bbox_inches="tight")
+    _files.replace_figure(out / "graph.png", canvas, dpi=130, bbox_inches="tight")
 
     canvas, axes = figure(figsize=(7.5, 4.4))
     rows = results["timing"]
@@ -256,7 +256,7 @@ def main() -> int:
         "neighbours": near,
         "timing": timing(codes[len(codes) // 2], neurons, sizes),
     }
-    (args.out / "codes.json").write_text(json.dumps(results, indent=1) + "\n")
+    _files.replace_text(args.out / "codes.json", json.dumps(results, indent=1) + "\n")
     written = draw(args.out, results)
     print(f"wrote codes.json, {', '.join(written)} into {args.out}")
     return 0

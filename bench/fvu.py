@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import training
-from fastsae import _activations_minilm, demo
+from fastsae import _activations_minilm, _files, demo
 from fastsae._machine import machine
 from fastsae.optim import warmup_linear_decay
 from fastsae.plots import figure
@@ -158,7 +158,7 @@ def plot(curves: list[dict[str, list[dict[str, float]]]], title: str, path: Path
     panels[0].set_ylabel("held-out FVU")
     panels[0].legend(frameon=False, title="mean at the end")
     canvas.suptitle(title, fontsize=10)
-    canvas.savefig(path, dpi=150)
+    _files.replace_figure(path, canvas, dpi=150)
 
 
 def main() -> None:
@@ -172,7 +172,7 @@ def main() -> None:
     about = {"date": datetime.date.today().isoformat(), **machine(), "settings": settings, "data": shape}
     report = {**about, "results": found, "curves": curves}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "fvu.json").write_text(json.dumps(report, indent=1) + "\n")
+    _files.replace_text(args.out / "fvu.json", json.dumps(report, indent=1) + "\n")
     title = f"{source}: D {x.shape[1]}, F {args.features}, k {args.k}, batch {args.batch}, {args.threads} thread(s), {args.seeds} seeds"
     plot(curves, title, args.out / "fvu.png")
     print(f"{'who':<26} {'FVU, mean (each seed)':<36} {'seconds':>8} {'ours / theirs: FVU':>20} {'seconds':>8} {'CPU':>6}")

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae
+from fastsae import _files
 from fastsae._activations_minilm import _checkout_hidden
 from fastsae.dispatch import OPS
 
@@ -259,9 +260,7 @@ class Bench:
             "seconds": time.monotonic() - self.start,
             "results": self.entries, "notes": self.notes,
         }  # fmt: skip
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(self.path)
+        _files.replace_text(self.path, json.dumps(report, indent=1) + "\n")
 
 
 @contextmanager
@@ -887,9 +886,7 @@ class State:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"done": self.done, "running": self.running, "since": self.since}))
-        partial.replace(self.path)
+        _files.replace_text(self.path, json.dumps({"done": self.done, "running": self.running, "since": self.since}))
 
     def begin(self, row: str) -> None:
         self.running, self.since = row, time.time()

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fastsae import _files
+
 
 def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int:
     if options.device != "cpu":
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
         stem += "-" + "-".join(options.ops)
     if options.rows:
         stem += "-" + re.sub(r"[^a-z0-9]+", "-", options.rows.lower()).strip("-")
-    (out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    _files.replace_text(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
     if options.json:
         print(json.dumps(report, indent=1))
     else:
@@ -127,7 +129,7 @@ def plot(entries: list[dict[str, Any]], path: Path) -> list[str]:
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=8)
     axes.set_xlabel("our time / the best other in the run (line: min .. max)")
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.savefig(path, dpi=150)
+    _files.replace_figure(path, canvas, dpi=150)
     return [path.name]
 
 
@@ -165,5 +167,5 @@ def plot_growth(entries: list[dict[str, Any]], path: Path) -> list[str]:
         )
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    canvas.savefig(path, dpi=150)
+    _files.replace_figure(path, canvas, dpi=150)
     return [path.name]

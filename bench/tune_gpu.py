@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu import Bench
-from fastsae import _triton
+from fastsae import _files, _triton
 from fastsae.dispatch import OPS
 
 Run = Callable[[], Any]
@@ -214,9 +214,7 @@ class Tuner:
             **b.machine, "device": str(b.device), "capability": capability, "quick": b.quick, "now": str(self.start),
             "seconds": time.monotonic() - b.start, "winners": self.winners(), "notes": b.notes, "results": self.results,
         }  # fmt: skip
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(self.path)
+        _files.replace_text(self.path, json.dumps(report, indent=1) + "\n")
 
 
 def compile_all(tuner: Tuner, dtypes: list[torch.dtype], part: int, parts: int) -> None:

@@ -6,25 +6,21 @@ processes, and gives the same table as one ``count_codes`` over everything.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae import _checks, _files, _weights
 
 _FORMAT = "fastsae CodeCounter 1"
 _KINDS = ("hll", "cpc")
-_UNREADABLE = (KeyError, ValueError, EOFError, IndexError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 class CodeCount(NamedTuple):
@@ -284,7 +280,7 @@ class CodeCounter:
 
     def __setstate__(self, state: Mapping[str, np.ndarray]) -> None:
         about = json.loads(str(state["about"]))
-        if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        if not isinstance(about, dict) or about.get("format") != _FORMAT or not isinstance(about.get("layers"), list):
             raise ValueError("not the state of a CodeCounter of this version")
         self.__init__(about["layers"], sketch=about["sketch"], lg_k=about["lg_k"])
         seen, ends, data, counts = (np.asarray(state[name]) for name in ("seen", "ends", "data", "counts"))
@@ -309,16 +305,13 @@ class CodeCounter:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an ``.npz`` file (arrays only, no pickle) that ``load`` reads; a file at ``path`` is replaced at once or not at all."""
-        path = os.fspath(path)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=f".{os.path.basename(path)}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **self.__getstate__())  # pyright: ignore[reportArgumentType]
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        state = self.__getstate__()
+
+        def fill(part: Path) -> None:
+            with open(part, "wb") as file:  # a path would be given the ending .npz
+                np.savez(file, allow_pickle=False, **state)  # pyright: ignore[reportArgumentType]
+
+        _files.replace(Path(path), fill)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CodeCounter:
@@ -326,16 +319,13 @@ class CodeCounter:
 
         Raises: ValueError: damaged, or not such a file. OSError: it cannot be opened. ImportError: a sketch without ``datasketches``.
         """
-        path = os.fspath(path)
         counter = cls.__new__(cls)
-        with open(path, "rb") as file:
-            try:
-                with np.load(file, allow_pickle=False) as arrays:
-                    counter.__setstate__({name: arrays[name] for name in ("about", "seen", "ends", "data", "counts")})
-            except ImportError:
-                raise
-            except (*_UNREADABLE, TypeError, AttributeError, OSError) as error:
-                raise ValueError(f"CodeCounter.load: {path} is damaged or not a saved CodeCounter: {error}") from error
+        try:
+            counter.__setstate__(_weights.read_arrays(Path(path), "iuU"))
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # reading damaged bytes may raise anything
+            raise ValueError(f"CodeCounter.load: {path} is damaged or not a saved CodeCounter: {error}") from error
         return counter
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import platform
 import statistics
 import sys
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastsae
-from fastsae import SAE, RaggedLatents, TopK, _activations_minilm, plots
+from fastsae import SAE, RaggedLatents, TopK, _activations_minilm, _files, _weights, plots
 from fastsae._machine import machine
 
 FORMAT = 1  # of the cached activations and dictionaries
@@ -116,21 +115,18 @@ def synthetic_data(rows: int, width: int, seed: int = 20221213) -> dict[str, Ten
 
 
 def _load_data(settings: Settings, path: Path, fresh: bool) -> dict[str, Tensor]:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     if path.exists() and not fresh:
-        with safe_open(path, "pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
-            if (file.metadata() or {}).get("key") == settings.data_key():
-                print(f"activations: from {path}")
-                return load_file(path)
+        data, about = _weights.read(path)
+        if about is not None and about["config"] == {"key": settings.data_key()}:
+            print(f"activations: from {path}")
+            return data
     if settings.synthetic:
         data = synthetic_data(settings.tokens, settings.width)
     else:
         data = _activations_minilm.extract(settings.tokens, settings.layer)
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous().clone() for name, tensor in data.items()}, part, metadata={"key": settings.data_key()})
-    os.replace(part, path)
+    data = {name: tensor.contiguous().clone() for name, tensor in data.items()}
+    about = {"format": "fastsae", "config": {"key": settings.data_key()}}
+    _files.replace(path, lambda part: _weights.save_safetensors(part, data, about))
     return data
 
 
@@ -225,7 +221,7 @@ def _load_sae(settings: Settings, seed: int, data: dict[str, Tensor], folder: Pa
     record.unlink(missing_ok=True)
     sae, curve = train(data["x"][~data["held"]], data["x"][data["held"]], settings, seed)
     sae.save(folder)
-    record.write_text(json.dumps({"key": key, "curve": curve}))
+    _files.replace_text(record, json.dumps({"key": key, "curve": curve}))
     return sae, curve
 
 
@@ -642,14 +638,12 @@ def _run(args: argparse.Namespace) -> int:
         yield
         seconds[name] = time.perf_counter() - start
 
-    from safetensors import SafetensorError
-
     try:
         with stage("activations"):
             data = _load_data(settings, out / "activations.safetensors", args.fresh)
         with stage("training"):
             trained = {seed: _load_sae(settings, seed, data, out / f"sae-seed{seed}", args.fresh) for seed in settings.seeds}
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, KeyError) as error:
         print(f"fastsae demo: {error} (--fresh makes what lies in {out} anew)", file=sys.stderr)
         return 2
     n = data["x"].shape[0]
@@ -704,7 +698,7 @@ def _run(args: argparse.Namespace) -> int:
         "examples": examples,
         "seconds": seconds,
     }
-    (out / "demo.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    _files.replace_text(out / "demo.json", json.dumps(results, indent=1, ensure_ascii=False))
     _print_table(results)
     print(f"\n{sum(seconds.values()):.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in seconds.items())})")
     written = ["demo.json", *sorted(path.name for path in out.glob("*.png")), *(f"sae-seed{seed}/" for seed in settings.seeds)]

@@ -312,13 +312,20 @@ class _Optimiser:
         op = f"{kind}.load_state_dict"
         if missing := [name for name in ("steps", *self._OPTIONS, "state") if name not in state_dict]:
             raise ValueError(f"{op}: not a state of fastsae.optim.{kind}: {missing[0]!r} is missing")
-        self._states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
-        self._log = []
-        if self._flag is not None:
-            self._flag.zero_()
+        states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
+        steps = _checks.integer(op, "steps", state_dict["steps"], 0)
+        before = {name: getattr(self, name) for name in self._OPTIONS}
         for name in self._OPTIONS:
             setattr(self, name, state_dict[name])
-        self.steps = state_dict["steps"]
+        try:
+            self._check_options(op)
+        except (TypeError, ValueError):
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
+        self._states, self.steps, self._log = states, steps, []
+        if self._flag is not None:
+            self._flag.zero_()
 
     def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> _State:
         if name not in self.parameters:

@@ -3,17 +3,19 @@
 A reader turns (configuration, tensors) of a format into (``SAE.config()``, tensors by ``SAE``'s names); a writer does the opposite. What
 ``SAE`` does not compute is refused by name.
 
-    format                encoder        decoder        input           keeps
-    fastsae               [F, D]         [F, D]         - b_dec         as configured
-    saelens               [D, F]         [F, D]         flag            score > threshold; top k, with decoder norms or without
-    sparsify              [F, D]         [F, D]         unless transcode  top k
-    dictionary_learning   [F, D], [D, F] [D, F], [F, D] by class        by class; score > threshold
-    gemma_scope           [D, F]         [F, D]         x               score > threshold
+    format                encoder        decoder        input             unit rows        keeps
+    fastsae               [F, D]         [F, D]         - b_dec           as configured    as configured
+    saelens               [D, F]         [F, D]         flag              older: flag    score > threshold; top k, with decoder norms or not
+    sparsify              [F, D]         [F, D]         unless transcode  flag             top k
+    dictionary_learning   [F, D], [D, F] [D, F], [F, D] by class          by class         by class; score > threshold
+    gemma_scope           [D, F]         [F, D]         x                 yes              score > threshold
+
+Training keeps decoder rows at norm 1 where the format does so and the rows are (``_unit``): otherwise the first step, of whatever rate,
+would change what the file computes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -42,10 +44,11 @@ class Options(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """``config`` as ``SAE.config()``; ``tensors`` by ``SAE``'s names."""
+    """``config`` as ``SAE.config()``; ``tensors`` by ``SAE``'s names; ``more`` as in ``_weights.files``."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    more: dict[str, Any] = {}  # noqa: RUF012 (never written to)
 
 
 # ---------------------------------------------------------------- common steps
@@ -79,6 +82,20 @@ def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     return value
+
+
+def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return default if value is None else value
+
+
+def _unit(W: Tensor) -> bool:
+    """Whether all rows have norm 1, up to 2e-6 or, in half precision, its spacing at 1; rows of zeros stay what they are in any case."""
+    tolerance = max(2e-6, torch.finfo(W.dtype).eps if W.dtype in (torch.float16, torch.bfloat16) else 0.0)
+    norms = torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in W.split(4096)])
+    return bool((((norms - 1).abs() <= tolerance) | (norms == 0)).all())
 
 
 def _config(tensors: Mapping[str, Tensor], activation: str, **more: Any) -> dict[str, Any]:
@@ -154,19 +171,19 @@ def _read_saelens(config: dict[str, Any], tensors: dict[str, Tensor], options: O
     _agree("d_sae", config.get("d_sae"), found["W_enc"].shape[0])
     found = {name: tensor.to(options.dtype or _DTYPES[dtype]) for name, tensor in found.items()}
     if finetuned is not None and not torch.allclose(finetuned, torch.ones_like(finetuned)):
-        if not config.get("finetuning_scaling_factor"):
+        if not _flag(config, "finetuning_scaling_factor", False):
             raise ValueError("a scaling_factor that is not 1 beside finetuning_scaling_factor false contradicts itself")
         if finetuned.shape != (found["W_dec"].shape[0],):
             raise ValueError(f"scaling_factor must have shape [{found['W_dec'].shape[0]}], got {list(finetuned.shape)}")
         found["W_dec"] = (found["W_dec"].double() * finetuned.double().unsqueeze(1)).to(found["W_dec"].dtype)
     found = _scaled_inputs(config, found, options)
-    apply = config.get("apply_b_dec_to_input", not transcoder)
+    apply = _flag(config, "apply_b_dec_to_input", not transcoder)
     if transcoder and apply:
         raise ValueError("apply_b_dec_to_input does not go with a transcoder")
-    more: dict[str, Any] = {"pre_bias": bool(apply)}
+    more: dict[str, Any] = {"pre_bias": apply, "normalize_decoder": _flag(config, "normalize_sae_decoder", False)}
     if kind == "topk":
         more["k"] = _count("k", k)
-    if config.get("rescale_acts_by_decoder_norm") and kind == "topk":
+    if _flag(config, "rescale_acts_by_decoder_norm", False) and kind == "topk":
         found = fold_decoder_norm(found)
     if transcoder:
         d_out = found["W_dec"].shape[1]
@@ -200,15 +217,18 @@ def _scaled_inputs(config: dict[str, Any], tensors: dict[str, Tensor], options: 
         if options.scaling_factor is not None:
             raise ValueError("scaling_factor does not go with normalize_activations 'none'")
         return tensors
-    if normalise != "expected_average_only_in":
-        known = "none, expected_average_only_in"
-        raise ValueError(f"normalize_activations {normalise!r} is not supported (it depends on each row); known: {known}")
-    if options.scaling_factor is None:
+    if normalise not in ("expected_average_only_in", "constant_scalar_rescale"):
+        rows = "it depends on each row"
+        reasons = {"layer_norm": rows, "constant_norm_rescale": rows, "covariance_whitening": "its matrices must be folded in first"}
+        known = "none, expected_average_only_in, constant_scalar_rescale"
+        raise ValueError(f"normalize_activations {normalise!r} is not supported ({reasons.get(str(normalise), 'unknown')}); known: {known}")
+    factor = config.get("activation_normalization_factor") if options.scaling_factor is None else options.scaling_factor
+    if factor is None:
         raise ValueError(
-            "normalize_activations 'expected_average_only_in' multiplies inputs by a number that the file does not hold: "
+            f"normalize_activations {normalise!r} multiplies inputs by a number that the file does not hold: "
             "give it as scaling_factor=, or 1.0 where your inputs are scaled already"
         )
-    factor = _checks.number("SAE.from_pretrained", "scaling_factor", options.scaling_factor)
+    factor = _checks.number("SAE.from_pretrained", "scaling_factor", factor)
     out = {name: tensor / factor if name in ("W_dec", "b_dec") else tensor for name, tensor in tensors.items()}
     out["W_enc"] = tensors["W_enc"] * factor
     return out
@@ -218,22 +238,22 @@ def _read_sparsify(config: dict[str, Any], tensors: dict[str, Tensor], options: 
     activation = config.get("activation", "topk")
     if activation != "topk":
         raise ValueError(f"sparsify activation {activation!r} is not supported; known: topk")
-    if config.get("signed"):
+    if _flag(config, "signed", False):
         raise ValueError("sparsify's signed top k is not supported")
     if "W_dec" not in tensors:
         raise ValueError("the file holds an encoder only (it was saved with decoder=False)")
-    skip = bool(config.get("skip_connection", False))
+    skip = _flag(config, "skip_connection", False)
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
     found = _matrices(_take(tensors, names | ({"W_skip": "W_skip"} if skip else {})))
     F, d_in = found["W_enc"].shape
     _agree("d_in", config.get("d_in"), d_in)
     # num_latents 0 means expansion_factor times d_in.
     _agree("num_latents", config.get("num_latents") or d_in * _count("expansion_factor", config.get("expansion_factor", 32)), F)
-    transcode = bool(config.get("transcode", False))
+    transcode = _flag(config, "transcode", False)
     more: dict[str, Any] = {"k": _count("k", config.get("k", 32)), "pre_bias": not transcode}
     if transcode or skip:
         more |= {"transcode": True, "d_out": found["W_dec"].shape[1], "skip_connection": skip}
-    more["normalize_decoder"] = bool(config.get("normalize_decoder", True)) and not transcode
+    more["normalize_decoder"] = _flag(config, "normalize_decoder", True) and not transcode
     return Loaded(_config(found, "topk", **more), found)
 
 
@@ -277,12 +297,15 @@ def _read_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor]
     if options.pre_bias is not None and kind != "JumpReluAutoEncoder":
         raise ValueError(f"pre_bias is for JumpReluAutoEncoder, whose files do not say; this is {kind}")
     more: dict[str, Any] = {"pre_bias": kind not in ("AutoEncoderNew", "JumpReluAutoEncoder") or bool(options.pre_bias)}
+    more["normalize_decoder"] = kind != "AutoEncoderNew"
     if optional:
         more["k"] = _agreed_k(k, trainer.get("k"))
-    if activation == "batchtopk":
-        if threshold is not None and (threshold.dim() or not threshold.is_floating_point()):
+    if activation == "batchtopk" and threshold is None:  # nothing says what evaluation keeps: with -1 it would be every positive score
+        activation = "topk"
+    if activation == "batchtopk" and threshold is not None:
+        if threshold.dim() or not threshold.is_floating_point():
             raise ValueError(f"threshold must be one number, got {list(threshold.shape)} {threshold.dtype}")
-        found["running_threshold"] = torch.tensor(-1.0, device="cpu", dtype=torch.float32) if threshold is None else threshold.float()
+        found["running_threshold"] = threshold.float()
         beta = trainer.get("threshold_beta", 0.999)
         more["rate"] = 1 - _checks.number("SAE.from_pretrained", "threshold_beta", beta, positive=False)
     if groups is not None:
@@ -312,7 +335,7 @@ def _read_gemma_scope(config: dict[str, Any], tensors: dict[str, Tensor], option
     names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     found = _matrices(_take(tensors, names), "W_enc")
     found = {name: tensor.to(options.dtype or torch.float32) for name, tensor in found.items()}
-    return Loaded(_config(found, "jumprelu", pre_bias=False), found)
+    return Loaded(_config(found, "jumprelu", pre_bias=False, normalize_decoder=True), found)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor], Options], Loaded]] = {
@@ -326,9 +349,7 @@ _READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor], Options], Loade
 
 def read(source: str | os.PathLike[str], format: str | None, options: Options) -> Loaded:  # noqa: A002
     """(configuration, tensors) of a local folder or weights' file. ValueError where it is damaged or not supported."""
-    found, weights, config_path = _weights.locate(source, format)
-    config = {} if config_path is None else _weights.read_json(config_path)
-    tensors = _weights.read_tensors(weights)
+    found, weights, config, tensors, more = _weights.read_configured(source, format)
     if options.scaling_factor is not None and found != "saelens":
         raise ValueError(f"{weights}: scaling_factor is for SAELens's normalize_activations, this is a file of {found}")
     if options.pre_bias is not None and found != "dictionary_learning":
@@ -342,9 +363,12 @@ def read(source: str | os.PathLike[str], format: str | None, options: Options) -
             if loaded.config["activation"] in ("topk", "batchtopk"):
                 raise ValueError("fold_decoder_norm would change which latents a top k keeps")
             loaded = Loaded(loaded.config, fold_decoder_norm(loaded.tensors))
+        config, tensors = dict(loaded.config), loaded.tensors
+        if _flag(config, "normalize_decoder", True) and tensors["W_dec"].dim() == 2 and not _unit(tensors["W_dec"]):
+            config["normalize_decoder"] = False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{weights} (read as {found}): {error}") from error
-    return loaded
+    return Loaded(config, tensors, more)
 
 
 # ---------------------------------------------------------------- the Hub
@@ -385,21 +409,14 @@ def write(folder: str | os.PathLike[str], format: str, config: Mapping[str, Any]
     writers = {"saelens": _write_saelens, "sparsify": _write_sparsify, "dictionary_learning": _write_dictionary_learning}
     own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     cfg, out = writers[format](dict(config), own, metadata or {})
-    file, config_file = _weights.FILES[format]
     out = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
+    folder = Path(folder)
     try:
-        text = json.dumps(cfg, indent=1)
+        files = _weights.files(folder, format, out, cfg)
     except TypeError as error:
         raise TypeError(f"SAE.save_pretrained: metadata must hold JSON values: {error}") from error
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if format == "dictionary_learning":
-        _files.replace(folder / file, lambda path: torch.save(out, path))
-    else:
-        from safetensors.torch import save_file
-
-        _files.replace(folder / file, lambda path: save_file(out, path))
-    _files.replace(folder / str(config_file), lambda path: path.write_text(text))
+    _files.replace_all(files)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks, _files, _finite, _processes, _seeds, dense, fused, pretrained
+from fastsae import _checks, _files, _finite, _processes, _seeds, _weights, dense, fused, pretrained
 from fastsae._precision import full_precision
 from fastsae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.gradients import Gradient
@@ -39,8 +38,6 @@ from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold
 from fastsae.ops.reconstruct import Reconstruction
 from fastsae.packed import PackedWeights
 
-_WEIGHTS = "sae.safetensors"
-_CONFIG = "cfg.json"
 _PAST = (
     "it was called past DistributedDataParallel(sae), which averages gradients only of its own forward: wrap a module whose forward "
     "returns sae.loss(x).loss"
@@ -124,8 +121,9 @@ class SAE(nn.Module):
         activation = _checked_activation(activation, d_sae)
         if d_out is not None:
             d_out = _checks.integer("SAE", "d_out", d_out, 1)
-        for name, value in (("skip", skip), ("tied", tied)):
-            _checks.flag("SAE", name, value)
+        for name, value in (("skip", skip), ("tied", tied), ("normalise_decoder", normalise_decoder), ("dense", dense)):
+            if value is not None or name in ("skip", "tied"):
+                _checks.flag("SAE", name, value)
         if skip and d_out is None:
             raise ValueError("SAE: skip needs d_out (an autoencoder could copy its input through it)")
         pre_bias = d_out is None if pre_bias is None else _checks.flag("SAE", "pre_bias", pre_bias)
@@ -162,7 +160,9 @@ class SAE(nn.Module):
         W = directions(self.d_out)
 
         def vector(start: float | Tensor | None) -> nn.Parameter:
-            return nn.Parameter(W.new_zeros(d_sae) + (start.detach().to(W) if isinstance(start, Tensor) else start or 0.0))
+            if isinstance(start, Tensor):
+                return nn.Parameter(W.new_zeros(d_sae) + start.detach().to(W))
+            return nn.Parameter(W.new_full((d_sae,), start or 0.0))  # no sum: on the meta device torch's compiler would be imported for it
 
         if not tied:
             self.W_enc = nn.Parameter(W.clone() if self.d_out == d_in else directions(d_in))
@@ -700,27 +700,32 @@ class SAE(nn.Module):
             raise ValueError(f"unknown activation {kind!r}")
         options = {name: config[name] for name in ("prefixes", "tied", "objective", "l1", "l0", "dead_after", "pre_bias") if name in config}
         options |= {"skip": config.get("skip_connection", False), "normalise_decoder": config.get("normalize_decoder")}
-        options["d_out"] = config["d_out"] if config.get("transcoder", config.get("transcode")) else None
-        options["aux"] = AuxK(**config["aux"]) if config.get("aux") else None
+        transcoder = _checks.flag("SAE", "transcoder", config.get("transcoder", config.get("transcode", False)))
+        options["d_out"] = config["d_out"] if transcoder else None
+        if not transcoder and config.get("d_out") not in (None, config["d_in"]):
+            raise ValueError(f"d_out={config['d_out']!r} is for transcoders")
+        options["aux"] = None if config.get("aux") is None else AuxK(**config["aux"])
         return cls(config["d_in"], config["num_latents"], activation, **options, dtype=dtype, device=device, seed=seed)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``cfg.json`` and ``sae.safetensors`` into a folder, normalisation folded in; TopK ones load in EleutherAI's sparsify.
         Needs safetensors.
 
-        Both are written under a temporary name and renamed, so that a crash leaves the older file readable. Training state (optimiser,
-        silent features, unfolded normalisation) is what ``save_checkpoint`` keeps.
+        ``sae.safetensors`` holds checksums and the configuration too, which is what ``load`` takes: a reader gets the older module or the
+        new one, whole, also where a save was interrupted; ``cfg.json`` is for other readers. Training state (optimiser, silent features,
+        unfolded normalisation) is what ``save_checkpoint`` keeps. OSError that names the file where it could not be written.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
+        files = self._files(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        _files.replace_all(files)
+        return folder
+
+    def _files(self, folder: Path, **more: Any) -> dict[Path, _files.Fill]:
         tensors, config = self._portable()
         names = {ours: theirs for theirs, ours in pretrained.NAMES.items()}
         tensors = {names.get(name, name): tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        _files.replace(folder / _WEIGHTS, lambda path: save_file(tensors, path))
-        _files.replace(folder / _CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
-        return folder
+        return _weights.files(folder, "fastsae", tensors, config, **more)
 
     def _portable(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, configuration) with the normalisation folded in and no memory shared between tensors."""
@@ -733,9 +738,15 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SAE:
-        """Reads a folder that ``save`` has written. Needs safetensors. A damaged folder raises ValueError."""
+        """Reads a folder that ``save`` has written, in evaluation mode, as ``from_pretrained``. Needs safetensors. A damaged folder raises
+        ValueError."""
+        return cls._load(folder, device)[0]
+
+    @classmethod
+    def _load(cls, folder: str | os.PathLike[str], device: torch.device | str | None) -> tuple[SAE, dict[str, Any]]:
         try:
-            return cls._of(pretrained.read(folder, "fastsae", pretrained.Options()), None, device)
+            loaded = pretrained.read(folder, "fastsae", pretrained.Options())
+            return cls._of(loaded, None, device).eval(), loaded.more
         except ValueError as error:
             raise ValueError(f"SAE.load: {folder} is not a folder that SAE.save wrote: {error}") from error
 
@@ -765,8 +776,8 @@ class SAE(nn.Module):
             revision: of the Hub repository: branch, tag or commit.
             fold_decoder_norm: give the decoder unit rows and the latents their norms: the same reconstruction. None: what the library's own
                 loader does (dictionary_learning's ``AutoEncoder``: yes; others: no). Not for top k, whose choice it would change.
-            scaling_factor: for SAELens's ``normalize_activations="expected_average_only_in"`` that has not been folded: the factor of the
-                inputs, which the file does not hold.
+            scaling_factor: for SAELens's ``normalize_activations`` by one number ("expected_average_only_in", "constant_scalar_rescale")
+                that has not been folded: the factor of the inputs, where the file does not hold it.
             pre_bias: for dictionary_learning's ``JumpReluAutoEncoder``, whose files do not say whether ``b_dec`` is subtracted from the
                 input. None: no, as its loader assumes.
             dtype: of the parameters; None: the file's (SAELens: the one that its configuration names; Gemma Scope: float32).
@@ -775,7 +786,12 @@ class SAE(nn.Module):
         What differs from the other library's module: the input is flat (SAELens's ``hook_z`` SAEs: pass ``z.flatten(-2)``); SAELens's
         decoder norms of top k (``rescale_acts_by_decoder_norm``), ``finetuning_scaling_factor`` and input scale are folded into the
         weights; a BatchTopK keeps, as there, the scores above its running threshold (all positive ones where it is still -1), and the
-        batch's best in training mode; dictionary_learning's optional threshold of a TopK is left out.
+        batch's best in training mode, and is read as a TopK where the file holds no threshold; dictionary_learning's optional threshold
+        of a TopK is left out.
+
+        ``normalise_decoder`` is what the library's trainer does (sparsify: its setting; dictionary_learning: yes, but not for
+        ``AutoEncoderNew``; Gemma Scope: yes; SAELens: no, but for old files that say so), and only where the decoder's rows have norm 1, up
+        to 2e-6 or the spacing of half precision: no step then changes what the file computes but by its learning rate.
 
         Refused by name: normalisations that depend on each row (``layer_norm``, ``constant_norm_rescale``), whitening that is not folded,
         and architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal, AbsTopK).
@@ -809,7 +825,7 @@ class SAE(nn.Module):
     @classmethod
     def _of(cls, loaded: pretrained.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> SAE:
         """The module that has these tensors as its parameters, without a copy where dtype and device are theirs."""
-        config, tensors = loaded
+        config, tensors, _ = loaded
         exact = ("running_threshold",)
         try:
             dtype = dtype or tensors["W_dec"].dtype
@@ -820,8 +836,8 @@ class SAE(nn.Module):
             if W.dim() != 2 or tuple(W.shape) != (sae.d_sae, sae.d_out):
                 raise ValueError(f"W_dec must have shape [F={sae.d_sae}, {sae.d_out}], got {list(W.shape)}")
             state = {"silent": W.new_zeros(sae.d_sae, dtype=torch.int64), "scale": W.new_ones(2, dtype=torch.float32)}
-            if isinstance(sae.activation, BatchTopK):
-                state["running_threshold"] = W.new_full((), -1.0, dtype=torch.float32)
+            if isinstance(sae.activation, BatchTopK) and "running_threshold" not in tensors:
+                raise ValueError("running_threshold is missing, above which evaluation keeps scores")
             sae.load_state_dict({**state, **tensors}, assign=True)
             if sae.tied:
                 sae.W_enc = sae.W_dec
@@ -864,6 +880,8 @@ class SAE(nn.Module):
 def _checked_activation(activation: Any, d_sae: int) -> Activation:
     if not isinstance(activation, (TopK, BatchTopK, JumpReLU, ReLU, Gated)):
         raise TypeError(f"SAE: activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(activation).__name__}")
+    if isinstance(activation, TopK):
+        _checks.flag("SAE", "activation.relu", activation.relu)
     for name in ("k", "rate", "threshold", "bandwidth"):
         value = getattr(activation, name, None)
         if not hasattr(activation, name) or (name == "bandwidth" and value is None) or (name == "threshold" and isinstance(value, Tensor)):

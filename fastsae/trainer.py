@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _files, _finite, _processes
+from fastsae import _checks, _files, _finite, _processes, _weights
 from fastsae._seeds import stream_seed
 from fastsae.activations import BatchTopK, TopK
 from fastsae.ensemble import SAEs
@@ -34,23 +36,33 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = No
     """Writes everything that training goes on from into one file; a crash at any moment leaves the older file, or the new one, whole.
 
     Args:
-        path: of the file; its folder is made where missing. The file is written beside it, flushed to the disk and renamed.
+        path: of the file; its folder is made where missing. The file is written beside it under a name of its own, flushed to the disk and
+            renamed: several processes may write one path, and the last one counts.
         sae: an ``SAE`` or ``SAEs``, with its buffers (silent features, running threshold, normalisation, which is not folded here).
         opt: an optimiser with ``state_dict()``, or None.
         extra: numbers, text, tensors, and lists, tuples and dictionaries of them.
 
     Raises: TypeError: no ``SAE`` or ``SAEs``; anything else in ``extra`` or the optimiser's state (it could not be read back without
-    running code). IsADirectoryError: ``path`` is a folder.
+    running code). IsADirectoryError: ``path`` is a folder. OSError that names ``path``: it could not be written; the older file is there.
     """
     if not isinstance(sae, (SAE, SAEs)):
         raise TypeError(f"save_checkpoint: sae must be an SAE or SAEs, got {type(sae).__name__}")
     path = _file("save_checkpoint", path)
     content = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
     content["opt"] = None if opt is None else opt.state_dict()
-    for part in ("opt", "extra"):
+    content["stepped"] = _stepped(sae, opt)
+    for part in ("config", "opt", "extra"):
         _check_plain(part, content[part])
-    _files.replace(path, lambda part: torch.save(content, part))
+    _files.replace(path, lambda part: _weights.save_pt(part, content))
     return path
+
+
+def _stepped(sae: SAE | SAEs, opt: Any) -> dict[str, Any] | None:
+    """What a torch optimiser's state does not say: its class, and the names of the parameters that it numbers."""
+    if not isinstance(opt, torch.optim.Optimizer):
+        return None
+    names = {id(p): name for name, p in sae.named_parameters()}
+    return {"class": type(opt).__name__, "names": [[names.get(id(p), "") for p in group["params"]] for group in opt.param_groups]}
 
 
 def _file(op: str, path: str | os.PathLike[str]) -> Path:
@@ -75,47 +87,139 @@ def load_checkpoint(
 
     Returns: ``Checkpoint(sae, extra)``.
 
-    Raises: FileNotFoundError; ValueError for a damaged file, or one that does not fit ``sae`` or ``opt``.
+    A module of another configuration or dtype is refused. What the file's may differ in: ``k``, which is taken over, and ``l1``, ``l0``,
+    ``aux``, ``dead_after``, ``rate`` and ``bandwidth``, where the module's own stay. Everything is compared before anything is written.
+
+    Raises: FileNotFoundError; ValueError for a damaged file, or one that does not fit ``sae`` or ``opt``: both are what they were.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        config, state, extra = content["config"], content["sae"], content["extra"]
-        stacked = "dictionaries" in config
-        fresh = (SAEs if stacked else SAE).from_config(config, dtype=state["W_dec"].dtype, device="meta")
-        if sae is None:
-            sae = fresh.to_empty(device=device or "cpu")
-        ours, theirs = ([*module] if isinstance(module, SAEs) else [module] for module in (sae, fresh))
-        if isinstance(sae, SAEs) != stacked or len(ours) != len(theirs):
-            raise ValueError(f"it holds {f'{len(theirs)} dictionaries' if stacked else 'one SAE'}, the module is {type(sae).__name__}")
-        if type(ours[0].activation) is not type(theirs[0].activation):
-            raise ValueError(f"it holds {theirs[0].activation}, the module has {ours[0].activation}")
-        sae.load_state_dict(state)
-        for one, other in zip(ours, theirs):
-            if isinstance(other.activation, (TopK, BatchTopK)):
-                one.k = other.k
-        if opt is not None:
-            if content["opt"] is None:
-                raise ValueError("it holds no optimiser's state")
-            try:
-                opt.load_state_dict(content["opt"])
-            except Exception as error:
-                raise ValueError(f"its optimiser's state does not fit {type(opt).__name__}: {error!r}") from error
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # reading damaged bytes may raise anything
-        reason = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-        raise ValueError(f"load_checkpoint: {path} is damaged or of something else: {reason}") from error
+    return _restore(path, sae, opt, device)
+
+
+_OWN = ("k", "l1", "l0", "aux", "dead_after", "rate", "bandwidth")
+
+
+def _restore(
+    path: str | os.PathLike[str],
+    sae: SAE | SAEs | None,
+    opt: Any,
+    device: torch.device | str | None = None,
+    also: Callable[[dict[str, Any]], object] | None = None,
+) -> Checkpoint:
+    """``load_checkpoint``; ``also`` takes over what it needs of ``extra``, or raises before the module is written to."""
+    path = Path(path)
+    with contextlib.ExitStack() as undo:
+        try:
+            content, _ = _weights.load(path)
+            config, state, extra = content["config"], content["sae"], content["extra"]
+            if content["format"] != 1 or not isinstance(extra, dict):
+                raise ValueError(f"it is of format {content['format']!r}, expected 1")
+            W_dec = _checks.tensor("its state", "W_dec", state["W_dec"])
+            stacked = "dictionaries" in config
+            if stacked and len(config["dictionaries"]) != len(W_dec):
+                raise ValueError(f"it claims {len(config['dictionaries'])} dictionaries and holds {len(W_dec)}")
+            fresh = (SAEs if stacked else SAE).from_config(config, dtype=W_dec.dtype, device="meta")
+            _check_state(state, fresh)
+            if sae is None:
+                sae = fresh.to_empty(device=device or "cpu")
+                sae.silent.zero_(), sae.scale.fill_(1)  # which the earliest files do not have
+            ours, theirs = ([*module] if isinstance(module, SAEs) else [module] for module in (sae, fresh))
+            if isinstance(sae, SAEs) != stacked or len(ours) != len(theirs):
+                raise ValueError(f"it holds {f'{len(theirs)} dictionaries' if stacked else 'one SAE'}, the module is {type(sae).__name__}")
+            for one, other in zip(ours, theirs):
+                own, held = ({"dtype": str(m.W_dec.dtype), **m.config()} for m in (one, other))
+                if wrong := [name for name in (*held, *own) if name not in _OWN and held.get(name) != own.get(name)]:
+                    raise ValueError(f"it holds {wrong[0]}={held.get(wrong[0])!r}, the module has {own.get(wrong[0])!r}")
+            if opt is not None:
+                undo.callback(opt.load_state_dict, opt.state_dict())
+                try:
+                    _check_optimiser(content, sae, opt)
+                    opt.load_state_dict(content["opt"])
+                except Exception as error:
+                    reason = error if isinstance(error, ValueError) else repr(error)
+                    raise ValueError(f"its optimiser's state does not fit {type(opt).__name__}: {reason}") from error
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except Exception as error:  # reading damaged bytes may raise anything
+            reason = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+            raise ValueError(f"load_checkpoint: {path} is damaged or of something else: {reason}") from error
+        if also is not None:
+            also(extra)
+        undo.pop_all()
+    sae.load_state_dict(state)
+    for one, other in zip(ours, theirs):
+        if isinstance(other.activation, (TopK, BatchTopK)):
+            one.k = other.k
     return Checkpoint(sae, extra)
 
 
+def _check_state(state: Mapping[str, Any], fresh: SAE | SAEs) -> None:
+    """The names, shapes and dtypes of a module's state, and what its buffers can be; ValueError otherwise."""
+    expected, parameters = fresh.state_dict(), dict(fresh.named_parameters(remove_duplicate=False))
+    for name in dict.fromkeys((*expected, *state)):
+        if name not in state and name in ("silent", "scale"):  # of a state from before there were these
+            continue
+        if name not in state or name not in expected:
+            raise ValueError(f"its state {'has no' if name in expected else 'has an unknown'} {name!r}")
+        held, want = state[name], expected[name]
+        like = isinstance(held, Tensor) and (
+            held.dtype == want.dtype if name in parameters else held.is_floating_point() == want.is_floating_point()
+        )
+        if not like or held.shape != want.shape or held.layout is not torch.strided or held.device.type != "cpu":
+            got = f"{held.dtype} {list(held.shape)}" if isinstance(held, Tensor) else type(held).__name__
+            raise ValueError(f"its {name} must be {want.dtype} {list(want.shape)}, got {got}")
+        if name not in parameters and not bool(
+            (held.isfinite() & ((held > 0) if name == "scale" else (held >= 0) | (name != "silent"))).all()
+        ):
+            raise ValueError(f"its {name} is out of range")
+
+
+def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> None:
+    """What a torch optimiser's ``load_state_dict`` does not look at: ValueError where the state is of another one."""
+    state, stepped, ours = content["opt"], content.get("stepped"), _stepped(sae, opt)
+    if state is None:
+        raise ValueError("it holds no optimiser's state")
+    if ours is None:
+        return
+    if len(state["param_groups"]) != len(opt.param_groups):
+        raise ValueError(f"it has {len(state['param_groups'])} groups of parameters, the optimiser {len(opt.param_groups)}")
+    if stepped is not None:
+        kin = issubclass(getattr(torch.optim, stepped["class"], object), type(opt))
+        if not kin and stepped["class"] not in [kind.__name__ for kind in type(opt).__mro__]:
+            raise ValueError(f"it is of {stepped['class']}")
+        if stepped["names"] != ours["names"]:
+            raise ValueError(f"it steps {stepped['names']}, the optimiser {ours['names']}")
+    for theirs, group in zip(state["param_groups"], opt.param_groups):
+        for name, value in theirs.items():
+            if isinstance(group.get(name), (int, float)) and not isinstance(value, (int, float, Tensor)):
+                raise ValueError(f"{name} is {value!r}, the optimiser has {group[name]!r}")
+        entries = [state["state"].get(number, {}) for number in theirs["params"]]
+        if len({frozenset(entry) for entry in entries if entry}) > 1:
+            raise ValueError(f"parameters have different states: {[sorted(entry) for entry in entries]}")
+        for entry, p in zip(entries, group["params"]):
+            for name, value in entry.items():
+                elementwise = type(opt).__module__.startswith("torch.") and not isinstance(opt, torch.optim.LBFGS)
+                if not elementwise or not isinstance(value, Tensor) or value.numel() == 1:
+                    continue
+                if value.dim() != p.dim() or any(size not in (1, whole) for size, whole in zip(value.shape, p.shape)):
+                    raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}")
+
+
 def _check_plain(name: str, value: Any) -> None:
-    if isinstance(value, Mapping):
+    """What ``torch.load(weights_only=True)`` reads back: of these types exactly, and keys that are numbers or text."""
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
+            if type(key) not in (bool, int, float, str):
+                raise TypeError(f"save_checkpoint: keys of {name} must be numbers or text, got {type(key).__name__}")
             _check_plain(f"{name}.{key}", item)
-    elif isinstance(value, (list, tuple)):
+    elif type(value) in (list, tuple, torch.Size):
         for index, item in enumerate(value):
             _check_plain(f"{name}.{index}", item)
-    elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, Tensor):
+    elif isinstance(value, Tensor):
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized or value.is_nested or value.device.type == "meta":
+            raise TypeError(
+                f"save_checkpoint: {name} must be an ordinary tensor, got {type(value).__name__} {value.dtype} on {value.device}"
+            )
+    elif value is not None and type(value) not in (bool, int, float, str):
         raise TypeError(f"save_checkpoint: {name} must be a number, text, tensor, list, tuple or dict, got {type(value).__name__}")
 
 
@@ -166,7 +270,9 @@ class Batches:
         for name, ours in self._order().items():
             if state.get(name, ours) != ours:
                 raise ValueError(f"Batches.load_state_dict: {name} must be {state[name]} as in the state, got {ours}")
-        self.seed, self.pass_number, self.position = state["seed"], state["pass_number"], state["position"]
+        self.seed, self.pass_number, self.position = (
+            _checks.integer("Batches.load_state_dict", name, state[name], 0) for name in ("seed", "pass_number", "position")
+        )
 
 
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
@@ -415,26 +521,33 @@ class Trainer:
         save_checkpoint(path, self.sae, self.opt, extra)
 
     def load(self, path: str | os.PathLike[str], batches: Any = None) -> None:
-        """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step.
+        """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step. After an
+        error module, optimiser, batches and random state are what they were.
 
         In a process group the file holds rank 0's position: the other ranks' ``Batches``, which are as long, go there in an order of their
         own seed, their random state stays, and they count silent features on from rank 0's. RuntimeError for other batches with a state,
         whose position is each rank's to restore.
         """
-        extra = load_checkpoint(path, self.sae, self.opt).extra
-        if missing := [name for name in ("step", "rng") if name not in extra]:
-            raise ValueError(f"Trainer.load: {path} was not written by a Trainer: extra holds no {missing[0]!r}")
+
+        def also(extra: dict[str, Any]) -> None:
+            if missing := [name for name in ("step", "rng") if name not in extra]:
+                raise ValueError(f"Trainer.load: {path} was not written by a Trainer: extra holds no {missing[0]!r}")
+            for name in ("step", "skipped"):
+                _checks.integer("Trainer.load", name, extra.get(name, 0), 0)
+            torch.Generator().set_state(extra["rng"])  # raises where it is none
+            if "data" in extra and hasattr(batches, "load_state_dict"):
+                if not isinstance(batches, Batches):
+                    _processes.refuse(
+                        "Trainer.load",
+                        f"{path} holds the position of rank 0 alone: restore that of {type(batches).__name__} on each, and hand fit an "
+                        "iterable without load_state_dict",
+                    )
+                batches.load_state_dict({**extra["data"], **({"seed": batches.seed} if _processes.rank() else {})})
+
+        extra = _restore(path, self.sae, self.opt, also=also).extra
         self.step, self.skipped = extra["step"], extra.get("skipped", 0)
         if _processes.rank() == 0:
             torch.set_rng_state(extra["rng"])
-        if "data" in extra and hasattr(batches, "load_state_dict"):
-            if _processes.ranks() > 1 and not isinstance(batches, Batches):
-                _processes.refuse(
-                    "Trainer.load",
-                    f"{path} holds the position of rank 0 alone: restore that of {type(batches).__name__} on each, and hand fit an "
-                    "iterable without load_state_dict",
-                )
-            batches.load_state_dict({**extra["data"], **({"seed": batches.seed} if _processes.rank() else {})})
 
     def _check_alike(self) -> None:
         """RuntimeError where processes would go on from different steps, as where one does not see the file."""

@@ -23,7 +23,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from fastsae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, mmcs
+from fastsae import SAE, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, mmcs, optim
+from fastsae.trainer import Trainer
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
@@ -322,6 +323,137 @@ def test_gemma_scope(tmp_path: Path, names: Callable[[str], str]) -> None:
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
 
 
+# ---------------------------------------------------------------- training goes on from what the file computes
+
+UNIT = W_DEC / NORMS[:, None]
+GATES = {"b_gate": draw(F, seed=3), "r_mag": draw(F, seed=4) / 4, "b_mag": draw(F, seed=5)}
+CODER = {"d_in": D, "num_latents": F, "k": K}
+
+
+def loaded(name: str, folder: Path, W: Tensor) -> SAE:
+    """A file of each format and architecture whose decoder is ``W``."""
+    dtype = {"dtype": str(W.dtype).removeprefix("torch.")}
+    lens, bare, cook = {**LENS, "W_dec": W}, {**BARE, "W_dec": W}, {**COOK, "W_dec": W}
+    linear = {**LINEAR, "decoder.weight": W.T}
+    gated = {name: lens[name] for name in ("W_enc", "W_dec", "b_dec")} | GATES
+    batch = {"b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(0.3)}
+    dl_gated = {"encoder.weight": W_ENC, "decoder.weight": W.T, "decoder_bias": B_DEC, "gate_bias": GATES["b_gate"]}
+    dl_gated |= {"r_mag": GATES["r_mag"], "mag_bias": GATES["b_mag"]}
+    jump = {"threshold": THRESHOLD}
+    made: dict[str, Callable[[], Path]] = {
+        "saelens standard": lambda: saelens(folder, {"architecture": "standard", **dtype}, lens),
+        "saelens old, normalised": lambda: saelens(folder, {"activation_fn": "relu", "normalize_sae_decoder": True, **dtype}, lens),
+        "saelens topk": lambda: saelens(folder, {"architecture": "topk", "k": K, **dtype}, lens),
+        "saelens topk by norms": lambda: saelens(
+            folder, {"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True, **dtype}, lens
+        ),
+        "saelens jumprelu": lambda: saelens(folder, {"architecture": "jumprelu", **dtype}, {**lens, **jump}),
+        "saelens gated": lambda: saelens(folder, {"architecture": "gated", **dtype}, gated),
+        "saelens transcoder": lambda: saelens(folder, {"architecture": "transcoder", "apply_b_dec_to_input": False, **dtype}, lens),
+        "sparsify": lambda: write(folder, CODER, cook, "sae.safetensors"),
+        "sparsify, not normalised": lambda: write(folder, {**CODER, "normalize_decoder": False}, cook, "sae.safetensors"),
+        "sparsify transcoder": lambda: write(folder, {**CODER, "transcode": True}, cook, "sae.safetensors"),
+        "dl AutoEncoder": lambda: dl(folder, "AutoEncoder", {**linear, "bias": B_DEC}),
+        "dl AutoEncoderNew": lambda: dl(folder, "AutoEncoderNew", {**linear, "decoder.bias": B_DEC}),
+        "dl GatedAutoEncoder": lambda: dl(folder, "GatedAutoEncoder", dl_gated),
+        "dl JumpReluAutoEncoder": lambda: dl(folder, "JumpReluAutoEncoder", {**bare, **jump}),
+        "dl AutoEncoderTopK": lambda: dl(folder, "AutoEncoderTopK", {**linear, "b_dec": B_DEC}, k=K),
+        "dl BatchTopKSAE": lambda: dl(folder, "BatchTopKSAE", {**linear, **batch}, k=K),
+        "dl MatryoshkaBatchTopKSAE": lambda: dl(
+            folder, "MatryoshkaBatchTopKSAE", {**bare, **batch, "group_sizes": torch.tensor([8, F - 8])}
+        ),
+        "gemma_scope": lambda: write(folder, None, {**bare, **jump}, "params.npz"),
+        "fastsae": lambda: own(folder, W, TopK(K)),
+        "fastsae gated, tied": lambda: own(folder, W, Gated(), tied=True),
+        "fastsae skip transcoder": lambda: own(folder, W, JumpReLU(0.1), d_out=D, skip=True),
+    }
+    return SAE.from_pretrained(made[name](), dtype=W.dtype)
+
+
+def own(folder: Path, W: Tensor, activation: Any, **options: Any) -> Path:
+    sae = SAE(D, F, activation, seed=0, dtype=W.dtype, **options)
+    with torch.no_grad():
+        sae.W_dec.copy_(W)
+    return sae.save(folder)
+
+
+# Whose trainers keep the rows at norm 1.
+RULES = {"saelens old, normalised", "sparsify", "gemma_scope", "fastsae", "fastsae gated, tied"}
+RULES |= {f"dl {name}" for name in ("AutoEncoder", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE")}
+RULES |= {"dl MatryoshkaBatchTopKSAE"}
+EVERY = ["saelens standard", "saelens old, normalised", "saelens topk", "saelens topk by norms", "saelens jumprelu", "saelens gated"]
+EVERY += ["saelens transcoder", "sparsify", "sparsify, not normalised", "sparsify transcoder", "dl AutoEncoder", "dl AutoEncoderNew"]
+EVERY += ["dl GatedAutoEncoder", "dl JumpReluAutoEncoder", "dl AutoEncoderTopK", "dl BatchTopKSAE", "dl MatryoshkaBatchTopKSAE"]
+EVERY += ["gemma_scope", "fastsae", "fastsae gated, tied", "fastsae skip transcoder"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_step_of_rate_0_changes_nothing(tmp_path: Path, name: str, unit: bool) -> None:
+    """Fused Adam and torch's through the Trainer; unit rows of either precision, others, some a little off, some zero."""
+    near = UNIT * torch.linspace(1 - 1e-4, 1 + 1e-4, F)[:, None]
+    zero = torch.cat([torch.zeros(1, D), UNIT[1:]])
+    half = [UNIT.to(torch.bfloat16)] if name != "gemma_scope" else []  # NumPy has none
+    for number, W in enumerate([UNIT, zero, *half] if unit else [W_DEC, near, W_DEC * 1e-3]):
+        for fused in (True, False):
+            if fused and W.dtype is torch.bfloat16:  # which the fused optimisers do not take
+                continue
+            sae = loaded(name, tmp_path / f"{number}{fused}", W)
+            folded = name in ("dl AutoEncoder", "saelens topk by norms")
+            assert sae.normalise_decoder is (name in RULES and (unit or folded)), (number, "a rule, where the rows are so")
+            x = X.to(W.dtype)
+            target = x if sae.transcoder else None
+            mode = sae.train if isinstance(sae.activation, BatchTopK) else sae.eval  # its threshold is to move
+            before = mode()(x, target)
+            if fused:
+                optim.Adam(sae.train(), lr=0.0).step(x, target=target)
+            else:
+                opt = torch.optim.Adam(sae.parameters(), lr=0.0)
+                Trainer(sae, opt, progress=False).fit([(x, target)], 1)
+            after = mode()(x, target)
+            tight = {"rtol": 1e-5, "atol": 2e-5} if W.dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
+            torch.testing.assert_close(after.x_hat, before.x_hat, **tight)
+            torch.testing.assert_close(after.squared_error.sum(), before.squared_error.sum(), **tight)
+
+
+def test_a_stack_of_which_some_have_unit_rows(tmp_path: Path) -> None:
+    saes = SAEs([SAE(D, F, TopK(K), seed=seed) for seed in range(2)])
+    with torch.no_grad():
+        saes[1].W_dec.mul_(2)
+    assert not SAEs.load(saes.save(tmp_path)).unit_rows
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_a_batch_topk_without_threshold_keeps_k_a_row(tmp_path: Path, kind: str) -> None:
+    tensors = {**LINEAR, "b_dec": B_DEC} if kind == "BatchTopKSAE" else {**BARE, "group_sizes": torch.tensor([8, F - 8])}
+    f = topk((X - B_DEC) @ W_ENC.T + B_ENC)
+    agrees(SAE.from_pretrained(dl(tmp_path / "a", kind, tensors, k=K)), f, f @ W_DEC + B_DEC)
+    agrees(SAE.from_pretrained(dl(tmp_path / "b", kind, {**tensors, "k": torch.tensor(K)})), f, f @ W_DEC + B_DEC)
+    with pytest.raises(ValueError, match="k must be an int of at least 1, got None"):
+        SAE.from_pretrained(dl(tmp_path / "c", kind, tensors))
+    folder = without_entry(SAE(D, F, BatchTopK(K)).save(tmp_path / "own"))
+    tensors = safetensors.load_file(folder / "sae.safetensors")
+    tensors.pop("running_threshold")
+    safetensors.save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "sae.safetensors")
+    with pytest.raises(ValueError, match="running_threshold is missing"):
+        SAE.load(folder)
+
+
+def test_saelens_inputs_scaled_by_a_number_of_the_file(tmp_path: Path) -> None:
+    config = {"architecture": "standard", "apply_b_dec_to_input": True, "normalize_activations": "constant_scalar_rescale"}
+    with pytest.raises(ValueError, match=r"'constant_scalar_rescale' multiplies inputs by a number .* give it as scaling_factor="):
+        SAE.from_pretrained(saelens(tmp_path / "a", config, LENS))
+    f = ((X * 2.5 - B_DEC) @ W_ENC.T + B_ENC).relu()
+    folder = saelens(tmp_path / "b", {**config, "activation_normalization_factor": 2.5}, LENS)
+    agrees(SAE.from_pretrained(folder), f, (f @ W_DEC + B_DEC) / 2.5)
+    for factor in (0.0, "2.5", float("nan"), [1.0]):
+        with pytest.raises(ValueError, match="scaling_factor must be a"):
+            SAE.from_pretrained(saelens(tmp_path / "c", {**config, "activation_normalization_factor": factor}, LENS))
+    for name, reason in (("layer_norm", "depends on each row"), ("covariance_whitening", "must be folded in first"), ("other", "unknown")):
+        with pytest.raises(ValueError, match=reason):
+            SAE.from_pretrained(saelens(tmp_path / "d", {**config, "normalize_activations": name}, LENS))
+
+
 # ---------------------------------------------------------------- writers
 
 OURS: dict[str, Any] = {
@@ -385,7 +517,7 @@ def test_what_is_written_reads_back_the_same(tmp_path: Path, format: str, name: 
     torch.testing.assert_close(run.latents.to_dense(), expected.latents.to_dense(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(run.x_hat, expected.x_hat, rtol=1e-5, atol=1e-5)
     if format == "fastsae":
-        assert back.config() == sae.config()
+        assert back.config() == {**sae.config(), "normalize_decoder": False}  # rows that are not of norm 1
     half = sae.to(torch.bfloat16).save_pretrained(folder, format=format)  # pyright: ignore[reportArgumentType]
     assert SAE.from_pretrained(half).W_dec.dtype is torch.bfloat16
 
@@ -477,11 +609,21 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------- damaged and hostile files
 
+
+def without_entry(folder: Path) -> Path:
+    """A folder of ``save`` as it was before the configuration was inside the weights' file."""
+    path = folder / "sae.safetensors"
+    safetensors.save_file({name: tensor.clone() for name, tensor in safetensors.load_file(path).items()}, path)
+    return folder
+
+
 READABLE: dict[str, Callable[[Path], Path]] = {
-    "fastsae": lambda folder: ours("topk").save(folder),
+    "fastsae": lambda folder: without_entry(ours("topk").save(folder)),
     "saelens": lambda folder: saelens(folder, {"architecture": "topk", "k": K}, LENS),
     "sparsify": lambda folder: write(folder, {"d_in": D, "num_latents": F, "k": K}, COOK, "sae.safetensors"),
-    "dictionary_learning": lambda folder: dl(folder, "BatchTopKSAE", {**LINEAR, "b_dec": B_DEC, "k": torch.tensor(K)}, k=K),
+    "dictionary_learning": lambda folder: dl(
+        folder, "BatchTopKSAE", {**LINEAR, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(0.2)}, k=K
+    ),
     "gemma_scope": lambda folder: write(folder, None, {**BARE, "threshold": THRESHOLD}, "params.npz"),
 }
 WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "ae.pt", "params.npz")
@@ -544,6 +686,46 @@ def test_wrong_shapes_and_names(tmp_path: Path, format: str) -> None:  # noqa: A
                 SAE.from_pretrained(tmp_path)
 
 
+SETTINGS = {  # what each format's configuration may say, with values that it may not
+    "fastsae": {
+        **dict.fromkeys(("d_in", "num_latents", "d_out", "dead_after", "k"), ("1", 2.5, -1, True, [1], {})),
+        **dict.fromkeys(("skip_connection", "tied", "transcoder", "relu", "pre_bias", "normalize_decoder"), ("false", 1, 0, [], {})),
+        **dict.fromkeys(("l1", "l0"), ("0", None, True, [1], math.nan, math.inf)),
+        "activation": ("TopK", "softmax", None, 1, ["topk"]),
+        "objective": ("l2", None, 1, ["mse"]),
+        "prefixes": (3, "ab", [3], [3.0, F], [F, 3, F], [True, F], {"a": 1}),
+        "aux": (True, 1, "aux", [1], {"k": "1"}, {"k": -1}, {"other": 1}, {"coefficient": math.nan}),
+    },
+    "saelens": {
+        **dict.fromkeys(("d_in", "d_sae", "k"), ("1", 2.5, -1, True, [1], {})),
+        **dict.fromkeys(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "normalize_sae_decoder"), ("false", 1, 0, [], {})),
+        "dtype": ("int8", 1, ["float32"]),
+    },
+    "sparsify": {
+        **dict.fromkeys(("d_in", "num_latents", "k"), ("1", 2.5, -1, True, [1])),
+        **dict.fromkeys(("skip_connection", "transcode", "normalize_decoder", "signed"), ("false", 1, 0, [], {})),
+    },
+    "dictionary_learning": {
+        **dict.fromkeys(("activation_dim", "dict_size", "k"), ("1", 2.5, -1, True, [1], {})),
+        "threshold_beta": ("0.9", math.nan, True, [1]),
+        "dict_class": (None, 1, ["AutoEncoder"]),
+    },
+}
+
+
+@pytest.mark.parametrize("format", SETTINGS)
+def test_settings_of_another_type_are_refused(tmp_path: Path, format: str) -> None:  # noqa: A002
+    folder = READABLE[format](tmp_path)
+    path = folder / ("config.json" if format == "dictionary_learning" else "cfg.json")
+    good = json.loads(path.read_text())
+    for key, wrong in SETTINGS[format].items():
+        for value in wrong:
+            inner = {**good.get("trainer", good), key: value}
+            path.write_text(json.dumps({**good, "trainer": inner} if "trainer" in good else inner))
+            with pytest.raises(ValueError, match=r"^SAE.from_pretrained: "):
+                pytest.fail(f"{key} = {value!r} is taken: {SAE.from_pretrained(folder, format=format)}")  # pyright: ignore[reportArgumentType]
+
+
 class Bomb:
     """Unpickling it would run a command."""
 
@@ -590,7 +772,7 @@ def test_huge_claims(tmp_path: Path) -> None:
     # .pt: an expanded tensor claims more than its storage holds.
     folder = READABLE["dictionary_learning"](tmp_path / "dl")
     torch.save({"encoder.weight": torch.zeros(1, 1).expand(10**8, 10**8), "b_dec": B_DEC}, folder / "ae.pt")
-    with pytest.raises(ValueError, match=r"encoder.weight claims the shape \[100000000, 100000000\] but holds 4 bytes"):
+    with pytest.raises(ValueError, match=r"encoder.weight claims the shape \[100000000, 100000000\] of torch.float32 but holds 4 bytes"):
         SAE.from_pretrained(folder)
     torch.save({"encoder.weight": W_ENC.to_sparse(), "b_dec": B_DEC}, folder / "ae.pt")
     with pytest.raises(ValueError, match="must be a dense tensor"):

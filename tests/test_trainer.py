@@ -335,7 +335,7 @@ def test_a_checkpoint_of_everything(tmp_path: Path) -> None:
     assert again.W_dec.dtype is torch.bfloat16
     assert torch.equal(got.pop("d")["e"], torch.arange(3))
     assert got == {"a": 1, "b": [2.5, "c", None, True]}
-    annealed = build(activation=TopK(20), dtype=torch.bfloat16)
+    annealed = build(activation=TopK(20), dtype=torch.bfloat16, objective="fvu", normalise_decoder=False)
     assert load_checkpoint(path, annealed).sae is annealed
     assert annealed.k == 9
 
@@ -373,8 +373,8 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_checkpoint(tmp_path / "x.pt", build(), extra={"n": 1})
 
-    def full(content: Any, part: Any) -> None:
-        Path(part).write_bytes(b"half")
+    def full(content: Any, file: Any) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

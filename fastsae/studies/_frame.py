@@ -116,7 +116,7 @@ class Study:
     def save(self, canvas: Any, name: str) -> Path:
         """Writes a figure to ``NAME.png`` in the output folder."""
         path = self.out / f"{name}.png"
-        canvas.savefig(path, dpi=150)
+        _files.replace_figure(path, canvas, dpi=150)
         self.plots.append(path.name)
         return path
 
@@ -138,7 +138,7 @@ class Study:
             "plots": self.plots,
         }
         path = self.out / f"{self.name}.json"
-        _files.replace(path, lambda part: part.write_text(_compact(report) + "\n"))
+        _files.replace_text(path, _compact(report) + "\n")
         write_page(path)
         return path
 
@@ -151,7 +151,7 @@ def write_page(report: Path) -> Path:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{report} is not what a study wrote: {error!r}") from error
     path = report.with_name("README.md")
-    _files.replace(path, lambda part: part.write_text(text))
+    _files.replace_text(path, text)
     return path
 
 
@@ -249,7 +249,7 @@ def write_pages(folder: Path) -> int:
     titles = {path.stem: (_module(path.stem).__doc__ or path.stem).strip().splitlines()[0] for path in found}
     for path in found:
         write_page(path)
-    (folder / "README.md").write_text(index([json.loads(path.read_text()) for path in found], titles))
+    _files.replace_text(folder / "README.md", index([json.loads(path.read_text()) for path in found], titles))
     return 0
 
 
