@@ -200,15 +200,20 @@ def _scaled_inputs(config: dict[str, Any], tensors: dict[str, Tensor], options: 
         if options.scaling_factor is not None:
             raise ValueError("scaling_factor does not go with normalize_activations 'none'")
         return tensors
-    if normalise != "expected_average_only_in":
-        known = "none, expected_average_only_in"
-        raise ValueError(f"normalize_activations {normalise!r} is not supported (it depends on each row); known: {known}")
-    if options.scaling_factor is None:
+    constant = normalise == "constant_scalar_rescale"
+    if normalise != "expected_average_only_in" and not constant:
+        known = "none, expected_average_only_in, constant_scalar_rescale"
+        why = "the file does not hold its matrices" if normalise == "covariance_whitening" else "it depends on each row"
+        raise ValueError(f"normalize_activations {normalise!r} is not supported ({why}); known: {known}")
+    if constant and options.scaling_factor is not None:
+        raise ValueError("scaling_factor does not go with normalize_activations 'constant_scalar_rescale', whose factor the file holds")
+    if options.scaling_factor is None and not constant:
         raise ValueError(
             "normalize_activations 'expected_average_only_in' multiplies inputs by a number that the file does not hold: "
             "give it as scaling_factor=, or 1.0 where your inputs are scaled already"
         )
-    factor = _checks.number("SAE.from_pretrained", "scaling_factor", options.scaling_factor)
+    given = config.get("activation_normalization_factor", 1.0) if constant else options.scaling_factor
+    factor = _checks.number("SAE.from_pretrained", "activation_normalization_factor" if constant else "scaling_factor", given)
     out = {name: tensor / factor if name in ("W_dec", "b_dec") else tensor for name, tensor in tensors.items()}
     out["W_enc"] = tensors["W_enc"] * factor
     return out

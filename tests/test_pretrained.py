@@ -169,12 +169,20 @@ def test_saelens_input_scale_is_asked_for_and_folded(tmp_path: Path) -> None:
     plain = saelens(tmp_path / "plain", {**config, "normalize_activations": "none"}, LENS)
     with pytest.raises(ValueError, match="scaling_factor does not go with"):
         SAE.from_pretrained(plain, scaling_factor=2.5)
+    held = {**config, "normalize_activations": "constant_scalar_rescale", "activation_normalization_factor": 2.5}
+    folder = saelens(tmp_path / "held", held, LENS)
+    agrees(SAE.from_pretrained(folder), f, (f @ W_DEC + B_DEC) / 2.5)
+    with pytest.raises(ValueError, match="constant_scalar_rescale', whose factor the file holds"):
+        SAE.from_pretrained(folder, scaling_factor=2.5)
+    with pytest.raises(ValueError, match="activation_normalization_factor must be a number, got str"):
+        SAE.from_pretrained(saelens(tmp_path / "text", {**held, "activation_normalization_factor": "2.5"}, LENS))
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "constant_norm_rescale", "covariance_whitening", ["a"], 3])
 def test_normalisations_that_depend_on_the_row_are_refused_by_name(tmp_path: Path, name: Any) -> None:
     folder = saelens(tmp_path, {"architecture": "standard", "normalize_activations": name}, LENS)
-    with pytest.raises(ValueError, match=r"normalize_activations|unhashable"):
+    why = "the file does not hold its matrices" if name == "covariance_whitening" else "it depends on each row"
+    with pytest.raises(ValueError, match=rf"normalize_activations .* is not supported \({why}\)|unhashable"):
         SAE.from_pretrained(folder)
 
 
