@@ -49,11 +49,14 @@ class AuxK:
         k: latents of ``e_hat``; None: half the input dimension.
         coefficient: weight in the loss.
         relu: clamp those scores at 0.
-        bias: ``e_hat`` includes ``b_dec`` (which ``x_hat`` has already: two of the libraries below do it).
+        bias: ``e_hat`` includes ``b_dec``, which ``x_hat`` has already.
         denominator: "residual", ``sum (e - mean e)^2``; "total", ``sum (x - mean x)^2``; or "tokens", their number. Where it is 0 (a single
             token, rows that are equal up to rounding: see ``losses.spread``) so is the term.
+        share: the factor ``min(n_dead / k, 1)``.
 
-    Source: Gao et al. 2024 (arXiv 2406.04093). ``dictionary_learning()``, ``saelens()`` and ``sparsify()`` make each library's choices.
+    Source: Gao et al. 2024 (arXiv 2406.04093). ``dictionary_learning()``, ``saelens()`` and ``sparsify()`` are each library's term and its
+    gradients, for unit decoder rows, with two exceptions: sparsify's encoder ignores the gradient of its dense scores and gets none from
+    the term, and dictionary_learning's term of a single token is the largest float32 (without a gradient), not 0.
     """
 
     k: int | None = None
@@ -61,6 +64,7 @@ class AuxK:
     relu: bool = True
     bias: bool = False
     denominator: Literal["residual", "total", "tokens"] = "residual"
+    share: bool = True
 
     def __post_init__(self) -> None:
         if self.k is not None:
@@ -68,20 +72,21 @@ class AuxK:
         object.__setattr__(self, "coefficient", _checks.number("AuxK", "coefficient", self.coefficient))
         _checks.flag("AuxK", "relu", self.relu)
         _checks.flag("AuxK", "bias", self.bias)
+        _checks.flag("AuxK", "share", self.share)
         if self.denominator not in ("residual", "total", "tokens"):
             raise ValueError(f"AuxK: denominator must be 'residual', 'total' or 'tokens', got {self.denominator!r}")
 
     @classmethod
     def dictionary_learning(cls, k: int | None = None, coefficient: float = 1 / 32) -> AuxK:
-        return cls(k, coefficient, relu=True, bias=False, denominator="residual")
+        return cls(k, coefficient, share=False)
 
     @classmethod
     def saelens(cls, k: int | None = None, coefficient: float = 1.0) -> AuxK:
-        return cls(k, coefficient, relu=False, bias=True, denominator="tokens")
+        return cls(k, coefficient, relu=False, denominator="tokens")
 
     @classmethod
     def sparsify(cls, k: int | None = None, coefficient: float = 1 / 32) -> AuxK:
-        return cls(k, coefficient, relu=True, bias=True, denominator="total")
+        return cls(k, coefficient, denominator="total")
 
 
 class Terms(NamedTuple):
@@ -158,7 +163,7 @@ def fired(feature: Tensor, values: Tensor, n_features: int) -> Tensor:
 def dead_share(aux: AuxK, d_in: int, dead: int) -> tuple[int, float]:
     """(latents of ``e_hat``, factor of the term) for a number of dead features."""
     k = aux.k or max(d_in // 2, 1)
-    return min(k, dead), min(dead / k, 1.0)
+    return min(k, dead), min(dead / k, 1.0) if aux.share else 1.0
 
 
 def aux_denominator(aux: AuxK, residual: Tensor, target: Tensor) -> Tensor:

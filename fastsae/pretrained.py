@@ -212,23 +212,27 @@ def _architecture(config: dict[str, Any]) -> tuple[str, Any]:
 
 def _scaled_inputs(config: dict[str, Any], tensors: dict[str, Tensor], options: Options) -> dict[str, Tensor]:
     normalise = config.get("normalize_activations")
-    normalise = {None: "none", False: "none", True: "expected_average_only_in"}.get(normalise, normalise)
+    if normalise is None or isinstance(normalise, bool):  # of older versions
+        normalise = "expected_average_only_in" if normalise else "none"
     if normalise == "none":
         if options.scaling_factor is not None:
             raise ValueError("scaling_factor does not go with normalize_activations 'none'")
         return tensors
     if normalise not in ("expected_average_only_in", "constant_scalar_rescale"):
         rows = "it depends on each row"
-        reasons = {"layer_norm": rows, "constant_norm_rescale": rows, "covariance_whitening": "its matrices must be folded in first"}
+        reasons = {"layer_norm": rows, "constant_norm_rescale": rows, "covariance_whitening": "the file does not hold its matrices"}
         known = "none, expected_average_only_in, constant_scalar_rescale"
         raise ValueError(f"normalize_activations {normalise!r} is not supported ({reasons.get(str(normalise), 'unknown')}); known: {known}")
-    factor = config.get("activation_normalization_factor") if options.scaling_factor is None else options.scaling_factor
-    if factor is None:
+    held = config.get("activation_normalization_factor") if normalise == "constant_scalar_rescale" else None
+    if held is not None and options.scaling_factor is not None:
+        raise ValueError("scaling_factor does not go with normalize_activations 'constant_scalar_rescale', whose factor the file holds")
+    if held is None and options.scaling_factor is None:
         raise ValueError(
             f"normalize_activations {normalise!r} multiplies inputs by a number that the file does not hold: "
             "give it as scaling_factor=, or 1.0 where your inputs are scaled already"
         )
-    factor = _checks.number("SAE.from_pretrained", "scaling_factor", factor)
+    name, given = ("scaling_factor", options.scaling_factor) if held is None else ("activation_normalization_factor", held)
+    factor = _checks.number("SAE.from_pretrained", name, given)
     out = {name: tensor / factor if name in ("W_dec", "b_dec") else tensor for name, tensor in tensors.items()}
     out["W_enc"] = tensors["W_enc"] * factor
     return out

@@ -121,7 +121,8 @@ def _restore(
             _check_state(state, fresh)
             if sae is None:
                 sae = fresh.to_empty(device=device or "cpu")
-                sae.silent.zero_(), sae.scale.fill_(1)  # which the earliest files do not have
+                for name, start in (("silent", 0), ("scale", 1)):  # which the earliest files do not have
+                    getattr(sae, name).fill_(start)
             ours, theirs = ([*module] if isinstance(module, SAEs) else [module] for module in (sae, fresh))
             if isinstance(sae, SAEs) != stacked or len(ours) != len(theirs):
                 raise ValueError(f"it holds {f'{len(theirs)} dictionaries' if stacked else 'one SAE'}, the module is {type(sae).__name__}")

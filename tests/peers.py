@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from surroundings import surroundings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastsae import SAE, AuxK, TopK
 from fastsae._activations_minilm import _checkout_hidden
+from fastsae.gradients import densify
 
 # Read when they are imported: no network, and sparsify's decoder that runs on a CPU.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "SPARSIFY_DISABLE_TRITON": "1"}
@@ -47,7 +52,7 @@ def same(a: Tensor, b: Tensor, of: float = ROUNDING) -> None:
     assert a.shape == b.shape and a.dtype == b.dtype and a.layout == b.layout
     if a.layout is not torch.strided:
         a, b = a.to_dense(), b.to_dense()
-    assert float((a.detach() - b.detach()).abs().max()) <= of * max(float(b.detach().abs().max()), 1e-6)
+    assert not b.numel() or float((a.detach() - b.detach()).abs().max()) <= of * max(float(b.detach().abs().max()), 1e-6)
 
 
 def same_gradients(a: Any, b: Any) -> None:
@@ -76,3 +81,67 @@ def works_under_settings(make: Callable[[bool], Any], use: Callable[[Any], list[
         for mine, theirs in zip(*results, strict=True):
             assert mine.device == theirs.device, name
             same(mine, theirs, 2e-5)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "plain": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda x: x,
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "expanded": lambda x: x[:1].expand(x.shape) if x.dim() > 1 else x,
+    "asks for a gradient": lambda x: x.requires_grad_(),
+}
+
+
+def described(out: Any) -> Any:
+    """What a caller sees of a result besides its numbers."""
+    if isinstance(out, tuple):
+        return [described(part) for part in out]
+    return out.shape, out.dtype, out.layout, out.requires_grad, out.is_inference()
+
+
+def same_call(
+    data: st.DataObject, mine: Any, theirs: Any, call: Callable[[Any, Tensor], Any], width: int, ranks: Sequence[tuple[int, ...]]
+) -> None:
+    """A call of both, equal in all that a caller sees, in any mode, for any kind of input; numbers where nothing is rounded to bfloat16."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    mode = data.draw(st.sampled_from(sorted(MODES)))
+    x = torch.randn(*data.draw(st.sampled_from(ranks)), width, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x = VIEWS[data.draw(st.sampled_from(sorted(VIEWS)))](x)
+    mine.to(dtype=dtype), theirs.to(dtype=dtype)
+    with MODES[mode]():
+        got, expected = (call(obj, x.clone() if mode == "inference" else x) for obj in (mine, theirs))
+        assert described(got) == described(expected)
+        if dtype is not torch.bfloat16 and mode != "autocast":
+            for a, b in zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]:
+                same(a.nan_to_num(), b.nan_to_num())  # a single row has no variance
+
+
+def aux_regime(data: st.DataObject, aux: AuxK) -> tuple[SAE, Tensor, Tensor, Any]:
+    """(SAE, x, dead features, its loss and gradients of the AuxK term alone), of any regime: no, few, many and all features dead, k above
+    the number of features, an odd dimension, one token. By autograd and by hand, which must agree."""
+    d, f = data.draw(st.integers(2, 9)), data.draw(st.integers(3, 24))
+    aux = replace(aux, k=data.draw(st.none() | st.just(d // 2)))
+    sae = SAE(d, f, TopK(data.draw(st.integers(1, f))), aux=aux, dead_after=2, dtype=torch.float64, seed=data.draw(st.integers(0, 99)))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (sae.b_enc, sae.b_dec, sae.W_enc):
+            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        sae.normalise_decoder_()
+    x = torch.randn(data.draw(st.sampled_from([1, 2, 7])), d, generator=generator, dtype=torch.float64)
+    sae.silent[torch.randperm(f, generator=generator)[: data.draw(st.sampled_from([0, 1, f // 2, f]))]] = 9
+    sae.eval()  # what is dead stays so
+    term, parameters = sae.loss(x).loss - sae.loss(x, aux=False).loss, list(sae.parameters())
+    gradients = torch.autograd.grad(term, parameters) if term.requires_grad else [torch.zeros_like(p) for p in parameters]
+    metrics, with_term = sae.step_gradients(x)
+    _, without = sae.step_gradients(x, aux=False)
+    torch.testing.assert_close(metrics.aux * aux.coefficient, term.detach(), rtol=1e-9, atol=1e-11)
+    gradients = dict(zip([name for name, _ in sae.named_parameters()], gradients, strict=True))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(densify(with_term[name]) - densify(without[name]), gradient, rtol=1e-9, atol=1e-11)
+    return sae, x, sae.dead_features, (term.detach(), gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import sys
 import types
@@ -13,25 +14,32 @@ from typing import Any, Generic, TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastsae
 from fastsae import patch
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, densify
 from fastsae.patch import Adapter, Library, _adam
+from fastsae.patch._tested import fingerprint, shadowed
 
 T = TypeVar("T")
+
+
+def helper(x: Tensor) -> Tensor:
+    return x
 
 
 class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 3)
+        self.scale = nn.Parameter(torch.ones(()))
 
     def encode(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
     def twice(self, x: Tensor) -> Tensor:
-        return self.encode(self.encode(x)[..., :2])
+        return self.encode(helper(self.encode(x)[..., :2]))
 
 
 class Trainer(Generic[T]):
@@ -126,6 +134,50 @@ def test_parts_go_along() -> None:
     assert fastsae.report(trainer.sae).accelerated  # it was before
     odd = fastsae.accelerate(Trainer(nn.Linear(2, 2)))
     assert type(odd.sae) is nn.Linear and "torch.nn.modules.linear.Linear is not a supported class" in fastsae.report(odd).left["sae"]
+
+
+def test_methods_are_known_by_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = fingerprint(Toy, ("twice",))
+    assert known == fingerprint(Toy, ("twice",)) != fingerprint(Toy, ("encode",))
+    assert shadowed(Toy(), Toy, ("twice",)) is None
+    toy = Toy()
+    toy.encode = lambda x: x  # pyright: ignore[reportAttributeAccessIssue]
+    toy.note = 1  # pyright: ignore[reportArgumentType]
+    assert shadowed(toy, Toy, ("twice",)) == "encode"  # which twice calls
+    was = Toy.encode
+
+    @functools.wraps(was)
+    def wrapped(self: Toy, x: Tensor) -> Tensor:
+        return 2 * was(self, x)
+
+    foreign = types.FunctionType(wrapped.__code__, {**globals(), "__name__": "elsewhere"}, closure=wrapped.__closure__)
+    foreign.__wrapped__ = was  # pyright: ignore[reportFunctionMemberAccess]
+    for other in (wrapped, foreign, torch.nn.Module.train, property(lambda self: 1)):
+        monkeypatch.setattr(Toy, "encode", other)
+        assert fingerprint(Toy, ("twice",)) != known
+    monkeypatch.setattr(Toy, "encode", torch.no_grad()(was))
+    assert fingerprint(Toy, ("twice",)) == known  # torch's decorators leave a method what it is
+    monkeypatch.undo()
+    assert fingerprint(Toy, ("twice",)) == known
+    monkeypatch.setattr(f"{__name__}.helper", functools.partial(helper))
+    assert fingerprint(Toy, ("twice",)) != known
+    monkeypatch.undo()
+    assert fingerprint(Toy, ("twice",)) == known
+    monkeypatch.setattr(f"{__name__}.helper", lambda x: x + 1)
+    assert fingerprint(Toy, ("twice",)) != known
+    monkeypatch.undo()
+    monkeypatch.setattr(Toy, "twice", lambda self, x: helper(x))
+    assert fingerprint(Toy, ("twice",)) != known
+
+
+def test_a_class_that_was_changed_since() -> None:
+    toy = fastsae.accelerate(Toy())
+    nn.utils.parametrize.register_parametrization(toy, "scale", nn.Identity())
+    assert fastsae.report(toy).accelerated and torch.equal(toy.encode(torch.ones(1, 2)), toy.layer(torch.ones(1, 2)) + 1)
+    with pytest.raises(RuntimeError, match=r"restore: obj has become a ParametrizedToy since \(a parametrisation\?\); undo that first"):
+        fastsae.restore(toy)
+    nn.utils.parametrize.remove_parametrizations(toy, "scale")
+    assert type(fastsae.restore(toy)) is Toy
 
 
 def test_report() -> None:
@@ -263,6 +315,18 @@ def test_what_adam_refuses() -> None:
     hooked = made()
     hooked.register_step_pre_hook(lambda *_: None)
     assert _adam.refuses(hooked) == "the optimiser has step hooks"
+    scheduled = made()
+    for _ in range(2):
+        torch.optim.lr_scheduler.ConstantLR(scheduled)  # wraps its step
+    assert _adam.refuses(scheduled) is None and _adam.refuses(copy.deepcopy(scheduled)) is None
+    scheduled.step = lambda: None
+    assert _adam.refuses(scheduled) == "the optimiser's step was replaced in the instance"
+    handle = register_optimizer_step_post_hook(lambda *_: None)
+    try:
+        assert _adam.refuses(made()) == "the optimiser has step hooks"
+    finally:
+        handle.remove()
+    assert _adam.refuses(made()) is None
     p = nn.Parameter(torch.ones(2))
     p.register_hook(lambda g: g)
     assert _adam.refuses(torch.optim.Adam([p])) == "a parameter has gradient hooks"

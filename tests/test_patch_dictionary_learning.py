@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -14,12 +15,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients, second_derivatives, works_under_settings
+from peers import aux_regime, load, same, same_call, same_gradients, second_derivatives, works_under_settings
 from torch import Tensor, nn
 
 import fastsae
 from fastsae.patch import _dictionary_learning_sae as adapter
 from fastsae.patch import _dictionary_learning_train as train
+from fastsae.patch import changed
 from fastsae.patch import dictionary_learning as library
 
 dictionary_learning = load("dictionary_learning", "dictionary-learning")
@@ -100,6 +102,38 @@ def test_outputs_and_gradients_of_any_dictionary(data: st.DataObject) -> None:
     with torch.no_grad():
         f = theirs.encode(rows(*batch))
         same(mine.decode(f), theirs.decode(f))
+
+
+@given(data=st.data())
+def test_any_input_in_any_mode(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(CLASSES)))
+    calls = [lambda ae, x: ae.encode(x), lambda ae, x: ae(x, output_features=True), lambda ae, x: ae.decode(ae.encode(x))]
+    if "TopK" in name:
+        calls += [lambda ae, x: ae.encode(x, use_threshold=True), lambda ae, x: ae.encode(x, use_threshold=False)]
+    ranks = [(1,), (7,), (0,)]
+    if name != "MatryoshkaBatchTopKSAE":  # it indexes the second dimension
+        ranks += [(2, 5)]
+    if "Batch" not in name:  # k times the first dimension is more than there are
+        ranks += [(), (2, 0)]
+    mine, theirs = pair(name, shift=2.5, threshold=0.5 if "TopK" in name else None)
+    same_call(data, mine, theirs, data.draw(st.sampled_from(calls)), D, ranks)
+
+
+def test_thresholds_and_biases_of_other_dtypes() -> None:
+    for name in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        mine, theirs = (ae.double() for ae in pair(name))
+        for ae in (mine, theirs):
+            ae.threshold = torch.tensor(0.5)  # float32, as the trainers leave it
+        x = rows().double()
+        same(mine.encode(x, use_threshold=True), theirs.encode(x, use_threshold=True))
+        same(mine(x), theirs(x))
+        assert not fastsae.report(mine).now
+    mine, theirs = (ae.double() for ae in pair("GatedAutoEncoder", shift=2.5))
+    for ae in (mine, theirs):
+        ae.r_mag = nn.Parameter(ae.r_mag.detach().float())
+    with pytest.warns(UserWarning, match="its parameters have several dtypes"):
+        same(mine.encode(rows().double()), theirs.encode(rows().double()))
+    assert fastsae.report(mine).now["encode"] == "its parameters have several dtypes"
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
@@ -378,11 +412,70 @@ def test_features_that_are_not_unit_get_the_librarys_projection() -> None:
 def _tried(made: Any, x: Tensor) -> Any:
     try:
         return made.update(1, x)
-    except RuntimeError:
+    except (RuntimeError, KeyError):
         return None
 
 
-@pytest.mark.parametrize("reason", ["optimiser", "hook", "frozen", "gradient", "autocast", "loss", "dtype", "custom"])
+class AnnealingTrainer(TopKTrainer):
+    """What the main branch calls TopKTrainer, under the release's version: k falls linearly from the dimension."""
+
+    def __init__(self, *args: Any, k_anneal_steps: int, **options: Any):
+        super().__init__(*args, **options)
+        self.k_anneal_steps = k_anneal_steps
+
+    def update(self, step: int, x: Tensor) -> Any:
+        loss = super().update(step, x)
+        share = min(step / self.k_anneal_steps, 1)
+        self.ae.k.fill_(int(self.ae.activation_dim * (1 - share) + self.k * share))
+        return loss
+
+
+AnnealingTrainer.__module__, AnnealingTrainer.__qualname__ = TopKTrainer.__module__, TopKTrainer.__qualname__
+
+
+def test_an_update_that_was_not_tested_is_the_librarys() -> None:
+    made = [
+        AnnealingTrainer(**{**BASE, "steps": 40, "activation_dim": 16, "k": 4, "warmup_steps": 2, "seed": 0}, k_anneal_steps=20)
+        for _ in "ab"
+    ]
+    mine, theirs = fastsae.accelerate(made[0]), made[1]
+    ks: list[int] = []
+    for step in range(30):
+        with (
+            pytest.warns(UserWarning, match="update of .*Trainer, or what it calls, is not that") if step == 0 else contextlib.nullcontext()
+        ):
+            mine.update(step, rows(32, width=16, seed=step))
+        theirs.update(step, rows(32, width=16, seed=step))
+        ks.append(int(mine.ae.k))
+    assert ks[::3] == [16, 14, 12, 10, 8, 7, 5, 4, 4, 4]
+    assert fastsae.report(mine).now.keys() == {"update"} and fastsae.report(mine.ae).accelerated
+    for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
+        assert float((p - q).detach().abs().max()) <= 0.1 * LR
+
+
+def test_methods_are_those_of_the_tested_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CLASSES:
+        assert changed(make(name), "encode", "decode", "forward") is None, (
+            f"the methods of {name} are other ones: test them, then note them"
+        )
+    for name in TRAINERS:
+        assert changed(trainer(name, True), "update") is None, name
+    mine, theirs = fastsae.accelerate(trainer("BatchTopK", True)), trainer("BatchTopK", True)
+    was = BatchTopKTrainer.get_auxiliary_loss
+    monkeypatch.setattr(BatchTopKTrainer, "get_auxiliary_loss", lambda self, *acts: 1 + was(self, *acts))
+    assert "update of BatchTopKTrainer, or what it calls, is not that of dictionary-learning 0.1.0" in fastsae.report(mine).now["update"]
+    with pytest.warns(UserWarning, match="is not that of dictionary-learning"):
+        assert mine.update(1, rows()) == pytest.approx(theirs.update(1, rows()), rel=1e-5)
+    monkeypatch.undo()
+    assert not fastsae.report(mine).now
+
+
+REASONS = [
+    "optimiser", "hook", "frozen", "gradient", "autocast", "loss", "dtype", "custom", "auxiliary", "encode", "forward", "step", "computed",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REASONS)
 def test_what_needs_the_librarys_own_update_gets_it_and_is_reported(reason: str) -> None:
     mine, theirs = trainer("TopK", True), trainer("TopK", True)
     for made in (mine, theirs):
@@ -396,6 +489,17 @@ def test_what_needs_the_librarys_own_update_gets_it_and_is_reported(reason: str)
             made.ae.b_dec.grad = torch.ones(D)
         if reason == "loss":
             made.loss = lambda x, step, made=made: 2 * type(made).loss(made, x, step=step)
+        if reason == "auxiliary":
+            made.get_auxiliary_loss = lambda *acts, made=made: 2 * type(made).get_auxiliary_loss(made, *acts)
+        if reason == "encode":
+            made.ae.encode = lambda x, ae=made.ae, **options: type(ae).encode(ae, 2 * x, **options)
+        if reason == "forward":
+            made.ae.encoder.forward = lambda x, was=made.ae.encoder.forward: 2 * was(x)
+        if reason == "step":
+            made.optimizer.step = lambda: None
+        if reason == "computed":
+            nn.utils.parametrizations.weight_norm(made.ae.decoder)
+            made.optimizer = torch.optim.Adam(made.ae.parameters(), lr=LR)
         if reason == "custom":
             made.ae = type("Own", (AutoEncoderTopK,), {})(D, F, K)
             made.ae.load_state_dict(trainer("TopK", True).ae.state_dict())
@@ -413,6 +517,33 @@ def test_what_needs_the_librarys_own_update_gets_it_and_is_reported(reason: str)
             assert float((p - q).detach().abs().max()) <= (2.1 if reason == "autocast" else 0.1) * LR
     if reason not in ("autocast", "dtype", "gradient"):
         assert "update" in fastsae.report(mine).now
+
+
+@given(data=st.data())
+def test_the_auxk_preset_is_the_librarys(data: st.DataObject) -> None:
+    sae, x, dead, (term, gradients) = aux_regime(data, fastsae.AuxK.dictionary_learning(coefficient=0.5))
+    made = TopKTrainer(**{**BASE, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": int(sae.k), "warmup_steps": 1})
+    ae = made.ae.double()
+    made.num_tokens_since_fired[dead] = made.dead_feature_threshold
+    with torch.no_grad():
+        (
+            ae.encoder.weight.copy_(sae.W_enc),
+            ae.encoder.bias.copy_(sae.b_enc),
+            ae.decoder.weight.copy_(sae.W_dec.T),
+            ae.b_dec.copy_(sae.b_dec),
+        )
+    f, _, _, acts = ae.encode(x, return_topk=True)
+    loss = 0.5 * made.get_auxiliary_loss((x - ae.decode(f)).detach(), acts)
+    if x.shape[0] == 1 and dead.any():  # no variance to divide by: 0 here, the largest float32 there, and no gradient
+        assert term == 0 and loss > 1e38
+        return
+    torch.testing.assert_close(term.float(), loss.detach().float(), rtol=1e-5, atol=1e-6)  # theirs is in float32
+    if dead.any():
+        loss.backward()
+        theirs = {"W_enc": ae.encoder.weight, "b_enc": ae.encoder.bias, "W_dec": ae.decoder.weight, "b_dec": ae.b_dec}
+        for name, p in theirs.items():
+            gradient = gradients[name].T if name == "W_dec" else gradients[name]
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_trainers_that_are_left_alone_give_a_reason() -> None:

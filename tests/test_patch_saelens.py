@@ -14,11 +14,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients, second_derivatives, works_under_settings
+from peers import aux_regime, load, same, same_call, same_gradients, second_derivatives, works_under_settings
 from torch import Tensor
 
 import fastsae
-from fastsae.patch import saelens
+from fastsae.patch import changed, saelens
 
 sae_lens = load("sae_lens", "sae-lens")
 
@@ -106,6 +106,44 @@ def test_outputs_and_gradients_of_any_sae(data: st.DataObject) -> None:
         acts = theirs.encode(x)  # leaves the normalisation's numbers for decode
         mine.encode(x)
         same(mine.decode(acts), theirs.decode(acts))
+
+
+@given(data=st.data())
+def test_any_input_in_any_mode(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(KINDS)))
+    call = data.draw(st.sampled_from([lambda s, x: s.encode(x), lambda s, x: s(x), lambda s, x: s.decode(s.encode(x))]))
+    same_call(data, *pair(name, shift=2.5), call, D, [(), (1,), (7,), (2, 5), (0,), (2, 0)])
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_sparse_activations_are_the_slots(rescale: bool) -> None:
+    mine, theirs = pair("TopKTrainingSAE", use_sparse_activations=True, rescale_acts_by_decoder_norm=rescale, k=3)
+    assert not fastsae.report(mine).now
+    for batch in ((), (7,), (2, 5), (0,)):
+        x = rows(*batch) if batch else rows(1)[0]
+        a, b = mine.encode(x), theirs.encode(x)
+        assert a.is_coalesced() == b.is_coalesced() and a._nnz() == b._nnz() and a.requires_grad == b.requires_grad
+        same(a, b)
+        same(mine(x), theirs(x))
+        same(mine.decode(a), theirs.decode(b))
+    same(fastsae.encode(theirs, rows()).to_dense(), theirs.encode(rows()).to_dense())
+    if not rescale:  # the library's backward of that is not for the CPU
+        for sae in (mine, theirs):
+            (sae(rows()).square().sum() + sae.encode(rows()).to_dense().square().sum()).backward()
+        same_gradients(mine, theirs)
+        (_, a), (_, b) = mine.run_with_cache(rows()), theirs.run_with_cache(rows())
+        for point in b:
+            same(a[point], b[point])
+
+
+def test_parameters_of_several_dtypes_take_the_librarys_way() -> None:
+    for name, parameter in (("TopKSAE", "b_enc"), ("StandardSAE", "b_dec"), ("JumpReLUSAE", "threshold")):
+        mine, theirs = pair(name, shift=2.5)
+        for sae in (mine, theirs):
+            sae.to(dtype=torch.float64)
+            setattr(sae, parameter, torch.nn.Parameter(getattr(sae, parameter).detach().float()))
+        same(mine.encode(rows().double()), theirs.encode(rows().double()))
+        assert bool(fastsae.report(mine).now) == (parameter != "threshold")  # which is compared, not added
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
@@ -468,6 +506,24 @@ def test_under_other_settings(case: str) -> None:
     works_under_settings(lambda fast: fastsae.accelerate(trainer_of(name, **more)) if fast else trainer_of(name, **more), use)
 
 
+@given(data=st.data())
+def test_the_auxk_preset_is_the_librarys(data: st.DataObject) -> None:
+    ours, x, dead, (term, gradients) = aux_regime(data, fastsae.AuxK.saelens(coefficient=0.5))
+    config = saes.TopKTrainingSAEConfig(d_in=ours.d_in, d_sae=ours.d_sae, k=int(ours.k), dtype="float64", aux_loss_coefficient=0.5)
+    sae = saes.TopKTrainingSAE(config)
+    with torch.no_grad():
+        for p, value in ((sae.W_enc, ours.W_enc.T), (sae.b_enc, ours.b_enc), (sae.W_dec, ours.W_dec), (sae.b_dec, ours.b_dec)):
+            p.copy_(value)
+    acts, hidden = sae.encode_with_hidden_pre(x)
+    loss = sae.calculate_topk_aux_loss(x, sae.decode(acts), hidden, dead)
+    torch.testing.assert_close(term, loss.detach(), rtol=1e-9, atol=1e-11)
+    if loss.requires_grad:
+        loss.backward()
+        for name, p in sae.named_parameters():  # rows of norm 1, whose norms have no part in it
+            gradient = gradients[name].T if name == "W_enc" else gradients[name]
+            torch.testing.assert_close(gradient, torch.zeros_like(p) if p.grad is None else p.grad, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["TopKTrainingSAE", "BatchTopKTrainingSAE"])
 def test_fit_checkpoints_and_resumes(name: str, tmp_path: Path) -> None:
     def data() -> Any:
@@ -525,7 +581,32 @@ WAYS = {
     "does not hold the SAE's parameters": lambda t: setattr(t, "optimizer", torch.optim.Adam([t.sae.W_enc])),
     "a parameter has gradient hooks": lambda t: t.sae.W_dec.register_hook(lambda g: g * 2),
     "the optimiser has step hooks": lambda t: t.optimizer.register_step_post_hook(lambda *_: None),
+    "the optimiser's step was replaced": lambda t: setattr(t.optimizer, "step", lambda: None),
+    "autocast is on": lambda t: setattr(t, "autocast_if_enabled", torch.autocast("cpu", torch.bfloat16)),
+    "get_coefficients was replaced": lambda t: setattr(t, "get_coefficients", dict),
+    "calculate_aux_loss was replaced": lambda t: setattr(t.sae, "calculate_aux_loss", lambda **_: t.sae.W_dec.square().sum()),
+    "decode was replaced": lambda t: setattr(t.sae, "decode", lambda acts, was=t.sae.decode: 2 * was(acts)),
+    "activation_fn has a hook": lambda t: t.sae.activation_fn.register_forward_hook(lambda module, args, out: 2 * out),
+    "activation_fn is TopK": lambda t: setattr(t.sae, "activation_fn", TopK(5)),
+    "a parameter is computed": lambda t: _computed(t),
 }
+
+
+class TopK(saes.topk_sae.TopK):
+    """Of the library's name, and another function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Halved(torch.nn.Module):
+    def forward(self, W: Tensor) -> Tensor:
+        return W / 2
+
+
+def _computed(trainer: Any) -> None:
+    torch.nn.utils.parametrize.register_parametrization(trainer.sae, "W_dec", Halved())
+    trainer.optimizer = torch.optim.Adam(trainer.sae.parameters(), lr=1e-3)
 
 
 @pytest.mark.parametrize("reason", WAYS)
@@ -546,6 +627,57 @@ def test_what_needs_the_librarys_own_step_gets_it_and_is_reported(reason: str) -
         assert float((p - q).detach().abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("case", ["topk", "batch topk", "matryoshka", "jumprelu", "standard"])
+def test_gradients_that_are_there_are_added_to(case: str) -> None:
+    name, more = TRAINED[case]
+    mine, theirs = fastsae.accelerate(trainer_of(name, **more)), trainer_of(name, **more)
+    for step in range(3):
+        for trainer in (mine, theirs):
+            (trainer.sae.W_dec * rows(F, seed=8)).sum().backward()  # a term of one's own beside the trainer's
+            if trainer is mine and step == 0 and case in BY_SLOTS:
+                with pytest.warns(UserWarning, match="runs as without fastsae: a parameter has a gradient already"):
+                    trainer.step(rows(seed=step))
+            else:
+                trainer.step(rows(seed=step))
+    same_trainers(mine, theirs)
+
+
+def test_an_empty_batch_is_the_librarys() -> None:
+    mine, theirs = fastsae.accelerate(trainer_of("TopKTrainingSAE")), trainer_of("TopKTrainingSAE")
+    outs = [trainer.step(rows(0)) for trainer in (mine, theirs)]
+    assert outs[0].loss.isnan() and outs[1].loss.isnan()
+
+
+def test_methods_are_those_of_the_tested_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KINDS:
+        assert changed(make(name), *saelens._sae._METHODS) is None, f"the methods of {name} are other ones: test them, then note them"
+        assert not KINDS[name].training or changed(make(name), "training_forward_pass") is None
+    mine, theirs = fastsae.accelerate(trainer_of("MatryoshkaBatchTopKTrainingSAE")), trainer_of("MatryoshkaBatchTopKTrainingSAE")
+    assert not fastsae.report(mine).now
+    mine.step(rows()), theirs.step(rows())
+    # What a later version might have: another loss of a class below, reached by super(), seen at the next step.
+    was = saes.BatchTopKTrainingSAE.training_forward_pass
+
+    def later(self: Any, step_input: Any) -> Any:
+        out = was(self, step_input)
+        out.loss = out.loss + (self.W_dec * rows(F, seed=8)).sum()
+        return out
+
+    monkeypatch.setattr(saes.BatchTopKTrainingSAE, "training_forward_pass", later)
+    why = "training_forward_pass of MatryoshkaBatchTopKTrainingSAE, or what it calls, is not that of sae-lens 6.54, which was tested"
+    assert fastsae.report(mine).now["_train_step"] == why
+    with pytest.warns(UserWarning, match=why):
+        mine.step(rows(seed=2))
+    theirs.step(rows(seed=2))
+    same_trainers(mine, theirs)
+    monkeypatch.undo()
+    assert not fastsae.report(mine).now
+    monkeypatch.setattr(saes.topk_sae.TopK, "forward", lambda self, x: x)
+    assert "encode of TopKSAE, or what it calls" in fastsae.report(make("TopKSAE")).now["encode"]
+    monkeypatch.undo()
+    assert not fastsae.report(make("TopKSAE")).now
+
+
 def test_frozen_parameters_stay() -> None:
     mine, theirs = trainer_of("TopKTrainingSAE"), trainer_of("TopKTrainingSAE")
     for trainer in (mine, theirs):
@@ -555,6 +687,10 @@ def test_frozen_parameters_stay() -> None:
         mine.step(rows(seed=step)), theirs.step(rows(seed=step))
     for p, q in zip(mine.sae.parameters(), theirs.sae.parameters()):
         assert float((p - q).detach().abs().max()) < 1e-6
+    mine.sae.requires_grad_(False), theirs.sae.requires_grad_(False)
+    for trainer in (mine, theirs):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            trainer.step(rows())
 
 
 def test_a_trainer_of_a_subclass_keeps_its_forward() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 import warnings
@@ -13,10 +14,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_gradients, second_derivatives, works_under_settings
+from peers import aux_regime, load, same, same_call, same_gradients, second_derivatives, works_under_settings
 from torch import Tensor
+from torch.nn.utils import prune
 
 import fastsae
+from fastsae.patch import changed
 from fastsae.patch import sparsify as adapter
 
 sparsify = load("sparsify", "eai-sparsify")
@@ -99,6 +102,40 @@ def test_second_derivatives(config: dict[str, Any]) -> None:
     for ours, expected in ((lambda coder, x: coder(x).sae_out, formula), (*(lambda coder, x: coder.encode(x).top_acts,) * 2,)):
         for a, b in zip(second_derivatives(mine, ours, rows()), second_derivatives(theirs, expected, rows()), strict=True):
             same(a, b)
+
+
+def _encoded(coder: Any, x: Tensor) -> Any:
+    values, indices, pre_acts = coder.encode(x)
+    assert indices.shape == values.shape and indices.dtype is torch.int64
+    return values.gather(-1, values.detach().argsort(dim=-1, descending=True)), pre_acts
+
+
+@given(data=st.data())
+def test_any_input_in_any_mode(data: st.DataObject) -> None:
+    mine, theirs = pair(**data.draw(st.sampled_from(CONFIGS)))
+    what = data.draw(st.sampled_from(["encode", "forward", "decode"]))
+    if what == "encode":
+        same_call(data, mine, theirs, _encoded, D, [(), (1,), (7,), (2, 5), (1, 2, 5), (0,), (2, 0)])
+    elif what == "decode":
+        same_call(data, mine, theirs, lambda coder, x: coder.decode(*coder.encode(x)[:2]), D, [(1,), (7,), (0,)])
+    else:
+        dead = torch.arange(F) < data.draw(st.sampled_from([0, 30]))
+        same_call(data, mine, theirs, lambda coder, x: tuple(coder(x, dead_mask=dead))[3:], D, [(1,), (7,), (0,)])
+
+
+def test_pre_acts_of_inference_tensors() -> None:
+    for config in CONFIGS:
+        mine, theirs = pair(**config)
+        with torch.inference_mode():
+            x = rows().clone()
+            late, expected = mine.encode(x), theirs.encode(x).pre_acts
+            x.zero_()  # has no version that would tell
+        same(late.pre_acts, expected)
+        with torch.inference_mode():
+            made = fastsae.accelerate(make(**config))  # nor have weights that were made there
+            late = made.encode(rows())
+            made.encoder.weight.zero_()
+            same(late.pre_acts, expected)
 
 
 def test_encode_and_lazy_pre_acts() -> None:
@@ -194,7 +231,6 @@ def test_annealed_k_and_bad_input() -> None:
     mine.cfg.k = theirs.cfg.k = 9  # as the trainer does
     same_code(mine.encode(rows())[:2], theirs.encode(rows())[:2])
     for x, error, message in (
-        (rows()[None], ValueError, r"SparseCoder.encode: x must have shape \[N, d_in=24\], got \[1, 40, 24\]"),
         (rows()[:, :5], RuntimeError, "size of tensor"),  # b_dec is subtracted first, as in the library
         (rows().double(), TypeError, "x must have dtype float32, got float64"),
     ):
@@ -337,6 +373,61 @@ def test_other_optimisers_step_on_dense_gradients() -> None:
         same(p, q)
 
 
+STEPS: dict[str, Any] = {
+    "a hook": lambda coder, optimizer: coder.register_forward_hook(lambda module, args, out: out._replace(fvu=3 * out.fvu)),
+    "a gradient": lambda coder, optimizer: coder.W_dec.register_hook(lambda g: g * 2),
+    "a frozen bias": lambda coder, optimizer: coder.b_dec.requires_grad_(False),
+    "a pruned decoder": lambda coder, optimizer: prune.random_unstructured(coder, "W_dec", 0.1),
+    "an encode of its own": lambda coder, optimizer: setattr(coder, "encode", lambda x, was=coder.encode: was(2 * x)),
+    "a decode of its own": lambda coder, optimizer: setattr(coder, "decode", lambda *slots, was=coder.decode: 2 * was(*slots)),
+    "a step of its own": lambda coder, optimizer: setattr(optimizer, "step", lambda: None),
+}
+
+
+@pytest.mark.parametrize("what", STEPS)
+def test_training_steps_of_what_was_changed(what: str) -> None:
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        coder = fastsae.accelerate(make()) if fused else make()
+        optimizer = torch.optim.Adam(coder.parameters(), lr=1e-3)
+        STEPS[what](coder, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                for step in range(2):
+                    if fused:
+                        adapter.train_step(coder, optimizer, rows(seed=step))
+                    else:
+                        library_step(coder, optimizer, rows(seed=step), None, None, 0.0)
+            except (RuntimeError, AssertionError) as error:  # a pruned tensor's graph serves once
+                results.append(type(error))
+                continue
+        results.append([p.detach().clone() for p in coder.parameters()])
+    if isinstance(results[1], type):
+        assert results[0] is results[1]
+    else:
+        for p, q in zip(*results, strict=True):
+            assert float((p - q).abs().max()) <= 1e-5
+
+
+def test_methods_are_those_of_the_tested_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(changed(make(), *adapter._METHODS) is None for _ in range(2))
+    mine, theirs = pair()
+    module = importlib.import_module("sparsify.sparse_coder")
+    monkeypatch.setattr(module, "fused_encoder", lambda x, *rest, was=module.fused_encoder: was(2 * x, *rest))
+    with pytest.warns(UserWarning, match="encode of SparseCoder, or what it calls, is not that of eai-sparsify 1.3.3, which was tested"):
+        assert torch.equal(mine(rows()).fvu, theirs(rows()).fvu)
+    assert "is not that of" in fastsae.report(mine).now["encode"]
+    with pytest.raises(ValueError, match="has no sparse latents here: encode of SparseCoder, or what it calls"):
+        fastsae.encode(mine, rows())
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(mine, backend="eager")(rows()).fvu, theirs(rows()).fvu)
+    monkeypatch.undo()
+    torch.compiler.reset()
+    assert not fastsae.report(mine).now
+
+
 def test_a_trainer_takes_its_coders_along() -> None:
     from sparsify.trainer import Trainer
 
@@ -437,7 +528,32 @@ def test_real_activations() -> None:
     assert float((chosen[0] != chosen[1]).double().mean()) < 1e-5  # scores within rounding of each other
 
 
-# ---------------------------------------------------------------- its optimiser
+# ---------------------------------------------------------------- its terms and its optimiser
+
+
+@given(data=st.data())
+def test_the_auxk_preset_is_the_librarys(data: st.DataObject) -> None:
+    sae, x, dead, (term, gradients) = aux_regime(data, fastsae.AuxK.sparsify(coefficient=0.5))
+    config = SparseCoderConfig(num_latents=sae.d_sae, k=int(sae.k))
+    coder = SparseCoder(sae.d_in, config, dtype=torch.float64)
+    with torch.no_grad():
+        for p, value in (
+            (coder.encoder.weight, sae.W_enc),
+            (coder.encoder.bias, sae.b_enc),
+            (coder.W_dec, sae.W_dec),
+            (coder.b_dec, sae.b_dec),
+        ):
+            p.copy_(value)
+    variance = torch.tensor(1.0, dtype=torch.float64) if x.shape[0] == 1 else None
+    loss = 0.5 * coder(x, dead_mask=dead, total_variance=variance).auxk_loss
+    if x.shape[0] == 1:  # no variance to divide by: 0 here
+        assert term == 0 and (not dead.any() or loss > 0)
+        return
+    torch.testing.assert_close(term, loss.detach(), rtol=1e-9, atol=1e-11)
+    if dead.any():
+        loss.backward()
+        torch.testing.assert_close(gradients["W_dec"], coder.W_dec.grad, rtol=1e-9, atol=1e-11)
+        assert not coder.encoder.weight.grad.any(), "the library's encoder ignores dense scores"
 
 
 @pytest.mark.parametrize("unit", [False, True])

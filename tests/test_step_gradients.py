@@ -42,6 +42,7 @@ AUX = {
     "dictionary_learning": AuxK.dictionary_learning(),
     "saelens": AuxK.saelens(6),
     "sparsify": AuxK.sparsify(6),
+    "bias": AuxK(6, relu=False, bias=True),
 }
 each = pytest.mark.parametrize("kind", KINDS)
 # Sums in another order: differences of the size of float64's rounding times the sums' length; float32 accordingly.
@@ -207,7 +208,7 @@ def test_drawn(kind: str, n: int, d: int, f: int, data: st.DataObject) -> None:
     prefixes = data.draw(st.none() | st.sets(st.integers(1, f - 1), max_size=3))
     d_out = data.draw(st.none() | st.integers(1, 5))
     tied = d_out is None and data.draw(st.booleans())
-    aux = data.draw(st.none() | st.builds(AuxK, k=st.integers(1, 8), relu=st.booleans(), bias=st.booleans()))
+    aux = data.draw(st.none() | st.builds(AuxK, k=st.integers(1, 8), relu=st.booleans(), bias=st.booleans(), share=st.booleans()))
     sae = SAE(
         d,
         f,

@@ -7,9 +7,10 @@
     encode(sae, x)                  the latents of any supported SAE, sparse; patched or not
     reconstruct(sae, x)             encode and decode of any supported SAE; with tensors it is the operation of that name
 
-Classes are recognised by module and name, so no library is imported that the caller has not imported. One file a library says what it
-replaces: ``saelens``, ``sparsify``, ``dictionary_learning``. Results agree with the library's own up to float32 rounding, selections
-outside ties.
+Classes are recognised by module and name, so no library is imported that the caller has not imported, and methods by their source: those
+that were not tested, of another release or replaced in a class or an instance, stay the library's own, with a warning. One file a library
+says what it replaces: ``saelens``, ``sparsify``, ``dictionary_learning``. Results agree with the library's own up to float32 rounding,
+selections outside ties.
 
 An accelerated object has a class made from its own one, of the same name: methods stored in the instance would stay bound to the original
 in a copy, a class survives ``deepcopy`` and ``pickle`` and is found by ``super()`` and ``isinstance``. Parameters are read at every call,
@@ -29,13 +30,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastsae import _checks
 from fastsae.latents import Latents
 from fastsae.ops import reconstruct as _operation
 from fastsae.ops.reconstruct import Reconstruction
 from fastsae.packed import PackedWeights
+from fastsae.patch import _tested
 from fastsae.sae import SAE
 
 __all__ = ["Adapter", "Library", "Report", "accelerate", "accelerated", "encode", "reconstruct", "report", "restore"]
@@ -82,12 +85,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Library:
-    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``."""
+    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``, and
+    the fingerprints of the tested methods (see ``changed``)."""
 
     distribution: str
     low: str
     high: str
     adapters: Mapping[str, Adapter]
+    tested: str = ""
 
     @property
     def version(self) -> str:
@@ -143,7 +148,8 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
     Args:
         obj: an instance of a supported class itself (a subclass of your own may mean something else by a method that would be replaced).
             A trainer's or runner's SAE is accelerated with it, where its class is supported. A second call does nothing.
-        any_version: go on where the installed library is not of a tested version.
+        any_version: go on where the installed library is not of a tested version. Methods whose source is not the tested one (or cannot be
+            read) still take the library's own way.
 
     Returns: ``obj``, patched in place. ``report(obj)`` says what was done; ``restore(obj)`` undoes it.
 
@@ -170,8 +176,13 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
 
 
 def restore(obj: T) -> T:
-    """Undoes ``accelerate``, also of the parts it took along; the object is what it was. Without effect on others. Returns ``obj``."""
+    """Undoes ``accelerate``, also of the parts it took along; the object is what it was. Without effect on others. Returns ``obj``.
+
+    Raises: RuntimeError: its class was changed since, as torch's parametrisations do.
+    """
     if _is_accelerated(obj):
+        if _BASE in dir(type(obj)) and _BASE not in vars(type(obj)):
+            raise RuntimeError(f"restore: obj has become a {type(obj).__qualname__} since (a parametrisation?); undo that first")
         state = vars(obj).pop(_STATE)
         obj.__class__ = _base(type(obj))
         for part in state.parts:
@@ -204,9 +215,7 @@ def report(obj: Any) -> Report:
         of_part = report(part)
         for rows, more in ((replaced, of_part.replaced), (left, of_part.left), (now, of_part.now)):
             rows.update({f"{name}.{method}": text for method, text in more.items()})
-    base = _base(type(obj))
-    name = f"{base.__module__}.{base.__qualname__}"
-    return Report(name, f"{library.distribution} {library.version}", _is_accelerated(obj), replaced, left, now)
+    return Report(class_name(obj), f"{library.distribution} {library.version}", _is_accelerated(obj), replaced, left, now)
 
 
 def encode(sae: Any, x: Tensor, *, packed: PackedWeights | None = None) -> Latents:
@@ -275,6 +284,18 @@ def _reconstruct(sae: Any, x: Tensor, *, target: Tensor | None = None) -> Recons
 # ---------------------------------------------------------------- for adapters
 
 
+def class_name(obj: Any) -> str:
+    """``module.Class`` of the library's class, whatever was made of it."""
+    base = _base(type(obj))
+    return f"{base.__module__}.{base.__qualname__}"
+
+
+def tampered(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: it has hooks, or a ``forward`` of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
 def warn_once(obj: Any, reason: str) -> None:
     """Says once an object why it takes the library's own way."""
     state = vars(obj).get(_STATE)
@@ -284,7 +305,32 @@ def warn_once(obj: Any, reason: str) -> None:
         warnings.warn(f"fastsae: {type(obj).__name__} runs as without fastsae: {reason}", stacklevel=3)
 
 
+def changed(obj: Any, *methods: str) -> str | None:
+    """Why these methods of an object cannot be stood for, or None: the library's are not the tested ones, or the instance has its own."""
+    base = _base(type(obj))
+    reason = _untested(base, methods)
+    if reason is not None or torch.compiler.is_compiling():
+        return reason
+    name = _tested.shadowed(obj, base, methods)
+    return None if name is None else f"{name} was replaced in the instance"
+
+
+def _untested(base: type, methods: tuple[str, ...]) -> str | None:
+    library = _library(base)
+    if _tested.fingerprint(base, methods) in library.tested:
+        return None
+    return f"{methods[0]} of {base.__name__}, or what it calls, is not that of {library.distribution} {library.low}, which was tested"
+
+
+_untested._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # its decorator would import torch._dynamo
+
+
 # ---------------------------------------------------------------- classes
+
+
+@functools.cache
+def _library(base: type) -> Library:
+    return _find("", base)[0]
 
 
 def _because(adapter: Adapter) -> str:
@@ -300,7 +346,7 @@ def _is_accelerated(obj: Any) -> bool:
 
 
 def _base(cls: type) -> type:
-    return cls.__dict__.get(_BASE, cls)
+    return getattr(cls, _BASE, cls)
 
 
 def _of_library(obj: Any) -> bool:

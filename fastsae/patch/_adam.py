@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.optim.optimizer as _every_optimiser
+from torch import Tensor, nn
 
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient
@@ -31,8 +32,12 @@ def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
     """Why ``step`` cannot stand for ``optimizer.step()``, or None; ``adam`` is the class that it must be of."""
     if type(optimizer) is not adam:
         return f"the optimiser is {type(optimizer).__module__}.{type(optimizer).__qualname__}, not torch.optim.Adam"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    every = (*_every_optimiser._global_optimizer_pre_hooks.values(), *_every_optimiser._global_optimizer_post_hooks.values())
+    foreign = any(getattr(hook, "__module__", "").split(".")[0] != "fastsae" for hook in every)
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or foreign:
         return "the optimiser has step hooks"
+    if "step" in vars(optimizer) and getattr(optimizer.step, "__wrapped__", None) is not adam.step:  # schedulers wrap it
+        return "the optimiser's step was replaced in the instance"
     for group in optimizer.param_groups:
         for name, plain in (("weight_decay", 0), ("amsgrad", False), ("maximize", False), ("capturable", False), ("differentiable", False)):
             if group.get(name, plain) != plain:
@@ -40,6 +45,8 @@ def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
         if isinstance(group["lr"], Tensor) or any(isinstance(beta, Tensor) for beta in group["betas"]):
             return "the optimiser's learning rate or betas are tensors"
         for p in group["params"]:
+            if type(p) not in (nn.Parameter, Tensor):
+                return f"a parameter is a {type(p).__name__}"
             if p.dtype not in DTYPES:
                 return f"a parameter is {str(p.dtype)[6:]} (supported: float32, float64)"
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastsae import dense
+from fastsae import _checks, dense
 from fastsae.latents import Latents
 from fastsae.losses import Weights, squares
+from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.reconstruct import Reconstruction
-from fastsae.patch import warn_once
+from fastsae.patch import changed, class_name, tampered, warn_once
 from fastsae.patch._saelens_sae import from_dense, to_dense
 
 
@@ -46,7 +47,7 @@ KINDS = {
 
 
 def _path(ae: Any) -> str:
-    return f"{type(ae).__module__}.{type(ae).__qualname__}".removeprefix("dictionary_learning.")
+    return class_name(ae).removeprefix("dictionary_learning.")
 
 
 def is_known(ae: Any) -> bool:
@@ -54,7 +55,7 @@ def is_known(ae: Any) -> bool:
 
 
 def kind_of(ae: Any) -> Kind:
-    return KINDS[_path(ae)]  # an accelerated class has the name of its own
+    return KINDS[_path(ae)]
 
 
 def encoder(ae: Any) -> Tensor:
@@ -86,18 +87,24 @@ def centred(ae: Any, x: Tensor) -> Tensor:
 
 def why_dense(ae: Any) -> str | None:
     """Why the library's own methods have to run, or None."""
+    if (reason := changed(ae, "encode", "decode", "forward")) is not None:
+        return reason
     if _has_any_global_hook():
         return "a global module hook"
-    if kind_of(ae).linear:
+    kind, parts = kind_of(ae), [ae]
+    if kind.linear:
         for name in ("encoder", "decoder"):
             part = getattr(ae, name)
             if type(part) is not nn.Linear:
                 return f"the {name} is {type(part).__name__}, not nn.Linear"
-            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-                return f"the {name} has a hook, which needs dense numbers"
+            if tampered(part):
+                return f"the {name} has a hook or a forward of its own, which needs dense numbers"
+            parts.append(part)
+    if len({p.dtype for part in parts for name, p in part._parameters.items() if p is not None and name != "threshold"}) > 1:
+        return "its parameters have several dtypes"
     if getattr(ae, "active_groups", None) is not None and ae.active_groups != len(ae.group_sizes):
         return f"only {ae.active_groups} of {len(ae.group_sizes)} groups are active"
-    if kind_of(ae).activation == "jumprelu" and torch.is_grad_enabled() and ae.threshold.grad_fn is not None:
+    if kind.activation == "jumprelu" and torch.is_grad_enabled() and ae.threshold.grad_fn is not None:
         return "the threshold is computed"
     return None
 
@@ -106,19 +113,27 @@ def sparse(ae: Any, x: Tensor, use_threshold: bool) -> Latents:
     """The latents that ``encode`` returns, without its zeros. ``use_threshold`` counts for TopK and BatchTopK."""
     kind, W = kind_of(ae), encoder(ae)
     x = centred(ae, x)
+    b = ae.mag_bias if kind.activation == "gated" else encoder_bias(ae)
     if kind.activation == "gated":
         # The gate is a step: the library's autograd gives gate_bias no gradient either.
-        return encode_gated(x, W, b_gate=ae.gate_bias.detach(), r_mag=ae.r_mag, b_mag=ae.mag_bias)
-    b = encoder_bias(ae)
-    if kind.activation == "relu":
-        return encode_threshold(x, W, b)
-    if kind.activation == "jumprelu":
-        return encode_threshold(x, W, b, threshold=ae.threshold.detach())
-    if use_threshold:
-        return encode_threshold(x, W, b, threshold=ae.threshold.detach())
-    if kind.activation == "topk":
-        return encode_topk(x, W, b, k=int(ae.k))
-    return encode_batch_topk(x, W, b, k=int(ae.k))[0]
+        latents = encode_gated(x, W, b_gate=ae.gate_bias.detach(), r_mag=ae.r_mag, b_mag=b)
+    elif kind.activation == "relu":
+        latents = encode_threshold(x, W, b)
+    elif kind.activation == "jumprelu" or use_threshold:
+        latents = encode_threshold(x, W, b, threshold=threshold(ae))
+    elif kind.activation == "topk":
+        latents = encode_topk(x, W, b, k=int(ae.k))
+    else:
+        latents = encode_batch_topk(x, W, b, k=int(ae.k))[0]
+    if _checks.autocasting(x.device) and (kind.activation == "gated" or not kind.linear):  # a bias is added outside the product there
+        latents = replace(latents, values=latents.values.to(torch.promote_types(latents.values.dtype, b.dtype)))
+    return latents
+
+
+def threshold(ae: Any) -> Tensor:
+    """As the scores are compared with it: the library's is float32 also in a dictionary of float64."""
+    W = encoder(ae)
+    return ae.threshold.detach().to(device=W.device, dtype=accumulator(W.dtype))
 
 
 def is_dense(ae: Any, x: Tensor, use_threshold: bool) -> bool:
@@ -130,12 +145,12 @@ def is_dense(ae: Any, x: Tensor, use_threshold: bool) -> bool:
     if torch.compiler.is_compiling():  # no looking at numbers then
         return True
     gated = kind.activation == "gated"
-    threshold = x.new_zeros(()) if kind.activation == "relu" else None if gated else ae.threshold
+    least = x.new_zeros(()) if kind.activation == "relu" else None if gated else threshold(ae)
     gates = (ae.gate_bias, ae.r_mag, ae.mag_bias) if gated else (None, None, None)
     b = None if gated else encoder_bias(ae)
     b_dec = decoder_bias(ae)
     pre = b_dec if centres(ae) else None
-    w = Weights(encoder(ae), decoder(ae), b_dec, b, pre, None, threshold, *gates, None, [encoder(ae).shape[0]])
+    w = Weights(encoder(ae), decoder(ae), b_dec, b, pre, None, least, *gates, None, [encoder(ae).shape[0]])
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return dense.measured_density(x.reshape(-1, x.shape[-1]), w) > dense.DENSITY
 

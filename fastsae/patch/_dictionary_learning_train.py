@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastsae.dispatch import preference, then_any
 from fastsae.fused import Slots, _Groups
@@ -22,7 +23,7 @@ from fastsae.gradients import Gradient, RowGradient, densify, total
 from fastsae.ops._common import running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
-from fastsae.patch import _adam, warn_once
+from fastsae.patch import _adam, changed, tampered, warn_once
 from fastsae.patch._dictionary_learning_sae import (
     centred,
     decoder,
@@ -82,6 +83,8 @@ _RECIPES = {
 def why_not_adam(trainer: Any) -> str | None:
     """Why not even the optimiser's step can be ours, or None."""
     ae, how = trainer.ae, recipe(trainer)
+    if (reason := changed(trainer, "update")) is not None:
+        return reason
     if not is_known(ae):
         return f"{type(ae).__name__} is no class of the library that is supported"
     adam: type = torch.optim.Adam
@@ -91,6 +94,8 @@ def why_not_adam(trainer: Any) -> str | None:
         return reason
     if how.constrained and [id(p) for p in getattr(trainer.optimizer, "constrained_params", ())] != [id(ae.decoder.weight)]:
         return "the optimiser constrains other parameters than the decoder"
+    if parametrize.is_parametrized(ae) or not all(isinstance(W, nn.Parameter) for W in _matrices(ae)):
+        return "a parameter is computed from another"
     if {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} != {id(p) for p in ae.parameters()}:
         return "the optimiser does not hold the dictionary's parameters (its gradients are clipped together)"
     return None
@@ -101,11 +106,9 @@ def why_not_fused(trainer: Any, x: Tensor) -> str | None:
     ae, name = trainer.ae, type(trainer).__qualname__
     if name not in _STEPS:
         return OTHER_LOSS
-    if "loss" in vars(trainer):
-        return "loss was replaced in the instance"
     if (reason := why_dense(ae)) is not None:
         return reason
-    if ae._forward_hooks or ae._forward_pre_hooks or ae._backward_hooks or ae._backward_pre_hooks:
+    if tampered(ae):
         return "the dictionary has a hook"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"

@@ -9,23 +9,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastsae import _checks, dense
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.losses import Weights, features, squares
+from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.reconstruct import Reconstruction
 from fastsae.packed import PackedWeights
-from fastsae.patch import warn_once
+from fastsae.patch import changed, class_name, tampered, warn_once
 
 BEFORE = ("hook_sae_acts_pre",)
 """Hook points at dense pre-activations: a hook there makes encoding dense."""
 LATENTS = (*BEFORE, "hook_sae_acts_post")
 """And at dense latents: a hook at any of them makes ``forward`` form the latents."""
 
+
+_METHODS = ("encode", "decode", "forward", "forward_with_activations", "get_activation_fn")
 
 PRODUCT = 1 / 20
 """Share of latents from which on torch's product of dense latents and decoder is faster than the slots' (float32, AVX-512, one thread)."""
@@ -57,11 +60,12 @@ KINDS = {
     "matryoshka_batchtopk_sae.MatryoshkaBatchTopKTrainingSAE": Kind("batchtopk", training=True),
 }
 """By module below ``sae_lens.saes`` and class."""
-_ACTIVATIONS = {"relu": nn.ReLU.__name__, "gated": nn.ReLU.__name__, "jumprelu": nn.ReLU.__name__, "topk": "TopK", "batchtopk": "BatchTopK"}
+_ACTIVATIONS = {"topk": ("sae_lens.saes.topk_sae", "TopK"), "batchtopk": ("sae_lens.saes.batchtopk_sae", "BatchTopK")}
+"""Module and class; of other kinds it is ``nn.ReLU``."""
 
 
 def _path(sae: Any) -> str:
-    return f"{type(sae).__module__}.{type(sae).__qualname__}".removeprefix("sae_lens.saes.")
+    return class_name(sae).removeprefix("sae_lens.saes.")
 
 
 def is_known(sae: Any) -> bool:
@@ -69,33 +73,44 @@ def is_known(sae: Any) -> bool:
 
 
 def kind_of(sae: Any) -> Kind:
-    return KINDS[_path(sae)]  # an accelerated class has the name of its own
+    return KINDS[_path(sae)]
 
 
 def hooked(sae: Any, names: tuple[str, ...]) -> list[str]:
     """Those of the hook points that have hooks."""
     if _has_any_global_hook():
         return list(names)
-    points = ((name, getattr(sae, name)) for name in names)
-    return [n for n, p in points if p._forward_hooks or p._forward_pre_hooks or p._backward_hooks or p._backward_pre_hooks]
+    return [name for name in names if tampered(getattr(sae, name))]
 
 
 def why_dense(sae: Any, names: tuple[str, ...] = BEFORE) -> str | None:
     """Why latents cannot be had without dense pre-activations, or None."""
+    if (reason := changed(sae, *_METHODS)) is not None:
+        return reason
     if points := hooked(sae, names):
         return f"{points[0]} has a hook, which needs dense numbers"
     kind = kind_of(sae)
-    activation = type(sae.activation_fn).__name__
-    if activation != _ACTIVATIONS[kind.activation] and not (kind.training and kind.activation == "jumprelu"):
-        return f"activation_fn is {activation}, not {_ACTIVATIONS[kind.activation]}"
-    if getattr(sae.activation_fn, "use_sparse_activations", False):
-        return "use_sparse_activations asks for a torch COO tensor"
+    if (reason := other_activation(sae)) is not None:
+        return reason
+    if len({p.dtype for name, p in sae._parameters.items() if p is not None and name != "threshold"}) > 1:
+        return "its parameters have several dtypes"
     if kind.training and kind.activation == "jumprelu":
         if sae.cfg.jumprelu_ste_to_input and torch.is_grad_enabled():
             return "jumprelu_ste_to_input sends gradients to dense pre-activations"
         if not torch.compiler.is_compiling() and bool((sae.threshold < 0).any()):
             return "a threshold is below 0, where the library keeps negative latents"
     return None
+
+
+def other_activation(sae: Any) -> str | None:
+    """Why ``activation_fn`` is not the one of its kind as it was, or None."""
+    kind, function = kind_of(sae), sae.activation_fn
+    if kind.training and kind.activation == "jumprelu":  # which does not call it
+        return None
+    module, name = _ACTIVATIONS.get(kind.activation, ("torch.nn", "ReLU"))
+    if type(function) is not getattr(sys.modules[module], name):
+        return f"activation_fn is {type(function).__name__}, not {name}"
+    return "activation_fn has a hook or a forward of its own" if tampered(function) else None
 
 
 def scale_of(sae: Any) -> Tensor | None:
@@ -116,7 +131,7 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
     elif kind.activation == "relu":
         latents = encode_threshold(sae_in, W, sae.b_enc)
     elif kind.activation == "jumprelu" and not kind.training:
-        latents = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.detach())
+        latents = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.detach().to(accumulator(sae.W_enc.dtype)))
     elif kind.activation == "jumprelu":
         bandwidth = float(sae.bandwidth) if torch.is_grad_enabled() and sae.threshold.requires_grad else None
         result = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.to(sae_in.dtype), bandwidth=bandwidth)
@@ -164,6 +179,17 @@ def dense_latents(sae: Any, sae_in: Tensor) -> Tensor:
         return function.apply(hidden, sae.threshold.to(hidden.dtype), sae.bandwidth, sae.cfg.jumprelu_ste_to_input)
     acts = sae.activation_fn(hidden)
     return acts * (hidden > sae.threshold).to(acts.dtype)
+
+
+def as_asked(sae: Any, latents: Latents) -> Tensor:
+    """What ``encode`` returns: dense, or with ``use_sparse_activations`` a COO tensor of the slots."""
+    if not getattr(sae.activation_fn, "use_sparse_activations", False):
+        return to_dense(latents)
+    assert isinstance(latents, TopKLatents)
+    shape, k = latents.batch_shape, latents.values.shape[-1]
+    row = torch.arange(shape.numel(), device=latents.values.device).repeat_interleave(k)
+    where = torch.stack([*torch.unravel_index(row, shape), latents.indices.flatten()])
+    return torch.sparse_coo_tensor(where, latents.values.flatten(), (*shape, latents.n_features), check_invariants=False)
 
 
 def to_dense(latents: Latents) -> Tensor:
@@ -239,11 +265,15 @@ class SAEMethods:
         if _library_way(self, BEFORE):
             return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
         sae_in = self.process_sae_in(x)
-        return self.hook_sae_acts_post(dense_latents(self, sae_in) if is_dense(self, sae_in) else to_dense(sparse(self, sae_in)))
+        return self.hook_sae_acts_post(dense_latents(self, sae_in) if is_dense(self, sae_in) else as_asked(self, sparse(self, sae_in)))
 
     def decode(self: Any, feature_acts: Tensor) -> Tensor:
         # A gradient for dense latents is dense, zeros included.
         plain = feature_acts.layout is not torch.strided or (torch.is_grad_enabled() and feature_acts.requires_grad)
+        reason = changed(self, *_METHODS)
+        if reason is not None and not torch.compiler.is_compiling():
+            warn_once(self, reason)
+        plain = plain or reason is not None
         latents = None if plain or torch.compiler.is_compiling() or feature_acts.dtype != self.W_dec.dtype else from_dense(feature_acts)
         if latents is None:
             return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsae.dispatch import preference, then_any
 from fastsae.fused import Slots, _Groups
@@ -25,12 +26,10 @@ from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.ops._common import row_of_slot, running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
-from fastsae.patch import _adam, accelerated, warn_once
-from fastsae.patch._saelens_sae import hooked, is_dense, is_known, kind_of, scale_of, to_dense
+from fastsae.patch import _adam, accelerated, changed, warn_once
+from fastsae.patch._saelens_sae import as_asked, hooked, is_dense, is_known, kind_of, other_activation, scale_of
 
 _HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
-_OWN = ("training_forward_pass", "encode_with_hidden_pre", "calculate_aux_loss", "calculate_topk_aux_loss", "decode", "process_sae_in")
-"""Methods of an SAE that the fused step stands for: one replaced in the instance (compiled, wrapped) is respected."""
 _S = TypeVar("_S")
 _C = TypeVar("_C")
 CLIP = 1.0
@@ -93,7 +92,7 @@ BY_DESIGN = (MANY_FIRE, OTHER_LOSS)
 
 def why_not_adam(trainer: Any) -> str | None:
     """Why not even the optimiser's step can be ours, or None."""
-    reason = _adam.refuses(trainer.optimizer)
+    reason = changed(trainer, "_train_step") or _adam.refuses(trainer.optimizer)
     if reason is None:
         held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
         if held != {id(p) for p in trainer.sae.parameters()}:
@@ -106,21 +105,25 @@ def why_not_fused(trainer: Any, sae: Any, sae_in: Tensor, dead: Tensor) -> str |
     if reason := why_never_fused(sae):
         return reason
     kind = kind_of(sae)
-    if trainer.cfg.autocast or torch.is_autocast_enabled(sae_in.device.type):
+    if not isinstance(trainer.autocast_if_enabled, nullcontext) or torch.is_autocast_enabled(sae_in.device.type):
         return "autocast is on"
     if points := hooked(sae, _HOOKS):
         return f"{points[0]} has a hook"
-    if own := [name for name in _OWN if name in vars(sae)]:
-        return f"{own[0]} was replaced in the instance (compile_sae does so)"
-    if sae_in.dim() != 2 or sae_in.dtype is not sae.W_enc.dtype or sae.dtype is not sae.W_enc.dtype:
-        return f"the batch is {list(sae_in.shape)} {sae_in.dtype} (supported: 2 dimensions, the dtype of the weights)"
+    if (reason := changed(sae, "training_forward_pass")) is not None:
+        return reason
+    named = [getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold") if hasattr(sae, name)]
+    if not all(isinstance(p, nn.Parameter) for p in named):
+        return "a parameter is computed from another"
+    if any(p.grad is not None for p in named) or not any(p.requires_grad for p in named):
+        return "a parameter has a gradient already, or all are frozen"
+    if sae_in.dim() != 2 or sae_in.shape[0] == 0 or sae_in.dtype is not sae.W_enc.dtype or sae.dtype is not sae.W_enc.dtype:
+        return f"the batch is {list(sae_in.shape)} {sae_in.dtype} (supported: rows of the dtype of the weights)"
     if not (sae_in.device == sae.W_enc.device == trainer.n_forward_passes_since_fired.device):
         return f"the batch is on {sae_in.device}, the SAE on {sae.W_enc.device}"
     if kind.activation == "jumprelu":
         return MANY_FIRE if is_dense(sae, sae.process_sae_in(sae_in)) else None
-    activation = type(sae.activation_fn).__name__
-    if activation != ("TopK" if kind.activation == "topk" else "BatchTopK"):
-        return f"activation_fn is {activation}"
+    if (reason := other_activation(sae)) is not None:
+        return reason
     if sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm") and (_widths(sae) or bool(dead.any())):
         return "a run-time normalisation together with AuxK or Matryoshka levels"
     if sae_in.shape[1] < 2:
@@ -231,11 +234,10 @@ class _Step:
         counts = torch.bincount(code.slots.indices[fired], minlength=self.n_features).to(torch.float32)
         loss = sum(losses.values())
         latents = self._latents(code)
-        coo = bool(getattr(sae.activation_fn, "use_sparse_activations", False))
         output = output_class()(
             sae_in=x,
             sae_out=outs[-1],
-            feature_acts=lambda: latents._to_coo() if coo else to_dense(latents),
+            feature_acts=lambda: as_asked(sae, latents),
             hidden_pre=None,
             loss=loss,
             losses=losses,

@@ -17,6 +17,9 @@ Two things differ. The first fast update lays the weights out feature-major in m
 ``(1, D)``); ``torch.save`` keeps that, and other formats may want ``.contiguous()``. And the projection leaves out the 1e-6 that the
 library adds to norms that are 1, about 2e-6 of a component that is being removed.
 
+The library's main branch reports the version of the release: an ``update`` that differs from the release's (it has no ``k_anneal_steps``)
+is the library's own, as a warning and ``fastsae.report`` say; its dictionary stays fast.
+
 ``PAnnealTrainer`` and ``GatedAnnealTrainer`` are left alone: their losses change form while they run; accelerate their ``ae``.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), TopK, two CPU cores (``fastsae bench
@@ -102,4 +105,6 @@ LIBRARY = Library(
             for name in ("p_anneal.PAnnealTrainer", "gated_anneal.GatedAnnealTrainer")
         },
     },
+    "a18277d3d618 acc789976606 8adf6e1e8dfc d4fcd690dc2b 82e8451ada1b 71043dafd08e bc18b52831a7 853646ae8b56 48ea1cab19a9 "
+    "204e3fccd69d 85d2ba55e405 aa3c10025267 444f1c14a565 0c8ffd9a1963",
 )

@@ -14,7 +14,8 @@ learning-rate and coefficient schedulers, checkpoints, the statistics of firing 
 outputs, losses and gradients agree up to rounding, selections outside ties; under autocast selections are those of the rounded inputs.
 
 What costs the speed again, and is said once by a warning and by ``fastsae.report``: a hook on ``hook_sae_acts_pre`` (it needs dense
-pre-activations), a hook on ``hook_sae_acts_post`` in ``forward``, any hook, autocast or ``compile_sae`` while training. ReLU, gated and
+pre-activations), a hook on ``hook_sae_acts_post`` in ``forward``, any hook, autocast, ``compile_sae`` or a ``.grad`` that is there before a
+step while training, methods or an ``activation_fn`` of one's own. ReLU, gated and
 JumpReLU SAEs of which more than 1/8 of the latents fire take torch's product, and so does the decoder's from 1/20 on: it is faster there.
 
 Three things differ. ``clip_grad_norm_`` sums all squares in float32, which at millions of weights is off by 1e-5 to 1e-4 (measured
@@ -65,9 +66,9 @@ def _of_sae(kind: _sae.Kind) -> Adapter:
 def _trainer_now(trainer: Any) -> Mapping[str, str]:
     reason = _train.why_not_adam(trainer) or _train.why_never_fused(trainer.sae)
     if reason is None:
-        sample = trainer.sae.W_enc.new_zeros(0, trainer.sae.W_enc.shape[0])
+        sample = trainer.sae.W_enc.new_zeros(1, trainer.sae.W_enc.shape[0])
         reason = _train.why_not_fused(trainer, trainer.sae, sample, trainer.dead_neurons)
-    return {} if reason is None else {"_train_step": reason}
+    return {} if reason in (None, _train.MANY_FIRE) else {"_train_step": str(reason)}
 
 
 _STEP = "slots for latents and gradients, clipping and Adam in one pass"
@@ -108,4 +109,7 @@ LIBRARY = Library(
             parts=lambda runner: {f"saes[{name!r}]": sae for name, sae in runner.saes.items()},
         ),
     },
+    "d260c975aa5b c282b8d24cc1 5c89d0271a52 ccd8b279a96e 679d7d3c7798 d98db458520c 5985effd53e4 b4cdd06051a5 1f1e5574e241 "
+    "cba68c9edabf e737f0e5912b 5a4fbcc71a6b 5a2d36192ea2 e1f374a40e89 6e44b7f097f8 061719e302d0 168e39f7922e e85c89fe605e "
+    "aeb32080670c 3306ac514dee",
 )

@@ -10,7 +10,9 @@ fails on the CPU). ``forward`` has AuxK, multi-TopK, the skip connection and a t
 
 What does not: parameters, ``state_dict``, files, the ``groupmax`` activation, the losses, the optimisers. In particular AuxK and multi-TopK
 give the encoder no gradient here either: the library's encoder ignores the gradient of its pre-activations. A slot of value 0 (a row with
-fewer than k positive scores) passes its gradient on, as there; which features such slots name is a tie.
+fewer than k positive scores) passes its gradient on, as there; which features such slots name is a tie, which torch.topk breaks in no
+order that is defined. ``k_decay_steps`` starts at k = 10 d_in, where such rows are common: those features' encoder rows then move
+otherwise than with the library's own coder. ``encode`` takes inputs of any number of dimensions, and its gradients here do too.
 
 The trainer calls its coders, then an optimiser on dense gradients; ``train_step`` does the same for one batch and, for
 ``torch.optim.Adam``, forms none.
@@ -36,30 +38,31 @@ from fastsae.losses import squares
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, decode
 from fastsae.ops.encode import ENCODE_TOPK, _feature_sums, encode_topk, score_gradients
 from fastsae.ops.reconstruct import Reconstruction
-from fastsae.patch import Adapter, Library, _adam, warn_once
+from fastsae.patch import Adapter, Library, _adam, changed, tampered, warn_once
 
 _BF16 = torch.cuda.is_bf16_supported()
 """Whether ``forward`` runs under autocast on a GPU; the library, too, settles it when it is imported."""
+_METHODS = ("encode", "decode", "forward", "remove_gradient_parallel_to_decoder_directions")
 GROUPMAX = "groupmax keeps the best of each group of features, which no encoder here does"
 
 
 class _Encode(torch.autograd.Function):
-    """The k largest scores after ReLU; every slot passes its gradient on, also one of value 0."""
+    """The k largest scores after ReLU; every slot passes its gradient on, also one of value 0; or none does, as with ``pre_acts``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, k: int, backend: str | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, k: int, backend: str | None, passes: bool) -> tuple[Tensor, Tensor]:
         values, indices = ENCODE_TOPK(x, W, b, None, None, None, None, k, True, backend=backend)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(indices, x, W, b)
-        ctx.backend = then_any(backend)
+        ctx.backend, ctx.passes = then_any(backend), passes
         return values, indices
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, x, W, b = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:3], False, False)
-        dx, dW, db, _, _ = score_gradients(grad, indices, None, x, W, b, None, None, needs, ctx.backend)
-        return dx, dW, db, None, None
+        found = score_gradients(grad, indices, None, x, W, b, None, None, needs, ctx.backend)[:3] if ctx.passes else (None, None, None)
+        return *found, None, None, None
 
 
 class _PreActs(torch.autograd.Function):
@@ -72,6 +75,10 @@ class _PreActs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, None, None
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> list[int | None]:
+    return [None if t.is_inference() else t._version for t in tensors]
 
 
 _outputs: list[type] = []
@@ -87,19 +94,22 @@ def output_class() -> type:
 
             def __new__(cls, top_acts: Tensor, top_indices: Tensor, inputs: tuple[Tensor, ...]) -> Any:
                 self = super().__new__(cls, top_acts, top_indices, None)
-                self._inputs, self._pre_acts = inputs, None
-                self._versions = [t._version for t in inputs]
+                self._inputs, self._grad = inputs, top_acts.requires_grad
+                self._versions = _versions(inputs)
+                # Inference tensors do not tell when they change: the input here is one of its own, weights have to be used at once.
+                self._pre_acts = _PreActs.apply(*inputs) if any(t.is_inference() for t in inputs[1:]) else None
                 return self
 
             @property
             def pre_acts(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
                 if self._pre_acts is None:
-                    if [t._version for t in self._inputs] != self._versions:
+                    if _versions(self._inputs) != self._versions:
                         raise RuntimeError(
                             "EncoderOutput.pre_acts: the input or the encoder's weights have changed since encode; read it before they "
                             "do, or restore the coder"
                         )
-                    self._pre_acts = _PreActs.apply(*self._inputs)
+                    with torch.set_grad_enabled(self._grad):
+                        self._pre_acts = _PreActs.apply(*self._inputs)
                 return self._pre_acts
 
             def __iter__(self) -> Any:
@@ -126,6 +136,8 @@ def output_class() -> type:
 
 def why_dense(coder: Any) -> str | None:
     """Why encoding takes the library's own way, or None."""
+    if (reason := changed(coder, *_METHODS)) is not None:
+        return reason
     if coder.cfg.activation != "topk":
         return GROUPMAX if coder.cfg.activation == "groupmax" else f"activation {coder.cfg.activation!r}"
     if type(coder.encoder) is not nn.Linear:
@@ -136,18 +148,19 @@ def why_dense(coder: Any) -> str | None:
 
 
 def _inputs(coder: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the encoder multiplies, as the library casts it: centred first, then by autocast."""
-    x = x if coder.cfg.transcode else x - coder.b_dec
+    """What the encoder multiplies, as the library casts it: centred first, then by autocast. An inference tensor is a new one."""
+    x = (x.clone() if x.is_inference() else x) if coder.cfg.transcode else x - coder.b_dec
     return _checks.autocast(x, coder.encoder.weight, coder.encoder.bias)
 
 
-def _best(coder: Any, x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _best(coder: Any, x: Tensor, W: Tensor, b: Tensor, k: int, passes: bool = True) -> tuple[Tensor, Tensor]:
     _checks.tensor("SparseCoder.encode", "x", x, (W.dtype,), W)
-    if x.dim() != 2 or x.shape[1] != W.shape[1]:
-        raise ValueError(f"SparseCoder.encode: x must have shape [N, d_in={W.shape[1]}], got {list(x.shape)}")
+    if x.dim() == 0 or x.shape[-1] != W.shape[1]:
+        raise ValueError(f"SparseCoder.encode: x must have shape [.., d_in={W.shape[1]}], got {list(x.shape)}")
     k = _checks.integer("SparseCoder.encode", "k", k, 1, W.shape[0], f"num_latents={W.shape[0]}")
     with torch.autocast(x.device.type, enabled=False):
-        return _Encode.apply(x, W, b, k, preference(None))  # pyright: ignore[reportReturnType]
+        values, indices = _Encode.apply(x.reshape(-1, x.shape[-1]), W, b, k, preference(None), passes)  # pyright: ignore[reportGeneralTypeIssues]
+    return (values, indices) if x.dim() == 2 else (values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k))
 
 
 def _decoded(coder: Any, acts: Tensor, indices: Tensor) -> Tensor:
@@ -175,8 +188,7 @@ def _forward(coder: Any, x: Tensor, y: Tensor | None, dead_mask: Tensor | None, 
     fvu = error.pow(2).sum() / total_variance
     multi_topk_fvu = out.new_tensor(0.0)
     if coder.cfg.multi_topk:  # the output is this one's, as in the library
-        with torch.no_grad():
-            values, indices = _best(coder, *inputs, 4 * k)
+        values, indices = _best(coder, *inputs, 4 * k, passes=False)
         out = coder.decode(values, indices)
         multi_topk_fvu = (out - y).pow(2).sum() / total_variance
     return sys.modules["sparsify.sparse_coder"].ForwardOutput(out, values, indices, fvu, auxk_loss, multi_topk_fvu)
@@ -191,35 +203,41 @@ def _aux(inputs: tuple[Tensor, ...], dead_mask: Tensor, k: int) -> tuple[Tensor,
     return latents.values, latents.indices
 
 
+def _library_way(coder: Any, reason: str | None) -> bool:
+    if reason is not None and not torch.compiler.is_compiling():
+        warn_once(coder, reason)
+    return reason is not None
+
+
 class CoderMethods:
     """``encode``, ``decode``, ``forward`` and the decoder's two in-place passes of ``SparseCoder``."""
 
     def encode(self: Any, x: Tensor) -> Any:
-        reason = why_dense(self)
-        if reason is not None:
-            warn_once(self, reason)
+        if _library_way(self, why_dense(self)):
             return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
         inputs = _inputs(self, x)
         return output_class()(*_best(self, *inputs, self.cfg.k), inputs)
 
     def decode(self: Any, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        assert self.W_dec is not None, "Decoder weight was not initialized."
+        if self.W_dec is None or _library_way(self, changed(self, *_METHODS)):
+            return super().decode(top_acts, top_indices)  # pyright: ignore[reportAttributeAccessIssue]
         return _decoded(self, top_acts, top_indices) + self.b_dec
 
     def forward(
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None, total_variance: Tensor | None = None
     ) -> Any:
-        if why_dense(self) is not None:
+        if _library_way(self, why_dense(self)):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)  # pyright: ignore[reportAttributeAccessIssue]
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=_BF16):
             return _forward(self, x, y, dead_mask, total_variance)
 
     @torch.no_grad()
     def remove_gradient_parallel_to_decoder_directions(self: Any) -> None:
-        assert self.W_dec is not None, "Decoder weight was not initialized."
-        assert self.W_dec.grad is not None
-        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec.data).unsqueeze(1)
-        self.W_dec.grad.addcmul_(along, self.W_dec.data, value=-1)
+        if self.W_dec is None or self.W_dec.grad is None or _library_way(self, changed(self, *_METHODS)):
+            super().remove_gradient_parallel_to_decoder_directions()  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec.data).unsqueeze(1)
+            self.W_dec.grad.addcmul_(along, self.W_dec.data, value=-1)
 
 
 def encode(coder: Any, x: Tensor) -> TopKLatents:
@@ -292,6 +310,8 @@ def _why_not_fused(coder: Any, optimizer: Any, x: Tensor, y: Tensor | None) -> s
     parameters = list(coder.parameters())
     if {id(p) for group in optimizer.param_groups for p in group["params"]} != {id(p) for p in parameters}:
         return "the optimiser does not hold the coder's parameters"
+    if tampered(coder) or not isinstance(coder.W_dec, nn.Parameter) or not isinstance(coder.b_dec, nn.Parameter):
+        return "the coder has a hook, or a parameter that is computed from another"
     if any(p.grad is not None or not p.is_contiguous() or not p.requires_grad for p in parameters):
         return "a parameter has a gradient already, is frozen or is not contiguous"
     if torch.cuda.is_available() or _checks.autocasting(x.device):
@@ -379,8 +399,12 @@ LIBRARY = Library(
         ),
         "sparsify.trainer.Trainer": Adapter(
             None,
-            leaves={"fit": "it calls its coders, which are accelerated, and an optimiser on dense gradients"},
+            leaves={
+                "fit": "it calls its coders, which are accelerated, and an optimiser on dense gradients",
+                "k_decay_steps": "keeps latents of value 0 at first, which get gradients: which, is a tie that torch.topk breaks otherwise",
+            },
             parts=lambda trainer: {f"saes[{name!r}]": coder for name, coder in trainer.saes.items()},
         ),
     },
+    "d92d6ee35609 a0ae1da913da",  # with Triton's decoder and without
 )
