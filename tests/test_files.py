@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
@@ -312,21 +313,21 @@ def test_several_writers_some_killed_and_a_reader(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_read_only_folders_and_permissions(tmp_path: Path) -> None:
-    folder, mine = tmp_path / "locked", tmp_path / "mine"
+def test_read_only_folders_and_permissions() -> None:
+    place = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    folder, mine = place / "locked", place / "mine"
     for each in (folder, mine):
         each.mkdir()
-        for name, (write, _) in KINDS.items():
+        for name, (write, read) in KINDS.items():
             write(each / name, 1)
+            assert read(each / name) == 1  # also so that all modules are there: another user may not read them
     for path in (*folder.rglob("*"), folder):
         path.chmod(0o555 if path.is_dir() else 0o444)
     for path in (*mine.rglob("*"), mine):
         path.chmod(0o777)
-    reachable = [tmp_path, *tmp_path.parents[:2]]
-    modes, umask, user = [path.stat().st_mode for path in reachable], os.umask(0o027), os.geteuid()
+    place.chmod(0o777)
+    umask, user = os.umask(0o027), os.geteuid()
     try:
-        for path in reachable:
-            path.chmod(0o777)
         if user == 0:  # to whom nothing is forbidden
             os.seteuid(65534)
         for name, (write, read) in KINDS.items():
@@ -338,11 +339,11 @@ def test_read_only_folders_and_permissions(tmp_path: Path) -> None:
     finally:
         os.seteuid(user)
         os.umask(umask)
-        for path, mode in zip(reachable, modes):
-            path.chmod(stat.S_IMODE(mode))
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o777)
-    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in mine.rglob("*") if path.is_file()} == {"0o640"}
+        written = {oct(stat.S_IMODE(path.stat().st_mode)) for path in mine.rglob("*") if path.is_file()}
+        shutil.rmtree(place)
+    assert written == {"0o640"}
 
 
 @kinds
