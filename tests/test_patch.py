@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import pickle
 import sys
 import types
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -168,6 +170,21 @@ def test_methods_are_known_by_their_source(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     monkeypatch.setattr(Toy, "twice", lambda self, x: helper(x))
     assert fingerprint(Toy, ("twice",)) != known
+
+
+def test_layout_comments_and_annotations_are_no_other_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = "class A:\n  def f(self, x: int, y=(1, 2)) -> int:\n    'Adds.'\n    return self.g(x + y[0])\n  def g(self, x): return x\n"
+    sources = {
+        "known": known,
+        "same": "class A:\n  def f(self, x, y=(\n    1,\n    2,  # two\n  )):\n    return self.g((x + y[0]))\n  def g(self, x): return x\n",
+        "other": known.replace("y[0]", "y[1]"),
+    }
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = {}
+    for name, source in sources.items():
+        (tmp_path / f"layout_{name}.py").write_text(source)
+        digests[name] = fingerprint(importlib.import_module(f"layout_{name}").A, ("f",))
+    assert digests["known"] == digests["same"] != digests["other"]
 
 
 def test_a_class_that_was_changed_since() -> None:

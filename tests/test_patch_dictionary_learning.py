@@ -453,6 +453,38 @@ def test_an_update_that_was_not_tested_is_the_librarys() -> None:
         assert float((p - q).detach().abs().max()) <= 0.1 * LR
 
 
+class MainTrainer(TopKTrainer):
+    """The main branch's own way: a method that its ``update`` calls last."""
+
+    k_anneal_steps = 20
+
+    def update_annealed_k(self, step: int, activation_dim: int, k_anneal_steps: int | None = None) -> None:
+        share = min(step / (k_anneal_steps or 1), 1)
+        self.ae.k.fill_(int(activation_dim * (1 - share) + self.k * share))
+
+    def update(self, step: int, x: Tensor) -> Any:
+        loss = super().update(step, x)
+        self.update_annealed_k(step, self.ae.activation_dim, self.k_anneal_steps)
+        return loss
+
+
+MainTrainer.__module__, MainTrainer.__qualname__ = TopKTrainer.__module__, TopKTrainer.__qualname__
+
+
+def test_the_main_branchs_annealing_of_k_in_our_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsae.patch._untested", lambda *_: None)  # as for the main branch, whose update was tested
+    mine, theirs = (MainTrainer(**{**BASE, "steps": 40, "activation_dim": 16, "k": 4, "warmup_steps": 2, "seed": 0}) for _ in "ab")
+    assert not fastsae.report(fastsae.accelerate(mine)).now
+    ks: list[int] = []
+    for step in range(30):
+        for each in (mine, theirs):
+            each.update(step, rows(32, width=16, seed=step))
+        ks.append(int(mine.ae.k))
+    assert ks[::3] == [16, 14, 12, 10, 8, 7, 5, 4, 4, 4]
+    for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
+        assert float((p - q).detach().abs().max()) <= 0.1 * LR
+
+
 def test_methods_are_those_of_the_tested_release(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CLASSES:
         assert changed(make(name), "encode", "decode", "forward") is None, (

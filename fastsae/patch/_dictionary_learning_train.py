@@ -156,6 +156,8 @@ class TrainerMethods:
         if not how.clears_first:
             self.optimizer.zero_grad()
         self.scheduler.step()
+        if hasattr(self, "update_annealed_k"):  # of the main branch, after the release 0.1.0
+            self.update_annealed_k(step, ae.activation_dim, self.k_anneal_steps)
         resample = getattr(self, "resample_steps", None)
         if resample is not None and step % resample == 0:
             self.resample_neurons(self.steps_since_active > resample / 2, x)

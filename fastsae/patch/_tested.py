@@ -6,9 +6,11 @@ adapter stands for is a set of methods and all that these reach by name in their
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import sys
+import textwrap
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -83,7 +85,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _source(holder: Any, value: Any) -> str:
-    """Without whitespace; empty where there is none, as of what a dataclass makes."""
+    """Its syntax tree, so that layout, comments and annotations do not count; empty where there is none, as of what a dataclass makes."""
     function = _function(value)
     if function is None:
         return ""
@@ -91,6 +93,21 @@ def _source(holder: Any, value: Any) -> str:
         made = _package(_module(function)) in sys.stdlib_module_names or _module(function).startswith("namedtuple_")
         return "" if made or not isinstance(holder, type) else _FOREIGN  # modules import from others, classes do not
     try:
-        return "".join(inspect.getsource(function.__code__).split())
-    except (OSError, TypeError):
+        return _tree(ast.parse(textwrap.dedent(inspect.getsource(function.__code__))))
+    except (OSError, TypeError, SyntaxError):
         return ""
+
+
+def _tree(node: Any) -> str:
+    """What every version of Python says of it: ``ast.dump`` differs between them in fields that are empty."""
+    if isinstance(node, list):
+        return ",".join(filter(None, map(_tree, node)))
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+        return ""
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, []) and name not in _SILENT]
+    return f"{type(node).__name__}({' '.join(f'{name}={_tree(value)}' for name, value in fields)})"
+
+
+_SILENT = ("ctx", "kind", "type_comment", "annotation", "returns")

@@ -105,6 +105,7 @@ LIBRARY = Library(
             for name in ("p_anneal.PAnnealTrainer", "gated_anneal.GatedAnnealTrainer")
         },
     },
-    "a18277d3d618 acc789976606 8adf6e1e8dfc d4fcd690dc2b 82e8451ada1b 71043dafd08e bc18b52831a7 853646ae8b56 48ea1cab19a9 "
-    "204e3fccd69d 85d2ba55e405 aa3c10025267 444f1c14a565 0c8ffd9a1963",
+    "015863ab5ab1 7a575139cdfb 92841d14634c 2a5f19093c36 ca5e2194a7da 37749afaba48 0ef3b36bfbee cfde8301a6a7 114258cf66f2 "
+    "657da228331d 493880424bba 5c2a9dbf1bf7 171ccbb63a1b 018d931aab9f "
+    "8775db6b7787 8b0e5611bf02 9a6663cf2cb9",  # the last three: update of the main branch of August 2025, which anneals k
 )

@@ -109,7 +109,7 @@ LIBRARY = Library(
             parts=lambda runner: {f"saes[{name!r}]": sae for name, sae in runner.saes.items()},
         ),
     },
-    "d260c975aa5b c282b8d24cc1 5c89d0271a52 ccd8b279a96e 679d7d3c7798 d98db458520c 5985effd53e4 b4cdd06051a5 1f1e5574e241 "
-    "cba68c9edabf e737f0e5912b 5a4fbcc71a6b 5a2d36192ea2 e1f374a40e89 6e44b7f097f8 061719e302d0 168e39f7922e e85c89fe605e "
-    "aeb32080670c 3306ac514dee",
+    "e235e34e565a 7a5ca6822dd0 e6bb47f9f213 8d388ed67ce6 6f188b664885 20ba9adbaa7e db430324b95a ee8b898e4c53 8da3e941dd9f "
+    "9ce8d2a5d3a3 277679a2c057 91d931f49e78 9503007fe4d6 285f9309b093 ef366f1653d7 89a234b35adc 7db44379513b 669a4f63c602 "
+    "476b1136e6ce 00c9a8d733aa",
 )

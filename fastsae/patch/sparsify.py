@@ -406,5 +406,5 @@ LIBRARY = Library(
             parts=lambda trainer: {f"saes[{name!r}]": coder for name, coder in trainer.saes.items()},
         ),
     },
-    "d92d6ee35609 a0ae1da913da",  # with Triton's decoder and without
+    "257437e02778 041341b52c3b",  # with Triton's decoder and without
 )
