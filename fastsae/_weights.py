@@ -141,7 +141,8 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Read:
     except ImportError as error:
         raise ImportError(f"reading {path.name} needs safetensors: pip install 'fastsae-kernels[hub]'") from error
     try:
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportArgumentType]
+        # safetensors opens the name twice, and it may be another file's by then: a process's own name of an open file stays.
+        with open(path, "rb") as held, safe_open(_own_name(held, path), framework="pt") as file:  # pyright: ignore[reportArgumentType]
             about = _unsealed((file.metadata() or {}).get(_ENTRY))
             # Copies: what safetensors returns is the file itself, mapped, and changes or goes with it.
             tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys()) if names is None or name in names}
@@ -154,6 +155,11 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Read:
     except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     return tensors, about
+
+
+def _own_name(file: Any, path: Path) -> Path:
+    own = Path(f"/proc/self/fd/{file.fileno()}")
+    return own if own.exists() else path
 
 
 def load(path: Path) -> tuple[Any, dict[str, Any] | None]:

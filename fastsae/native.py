@@ -571,11 +571,11 @@ def signum(
 ) -> None:  # fmt: skip
     """One step of schedule-free sign descent on y, z [F, D] with the same strides; grad, values, indices and crow as in `adam`."""
     kernels = _C or _load()
+    _same(torch.float32, y, z, *(() if factor is None else (factor,)))
     if factor is not None and math.isnan(factor):
         return
     if z.shape != y.shape or (lies := _lies(y)) is None or _lies(z) != lies:
         raise ValueError(f"z: expected {list(y.shape)} as y lies, got {list(z.shape)} with strides {z.stride()}")
-    _same(torch.float32, y, z)
     where, held = _gradient(y, grad, values, indices, crow)
     status = kernels.signum(
         *where, y.data_ptr(), z.data_ptr(), *y.shape, *lies, lr, momentum, share, project, normalise, torch.get_num_threads()

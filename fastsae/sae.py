@@ -162,7 +162,8 @@ class SAE(nn.Module):
         def vector(start: float | Tensor | None) -> nn.Parameter:
             if isinstance(start, Tensor):
                 return nn.Parameter(W.new_zeros(d_sae) + start.detach().to(W))
-            return nn.Parameter(W.new_full((d_sae,), start or 0.0))  # no sum: on the meta device torch's compiler would be imported for it
+            number = torch.tensor(start or 0.0, dtype=torch.float64, device="cpu").to(dtype).item()  # infinite beyond the dtype
+            return nn.Parameter(W.new_full((d_sae,), number))  # no sum: on the meta device torch's compiler would be imported for it
 
         if not tied:
             self.W_enc = nn.Parameter(W.clone() if self.d_out == d_in else directions(d_in))

@@ -152,9 +152,9 @@ class Trace:
 
     def _hooks_around(self) -> tuple[Callable[..., None], ...]:
         """Hooks of every module with a traced layer in it: the outermost one that is called makes a call, which counts whole or not at
-        all."""
+        all. ``kwargs`` is missing where another thread calls while torch adds or removes a hook."""
 
-        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
             if not self._counts(module):
                 return
             if self._frame is not None and not _is_running(self._frame):  # what interrupted that call was no Exception
@@ -162,7 +162,7 @@ class Trace:
             self._running.append(module)
             if len(self._running) == 1:
                 self._frame = sys._getframe(1)
-                self._mask = self._mask_of(module, args, kwargs)
+                self._mask = self._mask_of(module, args, kwargs or {})
 
         def done(module: nn.Module, args: Any, output: Any) -> None:
             if self._running == [module] and self._counts(module):
@@ -179,10 +179,12 @@ class Trace:
         return begin, done, end
 
     def _hook(self, name: str, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
             if self._counts(module):
                 parts = self._taken.setdefault(name, [])
-                parts.append(self._codes(name, args[0] if args else next(iter(kwargs.values())), number + len(parts) * len(self.layers)))
+                parts.append(
+                    self._codes(name, args[0] if args else next(iter((kwargs or {}).values())), number + len(parts) * len(self.layers))
+                )
                 self._ran = True
 
         return hook

@@ -189,7 +189,9 @@ def as_asked(sae: Any, latents: Latents) -> Tensor:
     shape, k = latents.batch_shape, latents.values.shape[-1]
     row = torch.arange(shape.numel(), device=latents.values.device).repeat_interleave(k)
     where = torch.stack([*torch.unravel_index(row, shape), latents.indices.flatten()])
-    return torch.sparse_coo_tensor(where, latents.values.flatten(), (*shape, latents.n_features), check_invariants=False)
+    return torch.sparse_coo_tensor(
+        where, latents.values.flatten(), (*shape, latents.n_features), check_invariants=False, device=where.device
+    )
 
 
 def to_dense(latents: Latents) -> Tensor:

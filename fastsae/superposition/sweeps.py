@@ -276,7 +276,8 @@ def _only(left: list[int], saes: SAEs, opt: Adam) -> tuple[SAEs, Adam]:
     }
     rest = SAEs(saes[number] for number in left)
     opt = Adam(rest)
-    opt.load_state_dict({**state, "state": moments})
+    lr = [state["lr"][number] for number in left] if isinstance(state["lr"], list) else state["lr"]
+    opt.load_state_dict({**state, "state": moments, "lr": lr})
     return rest, opt
 
 
