@@ -12,7 +12,7 @@ COMPILED := tests/test_kernels.py tests/test_tiles.py tests/test_cuda.py
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-fast lint verify demo bench gpu gpu-sanitize peers test-peers sanitize deep clean
+.PHONY: help build test test-fast lint verify demo bench gpu gpu-sanitize peers test-peers sanitize deep deep-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -83,9 +83,19 @@ test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and wr
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh
 
-deep: $(VENV)/dev.stamp ## many more drawn inputs and architectures than CI
+deep: $(VENV)/dev.stamp ## many more drawn inputs than CI: a million cases of the oracle, mutants, fuzzing, settings, all architectures
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 tests/test_oracle.py
+	$(BIN)/python tests/mutate.py
+	$(BIN)/python tests/fuzz_files.py 300
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_files.py tests/test_packed.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_settings.py -k "settings_change or restored"
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_nonfinite.py tests/test_trainer.py -k "drawn or number_of_threads"
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_match.py -k drawn_files
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_contract.py tests/test_engine.py -k "drawn or anything"
 	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/test_cuda.py -k chip
+
+deep-peers: $(VENV)/peers.stamp ## the same of what is compared with the peer libraries
+	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q $(wildcard tests/test_patch_*.py) -k "any_input or auxk_preset"
 
 clean: ## remove what was built (not the virtual environment)
 	rm -rf build dist *.egg-info fastsae/*.so fastsae/_build_info.json demo
