@@ -668,7 +668,7 @@ def test_a_damaged_optimiser_s_state_changes_nothing(tmp_path: Path) -> None:
     """Each value in turn replaced by another type, size or range."""
     for make in (optim.Adam, adam, *([optim.Signum] if DEEP else [])):
         sae = made({}, 0)
-        opt = make(sae)
+        opt: Any = make(sae)
         opt.step(rows()) if not isinstance(opt, torch.optim.Optimizer) else stepped(opt, sae)
         path = save_checkpoint(tmp_path / "x.pt", sae, opt)
         whole = torch.load(path, weights_only=True)
@@ -780,7 +780,7 @@ def test_numbers_of_numpy_are_written_as_pythons(tmp_path: Path) -> None:
         sae,
         adam(sae, lr=np.float64(1e-3)),
         schedule=lambda step: 0.5 * (1 + np.cos(step / 9)),
-        anneal={"l1": lambda step: np.float32(step / 4)},
+        anneal={"l1": lambda step: np.float32(step / 4)},  # pyright: ignore[reportArgumentType]
         checkpoint=tmp_path / "x.pt",
         progress=False,
     )
