@@ -668,7 +668,7 @@ def test_a_damaged_optimiser_s_state_changes_nothing(tmp_path: Path) -> None:
     """Each value in turn replaced by another type, size or range."""
     for make in (optim.Adam, adam, *([optim.Signum] if DEEP else [])):
         sae = made({}, 0)
-        opt: Any = make(sae)
+        opt = make(sae)
         opt.step(rows()) if not isinstance(opt, torch.optim.Optimizer) else stepped(opt, sae)
         path = save_checkpoint(tmp_path / "x.pt", sae, opt)
         whole = torch.load(path, weights_only=True)
@@ -682,7 +682,7 @@ def test_a_damaged_optimiser_s_state_changes_nothing(tmp_path: Path) -> None:
                 assert state_of(sae, opt) == before
                 continue
             if make is not adam:  # torch's takes what it likes, but for sizes
-                opt.step(rows())
+                opt.step(rows())  # pyright: ignore[reportArgumentType, reportCallIssue]
             sae.load_state_dict(whole["sae"])
             opt.load_state_dict(whole["opt"])
 
