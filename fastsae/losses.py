@@ -146,7 +146,7 @@ def ratio(a: Tensor, b: Tensor, noise: Tensor) -> Tensor:
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
     """``a / b``, 0 where ``b`` is, also in the gradient: the slope of a norm, an AuxK term of a single token."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0)
+    return torch.where(b == 0, 0, a / torch.where(b == 0, 1.0, b))  # a NaN stays one
 
 
 def features(latents: Latents) -> Tensor:

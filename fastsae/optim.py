@@ -353,13 +353,13 @@ class Adam(_Optimiser):
             before clipping: ``[]``, or ``[E]``.
         schedule: ``schedule(number of steps done)`` is a factor of ``lr``, e.g. ``warmup_linear_decay``; None: 1.
         unit_rows: names of matrices whose rows keep norm 1; None: what the module says in its attribute ``unit_rows``, or none.
-        on_nonfinite: what becomes of a step whose loss is not finite, or whose gradient's norm is not or is so large (2^60 in float32) that
-            its square soon would not be; without ``clip`` a bound of the norm is looked at (``gradients.size``), which costs no pass over
-            the gradient. Weights, moments, counters, and in ``step`` the module's buffers stay bit for bit what they were; of ``SAEs`` all
-            members'. "raise": FloatingPointError, which names the row of the batch, or the parameter. "skip": go on with the next batch;
-            ``skipped`` counts (a parameter that is not finite raises all the same). On a GPU "raise" does not wait: from such a step
-            on nothing is written until ``fastsae.check()``, ``state_dict()`` or one of 1000 steps reads the device's flag and raises;
-            "skip" waits for the answer in every step.
+        on_nonfinite: what becomes of a step whose loss is not finite, or whose gradient's norm is not or is so large (2^60 in float32, and
+            with ``clip``, whose norm is float32's) that its square soon would not be; without ``clip`` a bound of the norm is looked at
+            (``gradients.size``), which costs no pass over the gradient. Weights, moments, counters, and in ``step`` the module's buffers
+            stay bit for bit what they were; of ``SAEs`` all members'. "raise": FloatingPointError, which names the row of the batch, or the
+            parameter. "skip": go on with the next batch; ``skipped`` counts (a parameter that is not finite raises all the same). On a GPU
+            "raise" does not wait: from such a step on nothing is written until ``fastsae.check()``, ``state_dict()`` or one of 1000 steps
+            reads the device's flag and raises; "skip" waits for the answer in every step.
 
     Example:
         >>> opt = fastsae.optim.Adam(sae, lr=3e-4, clip=1.0, schedule=fastsae.optim.warmup_linear_decay(1000, 8000, 10000))

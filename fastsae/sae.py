@@ -671,10 +671,10 @@ class SAE(nn.Module):
             "tied": self.tied,
             "prefixes": self.prefixes,
             "objective": self.objective,
-            "l1": self.l1,
-            "l0": self.l0,
+            "l1": _checks.plain(self.l1),
+            "l0": _checks.plain(self.l0),
             "aux": None if self.aux is None else asdict(self.aux),
-            "dead_after": self.dead_after,
+            "dead_after": _checks.plain(self.dead_after),
         }
 
     @classmethod

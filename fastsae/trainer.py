@@ -40,7 +40,7 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = No
             renamed: several processes may write one path, and the last one counts.
         sae: an ``SAE`` or ``SAEs``, with its buffers (silent features, running threshold, normalisation, which is not folded here).
         opt: an optimiser with ``state_dict()``, or None.
-        extra: numbers, text, tensors, and lists, tuples and dictionaries of them.
+        extra: numbers (NumPy's become Python's), text, tensors, and lists, tuples and dictionaries of them.
 
     Raises: TypeError: no ``SAE`` or ``SAEs``; anything else in ``extra`` or the optimiser's state (it could not be read back without
     running code). IsADirectoryError: ``path`` is a folder. OSError that names ``path``: it could not be written; the older file is there.
@@ -51,8 +51,7 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = No
     content = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
     content["opt"] = None if opt is None else opt.state_dict()
     content["stepped"] = _stepped(sae, opt)
-    for part in ("config", "opt", "extra"):
-        _check_plain(part, content[part])
+    content |= {part: _plain(part, content[part]) for part in ("config", "opt", "extra")}
     _files.replace(path, lambda part: _weights.save_pt(part, content))
     return path
 
@@ -90,7 +89,8 @@ def load_checkpoint(
     A module of another configuration or dtype is refused. What the file's may differ in: ``k``, which is taken over, and ``l1``, ``l0``,
     ``aux``, ``dead_after``, ``rate`` and ``bandwidth``, where the module's own stay. Everything is compared before anything is written.
 
-    Raises: FileNotFoundError; ValueError for a damaged file, or one that does not fit ``sae`` or ``opt``: both are what they were.
+    Raises: FileNotFoundError; TypeError: ``sae`` is no module of these; ValueError for a damaged file, or one that does not fit ``sae`` or
+    ``opt``. Both are then what they were.
     """
     return _restore(path, sae, opt, device)
 
@@ -107,6 +107,8 @@ def _restore(
 ) -> Checkpoint:
     """``load_checkpoint``; ``also`` takes over what it needs of ``extra``, or raises before the module is written to."""
     path = Path(path)
+    if sae is not None and not isinstance(sae, (SAE, SAEs)):
+        raise TypeError(f"load_checkpoint: sae must be an SAE or SAEs, got {type(sae).__name__}")
     with contextlib.ExitStack() as undo:
         try:
             content, _ = _weights.load(path)
@@ -130,6 +132,8 @@ def _restore(
                 own, held = ({"dtype": str(m.W_dec.dtype), **m.config()} for m in (one, other))
                 if wrong := [name for name in (*held, *own) if name not in _OWN and held.get(name) != own.get(name)]:
                     raise ValueError(f"it holds {wrong[0]}={held.get(wrong[0])!r}, the module has {own.get(wrong[0])!r}")
+            if missing := [name for name, _ in sae.named_parameters() if name not in state]:  # of a subclass
+                raise ValueError(f"it has no {missing[0]!r}, which the module has")
             if opt is not None:
                 undo.callback(opt.load_state_dict, opt.state_dict())
                 try:
@@ -138,7 +142,7 @@ def _restore(
                 except Exception as error:
                     reason = error if isinstance(error, ValueError) else repr(error)
                     raise ValueError(f"its optimiser's state does not fit {type(opt).__name__}: {reason}") from error
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+        except (FileNotFoundError, PermissionError, IsADirectoryError, FloatingPointError):  # the last: of a step before, on a GPU
             raise
         except Exception as error:  # reading damaged bytes may raise anything
             reason = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
@@ -194,7 +198,8 @@ def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> N
             if isinstance(group.get(name), (int, float)) and not isinstance(value, (int, float, Tensor)):
                 raise ValueError(f"{name} is {value!r}, the optimiser has {group[name]!r}")
         entries = [state["state"].get(number, {}) for number in theirs["params"]]
-        if len({frozenset(entry) for entry in entries if entry}) > 1:
+        kinds = {(p.dim(), frozenset(entry)) for entry, p in zip(entries, group["params"]) if entry}
+        if len(kinds) > len({dim for dim, _ in kinds}):  # Adafactor has one for matrices and one for vectors
             raise ValueError(f"parameters have different states: {[sorted(entry) for entry in entries]}")
         for entry, p in zip(entries, group["params"]):
             for name, value in entry.items():
@@ -205,23 +210,23 @@ def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> N
                     raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}")
 
 
-def _check_plain(name: str, value: Any) -> None:
+def _plain(name: str, value: Any) -> Any:
     """What ``torch.load(weights_only=True)`` reads back: of these types exactly, and keys that are numbers or text."""
+    value = _checks.plain(value)  # a schedule's rate, of NumPy's cosine
     if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            if type(key) not in (bool, int, float, str):
-                raise TypeError(f"save_checkpoint: keys of {name} must be numbers or text, got {type(key).__name__}")
-            _check_plain(f"{name}.{key}", item)
-    elif type(value) in (list, tuple, torch.Size):
-        for index, item in enumerate(value):
-            _check_plain(f"{name}.{index}", item)
-    elif isinstance(value, Tensor):
+        if wrong := [key for key in value if type(key) not in (bool, int, float, str)]:
+            raise TypeError(f"save_checkpoint: keys of {name} must be numbers or text, got {type(wrong[0]).__name__}")
+        return type(value)((key, _plain(f"{name}.{key}", item)) for key, item in value.items())
+    if type(value) in (list, tuple, torch.Size):
+        return type(value)(_plain(f"{name}.{index}", item) for index, item in enumerate(value))
+    if isinstance(value, Tensor):
         if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized or value.is_nested or value.device.type == "meta":
             raise TypeError(
                 f"save_checkpoint: {name} must be an ordinary tensor, got {type(value).__name__} {value.dtype} on {value.device}"
             )
     elif value is not None and type(value) not in (bool, int, float, str):
         raise TypeError(f"save_checkpoint: {name} must be a number, text, tensor, list, tuple or dict, got {type(value).__name__}")
+    return value
 
 
 # ---------------------------------------------------------------- data and schedules
@@ -268,6 +273,8 @@ class Batches:
         return {"rows": self.columns["x"].shape[0], "size": self.size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        if missing := [name for name in ("seed", "pass_number", "position") if name not in state]:
+            raise ValueError(f"Batches.load_state_dict: the state holds no {missing[0]!r}")
         for name, ours in self._order().items():
             if state.get(name, ours) != ours:
                 raise ValueError(f"Batches.load_state_dict: {name} must be {state[name]} as in the state, got {ours}")
@@ -374,8 +381,8 @@ class Trainer:
 
         Raises: TypeError: ``batches`` is one tensor, or a batch is nothing of the above. ValueError: batches that end before ``steps`` and
         give no more; ``resume`` without a ``checkpoint``, or from a file that is damaged or does not fit. FloatingPointError: see
-        ``on_nonfinite``; under "skip" where 100 batches in a row, or all that there were, have been skipped; the checkpoint stays the last
-        good one. RuntimeError: processes of a group that cannot train one model.
+        ``on_nonfinite``; under "skip" where 100 batches in a row, or without ``steps`` all of them, have been skipped; the checkpoint stays
+        the last good one. RuntimeError: processes of a group that cannot train one model.
         """
         op = "Trainer.fit"
         if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
@@ -400,7 +407,7 @@ class Trainer:
         last: dict[str, float] = {}
         result: dict[str, Tensor] = {}
         row = 0  # batches skipped, one after the other
-        with _bar(self.progress, steps, self.step) as bar:
+        with _bar(self.progress, steps, self.step) as bar, self._late():
             for batch in self._stream(batches, steps):
                 skipped = self.skipped
                 metrics = self.train_step(*_columns(batch, self.sae.W_dec.device))
@@ -427,6 +434,17 @@ class Trainer:
                 if self.checkpoint is not None:
                     self.save(self.checkpoint, batches)
         return last
+
+    @contextlib.contextmanager
+    def _late(self) -> Iterator[None]:
+        """Where a GPU says late that a step was refused, ``step`` goes back with the optimiser's counter."""
+        ahead = self.step - getattr(self.opt, "steps", 0)
+        try:
+            yield
+        except FloatingPointError:
+            if hasattr(self.opt, "_settle"):
+                self.step = ahead + self.opt.steps
+            raise
 
     def _read(self, result: dict[str, Tensor]) -> dict[str, float]:
         """Metrics as numbers: with a fused optimiser the only wait for a device, and where one says that a step was not finite."""
@@ -493,8 +511,9 @@ class Trainer:
                     buffer.copy_(before)
         named = dict(self.sae.named_parameters())
         if refused and (self.on_nonfinite == "raise" or _finite.spoilt(named)):
+            reason = _finite.culprit(named, x, target, mask) + (" (looked for in this process's rows alone)" if shared else "")
             raise FloatingPointError(
-                f"Trainer: step {self.step + 1} is not finite: {_finite.culprit(named, x, target, mask)}. Nothing has been changed; "
+                f"Trainer: step {self.step + 1} is not finite: {reason}. Nothing has been changed; "
                 "on_nonfinite='skip' leaves such batches out and counts them"
             )
         if refused:
@@ -533,9 +552,13 @@ class Trainer:
         def also(extra: dict[str, Any]) -> None:
             if missing := [name for name in ("step", "rng") if name not in extra]:
                 raise ValueError(f"Trainer.load: {path} was not written by a Trainer: extra holds no {missing[0]!r}")
-            for name in ("step", "skipped"):
-                _checks.integer("Trainer.load", name, extra.get(name, 0), 0)
-            torch.Generator().set_state(extra["rng"])  # raises where it is none
+            try:
+                for name in ("step", "skipped"):
+                    _checks.integer("its extra", name, extra.get(name, 0), 0)
+                torch.Generator().set_state(extra["rng"])
+                data = dict(extra.get("data", {}))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"Trainer.load: {path} is damaged or of something else: {error}") from error
             if "data" in extra and hasattr(batches, "load_state_dict"):
                 if not isinstance(batches, Batches):
                     _processes.refuse(
@@ -543,7 +566,7 @@ class Trainer:
                         f"{path} holds the position of rank 0 alone: restore that of {type(batches).__name__} on each, and hand fit an "
                         "iterable without load_state_dict",
                     )
-                batches.load_state_dict({**extra["data"], **({"seed": batches.seed} if _processes.rank() else {})})
+                batches.load_state_dict({**data, **({"seed": batches.seed} if _processes.rank() else {})})
 
         extra = _restore(path, self.sae, self.opt, also=also).extra
         self.step, self.skipped = extra["step"], extra.get("skipped", 0)

@@ -321,6 +321,19 @@ def test_an_answer_that_is_not_waited_for(made: Any, monkeypatch: pytest.MonkeyP
     assert opt.skipped == 1
 
 
+def test_a_trainer_goes_back_with_an_answer_that_is_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fastsae._finite.finite", lambda sizes, real=fastsae._finite.finite: torch.tensor(real(sizes)))
+    run = trainer(build(), "adam", log_every=4, checkpoint=tmp_path / "run.pt", every=2)
+    with pytest.raises(FloatingPointError, match="step 4 is not finite"):
+        run.fit([*(rows(seed=i) for i in range(3)), torch.full((12, 6), NAN), *(rows(seed=i) for i in range(9))])
+    assert run.step == run.opt.steps == 3
+    run.opt.step(torch.full((12, 6), NAN))
+    with pytest.raises(FloatingPointError, match="step 4 is not finite"):  # and not that the file is damaged
+        run.load(tmp_path / "run.pt")
+    run.load(tmp_path / "run.pt")
+    assert run.step == run.opt.steps == 2
+
+
 # ---------------------------------------------------------------- no spread
 
 
@@ -392,3 +405,17 @@ def test_a_start_from_rows_that_are_not_finite_is_refused() -> None:
         assert same(sae.state_dict(), kept) and sae._scaled
     sae.init_from(x, mask=mask)
     assert finite(sae.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_of_data_that_are_not_finite_is_none(kind: str) -> None:
+    """The share of a spread that is NaN is NaN, not 0."""
+    target: dict[str, Any] = {"target": rows(d=5)} if kind == "transcoder" else {}
+    x = target.get("target", rows()).clone()
+    for bad in (NAN, INF):
+        x[3, 1] = bad
+        data = {"x": rows(), "target": x} if target else {"x": x}
+        for training in (True, False):
+            sae = build(kind, objective="fvu").train(training)
+            assert not finite(sae.loss(**data).loss) and not finite(sae.step_gradients(**data)[0].loss)
+            assert not finite(SAEs([sae]).step_gradients(**data)[0].loss)
