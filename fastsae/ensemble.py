@@ -368,7 +368,7 @@ class _JointPass:
         values, indices, crow = self.values, self.indices, self.crow
         # In place wherever a result is not needed: fresh pages for [E, B, D] cost more than the arithmetic.
         partial = DECODE(values, indices, crow, self.W_dec, None, backend=self.backend).to(wide)
-        x_hats = partial.reshape(self.E, self.B, -1).add_(self.saes.b_dec.detach().unsqueeze(1)).to(x.dtype)
+        x_hats = partial.reshape(self.E, self.B, self.saes.W_dec.shape[-1]).add_(self.saes.b_dec.detach().unsqueeze(1)).to(x.dtype)
 
         norm, magnitudes = None, [None] * self.E
         if any(t.l1 for t in terms):

@@ -34,7 +34,9 @@ def _memory(t: Tensor) -> int | None:
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     """After every ``torch.optim`` step: the fused ones write without telling torch's version counter."""
     if watched := [unchanged for reference in _live.valuerefs() if (unchanged := reference()) is not None]:
-        changed = {_memory(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        stepped = [p for p in parameters if p.grad is not None] or parameters  # a hook of the optimiser's own may have cleared them
+        changed = set(map(_memory, stepped))
         for unchanged in watched:
             if any(storage.cdata in changed for storage in unchanged.storages):
                 _live.pop(id(unchanged), None)

@@ -447,7 +447,7 @@ class SAE(nn.Module):
         latents = encode_topk(x, self.W_enc, self.b_enc, k=k, b_pre=self._b_pre, features=dead, relu=aux.relu)
         e_hat = decode(latents, self.W_dec, self.b_dec if aux.bias else None)
         wide = accumulator(x_hat.dtype)
-        residual = target.to(wide) - x_hat.detach().to(wide)
+        residual = (target.to(wide) - x_hat.to(wide)).detach()
         return share * quotient(squares(e_hat.to(wide), residual).sum(), aux_denominator(aux, residual, target))
 
     @torch.no_grad()

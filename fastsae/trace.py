@@ -277,6 +277,7 @@ def trace(
     if mask is not None and not isinstance(mask, (Tensor, str)):
         raise TypeError(f"{op}: mask must be a tensor, the name of an argument or None, got {type(mask).__name__}")
     seed = _checks.integer(op, "seed", seed, 0, 2**64 - 1)
+    bits = _checks.plain(bits)
     if type(bits) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
     for name, module in _all_names(model):

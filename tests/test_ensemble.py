@@ -177,3 +177,15 @@ def test_errors() -> None:
         Adam(saes, lr=[1e-3] * 3).to_torch()
     with pytest.raises(ValueError, match="has 2 members, the module 3"):
         Adam(saes).apply({"b_dec": StackedGradient(2, lambda e: torch.zeros(D))})
+
+
+@pytest.mark.parametrize("activation", [TopK(2), BatchTopK(2), ReLU(), JumpReLU(0.1, 0.2), Gated()])
+def test_a_step_without_rows(activation: Any) -> None:
+    saes, alone = (SAEs(SAE(7, 20, activation, seed=e) for e in range(2)), SAE(7, 20, activation, seed=1))
+    for x, mask in ((torch.ones(0, 7), None), (torch.ones(2, 0, 7), None), (torch.ones(3, 7), torch.zeros(3, dtype=torch.bool))):
+        metrics, gradients = saes.step_gradients(x, mask=mask)
+        assert metrics.loss.tolist() == [0, 0]
+        for name, gradient in alone.step_gradients(x.reshape(-1, 7)[:0])[1].items():
+            got = gradients[name]
+            got = densify(got.part(1)) if isinstance(got, StackedGradient) else got[1]
+            assert torch.equal(got, densify(gradient)), name

@@ -66,6 +66,12 @@ def swapped(p: nn.Parameter) -> None:
     torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 2))
 
 
+def cleared(p: nn.Parameter) -> None:
+    optimizer = torch.optim.Adam([p], lr=0.1, fused=True)
+    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.zero_grad())  # runs before the one of all optimisers
+    optimizer.step()
+
+
 def loaded(p: nn.Parameter) -> None:
     holder = nn.Module()
     holder.p = p
@@ -78,6 +84,7 @@ CHANGES: dict[str, Callable[[nn.Parameter], Any]] = {
         f"{cls.__name__}_fused": step(cls, fused=True)
         for cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
     },
+    "Adam_fused_cleared": cleared,
     "Adam_foreach": step(torch.optim.Adam, foreach=True),
     **({"Adam_fused_compiled": compiled_step} if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else {}),  # compiles for seconds
     "LBFGS": step(torch.optim.LBFGS),

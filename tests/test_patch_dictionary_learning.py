@@ -632,3 +632,11 @@ def test_real_activations(name: str) -> None:
         differ = (f != 0) != (g != 0)
         assert float(differ.double().mean()) < 1e-5  # scores within rounding of each other
         same(mine.ae(x), theirs.ae(x), of=1e-3)
+
+
+@pytest.mark.parametrize("name", ["AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder"])
+def test_vmap_as_in_the_library(name: str) -> None:
+    x = torch.randn(5, 1, D, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine, theirs = (torch.vmap(model)(x) for model in pair(name))
+    torch.testing.assert_close(mine, theirs)

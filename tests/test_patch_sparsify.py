@@ -152,11 +152,23 @@ def test_encode_and_lazy_pre_acts() -> None:
     assert tuple(a)[2] is pre and a._asdict()["pre_acts"] is pre and a._replace(top_acts=0).pre_acts is pre
     same(pickle.loads(pickle.dumps(mine.encode(rows()))).pre_acts, b.pre_acts)
     same(copy.deepcopy(type(b)(*[t.detach() for t in a])).pre_acts, b.pre_acts)
-    late = mine.encode(rows())
-    with torch.no_grad():
-        mine.encoder.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="pre_acts: the input or the encoder's weights have changed since encode"):
-        late.pre_acts  # noqa: B018
+
+
+def test_pre_acts_of_weights_that_have_changed() -> None:
+    def in_place(coder: Any) -> None:
+        with torch.no_grad():
+            coder.encoder.weight.mul_(2)
+
+    def step(coder: Any, **options: Any) -> None:
+        coder(rows()).fvu.backward()
+        torch.optim.Adam(coder.parameters(), **options).step()
+
+    for change in (in_place, step, lambda coder: step(coder, foreach=True), lambda coder: step(coder, fused=True)):
+        mine, _ = pair()
+        late = mine.encode(rows())
+        change(mine)
+        with pytest.raises(RuntimeError, match="pre_acts: the input or the encoder's weights have changed since encode"):
+            late.pre_acts  # noqa: B018
 
 
 def test_the_encoder_gets_no_gradient_from_pre_acts_in_the_library_either() -> None:

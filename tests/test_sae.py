@@ -104,6 +104,21 @@ def test_loss(kind: str, dense: bool | None) -> None:
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("aux", [AuxK(4), AuxK.dictionary_learning(4), AuxK.saelens(4), AuxK.sparsify(4)])
+def test_the_error_of_auxk_is_detached_from_inputs_too(aux: AuxK) -> None:
+    sae, x = build("topk", dtype=torch.float64, aux=aux, dead_after=1).eval(), rows(6, 7, dtype=torch.float64).requires_grad_()
+    sae.silent[5:] = 1
+    z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).masked_fill(~sae.dead_features, -torch.inf)
+    top = z.topk(4, dim=-1)
+    e_hat = torch.zeros_like(z).scatter(-1, top.indices, top.values.relu() if aux.relu else top.values) @ sae.W_dec
+    e = (x - plain(sae, x)[1]).detach()
+    spread = {"residual": (e - e.mean(0)).square().sum(), "total": (x - x.mean(0)).square().sum(), "tokens": len(x)}[aux.denominator]
+    leaves = [x, sae.W_enc, sae.W_dec]
+    got = torch.autograd.grad(sae.loss(x).loss - sae.loss(x, aux=False).loss, leaves)
+    for g, w in zip(got, torch.autograd.grad(aux.coefficient * (e_hat - e).square().sum() / spread, leaves), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
+
+
 def test_straight_through_l0() -> None:
     sae, x = build("jumprelu_band", dtype=torch.float64), rows(6, 7, dtype=torch.float64)
     code, _ = plain(sae, x)

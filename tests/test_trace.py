@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -501,6 +502,10 @@ def test_nothing_to_trace(model: Model) -> None:
 def test_wrong_arguments(model: Model, change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^trace: {message}"):
         trace(**{"model": model, **change})
+
+
+def test_numpy_numbers(model: Model) -> None:
+    assert type(trace(model, seed=np.int64(3), bits=np.int64(128))._bits) is int
 
 
 @pytest.mark.parametrize(

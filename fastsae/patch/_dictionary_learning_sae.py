@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastsae import _checks, dense
+from fastsae.dispatch import batching
 from fastsae.latents import Latents
 from fastsae.losses import Weights, squares
 from fastsae.ops._common import accumulator
@@ -142,7 +143,7 @@ def is_dense(ae: Any, x: Tensor, use_threshold: bool) -> bool:
     by_threshold = kind.activation in ("relu", "jumprelu", "gated") or use_threshold
     if not by_threshold or x.numel() == 0:
         return False
-    if torch.compiler.is_compiling():  # no looking at numbers then
+    if torch.compiler.is_compiling() or batching():  # no looking at numbers then
         return True
     gated = kind.activation == "gated"
     least = x.new_zeros(()) if kind.activation == "relu" else None if gated else threshold(ae)

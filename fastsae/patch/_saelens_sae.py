@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastsae import _checks, dense
+from fastsae.dispatch import batching
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.losses import Weights, features, squares
 from fastsae.ops._common import accumulator
@@ -154,7 +155,7 @@ def is_dense(sae: Any, sae_in: Tensor) -> bool:
     kind = kind_of(sae)
     if kind.activation not in ("relu", "jumprelu", "gated") or sae_in.numel() == 0:
         return False
-    if torch.compiler.is_compiling():  # no looking at numbers then
+    if torch.compiler.is_compiling() or batching():  # no looking at numbers then
         return True
     gated = kind.activation == "gated"
     threshold = None if gated else sae.threshold if kind.activation == "jumprelu" else sae_in.new_zeros(())
@@ -205,10 +206,10 @@ def to_dense(latents: Latents) -> Tensor:
 
 
 def from_dense(acts: Tensor) -> RaggedLatents | None:
-    """The slots of dense latents; None where a sample of rows says that more than 1/20 are not 0."""
+    """The slots of dense latents; None where a sample of rows says that more than 1/20 are not 0, and under vmap."""
     flat = acts.reshape(-1, acts.shape[-1])
     sample = flat[:: max(1, flat.shape[0] // 32)]
-    if flat.shape[0] == 0 or int(torch.count_nonzero(sample)) > PRODUCT * sample.numel():
+    if flat.shape[0] == 0 or batching() or int(torch.count_nonzero(sample)) > PRODUCT * sample.numel():
         return None
     row, col = torch.nonzero(flat, as_tuple=True)
     crow = torch.searchsorted(row, torch.arange(flat.shape[0] + 1, device=flat.device))

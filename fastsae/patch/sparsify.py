@@ -38,6 +38,7 @@ from fastsae.losses import squares
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, decode
 from fastsae.ops.encode import ENCODE_TOPK, _feature_sums, encode_topk, score_gradients
 from fastsae.ops.reconstruct import Reconstruction
+from fastsae.packed import Unchanged
 from fastsae.patch import Adapter, Library, _adam, changed, tampered, warn_once
 
 _BF16 = torch.cuda.is_bf16_supported()
@@ -77,10 +78,6 @@ class _PreActs(torch.autograd.Function):
         return None, None, None
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> list[int | None]:
-    return [None if t.is_inference() else t._version for t in tensors]
-
-
 _outputs: list[type] = []
 
 
@@ -95,7 +92,7 @@ def output_class() -> type:
             def __new__(cls, top_acts: Tensor, top_indices: Tensor, inputs: tuple[Tensor, ...]) -> Any:
                 self = super().__new__(cls, top_acts, top_indices, None)
                 self._inputs, self._grad = inputs, top_acts.requires_grad
-                self._versions = _versions(inputs)
+                self._unchanged = Unchanged(*inputs)
                 # Inference tensors do not tell when they change: the input here is one of its own, weights have to be used at once.
                 self._pre_acts = _PreActs.apply(*inputs) if any(t.is_inference() for t in inputs[1:]) else None
                 return self
@@ -103,7 +100,7 @@ def output_class() -> type:
             @property
             def pre_acts(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
                 if self._pre_acts is None:
-                    if _versions(self._inputs) != self._versions:
+                    if not self._unchanged.holds():
                         raise RuntimeError(
                             "EncoderOutput.pre_acts: the input or the encoder's weights have changed since encode; read it before they "
                             "do, or restore the coder"
