@@ -84,7 +84,7 @@ def adam_kernel(
         tl.store(squares + feature, tl.sum(g * g, axis=0))
     else:
         if FACTOR:
-            scale = tl.load(factor)
+            scale = tl.load(factor) + tl.zeros_like(g)  # a block: the interpreter gives a number's comparison the number's type
             g = g * scale
             mask = mask & (scale == scale)  # NaN: a step that shall not be taken
         moment = beta1 * tl.load(m + at, mask=mask, other=0) + rest1 * g

@@ -48,7 +48,7 @@ def signum_kernel(
     average = _lerp(tl.load(y + at, mask=mask, other=0), before, back, COLUMNS)
     after = before - lr * sign
     if FACTOR:
-        scale = tl.load(factor)
+        scale = tl.load(factor) + tl.zeros_like(sign)  # a block: the interpreter gives a number's comparison the number's type
         mask = mask & (scale == scale)  # NaN: a step that shall not be taken
     tl.store(z + at, after, mask=mask)
     w = _lerp(_lerp(average, after, share, COLUMNS), after, towards, COLUMNS)
