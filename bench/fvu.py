@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import training
-from fastsae import _activations_minilm, _files, demo
-from fastsae._machine import machine
+from fastsae import demo
+from fastsae._core import files
+from fastsae._core.machine import machine
+from fastsae.demo import activations_minilm
 from fastsae.optim import warmup_linear_decay
 from fastsae.plots import figure
 from fastsae.trainer import Batches
@@ -60,7 +62,7 @@ def arguments() -> argparse.Namespace:
 
 def data(args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
     """Training and held-out rows, scaled so that their mean distance from the mean is 1, and what they are."""
-    absent = None if args.smoke else _activations_minilm.missing()
+    absent = None if args.smoke else activations_minilm.missing()
     if args.smoke or absent:
         if absent:
             print(f"{absent} is not installed: synthetic superposition data instead of a model's activations")
@@ -158,7 +160,7 @@ def plot(curves: list[dict[str, list[dict[str, float]]]], title: str, path: Path
     panels[0].set_ylabel("held-out FVU")
     panels[0].legend(frameon=False, title="mean at the end")
     canvas.suptitle(title, fontsize=10)
-    _files.replace_figure(path, canvas, dpi=150)
+    files.replace_figure(path, canvas, dpi=150)
 
 
 def main() -> None:
@@ -172,7 +174,7 @@ def main() -> None:
     about = {"date": datetime.date.today().isoformat(), **machine(), "settings": settings, "data": shape}
     report = {**about, "results": found, "curves": curves}
     args.out.mkdir(parents=True, exist_ok=True)
-    _files.replace_text(args.out / "fvu.json", json.dumps(report, indent=1) + "\n")
+    files.replace_text(args.out / "fvu.json", json.dumps(report, indent=1) + "\n")
     title = f"{source}: D {x.shape[1]}, F {args.features}, k {args.k}, batch {args.batch}, {args.threads} thread(s), {args.seeds} seeds"
     plot(curves, title, args.out / "fvu.png")
     print(f"{'who':<26} {'FVU, mean (each seed)':<36} {'seconds':>8} {'ours / theirs: FVU':>20} {'seconds':>8} {'CPU':>6}")

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae
-from fastsae import _files
-from fastsae._activations_minilm import _checkout_hidden
+from fastsae._core import files
+from fastsae._core.checkout import checkout_hidden
 from fastsae.dispatch import OPS
 
 Call = Callable[[int], object]
@@ -260,7 +260,7 @@ class Bench:
             "seconds": time.monotonic() - self.start,
             "results": self.entries, "notes": self.notes,
         }  # fmt: skip
-        _files.replace_text(self.path, json.dumps(report, indent=1) + "\n")
+        files.replace_text(self.path, json.dumps(report, indent=1) + "\n")
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def sparsify_decoder(b: Bench) -> Any:
     if b.device.type == "cpu":
         os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     try:
-        with _checkout_hidden():
+        with checkout_hidden():
             from sparsify.utils import decoder_impl  # pyright: ignore[reportMissingImports]
     except Exception as error:
         b.note("decode", "", f"no row for sparsify: {type(error).__name__}: {error}")
@@ -886,7 +886,7 @@ class State:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def write(self) -> None:
-        _files.replace_text(self.path, json.dumps({"done": self.done, "running": self.running, "since": self.since}))
+        files.replace_text(self.path, json.dumps({"done": self.done, "running": self.running, "since": self.since}))
 
     def begin(self, row: str) -> None:
         self.running, self.since = row, time.time()
@@ -1036,7 +1036,7 @@ def table(out: Path, *, minutes: float, quick: bool, only: Sequence[str] = ()) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from fastsae._machine import machine
+    from fastsae._core.machine import machine
 
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")

@@ -78,11 +78,11 @@ for part in $parts; do
       step 60 "$python" -m fastsae info
       ;;
     verify)
-      step 90 "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_tiles.py -k gpu
-      step 100 "${pytest[@]}" tests/test_contract.py -k "cuda: and meets and (float32 or bfloat16)"
+      step 90 "${pytest[@]}" tests/gpu/test_cuda.py tests/gpu/test_kernels.py tests/gpu/test_tiles.py -k gpu
+      step 100 "${pytest[@]}" tests/contract/test_contract.py -k "cuda: and meets and (float32 or bfloat16)"
       ;;
     contract) # not among the default parts, whose time it would take
-      step 520 "${pytest[@]}" tests/test_contract.py -k "cuda:"
+      step 520 "${pytest[@]}" tests/contract/test_contract.py -k "cuda:"
       ;;
     bench) # what follows keeps its time
       reserve=20

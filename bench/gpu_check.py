@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _triton, native_cuda
+from fastsae._core import triton_support
 from fastsae.dispatch import OPS
+from fastsae.native import cuda as native_cuda
 
 
 def kernels() -> list[str]:
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("gpu_check: no CUDA device", file=sys.stderr)
             return 2
         device = torch.device("cuda", torch.cuda.current_device())
-    reason = native_cuda.unavailable(device) if options.backend == "cuda" else _triton.unavailable(device)
+    reason = native_cuda.unavailable(device) if options.backend == "cuda" else triton_support.unavailable(device)
     if reason is not None:
         print(f"gpu_check: {reason}", file=sys.stderr)
         return 2

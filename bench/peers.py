@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastsae
 from bench.training import Start
-from fastsae._activations_minilm import _checkout_hidden
+from fastsae._core.checkout import checkout_hidden
 from fastsae.patch import sparsify
 
 
@@ -140,7 +140,7 @@ def build(name: str, make: Callable[[Start], Any] | None, start: Start) -> Any:
     """What ``make`` builds, or None with a warning where the library cannot be imported."""
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it chooses a decoder at import, not by device
     try:
-        with _checkout_hidden():
+        with checkout_hidden():
             return None if make is None else make(start)
     except ImportError as error:
         warnings.warn(f"bench: no row for {name}: {error} (make peers installs it)", stacklevel=2)

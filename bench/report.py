@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastsae import _files
+from fastsae._core import files
 
 
 def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int:
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
         return 2
     out = options.out or root / "bench" / "results"
     out.mkdir(parents=True, exist_ok=True)
-    files = [str(root / "bench" / f"bench_{op}.py") for op in options.ops or known]
+    paths = [str(root / "bench" / f"bench_{op}.py") for op in options.ops or known]
     environment = {**os.environ, "FASTSAE_BENCH_QUICK": "1" if options.quick else "0", "FASTSAE_BENCH_DEVICE": options.device}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
             sys.executable,
             "-m",
             "pytest",
-            *files,
+            *paths,
             "-q",
             "-p",
             "no:cacheprovider",
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
         stem += "-" + "-".join(options.ops)
     if options.rows:
         stem += "-" + re.sub(r"[^a-z0-9]+", "-", options.rows.lower()).strip("-")
-    _files.replace_text(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
+    files.replace_text(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
     if options.json:
         print(json.dumps(report, indent=1))
     else:
@@ -129,7 +129,7 @@ def plot(entries: list[dict[str, Any]], path: Path) -> list[str]:
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=8)
     axes.set_xlabel("our time / the best other in the run (line: min .. max)")
     axes.spines[["top", "right"]].set_visible(False)
-    _files.replace_figure(path, canvas, dpi=150)
+    files.replace_figure(path, canvas, dpi=150)
     return [path.name]
 
 
@@ -167,5 +167,5 @@ def plot_growth(entries: list[dict[str, Any]], path: Path) -> list[str]:
         )
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    _files.replace_figure(path, canvas, dpi=150)
+    files.replace_figure(path, canvas, dpi=150)
     return [path.name]

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import fastsae
 from bench.harness import has_onednn
-from fastsae._activations_minilm import _checkout_hidden
+from fastsae._core.checkout import checkout_hidden
 
 
 class Weights(NamedTuple):
@@ -230,7 +230,7 @@ def peers(start: Start, names: list[str] | None = None) -> dict[str, Runner]:
         if name in _absent:
             continue
         try:
-            with _checkout_hidden():
+            with checkout_hidden():
                 found[name] = PEERS[name](start)
         except Exception as error:  # an import of theirs may raise anything
             _absent.add(name)

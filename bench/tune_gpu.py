@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu import Bench
-from fastsae import _files, _triton
+from fastsae._core import files, triton_support
 from fastsae.dispatch import OPS
 
 Run = Callable[[], Any]
@@ -214,7 +214,7 @@ class Tuner:
             **b.machine, "device": str(b.device), "capability": capability, "quick": b.quick, "now": str(self.start),
             "seconds": time.monotonic() - b.start, "winners": self.winners(), "notes": b.notes, "results": self.results,
         }  # fmt: skip
-        _files.replace_text(self.path, json.dumps(report, indent=1) + "\n")
+        files.replace_text(self.path, json.dumps(report, indent=1) + "\n")
 
 
 def compile_all(tuner: Tuner, dtypes: list[torch.dtype], part: int, parts: int) -> None:
@@ -229,7 +229,7 @@ def compile_all(tuner: Tuner, dtypes: list[torch.dtype], part: int, parts: int) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from fastsae._machine import machine
+    from fastsae._core.machine import machine
 
     parser = argparse.ArgumentParser(prog="python -m bench.tune_gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and torch.cuda.is_available():
         options.device = f"cuda:{torch.cuda.current_device()}"
     device = torch.device(options.device)
-    if (reason := _triton.unavailable(device)) is not None:
+    if (reason := triton_support.unavailable(device)) is not None:
         print(f"bench.tune_gpu: {reason}", file=sys.stderr)
         return 2
     dtypes = [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float16, torch.float32]

@@ -21,28 +21,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastsae import optim
-from fastsae._flags import raise_if_set as check
-from fastsae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from fastsae.counters import CodeCount, CodeCounter, CodeTable
+from fastsae._core.flags import raise_if_set as check
+from fastsae._core.version import __version__ as __version__
+from fastsae.codes.counters import CodeCount, CodeCounter, CodeTable
+from fastsae.codes.tracing import trace
+from fastsae.compare.mmcs_variants import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
 from fastsae.dispatch import BackendError, explain, use_backend
-from fastsae.ensemble import SAEs
 from fastsae.gradients import RowGradient, TiledGradient
 from fastsae.latents import RaggedLatents, TopKLatents
-from fastsae.losses import AuxK
 from fastsae.ops.adam import adam_
 from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.decode import DecodeGradients, decode, decode_backward
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, hamming, hamming_topk, neighbour_graph
 from fastsae.ops.match import Match, Matches, match, match_cosine
-from fastsae.ops.mmcs import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
-from fastsae.ops.reconstruct import Reconstruction
 from fastsae.ops.select import select_topk
 from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, near_zero_counts, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack
 from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
-from fastsae.sae import SAE
-from fastsae.trace import trace
+from fastsae.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.sae.losses import AuxK
+from fastsae.sae.module import SAE
+from fastsae.sae.reconstruction import Reconstruction
+from fastsae.sae.stack import SAEs
 from fastsae.trainer import Trainer, load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:  # loaded at the first use of a name, see __getattr__
@@ -66,8 +67,6 @@ if TYPE_CHECKING:  # loaded at the first use of a name, see __getattr__
         soft_affine_map,
         soft_code,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MMCS_VARIANTS",

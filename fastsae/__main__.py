@@ -12,9 +12,13 @@ from typing import Any
 import torch
 
 import fastsae
-from fastsae import _triton, native, native_cuda, verify
-from fastsae._machine import machine
+from fastsae import verify
+from fastsae._core import triton_support
+from fastsae._core.checkout import checkout
+from fastsae._core.machine import machine
 from fastsae.dispatch import OPS, parse_request
+from fastsae.native import cuda as native_cuda
+from fastsae.native import loader
 from fastsae.ops.match import as_dictionaries
 
 
@@ -30,7 +34,7 @@ def table(device: torch.device) -> list[dict[str, Any]]:
 def _level_problem() -> str | None:
     """Why FASTSAE_ISA names no level that runs here, or None."""
     try:
-        native.isa()
+        loader.isa()
     except ValueError as error:
         return str(error)
     return None
@@ -46,21 +50,21 @@ def _request_problem() -> str | None:
 
 
 def info(options: argparse.Namespace) -> int:
-    problem = native.unavailable() or _level_problem()
+    problem = loader.unavailable() or _level_problem()
     report: dict[str, Any] = machine()
     report["request"] = os.environ.get("FASTSAE_BACKEND") or None
     report["cpu_backend"] = {
         "available": problem is None,
         "reason": problem,
-        "build": native.build_info(),
-        "features": [name for name, has in native.cpu_features().items() if has] if problem is None else [],
-        "levels": native.isa_levels() if problem is None else [],
-        "level": native.isa() if problem is None else None,
-        "threads": native.threads_info() if problem is None else None,
+        "build": loader.build_info(),
+        "features": [name for name, has in loader.cpu_features().items() if has] if problem is None else [],
+        "levels": loader.isa_levels() if problem is None else [],
+        "level": loader.isa() if problem is None else None,
+        "threads": loader.threads_info() if problem is None else None,
     }
     report["cuda_module"] = native_cuda.missing()
-    report["triton"] = {str(device): _triton.unavailable(device) for device in verify.devices()}
-    report["triton_cache"] = _triton.cache_directory()
+    report["triton"] = {str(device): triton_support.unavailable(device) for device in verify.devices()}
+    report["triton_cache"] = triton_support.cache_directory()
     report["operations"] = [row for device in verify.devices() for row in table(device)]
     if options.json:
         print(json.dumps(report, indent=1))
@@ -130,12 +134,6 @@ def run_verify(options: argparse.Namespace) -> int:
         print(f"fastsae verify: nothing to verify for backend {request!r} on this machine (see `fastsae info`)", file=sys.stderr)
         return 2
     return 1 if failures else 0
-
-
-def checkout() -> Path | None:
-    """The root of the checkout that this package runs from, if it has the benches."""
-    root = Path(__file__).resolve().parent.parent
-    return root if (root / "bench" / "harness.py").exists() else None
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastsae._precision import full_precision
+from fastsae._core.precision import full_precision
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 """cpu: C++ (AVX-512, AVX2, portable, chosen at run time); triton: GPUs, or the interpreter on a CPU; cuda: CUDA C++; reference: PyTorch."""

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.dispatch import OPS, preference, then_any
 
 
@@ -99,7 +99,7 @@ def accumulate(steps: Sequence[Mapping[str, Gradient]], weights: Sequence[float]
     if weights is not None:
         if len(weights) != len(steps):
             raise ValueError(f"accumulate: weights must be {len(steps)} numbers, one a step, got {len(weights)}")
-        weights = [w if isinstance(w, Tensor) else _checks.number("accumulate", "weights", w, positive=False) for w in weights]
+        weights = [w if isinstance(w, Tensor) else checks.number("accumulate", "weights", w, positive=False) for w in weights]
         steps = [{name: _scaled(gradient, weight) for name, gradient in step.items()} for step, weight in zip(steps, weights)]
     return {name: total([step[name] for step in steps]) for name in steps[0]}
 

@@ -22,9 +22,9 @@ def _safe(values: Tensor, features: Tensor, n_features: int, name: str) -> tuple
         if bool(bad.any()):
             raise IndexError(f"{name} holds {int(features[bad][0])}, expected 0 <= index < {n_features}")
         return values, features
-    from fastsae import _flags
+    from fastsae._core import flags
 
-    _flags.flag(features.device).logical_or_(bad.any())
+    flags.flag(features.device).logical_or_(bad.any())
     return values.masked_fill(bad, float("nan")), features.masked_fill(bad, 0)
 
 
@@ -50,19 +50,19 @@ def pointers(crow: Tensor, n_slots: int) -> Tensor:
     return torch.cat([crow, (crow[-1] + ends).clamp_(max=n_slots)])
 
 
-def to_capacity(op: str, capacity: int | None, values: Tensor, col: Tensor, crow: Tensor, *flags: Tensor) -> tuple[Tensor, ...]:
+def to_capacity(op: str, capacity: int | None, values: Tensor, col: Tensor, crow: Tensor, *marks: Tensor) -> tuple[Tensor, ...]:
     """Entries of an encoder filled up with empty slots to ``capacity`` (None: as they are). More than fit: ValueError on the CPU; elsewhere
     the last are cut off, and ``fastsae.check()`` raises."""
     if capacity is None:
-        return values, col, crow, *flags
+        return values, col, crow, *marks
     n = values.shape[0]
     if n > capacity:
         if values.device.type == "cpu":
             raise ValueError(f"{op}: capacity must be at least the number of latents ({n}), got {capacity}")
-        from fastsae import _flags
+        from fastsae._core import flags
 
-        _flags.overflow(values.device).fill_(1)
-    fit = [torch.nn.functional.pad(slots, (0, capacity - n)) for slots in (values, col, *flags)]  # a negative width cuts
+        flags.overflow(values.device).fill_(1)
+    fit = [torch.nn.functional.pad(slots, (0, capacity - n)) for slots in (values, col, *marks)]  # a negative width cuts
     return fit[0], fit[1], crow.clamp(max=capacity), *fit[2:]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks, _finite, _flags, _processes
+from fastsae._core import checks, finite, flags, processes
 from fastsae.gradients import Gradient, StackedGradient, TiledGradient, norm
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient, checked_options
 from fastsae.ops.signum import SIGNUM
@@ -123,7 +123,7 @@ class _Optimiser:
             raise TypeError(
                 f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
             )
-        _processes.refuse(
+        processes.refuse(
             f"{kind}.step",
             "each would train a model of its own. For one model: wrap a module whose forward returns sae.loss(x).loss in "
             f"DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in each: "
@@ -172,11 +172,11 @@ class _Optimiser:
         sizes = [job.size() for job in jobs] if norms is None else [*norms]
         if isinstance(loss, Tensor):
             sizes.append((loss - loss).abs().sum())  # 0, or NaN
-        taken = _finite.finite(sizes)
+        taken = finite.finite(sizes)
         if isinstance(taken, Tensor) and self.on_nonfinite == "skip":
             taken = bool(taken)
         if taken is False:
-            if self.on_nonfinite == "raise" or _finite.spoilt(self.parameters):
+            if self.on_nonfinite == "raise" or finite.spoilt(self.parameters):
                 raise FloatingPointError(self._refusal("step" if batch else "apply", *batch))
             self.skipped += 1
             return True
@@ -196,7 +196,7 @@ class _Optimiser:
 
     def _refusal(self, method: str, *batch: Tensor | None) -> str:
         return (
-            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {_finite.culprit(self.parameters, *batch)}. "
+            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {finite.culprit(self.parameters, *batch)}. "
             "Nothing has been changed; on_nonfinite='skip' leaves such batches out and counts them"
         )
 
@@ -205,7 +205,7 @@ class _Optimiser:
         first such one on."""
         if self._flag is None:
             self._flag = torch.zeros(2, dtype=torch.int32, device=taken.device)
-            _flags.watch(self)
+            flags.watch(self)
         self._log.append((self.steps, {name: s.step for name, s in self._states.items()}, [list(getattr(self, n)) for n in self._SUMS]))
         bad, count = self._flag[0], self._flag[1]
         bad.logical_or_(taken.logical_not())
@@ -238,9 +238,9 @@ class _Optimiser:
     def _check_options(self, op: str) -> None:
         for name in self._OPTIONS:  # a checkpoint holds no NumPy numbers
             value = getattr(self, name, None)
-            setattr(self, name, type(value)(map(_checks.plain, value)) if isinstance(value, (tuple, list)) else _checks.plain(value))
+            setattr(self, name, type(value)(map(checks.plain, value)) if isinstance(value, (tuple, list)) else checks.plain(value))
         lr = self.lr
-        _finite.policy(op, self.on_nonfinite)
+        finite.policy(op, self.on_nonfinite)
         if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
             raise ValueError(f"{op}: lr must be a number, or one for each of {self.members or 1} dictionaries, got {len(lr)}")
 
@@ -261,7 +261,7 @@ class _Optimiser:
             p = self.parameters[name]
             if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
                 continue
-            _checks.tensor(op, name, p, DTYPES)
+            checks.tensor(op, name, p, DTYPES)
             if self.module is not None and getattr(self.module, name, p) is not p:
                 raise ValueError(f"{op}: {name} of the module is another parameter now: make the optimiser after changing a module")
             state = self._states.get(name) or _State(0, self._fresh(p))
@@ -273,8 +273,8 @@ class _Optimiser:
             fresh[name] = state
             what, unit = f"gradient of {name}", name in self.unit_rows
             if isinstance(gradient, Tensor):
-                _checks.tensor(op, what, gradient, (p.dtype,), p)
-                _checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
+                checks.tensor(op, what, gradient, (p.dtype,), p)
+                checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
             if isinstance(gradient, StackedGradient):
                 if self.members is None or gradient.n != self.members:
                     raise ValueError(f"{op}: {what} has {gradient.n} members, the module {self.members or 'is no stack'}")
@@ -313,7 +313,7 @@ class _Optimiser:
         if missing := [name for name in ("steps", *self._OPTIONS, "state") if name not in state_dict]:
             raise ValueError(f"{op}: not a state of fastsae.optim.{kind}: {missing[0]!r} is missing")
         states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
-        steps = _checks.integer(op, "steps", state_dict["steps"], 0)
+        steps = checks.integer(op, "steps", state_dict["steps"], 0)
         before = {name: getattr(self, name) for name in self._OPTIONS}
         for name in self._OPTIONS:
             setattr(self, name, state_dict[name])
@@ -333,8 +333,8 @@ class _Optimiser:
         p = self.parameters[name]
         buffers = []
         for key in self._BUFFERS:
-            buffer = _checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype,))
-            _checks.shape(op, f"{key} of {name}", buffer, tuple(p.shape), str(list(p.shape)))
+            buffer = checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype,))
+            checks.shape(op, f"{key} of {name}", buffer, tuple(p.shape), str(list(p.shape)))
             buffers.append(torch.zeros_like(p).copy_(buffer))
         return _State(int(entry["step"]), tuple(buffers))
 
@@ -387,7 +387,7 @@ class Adam(_Optimiser):
         self.eps, self.weight_decay = eps, weight_decay
         super().__init__(params, lr, schedule, unit_rows, on_nonfinite)
         if clip is not None:
-            clip = _checks.number(op, "clip", clip)
+            clip = checks.number(op, "clip", clip)
         self.clip = clip
         self.grad_norm: Tensor | None = None
 
@@ -582,8 +582,8 @@ class Signum(_Optimiser):
     def _check_options(self, op: str) -> None:
         super()._check_options(op)
         for rate in self.lr if isinstance(self.lr, (tuple, list)) and self.lr else [self.lr]:
-            _checks.rate(op, "lr", rate)
-        if not 0 < _checks.number(op, "momentum", self.momentum, positive=False) <= 1:
+            checks.rate(op, "lr", rate)
+        if not 0 < checks.number(op, "momentum", self.momentum, positive=False) <= 1:
             raise ValueError(f"{op}: momentum must be above 0 and at most 1, got {self.momentum}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -627,14 +627,14 @@ def _named(op: str, params: Any) -> dict[str, Tensor]:
         if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], str):
             raise TypeError(f"{op}: params must be a module or pairs of name and parameter, got {type(entry).__name__}")
         name, p = entry
-        _checks.tensor(op, name, p, DTYPES)
+        checks.tensor(op, name, p, DTYPES)
         if name in parameters:
             raise ValueError(f"{op}: {name!r} is given twice")
         if other := next((known for known, q in parameters.items() if q is p), None):
             raise ValueError(f"{op}: {name!r} and {other!r} are the same parameter")
         if p.dim() != 2 and not p.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous or a matrix, got {list(p.shape)} with strides {list(p.stride())}")
-        _checks.writable(op, name, p)
+        checks.writable(op, name, p)
         parameters[name] = p
     if not parameters:
         raise ValueError(f"{op}: there are no parameters")
@@ -652,9 +652,9 @@ def warmup_linear_decay(warmup: int, decay_start: int, total: int) -> Callable[[
     ``0 <= warmup <= decay_start <= total``. The first step has the factor ``1 / warmup``; from ``total`` on it is 0. Can be pickled.
     """
     op = "warmup_linear_decay"
-    warmup = _checks.integer(op, "warmup", warmup, 0)
-    decay_start = _checks.integer(op, "decay_start", decay_start, warmup)
-    total = _checks.integer(op, "total", total, decay_start)
+    warmup = checks.integer(op, "warmup", warmup, 0)
+    decay_start = checks.integer(op, "decay_start", decay_start, warmup)
+    total = checks.integer(op, "total", total, decay_start)
     return partial(_warmup_linear_decay, warmup, decay_start, total)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastsae import _checks
+from fastsae._core import checks
 
 _live: weakref.WeakValueDictionary[int, Unchanged] = weakref.WeakValueDictionary()
 """By id: those whose tensors no optimiser has stepped."""
@@ -78,7 +78,7 @@ class PackedWeights:
     """
 
     def __init__(self, weight: Tensor):
-        _checks.tensor("pack", "W", weight)
+        checks.tensor("pack", "W", weight)
         if weight.dim() != 2:
             raise ValueError(f"pack: W must have shape [F, D], got {list(weight.shape)}")
         self.weight = weight
@@ -124,14 +124,14 @@ class PackedWeights:
 def _packed(W: Tensor) -> Tensor | None:
     """What the screen of this device reads of W; None where it reads W itself."""
     if W.is_cuda:
-        from fastsae import _triton
+        from fastsae._core import triton_support
 
-        if _triton.unavailable(W.device) or _triton.dtype_reason(W):
+        if triton_support.unavailable(W.device) or triton_support.dtype_reason(W):
             return None
         from fastsae.kernels import _problem
 
         return _problem.pack(W)
-    from fastsae import native_encode
+    from fastsae.native import encode as native_encode
 
     return native_encode.pack(W)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastsae import _files
+from fastsae._core import files
 
 if TYPE_CHECKING:
     from fastsae.ops.match import Match
@@ -55,7 +55,7 @@ def histogram_of_matches(match: Match, path: str | os.PathLike[str], bins: int =
 
 def _finish(canvas: Any, axes: Any, path: str | os.PathLike[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    _files.replace_figure(path, canvas, dpi=150)
+    files.replace_figure(path, canvas, dpi=150)
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike[str]) -> None:

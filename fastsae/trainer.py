@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _files, _finite, _processes, _weights
-from fastsae._seeds import stream_seed
-from fastsae.activations import BatchTopK, TopK
-from fastsae.ensemble import SAEs
+from fastsae._core import checks, files, finite, processes
+from fastsae._core.seeds import stream_seed
+from fastsae.formats import weight_files
 from fastsae.gradients import norm
-from fastsae.sae import SAE
+from fastsae.sae.activations import BatchTopK, TopK
+from fastsae.sae.module import SAE
+from fastsae.sae.stack import SAEs
 
 # ---------------------------------------------------------------- checkpoints
 
@@ -52,7 +53,7 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = No
     content["opt"] = None if opt is None else opt.state_dict()
     content["stepped"] = _stepped(sae, opt)
     content |= {part: _plain(part, content[part]) for part in ("config", "opt", "extra")}
-    _files.replace(path, lambda part: _weights.save_pt(part, content))
+    files.replace(path, lambda part: weight_files.save_pt(part, content))
     return path
 
 
@@ -111,11 +112,11 @@ def _restore(
         raise TypeError(f"load_checkpoint: sae must be an SAE or SAEs, got {type(sae).__name__}")
     with contextlib.ExitStack() as undo:
         try:
-            content, _ = _weights.load(path)
+            content, _ = weight_files.load(path)
             config, state, extra = content["config"], content["sae"], content["extra"]
             if content["format"] != 1 or not isinstance(extra, dict):
                 raise ValueError(f"it is of format {content['format']!r}, expected 1")
-            W_dec = _checks.tensor("its state", "W_dec", state["W_dec"])
+            W_dec = checks.tensor("its state", "W_dec", state["W_dec"])
             stacked = "dictionaries" in config
             if stacked and len(config["dictionaries"]) != len(W_dec):
                 raise ValueError(f"it claims {len(config['dictionaries'])} dictionaries and holds {len(W_dec)}")
@@ -212,7 +213,7 @@ def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> N
 
 def _plain(name: str, value: Any) -> Any:
     """What ``torch.load(weights_only=True)`` reads back: of these types exactly, and keys that are numbers or text."""
-    value = _checks.plain(value)  # a schedule's rate, of NumPy's cosine
+    value = checks.plain(value)  # a schedule's rate, of NumPy's cosine
     if type(value) in (dict, OrderedDict):
         if wrong := [key for key in value if type(key) not in (bool, int, float, str)]:
             raise TypeError(f"save_checkpoint: keys of {name} must be numbers or text, got {type(wrong[0]).__name__}")
@@ -249,8 +250,8 @@ class Batches:
             if not isinstance(column, Tensor) or column.dim() == 0:
                 got = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
                 raise TypeError(f"Batches: {name} must be a tensor of rows, got {got}")
-        size = _checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
-        seed = _checks.integer("Batches", "seed", seed, 0)
+        size = checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
+        seed = checks.integer("Batches", "seed", seed, 0)
         if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
             raise ValueError(f"Batches: x, target and mask must have as many rows, got {[c.shape[0] for c in self.columns.values()]}")
         self.size, self.seed, self.pass_number, self.position = size, seed, 0, 0
@@ -279,7 +280,7 @@ class Batches:
             if state.get(name, ours) != ours:
                 raise ValueError(f"Batches.load_state_dict: {name} must be {state[name]} as in the state, got {ours}")
         self.seed, self.pass_number, self.position = (
-            _checks.integer("Batches.load_state_dict", name, state[name], 0) for name in ("seed", "pass_number", "position")
+            checks.integer("Batches.load_state_dict", name, state[name], 0) for name in ("seed", "pass_number", "position")
         )
 
 
@@ -350,7 +351,7 @@ class Trainer:
             if self.fused and value is not None:
                 raise ValueError(f"Trainer: {name} is for torch optimisers; give {type(opt).__name__} its own")
         for name, value in (("log_every", log_every), ("every", every)):
-            _checks.integer("Trainer", name, value, 1)
+            checks.integer("Trainer", name, value, 1)
         for name, function in (anneal or {}).items():
             if not hasattr(sae, name):
                 raise ValueError(f"Trainer: anneal must name attributes of the SAE, got {name!r}")
@@ -358,9 +359,9 @@ class Trainer:
                 raise TypeError(f"Trainer: anneal[{name!r}] must be a function of the step, got {type(function).__name__}")
         if not _steps_any(opt, sae):
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
-        clip = None if clip is None else _checks.number("Trainer", "clip", clip)
+        clip = None if clip is None else checks.number("Trainer", "clip", clip)
         self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
-        self.on_nonfinite = _finite.policy("Trainer", on_nonfinite or "raise")
+        self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else _file("Trainer", checkpoint), every
         self.step = self.skipped = 0
@@ -389,10 +390,10 @@ class Trainer:
             hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
             raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
         if steps is not None:
-            steps = _checks.integer(op, "steps", steps, 0)
+            steps = checks.integer(op, "steps", steps, 0)
         if resume and self.checkpoint is None:
             raise ValueError(f"{op}: resume needs a file to go on from, Trainer(checkpoint=..)")
-        if (alone := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and not _processes.grouped():
+        if (alone := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and not processes.grouped():
             file = "" if self.checkpoint is None else f" and writes {self.checkpoint}"
             warnings.warn(
                 f"{op}: WORLD_SIZE is {alone} and there is no process group: each process trains a model of its own{file}. For one model "
@@ -458,7 +459,7 @@ class Trainer:
     def train_step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
         """One step; the metrics as 0-d tensors. It has not been taken where ``skipped`` counts one more."""
         if self.reduce is None:
-            _processes.refuse(
+            processes.refuse(
                 "Trainer.train_step",
                 "each would train a model of its own: give Trainer a torch optimiser and reduce=, which averages the gradients (or does "
                 "nothing, lambda parameters: None, where each process is to train its own)",
@@ -494,7 +495,7 @@ class Trainer:
             result.loss.backward()
             parameters: list[Tensor] = [p for p in self.sae.parameters() if p.grad is not None]
             loss = result.loss.detach()
-            shared = self.reduce is not None and _processes.ranks() > 1
+            shared = self.reduce is not None and processes.ranks() > 1
             if shared and not bool(loss.isfinite()):  # into the gradients, which all processes see
                 for p in parameters:
                     p.grad.fill_(torch.nan)  # pyright: ignore[reportOptionalMemberAccess]
@@ -503,15 +504,15 @@ class Trainer:
             if self.sae.unit_rows:
                 self.sae.remove_parallel_gradient_()
             sizes = [norm(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
-            refused = not bool(_finite.finite(sizes))
+            refused = not bool(finite.finite(sizes))
         finally:
             if refused:
                 self.opt.zero_grad()
                 for buffer, before in buffers:
                     buffer.copy_(before)
         named = dict(self.sae.named_parameters())
-        if refused and (self.on_nonfinite == "raise" or _finite.spoilt(named)):
-            reason = _finite.culprit(named, x, target, mask) + (" (looked for in this process's rows alone)" if shared else "")
+        if refused and (self.on_nonfinite == "raise" or finite.spoilt(named)):
+            reason = finite.culprit(named, x, target, mask) + (" (looked for in this process's rows alone)" if shared else "")
             raise FloatingPointError(
                 f"Trainer: step {self.step + 1} is not finite: {reason}. Nothing has been changed; "
                 "on_nonfinite='skip' leaves such batches out and counts them"
@@ -531,9 +532,9 @@ class Trainer:
     def save(self, path: str | os.PathLike[str], batches: Any = None) -> None:
         """A checkpoint of module, optimiser, step, torch's random state and the position in ``batches``; in a process group rank 0's, and
         by it alone. FloatingPointError: a parameter is not finite; the file stays what it was."""
-        if _processes.rank() != 0:
+        if processes.rank() != 0:
             return
-        if (reason := _finite.spoilt(dict(self.sae.named_parameters()))) is not None:
+        if (reason := finite.spoilt(dict(self.sae.named_parameters()))) is not None:
             raise FloatingPointError(f"Trainer.save: {reason}; {path} has not been touched")
         extra = {"step": self.step, "rng": torch.get_rng_state(), "skipped": self.skipped}
         if hasattr(batches, "state_dict"):
@@ -554,28 +555,28 @@ class Trainer:
                 raise ValueError(f"Trainer.load: {path} was not written by a Trainer: extra holds no {missing[0]!r}")
             try:
                 for name in ("step", "skipped"):
-                    _checks.integer("its extra", name, extra.get(name, 0), 0)
+                    checks.integer("its extra", name, extra.get(name, 0), 0)
                 torch.Generator().set_state(extra["rng"])
                 data = dict(extra.get("data", {}))
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"Trainer.load: {path} is damaged or of something else: {error}") from error
             if "data" in extra and hasattr(batches, "load_state_dict"):
                 if not isinstance(batches, Batches):
-                    _processes.refuse(
+                    processes.refuse(
                         "Trainer.load",
                         f"{path} holds the position of rank 0 alone: restore that of {type(batches).__name__} on each, and hand fit an "
                         "iterable without load_state_dict",
                     )
-                batches.load_state_dict({**data, **({"seed": batches.seed} if _processes.rank() else {})})
+                batches.load_state_dict({**data, **({"seed": batches.seed} if processes.rank() else {})})
 
         extra = _restore(path, self.sae, self.opt, also=also).extra
         self.step, self.skipped = extra["step"], extra.get("skipped", 0)
-        if _processes.rank() == 0:
+        if processes.rank() == 0:
             torch.set_rng_state(extra["rng"])
 
     def _check_alike(self) -> None:
         """RuntimeError where processes would go on from different steps, as where one does not see the file."""
-        if (n := _processes.ranks()) > 1:
+        if (n := processes.ranks()) > 1:
             steps: list[Any] = [None] * n
             torch.distributed.all_gather_object(steps, self.step)
             if len(set(steps)) > 1:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastsae import native
 from fastsae.dispatch import OPS, Op, Row
+from fastsae.native import loader
 from fastsae.testing import Mismatch
 
 
@@ -52,9 +52,9 @@ def devices() -> list[torch.device]:
 
 def variants(row: Row, device: torch.device) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
     """A row's name and context: the C++ rows once for every instruction set that this machine has."""
-    if row.backend == "cpu" and native.unavailable() is None and device.type == "cpu":
-        for level in native.isa_levels():
-            yield f"cpu[{level}]", lambda level=level: native.use_isa(level)
+    if row.backend == "cpu" and loader.unavailable() is None and device.type == "cpu":
+        for level in loader.isa_levels():
+            yield f"cpu[{level}]", lambda level=level: loader.use_isa(level)
     elif row.backend == "triton" and device.type == "cpu":
         yield "triton[interpreter]", nullcontext
     elif row.backend == "cuda" and device.type == "cpu":

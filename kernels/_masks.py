@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae._jit import kernel
+from fastsae._core.jit import kernel
 from fastsae.kernels import _tile
 from fastsae.kernels._problem import Problem, Rounded
 from fastsae.kernels._tile import affine, cells, ends, exact, halves, interval, n_tiles, pack_bits, popcount, products, unpack_bits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.kernels import _tile
 from fastsae.kernels._tile import Tile
 
@@ -64,7 +64,7 @@ def problem(
     x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None,
     packed: Tensor | None = None,
 ) -> Problem:  # fmt: skip
-    chosen = _checks.sorted_subset(features, W.shape[0], "features")  # its length is the one thing that the host waits for
+    chosen = checks.sorted_subset(features, W.shape[0], "features")  # its length is the one thing that the host waits for
     scale, bias = (None if v is None else v if chosen is None else v[chosen] for v in (scale, b))
     packed = _checked(packed, W)
     return Problem(x, W, _tile.wide(b_pre), _tile.wide(scale), _tile.wide(bias), chosen, _tile.tile_for(x.device), packed=packed)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae._jit import kernel
+from fastsae._core.jit import kernel
 from fastsae.kernels._tile import interpreting, unordered
 
 MOST_KEPT = 512  # a row; the ranks of more are found by sorting

@@ -57,8 +57,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae import _triton
-from fastsae._jit import kernel
+from fastsae._core import triton_support
+from fastsae._core.jit import kernel
 
 _LANES = tl.constexpr(32)
 _LANE_COLUMNS = tl.constexpr(4)
@@ -356,7 +356,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def interpreting() -> bool:
-    return _triton.interpreting()
+    return triton_support.interpreting()
 
 
 def wide(vector: Tensor | None) -> Tensor | None:

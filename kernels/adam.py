@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae._jit import kernel
+from fastsae._core.jit import kernel
 from fastsae.kernels import decode
 from fastsae.kernels._tile import on
 from fastsae.kernels.decode import _sum_slots

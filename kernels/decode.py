@@ -41,8 +41,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae import _flags
-from fastsae._jit import kernel
+from fastsae._core import flags
+from fastsae._core.jit import kernel
 
 SLOTS = 16  # decode_dvalues: slots a program holds
 SPLIT = 128  # decode_dweight: slots of one feature summed by one program
@@ -276,7 +276,7 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
     values, indices, crow, k = _slots(values, indices, crow)
     b = None if b is None else b.contiguous()
     with _on(W.device):
-        flag = _flags.flag(W.device)
+        flag = flags.flag(W.device)
         for part, panel in _panels(W, indices.numel()):
             size = _columns(panel)
             decode_kernel[rows, _blocks(panel.shape[1], size)](
@@ -297,7 +297,7 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
     indices, crow, k = _slots(indices, indices, crow)[1:]
     groups = triton.cdiv(n_slots, rows * SLOTS)
     with _on(W.device):
-        flag = _flags.flag(W.device)
+        flag = flags.flag(W.device)
         panels = _panels(W, n_slots)
         several = _is_turned(W, n_slots)
         dvalues = torch.empty(n_slots, dtype=torch.float32 if several else grad.dtype, device=grad.device)
@@ -357,7 +357,7 @@ def _by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     dtype = torch.int16 if n_features <= 1 << 15 else torch.int32 if n_features <= 1 << 31 else torch.int64
     keys = torch.empty(indices.shape, dtype=dtype, device=indices.device)
     sort_keys_kernel[(triton.cdiv(keys.numel(), 1024),)](
-        indices, keys, _flags.flag(indices.device), keys.numel(), n_features, SIZE=1024, enable_fp_fusion=False
+        indices, keys, flags.flag(indices.device), keys.numel(), n_features, SIZE=1024, enable_fp_fusion=False
     )
     keys, order = torch.sort(keys, stable=True)
     ends = torch.arange(-1, n_features, dtype=dtype, device=indices.device)

@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae import _flags
-from fastsae._jit import kernel
+from fastsae._core import flags
+from fastsae._core.jit import kernel
 from fastsae.kernels import _masks, _select, _tile
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
@@ -518,7 +518,7 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | 
             nnz, make = capacity, torch.zeros
             _note_overflow(op, crow[-1], capacity)
         values, col = make(nnz, dtype=dtype, device=device), make(nnz, dtype=torch.int64, device=device)
-        flags = make(nnz if rule.half is not None else 0, dtype=torch.uint8, device=device)
+        marks = make(nnz if rule.half is not None else 0, dtype=torch.uint8, device=device)
         for part in parts if nnz else []:
             chunk = p.rows(part)
             if found is None or len(parts) > 1:
@@ -530,8 +530,8 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | 
                 for words_of in found:
                     if words_of is not None:
                         words_of.masked_fill_(passed, 0)
-            _masks.write(chunk, rule, *found, offsets, crow[part.start], values, col, flags)
-    return values, col, crow if capacity is None else crow.clamp_(max=capacity), flags
+            _masks.write(chunk, rule, *found, offsets, crow[part.start], values, col, marks)
+    return values, col, crow if capacity is None else crow.clamp_(max=capacity), marks
 
 
 def _note_overflow(op: str, count: Tensor, capacity: int) -> None:
@@ -539,7 +539,7 @@ def _note_overflow(op: str, count: Tensor, capacity: int) -> None:
         if int(count) > capacity:
             raise ValueError(f"{op}: capacity must be at least the number of latents ({int(count)}), got {capacity}")
     else:
-        _flags.overflow(count.device).logical_or_(count > capacity)
+        flags.overflow(count.device).logical_or_(count > capacity)
 
 
 def encode_threshold(

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae._jit import kernel
-from fastsae._norms import unit_rows
+from fastsae._core.jit import kernel
+from fastsae._core.norms import unit_rows
 from fastsae.kernels import _select, _tile, encode
 from fastsae.kernels._problem import WORKSPACE, Problem, rounded
 from fastsae.kernels._tile import Tile, cells, exact, interval, n_tiles, products, upper_key

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae._jit import kernel
+from fastsae._core.jit import kernel
 from fastsae.kernels import adam
 from fastsae.kernels._tile import on
 from fastsae.kernels.adam import gradient_row, unit_row

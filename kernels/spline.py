@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae import _flags
-from fastsae._jit import kernel
+from fastsae._core import flags
+from fastsae._core.jit import kernel
 from fastsae.kernels import _masks, _tile
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import chunks, problem
@@ -144,7 +144,7 @@ def _restrict(words: Tensor, neurons: Tensor | None, size: int) -> Tensor:
             if bool(bad.any()):
                 raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
         else:
-            _flags.flag(neurons.device).logical_or_(bad.any())
+            flags.flag(neurons.device).logical_or_(bad.any())
         mask = torch.zeros(size + 1, dtype=torch.bool, device=neurons.device)
         mask = mask.index_fill_(0, neurons.long().masked_fill(bad, size), True)[:size]
     return words & _pack(mask.to(torch.float32)[None])

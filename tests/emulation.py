@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from places import ROOT
+
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 HEADERS = [*(ROOT / "csrc" / "cuda").glob("*.h"), ROOT / "csrc" / "test" / "emulate.h"]
 # No fortification: its longjmp refuses to change stacks. -O1 is quick to compile and quick enough to run.

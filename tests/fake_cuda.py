@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastsae import _flags, _triton, native_cuda
+from fastsae._core import flags, triton_support
 from fastsae.dispatch import Op
+from fastsae.native import cuda as native_cuda
 
 LOOKS = {"item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__", "__array__", "__contains__"}
 """Methods of a tensor whose result the host reads."""
@@ -210,10 +211,10 @@ class FakeCuda:
             stack.enter_context(mock.patch.object(JITFunction, "run", run))
             stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
             stack.enter_context(mock.patch.object(triton.compiler, "compile", lambda src, **_: src))
-            stack.enter_context(mock.patch.dict(_triton._reasons, {self.device: None}))
+            stack.enter_context(mock.patch.dict(triton_support._reasons, {self.device: None}))
             stack.enter_context(mock.patch.dict(native_cuda._devices, {self.device: reason}))
-            for flags in (_flags._flags, _flags._overflows):
-                stack.enter_context(mock.patch.dict(flags))
+            for raised in (flags._flags, flags._overflows):
+                stack.enter_context(mock.patch.dict(raised))
             if self.cuda_module:
                 stack.enter_context(mock.patch.object(native_cuda, "_module", self._module()))
             # The dispatcher would ask an operation's fake for the shapes; here its body runs.

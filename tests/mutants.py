@@ -16,17 +16,17 @@ MATCH, MATCH_ISA, SPLINE_ISA, ROWS = "csrc/cpu/match.cpp", "csrc/cpu/match.isa.c
 ADAM_ISA, DECODE_ISA, SIGNS_ISA, VEC = "csrc/cpu/adam.isa.cpp", "csrc/cpu/decode.isa.cpp", "csrc/cpu/signs.isa.cpp", "csrc/vec.h"
 TRITON, OPS, HAMMING = "kernels/_tile.py", "fastsae/ops/encode.py", "csrc/cpu/hamming.cpp"
 
-HALF_WIDTH = "tests/test_bound.py::test_the_half_width_is_that_of_the_proof"
-HANDLE = "tests/test_bound.py::test_norms_and_losses_of_a_handle"
-LARGEST_NORM = "tests/test_bound.py::test_norms_at_the_largest_that_is_screened"
-TOO_LONG = "tests/test_bound.py::test_rows_too_long_for_the_sums_are_not_screened"
-LARGEST_SUMS = "tests/test_bound.py::test_sums_of_the_largest_integers"
-PAIR = "tests/test_bound.py::test_a_pair_in_one_pass_has_the_bits_of_three"
-EDGES = "tests/test_bound.py::test_what_the_ends_leave_to_ties"
-ORACLE = "tests/test_oracle.py::test_every_operation_has_the_bits_of_the_oracle"
-REFERENCES = "tests/test_oracle.py::test_references_select_as_the_oracle"
-FACTORS = "interpreted tests/test_tiles.py::test_the_factors_are_those_of_the_proof"
-KEYS = "interpreted tests/test_tiles.py::test_keys_keep_the_order_of_values"
+HALF_WIDTH = "tests/native/test_bound.py::test_the_half_width_is_that_of_the_proof"
+HANDLE = "tests/native/test_bound.py::test_norms_and_losses_of_a_handle"
+LARGEST_NORM = "tests/native/test_bound.py::test_norms_at_the_largest_that_is_screened"
+TOO_LONG = "tests/native/test_bound.py::test_rows_too_long_for_the_sums_are_not_screened"
+LARGEST_SUMS = "tests/native/test_bound.py::test_sums_of_the_largest_integers"
+PAIR = "tests/native/test_bound.py::test_a_pair_in_one_pass_has_the_bits_of_three"
+EDGES = "tests/native/test_bound.py::test_what_the_ends_leave_to_ties"
+ORACLE = "tests/contract/test_oracle.py::test_every_operation_has_the_bits_of_the_oracle"
+REFERENCES = "tests/contract/test_oracle.py::test_references_select_as_the_oracle"
+FACTORS = "interpreted tests/gpu/test_tiles.py::test_the_factors_are_those_of_the_proof"
+KEYS = "interpreted tests/gpu/test_tiles.py::test_keys_keep_the_order_of_values"
 
 FACTOR_A = "(loss + (q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f)"
 FACTOR_C = "x * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)"
@@ -133,7 +133,7 @@ MUTANTS = [
     Mutant(ENCODE, "active ? plain(score) : 0.0f", "plain(score)", ORACLE),
     Mutant(ENCODE, "cut[f] = theta < 0 ? 0.0f : theta;", "cut[f] = theta < 0 ? 1e-3f : theta;", ORACLE),
     Mutant(ENCODE, "theta - half_band - (std::fabs(theta) + half_band) * 0x1p-20f", "theta - half_band", EDGES),
-    Mutant(ENCODE, "cut[f] = std::min(cut[f], FLT_MAX);", "", "tests/test_engine.py::test_a_nan_score_passes_an_infinite_threshold"),
+    Mutant(ENCODE, "cut[f] = std::min(cut[f], FLT_MAX);", "", "tests/native/test_engine.py::test_a_nan_score_passes_an_infinite_threshold"),
     Mutant(ENCODE, "if (!(gate <= 0) && !(score <= 0))", "if (gate > 0 && !(score <= 0))", ORACLE),
     Mutant(ENCODE, "if (!(gate <= 0) && !(score <= 0))", "if (!(gate < 0) && !(score <= 0))", ORACLE),
     Mutant(ENCODE, "if (score <= 0 || score < load_tau()) continue;", "if (score < 0 || score < load_tau()) continue;", ORACLE),

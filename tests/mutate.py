@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mutants import MUTANTS, Mutant
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "build" / "mutants"
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

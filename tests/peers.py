@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastsae import SAE, AuxK, TopK
-from fastsae._activations_minilm import _checkout_hidden
+from fastsae._core.checkout import checkout_hidden
 from fastsae.gradients import densify
 
 # Read when they are imported: no network, and sparsify's decoder that runs on a CPU.
@@ -31,7 +31,7 @@ def load(module: str, distribution: str) -> Any:
         os.environ.setdefault(name, value)
     new = FakeTensor.__new__
     try:
-        with _checkout_hidden(), warnings.catch_warnings():
+        with checkout_hidden(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as error:

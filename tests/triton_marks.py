@@ -9,13 +9,15 @@ import sys
 import pytest
 import torch
 
-from fastsae import _triton
+from fastsae._core import triton_support
 
 CPU = torch.device("cpu")
-interpreted = pytest.mark.skipif(not _triton.interpreting(), reason="runs with TRITON_INTERPRET=1, see test_in_the_interpreter")
-compiled = pytest.mark.skipif(_triton.interpreting(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-on_gpu = pytest.mark.skipif(_triton.interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU")
-usable = pytest.mark.skipif(_triton.interpreting() and _triton.unavailable(CPU) is not None, reason=str(_triton.unavailable(CPU)))
+interpreted = pytest.mark.skipif(not triton_support.interpreting(), reason="runs with TRITON_INTERPRET=1, see test_in_the_interpreter")
+compiled = pytest.mark.skipif(triton_support.interpreting(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+on_gpu = pytest.mark.skipif(triton_support.interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+usable = pytest.mark.skipif(
+    triton_support.interpreting() and triton_support.unavailable(CPU) is not None, reason=str(triton_support.unavailable(CPU))
+)
 
 
 def passes_in_the_interpreter(path: str) -> None:

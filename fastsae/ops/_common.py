@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastsae._precision import full_precision
+from fastsae._core.precision import full_precision
 from fastsae.dispatch import _LIBRARY
 
 WORKSPACE_ELEMENTS = 1 << 24
@@ -127,9 +127,9 @@ def guard(values: Tensor, indices: Tensor, size: int, name: str = "latents.indic
             where = bad.nonzero()[0].tolist()
             raise IndexError(f"{name} holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {size}")
         return values, indices.long()
-    from fastsae import _flags
+    from fastsae._core import flags
 
-    _flags.flag(indices.device).logical_or_(bad.any())
+    flags.flag(indices.device).logical_or_(bad.any())
     return values.masked_fill(bad, float("nan")), indices.long().masked_fill(bad, 0)
 
 
@@ -144,10 +144,10 @@ def row_of_slot(crow: Tensor | None, indices: Tensor) -> Tensor:
 
 def triton_refuses(*args: object) -> str | None:
     """Why Triton cannot serve these arguments: not usable on their device, or a dtype without a kernel."""
-    from fastsae import _triton
+    from fastsae._core import triton_support
 
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    return _triton.unavailable(tensors[0].device) or _triton.dtype_reason(*tensors)
+    return triton_support.unavailable(tensors[0].device) or triton_support.dtype_reason(*tensors)
 
 
 def triton_refuses_scores(x: Tensor, W: Tensor, *rest: object) -> str | None:

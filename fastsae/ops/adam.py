@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _seeds
+from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
 from fastsae.ops._common import chunks, guard, row_of_slot, triton_refuses
@@ -131,7 +131,7 @@ def _matrices(
 
     def normal() -> Tensor:
         shape = (width, features) if transposed else (features, width)
-        t = _seeds.normal(generator, shape).to(device=device, dtype=dtype)
+        t = seeds.normal(generator, shape).to(device=device, dtype=dtype)
         return t.T if transposed else t
 
     W, m, v = normal(), normal(), normal()
@@ -150,13 +150,13 @@ def _adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
     number = 0
     for values, indices, crow, features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
-        grad = _seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
-        dense = _seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
+        grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
+        dense = seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
         for given in ((grad, values, indices, crow), (dense, None, None, None)):
             for project, normalise in ((False, False), (True, True), (True, False), (False, True)):
                 number += 1
                 matrices = _matrices(device, dtype, generator, features, width, transposed=number % 5 == 0)
-                factor = None if number % 3 else _seeds.uniform(generator, ()).to(device=device, dtype=dtype)
+                factor = None if number % 3 else seeds.uniform(generator, ()).to(device=device, dtype=dtype)
                 factor = factor if number % 12 or factor is None else factor * torch.nan
                 yield *matrices, *given, factor, *settings[number % len(settings)], project, normalise
 
@@ -232,7 +232,7 @@ def _check_grad_squares(args: tuple, result: Tensor) -> float:
 
 
 def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+    values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
     indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
     W, m, v = _matrices(device, dtype, generator, 16384, 512, False)
     return W, m, v, values @ W[:32], values, indices, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, False, False
@@ -282,7 +282,7 @@ GRAD_SQUARES = Op(
     dtypes=DTYPES,
 )
 for _op in (ADAM, GRAD_SQUARES):
-    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.adam:{_op.name}", f"fastsae.ops.adam:triton_refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
@@ -294,24 +294,24 @@ def checked_gradient(op: str, name: str, gradient: Any, W: Tensor) -> tuple[Tens
     if not isinstance(gradient, RowGradient):
         if not isinstance(gradient, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor or a RowGradient, got {type(gradient).__name__}")
-        _checks.tensor(op, name, gradient, (W.dtype,), W)
-        _checks.shape(op, name, gradient, (features, width), f"[F={features}, D={width}]")
+        checks.tensor(op, name, gradient, (W.dtype,), W)
+        checks.shape(op, name, gradient, (features, width), f"[F={features}, D={width}]")
         return gradient, None, None, None
-    narrower = tuple(dtype for dtype in _checks.FLOATS if torch.promote_types(dtype, W.dtype) == W.dtype)
-    values = _checks.tensor(op, f"{name}.values", gradient.values, narrower, W)
-    indices = _checks.tensor(op, f"{name}.indices", gradient.indices, _checks.INDICES, W)
-    rows = _checks.tensor(op, f"{name}.rows", gradient.rows, narrower, W)
+    narrower = tuple(dtype for dtype in checks.FLOATS if torch.promote_types(dtype, W.dtype) == W.dtype)
+    values = checks.tensor(op, f"{name}.values", gradient.values, narrower, W)
+    indices = checks.tensor(op, f"{name}.indices", gradient.indices, checks.INDICES, W)
+    rows = checks.tensor(op, f"{name}.rows", gradient.rows, narrower, W)
     if gradient.n_features != features:
         raise ValueError(f"{op}: {name}.n_features must be the {features} rows of the weights, got {gradient.n_features}")
-    _checks.shape(op, f"{name}.rows", rows, (None, width), f"[n, D={width}]")
+    checks.shape(op, f"{name}.rows", rows, (None, width), f"[n, D={width}]")
     n = rows.shape[0]
     if gradient.crow is None:
-        _checks.shape(op, f"{name}.values", values, (n, None), f"[n={n}, K]")
+        checks.shape(op, f"{name}.values", values, (n, None), f"[n={n}, K]")
     else:
-        crow = _checks.tensor(op, f"{name}.crow", gradient.crow, (torch.int64,), W)
-        _checks.shape(op, f"{name}.crow", crow, (n + 1,), f"[n + 1 = {n + 1}]")
-        _checks.shape(op, f"{name}.values", values, (None,), "[nnz]")
-    _checks.shape(op, f"{name}.indices", indices, tuple(values.shape), f"of values {list(values.shape)}")
+        crow = checks.tensor(op, f"{name}.crow", gradient.crow, (torch.int64,), W)
+        checks.shape(op, f"{name}.crow", crow, (n + 1,), f"[n + 1 = {n + 1}]")
+        checks.shape(op, f"{name}.values", values, (None,), "[nnz]")
+    checks.shape(op, f"{name}.indices", indices, tuple(values.shape), f"of values {list(values.shape)}")
     return rows.to(W.dtype), values.to(W.dtype), indices, gradient.crow
 
 
@@ -352,21 +352,21 @@ def adam_(
     Deterministic, whatever the number of threads.
     """
     op = "adam_"
-    _checks.tensor(op, "W", W, DTYPES)
-    _checks.shape(op, "W", W, (None, None), "[F, D]")
+    checks.tensor(op, "W", W, DTYPES)
+    checks.shape(op, "W", W, (None, None), "[F, D]")
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _checks.tensor(op, name, moment, (W.dtype,), W)
-        _checks.shape(op, name, moment, tuple(W.shape), f"[F={W.shape[0]}, D={W.shape[1]}]")
+        checks.tensor(op, name, moment, (W.dtype,), W)
+        checks.shape(op, name, moment, tuple(W.shape), f"[F={W.shape[0]}, D={W.shape[1]}]")
     for name, written in (("W", W), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _checks.writable(op, name, written)
+        checks.writable(op, name, written)
     grad, values, indices, crow = checked_gradient(op, "gradient", gradient, W)
-    step = _checks.integer(op, "step", step, 1)
+    step = checks.integer(op, "step", step, 1)
     checked_options(op, lr, betas, eps, weight_decay)
     if factor is not None:
-        _checks.tensor(op, "factor", factor, (W.dtype,), W)
-        _checks.shape(op, "factor", factor, (), "[]")
-    _checks.flag(op, "project", project)
-    _checks.flag(op, "normalise", normalise)
+        checks.tensor(op, "factor", factor, (W.dtype,), W)
+        checks.shape(op, "factor", factor, (), "[]")
+    checks.flag(op, "project", project)
+    checks.flag(op, "normalise", normalise)
     options = (float(lr), float(betas[0]), float(betas[1]), float(eps), float(weight_decay), step, project, normalise)
     ADAM(W, exp_avg, exp_avg_sq, grad, values, indices, crow, factor, *options, backend=preference(backend))
 
@@ -374,9 +374,9 @@ def adam_(
 def checked_options(op: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
     """Numbers from 0, and two betas in ``[0, 1)``."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        _checks.rate(op, name, value)
+        checks.rate(op, name, value)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{op}: betas must be two numbers, got {betas!r}")
     for beta in betas:
-        if not 0 <= _checks.number(op, "betas", beta, positive=False) < 1:
+        if not 0 <= checks.number(op, "betas", beta, positive=False) < 1:
             raise ValueError(f"{op}: betas must be at least 0 and below 1, got {betas}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.dispatch import Op, preference
 
 
@@ -90,7 +90,7 @@ def count_codes(hashes: Tensor, *, backend: str | None = None) -> UniqueCodes:
     Raises: TypeError: dtype or device. ValueError: shape.
     """
     op = "count_codes"
-    _checks.tensor(op, "hashes", hashes, (torch.int64,))
+    checks.tensor(op, "hashes", hashes, (torch.int64,))
     if hashes.dim() not in (1, 2) or (hashes.dim() == 2 and hashes.shape[1] == 0):
         raise ValueError(f"{op}: hashes must have shape [N] or [N, words], got {list(hashes.shape)}")
     return UniqueCodes(*COUNT_CODES(hashes, backend=preference(backend)))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _seeds
+from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, batching, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
 from fastsae.ops._common import accumulator, chunks, guard, product, row_of_slot, tracks
@@ -110,7 +110,7 @@ def latent_samples(
     """(values, indices, crow, n_features, width) over sizes 0, 1, odd, powers of two and one heavy feature."""
 
     def normal(*shape: int) -> Tensor:
-        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
+        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     def draw(high: int, shape: Sequence[int]) -> Tensor:
         return torch.randint(0, max(high, 1), shape, generator=generator, device="cpu").to(device)
@@ -136,14 +136,14 @@ def latent_samples(
 
 def _weights(device: torch.device, dtype: torch.dtype, generator: torch.Generator, features: int, width: int) -> Iterator[Tensor]:
     """The two layouts: ``[F, D]``, and a transposed view of ``[D, F]``."""
-    yield _seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
-    yield _seeds.normal(generator, (width, features)).to(device=device, dtype=dtype).T
+    yield seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
+    yield seeds.normal(generator, (width, features)).to(device=device, dtype=dtype).T
 
 
 def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         for W in _weights(device, dtype, generator, n_features, width):
-            yield values, indices, crow, W, _seeds.normal(generator, width).to(device=device, dtype=dtype)
+            yield values, indices, crow, W, seeds.normal(generator, width).to(device=device, dtype=dtype)
             yield values, indices, crow, W, None
 
 
@@ -151,7 +151,7 @@ def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
         for W in _weights(device, dtype, generator, n_features, width):
-            grad = _seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
+            grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
             yield grad, indices, crow, W
         yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W
 
@@ -159,7 +159,7 @@ def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.
 def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
-        grad = _seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
+        grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
         yield values, indices, crow, grad, torch.empty((n_features, width), device=device, dtype=dtype)
         yield values, indices, crow, grad, torch.empty((width, n_features), device=device, dtype=dtype).T
 
@@ -175,9 +175,9 @@ def _check(reference: Any) -> Any:
 
 def _workload(arrange: Any) -> Any:
     def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-        values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+        values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
         indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
-        return arrange(values, indices, _seeds.normal(generator, (16384, 512)).to(device=device, dtype=dtype))
+        return arrange(values, indices, seeds.normal(generator, (16384, 512)).to(device=device, dtype=dtype))
 
     return workload
 
@@ -218,9 +218,9 @@ DECODE_DWEIGHT = Op(
     mutates=(4,),
 )
 for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
-    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
     if _op is DECODE_DWEIGHT:  # before Triton's, whose sort passes over whole keys and carries slots of 64 bits
-        _op.row("cuda", "fastsae.native_cuda:decode_dweight", "fastsae.native_cuda:refuses_decode_dweight")
+        _op.row("cuda", "fastsae.native.cuda:decode_dweight", "fastsae.native.cuda:refuses_decode_dweight")
     _op.row("triton", f"fastsae.kernels.decode:{_op.name}", "fastsae.ops._common:triton_refuses")
 
 # ---------------------------------------------------------------- backward
@@ -364,19 +364,19 @@ def decode(
     """
     op = "decode"
     values, indices, crow = _slots(op, latents)
-    _checks.tensor(op, "W_dec", W_dec, like=values)
+    checks.tensor(op, "W_dec", W_dec, like=values)
     if W_dec.dim() == 3:
         meaning = f"[F={latents.n_features}, D_out] or [L, F={latents.n_features}, D_out]"
-        _checks.shape(op, "W_dec", W_dec, (None, latents.n_features, None), meaning)
+        checks.shape(op, "W_dec", W_dec, (None, latents.n_features, None), meaning)
         if W_dec.shape[0] == 0:
             raise ValueError(f"{op}: W_dec must hold at least one decoder, got {list(W_dec.shape)}")
         return _decode_many(latents, W_dec, b_dec, x=x, skip=skip, prefixes=prefixes, backend=backend)
-    _checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
-    b_dec = _checks.vector(op, "b_dec", b_dec, W_dec.shape[1], W_dec, "D_out")
+    checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
+    b_dec = checks.vector(op, "b_dec", b_dec, W_dec.shape[1], W_dec, "D_out")
     rows, crow = _own_rows(latents, crow)
-    if _checks.autocasting(W_dec.device):
-        values, W_dec, b_dec = _checks.autocast(values, W_dec, b_dec)
-    _checks.same_dtype(op, "W_dec", W_dec, "latents.values", values)
+    if checks.autocasting(W_dec.device):
+        values, W_dec, b_dec = checks.autocast(values, W_dec, b_dec)
+    checks.same_dtype(op, "W_dec", W_dec, "latents.values", values)
     backend = preference(backend)
     if prefixes is None:
         y = decode_slots(values, indices, crow, W_dec, b_dec, backend)
@@ -407,8 +407,8 @@ def _decode_many(latents: Latents, W_dec: Tensor, b_dec: Tensor | None, *, x: An
     if skip is not None or x is not None:
         raise ValueError("decode: skip is for one decoder W_dec [F, D_out], got W_dec with 3 dimensions")
     if b_dec is not None:
-        _checks.tensor("decode", "b_dec", b_dec, like=W_dec)
-        _checks.shape("decode", "b_dec", b_dec, (layers, W_dec.shape[2]), f"[L={layers}, D_out={W_dec.shape[2]}]")
+        checks.tensor("decode", "b_dec", b_dec, like=W_dec)
+        checks.shape("decode", "b_dec", b_dec, (layers, W_dec.shape[2]), f"[L={layers}, D_out={W_dec.shape[2]}]")
     biases = [None] * layers if b_dec is None else b_dec.unbind(0)
     return torch.stack([decode(latents, W, b, prefixes=prefixes, backend=backend) for W, b in zip(W_dec.unbind(0), biases)], dim=-2)
 
@@ -428,25 +428,25 @@ def _checked_prefixes(prefixes: Any, n_features: int) -> list[int]:
 def _skip(op: str, x: Any, skip: Any, latents: Latents, W_dec: Tensor) -> Tensor:
     if x is None or skip is None:
         raise ValueError(f"{op}: x and skip come together, got only {'x' if skip is None else 'skip'}")
-    _checks.tensor(op, "skip", skip, like=W_dec)
-    _checks.tensor(op, "x", x, like=W_dec)
-    _checks.same_dtype(op, "skip", skip, "x", x)
-    if not _checks.autocasting(W_dec.device):
-        _checks.same_dtype(op, "x", x, "W_dec", W_dec)
+    checks.tensor(op, "skip", skip, like=W_dec)
+    checks.tensor(op, "x", x, like=W_dec)
+    checks.same_dtype(op, "skip", skip, "x", x)
+    if not checks.autocasting(W_dec.device):
+        checks.same_dtype(op, "x", x, "W_dec", W_dec)
     if x.shape[:-1] != torch.Size(latents.batch_shape):
         raise ValueError(f"{op}: x must have the batch dimensions of latents {list(latents.batch_shape)}, got {list(x.shape[:-1])}")
-    _checks.shape(op, "skip", skip, (W_dec.shape[1], x.shape[-1]), f"[D_out={W_dec.shape[1]}, D_in={x.shape[-1]}]")
-    x, skip = _checks.autocast(x, skip)
+    checks.shape(op, "skip", skip, (W_dec.shape[1], x.shape[-1]), f"[D_out={W_dec.shape[1]}, D_in={x.shape[-1]}]")
+    x, skip = checks.autocast(x, skip)
     return product(x.reshape(-1, x.shape[-1]), skip.T).reshape(*x.shape[:-1], skip.shape[0])
 
 
 def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked (values, indices, crow) with batch dimensions flattened."""
     if isinstance(latents, (TopKLatents, RaggedLatents)):
-        _checks.integer(op, "latents.n_features", latents.n_features, 0)
+        checks.integer(op, "latents.n_features", latents.n_features, 0)
     if isinstance(latents, TopKLatents):
-        values = _checks.tensor(op, "latents.values", latents.values)
-        indices = _checks.tensor(op, "latents.indices", latents.indices, _checks.INDICES, values)
+        values = checks.tensor(op, "latents.values", latents.values)
+        indices = checks.tensor(op, "latents.indices", latents.indices, checks.INDICES, values)
         if values.shape != indices.shape or values.dim() == 0:
             raise ValueError(f"{op}: latents.indices must have the shape of latents.values {list(values.shape)}, got {list(indices.shape)}")
         if values.dim() == 2:
@@ -455,9 +455,9 @@ def _slots(op: str, latents: Any) -> tuple[Tensor, Tensor, Tensor | None]:
             return values.unsqueeze(0), indices.unsqueeze(0), None
         return values.flatten(0, -2), indices.flatten(0, -2), None
     if isinstance(latents, RaggedLatents):
-        values = _checks.tensor(op, "latents.values", latents.values)
-        col = _checks.tensor(op, "latents.col", latents.col, _checks.INDICES, values)
-        crow = _checks.tensor(op, "latents.crow", latents.crow, (torch.int64,), values)
+        values = checks.tensor(op, "latents.values", latents.values)
+        col = checks.tensor(op, "latents.col", latents.col, checks.INDICES, values)
+        crow = checks.tensor(op, "latents.crow", latents.crow, (torch.int64,), values)
         if values.dim() != 1 or col.shape != values.shape or crow.dim() != 1 or crow.shape[0] == 0:
             raise ValueError(
                 f"{op}: ragged latents are values [nnz], col [nnz], crow [rows + 1], "
@@ -500,15 +500,15 @@ def decode_backward(
     """
     op = "decode_backward"
     values, indices, crow = _slots(op, latents)
-    _checks.tensor(op, "W_dec", W_dec, (values.dtype,), values)
-    _checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
-    _checks.tensor(op, "grad", grad, (W_dec.dtype,), W_dec)
+    checks.tensor(op, "W_dec", W_dec, (values.dtype,), values)
+    checks.shape(op, "W_dec", W_dec, (latents.n_features, None), f"[F={latents.n_features}, D_out]")
+    checks.tensor(op, "grad", grad, (W_dec.dtype,), W_dec)
     want = (*latents.batch_shape, W_dec.shape[1])
-    _checks.shape(op, "grad", grad, want, str(list(want)))
+    checks.shape(op, "grad", grad, want, str(list(want)))
     if out is not None:
-        _checks.tensor(op, "out", out, (W_dec.dtype,), W_dec)
-        _checks.shape(op, "out", out, tuple(W_dec.shape), f"[F={latents.n_features}, D_out={W_dec.shape[1]}]")
-        _checks.writable(op, "out", out)
+        checks.tensor(op, "out", out, (W_dec.dtype,), W_dec)
+        checks.shape(op, "out", out, tuple(W_dec.shape), f"[F={latents.n_features}, D_out={W_dec.shape[1]}]")
+        checks.writable(op, "out", out)
     rows = indices.shape[0] if crow is None else crow.shape[0] - 1
     flat = grad.reshape(rows, W_dec.shape[1])
     padded, crow = _own_rows(latents, crow)

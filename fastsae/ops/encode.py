@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _seeds
+from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
 from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, tracks
@@ -64,7 +64,7 @@ def encode_topk_reference(
     k: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    chosen = _checks.sorted_subset(features, W.shape[0], "encode_topk: features")
+    chosen = checks.sorted_subset(features, W.shape[0], "encode_topk: features")
     n = W.shape[0] if chosen is None else chosen.shape[0]
     if k > n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({n}), got {k}")
@@ -143,7 +143,7 @@ def encode_threshold_reference(
     capacity: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
-    chosen = _checks.sorted_subset(features, W.shape[0], "encode_threshold: features")
+    chosen = checks.sorted_subset(features, W.shape[0], "encode_threshold: features")
     theta = threshold.to(accumulator(x.dtype))
     if chosen is not None and theta.dim():
         theta = theta[chosen]
@@ -173,7 +173,7 @@ def encode_batch_topk_reference(
     k: float,
     capacity: int | None = None,
 ) -> tuple[Tensor, ...]:
-    chosen = _checks.sorted_subset(features, W.shape[0], "encode_batch_topk: features")
+    chosen = checks.sorted_subset(features, W.shape[0], "encode_batch_topk: features")
     total = int(k * x.shape[0])
     wide = accumulator(x.dtype)
     pool, pool_row, pool_col = x.new_empty(0, dtype=wide), *(torch.empty(2, 0, dtype=torch.int64, device=x.device))
@@ -220,7 +220,7 @@ def encode_gated_reference(
 
 
 def _normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
-    return lambda *shape: _seeds.normal(generator, shape).to(device=device, dtype=dtype)
+    return lambda *shape: seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
 
 def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
@@ -273,7 +273,7 @@ def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
-        per_feature = _seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
+        per_feature = seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
         for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
             yield x, W, b, threshold, b_pre, scale, features, _packed(W, count), bandwidth, _room(x, W, count)
 
@@ -309,7 +309,7 @@ def _check_topk(args: tuple, result: Any) -> float:
 
     x, W, b, b_pre, scale, features, _, k, relu = args
     score = testing.score_band(x, W, b, b_pre, scale)
-    return testing.check_topk(score, _checks.sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
+    return testing.check_topk(score, checks.sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
 
 
 def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tuple[Tensor, ...]:
@@ -333,7 +333,7 @@ def _check_threshold(args: tuple, result: Any) -> float:
     x, W, b, threshold, b_pre, scale, features, _, bandwidth, *capacity = args
     score = testing.score_band(x, W, b, b_pre, scale)
     result = _filled(capacity, result, bandwidth is not None)
-    return testing.check_threshold(score, _checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
+    return testing.check_threshold(score, checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
 
 
 def _check_batch_topk(args: tuple, result: Any) -> float:
@@ -342,7 +342,7 @@ def _check_batch_topk(args: tuple, result: Any) -> float:
     x, W, b, b_pre, scale, features, _, k, *capacity = args
     score = testing.score_band(x, W, b, b_pre, scale)
     result = _filled(capacity, result)
-    return testing.check_batch_topk(score, _checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
+    return testing.check_batch_topk(score, checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
 
 
 def _check_gated(args: tuple, result: Any) -> float:
@@ -427,7 +427,7 @@ ENCODE_GATED = Op(
     handle=(1, 6),
 )
 for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
-    _op.row("cpu", f"fastsae.native_encode:{_op.name}", f"fastsae.native_encode:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.encode:{_op.name}", f"fastsae.native.encode:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.encode:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward
@@ -657,24 +657,24 @@ class _EncodeGated(torch.autograd.Function):
 
 def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[int, ...], list[Any]]:
     """Checks, casts under autocast and flattens: (batch shape, [x [rows, D], W, a handle's words, vectors ..])."""
-    _checks.tensor(op, "x", x)
+    checks.tensor(op, "x", x)
     packed = None
     if isinstance(W, PackedWeights):
         packed, W = W.words(op), W.weight
-    _checks.tensor(op, "W_enc", W, like=x)
+    checks.tensor(op, "W_enc", W, like=x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape [.., D], got []")
     if W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
-    if _checks.autocasting(x.device):
+    if checks.autocasting(x.device):
         given = W
-        x, W, *cast = _checks.autocast(x, W, *vectors)
+        x, W, *cast = checks.autocast(x, W, *vectors)
         vectors = tuple(cast)
         packed = packed if W is given else None  # packed before the cast: of no use for the rounded weights
-    _checks.same_dtype(op, "W_enc", W, "x", x)
+    checks.same_dtype(op, "W_enc", W, "x", x)
     for name, vector in zip(names.split(), vectors):
         size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
-        _checks.vector(op, name, vector, size, x, label)
+        checks.vector(op, name, vector, size, x, label)
     batch = x.shape[:-1]
     if x.dim() != 2:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
@@ -682,7 +682,7 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
 
 
 def _capacity(op: str, capacity: Any) -> int | None:
-    return None if capacity is None else _checks.integer(op, "capacity", capacity, 1, 2**40)
+    return None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
 
 
 def _latents(
@@ -741,10 +741,10 @@ def encode_topk(
     """
     op = "encode_topk"
     batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    k = _checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
-    _checks.flag(op, "relu", relu)
-    features = _checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    k = checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
+    checks.flag(op, "relu", relu)
+    features = checks.subset(op, "features", features, W.shape[0], x, "F")
+    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
     backend = preference(backend)
     if tracks(op, x, W, b, b_pre, scale):
         values, indices = _EncodeTopK.apply(x, W, b, b_pre, scale, features, packed, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
@@ -798,17 +798,17 @@ def encode_threshold(
     """
     op = "encode_threshold"
     batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    features = _checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    features = checks.subset(op, "features", features, W.shape[0], x, "F")
+    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
     if bandwidth is not None:
-        bandwidth = float(_checks.number(op, "bandwidth", bandwidth))
+        bandwidth = float(checks.number(op, "bandwidth", bandwidth))
     if not isinstance(threshold, Tensor):
         wide = accumulator(x.dtype)
-        threshold = x.new_full((), _checks.within(wide, float(_checks.number(op, "threshold", threshold, positive=False))), dtype=wide)
+        threshold = x.new_full((), checks.within(wide, float(checks.number(op, "threshold", threshold, positive=False))), dtype=wide)
     elif threshold.dim():
-        _checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
+        checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
     else:
-        _checks.tensor(op, "threshold", threshold, _checks.beside(x), x)
+        checks.tensor(op, "threshold", threshold, checks.beside(x), x)
     backend = preference(backend)
     capacity = _capacity(op, capacity)
     if tracks(op, x, W, b, threshold, b_pre, scale):
@@ -858,9 +858,9 @@ def encode_batch_topk(
     """
     op = "encode_batch_topk"
     batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    features = _checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
-    k = float(_checks.number(op, "k", k))
+    features = checks.subset(op, "features", features, W.shape[0], x, "F")
+    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
+    k = float(checks.number(op, "k", k))
     capacity = _capacity(op, capacity)
     backend = preference(backend)
     if tracks(op, x, W, b, b_pre, scale):
@@ -899,9 +899,9 @@ def encode_gated(
     """
     op = "encode_gated"
     for name, vector in (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag)):
-        _checks.tensor(op, name, vector)
+        checks.tensor(op, name, vector)
     batch, (x, W, packed, b_gate, r_mag, b_mag, b_pre) = _inputs(op, x, W_enc, "b_gate r_mag b_mag b_pre", b_gate, r_mag, b_mag, b_pre)
-    dtype = _checks.index_dtype(op, index_dtype, W.shape[0])
+    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
     capacity = _capacity(op, capacity)
     backend = preference(backend)
     if tracks(op, x, W, r_mag, b_mag, b_gate, b_pre):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.dispatch import Op, preference
 from fastsae.ops._common import accumulator, chunks, product
 from fastsae.ops.encode import merge_topk, select_topk
@@ -138,8 +138,8 @@ HAMMING_TOPK = Op(
     dtypes=(torch.int64,),
 )
 for _op in (HAMMING, HAMMING_TOPK):
-    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
-    _op.row("cuda", f"fastsae.native_cuda:{_op.name}", f"fastsae.native_cuda:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
 
@@ -152,8 +152,8 @@ class Neighbours(NamedTuple):
 
 
 def _inputs(op: str, a: Any, b: Any) -> None:
-    _checks.tensor(op, "a", a, (torch.int64,))
-    _checks.tensor(op, "b", b, (torch.int64,), a)
+    checks.tensor(op, "a", a, (torch.int64,))
+    checks.tensor(op, "b", b, (torch.int64,), a)
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"{op}: a [N, words] and b [M, words] must have the same number of words, got {list(a.shape)} and {list(b.shape)}")
 
@@ -176,9 +176,9 @@ def hamming(a: Tensor, b: Tensor, out: Tensor | None = None, *, backend: str | N
     if out is None:
         out = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     else:
-        _checks.tensor(op, "out", out, (torch.int32,), a)
-        _checks.shape(op, "out", out, (a.shape[0], b.shape[0]), f"[N={a.shape[0]}, M={b.shape[0]}]")
-        _checks.writable(op, "out", out)
+        checks.tensor(op, "out", out, (torch.int32,), a)
+        checks.shape(op, "out", out, (a.shape[0], b.shape[0]), f"[N={a.shape[0]}, M={b.shape[0]}]")
+        checks.writable(op, "out", out)
     HAMMING(a, b, out, backend=preference(backend))
     return out
 
@@ -196,7 +196,7 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, backend: str | None = None) ->
     """
     op = "hamming_topk"
     _inputs(op, a, b)
-    k = _checks.integer(op, "k", k, 1, b.shape[0], f"M={b.shape[0]}")
+    k = checks.integer(op, "k", k, 1, b.shape[0], f"M={b.shape[0]}")
     return Neighbours(*HAMMING_TOPK(a, b, k, backend=preference(backend)))
 
 
@@ -237,8 +237,8 @@ def boundary_density(a: Tensor, b: Tensor, x_a: Tensor | None = None, x_b: Tenso
     Source: the quantity of Black et al. 2022 (arXiv 2211.12312) in the form of later work: one pair's Hamming over Euclidean distance.
     """
     op = "boundary_density"
-    _checks.tensor(op, "a", a, (torch.int64,))
-    _checks.tensor(op, "b", b, (torch.int64,), a)
+    checks.tensor(op, "a", a, (torch.int64,))
+    checks.tensor(op, "b", b, (torch.int64,), a)
     if a.dim() == 0 or a.shape != b.shape:
         raise ValueError(f"{op}: a and b must have the same shape [.., words], got {list(a.shape)} and {list(b.shape)}")
     if (x_a is None) != (x_b is None):
@@ -247,9 +247,9 @@ def boundary_density(a: Tensor, b: Tensor, x_a: Tensor | None = None, x_b: Tenso
     if x_a is None or x_b is None:
         pairs = crossed.to(torch.float32)
         return BoundaryDensity(pairs.mean(), pairs)
-    _checks.tensor(op, "x_a", x_a, like=a)
-    _checks.tensor(op, "x_b", x_b, like=a)
-    _checks.same_dtype(op, "x_b", x_b, "x_a", x_a)
+    checks.tensor(op, "x_a", x_a, like=a)
+    checks.tensor(op, "x_b", x_b, like=a)
+    checks.same_dtype(op, "x_b", x_b, "x_a", x_a)
     for name, x in (("x_a", x_a), ("x_b", x_b)):
         if x.shape[:-1] != a.shape[:-1] or x.dim() != a.dim() or x.shape != x_a.shape:
             raise ValueError(f"{op}: {name} must have shape {[*a.shape[:-1], 'D']} for codes {list(a.shape)}, got {list(x.shape)}")
@@ -285,13 +285,13 @@ def neighbour_graph(
     Raises: TypeError: dtype. ValueError: shape, k or zero. ImportError: without SciPy.
     """
     op = "neighbour_graph"
-    _checks.tensor(op, "codes", codes, (torch.int64,))
+    checks.tensor(op, "codes", codes, (torch.int64,))
     if codes.dim() != 2 or codes.shape[0] < 2:
         raise ValueError(f"{op}: codes must have shape [N, words] with N at least 2, got {list(codes.shape)}")
     n = codes.shape[0]
-    k = _checks.integer(op, "k", k, 1, n - 1, "N - 1")
-    _checks.flag(op, "symmetric", symmetric)
-    if not isinstance(zero := _checks.plain(zero), (int, float)) or isinstance(zero, bool) or not 0 <= zero < 1:
+    k = checks.integer(op, "k", k, 1, n - 1, "N - 1")
+    checks.flag(op, "symmetric", symmetric)
+    if not isinstance(zero := checks.plain(zero), (int, float)) or isinstance(zero, bool) or not 0 <= zero < 1:
         raise ValueError(f"{op}: zero must be a number of at least 0 and below 1, got {zero!r}")
     try:
         from scipy.sparse import csr_array

@@ -1,4 +1,4 @@
-"""Top-k cosine matching of two dictionaries without the ``[N, M]`` matrix; MMCS and its published variants are in ``fastsae.ops.mmcs``.
+"""Top-k cosine matching of two dictionaries without the ``[N, M]`` matrix; MMCS and its variants: ``fastsae.compare.mmcs_variants``.
 
 ``match_cosine`` finds the k nearest rows of ``b`` for every row of ``a``; ``match_pair`` does both directions and the most negative
 match in one pass over the tiles. ``match`` wraps the latter in an object that answers what people ask of two dictionaries.
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _seeds, _weights
-from fastsae._norms import unit_rows
+from fastsae._core import checks, seeds
+from fastsae._core.norms import unit_rows
 from fastsae.dispatch import Op, preference, then_any
+from fastsae.formats import weight_files
 from fastsae.ops._common import accumulator, chunks, product, tracks
 from fastsae.ops.decode import decode_slots, weight_gradient
 from fastsae.ops.encode import select_topk
@@ -92,7 +93,7 @@ def match_pair_reference(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float)
 
 def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     def normal(*shape: int) -> Tensor:
-        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
+        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     for n, m, width in ((7, 9, 16), (1, 1, 1), (0, 4, 3), (65, 130, 33), (40, 33, 128)):
         yield normal(n, width), normal(m, width)
@@ -108,8 +109,8 @@ def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 def _pair(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two moderate dictionaries that share half of their features up to noise."""
-    a = _seeds.normal(generator, (4096, 256))
-    b = torch.cat([a[:2048] + _seeds.normal(generator, (2048, 256)), _seeds.normal(generator, (2048, 256))])
+    a = seeds.normal(generator, (4096, 256))
+    b = torch.cat([a[:2048] + seeds.normal(generator, (2048, 256)), seeds.normal(generator, (2048, 256))])
     return a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
 
 
@@ -210,7 +211,7 @@ MATCH_PAIR = Op(
 )
 
 for _op in (MATCH_COSINE, MATCH_PAIR):
-    _op.row("cpu", f"fastsae.native_match:{_op.name}", f"fastsae.native_match:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.match:{_op.name}", f"fastsae.native.match:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.match:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward
@@ -256,8 +257,8 @@ class Matches(NamedTuple):
 
 
 def _check_dictionaries(op: str, a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> None:
-    _checks.tensor(op, names[0], a)
-    _checks.tensor(op, names[1], b, like=a)
+    checks.tensor(op, names[0], a)
+    checks.tensor(op, names[1], b, like=a)
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         hint = ""
         if a.dim() == 3 or b.dim() == 3:
@@ -270,7 +271,7 @@ def _check_dictionaries(op: str, a: Any, b: Any, names: tuple[str, str] = ("a", 
 
 
 def _checked_eps(op: str, eps: Any, like: Tensor) -> float:
-    eps, limits = float(_checks.number(op, "eps", eps)), torch.finfo(accumulator(like.dtype))
+    eps, limits = float(checks.number(op, "eps", eps)), torch.finfo(accumulator(like.dtype))
     if eps > limits.max:
         raise ValueError(f"{op}: eps must be at most {limits.max:g}, got {eps}")
     return max(eps, limits.smallest_normal * limits.eps)  # only a row of zeros has a smaller norm
@@ -302,10 +303,10 @@ def match_cosine(
     """
     op = "match_cosine"
     _check_dictionaries(op, a, b)
-    _checks.same_dtype(op, "b", b, "a", a)
-    _checks.flag(op, "absolute", absolute)
-    limit = b.shape[0] - _checks.flag(op, "exclude_self", exclude_self)
-    k = _checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
+    checks.same_dtype(op, "b", b, "a", a)
+    checks.flag(op, "absolute", absolute)
+    limit = b.shape[0] - checks.flag(op, "exclude_self", exclude_self)
+    k = checks.integer(op, "k", k, 1, limit, "M - 1 with exclude_self" if exclude_self else f"M={b.shape[0]}")
     eps = _checked_eps(op, eps, a)
     backend = preference(backend)
     if tracks(op, a, b):
@@ -368,7 +369,7 @@ class Match:
         """Share of features whose best match is above ``similarity``."""
         if direction not in ("a_to_b", "b_to_a"):
             raise ValueError(f"Match.fraction_above: direction must be 'a_to_b' or 'b_to_a', got {direction!r}")
-        similarity = _checks.number("Match.fraction_above", "similarity", similarity, positive=False)
+        similarity = checks.number("Match.fraction_above", "similarity", similarity, positive=False)
         return float((getattr(self, direction).similarity[:, 0] > similarity).double().mean())
 
     def histogram(self, bins: int = 50, null: str | None = "random", seed: int = 0) -> dict[str, Tensor]:
@@ -382,13 +383,13 @@ class Match:
         Returns:
             ``edges [bins + 1]``, ``a_to_b [bins]``, ``b_to_a [bins]`` and ``null [bins]``, on the CPU.
         """
-        bins = _checks.integer("Match.histogram", "bins", bins, 1)
+        bins = checks.integer("Match.histogram", "bins", bins, 1)
         edges = torch.linspace(-1, 1, bins + 1, device="cpu", dtype=torch.float32)
         named = {"a_to_b": self.a_to_b.similarity[:, 0], "b_to_a": self.b_to_a.similarity[:, 0]}
         if null == "random":
-            generator = torch.Generator().manual_seed(_checks.integer("Match.histogram", "seed", seed, 0))
+            generator = torch.Generator().manual_seed(checks.integer("Match.histogram", "seed", seed, 0))
             n, m, width = self.shape
-            first, second = (_seeds.normal(generator, size, width).to(named["a_to_b"].device) for size in (n, m))
+            first, second = (seeds.normal(generator, size, width).to(named["a_to_b"].device) for size in (n, m))
             named["null"] = match_cosine(first, second).similarity[:, 0]
         elif null is not None:
             raise ValueError(f"Match.histogram: null must be 'random' or None, got {null!r}")
@@ -412,7 +413,7 @@ class Match:
         except ImportError as error:
             raise ImportError("Match.one_to_one needs SciPy: pip install 'fastsae-kernels[studies]'") from error
         small = 0 if self.shape[0] <= self.shape[1] else 1
-        forward = self._candidates(small, candidates, _checks.flag("Match.one_to_one", "absolute", absolute))
+        forward = self._candidates(small, candidates, checks.flag("Match.one_to_one", "absolute", absolute))
         if bool(forward.similarity.isnan().any()):
             raise ValueError("Match.one_to_one: similarities must not be NaN; leave broken features out with alive=")
         n, k = forward.index.shape
@@ -437,7 +438,7 @@ class Match:
         kept = (self.a_to_b, self.b_to_a)[small]
         k = kept.index.shape[1]
         if candidates is not None:
-            k = min(_checks.integer("Match.one_to_one", "candidates", candidates, 1), self.shape[1 - small])
+            k = min(checks.integer("Match.one_to_one", "candidates", candidates, 1), self.shape[1 - small])
         if k <= kept.index.shape[1] and not absolute:
             return Matches(kept.similarity[:, :k], kept.index[:, :k])
         few, many = self.sides[small][self.rows[small]], self.sides[1 - small][self.rows[1 - small]]
@@ -476,7 +477,7 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
         path = os.fsdecode(value)
         where = op if name == path else f"{op}: {name}"
         try:
-            tensors = _weights.dictionary(path)
+            tensors = weight_files.dictionary(path)
         except ImportError as error:
             raise ImportError(f"{where}: {error}") from error
         except ValueError as error:
@@ -512,8 +513,8 @@ def _both(op: str, name: str, pair: Any) -> tuple[Any, Any]:
 def _alive(op: str, mask: Any, position: int, rows: int, like: Tensor) -> Tensor:
     if mask is None:
         return torch.arange(rows, device=like.device)
-    _checks.tensor(op, f"alive[{position}]", mask, (torch.bool,), like)
-    _checks.shape(op, f"alive[{position}]", mask, (rows,), f"[{rows}]")
+    checks.tensor(op, f"alive[{position}]", mask, (torch.bool,), like)
+    checks.shape(op, f"alive[{position}]", mask, (rows,), f"[{rows}]")
     return mask.nonzero().flatten()
 
 
@@ -557,12 +558,12 @@ def match(
     rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), (a, b))))
     if not rows_a.shape[0] or not rows_b.shape[0]:
         raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")
-    candidates = _checks.integer(op, "candidates", candidates, 1)
+    candidates = checks.integer(op, "candidates", candidates, 1)
     checked: list[Tensor | None] = []
     for position, (side, rows, weight) in enumerate(zip((a, b), (rows_a, rows_b), _both(op, "weights", weights))):
         if weight is not None:
-            _checks.tensor(op, f"weights[{position}]", weight, like=side)
-            _checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
+            checks.tensor(op, f"weights[{position}]", weight, like=side)
+            checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
             weight = weight.detach()[rows].double()
             if not bool((weight >= 0).all()) or not 0 < float(weight.sum()) < float("inf"):
                 raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _seeds
+from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
 from fastsae.ops._common import chunks, tracks
@@ -32,7 +32,7 @@ def select_topk_reference(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor
 
 def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     def normal(*shape: int) -> Tensor:
-        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
+        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     for rows, n in ((5, 7), (1, 1), (0, 4), (3, 33), (2, 2049), (2, 2500)):
         for k in sorted({1, min(n, 17), n}):
@@ -65,7 +65,7 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
 
 
 def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    return _seeds.normal(generator, (256, 16384)).to(device=device, dtype=dtype), 32, True
+    return seeds.normal(generator, (256, 16384)).to(device=device, dtype=dtype), 32, True
 
 
 # ---------------------------------------------------------------- rows
@@ -79,7 +79,7 @@ SELECT_TOPK = Op(
     workload=_workload,
     batched=(0,),
 )
-SELECT_TOPK.row("cuda", "fastsae.native_cuda:select_topk", "fastsae.native_cuda:refuses_select_topk")
+SELECT_TOPK.row("cuda", "fastsae.native.cuda:select_topk", "fastsae.native.cuda:refuses_select_topk")
 
 # ---------------------------------------------------------------- backward
 
@@ -127,13 +127,13 @@ def select_topk(z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtyp
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093).
     """
     op = "select_topk"
-    _checks.tensor(op, "z", z)
+    checks.tensor(op, "z", z)
     if z.dim() == 0:
         raise ValueError(f"{op}: z must have shape [.., F], got []")
     n = z.shape[-1]
-    k = _checks.integer(op, "k", k, 1, n, f"F={n}")
-    _checks.flag(op, "relu", relu)
-    dtype = _checks.index_dtype(op, index_dtype, n)
+    k = checks.integer(op, "k", k, 1, n, f"F={n}")
+    checks.flag(op, "relu", relu)
+    dtype = checks.index_dtype(op, index_dtype, n)
     batch = z.shape[:-1]
     flat = z.reshape(batch.numel(), n)
     if tracks(op, z):

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _seeds
+from fastsae._core import seeds
 from fastsae.dispatch import Op
 from fastsae.ops import _common
 from fastsae.ops.adam import (
@@ -113,7 +113,7 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
 
 
 def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    values = _seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+    values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
     indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
     y, z, _ = _matrices(device, dtype, generator, 16384, 512, False)
     return y, y + z, values @ y[:32], values, indices, None, 1e-3, 0.95, 0.1, False, False, None
@@ -138,5 +138,5 @@ SIGNUM = Op(
     mutates=(0, 1),
     dtypes=DTYPES,
 )
-SIGNUM.row("cpu", "fastsae.native:signum", "fastsae.native:refuses_signum")
+SIGNUM.row("cpu", "fastsae.native.loader:signum", "fastsae.native.loader:refuses_signum")
 SIGNUM.row("triton", "fastsae.kernels.signum:signum", "fastsae.ops.signum:triton_refuses")

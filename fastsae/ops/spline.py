@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _seeds
+from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.ops._common import chunks, scores
 from fastsae.packed import PackedWeights
@@ -52,7 +52,7 @@ def spline_keys(n_neurons: int, *, layer: int = 0, seed: int = 0, device: torch.
         seed: 0 .. 2^64 - 1; record it with the hashes.
         device: of the result.
     """
-    n_neurons = _checks.integer("spline_keys", "n_neurons", n_neurons, 0, 2**32 - 1)
+    n_neurons = checks.integer("spline_keys", "n_neurons", n_neurons, 0, 2**32 - 1)
     layer, seed, _ = _checked_key("spline_keys", layer, seed)
     neuron = torch.arange(n_neurons, device=device)
     zero = torch.zeros_like(neuron)
@@ -150,11 +150,11 @@ def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed:
 
 def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
     def normal(*shape: int) -> Tensor:
-        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
+        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     for rows, width, size in ((5, 16, 64), (1, 1, 1), (0, 4, 10), (3, 0, 65), (9, 33, 130), (4, 2, 63)):
         yield normal(rows, width), normal(size, width), normal(size), None
-        mask = _seeds.uniform(generator, size).to(device) > 0.5
+        mask = seeds.uniform(generator, size).to(device) > 0.5
         yield normal(rows, width), normal(width, size).T, None, mask
         yield normal(rows, width), normal(size, width), None, mask.nonzero().flatten()
     special = normal(4, 8)
@@ -166,7 +166,7 @@ def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator)
     """(x, W, b) of a moderate MLP layer."""
 
     def normal(*shape: int) -> Tensor:
-        return _seeds.normal(generator, shape).to(device=device, dtype=dtype)
+        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
     return normal(2048, 384), normal(1536, 384), normal(1536)
 
@@ -303,21 +303,21 @@ HASH_CODE = Op(
     dtypes=(torch.float32,),
 )
 for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
-    _op.row("cpu", f"fastsae.native:{_op.name}", f"fastsae.native:refuses_{_op.name}")
-    _op.row("cuda", f"fastsae.native_cuda:{_op.name}", f"fastsae.native_cuda:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.ops._common:triton_refuses")
 
 for _op in (SPLINE_CODE, SPLINE_HASH):
-    _op.row("cpu", f"fastsae.native_spline:{_op.name}", f"fastsae.native_spline:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.spline:{_op.name}", f"fastsae.native.spline:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
 
 # ---------------------------------------------------------------- public
 
 
 def _checked_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> tuple[int, int, int]:
-    if type(_checks.plain(bits)) is not int or bits not in (64, 128):
+    if type(checks.plain(bits)) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
-    return _checks.integer(op, "layer", layer, 0, 2**32 - 1), _checks.integer(op, "seed", seed, 0, 2**64 - 1), int(bits)
+    return checks.integer(op, "layer", layer, 0, 2**32 - 1), checks.integer(op, "seed", seed, 0, 2**64 - 1), int(bits)
 
 
 def _signed(seed: int) -> int:
@@ -327,27 +327,27 @@ def _signed(seed: int) -> int:
 
 def _layer_inputs(op: str, x: Any, W: Any, b: Any, neurons: Any) -> tuple[Any, ...]:
     """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, b, neurons, a handle's words)."""
-    _checks.tensor(op, "x", x)
+    checks.tensor(op, "x", x)
     packed = None
     if isinstance(W, PackedWeights):
         packed, W = W.words(op), W.weight
-    _checks.tensor(op, "W", W, like=x)
+    checks.tensor(op, "W", W, like=x)
     if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W must have shape [H, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
     made_of = W.dtype
-    x, W, b = _checks.autocast(x.detach(), W.detach(), b)
+    x, W, b = checks.autocast(x.detach(), W.detach(), b)
     packed = packed if W.dtype is made_of else None  # packed before the cast: of no use for the rounded weights
-    _checks.same_dtype(op, "W", W, "x", x)
-    _checks.vector(op, "b", b, W.shape[0], x, "H")
-    neurons = _checks.subset(op, "neurons", neurons, W.shape[0], x, "H")
+    checks.same_dtype(op, "W", W, "x", x)
+    checks.vector(op, "b", b, W.shape[0], x, "H")
+    neurons = checks.subset(op, "neurons", neurons, W.shape[0], x, "H")
     return x.shape[:-1], x.reshape(x.shape[:-1].numel(), x.shape[-1]), W, None if b is None else b.detach(), neurons, packed
 
 
 def _sign_inputs(op: str, z: Any, neurons: Any) -> tuple[Any, ...]:
-    _checks.tensor(op, "z", z, (*_checks.FLOATS, torch.bool))
+    checks.tensor(op, "z", z, (*checks.FLOATS, torch.bool))
     if z.dim() == 0:
         raise ValueError(f"{op}: z must have shape [.., H], got []")
-    neurons = _checks.subset(op, "neurons", neurons, z.shape[-1], z, "H")
+    neurons = checks.subset(op, "neurons", neurons, z.shape[-1], z, "H")
     return z.shape[:-1], z.detach().reshape(z.shape[:-1].numel(), z.shape[-1]), neurons
 
 
@@ -447,10 +447,10 @@ def hash_code(
     """
     op = "hash_code"
     layer, seed, bits = _checked_key(op, layer, seed, bits)
-    _checks.tensor(op, "words", words, (torch.int64,))
+    checks.tensor(op, "words", words, (torch.int64,))
     if words.dim() == 0:
         raise ValueError(f"{op}: words must have shape [.., w], got []")
-    neurons = _checks.subset(op, "neurons", neurons, words.shape[-1] * 64, words, "64 w")
+    neurons = checks.subset(op, "neurons", neurons, words.shape[-1] * 64, words, "64 w")
     flat = words.reshape(words.shape[:-1].numel(), words.shape[-1])
     result = HASH_CODE(flat, neurons, layer, _signed(seed), bits, backend=preference(backend))
     return result.reshape((*words.shape[:-1], *result.shape[1:]))
@@ -473,7 +473,7 @@ def near_zero_counts(
     """
     op = "near_zero_counts"
     batch, x, weights, b, neurons, _ = _layer_inputs(op, x, W, b, neurons)
-    eps = float(_checks.number(op, "eps", eps, positive=False))
+    eps = float(checks.number(op, "eps", eps, positive=False))
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
     neurons = _mask(neurons, weights.shape[0])
@@ -498,9 +498,9 @@ def combine_hashes(hashes: Iterable[Tensor]) -> Tensor:
     layers = list(hashes)
     if not layers:
         raise ValueError(f"{op}: hashes must hold at least one tensor, got none")
-    total = _checks.tensor(op, "hashes[0]", layers[0], (torch.int64,)).clone()
+    total = checks.tensor(op, "hashes[0]", layers[0], (torch.int64,)).clone()
     for number, layer in enumerate(layers[1:], 1):
-        _checks.tensor(op, f"hashes[{number}]", layer, (torch.int64,), total)
-        _checks.shape(op, f"hashes[{number}]", layer, total.shape, f"{list(total.shape)} like hashes[0]")
+        checks.tensor(op, f"hashes[{number}]", layer, (torch.int64,), total)
+        checks.shape(op, f"hashes[{number}]", layer, total.shape, f"{list(total.shape)} like hashes[0]")
         total ^= layer
     return total

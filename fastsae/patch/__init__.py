@@ -33,13 +33,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.latents import Latents
-from fastsae.ops import reconstruct as _operation
-from fastsae.ops.reconstruct import Reconstruction
 from fastsae.packed import PackedWeights
 from fastsae.patch import _tested
-from fastsae.sae import SAE
+from fastsae.sae import reconstruction as _operation
+from fastsae.sae.module import SAE
+from fastsae.sae.reconstruction import Reconstruction
 
 __all__ = ["Adapter", "Library", "Report", "accelerate", "accelerated", "encode", "reconstruct", "report", "restore"]
 
@@ -161,7 +161,7 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
     if _is_accelerated(obj):
         return obj
     library, adapter = _lookup(op, obj)
-    _checks.flag(op, "any_version", any_version)
+    checks.flag(op, "any_version", any_version)
     reason = library.refuses()
     if reason is not None and not any_version:
         raise RuntimeError(f"{op}: {reason} (any_version=True goes on)")
@@ -240,7 +240,7 @@ def encode(sae: Any, x: Tensor, *, packed: PackedWeights | None = None) -> Laten
     _, adapter = _lookup("encode", sae, "sae")
     if adapter.encode is None:
         raise TypeError(f"encode: {type(sae).__name__} is not an SAE with a sparse encoder{_because(adapter)}")
-    _checks.tensor("encode", "x", x)
+    checks.tensor("encode", "x", x)
     if packed is None:
         return adapter.encode(sae, x)
     if not isinstance(packed, PackedWeights):
@@ -272,7 +272,7 @@ reconstruct.__doc__ = f"""{(_operation.reconstruct.__doc__ or "").rstrip()}
 
 
 def _reconstruct(sae: Any, x: Tensor, *, target: Tensor | None = None) -> Reconstruction:
-    _checks.tensor("reconstruct", "x", x)
+    checks.tensor("reconstruct", "x", x)
     if isinstance(sae, SAE):
         return sae(x, target)
     _, adapter = _lookup("reconstruct", sae, "sae")

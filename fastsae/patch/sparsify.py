@@ -30,16 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae import _checks, _processes
+from fastsae._core import checks, processes
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import TopKLatents
-from fastsae.losses import squares
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, decode
 from fastsae.ops.encode import ENCODE_TOPK, _feature_sums, encode_topk, score_gradients
-from fastsae.ops.reconstruct import Reconstruction
 from fastsae.packed import Unchanged
 from fastsae.patch import Adapter, Library, _adam, changed, tampered, warn_once
+from fastsae.sae.losses import squares
+from fastsae.sae.reconstruction import Reconstruction
 
 _BF16 = torch.cuda.is_bf16_supported()
 """Whether ``forward`` runs under autocast on a GPU; the library, too, settles it when it is imported."""
@@ -147,14 +147,14 @@ def why_dense(coder: Any) -> str | None:
 def _inputs(coder: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the encoder multiplies, as the library casts it: centred first, then by autocast. An inference tensor is a new one."""
     x = (x.clone() if x.is_inference() else x) if coder.cfg.transcode else x - coder.b_dec
-    return _checks.autocast(x, coder.encoder.weight, coder.encoder.bias)
+    return checks.autocast(x, coder.encoder.weight, coder.encoder.bias)
 
 
 def _best(coder: Any, x: Tensor, W: Tensor, b: Tensor, k: int, passes: bool = True) -> tuple[Tensor, Tensor]:
-    _checks.tensor("SparseCoder.encode", "x", x, (W.dtype,), W)
+    checks.tensor("SparseCoder.encode", "x", x, (W.dtype,), W)
     if x.dim() == 0 or x.shape[-1] != W.shape[1]:
         raise ValueError(f"SparseCoder.encode: x must have shape [.., d_in={W.shape[1]}], got {list(x.shape)}")
-    k = _checks.integer("SparseCoder.encode", "k", k, 1, W.shape[0], f"num_latents={W.shape[0]}")
+    k = checks.integer("SparseCoder.encode", "k", k, 1, W.shape[0], f"num_latents={W.shape[0]}")
     with torch.autocast(x.device.type, enabled=False):
         values, indices = _Encode.apply(x.reshape(-1, x.shape[-1]), W, b, k, preference(None), passes)  # pyright: ignore[reportGeneralTypeIssues]
     return (values, indices) if x.dim() == 2 else (values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k))
@@ -283,7 +283,7 @@ def train_step(
 
     Returns: sparsify's ``ForwardOutput``; after a step without dense gradients its numbers are detached.
     """
-    _processes.refuse("train_step", "each would train a model of its own: the library's Trainer wraps its coders and averages gradients")
+    processes.refuse("train_step", "each would train a model of its own: the library's Trainer wraps its coders and averages gradients")
     project = coder.cfg.normalize_decoder and not coder.cfg.transcode
     if project:
         coder.set_decoder_norm_to_unit_norm()
@@ -311,7 +311,7 @@ def _why_not_fused(coder: Any, optimizer: Any, x: Tensor, y: Tensor | None) -> s
         return "the coder has a hook, or a parameter that is computed from another"
     if any(p.grad is not None or not p.is_contiguous() or not p.requires_grad for p in parameters):
         return "a parameter has a gradient already, is frozen or is not contiguous"
-    if torch.cuda.is_available() or _checks.autocasting(x.device):
+    if torch.cuda.is_available() or checks.autocasting(x.device):
         return "autocast is on"  # the library turns it on wherever there is a GPU
     if any(t.dtype is not coder.dtype or t.dim() != 2 or t.requires_grad for t in (x, x if y is None else y)):
         return "x or y is not a matrix of the coder's dtype, or asks for a gradient"

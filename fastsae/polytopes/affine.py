@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.ops._common import accumulator, chunks, product
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.hamming import Neighbours
@@ -120,7 +120,7 @@ def _gram(op: str, net: Any) -> tuple[Tensor, Mlp]:
 
 def _codes(op: str, name: str, codes: Any, neurons: int, like: Tensor) -> Tensor:
     """Packed int64 words or a soft code, as it is; checked."""
-    _checks.tensor(op, name, codes, (torch.int64, *_checks.FLOATS))
+    checks.tensor(op, name, codes, (torch.int64, *checks.FLOATS))
     if codes.device != like.device:
         raise TypeError(f"{op}: {name} must be on {like.device} like the net, got {codes.device}")
     width = (neurons + 63) // 64 if codes.dtype is torch.int64 else neurons
@@ -225,9 +225,9 @@ def frobenius_topk(net: Net, codes: Tensor, others: Tensor, k: int) -> Neighbour
         k.
     """
     op = "frobenius_topk"
-    k = _checks.integer(op, "k", k, 1)
+    k = checks.integer(op, "k", k, 1)
     M, a, _, b, b2 = _near(op, net, codes, others)
-    k = _checks.integer(op, "k", k, 1, b.shape[0], "the number of others")
+    k = checks.integer(op, "k", k, 1, b.shape[0], "the number of others")
     # The nearest b has the largest a^T M b - b^T M b / 2: a top-k of scores, whose kernel never holds them all.
     index = encode_topk(a @ M, b, -0.5 * b2, k=k, relu=False).indices
     distance = torch.empty(index.shape, dtype=torch.float64, device=a.device)
@@ -321,16 +321,16 @@ class NearestAffine(nn.Module):
     def __init__(self, centres: Tensor, A: Tensor, c: Tensor | None = None) -> None:
         super().__init__()
         op = "NearestAffine"
-        _checks.tensor(op, "centres", centres)
-        _checks.shape(op, "centres", centres, (None, None), "[C, D]")
+        checks.tensor(op, "centres", centres)
+        checks.shape(op, "centres", centres, (None, None), "[C, D]")
         C, D = centres.shape
         if C == 0:
             raise ValueError(f"{op}: centres must hold at least one row, got {list(centres.shape)}")
-        _checks.tensor(op, "A", A, (centres.dtype,), centres)
-        _checks.shape(op, "A", A, (C, None, D), f"[C={C}, E, D={D}]")
+        checks.tensor(op, "A", A, (centres.dtype,), centres)
+        checks.shape(op, "A", A, (C, None, D), f"[C={C}, E, D={D}]")
         if c is not None:
-            _checks.tensor(op, "c", c, (centres.dtype,), centres)
-            _checks.shape(op, "c", c, (C, A.shape[1]), f"[C={C}, E={A.shape[1]}]")
+            checks.tensor(op, "c", c, (centres.dtype,), centres)
+            checks.shape(op, "c", c, (C, A.shape[1]), f"[C={C}, E={A.shape[1]}]")
         for name, value in (("centres", centres), ("A", A), ("c", c)):
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -341,7 +341,7 @@ class NearestAffine(nn.Module):
         self.c: Tensor | None
 
     def _rows(self, op: str, x: Any) -> Tensor:
-        _checks.tensor(op, "x", x, (self.centres.dtype,), self.centres)
+        checks.tensor(op, "x", x, (self.centres.dtype,), self.centres)
         if x.dim() == 0 or x.shape[-1] != self.centres.shape[1]:
             raise ValueError(f"{op}: x must have shape [.., D={self.centres.shape[1]}], got {list(x.shape)}")
         return x.reshape(-1, x.shape[-1])

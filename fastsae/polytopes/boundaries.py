@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.ops.hamming import _bit_count
 from fastsae.ops.spline import _checked_key, combine_hashes, hash_signs, pack_signs, spline_code, spline_keys
 from fastsae.polytopes.net import (
@@ -435,11 +435,11 @@ def shell(
         start = torch.zeros_like(unit)
     else:
         check_points(op, "origin", origin, net, directions)
-        _checks.shape(op, "origin", origin, (net.d_in,), f"[d_in={net.d_in}]")
-        _checks.same_dtype(op, "origin", origin, "directions", directions)
+        checks.shape(op, "origin", origin, (net.d_in,), f"[d_in={net.d_in}]")
+        checks.same_dtype(op, "origin", origin, "directions", directions)
         start = origin.detach().double().expand_as(unit)
     if radius is not None:
-        radius = _checks.number(op, "radius", radius)
+        radius = checks.number(op, "radius", radius)
         found = crossings(net, start, start + radius * unit, seed=seed, bits=bits)
         return Shell(radius * found.t, *found[1:])
     stages = net.stages
@@ -484,9 +484,9 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     check_points(op, "x", x, net, same=True)
     if x.dim() != 2:
         raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
-    radius = float(_checks.number(op, "radius", radius))
-    vertices = _checks.integer(op, "vertices", vertices, 2, 2 * x.shape[1], "2 d_in")
-    seed = _checks.integer(op, "seed", seed, 0)
+    radius = float(checks.number(op, "radius", radius))
+    vertices = checks.integer(op, "vertices", vertices, 2, 2 * x.shape[1], "2 d_in")
+    seed = checks.integer(op, "seed", seed, 0)
     if vertices % 2:
         raise ValueError(f"{op}: vertices must be even (plus and minus each direction), got {vertices}")
     if not net.widths:

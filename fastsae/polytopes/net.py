@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsae import _checks
-from fastsae._precision import full_precision
+from fastsae._core import checks
+from fastsae._core.precision import full_precision
 
 PIECEWISE = ("relu", "leaky_relu")
 GATES = ("gelu", "gelu_tanh", "silu", "quick_gelu")
@@ -300,7 +300,7 @@ def as_net(module: nn.Module | Net | Sequence[nn.Module | Net], *, residual: boo
         that do not fit.
     """
     op = "as_net"
-    _checks.flag(op, "residual", residual)
+    checks.flag(op, "residual", residual)
     stages = _stages(op, module)
     return Net([Save(), *stages, Add()] if residual else stages)
 
@@ -365,9 +365,9 @@ def mlp_block(model: nn.Module, layer: int, *, norm: bool = True, residual: bool
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     blocks = _blocks(op, model)
-    layer = _checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")
-    _checks.flag(op, "norm", norm)
-    _checks.flag(op, "residual", residual)
+    layer = checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")
+    checks.flag(op, "norm", norm)
+    checks.flag(op, "residual", residual)
     before, first, act, second = _parts(op, blocks[layer])
     if before is not None and residual and not norm:
         raise ValueError(
@@ -410,7 +410,7 @@ def check_net(op: str, net: Any) -> Net:
 
 def check_points(op: str, name: str, x: Any, net: Net, like: Tensor | None = None, same: bool = False) -> Tensor:
     """``x [.., d_in]`` floating on the net's device, and of its dtype where ``same``."""
-    _checks.tensor(op, name, x, (net.dtype,) if same else _checks.FLOATS, like)
+    checks.tensor(op, name, x, (net.dtype,) if same else checks.FLOATS, like)
     if x.device != net.device:
         raise TypeError(f"{op}: {name} must be on {net.device} like the net, got {x.device}")
     if x.dim() == 0 or x.shape[-1] != net.d_in:

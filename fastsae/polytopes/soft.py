@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.ops._common import accumulator
 from fastsae.polytopes.net import GATES, Activation, full_products
 
@@ -28,7 +28,7 @@ def _logistic(z: Tensor, beta: float) -> Tensor:
 def _beta(op: str, beta: Any) -> float | None:
     if beta is None:
         return None
-    value = _checks.number(op, "beta", beta, positive=False)
+    value = checks.number(op, "beta", beta, positive=False)
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: beta must be in [0, 1], got {beta}")
     return float(value)
@@ -76,7 +76,7 @@ def soft_code(z: Tensor, kind: str = "gelu", beta: float | None = None) -> Tenso
     1606.08415).
     """
     op = "soft_code"
-    _checks.tensor(op, "z", z)
+    checks.tensor(op, "z", z)
     if kind not in _KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     beta = _beta(op, beta)
@@ -109,11 +109,11 @@ def expected_hamming(p: Tensor, q: Tensor) -> Tensor:
     Raises: TypeError: dtype or device. ValueError: shape; values outside [0, 1].
     """
     op = "expected_hamming"
-    _checks.tensor(op, "p", p)
-    _checks.tensor(op, "q", q, like=p)
-    _checks.same_dtype(op, "q", q, "p", p)
-    _checks.shape(op, "p", p, (None, None), "[N, H]")
-    _checks.shape(op, "q", q, (None, p.shape[1]), f"[M, H={p.shape[1]}]")
+    checks.tensor(op, "p", p)
+    checks.tensor(op, "q", q, like=p)
+    checks.same_dtype(op, "q", q, "p", p)
+    checks.shape(op, "p", p, (None, None), "[N, H]")
+    checks.shape(op, "q", q, (None, p.shape[1]), f"[M, H={p.shape[1]}]")
     for name, code in (("p", p), ("q", q)):
         if code.numel() and not bool(((code >= 0) & (code <= 1)).all()):
             raise ValueError(f"{op}: {name} must hold probabilities in [0, 1], got {float(code.min()):g} .. {float(code.max()):g}")

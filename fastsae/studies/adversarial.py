@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastsae
-from fastsae import _seeds
+from fastsae._core import seeds
 from fastsae.studies import Study
 from fastsae.studies._networks import Digits, digits
 
@@ -54,7 +54,7 @@ def run(study: Study) -> None:
     right = data.predict(x) == y
     x, y = x[right], y[right]
     generator = study.generator(6)
-    random = _unit(_seeds.normal(generator, x.shape))
+    random = _unit(seeds.normal(generator, x.shape))
     others = _unit(data.x[torch.randint(len(data.x), (len(x),), generator=generator, device="cpu")] - x + 1e-6 * random)
     gradient = _unit(_gradient(data, x, y))
     rows = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 import fastsae
-from fastsae import _seeds
+from fastsae._core import seeds
 from fastsae.polytopes.net import Activation, Net
 from fastsae.studies import Study
 from fastsae.studies._networks import digits
@@ -28,7 +28,7 @@ def run(study: Study) -> None:
     images = data.x[: study["rays"]]
     norm = float(images.norm(dim=1).mean())
     radius = study["reach"] * norm
-    random = _seeds.normal(study.generator(5), len(images), images.shape[1])
+    random = seeds.normal(study.generator(5), len(images), images.shape[1])
     edges = radius * 2.0 ** torch.linspace(-10, 0, 41, dtype=torch.float64, device="cpu")  # four bins for each doubling of the distance
     profiles, rows = {}, []
     for network, net in (("trained", data.net), ("untrained", data.untrained)):

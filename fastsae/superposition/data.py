@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import _checks, _seeds
-from fastsae._precision import full_precision
+from fastsae._core import checks, seeds
+from fastsae._core.precision import full_precision
 from fastsae.latents import RaggedLatents
 from fastsae.ops._common import chunks, product
 from fastsae.ops.decode import decode
 
 _COVARIANCES = ("low_rank", "symmetric_uniform", "wishart", "wishart_over_max", "wishart_over_count")
 _LAWS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
-    "uniform": lambda count, g: _seeds.uniform(g, count),
-    "uniform_product": lambda count, g: _seeds.uniform(g, count) * _seeds.uniform(g, count),
+    "uniform": lambda count, g: seeds.uniform(g, count),
+    "uniform_product": lambda count, g: seeds.uniform(g, count) * seeds.uniform(g, count),
     "one": lambda count, g: torch.ones(count, device="cpu", dtype=torch.float32),
-    "half_normal": lambda count, g: _seeds.normal(g, count).abs(),
+    "half_normal": lambda count, g: seeds.normal(g, count).abs(),
     "exponential": lambda count, g: torch.empty(count, device="cpu", dtype=torch.float32).exponential_(generator=g),
 }
 
@@ -49,8 +49,8 @@ _DATA = 0xDA7A
 
 def unit_features(n_features: int, d: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """``[G, D]``: directions uniform on the sphere (normal rows, scaled to norm 1)."""
-    n_features = _checks.integer("unit_features", "n_features", n_features, 1)
-    d = _checks.integer("unit_features", "d", d, 1)
+    n_features = checks.integer("unit_features", "n_features", n_features, 1)
+    d = checks.integer("unit_features", "d", d, 1)
     rows = torch.randn(n_features, d, generator=generator, dtype=torch.float64, device="cpu")
     return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(dtype)
 
@@ -125,9 +125,9 @@ class SuperpositionData:
         device: torch.device | str | None = None,
     ):
         op = "SuperpositionData"
-        n_features = _checks.integer(op, "n_features", n_features, 1)
-        d = _checks.integer(op, "d", d, 1)
-        mean_active = _checks.number(op, "mean_active", mean_active)
+        n_features = checks.integer(op, "n_features", n_features, 1)
+        d = checks.integer(op, "d", d, 1)
+        mean_active = checks.number(op, "mean_active", mean_active)
         if mean_active > n_features:
             raise ValueError(f"{op}: mean_active must be at most n_features={n_features}, got {mean_active}")
         for name, value, known in (
@@ -138,18 +138,18 @@ class SuperpositionData:
         ):
             if value not in known:
                 raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-        rate = _checks.number(op, "rate", rate)
+        rate = checks.number(op, "rate", rate)
         if decay == "geometric" and rate > 1:
             raise ValueError(f"{op}: rate of a geometric decay must be above 0 and at most 1, got {rate}")
         if isinstance(coefficients, str) and coefficients not in _LAWS:
             raise ValueError(f"{op}: coefficients must be a function or one of {', '.join(_LAWS)}, got {coefficients!r}")
         if not isinstance(coefficients, str) and not callable(coefficients):
             raise TypeError(f"{op}: coefficients must be a name or a function, got {type(coefficients).__name__}")
-        _checks.flag(op, "ensure_nonempty", ensure_nonempty)
-        if _checks.number(op, "noise", noise, positive=False) < 0:
+        checks.flag(op, "ensure_nonempty", ensure_nonempty)
+        if checks.number(op, "noise", noise, positive=False) < 0:
             raise ValueError(f"{op}: noise must be at least 0, got {noise}")
-        seed = _checks.integer(op, "seed", seed, 0)
-        if dtype not in _checks.FLOATS:
+        seed = checks.integer(op, "seed", seed, 0)
+        if dtype not in checks.FLOATS:
             raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         if link == "copula" and (covariance is None or redraw != "sample" or rescale != "expected"):
             raise ValueError(f"{op}: link='copula' needs a covariance, redraw='sample' and rescale='expected'")
@@ -164,11 +164,11 @@ class SuperpositionData:
         self.redraw, self.link, self.rescale, self.coefficients = redraw, link, rescale, coefficients
         self.ensure_nonempty, self.parents, self.noise, self.seed = ensure_nonempty, parents, float(noise), seed
         self.dtype, self.device = dtype, torch.device(device or "cpu")
-        self.generator = torch.Generator().manual_seed(_seeds.stream_seed(seed, _DATA))
+        self.generator = torch.Generator().manual_seed(seeds.stream_seed(seed, _DATA))
         made = unit_features(n_features, d, self.generator, torch.float64)
         if features is not None:
-            _checks.tensor(op, "features", features)
-            _checks.shape(op, "features", features, (n_features, d), f"[G={n_features}, D={d}]")
+            checks.tensor(op, "features", features)
+            checks.shape(op, "features", features, (n_features, d), f"[G={n_features}, D={d}]")
         self.features = (made if features is None else features.detach()).to(device=self.device, dtype=dtype)
         self._factor, self._own = self._factored(op, covariance, rank, shared)
         self.marginal_variance: Tensor | None = None
@@ -188,16 +188,16 @@ class SuperpositionData:
         if covariance is None:
             return None, none
         if isinstance(covariance, Tensor):
-            _checks.tensor(op, "covariance", covariance)
-            _checks.shape(op, "covariance", covariance, (G, G), f"[G={G}, G={G}]")
+            checks.tensor(op, "covariance", covariance)
+            checks.shape(op, "covariance", covariance, (G, G), f"[G={G}, G={G}]")
             matrix = covariance.detach().cpu().double()
             if not torch.allclose(matrix, matrix.T, rtol=1e-5, atol=1e-8):
                 raise ValueError(f"{op}: covariance must be symmetric")
         elif covariance not in _COVARIANCES:
             raise ValueError(f"{op}: covariance must be a tensor, None or one of {', '.join(_COVARIANCES)}, got {covariance!r}")
         elif covariance == "low_rank":
-            rank = _checks.integer(op, "rank", rank, 1)
-            if not 0 <= _checks.number(op, "shared", shared, positive=False) <= 1:
+            rank = checks.integer(op, "rank", rank, 1)
+            if not 0 <= checks.number(op, "shared", shared, positive=False) <= 1:
                 raise ValueError(f"{op}: shared must be in 0 .. 1, got {shared}")
             return unit_features(G, rank, g) * shared**0.5, none + (1 - shared) ** 0.5
         elif covariance == "symmetric_uniform":
@@ -246,9 +246,9 @@ class SuperpositionData:
     def _normal(self, rows: int) -> Tensor:
         """z ``[rows, G]``."""
         assert self._factor is not None
-        z = product(_seeds.normal(self.generator, rows, self._factor.shape[1]), self._factor.T)
+        z = product(seeds.normal(self.generator, rows, self._factor.shape[1]), self._factor.T)
         if bool(self._own.any()):
-            z += self._own * _seeds.normal(self.generator, rows, self.n_features)
+            z += self._own * seeds.normal(self.generator, rows, self.n_features)
         return z
 
     def _probabilities(self, z: Tensor) -> Tensor:
@@ -296,8 +296,8 @@ class SuperpositionData:
         assert self._factor is not None
         scale = self._decay * (self.mean_active / self._sum)
         rows, features = self._poisson(n, scale.clamp(max=1.0))
-        shared = _seeds.normal(self.generator, n, self._factor.shape[1])
-        own = _seeds.normal(self.generator, rows.shape[0])
+        shared = seeds.normal(self.generator, n, self._factor.shape[1])
+        own = seeds.normal(self.generator, rows.shape[0])
         z = (self._factor[features] * shared[rows]).sum(1) + self._own[features] * own
         wanted = (torch.special.ndtr(z.double()) * scale[features]).clamp(max=1.0)
         drawn = torch.rand(rows.shape[0], generator=self.generator, dtype=torch.float64, device="cpu")
@@ -310,7 +310,7 @@ class SuperpositionData:
             assert self.marginal_variance is not None
             active = z < torch.special.ndtri(self.expected_probabilities.double()).float() * self.marginal_variance.sqrt()
         else:
-            active = _seeds.uniform(self.generator, z.shape) < self._probabilities(z)
+            active = seeds.uniform(self.generator, z.shape) < self._probabilities(z)
         rows, features = active.nonzero(as_tuple=True)
         return rows + first, features
 
@@ -331,7 +331,7 @@ class SuperpositionData:
 
     def sample(self, n: int) -> SuperpositionBatch:
         """The next ``n`` samples: ``SuperpositionBatch(x, latents, features)``. With redraw="batch" this is one batch."""
-        n = _checks.integer("SuperpositionData.sample", "n", n, 0)
+        n = checks.integer("SuperpositionData.sample", "n", n, 0)
         rows, columns = self._active(n)
         if self.parents is not None:
             rows, columns = self._with_parents(rows, columns)
@@ -358,12 +358,12 @@ class SuperpositionData:
         with full_precision(self.device):
             x = decode(latents, self.features)
         if self.noise:
-            x = x + self.noise * _seeds.normal(self.generator, n, self.d).to(x)
+            x = x + self.noise * seeds.normal(self.generator, n, self.d).to(x)
         return SuperpositionBatch(x, latents, self.features)
 
     def batches(self, size: int) -> SuperpositionStream:
         """Endless batches ``x [size, D]``, for ``Trainer.fit`` and loops; their position goes into a checkpoint."""
-        return SuperpositionStream(self, _checks.integer("SuperpositionData.batches", "size", size, 1))
+        return SuperpositionStream(self, checks.integer("SuperpositionData.batches", "size", size, 1))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the random numbers: with equal arguments, ``load_state_dict`` makes the same samples come next."""
@@ -398,8 +398,8 @@ class SuperpositionStream:
 
 
 def _checked_parents(op: str, parents: Any, n_features: int) -> Tensor:
-    _checks.tensor(op, "parents", parents, _checks.INDICES)
-    _checks.shape(op, "parents", parents, (n_features,), f"[G={n_features}]")
+    checks.tensor(op, "parents", parents, checks.INDICES)
+    checks.shape(op, "parents", parents, (n_features,), f"[G={n_features}]")
     parents = parents.detach().cpu().long()
     if bool(((parents < -1) | (parents >= n_features)).any()):
         raise IndexError(f"{op}: parents must be -1 or 0 .. {n_features - 1}, got {int(parents.min())} .. {int(parents.max())}")
@@ -495,12 +495,12 @@ def toy_model_features(
     """
     op = "toy_model_features"
     for name, count in (("n_features", n_features), ("d", d), ("steps", steps), ("batch", batch)):
-        _checks.integer(op, name, count, 1)
+        checks.integer(op, name, count, 1)
     for name, value in (("density", density), ("importance", importance)):
-        if _checks.number(op, name, value) > 1:
+        if checks.number(op, name, value) > 1:
             raise ValueError(f"{op}: {name} must be above 0 and at most 1, got {value}")
-    lr = _checks.number(op, "lr", lr)
-    seed = _checks.integer(op, "seed", seed, 0)
+    lr = checks.number(op, "lr", lr)
+    seed = checks.integer(op, "seed", seed, 0)
     generator = torch.Generator().manual_seed(seed)
     W = (unit_features(n_features, d, generator) * min(1.0, math.sqrt(d / n_features))).requires_grad_()
     bias = torch.zeros(n_features, requires_grad=True, device="cpu", dtype=torch.float32)
@@ -509,8 +509,8 @@ def toy_model_features(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loss = W.new_zeros(())
     for _ in range(steps):
-        f = _seeds.uniform(generator, batch, n_features)
-        f *= _seeds.uniform(generator, batch, n_features) < density
+        f = seeds.uniform(generator, batch, n_features)
+        f *= seeds.uniform(generator, batch, n_features) < density
         with torch.enable_grad():
             f_hat = torch.relu((f @ W) @ W.T + bias)
             loss = (weight * (f - f_hat).square()).sum(1).mean()

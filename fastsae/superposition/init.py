@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae._core import checks
 from fastsae.superposition.data import unit_features
 
 
 def _start(op: str, n_features: Any, noise: Any, seed: Any) -> torch.Generator:
-    n_features = _checks.integer(op, "n_features", n_features, 1)
-    if _checks.number(op, "noise", noise, positive=False) < 0:
+    n_features = checks.integer(op, "n_features", n_features, 1)
+    if checks.number(op, "noise", noise, positive=False) < 0:
         raise ValueError(f"{op}: noise must be at least 0, got {noise}")
-    return torch.Generator().manual_seed(_checks.integer(op, "seed", seed, 0))
+    return torch.Generator().manual_seed(checks.integer(op, "seed", seed, 0))
 
 
 def _matrix(op: str, name: str, value: Any) -> Tensor:
-    _checks.tensor(op, name, value)
+    checks.tensor(op, name, value)
     if value.dim() != 2 or 0 in value.shape:
         raise ValueError(f"{op}: {name} must have shape [n, D] with rows and columns, got {list(value.shape)}")
     if not bool(value.isfinite().all()):
@@ -60,7 +60,7 @@ def orthogonal(n_features: int, d: int, *, seed: int = 0) -> Tensor:
     """
     op = "orthogonal"
     generator = _start(op, n_features, 0.0, seed)
-    d = _checks.integer(op, "d", d, 1)
+    d = checks.integer(op, "d", d, 1)
     blocks = []
     for start in range(0, n_features, d):
         Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64, device="cpu"))
@@ -85,7 +85,7 @@ def noised_unit_vectors(n_features: int, d: int, *, noise: float = 0.1, seed: in
     """Noisy copies of the axes e_0, e_1, ..: for activations with a privileged basis (after an elementwise non-linearity)."""
     op = "noised_unit_vectors"
     generator = _start(op, n_features, noise, seed)
-    d = _checks.integer(op, "d", d, 1)
+    d = checks.integer(op, "d", d, 1)
     rows = torch.eye(d, dtype=torch.float64, device="cpu")
     return _filled(rows, n_features, noise, generator, rows[:0].float())
 
@@ -114,7 +114,7 @@ def data_points(x: Tensor, n_features: int, *, noise: float = 0.0, centre: bool 
     op = "data_points"
     generator = _start(op, n_features, noise, seed)
     rows = _matrix(op, "x", x)
-    if _checks.flag(op, "centre", centre):
+    if checks.flag(op, "centre", centre):
         rows = rows - rows.mean(0)
     return _filled(rows[torch.randperm(rows.shape[0], generator=generator, device="cpu").to(rows.device)], n_features, noise, generator, x)
 
@@ -126,8 +126,8 @@ def start_from(sae: Any, rows: Tensor) -> Any:
     Raises: TypeError, ValueError: another dtype, device or shape, a transcoder to another dimension.
     """
     op = "start_from"
-    _checks.tensor(op, "rows", rows)
-    _checks.shape(op, "rows", rows, tuple(sae.W_dec.shape), f"[F={sae.d_sae}, D={sae.d_out}]")
+    checks.tensor(op, "rows", rows)
+    checks.shape(op, "rows", rows, tuple(sae.W_dec.shape), f"[F={sae.d_sae}, D={sae.d_out}]")
     if sae.d_in != sae.d_out:
         raise ValueError(f"{op}: the encoder must have the decoder's shape, got d_in={sae.d_in} and d_out={sae.d_out}")
     sae.W_dec.copy_(rows)
@@ -147,16 +147,16 @@ def token_positions(length: int, count: int = 6, *, skip: int = 100) -> Tensor:
     Raises: ValueError: fewer than ``count`` positions from ``skip`` on.
     """
     op = "token_positions"
-    count = _checks.integer(op, "count", count, 1)
-    skip = _checks.integer(op, "skip", skip, 0)
-    length = _checks.integer(op, "length", length, skip + count, meaning=f"skip + count, {skip} + {count}")
+    count = checks.integer(op, "count", count, 1)
+    skip = checks.integer(op, "skip", skip, 0)
+    length = checks.integer(op, "length", length, skip + count, meaning=f"skip + count, {skip} + {count}")
     last = length - 1 - skip
     return torch.tensor([skip + (place * last) // max(count - 1, 1) for place in range(count)], device="cpu")
 
 
 def sample_tokens(x: Tensor, count: int = 6, *, skip: int = 100) -> Tensor:
     """``[.., T, D]`` activations of sequences to those of ``token_positions(T, count, skip=skip)``: ``[.., count, D]``."""
-    _checks.tensor("sample_tokens", "x", x)
+    checks.tensor("sample_tokens", "x", x)
     if x.dim() < 2:
         raise ValueError(f"sample_tokens: x must have shape [.., T, D], got {list(x.shape)}")
     return x.index_select(-2, token_positions(x.shape[-2], count, skip=skip).to(x.device))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import _checks
+from fastsae._core import checks
 
 _LOW, _HIGH = -24, 16
 """Binary exponents of the magnitudes that have bins of their own: 2^-24 to 2^16."""
@@ -40,9 +40,9 @@ class ActivationStatistics:
 
     def __init__(self, n_neurons: int, *, sub_bins: int = 16, zero: float = 0.0):
         op = "ActivationStatistics"
-        self.n_neurons = _checks.integer(op, "n_neurons", n_neurons, 1)
-        self.sub_bins = _checks.integer(op, "sub_bins", sub_bins, 1, 1024)
-        self.zero = _checks.number(op, "zero", zero, positive=False)
+        self.n_neurons = checks.integer(op, "n_neurons", n_neurons, 1)
+        self.sub_bins = checks.integer(op, "sub_bins", sub_bins, 1, 1024)
+        self.zero = checks.number(op, "zero", zero, positive=False)
         if zero < 0:
             raise ValueError(f"{op}: zero must be at least 0, got {zero}")
         self.count = 0
@@ -61,12 +61,12 @@ class ActivationStatistics:
         Raises: TypeError, ValueError: arguments, and entries that are not finite (nothing is counted then).
         """
         op = "ActivationStatistics.update"
-        _checks.tensor(op, "x", x)
+        checks.tensor(op, "x", x)
         if x.dim() == 0 or x.shape[-1] != self.n_neurons:
             raise ValueError(f"{op}: x must have shape [.., D={self.n_neurons}], got {list(x.shape)}")
         if mask is not None:
-            mask = _checks.mask(op, "mask", mask, x)
-            _checks.shape(op, "mask", mask, tuple(x.shape[:-1]), str(list(x.shape[:-1])))
+            mask = checks.mask(op, "mask", mask, x)
+            checks.shape(op, "mask", mask, tuple(x.shape[:-1]), str(list(x.shape[:-1])))
         rows = (x.reshape(-1, self.n_neurons) if mask is None else x[mask]).detach().cpu()
         if not bool(rows.isfinite().all()):
             raise ValueError(f"{op}: x must be finite")
@@ -176,7 +176,7 @@ class ActivationStatistics:
 
     def _quantiles(self, op: str, q: Sequence[float], bins: Tensor, low: Tensor, high: Tensor) -> Tensor:
         for share in q:
-            if not 0 <= _checks.number(op, "q", share, positive=False) <= 1:
+            if not 0 <= checks.number(op, "q", share, positive=False) <= 1:
                 raise ValueError(f"{op}: q must be in 0 .. 1, got {share}")
         below, count = bins.cumsum(1), int(bins[0].sum())
         edges = torch.arange(self._half, dtype=torch.float64, device="cpu")
@@ -226,11 +226,11 @@ class ActivationStatistics:
     def from_state_dict(cls, state: Mapping[str, Any]) -> ActivationStatistics:
         """What ``state_dict`` gave."""
         made = cls(state["n_neurons"], sub_bins=state["sub_bins"], zero=state["zero"])
-        made.count = _checks.integer("ActivationStatistics.from_state_dict", "count", state["count"], 0)
+        made.count = checks.integer("ActivationStatistics.from_state_dict", "count", state["count"], 0)
         for name in ("moments", "zeros", "positive", "range", "bins"):
             own = getattr(made, f"_{name}")
-            given = _checks.tensor("ActivationStatistics.from_state_dict", name, state[name], (own.dtype,))
-            _checks.shape("ActivationStatistics.from_state_dict", name, given, tuple(own.shape), str(list(own.shape)))
+            given = checks.tensor("ActivationStatistics.from_state_dict", name, state[name], (own.dtype,))
+            checks.shape("ActivationStatistics.from_state_dict", name, given, tuple(own.shape), str(list(own.shape)))
             setattr(made, f"_{name}", given.clone())
         return made
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastsae import _checks
-from fastsae._seeds import stream_seed
-from fastsae.activations import ReLU
-from fastsae.ensemble import SAEs
+from fastsae._core import checks
+from fastsae._core.seeds import stream_seed
 from fastsae.ops.match import match
 from fastsae.optim import Adam
-from fastsae.sae import SAE
+from fastsae.sae.activations import ReLU
+from fastsae.sae.module import SAE
+from fastsae.sae.stack import SAEs
 from fastsae.superposition.data import SuperpositionData
 from fastsae.superposition.init import start_from
 from fastsae.trainer import Batches
@@ -66,14 +66,14 @@ class Training:
         if self.stop != "converged":
             if isinstance(self.stop, str):
                 raise ValueError(f"{op}: stop must be 'converged' or a number of steps, got {self.stop!r}")
-            object.__setattr__(self, "stop", _checks.integer(op, "stop", self.stop, 1))
+            object.__setattr__(self, "stop", checks.integer(op, "stop", self.stop, 1))
         for name in ("batch", "window", "max_steps"):
-            _checks.integer(op, name, getattr(self, name), 1)
-        _checks.integer(op, "cooldown", self.cooldown, 0)
+            checks.integer(op, name, getattr(self, name), 1)
+        checks.integer(op, "cooldown", self.cooldown, 0)
         for name in ("lr", "tolerance"):
-            _checks.number(op, name, getattr(self, name))
+            checks.number(op, name, getattr(self, name))
         for step in self.snapshots:
-            _checks.integer(op, "snapshots", step, 0)
+            checks.integer(op, "snapshots", step, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,20 +315,20 @@ def train_many(
     """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed)."""
     op = "sweep"
     if isinstance(data, Tensor):
-        _checks.tensor(op, "data", data)
+        checks.tensor(op, "data", data)
         if data.dim() != 2 or data.shape[0] == 0:
             raise ValueError(f"{op}: data must have shape [n, D] with n > 0, got {list(data.shape)}")
     elif not isinstance(data, SuperpositionData):
         raise TypeError(f"{op}: data must be SuperpositionData or a tensor [n, D], got {type(data).__name__}")
     grid = [_several(op, name, value) for name, value in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
     for size in grid[0]:
-        _checks.integer(op, "n_features", size, 1)
+        checks.integer(op, "n_features", size, 1)
     for weight in grid[1]:
-        if _checks.number(op, "l1", weight, positive=False) < 0:
+        if checks.number(op, "l1", weight, positive=False) < 0:
             raise ValueError(f"{op}: l1 must be at least 0, got {weight}")
     for seed in grid[2]:
-        _checks.integer(op, "seeds", seed, 0)
-    workers = _checks.integer(op, "workers", workers, 1)
+        checks.integer(op, "seeds", seed, 0)
+    workers = checks.integer(op, "workers", workers, 1)
     known = [option.name for option in fields(Training)]
     if unknown := [name for name in training if name not in known]:
         raise TypeError(f"sweep: unknown option {unknown[0]!r}; those of Training are {', '.join(known)}")

@@ -1,0 +1,201 @@
+"""MMCS (mean max cosine similarity) of dictionaries, and the numbers that publications and public code report under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae._core import checks
+from fastsae.ops.match import Match, as_dictionaries, match, match_cosine
+
+_DIRECTIONS = ("a_to_b", "b_to_a", "mean", "small_to_large", "large_to_small")
+_SUMMARIES = ("mean", "max", "above", "distance_sum")
+
+
+@dataclass(frozen=True)
+class MmcsVariant:
+    """How a published number is read off the cosines of two dictionaries; ``mmcs(a, b, variant=...)`` takes one or its name.
+
+    Attributes:
+        direction: whose features are asked for their best: "a_to_b" those of a, "b_to_a" those of b, "mean" both, averaged;
+            "small_to_large" those of the dictionary with fewer (alive) features, of a where they are equal; "large_to_small" the others.
+        absolute: the best by magnitude, as a magnitude.
+        one_to_one: partners by the optimal assignment, not each feature's best; the smaller dictionary's features all have one. Exact
+            (``Match.one_to_one`` with candidates until it is), needs SciPy; the direction does not matter.
+        exclude_self: one dictionary against itself, without the diagonal.
+        summary: of the similarities: "mean"; "max"; "above", the share above ``threshold``; "distance_sum", the sum of 1 - similarity.
+        threshold: of "above".
+        source: where the definition is published.
+    """
+
+    direction: str = "a_to_b"
+    absolute: bool = False
+    one_to_one: bool = False
+    exclude_self: bool = False
+    summary: str = "mean"
+    threshold: float = 0.9
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name, known in (("direction", _DIRECTIONS), ("summary", _SUMMARIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"MmcsVariant: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("absolute", "one_to_one", "exclude_self"):
+            checks.flag("MmcsVariant", name, getattr(self, name))
+        checks.number("MmcsVariant", "threshold", self.threshold, positive=False)
+        if self.exclude_self and (self.one_to_one or self.direction != "a_to_b"):
+            raise ValueError("MmcsVariant: exclude_self goes with direction='a_to_b' and without one_to_one")
+
+
+_SHARKEY = "Sharkey, Braun & Millidge 2022, Taking features out of superposition with sparse autoencoders"
+_METRICS = "HoagyC/sparse_coding, standard_metrics.py"
+
+MMCS_VARIANTS: Mapping[str, MmcsVariant] = {
+    "truth_recovery": MmcsVariant("a_to_b", source=f"{_SHARKEY}: a is the truth, b what was learned"),
+    "representedness": MmcsVariant("a_to_b", source=f"{_METRICS}, representedness(features, model)"),
+    "larger_dictionary": MmcsVariant("small_to_large", source=f"{_SHARKEY}: the proxy without a truth, the next larger dictionary"),
+    "mcs_duplicates": MmcsVariant("b_to_a", source=f"{_METRICS}, mmcs(model, model2), mcs_duplicates(ground, model), mmcs_to_fixed"),
+    "big_sweep": MmcsVariant("large_to_small", source="HoagyC/sparse_coding, big_sweep.py: mcs_duplicates(smaller, larger)"),
+    "both_directions": MmcsVariant("mean", source="symmetrised MMCS of later replications"),
+    "absolute": MmcsVariant("mean", absolute=True, source="later replications: magnitudes, both directions"),
+    "hungarian": MmcsVariant(one_to_one=True, source=f"{_METRICS}, run_mmcs_with_larger: the mean"),
+    "hungarian_above": MmcsVariant(one_to_one=True, summary="above", source=f"{_METRICS}, run_mmcs_with_larger: the share above 0.9"),
+    "mcc": MmcsVariant(absolute=True, one_to_one=True, source="mean correlation coefficient: SAELens' synthetic benchmark, mcc"),
+    "cosine_hungarian_loss": MmcsVariant(
+        one_to_one=True, summary="distance_sum", source="KempnerInstitute/overcomplete, metrics.py, cosine_hungarian_loss"
+    ),
+    "self_similarity": MmcsVariant(exclude_self=True, source="mean best cosine of a dictionary's features to its others"),
+    "dictionary_collinearity": MmcsVariant(
+        absolute=True,
+        exclude_self=True,
+        summary="max",
+        source="KempnerInstitute/overcomplete, metrics.py, dictionary_collinearity: the largest off-diagonal magnitude",
+    ),
+}
+"""Published variants of MMCS by the names that papers and code use; see ``mmcs``.
+
+===========================  ===========================================================================
+name                         mean (or what it says) of
+===========================  ===========================================================================
+``truth_recovery``           each true feature (a): best signed cosine among the learned ones (b)
+``representedness``          the same, under the later code's name
+``larger_dictionary``        each feature of the smaller dictionary: best in the larger one
+``mcs_duplicates``           each feature of b, the model: best in a, "ground"; the reverse direction
+``big_sweep``                each feature of the larger dictionary: best in the smaller one
+``both_directions``          a to b and b to a
+``absolute``                 both directions, by magnitude
+``hungarian``                pairs of the optimal one-to-one assignment
+``hungarian_above``          the same pairs: the share above 0.9
+``mcc``                      pairs of the optimal assignment by magnitude
+``cosine_hungarian_loss``    the sum of 1 - cosine over the optimal pairs
+``self_similarity``          each feature: best among the others of the dictionary
+``dictionary_collinearity``  the largest magnitude between two features of the dictionary
+===========================  ===========================================================================
+"""
+
+
+def mmcs(a: Any, b: Any, direction: str = "mean", *, variant: str | MmcsVariant | None = None, **options: Any) -> float:
+    """Mean max cosine similarity of two dictionaries: ``match(a, b, **options).mmcs(direction)``, or one of its published variants.
+
+    Args:
+        a, b: as in ``match``. direction: "a_to_b", "b_to_a" or "mean": MMCS is not symmetric, name the direction where you report it.
+        variant: a name of ``fastsae.MMCS_VARIANTS`` or an ``MmcsVariant``, in place of ``direction``. "self_similarity" and
+            "dictionary_collinearity" compare a dictionary to itself: give it twice.
+        options: of ``match``: ``alive``, ``weights``, ``eps``, ``backend``.
+
+    Returns:
+        A Python float. NaN where similarities are.
+
+    Example:
+        >>> fastsae.mmcs(truth, learned, variant="truth_recovery")
+        >>> fastsae.mmcs(sae_small, sae_large, variant="hungarian_above")  # needs SciPy
+
+    Raises: as ``match``; ValueError: unknown names, ``weights`` beside ``one_to_one`` or a summary other than the mean.
+    """
+    if variant is None:
+        return match(a, b, **options).mmcs(direction)
+    if direction != "mean":
+        raise ValueError(f"mmcs: give direction or variant, not both, got {direction!r} and {variant!r}")
+    if isinstance(variant, str) and variant in MMCS_VARIANTS:
+        variant = MMCS_VARIANTS[variant]
+    if not isinstance(variant, MmcsVariant):
+        raise ValueError(f"mmcs: variant must be an MmcsVariant or one of {', '.join(MMCS_VARIANTS)}, got {variant!r}")
+    if (variant.one_to_one or variant.summary != "mean") and any(weight is not None for weight in options.get("weights") or ()):
+        raise ValueError("mmcs: weights go with the mean of best similarities, not with one_to_one or another summary")
+    found = match(a, b, **options)
+    if variant.one_to_one:
+        return _summary(variant, _assigned(found, variant.absolute), None)
+    forward, backward = ("b_to_a", "a_to_b") if variant.direction.startswith("large") else ("a_to_b", "b_to_a")
+    if variant.direction in ("small_to_large", "large_to_small"):
+        directions: tuple[str, ...] = (forward if found.shape[0] <= found.shape[1] else backward,)
+    else:
+        directions = ("a_to_b", "b_to_a") if variant.direction == "mean" else (variant.direction,)
+    values = [_summary(variant, _best(found, one, variant, options.get("backend")), found.weights[one == "b_to_a"]) for one in directions]
+    return sum(values) / len(values)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _best(found: Match, direction: str, variant: MmcsVariant, backend: str | None) -> Tensor:
+    if not variant.absolute and not variant.exclude_self:
+        return getattr(found, direction).similarity[:, 0]
+    if variant.exclude_self and not (_same(*found.sides) and torch.equal(*found.rows)):
+        raise ValueError(
+            "mmcs: a variant with exclude_self compares a dictionary to itself: a and b must be equal and have the same alive features, "
+            f"got {list(found.sides[0].shape)} and {list(found.sides[1].shape)} with {len(found.rows[0])} and {len(found.rows[1])} alive"
+        )
+    first = int(direction == "b_to_a")
+    few, many = (found.sides[side][found.rows[side]] for side in (first, 1 - first))
+    best = match_cosine(few, many, absolute=variant.absolute, exclude_self=variant.exclude_self, eps=found.eps, backend=backend)
+    best = best.similarity[:, 0]
+    return best.abs() if variant.absolute else best
+
+
+def _assigned(found: Match, absolute: bool) -> Tensor:
+    """Similarities of the optimal pairs, from more candidates until no dummy is used: a full list always suffices."""
+    candidates = 8
+    while True:
+        pairs = found.one_to_one(candidates, absolute=absolute)
+        if pairs.exact or candidates >= max(found.shape[:2]):
+            return pairs.similarity
+        candidates *= 4
+
+
+def _summary(variant: MmcsVariant, best: Tensor, weight: Tensor | None) -> float:
+    best = best.detach().double()
+    if variant.summary == "max":
+        return float(best.max())
+    if variant.summary == "above":
+        return float((best > variant.threshold).double().mean())
+    if variant.summary == "distance_sum":
+        return float((1 - best).sum())
+    return float(best.mean() if weight is None else (best * weight).sum() / weight.sum())
+
+
+def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **options: Any) -> Tensor:
+    """MMCS of all ordered pairs ``[n, n]`` float64: entry (i, j) is ``mmcs(dictionaries[i], dictionaries[j], direction)``, 1 for i = j.
+
+    With ``direction="mean"`` it is symmetric, otherwise not (``mmcs_from_list`` of HoagyC/sparse_coding copies one direction
+    over the other).
+    """
+    if direction not in ("a_to_b", "b_to_a", "mean"):
+        raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
+    dictionaries = list(dictionaries)
+    sides = as_dictionaries("mmcs_matrix", dictionaries, [f"dictionaries[{i}]" for i in range(len(dictionaries))])
+    result = torch.eye(len(sides), dtype=torch.float64, device="cpu")
+    for i in range(len(sides)):
+        for j in range(i):
+            pair = match(sides[i], sides[j], **options)
+            forward, backward = pair.mmcs("a_to_b"), pair.mmcs("b_to_a")
+            if direction == "mean":
+                forward = backward = (forward + backward) / 2
+            elif direction == "b_to_a":
+                forward, backward = backward, forward
+            result[i, j], result[j, i] = forward, backward
+    return result

@@ -1,0 +1,115 @@
+"""SAELens: its SAEs and transcoders, ``SAETrainer``, ``MultiSAETrainer`` and their runners. Tested with sae-lens 6.54.
+
+    sae = fastsae.accelerate(SAE.from_pretrained(...))
+    trainer = fastsae.accelerate(SAETrainer(cfg, sae, data))
+    runner = fastsae.accelerate(LanguageModelSAETrainingRunner(cfg)); runner.run()
+
+What changes: ``encode`` forms no dense pre-activations and scatters the selected ones into the dense tensor that the library returns;
+``forward`` and ``decode`` multiply slots; ``fastsae.encode(sae, x)`` returns the slots themselves. A trainer's step of a TopK, BatchTopK,
+Matryoshka BatchTopK or JumpReLU SAE forms neither dense latents nor dense gradients, and clips and applies Adam in one pass over each
+weight, on the state of the trainer's own optimiser. Of other SAEs it is the optimiser's step alone that changes.
+
+What does not: parameters, ``state_dict``, files, hooks and what they see, normalisations, ``reshape_activations``, the error term,
+learning-rate and coefficient schedulers, checkpoints, the statistics of firing and dead features, AuxK, BatchTopK's threshold. Latents,
+outputs, losses and gradients agree up to rounding, selections outside ties; under autocast selections are those of the rounded inputs.
+
+What costs the speed again, and is said once by a warning and by ``fastsae.report``: a hook on ``hook_sae_acts_pre`` (it needs dense
+pre-activations), a hook on ``hook_sae_acts_post`` in ``forward``, any hook, autocast, ``compile_sae`` or a ``.grad`` that is there before a
+step while training, methods or an ``activation_fn`` of one's own. ReLU, gated and
+JumpReLU SAEs of which more than 1/8 of the latents fire take torch's product, and so does the decoder's from 1/20 on: it is faster there.
+
+Three things differ. ``clip_grad_norm_`` sums all squares in float32, which at millions of weights is off by 1e-5 to 1e-4 (measured
+against float64); the fused norm is not, so that clipped gradients differ by that factor. The output of a fused step has no ``hidden_pre``
+(reading it raises) and losses without a graph. A decoder row of norm 0 under ``rescale_acts_by_decoder_norm`` makes the library's whole
+output NaN; here it does so only where it is selected.
+
+Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), TopK, two CPU cores (``fastsae bench
+dropin``): a trainer's step 0.08 and 0.12, ``fastsae.encode`` 0.32 and 0.37 (packed weights: 0.28 and 0.36), ``encode`` 0.33 and 0.37.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastsae.patch import Adapter, Library
+from fastsae.patch.saelens import sae as _sae
+from fastsae.patch.saelens import train as _train
+
+_ENCODER = {
+    "topk": "encode_topk",
+    "batchtopk": "encode_batch_topk",
+    "gated": "encode_gated; torch's product where over 1/8 fire",
+    "jumprelu": "encode_threshold; torch's product where over 1/8 fire",
+    "relu": "encode_threshold; torch's product where over 1/8 fire",
+}
+
+
+def _of_sae(kind: _sae.Kind) -> Adapter:
+    replaces = {
+        "encode": f"{_ENCODER[kind.activation]}, scattered into the dense tensor that is asked for",
+        "decode": "product of slots, where no gradient for dense latents is asked for and at most 1/20 of them are not 0",
+        "forward": "encode and decode by slots; torch's product where over 1/20 fire",
+    }
+    leaves = {}
+    if kind.transcoder:
+        replaces["forward_with_activations"] = replaces["forward"]
+    if kind.training:
+        leaves["training_forward_pass"] = "it returns dense pre-activations; accelerate the trainer for fast training"
+        leaves["encode_with_hidden_pre"] = "it returns dense pre-activations"
+    mixin = _sae.TranscoderMethods if kind.transcoder else _sae.SAEMethods
+    return Adapter(
+        mixin, replaces, leaves, now=lambda sae: dict(_sae.now(sae)), encode=_sae.encode, reconstruct=_sae.reconstruct, packs=True
+    )
+
+
+def _trainer_now(trainer: Any) -> Mapping[str, str]:
+    reason = _train.why_not_adam(trainer) or _train.why_never_fused(trainer.sae)
+    if reason is None:
+        sample = trainer.sae.W_enc.new_zeros(1, trainer.sae.W_enc.shape[0])
+        reason = _train.why_not_fused(trainer, trainer.sae, sample, trainer.dead_neurons)
+    return {} if reason in (None, _train.MANY_FIRE) else {"_train_step": str(reason)}
+
+
+_STEP = "slots for latents and gradients, clipping and Adam in one pass"
+_LEFT = {
+    "abstopk_sae.AbsTopKSAE": "it selects by magnitude, which no encoder here does",
+    "abstopk_sae.AbsTopKTrainingSAE": "it selects by magnitude, which no encoder here does",
+    "matching_pursuit_sae.MatchingPursuitSAE": "its latents are found one after the other",
+    "matching_pursuit_sae.MatchingPursuitTrainingSAE": "its latents are found one after the other",
+    "temporal_sae.TemporalSAE": "its latents depend on the other tokens",
+}
+
+LIBRARY = Library(
+    "sae-lens",
+    "6.54",
+    "6.55",
+    {
+        **{f"sae_lens.saes.{name}": _of_sae(kind) for name, kind in _sae.KINDS.items()},
+        **{f"sae_lens.saes.{name}": Adapter(None, leaves={"encode": why}) for name, why in _LEFT.items()},
+        "sae_lens.training.sae_trainer.SAETrainer": Adapter(
+            _train.TrainerMethods,
+            {"_train_step": _STEP},
+            parts=lambda trainer: {"sae": trainer.sae},
+            now=_trainer_now,
+        ),
+        "sae_lens.training.multi_sae_trainer.MultiSAETrainer": Adapter(
+            None,
+            leaves={"fit": "it calls its trainers, which are accelerated"},
+            parts=lambda trainer: {f"trainers[{name!r}]": part for name, part in trainer.trainers.items()},
+        ),
+        "sae_lens.llm_sae_training_runner.LanguageModelSAETrainingRunner": Adapter(
+            _train.RunnerMethods,
+            {"run_trainer_with_interruption_handling": "the trainer made in run is accelerated for the run"},
+            parts=lambda runner: {"sae": runner.sae},
+        ),
+        "sae_lens.multi_sae_training_runner.MultiSAETrainingRunner": Adapter(
+            _train.MultiRunnerMethods,
+            {"_run_with_interruption_handling": "the trainers made in run are accelerated for the run"},
+            parts=lambda runner: {f"saes[{name!r}]": sae for name, sae in runner.saes.items()},
+        ),
+    },
+    "e235e34e565a 7a5ca6822dd0 e6bb47f9f213 8d388ed67ce6 6f188b664885 20ba9adbaa7e db430324b95a ee8b898e4c53 8da3e941dd9f "
+    "9ce8d2a5d3a3 277679a2c057 91d931f49e78 9503007fe4d6 285f9309b093 ef366f1653d7 89a234b35adc 7db44379513b 669a4f63c602 "
+    "476b1136e6ce 00c9a8d733aa",
+)

@@ -1,0 +1,344 @@
+"""SAELens's SAEs and transcoders: latents by the fused encoders, reconstructions from slots; see ``saelens``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastsae._core import checks
+from fastsae.dispatch import batching
+from fastsae.latents import Latents, RaggedLatents, TopKLatents
+from fastsae.ops._common import accumulator
+from fastsae.ops.decode import decode
+from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
+from fastsae.packed import PackedWeights
+from fastsae.patch import changed, class_name, tampered, warn_once
+from fastsae.sae import tiles
+from fastsae.sae.losses import Weights, features, squares
+from fastsae.sae.reconstruction import Reconstruction
+
+BEFORE = ("hook_sae_acts_pre",)
+"""Hook points at dense pre-activations: a hook there makes encoding dense."""
+LATENTS = (*BEFORE, "hook_sae_acts_post")
+"""And at dense latents: a hook at any of them makes ``forward`` form the latents."""
+
+
+_METHODS = ("encode", "decode", "forward", "forward_with_activations", "get_activation_fn")
+
+PRODUCT = 1 / 20
+"""Share of latents from which on torch's product of dense latents and decoder is faster than the slots' (float32, AVX-512, one thread)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    activation: str
+    """relu, jumprelu, gated, topk or batchtopk."""
+    training: bool = False
+    transcoder: bool = False
+    skip: bool = False
+
+
+KINDS = {
+    "standard_sae.StandardSAE": Kind("relu"),
+    "gated_sae.GatedSAE": Kind("gated"),
+    "jumprelu_sae.JumpReLUSAE": Kind("jumprelu"),
+    "topk_sae.TopKSAE": Kind("topk"),
+    "transcoder.Transcoder": Kind("relu", transcoder=True),
+    "transcoder.SkipTranscoder": Kind("relu", transcoder=True, skip=True),
+    "transcoder.JumpReLUTranscoder": Kind("jumprelu", transcoder=True),
+    "transcoder.JumpReLUSkipTranscoder": Kind("jumprelu", transcoder=True, skip=True),
+    "standard_sae.StandardTrainingSAE": Kind("relu", training=True),
+    "gated_sae.GatedTrainingSAE": Kind("gated", training=True),
+    "jumprelu_sae.JumpReLUTrainingSAE": Kind("jumprelu", training=True),
+    "topk_sae.TopKTrainingSAE": Kind("topk", training=True),
+    "batchtopk_sae.BatchTopKTrainingSAE": Kind("batchtopk", training=True),
+    "matryoshka_batchtopk_sae.MatryoshkaBatchTopKTrainingSAE": Kind("batchtopk", training=True),
+}
+"""By module below ``sae_lens.saes`` and class."""
+_ACTIVATIONS = {"topk": ("sae_lens.saes.topk_sae", "TopK"), "batchtopk": ("sae_lens.saes.batchtopk_sae", "BatchTopK")}
+"""Module and class; of other kinds it is ``nn.ReLU``."""
+
+
+def _path(sae: Any) -> str:
+    return class_name(sae).removeprefix("sae_lens.saes.")
+
+
+def is_known(sae: Any) -> bool:
+    return _path(sae) in KINDS
+
+
+def kind_of(sae: Any) -> Kind:
+    return KINDS[_path(sae)]
+
+
+def hooked(sae: Any, names: tuple[str, ...]) -> list[str]:
+    """Those of the hook points that have hooks."""
+    if _has_any_global_hook():
+        return list(names)
+    return [name for name in names if tampered(getattr(sae, name))]
+
+
+def why_dense(sae: Any, names: tuple[str, ...] = BEFORE) -> str | None:
+    """Why latents cannot be had without dense pre-activations, or None."""
+    if (reason := changed(sae, *_METHODS)) is not None:
+        return reason
+    if points := hooked(sae, names):
+        return f"{points[0]} has a hook, which needs dense numbers"
+    kind = kind_of(sae)
+    if (reason := other_activation(sae)) is not None:
+        return reason
+    if len({p.dtype for name, p in sae._parameters.items() if p is not None and name != "threshold"}) > 1:
+        return "its parameters have several dtypes"
+    if kind.training and kind.activation == "jumprelu":
+        if sae.cfg.jumprelu_ste_to_input and torch.is_grad_enabled():
+            return "jumprelu_ste_to_input sends gradients to dense pre-activations"
+        if not torch.compiler.is_compiling() and bool((sae.threshold < 0).any()):
+            return "a threshold is below 0, where the library keeps negative latents"
+    return None
+
+
+def other_activation(sae: Any) -> str | None:
+    """Why ``activation_fn`` is not the one of its kind as it was, or None."""
+    kind, function = kind_of(sae), sae.activation_fn
+    if kind.training and kind.activation == "jumprelu":  # which does not call it
+        return None
+    module, name = _ACTIVATIONS.get(kind.activation, ("torch.nn", "ReLU"))
+    if type(function) is not getattr(sys.modules[module], name):
+        return f"activation_fn is {type(function).__name__}, not {name}"
+    return "activation_fn has a hook or a forward of its own" if tampered(function) else None
+
+
+def scale_of(sae: Any) -> Tensor | None:
+    """Norms of the decoder's rows where pre-activations are multiplied by them."""
+    return sae.W_dec.norm(dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else None
+
+
+def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Latents:
+    """Latents of what ``process_sae_in`` returned; ``packed``: a handle of ``W_enc.T``."""
+    kind, W = kind_of(sae), sae.W_enc.T
+    if packed is not None:
+        if packed.weight.shape != W.shape or packed.weight.data_ptr() != W.data_ptr() or packed.weight.stride() != W.stride():
+            raise ValueError(f"encode: packed must be fastsae.pack(sae.W_enc.T) of this {type(sae).__name__}, got {packed}")
+        W = packed
+    if kind.activation == "gated":
+        # The gate is a step: the library's autograd gives b_gate no gradient either.
+        latents = encode_gated(sae_in, W, b_gate=sae.b_gate.detach(), r_mag=sae.r_mag, b_mag=sae.b_mag)
+    elif kind.activation == "relu":
+        latents = encode_threshold(sae_in, W, sae.b_enc)
+    elif kind.activation == "jumprelu" and not kind.training:
+        latents = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.detach().to(accumulator(sae.W_enc.dtype)))
+    elif kind.activation == "jumprelu":
+        bandwidth = float(sae.bandwidth) if torch.is_grad_enabled() and sae.threshold.requires_grad else None
+        result = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.to(sae_in.dtype), bandwidth=bandwidth)
+        latents = result if bandwidth is None else result[0]
+    else:
+        scale = scale_of(sae)
+        b = sae.b_enc if scale is None else sae.b_enc * scale
+        k = sae.activation_fn.k
+        if kind.activation == "topk":
+            latents = encode_topk(sae_in, W, b, k=k, scale=scale)
+        else:
+            latents = encode_batch_topk(sae_in, W, b, k=k, scale=scale)[0]
+    if checks.autocasting(sae_in.device):  # a bias in float32 makes the library's latents float32
+        latents = replace(latents, values=latents.values.to(sae.W_enc.dtype))
+    return latents
+
+
+def is_dense(sae: Any, sae_in: Tensor) -> bool:
+    """Whether latents are better formed by torch's product: a sample of them says that more than 1/8 fire."""
+    kind = kind_of(sae)
+    if kind.activation not in ("relu", "jumprelu", "gated") or sae_in.numel() == 0:
+        return False
+    if torch.compiler.is_compiling() or batching():  # no looking at numbers then
+        return True
+    gated = kind.activation == "gated"
+    threshold = None if gated else sae.threshold if kind.activation == "jumprelu" else sae_in.new_zeros(())
+    gates = (sae.b_gate, sae.r_mag, sae.b_mag) if gated else (None, None, None)
+    b_enc = None if gated else sae.b_enc
+    w = Weights(sae.W_enc.T, sae.W_dec, sae.b_dec, b_enc, None, None, threshold, *gates, None, [sae.W_dec.shape[0]])
+    with torch.no_grad(), torch.autocast(sae_in.device.type, enabled=False):
+        return tiles.measured_density(sae_in.reshape(-1, sae_in.shape[-1]), w) > tiles.DENSITY
+
+
+def dense_latents(sae: Any, sae_in: Tensor) -> Tensor:
+    """Latents by torch's product, the formulas of the library's own ``encode``."""
+    kind = kind_of(sae)
+    if kind.activation == "gated":
+        gate = (sae_in @ sae.W_enc + sae.b_gate > 0).to(sae.dtype)
+        return gate * sae.activation_fn(sae_in @ (sae.W_enc * sae.r_mag.exp()) + sae.b_mag)
+    hidden = sae_in @ sae.W_enc + sae.b_enc
+    if kind.activation == "relu":
+        return sae.activation_fn(hidden)
+    if kind.training:
+        function = sys.modules["sae_lens.saes.jumprelu_sae"].JumpReLU
+        return function.apply(hidden, sae.threshold.to(hidden.dtype), sae.bandwidth, sae.cfg.jumprelu_ste_to_input)
+    acts = sae.activation_fn(hidden)
+    return acts * (hidden > sae.threshold).to(acts.dtype)
+
+
+def as_asked(sae: Any, latents: Latents) -> Tensor:
+    """What ``encode`` returns: dense, or with ``use_sparse_activations`` a COO tensor of the slots."""
+    if not getattr(sae.activation_fn, "use_sparse_activations", False):
+        return to_dense(latents)
+    assert isinstance(latents, TopKLatents)
+    shape, k = latents.batch_shape, latents.values.shape[-1]
+    row = torch.arange(shape.numel(), device=latents.values.device).repeat_interleave(k)
+    where = torch.stack([*torch.unravel_index(row, shape), latents.indices.flatten()])
+    return torch.sparse_coo_tensor(
+        where, latents.values.flatten(), (*shape, latents.n_features), check_invariants=False, device=where.device
+    )
+
+
+def to_dense(latents: Latents) -> Tensor:
+    """``[.., F]``; features are unique in a row, so that nothing has to be added."""
+    if isinstance(latents, TopKLatents):
+        out = latents.values.new_zeros(*latents.batch_shape, latents.n_features)
+        return out.scatter_(-1, latents.indices, latents.values)
+    row, feature, values, rows = latents._coordinates()
+    out = latents.values.new_zeros(rows * latents.n_features)
+    return out.scatter_(0, row * latents.n_features + feature, values).reshape(*latents.batch_shape, latents.n_features)
+
+
+def from_dense(acts: Tensor) -> RaggedLatents | None:
+    """The slots of dense latents; None where a sample of rows says that more than 1/20 are not 0, and under vmap."""
+    flat = acts.reshape(-1, acts.shape[-1])
+    sample = flat[:: max(1, flat.shape[0] // 32)]
+    if flat.shape[0] == 0 or batching() or int(torch.count_nonzero(sample)) > PRODUCT * sample.numel():
+        return None
+    row, col = torch.nonzero(flat, as_tuple=True)
+    crow = torch.searchsorted(row, torch.arange(flat.shape[0] + 1, device=flat.device))
+    return RaggedLatents(flat[row, col], crow, col, flat.shape[1], acts.shape[:-1])
+
+
+def share(sae: Any, latents: Latents) -> float:
+    """How many of all latents there are."""
+    if kind_of(sae).activation in ("topk", "batchtopk"):
+        return sae.activation_fn.k / latents.n_features
+    return latents.values.numel() / max(math.prod(latents.batch_shape) * latents.n_features, 1)
+
+
+def product(sae: Any, latents: Latents) -> Tensor:
+    """Latents times decoder, plus its bias."""
+    scale = scale_of(sae)
+    if scale is not None:
+        latents = replace(latents, values=latents.values * (1 / scale)[features(latents)])
+    return decode(latents, sae.W_dec) + sae.b_dec
+
+
+def finish(sae: Any, y: Tensor) -> Tensor:
+    """What comes after the product in the library's ``decode``: hook, normalisation undone, heads."""
+    y = sae.hook_sae_recons(y)
+    return y if kind_of(sae).transcoder else sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(y), sae.d_head)
+
+
+def encode(sae: Any, x: Tensor, packed: PackedWeights | None = None) -> Latents:
+    """``fastsae.encode``."""
+    reason = why_dense(sae, ())
+    if reason is not None:
+        raise ValueError(f"encode: {type(sae).__name__} has no sparse latents here: {reason}")
+    return sparse(sae, sae.process_sae_in(x), packed)
+
+
+def reconstruct(sae: Any, x: Tensor, target: Tensor | None) -> Reconstruction:
+    """``fastsae.reconstruct``."""
+    kind = kind_of(sae)
+    latents = encode(sae, x)
+    x_hat = finish(sae, product(sae, latents))
+    if kind.skip:
+        x_hat = x_hat + x @ sae.W_skip.T
+    target = x if target is None and not kind.transcoder else target
+    if target is None:
+        return Reconstruction(x_hat, latents, None)  # pyright: ignore[reportArgumentType]
+    if target.shape != x_hat.shape:
+        raise ValueError(f"reconstruct: target must have shape {list(x_hat.shape)}, got {list(target.shape)}")
+    error = squares(x_hat, target)
+    return Reconstruction(x_hat, latents, error.sum((-2, -1) if sae.hook_z_reshaping_mode else -1))
+
+
+class SAEMethods:
+    """``encode``, ``decode`` and ``forward`` of every SAE; the library's own are below it."""
+
+    def encode(self: Any, x: Tensor) -> Tensor:
+        if _library_way(self, BEFORE):
+            return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
+        sae_in = self.process_sae_in(x)
+        return self.hook_sae_acts_post(dense_latents(self, sae_in) if is_dense(self, sae_in) else as_asked(self, sparse(self, sae_in)))
+
+    def decode(self: Any, feature_acts: Tensor) -> Tensor:
+        # A gradient for dense latents is dense, zeros included.
+        plain = feature_acts.layout is not torch.strided or (torch.is_grad_enabled() and feature_acts.requires_grad)
+        reason = changed(self, *_METHODS)
+        if reason is not None and not torch.compiler.is_compiling():
+            warn_once(self, reason)
+        plain = plain or reason is not None
+        latents = None if plain or torch.compiler.is_compiling() or feature_acts.dtype != self.W_dec.dtype else from_dense(feature_acts)
+        if latents is None:
+            return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]
+        return finish(self, product(self, latents))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if _library_way(self, LATENTS):
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        out = _autoencoded(self, x)[0]
+        if self.use_error_term:
+            with torch.no_grad(), sys.modules["sae_lens.saes.sae"]._disable_hooks(self):
+                clean = _autoencoded(self, x)[0]
+            out = out + self.hook_sae_error(x - clean)
+        return self.hook_sae_output(out)
+
+
+class TranscoderMethods(SAEMethods):
+    """The same, and ``forward_with_activations``; a transcoder's input is what its own ``process_sae_in`` says."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if _library_way(self, LATENTS):
+            return super(SAEMethods, self).forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        return _skipped(self, _autoencoded(self, x)[0], x)
+
+    def forward_with_activations(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        if _library_way(self, LATENTS):
+            return super().forward_with_activations(x)  # pyright: ignore[reportAttributeAccessIssue]
+        out, latents = _autoencoded(self, x)
+        acts = latents if isinstance(latents, Tensor) else to_dense(latents)
+        return _skipped(self, out, x), acts
+
+
+def _skipped(sae: Any, y: Tensor, x: Tensor) -> Tensor:
+    return y + x @ sae.W_skip.T.to(x.device) if kind_of(sae).skip else y
+
+
+def _library_way(sae: Any, names: tuple[str, ...]) -> bool:
+    reason = why_dense(sae, names)
+    if reason is None:
+        return False
+    if not torch.compiler.is_compiling():
+        warn_once(sae, reason)
+    return True
+
+
+def _autoencoded(sae: Any, x: Tensor) -> tuple[Tensor, Latents | Tensor]:
+    """Reconstruction and latents; dense ones where many fire."""
+    sae_in = sae.process_sae_in(x)
+    if is_dense(sae, sae_in):
+        acts = dense_latents(sae, sae_in)
+        return super(SAEMethods, sae).decode(acts), acts  # pyright: ignore[reportAttributeAccessIssue]
+    latents = sparse(sae, sae_in)
+    if share(sae, latents) > PRODUCT:
+        acts = to_dense(latents)
+        return super(SAEMethods, sae).decode(acts), acts  # pyright: ignore[reportAttributeAccessIssue]
+    return finish(sae, product(sae, latents)), latents
+
+
+def now(sae: Any) -> Iterator[tuple[str, str]]:
+    """What takes the library's own way as the SAE stands, and why."""
+    if why := why_dense(sae, BEFORE):
+        yield "encode", why
+    if why := why_dense(sae, LATENTS):
+        yield "forward", why

@@ -1,0 +1,218 @@
+"""Terms of an SAE's loss, shared by the autograd path (``SAE.loss``) and the fused one (``SAE.step_gradients``).
+
+    loss = mean over prefixes of error / unit  (+ a gated SAE's error of the reconstruction from its gate / unit)
+         + l1 * sum |latent| ||W_dec row|| / tokens + l0 * number of latents / tokens + AuxK
+
+with ``error = sum (target - x_hat)^2`` and ``unit`` the number of tokens ("mse") or ``sum (target - mean target)^2`` ("fvu"; where it is
+0, so is the term). A spread such as the latter is 0 where it is no more than its own rounding, see ``spread``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae._core import checks
+from fastsae.latents import Latents, TopKLatents
+from fastsae.ops._common import accumulator
+
+
+class Loss(NamedTuple):
+    """``loss []`` to call ``backward`` on; ``fvu []`` and ``l0 []`` detached, of the tokens that count."""
+
+    loss: Tensor
+    fvu: Tensor
+    l0: Tensor
+
+
+class Metrics(NamedTuple):
+    """Of one step, each a 0-d tensor that nothing has waited for: the loss with all its terms, FVU, latents a token, the number of dead
+    features, and the AuxK term before its coefficient."""
+
+    loss: Tensor
+    fvu: Tensor
+    l0: Tensor
+    dead: Tensor
+    aux: Tensor
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """Dead features reconstruct the error: ``coefficient * min(n_dead / k, 1) * ||e - e_hat||^2 / denominator``, ``e`` the error detached.
+
+    ``e_hat`` decodes the ``min(k, n_dead)`` largest scores among the dead features of each row. Gradients reach encoder and decoder.
+
+    Attributes:
+        k: latents of ``e_hat``; None: half the input dimension.
+        coefficient: weight in the loss.
+        relu: clamp those scores at 0.
+        bias: ``e_hat`` includes ``b_dec``, which ``x_hat`` has already.
+        denominator: "residual", ``sum (e - mean e)^2``; "total", ``sum (x - mean x)^2``; or "tokens", their number. Where it is 0 (a single
+            token, rows that are equal up to rounding: see ``losses.spread``) so is the term.
+        share: the factor ``min(n_dead / k, 1)``.
+
+    Source: Gao et al. 2024 (arXiv 2406.04093). ``dictionary_learning()``, ``saelens()`` and ``sparsify()`` are each library's term and its
+    gradients, for unit decoder rows, with two exceptions: sparsify's encoder ignores the gradient of its dense scores and gets none from
+    the term, and dictionary_learning's term of a single token is the largest float32 (without a gradient), not 0.
+    """
+
+    k: int | None = None
+    coefficient: float = 1 / 32
+    relu: bool = True
+    bias: bool = False
+    denominator: Literal["residual", "total", "tokens"] = "residual"
+    share: bool = True
+
+    def __post_init__(self) -> None:
+        if self.k is not None:
+            object.__setattr__(self, "k", checks.integer("AuxK", "k", self.k, 1))
+        object.__setattr__(self, "coefficient", checks.number("AuxK", "coefficient", self.coefficient))
+        checks.flag("AuxK", "relu", self.relu)
+        checks.flag("AuxK", "bias", self.bias)
+        checks.flag("AuxK", "share", self.share)
+        if self.denominator not in ("residual", "total", "tokens"):
+            raise ValueError(f"AuxK: denominator must be 'residual', 'total' or 'tokens', got {self.denominator!r}")
+
+    @classmethod
+    def dictionary_learning(cls, k: int | None = None, coefficient: float = 1 / 32) -> AuxK:
+        return cls(k, coefficient, share=False)
+
+    @classmethod
+    def saelens(cls, k: int | None = None, coefficient: float = 1.0) -> AuxK:
+        return cls(k, coefficient, relu=False, denominator="tokens")
+
+    @classmethod
+    def sparsify(cls, k: int | None = None, coefficient: float = 1 / 32) -> AuxK:
+        return cls(k, coefficient, denominator="total")
+
+
+class Terms(NamedTuple):
+    """The checked options of one loss."""
+
+    l1: float
+    l0: float
+    aux: AuxK | None
+
+
+class Pass(NamedTuple):
+    """What the loss needs of one forward pass.
+
+    x_hats: ``[P, B, D_out]``, a reconstruction a prefix. frozen: ``[B, D_out]``, a gated SAE's reconstruction from its gate. magnitude:
+    ``[]``, the penalised sum, None without l1. counted: ``[]``, differentiable number of latents, None without l0. active: ``[]``, the
+    number of latents. fired: ``[F]`` bool. min_kept: ``[]``, BatchTopK's smallest score.
+    """
+
+    x_hats: Tensor
+    frozen: Tensor | None
+    magnitude: Tensor | None
+    counted: Tensor | None
+    active: Tensor
+    fired: Tensor
+    min_kept: Tensor | None = None
+
+
+def squares(a: Tensor, b: Tensor) -> Tensor:
+    """``(a - b)^2`` in the accumulation dtype."""
+    wide = accumulator(a.dtype)
+    return (a.to(wide) - b.to(wide)).square()
+
+
+NOISE = 8
+"""Roundings in a mean, see ``spread``: of equal numbers torch's means are off by up to 2.5 (CPU, up to 65,536 rows)."""
+
+
+def spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum (x - mean x)^2`` over rows and columns, 0 without rows; and the rounding noise in it, ``(NOISE eps)^2 rows sum (mean x)^2``.
+
+    A spread up to that noise is 0: rows that do not differ leave the rounding error of their mean, a few eps of it in every element, and
+    what is divided by that says nothing. (A column whose standard deviation is below 1e-6 of its mean counts as constant in float32.)
+    """
+    wide = x.to(accumulator(x.dtype))
+    if not x.shape[0]:
+        return wide.new_zeros(()), wide.new_zeros(())
+    mean, limits = wide.mean(0), torch.finfo(wide.dtype)
+    noise = (mean * (NOISE * limits.eps)).square().sum().mul(x.shape[0]).clamp_max(limits.max)  # an infinite spread stays one
+    sums = (wide - mean).square().sum()
+    return torch.where(sums <= noise, 0, sums), noise
+
+
+def ratio(a: Tensor, b: Tensor, noise: Tensor) -> Tensor:
+    """``a / b`` with 0/0 = 0, where ``a`` up to ``noise`` is 0 as well."""
+    return torch.where((b == 0) & (a <= noise), 0, a / b)
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b``, 0 where ``b`` is, also in the gradient: the slope of a norm, an AuxK term of a single token."""
+    return torch.where(b == 0, 0, a / torch.where(b == 0, 1.0, b))  # a NaN stays one
+
+
+def features(latents: Latents) -> Tensor:
+    """Feature of each slot, in the shape of the values."""
+    return (latents.indices if isinstance(latents, TopKLatents) else latents.col).long()
+
+
+def fired(feature: Tensor, values: Tensor, n_features: int) -> Tensor:
+    """``[F]``: which features have a slot that is not 0; without waiting for the device."""
+    hit = torch.zeros(n_features + 1, dtype=torch.bool, device=values.device)
+    return hit.scatter_(0, torch.where(values != 0, feature, n_features).flatten(), True)[:n_features]
+
+
+def dead_share(aux: AuxK, d_in: int, dead: int) -> tuple[int, float]:
+    """(latents of ``e_hat``, factor of the term) for a number of dead features."""
+    k = aux.k or max(d_in // 2, 1)
+    return min(k, dead), min(dead / k, 1.0) if aux.share else 1.0
+
+
+def aux_denominator(aux: AuxK, residual: Tensor, target: Tensor) -> Tensor:
+    if aux.denominator == "tokens":
+        return residual.new_full((), max(residual.shape[0], 1))
+    return spread(residual if aux.denominator == "residual" else target)[0]
+
+
+def combine(
+    run: Pass,
+    target: Tensor,
+    terms: Terms,
+    objective: str,
+    aux: Tensor | None,
+    error: Tensor | None = None,
+    whole: tuple[Tensor, Tensor] | None = None,
+) -> Loss:
+    """The loss of one pass; ``aux`` is the AuxK term before its coefficient. ``error [P]``, ``sum (x_hat - target)^2`` of each prefix, and
+    ``whole``, ``spread(target)``, where they are known."""
+    tokens = max(target.shape[0], 1)
+    error = squares(run.x_hats, target).sum((1, 2)) if error is None else error
+    spreads, noise = spread(target) if whole is None else whole
+    fit = error.mean() if run.frozen is None else error.mean() + squares(run.frozen, target).sum()
+    loss = quotient(fit, spreads) if objective == "fvu" else fit / tokens
+    if run.magnitude is not None:
+        loss = loss + terms.l1 * run.magnitude / tokens
+    if run.counted is not None:
+        loss = loss + terms.l0 * run.counted / tokens
+    if aux is not None and terms.aux is not None:
+        loss = loss + terms.aux.coefficient * aux
+    return Loss(loss, ratio(error[-1].detach(), spreads.detach(), noise.detach()), run.active.float() / tokens)
+
+
+@dataclass
+class Weights:
+    """An SAE's tensors as one computation uses them: cast for autocast, the pre-bias and prefixes resolved.
+
+    ``threshold`` is what ReLU, JumpReLU and BatchTopK in evaluation compare with, None for the others; ``r_mag`` is there for Gated only.
+    """
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    b_enc: Tensor | None
+    b_pre: Tensor | None
+    skip: Tensor | None
+    threshold: Tensor | None
+    b_gate: Tensor | None
+    r_mag: Tensor | None
+    b_mag: Tensor | None
+    bandwidth: float | None
+    prefixes: list[int]

@@ -1,0 +1,287 @@
+"""A training step's gradients by hand, through the operations and without autograd: ``SAE.step_gradients``.
+
+    encode -> slots of the latents z            dL/dx_hat of each prefix -> its suffix sums G
+    decode -> x_hat                             dz = decode_dvalues(G, slots, W_dec)
+    loss   -> dL/dx_hat                         dW_dec = slots x G        dW_enc = slots of dz x (x - b_pre)
+
+Weight gradients stay slots and rows (``RowGradient``), or tiles in the dense regime (``TiledGradient``): no ``[F, D]`` gradient, no
+``[B, F]`` latents. The numbers are autograd's of ``SAE.loss`` up to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.dispatch import preference, then_any
+from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
+from fastsae.ops._common import accumulator, centre, product, row_of_slot, running_sums
+from fastsae.ops.decode import DECODE, DECODE_DVALUES
+from fastsae.ops.encode import (
+    ENCODE_BATCH_TOPK,
+    ENCODE_GATED,
+    ENCODE_THRESHOLD,
+    ENCODE_TOPK,
+    _feature_sums,
+    score_gradients,
+)
+from fastsae.sae import tiles
+from fastsae.sae.activations import Activation, TopK
+from fastsae.sae.losses import (
+    AuxK,
+    Metrics,
+    Pass,
+    Terms,
+    Weights,
+    aux_denominator,
+    combine,
+    dead_share,
+    fired,
+    quotient,
+    spread,
+)
+
+
+class Slots(NamedTuple):
+    """Latents as slots; ``passes``: where a value's gradient is its score's; ``flags``: 1 active, 2 in the band (JumpReLU)."""
+
+    values: Tensor
+    indices: Tensor
+    crow: Tensor | None
+    passes: Tensor
+    flags: Tensor | None = None
+    min_kept: Tensor | None = None
+
+
+def encode_slots(x: Tensor, w: Weights, activation: Activation, k: float) -> Slots:
+    """The latents of any activation. ``w.threshold`` decides between a threshold and BatchTopK's selection of ``k`` a row."""
+    backend = preference(None)
+    if isinstance(activation, TopK):
+        values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, int(k), activation.relu, backend=backend)
+        return Slots(values, indices, None, values > 0 if activation.relu else ~values.isnan())
+    if w.r_mag is not None:
+        values, col, crow = ENCODE_GATED(x, w.W_enc, w.b_gate, w.r_mag, w.b_mag, w.b_pre, None, backend=backend)
+        return Slots(values, col, crow, ~values.isnan())
+    if w.threshold is None:
+        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, float(k), backend=backend)
+        return Slots(values, col, crow, ~values.isnan(), min_kept=min_kept)
+    return _threshold_slots(x, w, w.b_enc, w.threshold, w.bandwidth)
+
+
+def _threshold_slots(x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor, bandwidth: float | None) -> Slots:
+    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, threshold, w.b_pre, None, None, None, bandwidth, backend=preference(None))
+    values, col, crow, flags = outputs
+    if bandwidth is None:
+        return Slots(values, col, crow, ~values.isnan())
+    return Slots(values, col, crow, (flags & 1).bool() & ~values.isnan(), flags)
+
+
+@dataclass
+class _Groups:
+    """Slots in the order of (prefix group, row), so that each slot is decoded once for all prefixes."""
+
+    values: Tensor
+    indices: Tensor
+    crow: Tensor | None
+    order: Tensor | None
+
+    @classmethod
+    def of(cls, slots: Slots, prefixes: list[int], rows: int) -> _Groups:
+        if len(prefixes) == 1:
+            return cls(slots.values, slots.indices, slots.crow, None)
+        flat = slots.indices.reshape(-1)
+        group = torch.zeros_like(flat, dtype=torch.int64)
+        for bound in prefixes[:-1]:  # a tensor of bounds would make a GPU's host wait
+            group += flat >= bound
+        row = group * rows + row_of_slot(slots.crow, slots.indices)
+        row, order = torch.sort(row, stable=True)
+        crow = torch.searchsorted(row, torch.arange(len(prefixes) * rows + 1, device=row.device))
+        return cls(slots.values.reshape(-1)[order], slots.indices.reshape(-1)[order], crow, order)
+
+    def restore(self, grouped: Tensor, like: Tensor) -> Tensor:
+        """Per-slot numbers in the order and shape of the slots."""
+        return grouped if self.order is None else torch.empty_like(grouped).index_copy_(0, self.order, grouped).reshape(like.shape)
+
+
+class _Sum:
+    """Gradients by parameter name, added up."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Gradient]] = {}
+
+    def add(self, name: str, gradient: Gradient | None) -> None:
+        if gradient is not None:
+            self.parts.setdefault(name, []).append(gradient)
+
+    def result(self, sae: Any) -> dict[str, Gradient]:
+        if sae.tied:
+            self.parts["W_dec"] = self.parts.pop("W_dec", []) + self.parts.pop("W_enc", [])
+        out: dict[str, Gradient] = {}
+        for name, parameter in sae.named_parameters():
+            gradient = total(self.parts[name]) if name in self.parts else torch.zeros_like(parameter)
+            out[name] = gradient.to(parameter.dtype) if isinstance(gradient, Tensor) else gradient
+        return out
+
+
+def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
+    """Metrics and gradients for the rows that count; observes them (dead features, running threshold) where the module trains."""
+    x, target, w = sae._cast(x, target)
+    with sae._no_autocast(x):
+        return pass_of(sae, x, target, w, terms, sae._is_dense(x, w))
+
+
+def pass_of(
+    sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms, tiled: bool, whole: tuple[Tensor, Tensor] | None = None
+) -> tuple[Metrics, dict[str, Gradient]]:
+    """``step`` in a regime that has been chosen; ``whole`` is ``spread(target)`` where it is known."""
+    P, wide, tokens = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1)
+    this = tiles.TilePass(x, w, bool(terms.l1)) if tiled else _SlotPass(sae.activation, x, w, terms)
+    run = this.run._replace(counted=this.run.active.to(wide) if terms.l0 else None)
+    sae._observe(x.shape[0], run)
+    dead = sae.dead_features
+
+    # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
+    whole = spread(target) if whole is None else whole
+    unit = whole[0] if sae.objective == "fvu" else x.new_full((), tokens, dtype=wide)
+    scale = quotient(unit.new_full((), 2.0), unit)
+    grads = run.x_hats.to(wide) - target.to(wide)
+    error = grads.square().sum((1, 2))
+    grads *= scale / P
+    G = (grads if P == 1 else running_sums(grads.flip(0)).flip(0)).to(w.W_dec.dtype)
+    dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
+
+    grad = _Sum()
+    grad.add("b_dec", G[0].sum(0, dtype=wide))
+    if w.skip is not None:
+        grad.add("W_skip", product(G[0].T, x))
+    rates = terms.l1 / tokens, terms.l0 / tokens
+    if isinstance(this, tiles.TilePass):
+        _dense_backward(grad, this, G, dfrozen, *rates)
+    else:
+        this.backward(grad, G, dfrozen, *rates)
+    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux)
+    loss, fvu, l0 = combine(run, target, terms, sae.objective, aux, error, whole)
+    return Metrics(loss, fvu, l0, dead.sum(), loss.new_zeros(()) if aux is None else aux), grad.result(sae)
+
+
+def _dense_backward(grad: _Sum, run: tiles.TilePass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+    for name, vector in run.begin(G, dfrozen, l1, l0).items():
+        grad.add("b_dec" if name == "b_pre" else name, vector)
+    for name, gradient in zip(("W_enc", "W_dec"), run.weights()):
+        grad.add(name, gradient)
+
+
+class _SlotPass:
+    """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
+
+    def __init__(self, activation: Activation, x: Tensor, w: Weights, terms: Terms):
+        self.x, self.w, self.backend, self.wide = x, w, then_any(preference(None)), accumulator(x.dtype)
+        self.slots = encode_slots(x, w, activation, getattr(activation, "k", 0))
+        self.groups = _Groups.of(self.slots, w.prefixes, x.shape[0])
+        groups = self.groups
+        partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=self.backend).to(self.wide)
+        x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
+        x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
+        if w.skip is not None:
+            x_hats += product(x, w.skip.T)
+        self.gate = frozen = None
+        if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
+            self.gate = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
+            frozen = DECODE(gate.values, gate.indices, gate.crow, w.W_dec, w.b_dec.to(w.W_dec.dtype), backend=self.backend)
+        self.penalised = self.gate or self.slots
+        self.norm = torch.linalg.vector_norm(w.W_dec, dim=1, dtype=self.wide) if terms.l1 else None
+        magnitude = None
+        if self.norm is not None:
+            magnitude = (self.penalised.values.to(self.wide).abs() * self.norm[self.penalised.indices.long()]).sum()
+        hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
+        active = (self.slots.values != 0).sum()
+        self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
+
+    def backward(self, grad: _Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+        """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
+        x, w, slots, gate, groups, n_features = self.x, self.w, self.slots, self.gate, self.groups, self.w.W_enc.shape[0]
+        xc = _centred(x, w)
+        G = G.flatten(0, 1)
+        grad.add("W_dec", RowGradient(groups.values, groups.indices, groups.crow, G, n_features))
+        dvalues = DECODE_DVALUES(G, groups.indices, groups.crow, w.W_dec, backend=self.backend)
+        dvalues = groups.restore(dvalues, slots.values)
+        dgate = None
+        if gate is not None and dfrozen is not None:
+            dgate = DECODE_DVALUES(dfrozen, gate.indices, gate.crow, w.W_dec, backend=self.backend)
+        if self.norm is not None:
+            values, indices = self.penalised.values, self.penalised.indices
+            slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
+            dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
+            sums = _feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
+            grad.add("W_dec", _shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
+        if gate is None or dgate is None:
+            _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend)
+        else:
+            _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag)
+            _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend)
+        if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
+            theta = w.threshold.to(self.wide)[slots.indices.long()]
+            per_slot = torch.where((slots.flags & 2).bool(), -(theta * dvalues.to(self.wide) + l0) / w.bandwidth, 0)
+            grad.add("threshold", _feature_sums(per_slot, slots.indices, slots.crow, n_features, self.backend))
+
+
+def _centred(x: Tensor, w: Weights) -> Tensor:
+    return x if w.b_pre is None else centre(x, w.b_pre).to(x.dtype)
+
+
+def _through_scores(
+    grad: _Sum,
+    slots: Slots,
+    dvalues: Tensor,
+    x: Tensor,
+    xc: Tensor,
+    w: Weights,
+    bias: str,
+    backend: str | None,
+    r_mag: Tensor | None = None,
+) -> None:
+    """Adds what the gradient of the slots' values gives W_enc, the bias, the pre-bias and, with ``r_mag``, the magnitudes' stretch."""
+    dscore = torch.where(slots.passes, dvalues, 0)
+    stretch = None if r_mag is None else r_mag.to(accumulator(x.dtype)).exp()
+    needs = (False, False, True, w.b_pre is not None, stretch is not None)
+    b = getattr(w, bias)
+    _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
+    through = dscore if stretch is None else (dscore * stretch[slots.indices.long()]).to(dscore.dtype)
+    grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
+    grad.add(bias, db)
+    grad.add("b_dec", db_pre)
+    if dstretch is not None and stretch is not None:
+        grad.add("r_mag", dstretch * stretch)
+
+
+def _shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
+    """``factor[f] * W[f]``, where ``norm[f]`` is that of ``W[f]``: what a penalty on a row's norm gives it."""
+    size = torch.linalg.vector_norm(factor * norm)
+    return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)
+
+
+def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK) -> Tensor | None:
+    """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
+    k, share = dead_share(aux, x.shape[1], int(dead.sum()))
+    if k == 0 or x.shape[0] == 0:
+        return None
+    wide, backend = accumulator(x.dtype), then_any(preference(None))
+    values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, None, k, aux.relu, backend=backend)
+    e_hat = DECODE(values, indices, None, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, backend=backend).to(wide)
+    residual = target.to(wide) - x_hat.to(wide)
+    denominator = aux_denominator(aux, residual, target)
+    difference = e_hat - residual
+    g = (difference * quotient(denominator.new_full((), 2 * aux.coefficient * share), denominator)).to(w.W_dec.dtype)
+    dvalues = DECODE_DVALUES(g, indices, None, w.W_dec, backend=backend)
+    passes = values > 0 if aux.relu else ~values.isnan()
+    grad.add("W_dec", RowGradient(values, indices, None, g, w.W_enc.shape[0]))
+    if aux.bias:
+        grad.add("b_dec", g.sum(0, dtype=wide))
+    # The rows of the main slots where there are such: their sets of slots then lie side by side on one copy of the rows.
+    xc = next((part.rows for part in grad.parts["W_enc"] if isinstance(part, RowGradient)), None)
+    xc = _centred(x, w) if xc is None else xc
+    _through_scores(grad, Slots(values, indices, None, passes), dvalues, x, xc, w, "b_enc", backend)
+    return share * quotient(difference.square().sum(), denominator)

