@@ -25,6 +25,7 @@ from fastsae._core.flags import raise_if_set as check
 from fastsae._core.version import __version__ as __version__
 from fastsae.codes.counters import CodeCount, CodeCounter, CodeTable
 from fastsae.codes.tracing import trace
+from fastsae.compare.matching import Match, match
 from fastsae.compare.mmcs_variants import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
 from fastsae.dispatch import BackendError, explain, use_backend
 from fastsae.gradients import RowGradient, TiledGradient
@@ -34,7 +35,7 @@ from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.decode import DecodeGradients, decode, decode_backward
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, hamming, hamming_topk, neighbour_graph
-from fastsae.ops.match import Match, Matches, match, match_cosine
+from fastsae.ops.match import Matches, match_cosine
 from fastsae.ops.select import select_topk
 from fastsae.ops.spline import combine_hashes, hash_code, hash_signs, near_zero_counts, pack_signs, spline_code, spline_hash, spline_keys
 from fastsae.packed import PackedWeights, pack

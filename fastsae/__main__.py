@@ -16,10 +16,10 @@ from fastsae import verify
 from fastsae._core import triton_support
 from fastsae._core.checkout import checkout
 from fastsae._core.machine import machine
+from fastsae.compare.dictionaries import as_dictionaries
 from fastsae.dispatch import OPS, parse_request
 from fastsae.native import cuda as native_cuda
 from fastsae.native import loader
-from fastsae.ops.match import as_dictionaries
 
 
 def table(device: torch.device) -> list[dict[str, Any]]:

@@ -6,15 +6,12 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae._core import files
-
-if TYPE_CHECKING:
-    from fastsae.ops.match import Match
 
 
 def figure(**options: Any) -> Any:
@@ -30,15 +27,14 @@ def figure(**options: Any) -> Any:
     return result, result.subplots(rows, columns)
 
 
-def histogram_of_matches(match: Match, path: str | os.PathLike[str], bins: int = 60) -> None:
-    """Best cosine similarities in both directions, with as many random vectors matched against as many others."""
-    counts = match.histogram(bins)
+def histogram_of_matches(counts: Mapping[str, Tensor], means: Mapping[str, float], path: str | os.PathLike[str]) -> None:
+    """Best cosine similarities in both directions and of random vectors: the counts of ``Match.histogram``, the means of ``Match.mmcs``."""
     canvas, axes = figure(figsize=(7, 4))
     edges = counts["edges"].numpy()
     labels = {"null": ("random vectors", "0.5"), "a_to_b": ("a → b", "C0"), "b_to_a": ("b → a", "C1")}
     for name, (label, colour) in labels.items():
         share = counts[name].double() / max(int(counts[name].sum()), 1)
-        mean = "" if name == "null" else f", mean {match.mmcs(name):.3f}"
+        mean = "" if name == "null" else f", mean {means[name]:.3f}"
         axes.stairs(
             share.numpy(), edges, label=label + mean, fill=name == "null", alpha=0.35 if name == "null" else 1, color=colour, lw=1.5
         )
@@ -47,7 +43,7 @@ def histogram_of_matches(match: Match, path: str | os.PathLike[str], bins: int =
         xlabel="best cosine similarity",
         ylabel="share of features",
         xlim=(max(-1, low - 0.05), 1.02),
-        title=f"MMCS {match.mmcs('mean'):.3f}",
+        title=f"MMCS {sum(means.values()) / 2:.3f}",
     )
     axes.legend(frameon=False)
     _finish(canvas, axes, path)

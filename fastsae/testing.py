@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.reference import accumulator, centre, scores
+
 
 class Mismatch(AssertionError):
     """A result that its specification does not allow; the message names the first offending element."""
@@ -117,8 +119,6 @@ class Score:
 
 def score_band(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None = None, scale: Tensor | None = None) -> Score:
     """The score of an encoder in float64 with its tolerance and its rounding band ``2 gamma_{D+3} (|b| + sum |x w|)`` + denormals."""
-    from fastsae.ops._common import accumulator, centre, scores
-
     xc, wide = centre(x, b_pre), accumulator(x.dtype)
     exact = scores(xc.double(), W.double(), _double(b), _double(scale), None)
     size = scores(_magnitude(xc), _magnitude(W), _magnitude(b), _magnitude(scale), None)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
-from fastsae.ops.match import Match, as_dictionaries, match, match_cosine
+from fastsae.compare.dictionaries import as_dictionaries
+from fastsae.compare.matching import Match, match
+from fastsae.ops.match import match_cosine
 
 _DIRECTIONS = ("a_to_b", "b_to_a", "mean", "small_to_large", "large_to_small")
 _SUMMARIES = ("mean", "max", "above", "distance_sum")

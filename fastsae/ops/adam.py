@@ -34,8 +34,8 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
-from fastsae.ops._common import chunks, guard, row_of_slot, triton_refuses
 from fastsae.ops.decode import checked_bounds, decode_reference, latent_samples
+from fastsae.reference import chunks, guard, row_of_slot, triton_refuses
 
 DTYPES = (torch.float32, torch.float64)
 """Of weights and moments. Half precision would lose most updates: keep float32 weights and cast them where they are used."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, batching, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
-from fastsae.ops._common import accumulator, chunks, guard, product, row_of_slot, tracks
+from fastsae.reference import accumulator, chunks, guard, product, row_of_slot, tracks
 
 # ---------------------------------------------------------------- reference
 
@@ -221,7 +221,7 @@ for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
     _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
     if _op is DECODE_DWEIGHT:  # before Triton's, whose sort passes over whole keys and carries slots of 64 bits
         _op.row("cuda", "fastsae.native.cuda:decode_dweight", "fastsae.native.cuda:refuses_decode_dweight")
-    _op.row("triton", f"fastsae.kernels.decode:{_op.name}", "fastsae.ops._common:triton_refuses")
+    _op.row("triton", f"fastsae.kernels.decode:{_op.name}", "fastsae.reference:triton_refuses")
 
 # ---------------------------------------------------------------- backward
 

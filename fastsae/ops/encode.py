@@ -21,9 +21,9 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
-from fastsae.ops._common import accumulator, centre, chunks, row_of_slot, scores, tracks
 from fastsae.ops.decode import decode_slots, value_gradient, weight_gradient
 from fastsae.packed import PackedWeights
+from fastsae.reference import accumulator, centre, chunks, row_of_slot, scores, tracks
 
 # ---------------------------------------------------------------- references
 
@@ -428,7 +428,7 @@ ENCODE_GATED = Op(
 )
 for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
     _op.row("cpu", f"fastsae.native.encode:{_op.name}", f"fastsae.native.encode:refuses_{_op.name}")
-    _op.row("triton", f"fastsae.kernels.encode:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
+    _op.row("triton", f"fastsae.kernels.encode:{_op.name}", "fastsae.reference:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward
 

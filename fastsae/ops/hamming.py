@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference
-from fastsae.ops._common import accumulator, chunks, product
 from fastsae.ops.encode import merge_topk, select_topk
+from fastsae.reference import accumulator, chunks, product
 
 if TYPE_CHECKING:
     import scipy.sparse

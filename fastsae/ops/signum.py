@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae import reference
 from fastsae._core import seeds
 from fastsae.dispatch import Op
-from fastsae.ops import _common
 from fastsae.ops.adam import (
     DTYPES,
     _adam_samples,
@@ -124,7 +124,7 @@ def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generat
 
 def triton_refuses(y: Tensor, z: Tensor, *rest: Any) -> str | None:
     """Why the Triton row cannot serve these arguments, or None."""
-    return matrices_refused((("y", y), ("z", z))) or _common.triton_refuses(y, z, *rest)
+    return matrices_refused((("y", y), ("z", z))) or reference.triton_refuses(y, z, *rest)
 
 
 SIGNUM = Op(

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
-from fastsae.ops._common import chunks, scores
 from fastsae.packed import PackedWeights
+from fastsae.reference import chunks, scores
 
 _MASK = 0xFFFFFFFF
 
@@ -305,11 +305,11 @@ HASH_CODE = Op(
 for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
     _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
     _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
-    _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.ops._common:triton_refuses")
+    _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.reference:triton_refuses")
 
 for _op in (SPLINE_CODE, SPLINE_HASH):
     _op.row("cpu", f"fastsae.native.spline:{_op.name}", f"fastsae.native.spline:refuses_{_op.name}")
-    _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.ops._common:triton_refuses_scores")
+    _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.reference:triton_refuses_scores")
 
 # ---------------------------------------------------------------- public
 

@@ -22,92 +22,32 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib
-import re
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.latents import Latents
 from fastsae.packed import PackedWeights
-from fastsae.patch import _tested
+from fastsae.patch._adapter import BASE, LIBRARIES, STATE, Adapter, Library, State, base_class, class_name
 from fastsae.sae import reconstruction as _operation
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
 
-__all__ = ["Adapter", "Library", "Report", "accelerate", "accelerated", "encode", "reconstruct", "report", "restore"]
+__all__ = ["Report", "accelerate", "accelerated", "encode", "reconstruct", "report", "restore"]
 
 T = TypeVar("T")
 
-_LIBRARIES = {
+_MODULES = {
     "dictionary_learning": "fastsae.patch.dictionary_learning",
     "sae_lens": "fastsae.patch.saelens",
     "sparsify": "fastsae.patch.sparsify",
 }
-"""Adapter module of each library, by the first part of its classes' module names; its ``LIBRARY`` is a ``Library``."""
-
-_BASE, _STATE = "_fastsae_base", "_fastsae_state"
-
-
-def _nothing(obj: Any) -> dict[str, Any]:
-    return {}
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What there is for one class of a library.
-
-    Attributes:
-        mixin: its methods go before those of the class and reach them by ``super()``; None: nothing is replaced, ``leaves`` says why.
-        replaces: ``{method: by what}``.
-        leaves: ``{method or part: why it is left alone}``.
-        parts: ``{attribute: object}`` that are accelerated with it (a trainer's SAE).
-        now: ``{method: why}`` of what takes the library's own way as the object stands (a hook that needs dense numbers).
-        encode: ``(sae, x) -> Latents``, on an object patched or not. packs: it takes ``packed=`` too, a handle of the encoder's weights.
-        reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
-    """
-
-    mixin: type | None
-    replaces: Mapping[str, str] = field(default_factory=dict)
-    leaves: Mapping[str, str] = field(default_factory=dict)
-    parts: Callable[[Any], Mapping[str, Any]] = _nothing
-    now: Callable[[Any], Mapping[str, str]] = _nothing
-    encode: Callable[..., Latents] | None = None
-    reconstruct: Callable[[Any, Tensor, Tensor | None], Reconstruction] | None = None
-    packs: bool = False
-
-
-@dataclass(frozen=True)
-class Library:
-    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``, and
-    the fingerprints of the tested methods (see ``changed``)."""
-
-    distribution: str
-    low: str
-    high: str
-    adapters: Mapping[str, Adapter]
-    tested: str = ""
-
-    @property
-    def version(self) -> str:
-        from importlib import metadata  # loads the parsers of mail headers: too slow for an import of fastsae
-
-        try:
-            return metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return "unknown"
-
-    def refuses(self) -> str | None:
-        """Why the installed version is not one of those tested, or None."""
-        if _numbers(self.low) <= _numbers(self.version) < _numbers(self.high):
-            return None
-        return f"{self.distribution} {self.version} is installed; supported: >= {self.low}, < {self.high}"
+"""Adapter module of each library, by the first part of its classes' module names."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +74,6 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass
-class _State:
-    """``parts``: what was accelerated together with the object, for ``restore``. ``warned``: reasons given so far."""
-
-    parts: list[Any] = field(default_factory=list)
-    warned: set[str] = field(default_factory=set)
-
-
 def accelerate(obj: T, *, any_version: bool = False) -> T:
     """Makes an SAE, a trainer or a runner of SAELens, sparsify or dictionary_learning fast; results stay the same up to rounding.
 
@@ -165,13 +97,13 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
     reason = library.refuses()
     if reason is not None and not any_version:
         raise RuntimeError(f"{op}: {reason} (any_version=True goes on)")
-    state = _State()
+    state = State()
     for part in adapter.parts(obj).values():
         if not _is_accelerated(part) and _is_supported(part):
             state.parts.append(accelerate(part, any_version=any_version))
     if adapter.mixin is not None:
         obj.__class__ = _accelerated_class(type(obj))
-    vars(obj)[_STATE] = state
+    vars(obj)[STATE] = state
     return obj
 
 
@@ -181,10 +113,10 @@ def restore(obj: T) -> T:
     Raises: RuntimeError: its class was changed since, as torch's parametrisations do.
     """
     if _is_accelerated(obj):
-        if _BASE in dir(type(obj)) and _BASE not in vars(type(obj)):
+        if BASE in dir(type(obj)) and BASE not in vars(type(obj)):
             raise RuntimeError(f"restore: obj has become a {type(obj).__qualname__} since (a parametrisation?); undo that first")
-        state = vars(obj).pop(_STATE)
-        obj.__class__ = _base(type(obj))
+        state = vars(obj).pop(STATE)
+        obj.__class__ = base_class(type(obj))
         for part in state.parts:
             restore(part)
     return obj
@@ -281,76 +213,19 @@ def _reconstruct(sae: Any, x: Tensor, *, target: Tensor | None = None) -> Recons
     return adapter.reconstruct(sae, x, target)
 
 
-# ---------------------------------------------------------------- for adapters
-
-
-def class_name(obj: Any) -> str:
-    """``module.Class`` of the library's class, whatever was made of it."""
-    base = _base(type(obj))
-    return f"{base.__module__}.{base.__qualname__}"
-
-
-def tampered(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: it has hooks, or a ``forward`` of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
-
-
-def warn_once(obj: Any, reason: str) -> None:
-    """Says once an object why it takes the library's own way."""
-    state = vars(obj).get(_STATE)
-    if state is None or reason not in state.warned:
-        if state is not None:
-            state.warned.add(reason)
-        warnings.warn(f"fastsae: {type(obj).__name__} runs as without fastsae: {reason}", stacklevel=3)
-
-
-def changed(obj: Any, *methods: str) -> str | None:
-    """Why these methods of an object cannot be stood for, or None: the library's are not the tested ones, or the instance has its own."""
-    base = _base(type(obj))
-    reason = _untested(base, methods)
-    if reason is not None or torch.compiler.is_compiling():
-        return reason
-    name = _tested.shadowed(obj, base, methods)
-    return None if name is None else f"{name} was replaced in the instance"
-
-
-def _untested(base: type, methods: tuple[str, ...]) -> str | None:
-    library = _library(base)
-    if _tested.fingerprint(base, methods) in library.tested:
-        return None
-    return f"{methods[0]} of {base.__name__}, or what it calls, is not that of {library.distribution} {library.low}, which was tested"
-
-
-_untested._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # its decorator would import torch._dynamo
-
-
 # ---------------------------------------------------------------- classes
-
-
-@functools.cache
-def _library(base: type) -> Library:
-    return _find("", base)[0]
 
 
 def _because(adapter: Adapter) -> str:
     return "".join(f" ({why})" for why in adapter.leaves.values()) if adapter.mixin is None else ""
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
 def _is_accelerated(obj: Any) -> bool:
-    return _STATE in getattr(obj, "__dict__", {})
-
-
-def _base(cls: type) -> type:
-    return getattr(cls, _BASE, cls)
+    return STATE in getattr(obj, "__dict__", {})
 
 
 def _of_library(obj: Any) -> bool:
-    return isinstance(obj, SAE) or type(obj).__module__.split(".")[0] in _LIBRARIES
+    return isinstance(obj, SAE) or type(obj).__module__.split(".")[0] in _MODULES
 
 
 def _is_supported(obj: Any) -> bool:
@@ -362,22 +237,23 @@ def _is_supported(obj: Any) -> bool:
 
 
 def _lookup(op: str, obj: Any, argument: str = "obj") -> tuple[Library, Adapter]:
-    if isinstance(obj, type) and obj.__module__.split(".")[0] in _LIBRARIES:
+    if isinstance(obj, type) and obj.__module__.split(".")[0] in _MODULES:
         raise TypeError(f"{op}: {argument} must be an instance, got the class {obj.__module__}.{obj.__qualname__}")
-    return _find(op, _base(type(obj)), argument)
+    return _find(op, base_class(type(obj)), argument)
 
 
 def _find(op: str, base: type, argument: str = "obj") -> tuple[Library, Adapter]:
     name = f"{base.__module__}.{base.__qualname__}"
-    module = _LIBRARIES.get(name.split(".")[0])
+    module = _MODULES.get(name.split(".")[0])
     if module is not None:
-        library: Library = importlib.import_module(module).LIBRARY
+        importlib.import_module(module)
+        library = LIBRARIES[name.split(".")[0]]
         if name in library.adapters:
             return library, library.adapters[name]
         known = ", ".join(sorted(cls.rsplit(".", 1)[1] for cls in library.adapters))
         raise TypeError(f"{op}: {argument} must be of a supported class of {library.distribution} ({known}), got {name}")
     hint = ""
-    parents = [cls for cls in base.__mro__[1:] if cls.__module__.split(".")[0] in _LIBRARIES]
+    parents = [cls for cls in base.__mro__[1:] if cls.__module__.split(".")[0] in _MODULES]
     if parents:
         hint = f" (a subclass of {parents[0].__name__}: subclasses are left alone, their methods may mean something else)"
     elif base.__name__ == "OptimizedModule":
@@ -392,7 +268,7 @@ def _accelerated_class(base: type) -> type:
     _, adapter = _find("accelerate", base)
     assert adapter.mixin is not None
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    more = {_BASE: base, "__reduce_ex__": _reduce_ex}
+    more = {BASE: base, "__reduce_ex__": _reduce_ex}
     return types.new_class(base.__name__, (adapter.mixin, base), exec_body=lambda space: space.update(names | more))
 
 
@@ -403,11 +279,11 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     if isinstance(reduced, str):
         return reduced
     make, args, *rest = reduced
-    make, *args = (_base(cls) if part is cls else part for part in (make, *args))
+    make, *args = (base_class(cls) if part is cls else part for part in (make, *args))
     return _rebuild, (make, tuple(args)), *rest
 
 
 def _rebuild(make: Callable[..., Any] = copyreg.__newobj__, args: tuple[Any, ...] = ()) -> Any:  # pyright: ignore[reportAttributeAccessIssue]
     obj = make(*args)
-    obj.__class__ = _accelerated_class(_base(type(obj)))
+    obj.__class__ = _accelerated_class(base_class(type(obj)))
     return obj

@@ -37,7 +37,8 @@ from fastsae.latents import TopKLatents
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, decode
 from fastsae.ops.encode import ENCODE_TOPK, _feature_sums, encode_topk, score_gradients
 from fastsae.packed import Unchanged
-from fastsae.patch import Adapter, Library, _adam, changed, tampered, warn_once
+from fastsae.patch import _adam
+from fastsae.patch._adapter import LIBRARIES, Adapter, Library, changed, tampered, warn_once
 from fastsae.sae.losses import squares
 from fastsae.sae.reconstruction import Reconstruction
 
@@ -372,7 +373,7 @@ def _now(coder: Any) -> Mapping[str, str]:
     return {} if reason is None else {"encode": reason, "forward": reason}
 
 
-LIBRARY = Library(
+LIBRARY = LIBRARIES["sparsify"] = Library(
     "eai-sparsify",
     "1.3.3",
     "1.4",

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastsae._core import checks
-from fastsae.ops._common import accumulator, chunks, product
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.hamming import Neighbours
 from fastsae.ops.spline import _unpack
 from fastsae.polytopes.net import PIECEWISE, Activation, Add, Affine, Mlp, Net, Norm, Save, check_net, check_points, full_products, one_mlp
 from fastsae.polytopes.soft import unit_pieces
+from fastsae.reference import accumulator, chunks, product
 
 # ---------------------------------------------------------------- maps
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
-from fastsae.ops._common import accumulator
 from fastsae.polytopes.net import GATES, Activation, full_products
+from fastsae.reference import accumulator
 
 _KINDS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "sigmoid", "tanh", "softmax")
 

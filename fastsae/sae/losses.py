@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.latents import Latents, TopKLatents
-from fastsae.ops._common import accumulator
+from fastsae.reference import accumulator
 
 
 class Loss(NamedTuple):

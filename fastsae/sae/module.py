@@ -17,10 +17,10 @@ from fastsae._core.precision import full_precision
 from fastsae.formats import pretrained, weight_files
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents
-from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.packed import PackedWeights
+from fastsae.reference import accumulator
 from fastsae.sae import step as _step
 from fastsae.sae import tiles
 from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK

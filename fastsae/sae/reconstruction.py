@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.latents import Latents
-from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
+from fastsae.reference import accumulator
 from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 _ROWS = 4096

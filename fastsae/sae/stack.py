@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from fastsae._core import checks, files
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, StackedGradient, TiledGradient, total
-from fastsae.ops._common import accumulator, centre
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import _feature_sums, by_features, pre_bias_gradient
 from fastsae.packed import share
+from fastsae.reference import accumulator, centre
 from fastsae.sae import step as _step
 from fastsae.sae.activations import Gated
 from fastsae.sae.losses import Metrics, Pass, Terms, Weights, combine, fired, quotient, spread

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
-from fastsae.ops._common import accumulator, centre, product, row_of_slot, running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import (
     ENCODE_BATCH_TOPK,
@@ -28,6 +27,7 @@ from fastsae.ops.encode import (
     _feature_sums,
     score_gradients,
 )
+from fastsae.reference import accumulator, centre, product, row_of_slot, running_sums
 from fastsae.sae import tiles
 from fastsae.sae.activations import Activation, TopK
 from fastsae.sae.losses import (

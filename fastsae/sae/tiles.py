@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from fastsae import reference
 from fastsae._core.precision import full_precision
 from fastsae.gradients import TiledGradient
-from fastsae.ops import _common
-from fastsae.ops._common import centre, chunks, product, running_sums, scores
+from fastsae.reference import centre, chunks, product, running_sums, scores
 from fastsae.sae.losses import Pass, Weights, quotient
 
 DENSITY = 1 / 8
@@ -122,7 +122,7 @@ def forward(x: Tensor, w: Weights, penalised: bool) -> Pass:
     """The loss's pass over all tiles; each is computed again in the backward."""
     from torch.utils.checkpoint import checkpoint  # 60 ms that an import of fastsae need not wait for
 
-    _common.tracks("SAE.loss", x, w.W_enc, w.W_dec, w.b_dec)
+    reference.tracks("SAE.loss", x, w.W_enc, w.W_dec, w.b_dec)
     F, rows, dtype = w.W_enc.shape[0], x.shape[0], x.dtype
     tiles = list(_tiles(rows, x.shape[1], w.prefixes))
     sizes = [part.stop - part.start for _, part in tiles]
@@ -229,7 +229,7 @@ class TilePass:
             name: None if t is None else t.clone() for name, t in vars(w).items() if (isinstance(t, Tensor) and t.dim() < 2) or t is None
         }
         self.norm = vector_norm(w.W_dec.to(self.xc.dtype), dim=1) if penalised else None
-        whole = x.shape[0] * w.W_enc.shape[0] <= _common.WORKSPACE_ELEMENTS
+        whole = x.shape[0] * w.W_enc.shape[0] <= reference.WORKSPACE_ELEMENTS
         self.scored: list[_Scored] | None = [] if whole else None
         self.held: list[_Tile] | None = None
         self.sizes: list[tuple[Tensor, Tensor, Tensor]] = []  # norms of each tile's dproducts, code and shrinking part

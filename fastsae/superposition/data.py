@@ -22,8 +22,8 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae._core.precision import full_precision
 from fastsae.latents import RaggedLatents
-from fastsae.ops._common import chunks, product
 from fastsae.ops.decode import decode
+from fastsae.reference import chunks, product
 
 _COVARIANCES = ("low_rank", "symmetric_uniform", "wishart", "wishart_over_max", "wishart_over_count")
 _LAWS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae._core.seeds import stream_seed
-from fastsae.ops.match import match
+from fastsae.compare.matching import match
 from fastsae.optim import Adam
 from fastsae.sae.activations import ReLU
 from fastsae.sae.module import SAE

@@ -28,7 +28,7 @@ import fastsae
 from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, Trainer, superposition
 from fastsae._core.precision import full_precision
 from fastsae.dispatch import OPS
-from fastsae.ops._common import product, running_sums
+from fastsae.reference import product, running_sums
 from fastsae.superposition import init
 from fastsae.trainer import Batches
 

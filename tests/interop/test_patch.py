@@ -21,7 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import fastsae
 from fastsae import patch
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, densify
-from fastsae.patch import Adapter, Library, _adam
+from fastsae.patch import _adam
+from fastsae.patch._adapter import LIBRARIES, Adapter, Library, warn_once
 from fastsae.patch._tested import fingerprint, shadowed
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Left:
 class ToyMethods:
     def encode(self: Any, x: Tensor) -> Tensor:
         if getattr(self, "odd", False):
-            patch.warn_once(self, "it is odd")
+            warn_once(self, "it is odd")
         return super().encode(x) + 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -87,10 +88,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
         "Left": Adapter(None, leaves={"encode": "it is left"}),
     }
     library = Library("torch", "2", "100", {f"{__name__}.{name}": adapter for name, adapter in adapters.items()})
-    module = types.ModuleType("fastsae.patch.toy")
-    module.LIBRARY = library  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "fastsae.patch.toy", module)
-    monkeypatch.setitem(patch._LIBRARIES, __name__.split(".")[0], "fastsae.patch.toy")
+    name = __name__.split(".")[0]
+    monkeypatch.setitem(sys.modules, "fastsae.patch.toy", types.ModuleType("fastsae.patch.toy"))
+    monkeypatch.setitem(patch._MODULES, name, "fastsae.patch.toy")
+    monkeypatch.setitem(LIBRARIES, name, library)
     yield library
     patch._accelerated_class.cache_clear()
 

@@ -20,8 +20,9 @@ from places import ROOT
 from torch import Tensor, nn
 
 import fastsae
-from fastsae.patch import _tested, changed
+from fastsae.patch import _tested
 from fastsae.patch import dictionary_learning as library
+from fastsae.patch._adapter import changed
 from fastsae.patch.dictionary_learning import sae as adapter
 from fastsae.patch.dictionary_learning import train
 
@@ -473,7 +474,7 @@ MainTrainer.__module__, MainTrainer.__qualname__ = TopKTrainer.__module__, TopKT
 
 
 def test_the_main_branchs_annealing_of_k_in_our_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsae.patch._untested", lambda *asked: _tested.fingerprint(*asked) and None)  # main's own was tested
+    monkeypatch.setattr("fastsae.patch._adapter._untested", lambda *asked: _tested.fingerprint(*asked) and None)  # main's own was tested
     mine, theirs = (MainTrainer(**{**BASE, "steps": 40, "activation_dim": 16, "k": 4, "warmup_steps": 2, "seed": 0}) for _ in "ab")
     assert not fastsae.report(fastsae.accelerate(mine)).now
     ks: list[int] = []

@@ -19,7 +19,8 @@ from places import ROOT
 from torch import Tensor
 
 import fastsae
-from fastsae.patch import changed, saelens
+from fastsae.patch import saelens
+from fastsae.patch._adapter import changed
 
 sae_lens = load("sae_lens", "sae-lens")
 

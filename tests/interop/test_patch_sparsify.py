@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 import fastsae
-from fastsae.patch import changed
 from fastsae.patch import sparsify as adapter
+from fastsae.patch._adapter import changed
 
 sparsify = load("sparsify", "eai-sparsify")
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import RaggedLatents, TopKLatents, decode, decode_backward
-from fastsae.ops import _common
+from fastsae import RaggedLatents, TopKLatents, decode, decode_backward, reference
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -211,7 +210,7 @@ def test_integers_give_the_same_bits_whatever_the_tiles(monkeypatch: pytest.Monk
         with fastsae.use_backend("reference"):
             whole = decode(latents, W), *decode_backward(grad, latents, W)
             with monkeypatch.context() as patched:
-                patched.setattr(_common, "WORKSPACE_ELEMENTS", elements)
+                patched.setattr(reference, "WORKSPACE_ELEMENTS", elements)
                 tiled = decode(latents, W), *decode_backward(grad, latents, W)
         for a, b in zip(whole, tiled, strict=True):
             assert torch.equal(a, b)

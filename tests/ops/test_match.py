@@ -19,10 +19,9 @@ from places import ROOT
 from torch import Tensor
 
 import fastsae
-from fastsae import MMCS_VARIANTS, MmcsVariant, match, match_cosine, mmcs, mmcs_matrix
+from fastsae import MMCS_VARIANTS, MmcsVariant, match, match_cosine, mmcs, mmcs_matrix, reference
 from fastsae.__main__ import main
 from fastsae.native import loader
-from fastsae.ops import _common
 
 optimize = pytest.importorskip("scipy.optimize")
 
@@ -111,13 +110,13 @@ def test_same_result_whatever_the_tiles(monkeypatch: pytest.MonkeyPatch, element
     for options in ({"k": 5}, {"k": 5, "absolute": True}, {"k": 7, "exclude_self": True}):
         monkeypatch.undo()
         whole = match_cosine(a, b, **options)
-        monkeypatch.setattr(_common, "WORKSPACE_ELEMENTS", elements)
+        monkeypatch.setattr(reference, "WORKSPACE_ELEMENTS", elements)
         tiled = match_cosine(a, b, **options)
         assert torch.equal(whole.index, tiled.index)
         assert torch.equal(whole.similarity, tiled.similarity)
     monkeypatch.undo()
     whole = match(a, b, candidates=6)
-    monkeypatch.setattr(_common, "WORKSPACE_ELEMENTS", elements)
+    monkeypatch.setattr(reference, "WORKSPACE_ELEMENTS", elements)
     tiled = match(a, b, candidates=6)
     for side in ("a_to_b", "b_to_a", "most_negative"):
         assert torch.equal(getattr(whole, side).index, getattr(tiled, side).index)
@@ -492,7 +491,7 @@ def test_the_command_is_the_function_on_drawn_files(data: st.DataObject, tmp_pat
 
 
 def test_stacks_devices_and_lists_of_files(tmp_path: Path) -> None:
-    from fastsae.ops.match import as_dictionaries
+    from fastsae.compare.dictionaries import as_dictionaries
 
     saes = fastsae.SAEs(fastsae.SAE(6, 10, fastsae.TopK(2), seed=seed) for seed in range(3))
     for pair in ((saes, saes[0]), (saes[0], saes.W_dec)):

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import hash_code, hash_signs, pack_signs, spline_code, spline_hash, spline_keys
+from fastsae import hash_code, hash_signs, pack_signs, reference, spline_code, spline_hash, spline_keys
 from fastsae.native import loader
-from fastsae.ops import _common
 from fastsae.ops.spline import philox
 from fastsae.testing import score_band
 
@@ -256,7 +255,7 @@ def test_same_bits_whatever_the_tiles(monkeypatch: pytest.MonkeyPatch, elements:
         lambda: hash_code(spline_code(x, W)),
     )
     whole = [function() for function in functions]
-    monkeypatch.setattr(_common, "WORKSPACE_ELEMENTS", elements)
+    monkeypatch.setattr(reference, "WORKSPACE_ELEMENTS", elements)
     for function, expected in zip(functions, whole, strict=True):
         assert torch.equal(function(), expected)
 

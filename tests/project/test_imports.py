@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -13,90 +14,68 @@ from package_sources import PACKAGE, sources
 
 import fastsae
 
-# studies -> superposition -> trainer -> patch -> polytopes, sae, optim -> fused, dense, losses -> ops -> gradients -> dispatch -> (kernels
-# | native): a module may import what is lower, or of its own layer where that layer is one family (the operations). What everybody shares
-# is below all of them.
-LAYERS = {
-    "__main__": 8, "demo": 7, "verify": 6,
-    "__init__": 6,
-    "studies": 6.5,
-    "superposition": 5.95, "trainer": 5.9, "patch": 5.5, "ensemble": 5.5, "polytopes": 5, "sae": 5, "optim": 5,
-    "fused": 4.9, "dense": 4.8, "losses": 4.7, "pretrained": 4.6,
-    "ops": 4,
-    "gradients": 3.5,
-    "dispatch": 3, "packed": 3,
-    "native_encode": 2.5, "native_match": 2.7, "native_spline": 2.7,
-    "kernels": 2, "native_cuda": 1.9, "native": 1.8,
-    "testing": 1, "plots": 1,
-    "counters": 5, "trace": 5,
-    "latents": 0, "activations": 0, "private": 0, "_C": 0,  # and private modules, whose names begin with "_"
-}  # fmt: skip
-# Inside a function only: how a sample is checked, how a match is drawn.
-LAZY_LEAVES = {"testing", "plots"}
-FAMILIES = {"ops", "kernels", "patch", "polytopes", "superposition", "studies"}
+FLOORS = (
+    ("_C", "_cuda", "_core", "latents"),
+    ("native", "kernels"),
+    ("dispatch", "gradients", "packed", "reference", "testing", "verify"),
+    ("ops",),
+    ("codes", "compare", "formats", "functional", "plots", "polytopes"),
+    ("optim", "sae", "superposition", "trainer"),
+    ("patch",),
+    ("__init__",),
+    ("__main__", "demo", "studies"),
+)  # a module imports from its own floor or from those above it in this table, lazily and for types too
+HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def layer(module: str) -> str:
-    parts = module.split(".")
-    name = parts[1] if len(parts) > 1 else "__init__"
-    return "private" if name.startswith("_") and not name.startswith("__") and name != "_C" else name
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-def imports(path: Path, module: str) -> Iterator[tuple[str, bool]]:
-    """(imported module of the package, whether at the top of the file)."""
-    tree = ast.parse(path.read_text())
-    lazy = {id(node) for outer in ast.walk(tree) if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)) for node in ast.walk(outer)}
-    typing = {
-        id(node)
-        for outer in ast.walk(tree)
-        if isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.dump(outer.test)
-        for node in ast.walk(outer)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing:
-            continue
+def imports(path: Path) -> Iterator[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    known = {module for module, _ in sources()} | {"fastsae._C", "fastsae._cuda"}
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            # `from fastsae import x` imports the package, and x where that is a module.
-            own = node.module in ("fastsae", "fastsae.ops", "fastsae.kernels")
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if own else [node.module]
         elif isinstance(node, ast.ImportFrom):
-            raise AssertionError(f"{module} imports relatively")
+            assert node.level == 0 and node.module, f"{path} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
             if name.split(".")[0] == "fastsae":
-                yield name, id(node) not in lazy
+                yield name if name in known else name.rpartition(".")[0] or name
 
 
-def test_layers_never_point_up() -> None:
-    wrong = []
-    seen = 0
+def test_no_floor_imports_from_above() -> None:
+    assert len(FLOORS) <= 10
+    wrong, seen = [], 0
     for module, path in sources():
-        own = layer(module)
-        assert own in LAYERS, f"{module} has no layer: add it to LAYERS"
-        for name, at_top in imports(path, module):
-            target = layer(name)
+        for name in imports(path):
             seen += 1
-            if target not in LAYERS:  # a name of the package itself, e.g. `from fastsae import SAE`
-                target = "__init__"
-            same_family = own == target and (own in FAMILIES or own in ("__init__", "__main__"))
-            up = LAYERS[target] > LAYERS[own] or (LAYERS[target] == LAYERS[own] > 0 and not same_family)
-            helper = own == "testing" and not at_top and name in ("fastsae.ops._common",)  # the score, not an operation
-            late = target in LAZY_LEAVES and own == "ops" and at_top
-            helper |= name == "fastsae.__version__" and not at_top
-            if (up and not helper) or late:
-                wrong.append(f"{module} imports {name}{'' if at_top else ' (in a function)'}")
+            if HEIGHT[room(name)] > HEIGHT[room(module)]:
+                wrong.append(f"{module} imports {name}")
     assert not wrong, "\n".join(wrong)
     assert seen > 30
 
 
+def test_no_circle() -> None:
+    graph = {module: set(imports(path)) - {module} for module, path in sources()}
+    graph |= {name: set() for names in graph.values() for name in names if name not in graph}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
 def test_kernels_and_the_extension_are_named_by_dispatch_strings_only() -> None:
     for module, path in sources():
-        if layer(module) in ("ops", "dispatch", "sae", "__init__", "latents", "activations"):
-            for name, _ in imports(path, module):
-                assert layer(name) not in ("kernels", "native", "_C"), f"{module} imports {name}"
+        for name in imports(path):
+            if room(name) in ("_C", "_cuda"):
+                assert room(module) == "native", f"{module} imports {name}"
+            if room(module) in ("ops", "dispatch", "sae", "__init__", "latents"):
+                assert room(name) not in ("kernels", "native"), f"{module} imports {name}"
 
 
 def run(code: str, **environment: str) -> str:

@@ -101,7 +101,7 @@ def compare(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("regime", [False, True], ids=["slots", "tiles"])
 def test_equal_to_autograd(kind: str, shape: str, regime: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsae.ops._common.WORKSPACE_ELEMENTS", 100)  # several tiles
+    monkeypatch.setattr("fastsae.reference.WORKSPACE_ELEMENTS", 100)  # several tiles
     sae = build(kind, dense=regime, **SHAPES[shape])
     got = compare(sae, inputs(sae))
     if isinstance(sae.activation, (ReLU, JumpReLU, Gated)) and regime:
@@ -253,7 +253,7 @@ class Largest(TorchDispatchMode):
 @each
 @pytest.mark.parametrize("regime", [False, True], ids=["slots", "tiles"])
 def test_no_gradient_matrix_and_no_dense_latents(kind: str, regime: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsae.ops._common.WORKSPACE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr("fastsae.reference.WORKSPACE_ELEMENTS", 1 << 12)
     activation, terms = KINDS[kind]
     activation = {"jumprelu_band": JumpReLU(3.0, bandwidth=0.2), "gated": Gated(torch.tensor(-3.0))}.get(kind, activation)
     sae = SAE(64, 4096, activation, seed=0, dense=regime, dead_after=1, aux=None if kind == "gated" else AuxK(8), **terms)

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from fastsae.patch import Adapter, Library
+from fastsae.patch._adapter import LIBRARIES, Adapter, Library
 from fastsae.patch.dictionary_learning import sae as _sae
 from fastsae.patch.dictionary_learning import train as _train
 
@@ -93,7 +93,7 @@ _TRAINERS = {
 }
 _ANNEALED = "its loss changes form while it runs; its dictionary is accelerated"
 
-LIBRARY = Library(
+LIBRARY = LIBRARIES["dictionary_learning"] = Library(
     "dictionary-learning",
     "0.1.0",
     "0.2",

@@ -14,11 +14,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastsae._core import checks
 from fastsae.dispatch import batching
 from fastsae.latents import Latents
-from fastsae.ops._common import accumulator
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
-from fastsae.patch import changed, class_name, tampered, warn_once
+from fastsae.patch._adapter import changed, class_name, tampered, warn_once
 from fastsae.patch.saelens.sae import from_dense, to_dense
+from fastsae.reference import accumulator
 from fastsae.sae import tiles
 from fastsae.sae.losses import Weights, squares
 from fastsae.sae.reconstruction import Reconstruction

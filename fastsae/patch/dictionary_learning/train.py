@@ -19,10 +19,10 @@ from torch.nn.utils import parametrize
 
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, densify, total
-from fastsae.ops._common import running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
-from fastsae.patch import _adam, changed, tampered, warn_once
+from fastsae.patch import _adam
+from fastsae.patch._adapter import changed, tampered, warn_once
 from fastsae.patch.dictionary_learning.sae import (
     centred,
     decoder,
@@ -34,6 +34,7 @@ from fastsae.patch.dictionary_learning.sae import (
     kind_of,
     why_dense,
 )
+from fastsae.reference import running_sums
 from fastsae.sae.step import Slots, _Groups
 
 MANY_FIRE = "more than 1/8 of the latents fire: the library's dense forward and backward, our projection and optimiser step"

@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastsae.patch import Adapter, Library
+from fastsae.patch._adapter import LIBRARIES, Adapter, Library
 from fastsae.patch.saelens import sae as _sae
 from fastsae.patch.saelens import train as _train
 
@@ -80,7 +80,7 @@ _LEFT = {
     "temporal_sae.TemporalSAE": "its latents depend on the other tokens",
 }
 
-LIBRARY = Library(
+LIBRARY = LIBRARIES["sae_lens"] = Library(
     "sae-lens",
     "6.54",
     "6.55",

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
-from fastsae.ops._common import row_of_slot, running_sums
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
-from fastsae.patch import _adam, accelerated, changed, warn_once
+from fastsae.patch import _adam, accelerated
+from fastsae.patch._adapter import changed, warn_once
 from fastsae.patch.saelens.sae import as_asked, hooked, is_dense, is_known, kind_of, other_activation, scale_of
+from fastsae.reference import row_of_slot, running_sums
 from fastsae.sae.step import Slots, _Groups
 
 _HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")

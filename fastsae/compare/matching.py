@@ -1,0 +1,241 @@
+"""Two dictionaries matched in both directions, and what people ask of that: MMCS, shares, histograms, a one-to-one matching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae._core import checks, seeds
+from fastsae.compare.dictionaries import as_dictionaries
+from fastsae.dispatch import preference
+from fastsae.ops.match import MATCH_PAIR, Matches, checked_eps, match_cosine
+
+
+@dataclass(frozen=True, eq=False)
+class OneToOne:
+    """A one-to-one matching: rows of a with their partners in b, and how sure it is.
+
+    Attributes:
+        rows, columns: int64 ``[min(N, M)]`` features of a and of b, paired; -1 on the side of the larger dictionary where only a dummy
+            edge was left for the other.
+        similarity: of the pairs; for a dummy the row's k-th candidate, an upper bound.
+        bound: mean of ``similarity``, an upper bound on the best one-to-one mean; equal to it where ``exact``.
+        exact: no dummy edge was used.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    similarity: Tensor
+    bound: float
+    exact: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """How two dictionaries match, from one pass over their similarities; see ``match``."""
+
+    a_to_b: Matches
+    b_to_a: Matches
+    most_negative: Matches
+    """For each row of a its most negative similarity and where: antipodal pairs are near -1."""
+    rows: tuple[Tensor, Tensor]
+    """The rows of a and of b that took part (alive ones); indices in the results are numbers of the whole dictionaries."""
+    weights: tuple[Tensor | None, Tensor | None]
+    shape: tuple[int, int, int]
+    sides: tuple[Tensor, Tensor]
+    """The dictionaries as given (no copies), for ``one_to_one`` with more candidates than the pass kept."""
+    eps: float
+
+    def mmcs(self, direction: str = "mean") -> float:
+        """Mean max cosine similarity.
+
+        ``"a_to_b"``: for each row of a its best in b, averaged; ``"b_to_a"`` the reverse; ``"mean"`` of both. MMCS is not symmetric:
+        name the direction where you report it. With ``weights`` the average is weighted by them.
+        """
+        if direction == "mean":
+            return (self.mmcs("a_to_b") + self.mmcs("b_to_a")) / 2
+        if direction not in ("a_to_b", "b_to_a"):
+            raise ValueError(f"Match.mmcs: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
+        best = (self.a_to_b if direction == "a_to_b" else self.b_to_a).similarity[:, 0].double()
+        weight = self.weights[0 if direction == "a_to_b" else 1]
+        return float(best.mean() if weight is None else (best * weight).sum() / weight.sum())
+
+    def fraction_above(self, similarity: float = 0.9, direction: str = "a_to_b") -> float:
+        """Share of features whose best match is above ``similarity``."""
+        if direction not in ("a_to_b", "b_to_a"):
+            raise ValueError(f"Match.fraction_above: direction must be 'a_to_b' or 'b_to_a', got {direction!r}")
+        similarity = checks.number("Match.fraction_above", "similarity", similarity, positive=False)
+        return float((getattr(self, direction).similarity[:, 0] > similarity).double().mean())
+
+    def histogram(self, bins: int = 50, null: str | None = "random", seed: int = 0) -> dict[str, Tensor]:
+        """Counts of the best similarities of both directions over ``bins`` equal bins of -1 .. 1.
+
+        Args:
+            bins: number of bins.
+            null: ``"random"`` adds the counts for as many random unit vectors matched against as many others; None leaves it out.
+            seed: of the null.
+
+        Returns:
+            ``edges [bins + 1]``, ``a_to_b [bins]``, ``b_to_a [bins]`` and ``null [bins]``, on the CPU.
+        """
+        bins = checks.integer("Match.histogram", "bins", bins, 1)
+        edges = torch.linspace(-1, 1, bins + 1, device="cpu", dtype=torch.float32)
+        named = {"a_to_b": self.a_to_b.similarity[:, 0], "b_to_a": self.b_to_a.similarity[:, 0]}
+        if null == "random":
+            generator = torch.Generator().manual_seed(checks.integer("Match.histogram", "seed", seed, 0))
+            n, m, width = self.shape
+            first, second = (seeds.normal(generator, size, width).to(named["a_to_b"].device) for size in (n, m))
+            named["null"] = match_cosine(first, second).similarity[:, 0]
+        elif null is not None:
+            raise ValueError(f"Match.histogram: null must be 'random' or None, got {null!r}")
+        counts = {name: torch.histogram(values.detach().float().cpu().clamp(-1, 1), edges).hist.long() for name, values in named.items()}
+        return {"edges": edges, **counts}
+
+    def one_to_one(self, candidates: int | None = None, *, absolute: bool = False) -> OneToOne:
+        """The best one-to-one matching on each feature's nearest candidates, by SciPy's sparse assignment.
+
+        Args:
+            candidates: of each feature of the smaller dictionary; more than ``match`` has kept cost another pass. None: those kept.
+            absolute: match by magnitude, and give magnitudes as ``similarity``; costs another pass.
+
+        A feature that finds none of its candidates free takes a dummy worth its last candidate, so ``bound`` is an upper bound on the
+        optimum, and exact where no dummy is used. Needs SciPy (extra ``studies``).
+        """
+        try:
+            import numpy as np
+            from scipy.sparse import csr_matrix
+            from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+        except ImportError as error:
+            raise ImportError("Match.one_to_one needs SciPy: pip install 'fastsae-kernels[studies]'") from error
+        small = 0 if self.shape[0] <= self.shape[1] else 1
+        forward = self._candidates(small, candidates, checks.flag("Match.one_to_one", "absolute", absolute))
+        if bool(forward.similarity.isnan().any()):
+            raise ValueError("Match.one_to_one: similarities must not be NaN; leave broken features out with alive=")
+        n, k = forward.index.shape
+        width = max(int(forward.index.max()) + 1 if n else 0, 1)
+        similarity = forward.similarity.detach().double().cpu().numpy()
+        rows = np.repeat(np.arange(n), k + 1)
+        columns = np.concatenate([forward.index.cpu().numpy(), width + np.arange(n)[:, None]], axis=1).ravel()
+        # Weights must not be zero for SciPy's sparse format; 2 - similarity is in 1 .. 3.
+        worth = np.concatenate([similarity, similarity[:, -1:]], axis=1)
+        cost = (2 - worth + np.concatenate([np.zeros((n, k)), np.full((n, 1), 1e-12)], axis=1)).ravel()
+        chosen, partner = min_weight_full_bipartite_matching(csr_matrix((cost, (rows, columns)), shape=(n, width + n)))
+        dummy = partner >= width
+        value = np.where(dummy, similarity[chosen, -1], 0.0)
+        at = np.argmax(forward.index.cpu().numpy()[chosen] == partner[:, None], axis=1)
+        value = np.where(dummy, value, similarity[chosen, at])
+        left = self.rows[small].cpu()[torch.from_numpy(chosen.astype(np.int64))]
+        right = torch.from_numpy(np.where(dummy, -1, partner).astype(np.int64))
+        left, right = (left, right) if small == 0 else (right, left)
+        return OneToOne(left, right, torch.from_numpy(value), float(value.mean()) if n else float("nan"), not bool(dummy.any()))
+
+    def _candidates(self, small: int, candidates: int | None, absolute: bool) -> Matches:
+        kept = (self.a_to_b, self.b_to_a)[small]
+        k = kept.index.shape[1]
+        if candidates is not None:
+            k = min(checks.integer("Match.one_to_one", "candidates", candidates, 1), self.shape[1 - small])
+        if k <= kept.index.shape[1] and not absolute:
+            return Matches(kept.similarity[:, :k], kept.index[:, :k])
+        few, many = self.sides[small][self.rows[small]], self.sides[1 - small][self.rows[1 - small]]
+        found = match_cosine(few, many, k=k, absolute=absolute, eps=self.eps)
+        return Matches(found.similarity.abs() if absolute else found.similarity, self.rows[1 - small][found.index])
+
+    def plot(self, path: Any, bins: int = 60) -> None:
+        """Draws both directions' histograms with the random null. Needs matplotlib (extra ``plot``)."""
+        from fastsae.plots import histogram_of_matches  # loads matplotlib's parts only where something is drawn
+
+        means = {"a_to_b": self.mmcs("a_to_b"), "b_to_a": self.mmcs("b_to_a")}
+        histogram_of_matches(self.histogram(bins), means, path)
+
+
+def _both(op: str, name: str, pair: Any) -> tuple[Any, Any]:
+    """An optional pair for a and b."""
+    if pair is None:
+        return None, None
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {type(pair).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {len(pair)}")
+    return pair[0], pair[1]
+
+
+def _alive(op: str, mask: Any, position: int, rows: int, like: Tensor) -> Tensor:
+    if mask is None:
+        return torch.arange(rows, device=like.device)
+    checks.tensor(op, f"alive[{position}]", mask, (torch.bool,), like)
+    checks.shape(op, f"alive[{position}]", mask, (rows,), f"[{rows}]")
+    return mask.nonzero().flatten()
+
+
+def match(
+    a: Any,
+    b: Any,
+    *,
+    alive: Sequence[Tensor | None] | None = None,
+    weights: Sequence[Tensor | None] | None = None,
+    candidates: int = 1,
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Match:
+    """Matches two dictionaries in both directions, in one pass.
+
+    Args:
+        a, b: ``[N, D]`` and ``[M, D]`` tensors; SAEs of this library, SAELens, sparsify or dictionary_learning (a ``W_dec`` or a linear
+            ``decoder``); or their files or folders, see ``SAE.from_pretrained``, read to the other side's device. Of two dtypes both are
+            widened to what holds them, at least float32. A ``[D, F]`` matrix given by mistake raises where the shapes tell: one side
+            only, or a ``W_dec`` beside its ``b_dec`` or ``b_enc``. Where nothing tells (two bare ``[D, F]`` tensors) rows are features.
+        alive: masks ``([N], [M])`` of the features that take part; None: all.
+        weights: non-negative ``([N], [M])``, e.g. the mean coefficient of each feature: ``mmcs`` becomes a weighted mean, in which
+            coefficients carry the scale and unit features do not. This is our reading of a metric proposed beside MMCS that has no
+            published definition.
+        candidates: matches kept a feature (``similarity`` and ``index`` have as many columns).
+        eps, backend: as in ``match_cosine``.
+
+    Returns:
+        ``Match``: ``a_to_b``, ``b_to_a`` and ``most_negative`` as ``Matches``; ``mmcs(direction)``, ``fraction_above``, ``histogram``,
+        ``one_to_one``, ``plot``.
+
+    No gradients. Raises as ``match_cosine``; ValueError where no feature is alive.
+
+    Source: Sharkey, Braun & Millidge 2022, "Taking features out of superposition with sparse autoencoders".
+    """
+    op = "match"
+    a, b = as_dictionaries(op, (a, b), "ab")
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = a.to(dtype), b.to(dtype)
+    rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), (a, b))))
+    if not rows_a.shape[0] or not rows_b.shape[0]:
+        raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")
+    candidates = checks.integer(op, "candidates", candidates, 1)
+    checked: list[Tensor | None] = []
+    for position, (side, rows, weight) in enumerate(zip((a, b), (rows_a, rows_b), _both(op, "weights", weights))):
+        if weight is not None:
+            checks.tensor(op, f"weights[{position}]", weight, like=side)
+            checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
+            weight = weight.detach()[rows].double()
+            if not bool((weight >= 0).all()) or not 0 < float(weight.sum()) < float("inf"):
+                raise ValueError(
+                    f"{op}: weights[{position}] of the alive features must be finite and non-negative with a positive sum, "
+                    f"got a least of {float(weight.min())} and a sum of {float(weight.sum())}"
+                )
+        checked.append(weight)
+    side_a = a if rows_a.shape[0] == a.shape[0] else a[rows_a]
+    side_b = b if rows_b.shape[0] == b.shape[0] else b[rows_b]
+    n, m = side_a.shape[0], side_b.shape[0]
+    eps = checked_eps(op, eps, side_a)
+    ab, ab_at, ba, ba_at, low, low_at = MATCH_PAIR(side_a, side_b, min(candidates, m), min(candidates, n), eps, backend=preference(backend))
+    return Match(
+        Matches(ab, rows_b[ab_at]),
+        Matches(ba, rows_a[ba_at]),
+        Matches(low, rows_b[low_at]),
+        (rows_a, rows_b),
+        (checked[0], checked[1]),
+        (n, m, a.shape[1]),
+        (a, b),
+        eps,
+    )

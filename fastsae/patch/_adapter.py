@@ -1,0 +1,133 @@
+"""What adapters of libraries are made of: an ``Adapter`` a class, a ``Library`` of them, and what their methods ask of an object."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsae.latents import Latents
+from fastsae.patch import _tested
+from fastsae.sae.reconstruction import Reconstruction
+
+BASE, STATE = "_fastsae_base", "_fastsae_state"
+
+LIBRARIES: dict[str, Library] = {}
+"""By the first part of their classes' module names; an adapter module enters its own."""
+
+
+def _nothing(obj: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What there is for one class of a library.
+
+    Attributes:
+        mixin: its methods go before those of the class and reach them by ``super()``; None: nothing is replaced, ``leaves`` says why.
+        replaces: ``{method: by what}``.
+        leaves: ``{method or part: why it is left alone}``.
+        parts: ``{attribute: object}`` that are accelerated with it (a trainer's SAE).
+        now: ``{method: why}`` of what takes the library's own way as the object stands (a hook that needs dense numbers).
+        encode: ``(sae, x) -> Latents``, on an object patched or not. packs: it takes ``packed=`` too, a handle of the encoder's weights.
+        reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
+    """
+
+    mixin: type | None
+    replaces: Mapping[str, str] = field(default_factory=dict)
+    leaves: Mapping[str, str] = field(default_factory=dict)
+    parts: Callable[[Any], Mapping[str, Any]] = _nothing
+    now: Callable[[Any], Mapping[str, str]] = _nothing
+    encode: Callable[..., Latents] | None = None
+    reconstruct: Callable[[Any, Tensor, Tensor | None], Reconstruction] | None = None
+    packs: bool = False
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``, and
+    the fingerprints of the tested methods (see ``changed``)."""
+
+    distribution: str
+    low: str
+    high: str
+    adapters: Mapping[str, Adapter]
+    tested: str = ""
+
+    @property
+    def version(self) -> str:
+        from importlib import metadata  # loads the parsers of mail headers: too slow for an import of fastsae
+
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return "unknown"
+
+    def refuses(self) -> str | None:
+        """Why the installed version is not one of those tested, or None."""
+        if _numbers(self.low) <= _numbers(self.version) < _numbers(self.high):
+            return None
+        return f"{self.distribution} {self.version} is installed; supported: >= {self.low}, < {self.high}"
+
+
+@dataclass
+class State:
+    """``parts``: what was accelerated together with the object, for ``restore``. ``warned``: reasons given so far."""
+
+    parts: list[Any] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def base_class(cls: type) -> type:
+    return getattr(cls, BASE, cls)
+
+
+def class_name(obj: Any) -> str:
+    """``module.Class`` of the library's class, whatever was made of it."""
+    base = base_class(type(obj))
+    return f"{base.__module__}.{base.__qualname__}"
+
+
+def tampered(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: it has hooks, or a ``forward`` of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def warn_once(obj: Any, reason: str) -> None:
+    """Says once an object why it takes the library's own way."""
+    state = vars(obj).get(STATE)
+    if state is None or reason not in state.warned:
+        if state is not None:
+            state.warned.add(reason)
+        warnings.warn(f"fastsae: {type(obj).__name__} runs as without fastsae: {reason}", stacklevel=3)
+
+
+def changed(obj: Any, *methods: str) -> str | None:
+    """Why these methods of an object cannot be stood for, or None: the library's are not the tested ones, or the instance has its own."""
+    base = base_class(type(obj))
+    reason = _untested(base, methods)
+    if reason is not None or torch.compiler.is_compiling():
+        return reason
+    name = _tested.shadowed(obj, base, methods)
+    return None if name is None else f"{name} was replaced in the instance"
+
+
+def _untested(base: type, methods: tuple[str, ...]) -> str | None:
+    library = LIBRARIES[base.__module__.split(".")[0]]
+    if _tested.fingerprint(base, methods) in library.tested:
+        return None
+    return f"{methods[0]} of {base.__name__}, or what it calls, is not that of {library.distribution} {library.low}, which was tested"
+
+
+_untested._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # its decorator would import torch._dynamo
