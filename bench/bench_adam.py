@@ -19,11 +19,11 @@ from fastsae.dispatch import OPS
 SHAPES = shapes([(256, 768, 24576, 32), (1024, 512, 8192, 32)], [(32, 64, 2048, 8)])
 
 
-def _inputs(shape: tuple[int, ...], transposed: bool = False) -> tuple[fastsae.RowGradient, torch.Tensor, torch.Tensor]:
+def _inputs(shape: tuple[int, ...], transposed: bool = False) -> tuple[fastsae.optim.RowGradient, torch.Tensor, torch.Tensor]:
     """A gradient by slots, the weights, and a buffer for the dense gradient."""
     rows, width, features, k = shape
     indices = torch.rand(rows, features, generator=torch.Generator().manual_seed(1)).topk(k).indices.to(DEVICE)
-    gradient = fastsae.RowGradient(normal(rows, k), indices, None, normal(rows, width, seed=2), features)
+    gradient = fastsae.optim.RowGradient(normal(rows, k), indices, None, normal(rows, width, seed=2), features)
     W, buffer = unit_rows(features, width), torch.empty(features, width, device=DEVICE)
     return (gradient, W.T.contiguous().T, buffer.T.contiguous().T) if transposed else (gradient, W, buffer)
 
@@ -43,7 +43,7 @@ def test_adam(shape: tuple[int, ...], unit: bool, transposed: bool, compare: Cal
 
     def ours() -> None:
         steps[0] += 1
-        fastsae.adam_(W, m, v, gradient, step=steps[0], project=unit, normalise=unit)
+        fastsae.optim.adam_(W, m, v, gradient, step=steps[0], project=unit, normalise=unit)
 
     def given() -> None:
         theirs.step()

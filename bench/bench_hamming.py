@@ -35,7 +35,7 @@ def test_hamming(shape: tuple[int, int, int], compare: Callable[..., None]) -> N
     left, right = _bits(a), _bits(b)
 
     def verify() -> None:
-        fastsae.hamming(a, b, out)
+        fastsae.codes.hamming(a, b, out)
         OPS["hamming"].check((a[:32], b, None), out[:32])
 
     others: dict[str, Callable[[], object]] = {
@@ -48,7 +48,7 @@ def test_hamming(shape: tuple[int, int, int], compare: Callable[..., None]) -> N
         x, y, distances = _bytes(a), _bytes(b), np.empty(shape[:2], np.int32)
         pointers = [faiss.swig_ptr(array) for array in (x, y, distances)]
         others["faiss hammings"] = lambda: faiss.hammings(pointers[0], pointers[1], shape[0], shape[1], shape[2] // 8, pointers[2])
-    compare("hamming", name(shape), lambda: fastsae.hamming(a, b, out), others, verify, floor="filling the output")
+    compare("hamming", name(shape), lambda: fastsae.codes.hamming(a, b, out), others, verify, floor="filling the output")
 
 
 @pytest.mark.parametrize("k", [1, 16])
@@ -62,7 +62,7 @@ def test_hamming_topk(shape: tuple[int, int, int], k: int, compare: Callable[...
             (right.sum(1) - 2 * rows @ right.T).topk(k, largest=False)
 
     def verify() -> None:
-        few = fastsae.hamming_topk(a, b, k)
+        few = fastsae.codes.hamming_topk(a, b, k)
         OPS["hamming_topk"].check((a[:16], b, k), (few.distance[:16], few.index[:16]))
 
     others: dict[str, Callable[[], object]] = {"torch chunked product of unpacked bits, topk": plain}
@@ -75,4 +75,4 @@ def test_hamming_topk(shape: tuple[int, int, int], k: int, compare: Callable[...
         metric, dtype = usearch.MetricKind.Hamming, usearch.ScalarKind.B1
         x, y = _bytes(a), _bytes(b)
         others["usearch exact search"] = lambda: usearch.search(y, x, k, metric, exact=True, threads=torch.get_num_threads(), dtype=dtype)
-    compare("hamming_topk", f"{name(shape)} k={k}", lambda: fastsae.hamming_topk(a, b, k), others, verify)
+    compare("hamming_topk", f"{name(shape)} k={k}", lambda: fastsae.codes.hamming_topk(a, b, k), others, verify)

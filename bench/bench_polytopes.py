@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastsae
 from bench.harness import DEVICE, name, normal, shapes
+from fastsae import polytopes
 
 SEGMENTS = shapes([(256, 4, 256)], [(6, 3, 24)])
 CODES = shapes([(4096, 512, 128)], [(64, 70, 16)])
@@ -73,12 +74,12 @@ def walk(layers: Sequence[tuple[Tensor, Tensor]], p: Tensor, q: Tensor) -> tuple
 def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     segments, depth, width = shape
     module = relu_net(depth, width)
-    net = fastsae.as_net(module)
+    net = polytopes.as_net(module)
     layers = [(one.weight.detach(), one.bias.detach()) for one in module if isinstance(one, nn.Linear)][:-1]
     p, q = (normal(segments, width, seed=seed).double() for seed in (1, 2))
 
     def verify() -> None:
-        found = fastsae.crossings(net, p, q)
+        found = polytopes.crossings(net, p, q)
         t, neuron = walk(layers, p, q)
         torch.testing.assert_close(found.t, t, rtol=1e-9, atol=1e-12)
         assert neuron.equal(found.layer * width + found.neuron)
@@ -91,7 +92,7 @@ def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) ->
         "a forward per region, segments side by side": lambda: walk(layers, p, q),
         "a forward per region, one segment after another": one_by_one,
     }
-    compare("crossings", name(shape), lambda: fastsae.crossings(net, p, q), others, verify)
+    compare("crossings", name(shape), lambda: polytopes.crossings(net, p, q), others, verify)
 
 
 @pytest.mark.parametrize("shape", CODES, ids=name)
@@ -102,9 +103,9 @@ def test_frobenius_pairs(shape: tuple[int, int, int], compare: Callable[..., Non
     with torch.no_grad():
         module[0].weight.copy_(W_in)
         module[2].weight.copy_(W_out)
-    net = fastsae.as_net(module)
+    net = polytopes.as_net(module)
     on = normal(codes, neurons, seed=3) > 0
-    packed = fastsae.pack_signs(on)
+    packed = fastsae.codes.pack_signs(on)
 
     def forming() -> Tensor:
         maps = torch.stack([(W_out * row) @ W_in for row in on.float()]).flatten(1)
@@ -112,20 +113,26 @@ def test_frobenius_pairs(shape: tuple[int, int, int], compare: Callable[..., Non
         return torch.addmm(squares.unsqueeze(1) + squares, maps, maps.T, alpha=-2).clamp_min_(0).sqrt_()
 
     def verify() -> None:
-        found = fastsae.frobenius_pairs(net, packed)
+        found = polytopes.frobenius_pairs(net, packed)
         for i, j in ((0, 1), (1, 0), (3, codes - 1), (5, 5)):
             s = on[i].double() - on[j].double()
             expected = ((W_out.double() * s) @ W_in.double()).norm()
             torch.testing.assert_close(found[i, j], expected, rtol=1e-10, atol=0)
 
-    compare("frobenius_pairs", name(shape), lambda: fastsae.frobenius_pairs(net, packed), {"forming the maps (float32)": forming}, verify)
+    compare(
+        "frobenius_pairs",
+        name(shape),
+        lambda: polytopes.frobenius_pairs(net, packed),
+        {"forming the maps (float32)": forming},
+        verify,
+    )
 
 
 @pytest.mark.parametrize("shape", CENTRES, ids=name)
 def test_nearest_affine(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     rows, centres, d = shape
     x, mu, A, c = normal(rows, d, seed=1), normal(centres, d, seed=2), normal(centres, d, d, seed=3), normal(centres, d, seed=4)
-    system = fastsae.NearestAffine(mu, A, c)
+    system = polytopes.NearestAffine(mu, A, c)
 
     def gathering(part: int) -> Tensor:
         result = []

@@ -75,7 +75,7 @@ def test_pack_signs(shape: tuple[int, int], dtype: torch.dtype, compare: Callabl
     powers = 1 << torch.arange(64, device=DEVICE)
 
     def verify() -> None:
-        OPS["pack_signs"].check((z[:64], None), fastsae.pack_signs(z[:64]))
+        OPS["pack_signs"].check((z[:64], None), fastsae.codes.pack_signs(z[:64]))
 
     others = {
         "reading it (integer max)": lambda: z.view(torch.int32).max(),
@@ -83,7 +83,7 @@ def test_pack_signs(shape: tuple[int, int], dtype: torch.dtype, compare: Callabl
         "torch > 0, numpy packbits": lambda: _pack_by_numpy(z > 0),
     }
     label = f"pack_signs {str(dtype).removeprefix('torch.')}"
-    compare(label, name(shape), lambda: fastsae.pack_signs(z), others, verify, floor="reading it (integer max)")
+    compare(label, name(shape), lambda: fastsae.codes.pack_signs(z), others, verify, floor="reading it (integer max)")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -92,40 +92,40 @@ def test_hash_signs(shape: tuple[int, int], dtype: torch.dtype, compare: Callabl
     z = normal(*shape).to(dtype)
 
     def verify() -> None:
-        OPS["hash_signs"].check((z[:64], None, 0, 0, 64), fastsae.hash_signs(z[:64]))
+        OPS["hash_signs"].check((z[:64], None, 0, 0, 64), fastsae.codes.hash_signs(z[:64]))
 
     others = {
         "reading it (integer max)": lambda: z.view(torch.int32).max(),
         "torch > 0, packbits, a hash a row": lambda: _row_hashes(_pack_by_numpy(z > 0)),
     }
     label = f"hash_signs {str(dtype).removeprefix('torch.')}"
-    compare(label, name(shape), lambda: fastsae.hash_signs(z), others, verify, floor="reading it (integer max)")
+    compare(label, name(shape), lambda: fastsae.codes.hash_signs(z), others, verify, floor="reading it (integer max)")
 
 
 @pytest.mark.parametrize("shape", SIGNS, ids=name)
 def test_hash_code(shape: tuple[int, int], compare: Callable[..., None]) -> None:
-    words = fastsae.pack_signs(normal(*shape))
+    words = fastsae.codes.pack_signs(normal(*shape))
     rows = words.cpu().numpy()
 
     def verify() -> None:
-        OPS["hash_code"].check((words[:64], None, 0, 0, 64), fastsae.hash_code(words[:64]))
+        OPS["hash_code"].check((words[:64], None, 0, 0, 64), fastsae.codes.hash_code(words[:64]))
 
     others = {"a hash a row": lambda: _row_hashes(rows), "torch unique rows (what a hash is for)": lambda: torch.unique(words, dim=0)}
-    compare("hash_code", name(shape), lambda: fastsae.hash_code(words), others, verify)
+    compare("hash_code", name(shape), lambda: fastsae.codes.hash_code(words), others, verify)
 
 
 @pytest.mark.parametrize("n", shapes([(1_000_000,)], [(10_000,)]), ids=name)
 def test_code_counter(n: tuple[int], compare: Callable[..., None]) -> None:
     hashes = torch.randint(0, n[0] // 2, n, generator=torch.Generator().manual_seed(0)) * 0x1E3779B97F4A7C15
 
-    def ours() -> fastsae.CodeTable:
-        counter = fastsae.CodeCounter()
+    def ours() -> fastsae.codes.CodeTable:
+        counter = fastsae.codes.CodeCounter()
         for part in hashes.split(max(n[0] // 20, 1)):
             counter.update(part)
         return counter.table()
 
     def verify() -> None:
-        unique, _, counts = fastsae.count_codes(hashes)
+        unique, _, counts = fastsae.codes.count_codes(hashes)
         row = ours()[0]
         assert (row.seen, row.distinct, row.singletons) == (n[0], unique.shape[0], int((counts == 1).sum()))
 

@@ -2,10 +2,10 @@
 
     python -m bench.codes [--smoke] [--tokens 56000] [--out bench/results/codes]
 
-all-MiniLM-L6-v2 reads Python's documentation; ``fastsae.trace`` hashes and packs the signs before its six GELUs. ``CodeCounter`` counts
-codes of all neurons, ``count_codes`` those of nested random subsets; ``neighbour_graph`` joins tokens of near codes. The plain ways are the
-products of 0/1 matrices of NASWOT (Mellor et al. 2021, agreement of all pairs) and TE-NAS (Chen, Gong & Wang 2021, distinct patterns from
-all pairs), written here from their formulas. Writes ``codes.json`` and four plots. Needs the extra ``demo``.
+all-MiniLM-L6-v2 reads Python's documentation; ``fastsae.codes.trace`` hashes and packs the signs before its six GELUs.
+``CodeCounter`` counts codes of all neurons, ``count_codes`` those of nested random subsets; ``neighbour_graph`` joins tokens of near codes.
+The plain ways are the products of 0/1 matrices of NASWOT (Mellor et al. 2021, agreement of all pairs) and TE-NAS (Chen, Gong & Wang 2021,
+distinct patterns from all pairs), written here from their formulas. Writes ``codes.json`` and four plots. Needs the extra ``demo``.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
     codes: list[dict[str, Tensor]] = []
     hashes: list[dict[str, Tensor]] = []
     with (
-        fastsae.trace(model, "encoder.*", emit="hash") as hashed,
-        fastsae.trace(model, "encoder.*", emit="code") as packed,
+        fastsae.codes.trace(model, "encoder.*", emit="hash") as hashed,
+        fastsae.codes.trace(model, "encoder.*", emit="code") as packed,
         tqdm(total=windows.numel(), desc="reading", unit=" tokens", mininterval=0.5) as progress,
     ):
         for part, mask in zip(sequences.split(batch), inner.split(batch)):
@@ -75,14 +75,14 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
 def count(codes: list[Tensor], hashes: list[Tensor], neurons: int) -> dict[str, Any]:
     """Distinct codes of every layer, of the layers up to it, and of nested random subsets of its neurons."""
     layers = [f"layer {i}" for i in range(len(codes))]
-    counter = fastsae.CodeCounter([*layers, *(f"layers 0..{i}" for i in range(1, len(codes)))])
+    counter = fastsae.codes.CodeCounter([*layers, *(f"layers 0..{i}" for i in range(1, len(codes)))])
     step = 8192
     for start in range(0, codes[0].shape[0], step):
         part = [h[start : start + step] for h in hashes]
         counter.update(
             {
                 **dict(zip(layers, part)),
-                **{f"layers 0..{i}": fastsae.combine_hashes(part[: i + 1]) for i in range(1, len(codes))},
+                **{f"layers 0..{i}": fastsae.codes.combine_hashes(part[: i + 1]) for i in range(1, len(codes))},
             }
         )
     table = counter.table()
@@ -90,7 +90,7 @@ def count(codes: list[Tensor], hashes: list[Tensor], neurons: int) -> dict[str, 
     order = torch.randperm(neurons, generator=torch.Generator().manual_seed(0))
     sizes = [n for n in (4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024) if n < neurons] + [neurons]
     subsets = {
-        name: [fastsae.count_codes(fastsae.hash_code(code, neurons=order[:n])).unique.shape[0] for n in sizes]
+        name: [fastsae.codes.count_codes(fastsae.codes.hash_code(code, neurons=order[:n])).unique.shape[0] for n in sizes]
         for name, code in zip(layers, codes)
     }
     return {"table": [row._asdict() for row in table], "sizes": sizes, "distinct": subsets}
@@ -108,7 +108,7 @@ def neighbours(codes: list[Tensor], kind: Tensor, words: list[str], sample: int,
     place = torch.full((len(words),), FREQUENT).scatter(0, frequent, torch.arange(FREQUENT))[mine]
     rows = []
     for layer, code in enumerate(codes):
-        graph = fastsae.neighbour_graph(code[chosen], k, symmetric=False)
+        graph = fastsae.codes.neighbour_graph(code[chosen], k, symmetric=False)
         row = torch.arange(len(chosen)).repeat_interleave(k)
         column = torch.from_numpy(graph.indices.astype("int64"))
         same = float((mine[row] == mine[column]).double().mean())
@@ -154,14 +154,16 @@ def timing(code: Tensor, neurons: int, sizes: list[int]) -> list[dict[str, Any]]
         z = 2 * bits - 1  # what a layer would hand over: its signs are the code
         out = torch.empty(n, n, dtype=torch.int32)
         ours: dict[str, Callable[[], Any]] = {
-            "hamming, fastsae (packed codes)": lambda w=words, o=out: fastsae.hamming(w, w, o),
+            "hamming, fastsae (packed codes)": lambda w=words, o=out: fastsae.codes.hamming(w, w, o),
             "agreement, NASWOT (0/1 floats)": lambda c=bits: naswot(c),
-            "distinct, fastsae (pre-activations: hash_signs, count_codes)": lambda p=z: fastsae.count_codes(fastsae.hash_signs(p)),
+            "distinct, fastsae (pre-activations: hash_signs, count_codes)": lambda p=z: fastsae.codes.count_codes(
+                fastsae.codes.hash_signs(p)
+            ),
             "distinct, TE-NAS (0/1 floats)": lambda c=bits: te_nas(c),
             "distinct, torch.unique of rows": lambda c=bits: torch.unique(c, dim=0),
         }
-        agreement, counts = naswot(bits), [fastsae.count_codes(fastsae.hash_signs(z)).unique.shape[0], te_nas(bits)]
-        if not torch.equal(neurons - fastsae.hamming(words, words, out), agreement.int()) or len({*counts}) > 1:
+        agreement, counts = naswot(bits), [fastsae.codes.count_codes(fastsae.codes.hash_signs(z)).unique.shape[0], te_nas(bits)]
+        if not torch.equal(neurons - fastsae.codes.hamming(words, words, out), agreement.int()) or len({*counts}) > 1:
             raise RuntimeError(f"codes: the ways disagree at {n} samples ({counts})")
         times: dict[str, list[float]] = {name: [] for name in ours}
         for _ in range(ROUNDS):
@@ -240,7 +242,7 @@ def main() -> int:
     # The model's MLP width, from its words: 64 neurons each.
     neurons = codes[0].shape[1] * 64
     for number, (code, value) in enumerate(zip(codes, hashes)):
-        if not torch.equal(fastsae.hash_code(code, layer=number), value):
+        if not torch.equal(fastsae.codes.hash_code(code, layer=number), value):
             raise RuntimeError(f"codes: hashes of {names[number]} while it ran and of its packed codes differ")
     counts = count(codes, hashes, neurons)
     near = neighbours(codes, kind, words, args.sample, args.k)

@@ -669,7 +669,7 @@ def spline_hash(b: Bench) -> None:
 
         def packed(_: int, x: Tensor = x, Ws: Any = Ws, bias: Tensor = bias) -> None:
             for layer, W in enumerate(Ws):
-                fastsae.hash_signs(functional.linear(x, W, bias), layer=layer)
+                fastsae.codes.hash_signs(functional.linear(x, W, bias), layer=layer)
 
         b.row(
             f"spline_hash {str(dtype)[6:]}", f"{rows}x{width}x{size} {layers} layers",

@@ -169,7 +169,7 @@ def mmcs(options: argparse.Namespace) -> int:
         if options.variant:
             report[options.variant] = fastsae.mmcs(loaded[0], loaded[1], variant=options.variant)
         elif len(paths) > 2:
-            report["a_to_b"] = fastsae.mmcs_matrix(loaded).tolist()
+            report["a_to_b"] = fastsae.compare.mmcs_matrix(loaded).tolist()
         else:
             found = fastsae.match(*loaded)
             report |= {direction: found.mmcs(direction) for direction in ("a_to_b", "b_to_a", "mean")}
@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("mmcs", help="mean max cosine similarity of dictionaries in files or folders")
     one.add_argument("dictionaries", nargs="+", help="files or folders of weights, checkpoints; more than two: all pairs")
-    names = sorted(fastsae.MMCS_VARIANTS)
+    names = sorted(fastsae.compare.MMCS_VARIANTS)
     one.add_argument("--variant", choices=names, metavar="NAME", help=f"a published variant of the number: {', '.join(names)}")
     one.add_argument("--plot", type=Path, help="image of both directions' histograms beside random vectors (matplotlib)")
     one.add_argument("--json", action="store_true")

@@ -1,4 +1,9 @@
-"""Optimisers over the fused steps of ``fastsae.ops``: exact dense Adam and signum from gradients that need not exist as matrices."""
+"""Optimisers over fused steps: exact dense Adam and signum from gradients that need not exist as matrices.
+
+Adam, Signum                  optimisers of a ``fastsae.SAE`` or ``SAEs``; warmup_linear_decay: a schedule for them
+adam_                         one step of Adam on one matrix
+RowGradient, TiledGradient    the gradient of a weight as slots and rows, or as tiles made where they are read
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, finite, flags, processes
-from fastsae.gradients import Gradient, StackedGradient, TiledGradient, norm
-from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient, checked_options
+from fastsae.gradients import Gradient, RowGradient, StackedGradient, TiledGradient, norm
+from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, adam_, checked_gradient, checked_options
 from fastsae.ops.signum import SIGNUM
+
+__all__ = ["Adam", "RowGradient", "Signum", "TiledGradient", "adam_", "warmup_linear_decay"]
 
 _TILE = 1 << 21  # elements of a TiledGradient that exist at a time
 

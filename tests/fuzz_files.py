@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from fastsae import SAE, BatchTopK, CodeCounter, Gated, JumpReLU, SAEs, TopK, load_checkpoint, mmcs, optim, save_checkpoint
+from fastsae import SAE, BatchTopK, Gated, JumpReLU, SAEs, TopK, load_checkpoint, mmcs, optim, save_checkpoint
+from fastsae.codes import CodeCounter
 
 D, F, K = 4, 12, 3
 READERS = ("_weights.py", "pretrained.py", "trainer.py", "sae.py", "ensemble.py", "counters.py", "optim.py")

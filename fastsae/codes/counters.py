@@ -166,7 +166,7 @@ class CodeCounter:
     Pickling works, for other processes.
 
     Example:
-        >>> counter = fastsae.CodeCounter(["mlp.0", "mlp.1"])
+        >>> counter = fastsae.codes.CodeCounter(["mlp.0", "mlp.1"])
         >>> counter.update({"mlp.0": hashes_0, "mlp.1": hashes_1}, mask=attention_mask)
         >>> print(counter.merge(other).table())
 

@@ -259,8 +259,8 @@ def trace(
     and what was collected can still be popped. Hashes combine over layers by ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
 
     Example:
-        >>> with torch.no_grad(), fastsae.trace(model, "encoder.*", mask="attention_mask") as t:
-        ...     counter = fastsae.CodeCounter(t.layers)
+        >>> with torch.no_grad(), fastsae.codes.trace(model, "encoder.*", mask="attention_mask") as t:
+        ...     counter = fastsae.codes.CodeCounter(t.layers)
         ...     for batch in batches:
         ...         model(**batch)
         ...         counter.update(t.pop())

@@ -1,0 +1,13 @@
+"""Dictionaries compared: matching in both directions, MMCS (mean max cosine similarity) and what publications report under its name.
+
+match(a, b)                          ``Match``: nearest features of both, histogram, one-to-one matching
+mmcs(a, b), mmcs_matrix(list)        one number; all ordered pairs of several dictionaries
+MMCS_VARIANTS, MmcsVariant           the published numbers by name
+match_cosine(a, b, k=1)              the operation under them: ``Matches``, the k nearest rows
+"""
+
+from fastsae.compare.matching import Match, OneToOne, match
+from fastsae.compare.mmcs_variants import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
+from fastsae.ops.match import Matches, match_cosine
+
+__all__ = ["MMCS_VARIANTS", "Match", "Matches", "MmcsVariant", "OneToOne", "match", "match_cosine", "mmcs", "mmcs_matrix"]

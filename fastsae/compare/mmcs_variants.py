@@ -105,7 +105,7 @@ def mmcs(a: Any, b: Any, direction: str = "mean", *, variant: str | MmcsVariant 
 
     Args:
         a, b: as in ``match``. direction: "a_to_b", "b_to_a" or "mean": MMCS is not symmetric, name the direction where you report it.
-        variant: a name of ``fastsae.MMCS_VARIANTS`` or an ``MmcsVariant``, in place of ``direction``. "self_similarity" and
+        variant: a name of ``fastsae.compare.MMCS_VARIANTS`` or an ``MmcsVariant``, in place of ``direction``. "self_similarity" and
             "dictionary_collinearity" compare a dictionary to itself: give it twice.
         options: of ``match``: ``alive``, ``weights``, ``eps``, ``backend``.
 

@@ -294,19 +294,19 @@ def spline_codes(data: dict[str, Tensor], rows: int) -> tuple[dict[str, Any], di
     """Distinct codes (of all neurons, of nested random subsets), and Hamming distances by kind: (results, counts for the plot)."""
     n, neurons = data["x"].shape[0], data["W"].shape[0]
     words = torch.cat([fastsae.spline_code(part, data["W"], data["b"]) for part in data["layer_in"].split(8192)])
-    own = torch.cat([fastsae.pack_signs(part) for part in data["pre"].split(8192)])
+    own = torch.cat([fastsae.codes.pack_signs(part) for part in data["pre"].split(8192)])
     disagree = sum(int(_popcount(a ^ b).sum()) for a, b in zip(words.split(8192), own.split(8192)))
     order = torch.randperm(neurons, generator=torch.Generator().manual_seed(0))
     sizes = [size for size in (8 << i for i in range(20)) if size < neurons] + [neurons]
-    distinct = [fastsae.count_codes(fastsae.hash_code(words, neurons=order[:size])).unique.shape[0] for size in sizes]
+    distinct = [fastsae.codes.count_codes(fastsae.codes.hash_code(words, neurons=order[:size])).unique.shape[0] for size in sizes]
 
     pick = _pairs(data, rows)
     codes, kind = words[pick], data["kind"][pick]
-    distance = fastsae.hamming(codes, codes)
+    distance = fastsae.codes.hamming(codes, codes)
     same = (kind[:, None] == kind).triu(1)
     other = (kind[:, None] != kind).triu(1)
     counts = {name: torch.bincount(distance[mask], minlength=neurons + 1) for name, mask in (("same", same), ("different", other))}
-    near = fastsae.hamming_topk(codes, codes, min(8, codes.shape[0])).index
+    near = fastsae.codes.hamming_topk(codes, codes, min(8, codes.shape[0])).index
     nearest = near.gather(1, (near != torch.arange(near.shape[0])[:, None]).int().argmax(1, keepdim=True)).flatten()
     groups = kind.unique(return_counts=True)[1].double()
     total = pick.shape[0]
@@ -442,7 +442,7 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, least: float
     add(
         "decode_backward",
         shape,
-        lambda: fastsae.decode_backward(grad, latents, W_dec),
+        lambda: fastsae.functional.decode_backward(grad, latents, W_dec),
         {"scatter, mm, gather": scattered_backward, "gather, index_add": gathered_backward, "sort, sparse CSR": sorted_backward},
         lambda ours, plain: all(map(_close, ours, plain)),
     )
@@ -525,12 +525,12 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, least: float
         same_groups,
     )
     words = fastsae.spline_code(layer_in, W, bias)
-    hashes = fastsae.hash_code(words)
+    hashes = fastsae.codes.hash_code(words)
     void = words.numpy().view(f"V{8 * words.shape[1]}").ravel()
     add(
         "count_codes",
         f"{words.shape[0]} codes",
-        lambda: fastsae.count_codes(hashes).counts,
+        lambda: fastsae.codes.count_codes(hashes).counts,
         {
             "unique(dim=0) of codes": lambda: torch.unique(words, dim=0, return_inverse=True, return_counts=True)[2],
             "numpy.unique of bytes": lambda: torch.from_numpy(np.unique(void, return_inverse=True, return_counts=True)[2]),
@@ -555,11 +555,17 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, least: float
     }
     if not hasattr(np, "bitwise_count"):  # numpy 1
         del plain_hamming["numpy.bitwise_count"]
-    add("hamming", shape, lambda: fastsae.hamming(codes, codes, out), plain_hamming, lambda ours, plain: torch.equal(ours, plain.int()))
+    add(
+        "hamming",
+        shape,
+        lambda: fastsae.codes.hamming(codes, codes, out),
+        plain_hamming,
+        lambda ours, plain: torch.equal(ours, plain.int()),
+    )
     add(
         "hamming_topk",
         f"{shape}, k=2",
-        lambda: fastsae.hamming_topk(codes, codes, 2).distance,
+        lambda: fastsae.codes.hamming_topk(codes, codes, 2).distance,
         {"mm of bits kept as float32, topk": lambda: mm_distance().topk(2, largest=False).values},
         lambda ours, plain: torch.equal(ours, plain.int()),
     )

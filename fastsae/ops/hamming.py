@@ -279,7 +279,7 @@ def neighbour_graph(
 
     Example:
         >>> from sklearn.cluster import HDBSCAN
-        >>> graph = fastsae.neighbour_graph(fastsae.pack_signs(z), k=30)
+        >>> graph = fastsae.codes.neighbour_graph(fastsae.codes.pack_signs(z), k=30)
         >>> labels = HDBSCAN(min_cluster_size=20, min_samples=10, metric="precomputed").fit_predict(graph)
 
     Raises: TypeError: dtype. ValueError: shape, k or zero. ImportError: without SciPy.

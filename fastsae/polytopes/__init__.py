@@ -1,6 +1,6 @@
 """Polytopes: the regions on which a network is one affine map, exactly.
 
-net = fastsae.as_net(torch.nn.Sequential(...))       # or fastsae.mlp_block(model, layer) of a transformer
+net = fastsae.polytopes.as_net(torch.nn.Sequential(...))       # or fastsae.polytopes.mlp_block(model, layer) of a transformer
 crossings, shell, local_complexity                   boundaries on segments, on rays, around points
 affine_map, soft_affine_map                          the map of a region; the average over regions by probability
 frobenius_distance, frobenius_pairs, frobenius_topk, boundary_norms      how far maps are apart, without forming them

@@ -312,7 +312,7 @@ class NearestAffine(nn.Module):
     Raises: TypeError: dtype, device or type. ValueError: shape.
 
     Example:
-        >>> system = fastsae.NearestAffine(centres, A, c)
+        >>> system = fastsae.polytopes.NearestAffine(centres, A, c)
         >>> x = system(x)  # one step of the dynamics
     """
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsae import Net, as_net, mlp_block
 from fastsae.demo import activations_minilm
+from fastsae.polytopes import Net, as_net, mlp_block
 from fastsae.studies import Study
 
 

@@ -66,7 +66,7 @@ def run(study: Study) -> None:
             "ascent": ascent(data, x, y, radius),
         }
         for kind, delta in ways.items():
-            found = fastsae.crossings(data.net, x, x + delta)
+            found = fastsae.polytopes.crossings(data.net, x, x + delta)
             crossed = found.counts.double()
             by_layer = [float((found.layer == layer).sum()) / len(x) / radius for layer in range(len(data.net.widths))]
             rows.append({

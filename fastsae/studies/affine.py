@@ -1,9 +1,10 @@
 """How different are the affine maps of neighbouring polytopes, and of polytopes that data lies in?
 
 A suggestion of Black et al. 2022 without an experiment: the Frobenius norm of the difference of two polytopes' maps. For one MLP it is a
-quadratic form in the difference of the codes, so that all pairs cost two products (``fastsae.frobenius_pairs``). Neighbours differ by one
-neuron and so by ``||W_out[:, i]|| ||W_in[i]||``. Were the neurons' contributions orthogonal, a pair's squared distance would be the sum of
-those squares over the neurons that differ: the ratio of the two says whether neurons that change together reinforce or cancel each other.
+quadratic form in the difference of the codes, so that all pairs cost two products (``fastsae.polytopes.frobenius_pairs``). Neighbours
+differ by one neuron and so by ``||W_out[:, i]|| ||W_in[i]||``. Were the neurons' contributions orthogonal, a pair's squared distance would
+be the sum of those squares over the neurons that differ: the ratio of the two says whether neurons that change together reinforce or
+cancel each other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 
 import fastsae
+from fastsae import polytopes
 from fastsae.ops.spline import _unpack
 from fastsae.studies import Study
 from fastsae.studies._networks import pairs, tokens
@@ -35,18 +37,18 @@ def run(study: Study) -> None:
     data = tokens(study)
     pick = torch.randperm(len(data.x), generator=study.generator(7), device="cpu")[: study["samples"]]
     x, kind = data.x[pick], data.kind[pick]
-    codes = fastsae.pack_signs(data.net.preactivations(x)[0])
+    codes = fastsae.codes.pack_signs(data.net.preactivations(x)[0])
     neurons = data.net.widths[0]
-    norms = fastsae.boundary_norms(data.net)[0]
+    norms = polytopes.boundary_norms(data.net)[0]
     bits = _unpack(codes)[:, :neurons].double()
-    size = fastsae.frobenius_distance(data.net, codes, torch.zeros_like(codes))  # of the map itself: its distance from that of no neuron
+    size = polytopes.frobenius_distance(data.net, codes, torch.zeros_like(codes))  # of the map itself: its distance from that of no neuron
     study.say(
         f"{len(x)} samples from {data.source}; {neurons} neurons, of which {float(bits.mean()):.1%} are on; mean norm of a map "
         f"{float(size.mean()):.2f}."
     )
 
-    distance = fastsae.frobenius_pairs(data.net, codes)
-    hamming = fastsae.hamming(codes, codes).double()
+    distance = polytopes.frobenius_pairs(data.net, codes)
+    hamming = fastsae.codes.hamming(codes, codes).double()
     # Squared distance if contributions were orthogonal: the neurons that differ, each with its squared norm.
     weight = norms.square()
     on = bits @ weight
@@ -57,12 +59,12 @@ def run(study: Study) -> None:
     # Codes with the same number of changes, but of random neurons.
     flips = torch.randperm(len(x), generator=study.generator(8), device="cpu")
     rolled = bits[:, torch.randperm(neurons, generator=study.generator(9), device="cpu")][flips]
-    shuffled = fastsae.frobenius_pairs(data.net, fastsae.pack_signs(rolled > 0.5))
+    shuffled = polytopes.frobenius_pairs(data.net, fastsae.codes.pack_signs(rolled > 0.5))
     shuffled_on = rolled @ weight
     shuffled_alone = (shuffled_on.unsqueeze(1) + shuffled_on - 2 * (rolled * weight) @ rolled.T).clamp_min(0)
 
     a, b = pairs(kind, study["segments"], study.generator(10), False)
-    crossed = fastsae.crossings(data.net, x[a], x[b])
+    crossed = polytopes.crossings(data.net, x[a], x[b])
     across = norms[crossed.neuron]
     rows = []
     for name, where, values, orthogonal in (
@@ -90,8 +92,8 @@ def run(study: Study) -> None:
     i, j = torch.triu_indices(len(x), len(x), 1, device="cpu")
     few = torch.randperm(len(i), generator=study.generator(11), device="cpu")[:200_000]
     correlation = float(torch.corrcoef(torch.stack([hamming[i[few], j[few]], distance[i[few], j[few]]]))[0, 1])
-    near_h = fastsae.hamming_topk(codes, codes, 2).index
-    near_f = fastsae.frobenius_topk(data.net, codes, codes, 2).index
+    near_h = fastsae.codes.hamming_topk(codes, codes, 2).index
+    near_f = polytopes.frobenius_topk(data.net, codes, codes, 2).index
     own = torch.arange(len(x), device="cpu")
     nearest = {
         name: torch.where(index[:, 0] == own, index[:, 1], index[:, 0]) for name, index in (("Hamming", near_h), ("Frobenius", near_f))

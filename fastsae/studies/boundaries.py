@@ -1,9 +1,9 @@
 """Are polytope boundaries denser between classes than within them?
 
 A prediction of the polytope lens (Black et al. 2022): semantic boundaries coincide with many polytope boundaries. On a ReLU classifier of
-scikit-learn's digits every boundary between two test images is counted exactly (``fastsae.crossings``), for pairs of one class and of two,
-per unit of Euclidean distance, layer by layer, in the trained network and in the same network before training. The second question is
-where on the way they lie: around the place where the predicted class changes?
+scikit-learn's digits every boundary between two test images is counted exactly (``fastsae.polytopes.crossings``), for pairs of one class
+and of two, per unit of Euclidean distance, layer by layer, in the trained network and in the same network before training. The second
+question is where on the way they lie: around the place where the predicted class changes?
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run(study: Study) -> None:
     for network, net in (("trained", data.net), ("untrained", data.untrained)):
         for kind, (a, b) in kinds.items():
             p, q = data.x[a], data.x[b]
-            crossed = fastsae.crossings(net, p, q)
+            crossed = fastsae.polytopes.crossings(net, p, q)
             length = (p - q).double().norm(dim=1)
             by_layer = torch.zeros(len(a), len(net.widths), dtype=torch.float64, device="cpu")
             by_layer.index_put_((crossed.segment, crossed.layer), torch.ones_like(crossed.t), accumulate=True)

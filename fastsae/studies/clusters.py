@@ -2,7 +2,8 @@
 
 The experiment behind Figure 12 of Black et al. 2022: HDBSCAN on the activations of an MLP's neurons and on their spline codes under the
 Hamming distance. Here on MLP inputs of all-MiniLM-L6-v2 whose word is known, so that clusters can be held against words. Both clusterings
-get the same treatment: the graph of the k nearest neighbours, exact, as precomputed distances (``fastsae.neighbour_graph`` for codes).
+get the same treatment: the graph of the k nearest neighbours, exact, as precomputed distances
+(``fastsae.codes.neighbour_graph`` for codes).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def cluster(graph: Any, least: int, samples: int) -> Tensor:
 
 
 def euclidean_graph(x: Tensor, k: int) -> Any:
-    """As ``fastsae.neighbour_graph`` for Euclidean distances."""
+    """As ``fastsae.codes.neighbour_graph`` for Euclidean distances."""
     from sklearn.neighbors import NearestNeighbors
 
     graph = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x.numpy()).kneighbors_graph(mode="distance")
@@ -71,7 +72,7 @@ def run(study: Study) -> None:
     act = next(stage for stage in data.net.stages if isinstance(stage, Activation))
     k, least, samples = study["k"], study["least"], study["samples"]
     graphs = {
-        "codes, Hamming": lambda: fastsae.neighbour_graph(fastsae.pack_signs(z), k),
+        "codes, Hamming": lambda: fastsae.codes.neighbour_graph(fastsae.codes.pack_signs(z), k),
         "activations, Euclidean": lambda: euclidean_graph(activate(z, act), k),
         "pre-activations, Euclidean": lambda: euclidean_graph(z, k),
         "MLP inputs, Euclidean": lambda: euclidean_graph(data.x, k),
@@ -124,8 +125,8 @@ def run(study: Study) -> None:
     axes[1].legend(frameon=False)
     generator = study.generator(5)
     a, b = torch.randint(len(z), (2, 20_000), generator=generator, device="cpu")
-    packed = fastsae.pack_signs(z)
-    hamming = fastsae.boundary_density(packed[a], packed[b]).pairs
+    packed = fastsae.codes.pack_signs(z)
+    hamming = fastsae.codes.boundary_density(packed[a], packed[b]).pairs
     euclid = (activate(z[a], act) - activate(z[b], act)).norm(dim=1)
     same = (data.kind[a] == data.kind[b]) & (a != b)
     correlation = float(torch.corrcoef(torch.stack([hamming, euclid]))[0, 1])

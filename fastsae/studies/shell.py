@@ -33,7 +33,7 @@ def run(study: Study) -> None:
     profiles, rows = {}, []
     for network, net in (("trained", data.net), ("untrained", data.untrained)):
         for kind, directions in (("random", random), ("through images", images)):
-            rays = fastsae.shell(net, directions, radius)
+            rays = fastsae.polytopes.shell(net, directions, radius)
             hist = torch.stack([torch.histogram(rays.distance[rays.layer == layer], edges).hist for layer in range(len(net.widths))])
             profiles[network, kind] = 4 * hist / len(directions)  # boundaries for each doubling
             peak = int(hist.sum(0).argmax())
@@ -65,19 +65,19 @@ def run(study: Study) -> None:
     front, back = Net(data.net.stages[: first + 1]), Net(data.net.stages[first + 1 :])
     h = front(images)
     top = study["reach"]
-    found = fastsae.crossings(back, torch.zeros_like(h), top * h)
+    found = fastsae.polytopes.crossings(back, torch.zeros_like(h), top * h)
     scale = found.t * top
     # The interval around 1 within which the code of all later layers stays.
     below = torch.zeros(len(h), dtype=torch.float64, device="cpu").scatter_reduce(0, found.segment[scale <= 1], scale[scale <= 1], "amax")
     above = torch.full((len(h),), top, dtype=torch.float64, device="cpu").scatter_reduce(
         0, found.segment[scale > 1], scale[scale > 1], "amin"
     )
-    base = fastsae.pack_signs(torch.cat(back.preactivations(h), 1))
+    base = fastsae.codes.pack_signs(torch.cat(back.preactivations(h), 1))
     predicted = back(h).argmax(1)
     curve = []
     for s in torch.linspace(0, top, 49, device="cpu", dtype=torch.float32).tolist():
-        code = fastsae.pack_signs(torch.cat(back.preactivations(s * h), 1))
-        changed = fastsae.boundary_density(base, code).pairs / sum(back.widths)
+        code = fastsae.codes.pack_signs(torch.cat(back.preactivations(s * h), 1))
+        changed = fastsae.codes.boundary_density(base, code).pairs / sum(back.widths)
         curve.append(
             {
                 "scale": s,

@@ -179,7 +179,7 @@ def _topk(x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, scale: Tensor) -> Tens
 
 
 def _select(z: Tensor) -> Tensor:
-    return fastsae.select_topk(z, k=5).values
+    return fastsae.functional.select_topk(z, k=5).values
 
 
 def _topk_signed(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -346,13 +346,13 @@ VMAPPED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "encode_threshold": lambda x, W: fastsae.encode_threshold(x, W, capacity=200).values,
     "encode_batch_topk": lambda x, W: fastsae.encode_batch_topk(x, W, k=2)[1],
     "decode": lambda x, W: fastsae.decode(fastsae.TopKLatents(x[:, :5], _INDICES, 23), W),
-    "select_topk": lambda x, W: fastsae.select_topk(x, k=2).values,
+    "select_topk": lambda x, W: fastsae.functional.select_topk(x, k=2).values,
     "match_cosine": lambda x, W: fastsae.match_cosine(x, W, k=2).similarity,
     "spline_code": lambda x, W: fastsae.spline_code(x, W),
     "spline_hash": lambda x, W: fastsae.spline_hash(x, W),
-    "pack_signs": lambda x, W: fastsae.pack_signs(x),
-    "hash_signs": lambda x, W: fastsae.hash_signs(x),
-    "hash_code": lambda x, W: fastsae.hash_code(fastsae.pack_signs(x)),
+    "pack_signs": lambda x, W: fastsae.codes.pack_signs(x),
+    "hash_signs": lambda x, W: fastsae.codes.hash_signs(x),
+    "hash_code": lambda x, W: fastsae.codes.hash_code(fastsae.codes.pack_signs(x)),
 }
 
 
@@ -446,14 +446,14 @@ def test_ragged_compiles_without_graph_breaks(name: str) -> None:
 CODES = {
     "spline_code": lambda x, W: fastsae.spline_code(x, W),
     "spline_hash": lambda x, W: fastsae.spline_hash(x, W, bits=128, seed=2**63),
-    "pack_signs": lambda x, W: fastsae.pack_signs(x),
-    "hash_signs": lambda x, W: fastsae.hash_signs(x),
-    "hash_code": lambda x, W: fastsae.hash_code(fastsae.pack_signs(x)),
-    "hamming": lambda x, W: fastsae.hamming(fastsae.pack_signs(x), fastsae.pack_signs(W)),
-    "hamming_topk": lambda x, W: fastsae.hamming_topk(fastsae.pack_signs(x), fastsae.pack_signs(W), 3),
-    "count_codes": lambda x, W: fastsae.count_codes(fastsae.hash_signs(x)),
-    "combine_hashes": lambda x, W: fastsae.combine_hashes([fastsae.hash_signs(x), fastsae.hash_signs(-x, layer=1)]),
-    "boundary_density": lambda x, W: fastsae.boundary_density(fastsae.pack_signs(x), fastsae.pack_signs(-x), x, x + 1),
+    "pack_signs": lambda x, W: fastsae.codes.pack_signs(x),
+    "hash_signs": lambda x, W: fastsae.codes.hash_signs(x),
+    "hash_code": lambda x, W: fastsae.codes.hash_code(fastsae.codes.pack_signs(x)),
+    "hamming": lambda x, W: fastsae.codes.hamming(fastsae.codes.pack_signs(x), fastsae.codes.pack_signs(W)),
+    "hamming_topk": lambda x, W: fastsae.codes.hamming_topk(fastsae.codes.pack_signs(x), fastsae.codes.pack_signs(W), 3),
+    "count_codes": lambda x, W: fastsae.codes.count_codes(fastsae.codes.hash_signs(x)),
+    "combine_hashes": lambda x, W: fastsae.codes.combine_hashes([fastsae.codes.hash_signs(x), fastsae.codes.hash_signs(-x, layer=1)]),
+    "boundary_density": lambda x, W: fastsae.codes.boundary_density(fastsae.codes.pack_signs(x), fastsae.codes.pack_signs(-x), x, x + 1),
 }
 
 

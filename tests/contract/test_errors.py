@@ -499,7 +499,7 @@ def test_an_index_out_of_range(bad: int, index_dtype: torch.dtype, backend: str 
         latents = RaggedLatents(RAGGED.values, RAGGED.crow, col, F, (4,))
     for run in (
         lambda: fastsae.decode(latents, draw(F, OUT), backend=backend),
-        lambda: fastsae.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
+        lambda: fastsae.functional.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
     ):
         with pytest.raises(IndexError, match=rf"{bad} at \[2(, 1)?\].*0 <= index < {F}"):
             run()
@@ -511,7 +511,7 @@ def test_bad_row_pointers(backend: str | None, crow: list[int]) -> None:
     latents = RaggedLatents(RAGGED.values, torch.tensor(crow), RAGGED.col, F, (4,))
     for run in (
         lambda: fastsae.decode(latents, draw(F, OUT), backend=backend),
-        lambda: fastsae.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
+        lambda: fastsae.functional.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
     ):
         with pytest.raises(ValueError, match=r"latents\.crow"):
             run()
@@ -623,7 +623,7 @@ def test_questions_to_a_match() -> None:
         (lambda: m.fraction_above(0.9, "mean"), "direction must be 'a_to_b' or 'b_to_a', got 'mean'"),
         (lambda: m.histogram(0), "bins must be at least 1, got 0"),
         (lambda: m.histogram(5, null="gauss"), "null must be 'random' or None, got 'gauss'"),
-        (lambda: fastsae.mmcs_matrix([draw(3, 4)], "both"), "direction must be .* got 'both'"),
+        (lambda: fastsae.compare.mmcs_matrix([draw(3, 4)], "both"), "direction must be .* got 'both'"),
         (lambda: fastsae.mmcs(draw(3, 4), draw(3, 4), "both"), "direction must be .* got 'both'"),
         (lambda: fastsae.match(torch.full((2, 3), float("nan")), draw(3, 3)).one_to_one(), "similarities must not be NaN"),
     ):
@@ -659,14 +659,14 @@ def test_wrong_inputs_leave_no_trace() -> None:
     bad = TopKLatents(LATENTS.values, torch.full_like(LATENTS.indices, F), F)
     before = torch.get_float32_matmul_precision()
     with pytest.raises(IndexError):
-        fastsae.decode_backward(draw(ROWS, OUT), bad, draw(F, OUT), out=out, backend="reference")
+        fastsae.functional.decode_backward(draw(ROWS, OUT), bad, draw(F, OUT), out=out, backend="reference")
     assert bool((out == 7).all())
     assert torch.get_float32_matmul_precision() == before
 
 
 # ---------------------------------------------------------------- adam_
 
-ROW_GRADIENT = fastsae.RowGradient(LATENTS.values, LATENTS.indices, None, draw(ROWS, D), F)
+ROW_GRADIENT = fastsae.optim.RowGradient(LATENTS.values, LATENTS.indices, None, draw(ROWS, D), F)
 
 
 @pytest.mark.parametrize(
@@ -717,5 +717,5 @@ def test_a_bad_slot_of_a_gradient_leaves_the_weights(bad: int, backend: str | No
     W, m, v = matrices = [draw(F, D), torch.zeros(F, D), torch.zeros(F, D)]
     before = [t.clone() for t in matrices]
     with pytest.raises(IndexError, match=rf"{bad} at \[2, 1\].*0 <= index < {F}"):
-        fastsae.adam_(W, m, v, dataclasses.replace(ROW_GRADIENT, indices=indices), step=1, backend=backend)
+        fastsae.optim.adam_(W, m, v, dataclasses.replace(ROW_GRADIENT, indices=indices), step=1, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(before, matrices))

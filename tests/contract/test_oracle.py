@@ -532,7 +532,7 @@ class Problem:
 
         # count_codes is torch's sort: against a set.
         codes = torch.from_numpy(b[:, : draw.randint(1, min(words, 2))].copy())
-        unique, inverse, counts = fastsae.count_codes(codes)
+        unique, inverse, counts = fastsae.codes.count_codes(codes)
         rank = sorted({tuple(row) for row in codes.tolist()})
         self.same("count_codes", str(tuple(codes.shape)), unique=(unique, np.array(rank)),
                   inverse=(inverse, [rank.index(tuple(row)) for row in codes.tolist()]),
@@ -600,7 +600,7 @@ def test_references_select_as_the_oracle(oracle: ctypes.CDLL) -> None:
         problem.same("encode_batch_topk", f"k={total}", values=(ragged.values, out[0][:found]), col=(ragged.col, out[1][:found]),
                      crow=(ragged.crow, out[2]), min_kept=(min_kept, least[0]))  # fmt: skip
 
-        selected = fastsae.select_topk(torch.from_numpy(now), k=k, relu=relu, backend="reference")
+        selected = fastsae.functional.select_topk(torch.from_numpy(now), k=k, relu=relu, backend="reference")
         oracle.topk(p(now), i64(rows), i64(m), None, None, None, i64(k), int(relu), 0, 0, p(values), p(indices))
         problem.same("select_topk", f"k={k}", values=(selected.values + 0.0, values), indices=(selected.indices, indices))
         code = fastsae.spline_code(*tensors, backend="reference")

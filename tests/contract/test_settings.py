@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastsae
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, Trainer, superposition
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, Trainer, polytopes, superposition
 from fastsae._core.precision import full_precision
 from fastsae.dispatch import OPS
 from fastsae.reference import product, running_sums
@@ -267,53 +267,53 @@ def _files(folder: Path) -> Any:
 
 def _matches() -> Any:
     found = fastsae.match(W, _t(40, 16), weights=(W[:, 0].abs(), None))
-    variants = [fastsae.mmcs(W, W if kind.exclude_self else _t(40, 16), variant=kind) for kind in fastsae.MMCS_VARIANTS.values()]
+    variants = [fastsae.mmcs(W, W if kind.exclude_self else _t(40, 16), variant=kind) for kind in fastsae.compare.MMCS_VARIANTS.values()]
     return (
         found.a_to_b,
         found.most_negative,
         found.histogram(20),
         found.one_to_one(4),
-        fastsae.mmcs_matrix([W, W + 1, _t(40, 16)]),
+        fastsae.compare.mmcs_matrix([W, W + 1, _t(40, 16)]),
         variants,
     )
 
 
 def _codes() -> Any:
     hashes, codes = fastsae.spline_hash(X, W), fastsae.spline_code(X, W)
-    counter = fastsae.CodeCounter(["a"])
+    counter = fastsae.codes.CodeCounter(["a"])
     counter.update({"a": hashes}, MASK)
-    graph = fastsae.neighbour_graph(codes, k=5)
-    density = fastsae.boundary_density(codes, codes.flip(0), X, X.flip(0))
+    graph = fastsae.codes.neighbour_graph(codes, k=5)
+    density = fastsae.codes.boundary_density(codes, codes.flip(0), X, X.flip(0))
     return (
         hashes,
         str(counter.table()),
         torch.from_numpy(graph.data),
         density,
-        fastsae.count_codes(hashes),
-        fastsae.near_zero_counts(X, W, eps=0.1),
+        fastsae.codes.count_codes(hashes),
+        fastsae.codes.near_zero_counts(X, W, eps=0.1),
     )
 
 
 def _trace() -> Any:
-    with fastsae.trace(NET, "*") as traced:
+    with fastsae.codes.trace(NET, "*") as traced:
         checkpoint(NET, X, use_reentrant=False)
     return traced.pop()
 
 
 def _polytopes() -> Any:
-    net = fastsae.as_net(NET)
-    mlp, codes = fastsae.as_net(NET[:3]), fastsae.pack_signs(_t(48, 24))
+    net = polytopes.as_net(NET)
+    mlp, codes = polytopes.as_net(NET[:3]), fastsae.codes.pack_signs(_t(48, 24))
     return (
-        fastsae.affine_map(net, X), fastsae.soft_affine_map(net, X), fastsae.local_complexity(net, X, 0.1, 8),
-        fastsae.crossings(net, X[:4], X[4:8]), fastsae.shell(net, X[:4], radius=1.0), fastsae.boundary_norms(net, X),
-        fastsae.frobenius_pairs(mlp, codes), fastsae.frobenius_topk(mlp, codes, codes, 3),
-        fastsae.expected_hamming(X.sigmoid(), X.flip(0).sigmoid()), fastsae.soft_code(X),
+        polytopes.affine_map(net, X), polytopes.soft_affine_map(net, X), polytopes.local_complexity(net, X, 0.1, 8),
+        polytopes.crossings(net, X[:4], X[4:8]), polytopes.shell(net, X[:4], radius=1.0), polytopes.boundary_norms(net, X),
+        polytopes.frobenius_pairs(mlp, codes), polytopes.frobenius_topk(mlp, codes, codes, 3),
+        polytopes.expected_hamming(X.sigmoid(), X.flip(0).sigmoid()), polytopes.soft_code(X),
     )  # fmt: skip
 
 
 def _nearest() -> Any:
     A, x = _t(8, 5, 16).requires_grad_(), X.clone().requires_grad_()
-    y = fastsae.NearestAffine(_t(8, 16), A, _t(8, 5))(x)
+    y = polytopes.NearestAffine(_t(8, 16), A, _t(8, 5))(x)
     return y, torch.autograd.grad(y.square().sum(), (A, x))
 
 

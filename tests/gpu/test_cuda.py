@@ -196,7 +196,7 @@ def test_hamming_tiles_are_merged(m: int, k: int, emulated: Any) -> None:
     b = torch.randint(-4, 4, (m, 2), generator=torch.Generator().manual_seed(2))  # many equal distances, across tiles
     whole = native_cuda.hamming_topk(a, b, k)
     tiled = native_cuda.hamming_topk(a, b, k, workspace=64 * 4 * 2)
-    distance = fastsae.hamming(a, b, backend="reference")
+    distance = fastsae.codes.hamming(a, b, backend="reference")
     order = distance.sort(dim=1, stable=True)
     for got in (whole, tiled):
         assert torch.equal(got[0], order.values[:, :k])
@@ -377,9 +377,12 @@ GRAPHED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         ("encode_batch_topk", "decode"),
     ),
     "dweight": (lambda x, W, W_dec: _dweight(x, W), ("decode_dweight",)),
-    "select": (lambda x, W, W_dec: fastsae.select_topk(x, k=16).values, ("select_topk",)),
-    "hash": (lambda x, W, W_dec: fastsae.hash_signs(x), ("hash_signs",)),
-    "hamming": (lambda x, W, W_dec: fastsae.hamming_topk(fastsae.pack_signs(x), fastsae.pack_signs(W), 8).distance, ("hamming_topk",)),
+    "select": (lambda x, W, W_dec: fastsae.functional.select_topk(x, k=16).values, ("select_topk",)),
+    "hash": (lambda x, W, W_dec: fastsae.codes.hash_signs(x), ("hash_signs",)),
+    "hamming": (
+        lambda x, W, W_dec: fastsae.codes.hamming_topk(fastsae.codes.pack_signs(x), fastsae.codes.pack_signs(W), 8).distance,
+        ("hamming_topk",),
+    ),
 }
 
 
@@ -433,8 +436,8 @@ def test_gpu_streams_are_respected() -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         z.fill_(1.0)  # after the sleep: a launch on another stream would see zeros
-        latents = fastsae.select_topk(z, k=4, backend="cuda")
-        words = fastsae.pack_signs(z, backend="cuda")
+        latents = fastsae.functional.select_topk(z, k=4, backend="cuda")
+        words = fastsae.codes.pack_signs(z, backend="cuda")
     side.synchronize()
     assert bool((latents.values == 1).all())
     assert bool((words == -1).all())
@@ -445,7 +448,7 @@ def test_gpu_streams_are_respected() -> None:
 def test_gpu_of_the_tensors_is_used() -> None:
     z = torch.randn(64, 4096, device="cuda:1")
     assert torch.cuda.current_device() == 0
-    latents = fastsae.select_topk(z, k=7, backend="cuda")
+    latents = fastsae.functional.select_topk(z, k=7, backend="cuda")
     assert latents.values.device == z.device
     assert torch.equal(latents.indices.cpu(), best(z.cpu(), 7)[1])
     assert torch.cuda.current_device() == 0

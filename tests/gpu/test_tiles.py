@@ -434,7 +434,7 @@ def test_a_public_handle(monkeypatch: pytest.MonkeyPatch) -> None:
     assert handle.nbytes == 40 * (2 * 64 + 12)
     for call in (
         lambda W: fastsae.encode_topk(x, W, k=4, backend="triton").to_dense(),
-        lambda W: fastsae.near_zero_counts(x, W, eps=0.5),
+        lambda W: fastsae.codes.near_zero_counts(x, W, eps=0.5),
         lambda W: torch.compile(fastsae.spline_code, backend="eager", fullgraph=True)(x, W, backend="triton"),
     ):
         assert torch.equal(call(handle), call(W))

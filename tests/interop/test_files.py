@@ -29,8 +29,9 @@ import torch
 from places import ROOT, TESTS
 from torch import Tensor
 
-from fastsae import SAE, AuxK, BatchTopK, CodeCounter, Gated, JumpReLU, ReLU, SAEs, TopK, load_checkpoint, optim, save_checkpoint
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, load_checkpoint, optim, save_checkpoint
 from fastsae._core import files
+from fastsae.codes import CodeCounter
 from fastsae.formats.weight_files import read_tensors
 from fastsae.trainer import Batches, Trainer
 

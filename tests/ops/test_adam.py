@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae import RowGradient
 from fastsae.dispatch import OPS
 from fastsae.native import loader
+from fastsae.optim import RowGradient
 
 LR = 1e-2
 B, D, F, K = 40, 37, 61, 5
@@ -74,7 +74,7 @@ def test_equals_torch(backend: str, kind: str, decay: float) -> None:
     theirs = torch.optim.AdamW([leaf], lr=LR, weight_decay=decay)
     for step in range(1, 11):
         gradient = slots(kind, seed=step)
-        fastsae.adam_(W, m, v, gradient, step=step, lr=LR, weight_decay=decay, backend=backend)
+        fastsae.optim.adam_(W, m, v, gradient, step=step, lr=LR, weight_decay=decay, backend=backend)
         leaf.grad = dense(gradient, torch.float32)
         theirs.step()
         if step in (1, 10):
@@ -100,7 +100,7 @@ def test_equals_the_composition_in_torch(backend: str, kind: str) -> None:
             W, *((given, None, None, None) if kind == "dense" else (rows.rows, rows.values, rows.indices, rows.crow)), True, backend=backend
         )
         factor = (2.0 / (squares.sqrt() + 1e-6)).clamp_max(1.0)
-        fastsae.adam_(
+        fastsae.optim.adam_(
             W, m, v, given, step=step, lr=LR, weight_decay=0.05, factor=factor, project=True, normalise=True, backend=backend
         )  # fmt: skip
         with torch.no_grad():
@@ -118,7 +118,7 @@ def test_equals_the_composition_in_torch(backend: str, kind: str) -> None:
 def test_untouched_features_move_as_dense_adam_moves_them(backend: str) -> None:
     W, m, v = normal(F, D), normal(F, D, seed=1), normal(F, D, seed=2).square()
     before = W.clone(), m.clone(), v.clone()
-    fastsae.adam_(W, m, v, slots("plain", 0), step=5, lr=LR, backend=backend)
+    fastsae.optim.adam_(W, m, v, slots("plain", 0), step=5, lr=LR, backend=backend)
     silent = slice(F - 6, F)
     torch.testing.assert_close(m[silent], 0.9 * before[1][silent])
     torch.testing.assert_close(v[silent], 0.999 * before[2][silent])
@@ -128,7 +128,7 @@ def test_untouched_features_move_as_dense_adam_moves_them(backend: str) -> None:
 def test_short_rows_are_not_normalised(backend: str) -> None:
     W, m, v = torch.zeros(3, D), torch.zeros(3, D), torch.ones(3, D)
     W[1], W[2] = 1e-10, 1e-3
-    fastsae.adam_(W, m, v, torch.zeros(3, D), step=1, normalise=True, backend=backend)
+    fastsae.optim.adam_(W, m, v, torch.zeros(3, D), step=1, normalise=True, backend=backend)
     assert torch.equal(W[:2], torch.tensor([[0.0], [1e-10]]).expand(2, D))
     torch.testing.assert_close(torch.linalg.vector_norm(W[2]), torch.tensor(1.0))
 
@@ -141,7 +141,7 @@ def test_what_is_not_finite_spreads_as_in_torch(backend: str, value: float) -> N
     leaf = W.clone().requires_grad_()
     theirs = torch.optim.Adam([leaf], lr=LR)
     for step in (1, 2):
-        fastsae.adam_(W, m, v, gradient, step=step, lr=LR, backend=backend)
+        fastsae.optim.adam_(W, m, v, gradient, step=step, lr=LR, backend=backend)
         leaf.grad = dense(gradient, torch.float32)
         theirs.step()
     assert torch.equal(W.isnan(), leaf.isnan())
@@ -154,9 +154,9 @@ def test_a_factor_that_is_nan_leaves_everything(backend: str) -> None:
         W, m, v = normal(F, D), normal(F, D, seed=1), normal(F, D, seed=2).square()
         before = W.clone(), m.clone(), v.clone()
         options: dict[str, Any] = {"step": 1, "weight_decay": 0.1, "project": True, "normalise": True, "backend": backend}
-        fastsae.adam_(W, m, v, gradient, factor=torch.tensor(float("nan")), **options)
+        fastsae.optim.adam_(W, m, v, gradient, factor=torch.tensor(float("nan")), **options)
         assert all(torch.equal(a, b) for a, b in zip((W, m, v), before))
-        fastsae.adam_(W, m, v, gradient, factor=torch.tensor(1.0), **options)
+        fastsae.optim.adam_(W, m, v, gradient, factor=torch.tensor(1.0), **options)
         assert not torch.equal(W, before[0])
 
 
@@ -190,7 +190,7 @@ def test_bits_do_not_depend_on_threads(hot: bool, unit_rows: bool) -> None:
 
     def run() -> tuple[Tensor, ...]:
         W, m, v = start.clone(), normal(features, width, seed=3), normal(features, width, seed=4).square()
-        fastsae.adam_(W, m, v, gradient, step=3, project=unit_rows, normalise=unit_rows, backend="cpu")
+        fastsae.optim.adam_(W, m, v, gradient, step=3, project=unit_rows, normalise=unit_rows, backend="cpu")
         total = OPS["grad_squares"](start, gradient.rows, gradient.values, gradient.indices, None, unit_rows, backend="cpu")
         return W, m, v, total
 
@@ -214,7 +214,7 @@ def test_many_slots_are_sorted_by_all_threads(ragged: bool) -> None:
 
     def run() -> tuple[Tensor, ...]:
         W, m, v = normal(features, width), torch.zeros(features, width), torch.zeros(features, width)
-        fastsae.adam_(W, m, v, gradient, step=1, backend="cpu")
+        fastsae.optim.adam_(W, m, v, gradient, step=1, backend="cpu")
         matrix = torch.empty(features, width)
         loader.decode_dweight(values, indices, crow, gradient.rows, matrix)
         return W, m, v, matrix
@@ -230,7 +230,7 @@ def test_a_bias_is_split_over_threads_too() -> None:
 
     def run() -> tuple[Tensor, ...]:
         W, m, v = p.clone(), torch.zeros_like(p), torch.zeros_like(p)
-        fastsae.adam_(W, m, v, g, step=1, backend="cpu")
+        fastsae.optim.adam_(W, m, v, g, step=1, backend="cpu")
         return W, m, v
 
     first, *others = everywhere(run)
@@ -247,7 +247,7 @@ def test_slots_give_the_bits_of_the_matrix_that_decode_dweight_writes(level: str
         results = []
         for given in (gradient, matrix):
             W, m, v = normal(F, D), normal(F, D, seed=1), normal(F, D, seed=2).square()
-            fastsae.adam_(W, m, v, given, step=2, normalise=True, backend="cpu")
+            fastsae.optim.adam_(W, m, v, given, step=2, normalise=True, backend="cpu")
             results.append((W, m, v))
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -259,7 +259,7 @@ def test_avx2_and_avx512_give_the_same_bits() -> None:
     for level in levels:
         with loader.use_isa(level):
             W, m, v = unit(normal(F, D)), normal(F, D, seed=1), normal(F, D, seed=2).square()
-            fastsae.adam_(W, m, v, slots("heavy", 1), step=2, project=True, normalise=True, backend="cpu")
+            fastsae.optim.adam_(W, m, v, slots("heavy", 1), step=2, project=True, normalise=True, backend="cpu")
             results.append((W, m, v))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -279,7 +279,7 @@ def test_refusals_give_the_reason() -> None:
     assert loader.refuses_adam(spread, m, v, g, *options) == "W with strides (16, 2) (supported: rows, or their transposed view)"
     assert loader.refuses_grad_squares(W, g.to("meta"), None, None, None, False) == "device meta of grad (supported: cpu)"
     with pytest.raises(fastsae.BackendError, match="those of W"):
-        fastsae.adam_(other, m, v, g, step=1, backend="cpu")
+        fastsae.optim.adam_(other, m, v, g, step=1, backend="cpu")
 
 
 @needs_native
@@ -318,7 +318,7 @@ def test_a_transposed_view_gives_the_bits_of_the_rows(level: str, kind: str, uni
                 parts = (gradient.rows, gradient.values, gradient.indices, gradient.crow)
             finite = view(start(lambda t: t)[0].nan_to_num(posinf=1.0))
             total = OPS["grad_squares"](finite, *parts, unit_rows, backend="cpu")
-            fastsae.adam_(W, m, v, gradient, step=3, weight_decay=0.1, project=unit_rows, normalise=unit_rows, backend="cpu")
+            fastsae.optim.adam_(W, m, v, gradient, step=3, weight_decay=0.1, project=unit_rows, normalise=unit_rows, backend="cpu")
             results.append((W, m, v, total))
     for other in results[1:]:
         for a, b in zip(results[0], other):
@@ -334,7 +334,7 @@ def test_narrow_slots_are_widened_exactly() -> None:
     results = []
     for given in (narrow, wide):
         W, m, v = normal(F, D), torch.zeros(F, D), torch.zeros(F, D)
-        fastsae.adam_(W, m, v, given, step=1)
+        fastsae.optim.adam_(W, m, v, given, step=1)
         results.append(W)
     assert torch.equal(*results)
 
@@ -342,6 +342,6 @@ def test_narrow_slots_are_widened_exactly() -> None:
 def test_autograd_sees_that_the_weights_have_changed() -> None:
     W = normal(4, 3).requires_grad_()
     loss = W.square().sum()
-    fastsae.adam_(W, torch.zeros(4, 3), torch.zeros(4, 3), normal(4, 3), step=1)
+    fastsae.optim.adam_(W, torch.zeros(4, 3), torch.zeros(4, 3), normal(4, 3), step=1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsae import count_codes, hash_code, hash_signs
+from fastsae.codes import count_codes, hash_code, hash_signs
 
 
 @given(st.integers(0, 200), st.sampled_from([None, 1, 2, 3]), st.integers(1, 40), st.integers(0, 2**31))

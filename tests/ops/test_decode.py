@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import RaggedLatents, TopKLatents, decode, decode_backward, reference
+from fastsae import RaggedLatents, TopKLatents, decode, reference
+from fastsae.functional import decode_backward
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

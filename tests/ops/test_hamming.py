@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import hamming, hamming_topk, pack_signs, reference
+from fastsae import reference
+from fastsae.codes import hamming, hamming_topk, pack_signs
 from fastsae.native import loader
 
 
@@ -187,9 +188,9 @@ def test_topk_memory_does_not_grow_with_the_number_of_pairs() -> None:
     code = """
 import resource, torch, fastsae
 a = torch.randint(-2**62, 2**62, (20000, 1)); b = torch.randint(-2**62, 2**62, (40000, 1))
-fastsae.hamming_topk(a[:100], b[:100], 2)
+fastsae.codes.hamming_topk(a[:100], b[:100], 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fastsae.hamming_topk(a, b, 2, backend="cpu")
+fastsae.codes.hamming_topk(a, b, 2, backend="cpu")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(fastsae.__file__).parents[1])}
@@ -203,24 +204,24 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def test_boundary_density_by_hand() -> None:
     a, b = torch.tensor([[0b1011, -1], [5, 5]]), torch.tensor([[0b0001, 0], [5, 5]])
-    pairs = fastsae.boundary_density(a, b)
+    pairs = fastsae.codes.boundary_density(a, b)
     assert pairs.pairs.tolist() == [66, 0]
     assert pairs.mean.item() == 33
     x_a, x_b = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0, 4.0], [1.0, 1.0]])
-    found = fastsae.boundary_density(a, b, x_a, x_b)
+    found = fastsae.codes.boundary_density(a, b, x_a, x_b)
     assert found.pairs.tolist() == pytest.approx([66 / 5, 0])
     assert found.mean.item() == pytest.approx(33 / 5)
-    assert fastsae.boundary_density(a[:1], b[:1], x_a[1:], x_b[1:]).pairs.tolist() == [float("inf")]
-    assert fastsae.boundary_density(a, b, x_a.double(), x_b.double()).mean.dtype is torch.float64
-    assert fastsae.boundary_density(a, b, x_a.bfloat16(), x_b.bfloat16()).mean.dtype is torch.float32
-    assert fastsae.boundary_density(a[:0], b[:0]).mean.isnan()
-    assert fastsae.boundary_density(a[0], b[0]).pairs.shape == ()
+    assert fastsae.codes.boundary_density(a[:1], b[:1], x_a[1:], x_b[1:]).pairs.tolist() == [float("inf")]
+    assert fastsae.codes.boundary_density(a, b, x_a.double(), x_b.double()).mean.dtype is torch.float64
+    assert fastsae.codes.boundary_density(a, b, x_a.bfloat16(), x_b.bfloat16()).mean.dtype is torch.float32
+    assert fastsae.codes.boundary_density(a[:0], b[:0]).mean.isnan()
+    assert fastsae.codes.boundary_density(a[0], b[0]).pairs.shape == ()
 
 
 @given(st.integers(0, 40), st.integers(0, 6), st.integers(0, 2**31))
 def test_boundary_density_counts_bits(n: int, w: int, seed: int) -> None:
     a, b = words(n, w, seed), words(n, w, seed + 1)
-    assert fastsae.boundary_density(a, b).pairs.tolist() == (np.diag(by_numpy(a, b)).tolist() if w else [0] * n)
+    assert fastsae.codes.boundary_density(a, b).pairs.tolist() == (np.diag(by_numpy(a, b)).tolist() if w else [0] * n)
 
 
 def test_boundary_density_along_a_segment_is_the_number_of_crossings_of_one_layer() -> None:
@@ -230,7 +231,7 @@ def test_boundary_density_along_a_segment_is_the_number_of_crossings_of_one_laye
     p, q = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     x = p + torch.linspace(0, 1, 50, dtype=torch.float64).unsqueeze(1) * (q - p)
     codes = fastsae.spline_code(x, W, b)
-    found = fastsae.boundary_density(codes[:-1], codes[1:], x[:-1], x[1:])
+    found = fastsae.codes.boundary_density(codes[:-1], codes[1:], x[:-1], x[1:])
     steps = (x[1:] - x[:-1]).norm(dim=1)
     assert (found.pairs * steps).sum().item() == pytest.approx(int(hamming(codes[:1], codes[-1:])))
 
@@ -249,7 +250,7 @@ def test_boundary_density_errors() -> None:
     ]
     for arguments, error, message in cases:
         with pytest.raises(error, match=f"^boundary_density: {message}"):
-            fastsae.boundary_density(*arguments)
+            fastsae.codes.boundary_density(*arguments)
 
 
 # ---------------------------------------------------------------- graphs for clustering
@@ -261,7 +262,7 @@ def test_neighbour_graph_equals_numpy(n: int, w: int, symmetric: bool, zero: flo
     k = data.draw(st.integers(1, n - 1))
     few = words(data.draw(st.integers(1, 6)), w, seed)  # equal codes, more of them than k
     codes = few[torch.randint(0, few.shape[0], (n,), generator=torch.Generator().manual_seed(seed))]
-    graph = fastsae.neighbour_graph(codes, k, symmetric=symmetric, zero=zero)
+    graph = fastsae.codes.neighbour_graph(codes, k, symmetric=symmetric, zero=zero)
     full = by_numpy(codes, codes)
     expected: dict[tuple[int, int], float] = {}
     for i in range(n):
@@ -293,12 +294,12 @@ def test_neighbour_graph_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"zero": "0"}, ValueError, "zero must be a number of at least 0 and below 1, got '0'"),
     ):
         with pytest.raises(error, match=f"^neighbour_graph: .*{message}"):
-            fastsae.neighbour_graph(**{"codes": codes, "k": 2, **arguments})
+            fastsae.codes.neighbour_graph(**{"codes": codes, "k": 2, **arguments})
     for name in [name for name in sys.modules if name.split(".")[0] == "scipy"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r"neighbour_graph needs SciPy: pip install 'fastsae-kernels\[studies\]'"):
-        fastsae.neighbour_graph(codes, 2)
+        fastsae.codes.neighbour_graph(codes, 2)
 
 
 def clustered(groups: int, each: int, neurons: int, flips: int, copies: int) -> tuple[Tensor, np.ndarray]:
@@ -314,7 +315,7 @@ def clustered(groups: int, each: int, neurons: int, flips: int, copies: int) -> 
 
 def cluster(make: Callable[..., Any], codes: Tensor, k: int) -> np.ndarray:
     """The example of neighbour_graph's documentation."""
-    graph = fastsae.neighbour_graph(codes, k=k)
+    graph = fastsae.codes.neighbour_graph(codes, k=k)
     return make(min_cluster_size=20, min_samples=10, metric="precomputed").fit_predict(graph)
 
 

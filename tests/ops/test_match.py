@@ -19,8 +19,9 @@ from places import ROOT
 from torch import Tensor
 
 import fastsae
-from fastsae import MMCS_VARIANTS, MmcsVariant, match, match_cosine, mmcs, mmcs_matrix, reference
+from fastsae import match, match_cosine, mmcs, reference
 from fastsae.__main__ import main
+from fastsae.compare import MMCS_VARIANTS, MmcsVariant, mmcs_matrix
 from fastsae.native import loader
 
 optimize = pytest.importorskip("scipy.optimize")

@@ -58,7 +58,7 @@ def other_view(p: nn.Parameter) -> None:
 
 
 def ours(p: nn.Parameter) -> None:
-    fastsae.adam_(p.detach(), torch.zeros_like(p), torch.zeros_like(p), torch.ones_like(p), step=1)
+    fastsae.optim.adam_(p.detach(), torch.zeros_like(p), torch.zeros_like(p), torch.ones_like(p), step=1)
 
 
 def swapped(p: nn.Parameter) -> None:

@@ -13,12 +13,11 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import fastsae
-from fastsae import RowGradient
 from fastsae._core import triton_support
 from fastsae.dispatch import OPS, use_backend
 from fastsae.native import loader
 from fastsae.ops import signum
-from fastsae.optim import Signum, warmup_linear_decay
+from fastsae.optim import RowGradient, Signum, warmup_linear_decay
 
 LEVELS = loader.isa_levels() if loader.unavailable() is None else []
 needs_native = pytest.mark.skipif(not LEVELS, reason=f"no C++ kernels: {loader.unavailable()}")

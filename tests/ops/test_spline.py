@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import hash_code, hash_signs, pack_signs, reference, spline_code, spline_hash, spline_keys
+from fastsae import reference, spline_code, spline_hash
+from fastsae.codes import hash_code, hash_signs, pack_signs, spline_keys
 from fastsae.native import loader
 from fastsae.ops.spline import philox
 from fastsae.testing import score_band
@@ -298,7 +299,7 @@ def test_layers_of_a_network_combine_by_xor_and_name_its_region() -> None:
     hashes = spline_hash(grid, first.weight, first.bias, layer=0) ^ spline_hash(hidden, second.weight, second.bias, layer=1)
     pattern = torch.cat([first(grid) > 0, second(hidden) > 0], 1)
     codes, inverse = torch.unique(pattern, dim=0, return_inverse=True)
-    regions = fastsae.count_codes(hashes)
+    regions = fastsae.codes.count_codes(hashes)
     assert regions.unique.shape[0] == codes.shape[0] > 20
     assert all(torch.unique(hashes[inverse == region]).numel() == 1 for region in range(codes.shape[0]))
 
@@ -321,12 +322,12 @@ def test_every_way_to_a_hash_gives_the_same(data: st.DataObject) -> None:
         assert torch.equal(hash_signs(z, layer=layer, **key), fused)
         shards = torch.arange(size) % 3
         parts = [spline_hash(x, W, b, neurons=shards == shard, layer=layer, **key) for shard in (2, 0, 1)]
-        assert torch.equal(fastsae.combine_hashes(parts), fused)
+        assert torch.equal(fastsae.codes.combine_hashes(parts), fused)
         order, columns = torch.randperm(rows, generator=generator), torch.randperm(width, generator=generator)
         again = spline_hash(x[order][:, columns], W[:, columns].T.contiguous().T, b, layer=layer, **key)
         assert torch.equal(again, fused[order])
         whole.append(fused)
-    assert torch.equal(fastsae.combine_hashes(whole), fastsae.combine_hashes(whole[::-1]))
+    assert torch.equal(fastsae.codes.combine_hashes(whole), fastsae.codes.combine_hashes(whole[::-1]))
 
 
 KEYS = {
@@ -352,25 +353,25 @@ def test_near_zero_counts() -> None:
     x, W, b = integers(30, 5), integers(70, 5, seed=1), integers(70, seed=2)
     z = x @ W.T + b
     for eps in (0, 1, 2.5):
-        assert torch.equal(fastsae.near_zero_counts(x, W, b, eps), (z.abs() <= eps).sum(1))
-    assert torch.equal(fastsae.near_zero_counts(x, W, None, 1), ((x @ W.T).abs() <= 1).sum(1))
+        assert torch.equal(fastsae.codes.near_zero_counts(x, W, b, eps), (z.abs() <= eps).sum(1))
+    assert torch.equal(fastsae.codes.near_zero_counts(x, W, None, 1), ((x @ W.T).abs() <= 1).sum(1))
     mask = torch.arange(70) % 3 == 0
     for neurons in (mask, mask.nonzero().flatten()):
-        assert torch.equal(fastsae.near_zero_counts(x, W, b, 1, neurons=neurons), (z[:, mask].abs() <= 1).sum(1))
-    assert fastsae.near_zero_counts(x.reshape(2, 15, 5), W, b, 1).shape == (2, 15)
-    assert fastsae.near_zero_counts(x[:0], W, b).shape == (0,)
+        assert torch.equal(fastsae.codes.near_zero_counts(x, W, b, 1, neurons=neurons), (z[:, mask].abs() <= 1).sum(1))
+    assert fastsae.codes.near_zero_counts(x.reshape(2, 15, 5), W, b, 1).shape == (2, 15)
+    assert fastsae.codes.near_zero_counts(x[:0], W, b).shape == (0,)
     broken = x.clone()
     broken[0] = float("nan")
-    assert int(fastsae.near_zero_counts(broken, W, b, 100)[0]) == 0
+    assert int(fastsae.codes.near_zero_counts(broken, W, b, 100)[0]) == 0
     for eps, message in ((-1, "eps must be at least 0, got -1"), (float("inf"), "eps must be a finite number")):
         with pytest.raises(ValueError, match=f"^near_zero_counts: {message}"):
-            fastsae.near_zero_counts(x, W, b, eps)
+            fastsae.codes.near_zero_counts(x, W, b, eps)
 
 
 def test_rows_without_a_near_zero_have_one_code_in_any_arithmetic() -> None:
     x, W, b = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in ((400, 768), (96, 768), (96,)))
     band = float(score_band(x, W, b).band.max())
-    sure = fastsae.near_zero_counts(x, W, b, 2 * band) == 0
+    sure = fastsae.codes.near_zero_counts(x, W, b, 2 * band) == 0
     assert 0 < int(sure.sum()) <= 400
     assert torch.equal(spline_code(x, W, b)[sure], spline_code(x.double(), W.double(), b.double())[sure])
 

@@ -28,7 +28,7 @@ def test_readme_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path,
 
 
 def test_readme_example_of_polytopes(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(next(text for text in EXAMPLES if "fastsae.crossings" in text), "README.md", "exec"), {})
+    exec(compile(next(text for text in EXAMPLES if "fastsae.polytopes.crossings" in text), "README.md", "exec"), {})
     assert capsys.readouterr().out.count("tensor") == 2
 
 
@@ -43,7 +43,7 @@ def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -
 
     batches = [{"x": torch.randn(2, n, 3), "attention_mask": torch.ones(2, n, dtype=torch.int64)} for n in (4, 6)]
     names = {"torch": torch, "fastsae": fastsae, "model": Model(), "batches": batches}
-    exec(compile(next(text for text in EXAMPLES if "fastsae.trace" in text), "README.md", "exec"), names)
+    exec(compile(next(text for text in EXAMPLES if "fastsae.codes.trace" in text), "README.md", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in printed] == [["layer", "seen"], ["layer.mlp.1", "20"], ["all", "20"]]
 

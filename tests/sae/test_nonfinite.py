@@ -13,9 +13,9 @@ from hypothesis import given
 from torch import Tensor
 
 import fastsae
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TiledGradient, TopK, Trainer, load_checkpoint
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, Trainer, load_checkpoint
 from fastsae.gradients import RowGradient, accumulate, densify, size
-from fastsae.optim import Adam, Signum
+from fastsae.optim import Adam, Signum, TiledGradient
 from fastsae.sae.losses import spread
 from fastsae.trainer import Batches
 

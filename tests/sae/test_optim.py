@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastsae
-from fastsae import RowGradient, TiledGradient
 from fastsae.dispatch import OPS
-from fastsae.optim import Adam, Signum, warmup_linear_decay
+from fastsae.optim import Adam, RowGradient, Signum, TiledGradient, warmup_linear_decay
 
 B, D, F, K = 32, 20, 50, 4
 
@@ -49,7 +48,7 @@ class Stub(nn.Module):
         latents, x_hat = self(x)
         error = x_hat - (x if target is None else target)
         grad = 2 * weight / x.shape[0] * error
-        dvalues = fastsae.decode_backward(grad, latents, self.W_dec).values
+        dvalues = fastsae.functional.decode_backward(grad, latents, self.W_dec).values
         gradients = {
             "W_enc": RowGradient(dvalues, latents.indices, None, x, F),
             "W_dec": RowGradient(latents.values, latents.indices, None, grad, F),

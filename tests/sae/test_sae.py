@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import SAE, AuxK, BatchTopK, CodeCounter, Gated, JumpReLU, PackedWeights, ReLU, SAEs, TopK
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, PackedWeights, ReLU, SAEs, TopK
+from fastsae.codes import CodeCounter
 from fastsae.optim import Adam
 from fastsae.trainer import Batches, Trainer
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae import CodeCounter, count_codes
+from fastsae.codes import CodeCounter, count_codes
 from fastsae.codes.counters import _mixed
 
 KINDS = [None, "hll", "cpc"]
@@ -117,7 +117,7 @@ def test_sketches_are_not_misled_by_linear_hashes() -> None:
     needs("hll")
     words = torch.arange(2**14).unsqueeze(1)
     counter = CodeCounter(sketch="hll")
-    counter.update(fastsae.hash_code(words))
+    counter.update(fastsae.codes.hash_code(words))
     assert abs(counter.table()[0].distinct - 2**14) < 6 * 1.04 / 2**7 * 2**14
 
 
@@ -271,7 +271,7 @@ def test_pickle(kind: str | None) -> None:
 
 CHILD = """
 import sys, torch, pickle, fastsae
-counter = fastsae.CodeCounter(2)
+counter = fastsae.codes.CodeCounter(2)
 counter.update(torch.tensor([[1, 5], [1, 6], [2, 5]]) * int(sys.argv[1]))
 sys.stdout.buffer.write(pickle.dumps(counter))
 """
@@ -372,7 +372,7 @@ def test_ten_million_codes_stream_without_a_collision() -> None:
     first = torch.arange(10_000_000)  # makes every code distinct
     for part in first.split(1_000_000):
         words = torch.stack([part, torch.randint(-(2**63), 2**63 - 1, part.shape, generator=generator)], 1)
-        counter.update(fastsae.hash_code(words))
+        counter.update(fastsae.codes.hash_code(words))
     row = counter.table()[0]
     assert (row.seen, row.distinct, row.singletons) == (10_000_000, 10_000_000, 10_000_000)
     print(f"{time.perf_counter() - start:.0f} s")

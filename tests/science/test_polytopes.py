@@ -21,28 +21,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastsae
-from fastsae import (
+from fastsae import spline_code, spline_hash
+from fastsae.codes import combine_hashes, hash_signs, pack_signs
+from fastsae.polytopes import (
     NearestAffine,
     affine_map,
     as_net,
+    boundaries,
     boundary_norms,
-    combine_hashes,
     crossings,
     expected_hamming,
     frobenius_distance,
     frobenius_pairs,
     frobenius_topk,
-    hash_signs,
     local_complexity,
     mlp_block,
-    pack_signs,
     shell,
     soft_affine_map,
     soft_code,
-    spline_code,
-    spline_hash,
 )
-from fastsae.polytopes import boundaries
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -63,7 +60,7 @@ def layers(widths: Sequence[int], seed: int) -> list[nn.Linear]:
     return [linear(draw(n, m, seed=seed + i) * (2 / m) ** 0.5, draw(n, seed=seed + i) * 0.3) for i, (m, n) in enumerate(pairwise(widths))]
 
 
-def relu_net(widths: Sequence[int], seed: int = 0, slope: float = 0.0, residual: bool = False) -> fastsae.Net:
+def relu_net(widths: Sequence[int], seed: int = 0, slope: float = 0.0, residual: bool = False) -> fastsae.polytopes.Net:
     """Linear, activation, .., with a last Linear; layers that keep the width have a skip connection around them where asked."""
     parts: list[Any] = []
     *hidden, last = layers([*widths, 3], seed)
@@ -148,7 +145,7 @@ def test_one_layer_in_closed_form() -> None:
     W, b = draw(70, 6), draw(70)
     p, q = draw(2, 5, 6)
     found = crossings(as_net([linear(W, b), nn.GELU(), linear(draw(2, 70))]), p, q)
-    assert found.counts.equal(fastsae.boundary_density(spline_code(p, W, b), spline_code(q, W, b)).pairs.long())
+    assert found.counts.equal(fastsae.codes.boundary_density(spline_code(p, W, b), spline_code(q, W, b)).pairs.long())
     z0, z1 = ((x[found.segment] @ W.T + b).gather(1, found.neuron.unsqueeze(1))[:, 0] for x in (p, q))
     torch.testing.assert_close(found.t, z0 / (z0 - z1), rtol=1e-12, atol=0)
     assert found.start.equal(spline_hash(p, W, b))
@@ -256,7 +253,7 @@ def test_crossings_after_a_normalisation(centred: bool, behind: bool) -> None:
             twice += len(mine[j]) > 1
     # The Hamming distance of the ends misses the neurons that cross and cross back.
     last = torch.bincount(found.segment[found.layer == int(behind)], minlength=12)
-    distance = fastsae.boundary_density(code_p, code_q).pairs.long()
+    distance = fastsae.codes.boundary_density(code_p, code_q).pairs.long()
     assert twice > 5 and bool((last >= distance).all()) and bool(((last - distance) % 2 == 0).all())
     assert int((last - distance).sum()) > 10
 
@@ -470,7 +467,7 @@ def test_expected_hamming() -> None:
     sampled = ((draws[:, 0] < p[0]) != (draws[:, 1] < q[0])).sum(1).double()
     assert float(sampled.mean()) == pytest.approx(float(found[0, 0]), abs=4 * float(sampled.std()) / 4000**0.5)
     hard = [(v > 0.5).float() for v in (p, q)]
-    assert expected_hamming(*hard).equal(fastsae.hamming(pack_signs(hard[0]), pack_signs(hard[1])).float())
+    assert expected_hamming(*hard).equal(fastsae.codes.hamming(pack_signs(hard[0]), pack_signs(hard[1])).float())
 
 
 # ---------------------------------------------------------------- nearest centre
@@ -683,23 +680,23 @@ for make, config, expected in (
     (GPTNeoXModel, GPTNeoXConfig(**small), lambda m: x + m.layers[1].mlp(m.layers[1].post_attention_layernorm(x))),
 ):
     model = make(config).double().eval()
-    net = fastsae.mlp_block(model, 1)
+    net = fastsae.polytopes.mlp_block(model, 1)
     torch.testing.assert_close(net(x), expected(model))
-    found = fastsae.crossings(net, x, x.flip(0))
-    before, after = (fastsae.pack_signs(net.preactivations(v)[0]) for v in (x, x.flip(0)))
-    assert bool((found.counts >= fastsae.boundary_density(before, after).pairs).all())
-    inner = fastsae.mlp_block(model, 1, norm=False, residual=False)
-    A, c = fastsae.soft_affine_map(inner, x)
+    found = fastsae.polytopes.crossings(net, x, x.flip(0))
+    before, after = (fastsae.codes.pack_signs(net.preactivations(v)[0]) for v in (x, x.flip(0)))
+    assert bool((found.counts >= fastsae.codes.boundary_density(before, after).pairs).all())
+    inner = fastsae.polytopes.mlp_block(model, 1, norm=False, residual=False)
+    A, c = fastsae.polytopes.soft_affine_map(inner, x)
     torch.testing.assert_close((A @ x.unsqueeze(2))[..., 0] + c, inner(x))
     if make is not BertModel:
         assert net.stages[1].centred
         try:
-            fastsae.mlp_block(model, 1, norm=False)
+            fastsae.polytopes.mlp_block(model, 1, norm=False)
             raise SystemExit("not refused")
         except ValueError as error:
             assert "the skip connection starts before the norm" in str(error)
 try:
-    fastsae.mlp_block(LlamaModel(LlamaConfig(**small, num_key_value_heads=2)), 0)
+    fastsae.polytopes.mlp_block(LlamaModel(LlamaConfig(**small, num_key_value_heads=2)), 0)
     raise SystemExit("not refused")
 except ValueError as error:
     assert "SwiGLU (LlamaMLP)" in str(error), error

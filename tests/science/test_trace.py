@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsae
-from fastsae import CodeCounter, combine_hashes, hash_code, hash_signs, pack_signs, trace
+from fastsae.codes import CodeCounter, combine_hashes, hash_code, hash_signs, pack_signs, trace
 
 
 class Block(nn.Module):
@@ -545,26 +545,27 @@ mask = batch["attention_mask"].bool()
 pre = []
 for layer in model.encoder.layer:
     layer.intermediate.dense.register_forward_hook(lambda module, args, z: pre.append(z))
-with torch.no_grad(), fastsae.trace(model, "*.intermediate", mask="attention_mask") as t, fastsae.trace(model, emit="code") as codes:
+from fastsae.codes import trace
+with torch.no_grad(), trace(model, "*.intermediate", mask="attention_mask") as t, trace(model, emit="code") as codes:
     model(**batch)
 found = t.pop()
 assert len(found) == len(model.encoder.layer) == 6, list(found)
 for number, (name, hashes) in enumerate(found.items()):
-    assert torch.equal(hashes, fastsae.hash_signs(pre[number][mask], layer=number)), name
+    assert torch.equal(hashes, fastsae.codes.hash_signs(pre[number][mask], layer=number)), name
 assert all(words.shape == (mask.numel(), 1536 // 64) for words in codes.pop().values())
-counter = fastsae.CodeCounter(t.layers)
+counter = fastsae.codes.CodeCounter(t.layers)
 counter.update(found)
 assert all(row.seen == int(mask.sum()) for row in counter.table())
 # Padding changes no unmasked token's code beyond rounding: alone, the first sentence has the same codes but for a few near zero.
-with torch.no_grad(), fastsae.trace(model, "encoder.layer.0.*", emit="code", mask="attention_mask") as t:
+with torch.no_grad(), fastsae.codes.trace(model, "encoder.layer.0.*", emit="code", mask="attention_mask") as t:
     model(**tokeniser(texts[:1], return_tensors="pt"))
     (alone,) = t.pop().values()
     model(**batch)
     together = next(iter(t.pop().values()))[: alone.shape[0]]
-distance = fastsae.boundary_density(alone, together).mean
+distance = fastsae.codes.boundary_density(alone, together).mean
 assert distance < 3, distance
 try:
-    fastsae.trace(model, "*.mlp")
+    fastsae.codes.trace(model, "*.mlp")
     raise SystemExit("not refused")
 except ValueError as error:
     assert "encoder.layer.0.intermediate.intermediate_act_fn" in str(error), error
@@ -585,7 +586,7 @@ ids = torch.randint(2, 50, (3, 6))
 mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # padded on the left
 for model in models:
     plain = model.eval().generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    with torch.no_grad(), fastsae.trace(model, mask="attention_mask") as t:
+    with torch.no_grad(), fastsae.codes.trace(model, mask="attention_mask") as t:
         out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
         found = t.pop()
         whole = torch.cat([mask, torch.ones(3, 3, dtype=torch.int64)], 1)
@@ -601,24 +602,24 @@ for model in models:
         assert torch.equal(hashes.sort().values, at_once[name].sort().values) and len(hashes) == 24, name
     for options in ({}, {"use_reentrant": False}, {"use_reentrant": True}):
         model.train().gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
-        with fastsae.trace(model, mask="attention_mask") as t:
+        with fastsae.codes.trace(model, mask="attention_mask") as t:
             model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         assert [len(hashes) for hashes in t.pop().values()] == [15, 15], options
         model.gradient_checkpointing_disable()
     try:
-        with torch.no_grad(), fastsae.trace(model.eval(), mask="attention_mask"):
+        with torch.no_grad(), fastsae.codes.trace(model.eval(), mask="attention_mask"):
             model.generate(ids, attention_mask=mask, max_new_tokens=4, cache_implementation="static")
         raise SystemExit("not refused")
     except ValueError as error:
         assert "got an attention mask of pairs" in str(error), error
 t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, **common)).eval()
 try:  # the mask is the encoder's: it must not be cut to the decoder's rows
-    with torch.no_grad(), fastsae.trace(t5, mask="attention_mask"):
+    with torch.no_grad(), fastsae.codes.trace(t5, mask="attention_mask"):
         t5.generate(ids, attention_mask=mask, max_new_tokens=8)
     raise SystemExit("not refused")
 except ValueError as error:
     assert "mask must have shape [3, 1], the batch dimensions of layer decoder" in str(error), error
-with torch.no_grad(), fastsae.trace(t5, "encoder", mask="attention_mask") as t:
+with torch.no_grad(), fastsae.codes.trace(t5, "encoder", mask="attention_mask") as t:
     t5.generate(ids, attention_mask=mask, max_new_tokens=3)
 assert [len(hashes) for hashes in t.pop().values()] == [15, 15]
 print("fine")
