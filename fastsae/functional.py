@@ -1,6 +1,443 @@
-"""The operations as functions of tensors."""
+"""The operations as functions of tensors and tuples of tensors: what other libraries build on.
 
-from fastsae.ops.decode import DecodeGradients, decode_backward
-from fastsae.ops.select import select_topk
+encode_topk, select_topk                                      latents as ``(values, indices)``
+encode_threshold, encode_batch_topk, encode_gated             latents as ``(values, col, crow)`` and more
+decode, decode_backward                                       reconstructions from them, and the gradients without autograd
+adam_                                                         one step of Adam, also from a gradient that is slots and rows
+match_cosine                                                  nearest rows
+spline_code, spline_hash, pack_signs, hash_signs, hash_code   codes of neurons; hamming, hamming_topk, count_codes: of them
+refuses                                                       why there is no fast row for a call, or None: call this then, or your own
+API, require                                                  the version of this contract
 
-__all__ = ["DecodeGradients", "decode_backward", "select_topk"]
+No class of this package is needed or returned, importing prints nothing, and nothing here has state. Arguments, results, gradients and
+errors are those of the operation of the same name in ``fastsae`` and ``fastsae.codes``, bit for bit; ``torch.compile`` and autocast work as
+there. Ragged latents are ``values [nnz]``, features ``col [nnz]`` and ``crow [rows + 1]`` for rows of the flattened batch: row r owns the
+slots ``crow[r] .. crow[r + 1] - 1``.
+
+A library finds this module without importing it, by the entry point ``fastsae`` of the group ``sae.backends``::
+
+    backend = entry_points(group="sae.backends")["fastsae"].load().require(api=1)
+    if backend.refuses("encode_topk", x, W_enc, b_enc, k=k) is None:
+        values, indices = backend.encode_topk(x, W_enc, b_enc, k=k)
+
+``API`` is versioned semantically: additions leave it, and it rises when a call that worked would stop working or mean something else. What
+will change or go away warns with a ``DeprecationWarning`` in at least two minor releases of the package first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae._core import checks
+from fastsae.dispatch import Op
+from fastsae.gradients import RowGradient
+from fastsae.latents import Latents, RaggedLatents, TopKLatents
+from fastsae.ops import adam as _adam
+from fastsae.ops import count as _count
+from fastsae.ops import decode as _decode
+from fastsae.ops import encode as _encode
+from fastsae.ops import hamming as _hamming
+from fastsae.ops import match as _match
+from fastsae.ops import select as _select
+from fastsae.ops import spline as _spline
+from fastsae.ops.hamming import hamming
+from fastsae.ops.spline import hash_code, hash_signs, pack_signs, spline_code, spline_hash
+
+__all__ = [
+    "API",
+    "adam_",
+    "count_codes",
+    "decode",
+    "decode_backward",
+    "encode_batch_topk",
+    "encode_gated",
+    "encode_threshold",
+    "encode_topk",
+    "hamming",
+    "hamming_topk",
+    "hash_code",
+    "hash_signs",
+    "match_cosine",
+    "pack_signs",
+    "refuses",
+    "require",
+    "select_topk",
+    "spline_code",
+    "spline_hash",
+]
+
+API = 1
+
+
+def require(api: int) -> ModuleType:
+    """This module, where it is of the version asked for.
+
+    Raises: ImportError: it is of another.
+    """
+    if api != API:
+        raise ImportError(
+            f"fastsae.functional is API {API}, and API {api} was asked for: install the release of fastsae-kernels that has it"
+        )
+    return sys.modules[__name__]
+
+
+# ---------------------------------------------------------------- latents
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: int,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    relu: bool = True,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``fastsae.encode_topk`` as ``(values [.., k], indices [.., k])``. ``scale`` leaves the bias alone: multiply it yourself."""
+    latents = _encode.encode_topk(
+        x, W_enc, b_enc, k=k, b_pre=b_pre, scale=scale, features=features, relu=relu, index_dtype=index_dtype, backend=backend
+    )
+    return latents.values, latents.indices
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.0,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    bandwidth: float | None = None,
+    capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """``fastsae.encode_threshold`` as ``(values, col, crow)``; with ``bandwidth`` ``(values, col, crow, l0 [..])``."""
+    options: dict[str, Any] = {"b_pre": b_pre, "scale": scale, "features": features, "index_dtype": index_dtype, "backend": backend}
+    options |= {"threshold": threshold, "capacity": capacity}
+    if bandwidth is None:
+        return _ragged(_encode.encode_threshold(x, W_enc, b_enc, **options))
+    latents, l0 = _encode.encode_threshold(x, W_enc, b_enc, bandwidth=bandwidth, **options)
+    return *_ragged(latents), l0
+
+
+def encode_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: float,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``fastsae.encode_batch_topk`` as ``(values, col, crow, min_kept [])``."""
+    options: dict[str, Any] = {"b_pre": b_pre, "scale": scale, "features": features, "index_dtype": index_dtype, "backend": backend}
+    latents, min_kept = _encode.encode_batch_topk(x, W_enc, b_enc, k=k, capacity=capacity, **options)
+    return *_ragged(latents), min_kept
+
+
+def encode_gated(
+    x: Tensor,
+    W_enc: Tensor,
+    *,
+    b_gate: Tensor,
+    r_mag: Tensor,
+    b_mag: Tensor,
+    b_pre: Tensor | None = None,
+    capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastsae.encode_gated`` as ``(values, col, crow)``."""
+    options: dict[str, Any] = {"b_pre": b_pre, "capacity": capacity, "index_dtype": index_dtype, "backend": backend}
+    return _ragged(_encode.encode_gated(x, W_enc, b_gate=b_gate, r_mag=r_mag, b_mag=b_mag, **options))
+
+
+def select_topk(
+    z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtype = torch.int64, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores ``z [.., F]`` that exist, as ``encode_topk`` would select them (``fastsae.ops.select``)."""
+    latents = _select.select_topk(z, k=k, relu=relu, index_dtype=index_dtype, backend=backend)
+    return latents.values, latents.indices
+
+
+def _ragged(latents: RaggedLatents) -> tuple[Tensor, Tensor, Tensor]:
+    return latents.values, latents.col, latents.crow
+
+
+# ---------------------------------------------------------------- reconstructions
+
+
+def decode(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    crow: Tensor | None = None,
+    padded: bool = False,
+    x: Tensor | None = None,
+    skip: Tensor | None = None,
+    prefixes: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``fastsae.decode`` of ``values [.., K]`` and ``indices [.., K]``, or with ``crow`` of ragged ``values [nnz]`` and ``indices [nnz]``.
+
+    ``padded``: slots follow those of the last row, as an encoder's ``capacity`` leaves them. With ``crow`` the result has one batch
+    dimension, the rows.
+    """
+    latents = _latents("decode", values, indices, crow, padded, W_dec)
+    return _decode.decode(latents, W_dec, b_dec, x=x, skip=skip, prefixes=prefixes, backend=backend)
+
+
+def decode_backward(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    *,
+    crow: Tensor | None = None,
+    padded: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``decode`` without autograd: of ``values``, of ``W_dec`` (in ``out`` where given), of ``b_dec [D_out]``.
+
+    Args:
+        grad: ``[.., D_out]``, gradient of the reconstruction; dtype of ``W_dec``; may be expanded.
+        values, indices, W_dec, crow, padded: as in ``decode``; one decoder ``[F, D_out]``.
+        out: ``[F, D_out]``, any strides, overwritten: saves allocating and clearing it at every step.
+    """
+    latents = _latents("decode_backward", values, indices, crow, padded, W_dec)
+    dvalues, dweight, dbias = _decode.decode_backward(grad, latents, W_dec, out=out, backend=backend)
+    return dvalues, dweight, dbias
+
+
+def _latents(op: str, values: Tensor, indices: Tensor, crow: Tensor | None, padded: bool, W_dec: Tensor) -> Latents:
+    checks.tensor(op, "W_dec", W_dec)
+    n_features = W_dec.shape[-2] if W_dec.dim() > 1 else 0
+    if crow is None:
+        return TopKLatents(values, indices, n_features)
+    checks.tensor(op, "crow", crow, (torch.int64,))
+    return RaggedLatents(values, crow, indices, n_features, (crow.numel() - 1,), checks.flag(op, "padded", padded))
+
+
+# ---------------------------------------------------------------- training, matching, codes
+
+
+def adam_(
+    W: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    values: Tensor | None = None,
+    indices: Tensor | None = None,
+    crow: Tensor | None = None,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    factor: Tensor | None = None,
+    project: bool = False,
+    normalise: bool = False,
+    backend: str | None = None,
+) -> None:
+    """``fastsae.optim.adam_``: one step in place, from ``grad [F, D]``, or from slots ``values``, ``indices`` of rows ``grad [n, D]``.
+
+    With slots (``[n, K]``, or ``[nnz]`` with ``crow [n + 1]``) the gradient of feature f is the sum of ``value * grad[row]`` over the slots
+    with index f, and is never formed as a matrix: for a decoder values are the latents' and rows the reconstruction's gradient, for an
+    encoder values are the scores' gradient and rows the inputs.
+    """
+    if (values is None) != (indices is None):
+        raise ValueError(f"adam_: values and indices must be given together, got {'indices' if values is None else 'values'} alone")
+    gradient = grad if values is None or indices is None else RowGradient(values, indices, crow, grad, W.shape[0])
+    _adam.adam_(
+        W, exp_avg, exp_avg_sq, gradient, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, factor=factor,
+        project=project, normalise=normalise, backend=backend,
+    )  # fmt: skip
+
+
+def match_cosine(
+    a: Tensor, b: Tensor, *, k: int = 1, absolute: bool = False, exclude_self: bool = False, eps: float = 1e-8, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """``fastsae.match_cosine`` as ``(similarity [N, k], index [N, k])``."""
+    similarity, index = _match.match_cosine(a, b, k=k, absolute=absolute, exclude_self=exclude_self, eps=eps, backend=backend)
+    return similarity, index
+
+
+def hamming_topk(a: Tensor, b: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """``fastsae.codes.hamming_topk`` as ``(distance [N, k], index [N, k])``."""
+    distance, index = _hamming.hamming_topk(a, b, k, backend=backend)
+    return distance, index
+
+
+def count_codes(hashes: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastsae.codes.count_codes`` as ``(unique, inverse, counts)``."""
+    unique, inverse, counts = _count.count_codes(hashes, backend=backend)
+    return unique, inverse, counts
+
+
+# ---------------------------------------------------------------- reasons
+
+
+def refuses(op: str, *tensors: Any, **options: Any) -> str | None:
+    """Why a call of an operation of this module would run no fast row, or None: the reasons of the table of backends.
+
+    Args:
+        op: its name. tensors, options: what the call would be given. Options may be left out, but for tensors and ``k``.
+
+    Returns:
+        The reason of each row, or why the tensors do not go together, or that there is no such operation (in an older release). Of dtype,
+        device, layout and sizes alone: no element is read, nothing waits for a GPU. Under autocast it is asked for the dtype that the
+        operation will cast to. Shapes that do not match are left for the call to report.
+    """
+    known = _CALLS.get(op)
+    if known is None:
+        return f"fastsae.functional has no operation {op!r}"
+    if len(tensors) < len(known.ranks):
+        return f"{len(tensors)} tensors (expected at least {len(known.ranks)})"
+    for position, rank in enumerate(known.ranks):
+        t = tensors[position]
+        if not isinstance(t, Tensor) or t.layout is not torch.strided:
+            return f"argument {position} is {t.layout if isinstance(t, Tensor) else type(t).__name__} (supported: a strided torch.Tensor)"
+        if t.dim() == 0 or (rank and t.dim() != rank):
+            return f"argument {position} has shape {list(t.shape)} (supported: {rank or 'at least 1'} dimensions)"
+    first, required = tensors[0], tensors[: len(known.ranks)]
+    if others := {str(t.device) for t in (*tensors, *options.values()) if isinstance(t, Tensor) and t.device != first.device}:
+        return f"tensors on {first.device} and {', '.join(sorted(others))}"
+    if first.dtype not in known.dtypes:
+        return f"dtype {str(first.dtype)[6:]} (supported: {', '.join(str(dtype)[6:] for dtype in known.dtypes)})"
+    if known.casts and checks.autocasting(first.device):
+        tensors, options = tuple(map(_cast, tensors)), {name: _cast(value) for name, value in options.items()}
+    elif mixed := {str(t.dtype)[6:] for t in required if t.dtype.is_floating_point and t.dtype is not first.dtype}:
+        return f"mixed dtypes: {str(first.dtype)[6:]} and {', '.join(sorted(mixed))}"
+    for operation, args in known.arrange(*tensors, **options):
+        reasons = operation.reasons(args)[:-1]
+        if all(reason is not None for _, reason in reasons):
+            return "; ".join(f"{backend}: {reason}" for backend, reason in reasons) or f"{operation.name} has no row but the reference"
+    return None
+
+
+class _Call(NamedTuple):
+    ranks: tuple[int, ...]
+    """Dimensions of the tensors that every call has; 0: any number but none."""
+    arrange: Callable[..., Sequence[tuple[Op, tuple[Any, ...]]]]
+    """From the arguments of the public function to those of the operations in the table."""
+    dtypes: tuple[torch.dtype, ...] = checks.FLOATS
+    casts: bool = False
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``[rows, last]``: in place of a flattened batch, of which the table reads shape and last stride."""
+    return t if t.dim() == 2 else t.detach().as_strided((t.shape[:-1].numel(), t.shape[-1]), (0, t.stride(-1)))
+
+
+def _of_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else torch.empty((), dtype=dtype, device=t.device).expand(t.shape)
+
+
+def _cast(t: Any) -> Any:
+    """In place of what autocast makes of it."""
+    halves = isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _of_dtype(t, torch.get_autocast_dtype(t.device.type)) if halves else t
+
+
+def _slots(indices: Tensor, crow: Tensor | None) -> Tensor:
+    return _rows(indices) if crow is None else indices
+
+
+_CALLS = {
+    "encode_topk": _Call(
+        (0, 2),
+        lambda x, W, b=None, *, k=1, b_pre=None, scale=None, features=None, relu=True, **_: [
+            (_encode.ENCODE_TOPK, (_rows(x), W, b, b_pre, scale, features, None, k, relu))
+        ],
+        casts=True,
+    ),
+    "encode_threshold": _Call(
+        (0, 2),
+        lambda x, W, b=None, *, threshold=None, b_pre=None, scale=None, features=None, **_: [
+            (
+                _encode.ENCODE_THRESHOLD,
+                (_rows(x), W, b, threshold if isinstance(threshold, Tensor) else None, b_pre, scale, features, None, None),
+            )
+        ],
+        casts=True,
+    ),
+    "encode_batch_topk": _Call(
+        (0, 2),
+        lambda x, W, b=None, *, k=1.0, b_pre=None, scale=None, features=None, **_: [
+            (_encode.ENCODE_BATCH_TOPK, (_rows(x), W, b, b_pre, scale, features, None, k))
+        ],
+        casts=True,
+    ),
+    "encode_gated": _Call(
+        (0, 2),
+        lambda x, W, *, b_gate=None, r_mag=None, b_mag=None, b_pre=None, **_: [
+            (_encode.ENCODE_GATED, (_rows(x), W, b_gate, r_mag, b_mag, b_pre, None))
+        ],
+        casts=True,
+    ),
+    "select_topk": _Call((0,), lambda z, *, k=1, relu=True, **_: [(_select.SELECT_TOPK, (_rows(z), k, relu))]),
+    "decode": _Call(
+        (0, 0, 0),
+        lambda values, indices, W, b=None, *, crow=None, **_: [(_decode.DECODE, (_slots(values, crow), _slots(indices, crow), crow, W, b))],
+        casts=True,
+    ),
+    "decode_backward": _Call(
+        (0, 0, 0, 2),
+        lambda grad, values, indices, W, *, crow=None, out=None, **_: [
+            (_decode.DECODE_DVALUES, (_rows(grad), _slots(indices, crow), crow, W)),
+            (_decode.DECODE_DWEIGHT, (_slots(values, crow), _slots(indices, crow), crow, _rows(grad), W if out is None else out)),
+        ],
+    ),
+    "adam_": _Call(
+        (2, 2, 2),
+        lambda W, m, v, grad, *, values=None, indices=None, crow=None, factor=None, **_: [
+            (_adam.ADAM, (W, m, v, grad, None, None, None, factor))
+            if values is None
+            else (_adam.ADAM, (W, m, v, _of_dtype(grad, W.dtype), _of_dtype(values, W.dtype), indices, crow, factor))
+        ],
+        dtypes=_adam.DTYPES,
+    ),
+    "match_cosine": _Call(
+        (2, 2),
+        lambda a, b, *, k=1, absolute=False, exclude_self=False, eps=1e-8, **_: [
+            (_match.MATCH_COSINE, (a, b, k, absolute, exclude_self, eps))
+        ],
+    ),
+    "spline_code": _Call((0, 2), lambda x, W, b=None, *, neurons=None, **_: [(_spline.SPLINE_CODE, (_rows(x), W, b, neurons))], casts=True),
+    "spline_hash": _Call(
+        (0, 2), lambda x, W, b=None, *, neurons=None, **_: [(_spline.SPLINE_HASH, (_rows(x), W, b, neurons, 0, 0, 64))], casts=True
+    ),
+    "pack_signs": _Call((0,), lambda z, *, neurons=None, **_: [(_spline.PACK_SIGNS, (_rows(z), neurons))], (*checks.FLOATS, torch.bool)),
+    "hash_signs": _Call(
+        (0,), lambda z, *, neurons=None, **_: [(_spline.HASH_SIGNS, (_rows(z), neurons, 0, 0, 64))], (*checks.FLOATS, torch.bool)
+    ),
+    "hash_code": _Call((0,), lambda words, *, neurons=None, **_: [(_spline.HASH_CODE, (_rows(words), neurons, 0, 0, 64))], (torch.int64,)),
+    "hamming": _Call(
+        (2, 2),
+        lambda a, b, out=None, **_: [(_hamming.HAMMING, (a, b, a.new_empty((0, 0), dtype=torch.int32) if out is None else out))],
+        (torch.int64,),
+    ),
+    "hamming_topk": _Call((2, 2), lambda a, b, k=1, **_: [(_hamming.HAMMING_TOPK, (a, b, k))], (torch.int64,)),
+    "count_codes": _Call((0,), lambda hashes, **_: [(_count.COUNT_CODES, (hashes,))], (torch.int64,)),
+}
