@@ -26,8 +26,9 @@ will change or go away warns with a ``DeprecationWarning`` in at least two minor
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -307,42 +308,55 @@ def refuses(op: str, *tensors: Any, **options: Any) -> str | None:
     Returns:
         The reason of each row, or why the tensors do not go together, or that there is no such operation (in an older release). Of dtype,
         device, layout and sizes alone: no element is read, nothing waits for a GPU. Under autocast it is asked for the dtype that the
-        operation will cast to. Shapes that do not match are left for the call to report.
+        operation will cast to. Shapes that do not match are left for the call to report. Compiled code asks when it is compiled.
     """
-    known = _CALLS.get(op)
-    if known is None:
+    call = _CALLS.get(op)
+    if call is None:
         return f"fastsae.functional has no operation {op!r}"
-    if len(tensors) < len(known.ranks):
-        return f"{len(tensors)} tensors (expected at least {len(known.ranks)})"
-    for position, rank in enumerate(known.ranks):
+    if len(tensors) < len(call.ranks):
+        return f"{len(tensors)} tensors (expected at least {len(call.ranks)})"
+    for position, rank in enumerate(call.ranks):
         t = tensors[position]
         if not isinstance(t, Tensor) or t.layout is not torch.strided:
             return f"argument {position} is {t.layout if isinstance(t, Tensor) else type(t).__name__} (supported: a strided torch.Tensor)"
         if t.dim() == 0 or (rank and t.dim() != rank):
             return f"argument {position} has shape {list(t.shape)} (supported: {rank or 'at least 1'} dimensions)"
-    first, required = tensors[0], tensors[: len(known.ranks)]
-    if others := {str(t.device) for t in (*tensors, *options.values()) if isinstance(t, Tensor) and t.device != first.device}:
+    first, required = tensors[0], tensors[: len(call.ranks)]
+    named = dict(zip(call.names, tensors)) | options
+    given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if others := {str(t.device) for t in given.values() if t.device != first.device}:
         return f"tensors on {first.device} and {', '.join(sorted(others))}"
-    if first.dtype not in known.dtypes:
-        return f"dtype {str(first.dtype)[6:]} (supported: {', '.join(str(dtype)[6:] for dtype in known.dtypes)})"
-    if known.casts and checks.autocasting(first.device):
-        tensors, options = tuple(map(_cast, tensors)), {name: _cast(value) for name, value in options.items()}
+    if first.dtype not in call.dtypes:
+        return f"dtype {str(first.dtype)[6:]} (supported: {', '.join(str(dtype)[6:] for dtype in call.dtypes)})"
+    if call.casts and checks.autocasting(first.device):
+        given = {name: _cast(t) for name, t in given.items()}
     elif mixed := {str(t.dtype)[6:] for t in required if t.dtype.is_floating_point and t.dtype is not first.dtype}:
         return f"mixed dtypes: {str(first.dtype)[6:]} and {', '.join(sorted(mixed))}"
-    for operation, args in known.arrange(*tensors, **options):
-        reasons = operation.reasons(args)[:-1]
-        if all(reason is not None for _, reason in reasons):
-            return "; ".join(f"{backend}: {reason}" for backend, reason in reasons) or f"{operation.name} has no row but the reference"
+    if "crow" not in given:
+        given |= {name: _rows(given[name]) for name in _OF_ROWS if name in given}
+    arguments: dict[str, Any] = {"k": named.get("k", 1), "eps": named.get("eps", 1e-8), **given, **call.more(given)}
+    for operation in call.operations:
+        args = [arguments.get(name) for name in _parameters(operation.schema)]
+        reasons: list[str] = []
+        for row in operation.rows[:-1]:
+            if (reason := row.reason(args)) is None:
+                break
+            reasons.append(f"{row.backend}: {reason}")
+        else:
+            return "; ".join(reasons) or f"{operation.name} has no row but the reference"
     return None
 
 
-class _Call(NamedTuple):
-    ranks: tuple[int, ...]
-    """Dimensions of the tensors that every call has; 0: any number but none."""
-    arrange: Callable[..., Sequence[tuple[Op, tuple[Any, ...]]]]
-    """From the arguments of the public function to those of the operations in the table."""
-    dtypes: tuple[torch.dtype, ...] = checks.FLOATS
-    casts: bool = False
+refuses._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # its decorator would import torch._dynamo
+
+
+def _cast(t: Tensor) -> Tensor:
+    """In place of what autocast makes of it."""
+    return _of_dtype(t, torch.get_autocast_dtype(t.device.type)) if t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t
+
+
+def _of_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else torch.empty((), dtype=dtype, device=t.device).expand(t.shape)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -350,94 +364,63 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.detach().as_strided((t.shape[:-1].numel(), t.shape[-1]), (0, t.stride(-1)))
 
 
-def _of_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype is dtype else torch.empty((), dtype=dtype, device=t.device).expand(t.shape)
+@functools.cache
+def _parameters(schema: str) -> list[str]:
+    """Their names, without types and defaults."""
+    return [part.split("=")[0].split()[-1] for part in schema.partition("(")[2].rpartition(") ->")[0].split(", ")]
 
 
-def _cast(t: Any) -> Any:
-    """In place of what autocast makes of it."""
-    halves = isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return _of_dtype(t, torch.get_autocast_dtype(t.device.type)) if halves else t
+def _nothing(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {}
 
 
-def _slots(indices: Tensor, crow: Tensor | None) -> Tensor:
-    return _rows(indices) if crow is None else indices
+def _widened(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``adam_`` widens slots and their rows."""
+    return {name: _of_dtype(given[name], given["W"].dtype) for name in ("grad", "values") if "values" in given}
 
 
+class _Call(NamedTuple):
+    """How a call of a public function becomes arguments of operations in the table, by name."""
+
+    operations: tuple[Op, ...]
+    names: Sequence[str]
+    """Of its positional arguments, in the schema; keywords have the same name there."""
+    ranks: tuple[int, ...]
+    """Dimensions of those that every call has; 0: any number but none."""
+    dtypes: tuple[torch.dtype, ...] = checks.FLOATS
+    casts: bool = False
+    more: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _nothing
+
+
+_OF_ROWS = ("x", "z", "words", "values", "indices")
+_SCORES, _SIGNS, _WORDS = ("x", "W", "b"), (*checks.FLOATS, torch.bool), (torch.int64,)
 _CALLS = {
-    "encode_topk": _Call(
-        (0, 2),
-        lambda x, W, b=None, *, k=1, b_pre=None, scale=None, features=None, relu=True, **_: [
-            (_encode.ENCODE_TOPK, (_rows(x), W, b, b_pre, scale, features, None, k, relu))
-        ],
-        casts=True,
-    ),
-    "encode_threshold": _Call(
-        (0, 2),
-        lambda x, W, b=None, *, threshold=None, b_pre=None, scale=None, features=None, **_: [
-            (
-                _encode.ENCODE_THRESHOLD,
-                (_rows(x), W, b, threshold if isinstance(threshold, Tensor) else None, b_pre, scale, features, None, None),
-            )
-        ],
-        casts=True,
-    ),
-    "encode_batch_topk": _Call(
-        (0, 2),
-        lambda x, W, b=None, *, k=1.0, b_pre=None, scale=None, features=None, **_: [
-            (_encode.ENCODE_BATCH_TOPK, (_rows(x), W, b, b_pre, scale, features, None, k))
-        ],
-        casts=True,
-    ),
-    "encode_gated": _Call(
-        (0, 2),
-        lambda x, W, *, b_gate=None, r_mag=None, b_mag=None, b_pre=None, **_: [
-            (_encode.ENCODE_GATED, (_rows(x), W, b_gate, r_mag, b_mag, b_pre, None))
-        ],
-        casts=True,
-    ),
-    "select_topk": _Call((0,), lambda z, *, k=1, relu=True, **_: [(_select.SELECT_TOPK, (_rows(z), k, relu))]),
-    "decode": _Call(
-        (0, 0, 0),
-        lambda values, indices, W, b=None, *, crow=None, **_: [(_decode.DECODE, (_slots(values, crow), _slots(indices, crow), crow, W, b))],
-        casts=True,
-    ),
+    "encode_topk": _Call((_encode.ENCODE_TOPK,), _SCORES, (0, 2), casts=True),
+    "encode_threshold": _Call((_encode.ENCODE_THRESHOLD,), _SCORES, (0, 2), casts=True),
+    "encode_batch_topk": _Call((_encode.ENCODE_BATCH_TOPK,), _SCORES, (0, 2), casts=True),
+    "encode_gated": _Call((_encode.ENCODE_GATED,), _SCORES, (0, 2), casts=True),
+    "select_topk": _Call((_select.SELECT_TOPK,), ("z",), (0,)),
+    "decode": _Call((_decode.DECODE,), ("values", "indices", "W", "b"), (0, 0, 0), casts=True),
     "decode_backward": _Call(
+        (_decode.DECODE_DVALUES, _decode.DECODE_DWEIGHT),
+        ("grad", "values", "indices", "W"),
         (0, 0, 0, 2),
-        lambda grad, values, indices, W, *, crow=None, out=None, **_: [
-            (_decode.DECODE_DVALUES, (_rows(grad), _slots(indices, crow), crow, W)),
-            (_decode.DECODE_DWEIGHT, (_slots(values, crow), _slots(indices, crow), crow, _rows(grad), W if out is None else out)),
-        ],
+        more=lambda given: {"grad": _rows(given["grad"]), "out": given.get("out", given["W"])},
     ),
-    "adam_": _Call(
-        (2, 2, 2),
-        lambda W, m, v, grad, *, values=None, indices=None, crow=None, factor=None, **_: [
-            (_adam.ADAM, (W, m, v, grad, None, None, None, factor))
-            if values is None
-            else (_adam.ADAM, (W, m, v, _of_dtype(grad, W.dtype), _of_dtype(values, W.dtype), indices, crow, factor))
-        ],
-        dtypes=_adam.DTYPES,
-    ),
-    "match_cosine": _Call(
-        (2, 2),
-        lambda a, b, *, k=1, absolute=False, exclude_self=False, eps=1e-8, **_: [
-            (_match.MATCH_COSINE, (a, b, k, absolute, exclude_self, eps))
-        ],
-    ),
-    "spline_code": _Call((0, 2), lambda x, W, b=None, *, neurons=None, **_: [(_spline.SPLINE_CODE, (_rows(x), W, b, neurons))], casts=True),
-    "spline_hash": _Call(
-        (0, 2), lambda x, W, b=None, *, neurons=None, **_: [(_spline.SPLINE_HASH, (_rows(x), W, b, neurons, 0, 0, 64))], casts=True
-    ),
-    "pack_signs": _Call((0,), lambda z, *, neurons=None, **_: [(_spline.PACK_SIGNS, (_rows(z), neurons))], (*checks.FLOATS, torch.bool)),
-    "hash_signs": _Call(
-        (0,), lambda z, *, neurons=None, **_: [(_spline.HASH_SIGNS, (_rows(z), neurons, 0, 0, 64))], (*checks.FLOATS, torch.bool)
-    ),
-    "hash_code": _Call((0,), lambda words, *, neurons=None, **_: [(_spline.HASH_CODE, (_rows(words), neurons, 0, 0, 64))], (torch.int64,)),
+    "adam_": _Call((_adam.ADAM,), ("W", "m", "v", "grad"), (2, 2, 2), _adam.DTYPES, more=_widened),
+    "match_cosine": _Call((_match.MATCH_COSINE,), ("a", "b"), (2, 2)),
+    "spline_code": _Call((_spline.SPLINE_CODE,), _SCORES, (0, 2), casts=True),
+    "spline_hash": _Call((_spline.SPLINE_HASH,), _SCORES, (0, 2), casts=True),
+    "pack_signs": _Call((_spline.PACK_SIGNS,), ("z",), (0,), _SIGNS),
+    "hash_signs": _Call((_spline.HASH_SIGNS,), ("z",), (0,), _SIGNS),
+    "hash_code": _Call((_spline.HASH_CODE,), ("words",), (0,), _WORDS),
     "hamming": _Call(
+        (_hamming.HAMMING,),
+        ("a", "b", "out"),
         (2, 2),
-        lambda a, b, out=None, **_: [(_hamming.HAMMING, (a, b, a.new_empty((0, 0), dtype=torch.int32) if out is None else out))],
-        (torch.int64,),
+        _WORDS,
+        more=lambda given: {"out": given.get("out", given["a"].new_empty((0, 0), dtype=torch.int32))},
     ),
-    "hamming_topk": _Call((2, 2), lambda a, b, k=1, **_: [(_hamming.HAMMING_TOPK, (a, b, k))], (torch.int64,)),
-    "count_codes": _Call((0,), lambda hashes, **_: [(_count.COUNT_CODES, (hashes,))], (torch.int64,)),
+    "hamming_topk": _Call((_hamming.HAMMING_TOPK,), ("a", "b", "k"), (2, 2), _WORDS),
+    "count_codes": _Call((_count.COUNT_CODES,), ("hashes",), (0,), _WORDS),
 }
