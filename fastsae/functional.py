@@ -321,8 +321,7 @@ def refuses(op: str, *tensors: Any, **options: Any) -> str | None:
             return f"argument {position} is {t.layout if isinstance(t, Tensor) else type(t).__name__} (supported: a strided torch.Tensor)"
         if t.dim() == 0 or (rank and t.dim() != rank):
             return f"argument {position} has shape {list(t.shape)} (supported: {rank or 'at least 1'} dimensions)"
-    first, required = tensors[0], tensors[: len(call.ranks)]
-    named = dict(zip(call.names, tensors)) | options
+    first, named = tensors[0], dict(zip(call.names, tensors)) | {_IN_SCHEMAS.get(name, name): value for name, value in options.items()}
     given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if others := {str(t.device) for t in given.values() if t.device != first.device}:
         return f"tensors on {first.device} and {', '.join(sorted(others))}"
@@ -330,8 +329,9 @@ def refuses(op: str, *tensors: Any, **options: Any) -> str | None:
         return f"dtype {str(first.dtype)[6:]} (supported: {', '.join(str(dtype)[6:] for dtype in call.dtypes)})"
     if call.casts and checks.autocasting(first.device):
         given = {name: _cast(t) for name, t in given.items()}
-    elif mixed := {str(t.dtype)[6:] for t in required if t.dtype.is_floating_point and t.dtype is not first.dtype}:
-        return f"mixed dtypes: {str(first.dtype)[6:]} and {', '.join(sorted(mixed))}"
+    floats = {str(t.dtype)[6:] for name in call.names[: len(call.ranks)] if (t := given[name]).is_floating_point()}
+    if len(floats) > 1:
+        return f"mixed dtypes: {' and '.join(sorted(floats))}"
     if "crow" not in given:
         given |= {name: _rows(given[name]) for name in _OF_ROWS if name in given}
     arguments: dict[str, Any] = {"k": named.get("k", 1), "eps": named.get("eps", 1e-8), **given, **call.more(given)}
@@ -392,6 +392,7 @@ class _Call(NamedTuple):
     more: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _nothing
 
 
+_IN_SCHEMAS = {"b_enc": "b", "b_dec": "b"}
 _OF_ROWS = ("x", "z", "words", "values", "indices")
 _SCORES, _SIGNS, _WORDS = ("x", "W", "b"), (*checks.FLOATS, torch.bool), (torch.int64,)
 _CALLS = {

@@ -234,11 +234,13 @@ def test_the_reasons_are_those_of_the_table(op: str) -> None:
 
 def test_autocast_and_layouts() -> None:
     half = W.bfloat16()
-    assert "mixed dtypes: float32 and bfloat16" in str(F.refuses("encode_topk", X, half, k=3))
+    assert F.refuses("encode_topk", X, half, k=3) == "mixed dtypes: bfloat16 and float32"
+    assert "float64 of b" in str(F.refuses("encode_topk", X, W, b_enc=B.double(), k=3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert F.refuses("encode_topk", X, half, B, k=3) is None
         F.encode_topk(X, half, B, k=3)
         assert F.refuses("encode_topk", X.double(), W.double(), k=3) is not None
+        assert F.refuses("encode_topk", X.double(), W, k=3) == "mixed dtypes: bfloat16 and float64"
     with FakeCuda() as gpu:
         x, w = gpu.tensor((4, 8)), gpu.tensor((12, 8), torch.bfloat16, transposed=True)
         with torch.autocast("cuda", dtype=torch.bfloat16):
