@@ -55,6 +55,7 @@ def topk(compare: Callable[..., None], label: str, shape: tuple[int, ...], x: to
     compare(f"encode_topk {label}{' packed' if packed else ''}", name(shape), ours, others, verify, floor=floor or None)
 
 
+@pytest.mark.seconds(15)
 @pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
 @pytest.mark.parametrize("layout", ["FD", "DF"])
 @pytest.mark.parametrize("shape", SHAPES, ids=name)

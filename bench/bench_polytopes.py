@@ -70,6 +70,7 @@ def walk(layers: Sequence[tuple[Tensor, Tensor]], p: Tensor, q: Tensor) -> tuple
     return t[order], neuron[order]
 
 
+@pytest.mark.seconds(370)
 @pytest.mark.parametrize("shape", SEGMENTS, ids=name)
 def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     segments, depth, width = shape
@@ -95,6 +96,7 @@ def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) ->
     compare("crossings", name(shape), lambda: polytopes.crossings(net, p, q), others, verify)
 
 
+@pytest.mark.seconds(40)
 @pytest.mark.parametrize("shape", CODES, ids=name)
 def test_frobenius_pairs(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     codes, neurons, d = shape

@@ -16,6 +16,7 @@ from fastsae.superposition import SuperpositionBatch, SuperpositionData
 SHAPES = shapes([(256, 512, 256), (4096, 2048, 256), (4096, 16384, 768)], [(64, 128, 32)])
 
 
+@pytest.mark.seconds(18)
 @pytest.mark.parametrize("correlated", [False, True], ids=["independent", "correlated"])
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_sample(shape: tuple[int, ...], correlated: bool, compare: Callable[..., None]) -> None:

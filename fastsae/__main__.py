@@ -142,7 +142,7 @@ def bench(options: argparse.Namespace) -> int:
         print("fastsae bench: the benches live in a source checkout; clone the repository and run `make bench` there.", file=sys.stderr)
         return 2
     sys.path.insert(0, str(root))
-    from bench.report import run  # pyright: ignore[reportMissingImports]
+    from bench.command import run
 
     return run(options, root, machine())
 
@@ -225,7 +225,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("ops", nargs="*", help="names of bench/bench_*.py; default all")
     one.add_argument("--out", type=Path, help="folder for JSON and plot; default bench/results of the checkout")
     one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda without names: the GPU table, see bench/gpu.py")
-    one.add_argument("--minutes", type=float, default=4.0, help="of the GPU table: no row is begun that would pass them")
+    one.add_argument("--list", action="store_true", help="operations, shapes and expected minutes; nothing is run")
+    one.add_argument("--minutes", type=float, help="no row is begun that would pass them (default: no limit; 4 for the GPU table)")
     one.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
     one.add_argument("--rows", metavar="EXPRESSION", help="only rows whose name fits, as pytest's -k")
     one.add_argument("--json", action="store_true", help="print the JSON instead of the table")
