@@ -57,7 +57,7 @@ def test_step(shape: tuple[int, ...], library: str, compare: Callable[..., None]
     make = peers.PEERS[library].training
     start, x = inputs(shape)
     theirs, mine = (training.build(library, make, start) for _ in range(2))
-    if theirs is None:
+    if theirs is None or mine is None:
         pytest.skip(f"{library} is not installed")
     fastsae.accelerate(mine.target)
     # The first step of what is timed is the one compared: two trainers are enough memory.

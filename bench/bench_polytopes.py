@@ -101,11 +101,11 @@ def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) ->
 def test_frobenius_pairs(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     codes, neurons, d = shape
     W_in, W_out = normal(neurons, d, seed=1), normal(d, neurons, seed=2)
-    module = nn.Sequential(nn.Linear(d, neurons), nn.ReLU(), nn.Linear(neurons, d)).to(DEVICE)
+    first, second = nn.Linear(d, neurons), nn.Linear(neurons, d)
     with torch.no_grad():
-        module[0].weight.copy_(W_in)
-        module[2].weight.copy_(W_out)
-    net = polytopes.as_net(module)
+        first.weight.copy_(W_in)
+        second.weight.copy_(W_out)
+    net = polytopes.as_net(nn.Sequential(first, nn.ReLU(), second).to(DEVICE))
     on = normal(codes, neurons, seed=3) > 0
     packed = fastsae.codes.pack_signs(on)
 

@@ -295,7 +295,7 @@ def _sae(start: Start) -> fastsae.SAE:
 
 
 @torch.no_grad()
-def copy_(*pairs: tuple[Tensor, Tensor | float]) -> None:
+def copy_(*pairs: tuple[Any, Tensor | float]) -> None:
     for parameter, value in pairs:
         parameter.copy_(torch.as_tensor(value, device=parameter.device))
 

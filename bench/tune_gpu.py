@@ -12,6 +12,7 @@ result has other bits, is named and cannot win. DIR / <date>-<device>-tiles.json
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import statistics
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from bench.gpu.harness import Bench
 from fastsae._core import triton_support
+from fastsae._core.machine import machine
 from fastsae._core.timing import alternate
 from fastsae.dispatch import OPS
 
@@ -45,6 +47,11 @@ QUICK_SHAPES = [(16, 64, 64, 4)]
 GROUPS = (4, 8, 16)
 PROGRAMS = (1, 2, 3, 4)
 ROUNDS = 7
+
+
+def tiles() -> Any:
+    """The module of the tile's tables, mapped by an import hook that no type checker follows."""
+    return importlib.import_module("fastsae.kernels._tile")
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,9 @@ class Config:
 
     @contextmanager
     def set(self) -> Generator[None]:
-        from fastsae.kernels import _tile
-
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(_tile, "tile_for", return_value=self.tile))
-            stack.enter_context(mock.patch.object(_tile, "_PROGRAMS", self.programs))
+            stack.enter_context(mock.patch.object(tiles(), "tile_for", return_value=self.tile))
+            stack.enter_context(mock.patch.object(tiles(), "_PROGRAMS", self.programs))
             yield
 
 
@@ -108,9 +113,7 @@ def _run(op: str, *args: Any) -> Any:
 
 def now(device: torch.device) -> Config:
     """What the table says."""
-    from fastsae.kernels import _tile
-
-    return Config(_tile.tile_for(device), _tile._PROGRAMS)
+    return Config(tiles().tile_for(device), tiles()._PROGRAMS)
 
 
 def shared_limit(device: torch.device) -> int:
@@ -227,8 +230,6 @@ def compile_all(tuner: Tuner, dtypes: list[torch.dtype], part: int, parts: int) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from fastsae._core.machine import machine
-
     parser = argparse.ArgumentParser(prog="python -m bench.tune_gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))

@@ -49,11 +49,8 @@ def _request_problem() -> str | None:
     return None
 
 
-def info(options: argparse.Namespace) -> int:
-    problem = loader.unavailable() or _level_problem()
-    report: dict[str, Any] = machine()
-    report["request"] = os.environ.get("FASTSAE_BACKEND") or None
-    report["cpu_backend"] = {
+def _cpu_backend(problem: str | None) -> dict[str, Any]:
+    return {
         "available": problem is None,
         "reason": problem,
         "build": loader.build_info(),
@@ -62,6 +59,13 @@ def info(options: argparse.Namespace) -> int:
         "level": loader.isa() if problem is None else None,
         "threads": loader.threads_info() if problem is None else None,
     }
+
+
+def info(options: argparse.Namespace) -> int:
+    problem = loader.unavailable() or _level_problem()
+    report: dict[str, Any] = machine()
+    report["request"] = os.environ.get("FASTSAE_BACKEND") or None
+    cpu = report["cpu_backend"] = _cpu_backend(problem)
     report["cuda_module"] = native_cuda.missing()
     report["triton"] = {str(device): triton_support.unavailable(device) for device in verify.devices()}
     report["triton_cache"] = triton_support.cache_directory()
@@ -73,7 +77,6 @@ def info(options: argparse.Namespace) -> int:
     print(f"CPU     {report['cpu']}, {report['cores']} cores, {report['threads']} threads")
     print(f"GPU     {', '.join(report['gpu']) or 'none'}")
     print(f"cuda    {report['cuda_module'] or 'module loads'}")
-    cpu = report["cpu_backend"]
     if problem is None:
         print(f"cpu     level {cpu['level']} of {', '.join(cpu['levels'])} (FASTSAE_ISA selects one); {cpu['threads']}")
     else:

@@ -101,7 +101,7 @@ def _optimiser(b: Bench, op: str) -> None:
         if op == "adam":
             adam.step()
         else:
-            _torch_signum(*twin, dense)
+            _torch_signum(twin[0], twin[1], dense)
 
     def formed(i: int) -> None:
         OPS["decode_dweight"](*sets[i % 2], None, grads[i % 2], dense)
@@ -115,7 +115,7 @@ def _optimiser(b: Bench, op: str) -> None:
     others: dict[str, Call] = {floor: one_pass, f"torch {op}, gradient given": given, f"decode_dweight + torch {op}": formed}
     if op == "signum" and b.device.type == "cuda":
         fast = torch.compile(_torch_signum)
-        others["torch.compile signum, gradient given"] = lambda _: fast(*twin, dense)
+        others["torch.compile signum, gradient given"] = lambda _: fast(twin[0], twin[1], dense)
     dense.copy_(W)
     b.row(
         f"{op} float32", name((rows, width, features, k)), b.ours(op, args), others, verify=verify, floor=floor,
