@@ -38,6 +38,8 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
     if options.list:
         print("\n".join(session.table()))
         return code
+    if session.left_out:
+        print(f"\nleft out, {options.minutes:g} minutes were allowed: {', '.join(session.left_out)}", file=sys.stderr)
     if not kept.entries:
         print("fastsae bench: no figures were taken (see the output above)", file=sys.stderr)
         return code or 1
@@ -46,8 +48,6 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
         print(kept.text(), end="")
     else:
         report.print_table(kept.entries)
-    if session.left_out:
-        print(f"\nleft out, {options.minutes:g} minutes were allowed: {', '.join(session.left_out)}", file=sys.stderr)
     print("\nstored " + ", ".join([str(kept.path), *kept.draw()]), file=sys.stderr)
     return code
 

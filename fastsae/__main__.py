@@ -227,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("bench", help="time operations beside the best plain torch (in a checkout)")
     one.add_argument("ops", nargs="*", help="names of bench/bench_*.py; default all")
     one.add_argument("--out", type=Path, help="folder for JSON and plot; default bench/results of the checkout")
-    one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda without names: the GPU table, see bench/gpu.py")
+    one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda without names: the GPU table, see bench/gpu")
     one.add_argument("--list", action="store_true", help="operations, shapes and expected minutes; nothing is run")
     one.add_argument("--minutes", type=float, help="no row is begun that would pass them (default: no limit; 4 for the GPU table)")
     one.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
