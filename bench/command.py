@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bench import report
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
     if find_spec("pytest") is None:
         print("fastsae bench needs pytest: pip install 'fastsae-kernels[bench]'", file=sys.stderr)
         return 2
-    if options.device != "cpu" and not options.list and (reason := no_gpu()):
-        print(f"fastsae bench: {reason}", file=sys.stderr)
+    if options.device != "cpu" and not options.list and not torch.cuda.is_available():
+        print("fastsae bench: no CUDA device (torch.cuda.is_available() is False)", file=sys.stderr)
         return 2
     more = (*options.ops, *([options.rows] if options.rows else []))
     kept = report.Report.begin(out, machine, options.device, quick=options.quick, more=more)
@@ -63,9 +65,3 @@ def rows(kept: report.Report, paths: list[Path], options: argparse.Namespace) ->
     arguments = [f"--rootdir={paths[0].parents[1]}", "-s", "-p", "no:cacheprovider", *map(str, paths)]
     arguments += [*(["-k", options.rows] if options.rows else []), *["--collect-only"] * options.list]
     return session, int(pytest.main(arguments, plugins=[session]))
-
-
-def no_gpu() -> str | None:
-    import torch
-
-    return None if torch.cuda.is_available() else "no CUDA device (torch.cuda.is_available() is False)"

@@ -71,7 +71,7 @@ def has_onednn() -> bool:
 
 def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tensor | None], torch.Tensor]:
     """oneDNN's float32 product, which on many CPUs beats the MKL one behind ``torch.mm``; weight packed outside the timing."""
-    nn: Any = torch._C._nn  # pyright: ignore[reportPrivateUsage] (torch has no public name for the packing)
+    nn: Any = torch._C._nn  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] (torch has no public name for the packing)
     packed = nn.mkldnn_reorder_linear_weight(W.to_mkldnn(), x.shape[0]) if hasattr(nn, "mkldnn_reorder_linear_weight") else None
     weight = packed if packed is not None else W
 

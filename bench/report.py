@@ -29,7 +29,6 @@ class Report:
         kind, _, number = device.partition(":")
         label = machine["cpu"] if kind == "cpu" or not machine["gpu"] else machine["gpu"][int(number or 0)]
         parts = [datetime.date.today().isoformat(), *(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (label, *more))]
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"date": parts[0], "quick": quick, **machine, "device": device}
         return cls(folder / f"{'-'.join([*parts, *['quick'] * quick])}.json", about)
 
@@ -41,6 +40,7 @@ class Report:
 
     def save(self, **figures: Any) -> None:
         self.about.update(figures)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_text(self.path, self.text())
 
     def draw(self) -> list[str]:

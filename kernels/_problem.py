@@ -1,6 +1,6 @@
 """Rows and features of one call as the kernels over scores take them, in chunks of rows and panels of features."""
 
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
