@@ -75,7 +75,7 @@ class Session:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.skipped:
-            self.say(f"  skipped: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}")
+            self.say(f"  {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}")
         elif report.failed:
             self.say(f"  FAILED\n{report.longreprtext}")
 
