@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -65,7 +66,7 @@ class BuildExt(build_ext):
     """Compiles *.isa.cpp once per instruction set level with that level's flags, everything else once with baseline flags."""
 
     def run(self) -> None:
-        self.info: dict[str, object] = {"native": False, "reason": "", "compiler": "", "flags": FLAGS, "levels": {}}
+        self.info: dict[str, Any] = {"native": False, "reason": "", "compiler": "", "flags": FLAGS, "levels": {}}
         self.info["cuda"] = {"built": False, "reason": "", "nvcc": "", "archs": []}
         try:
             super().run()
@@ -201,7 +202,7 @@ class BuildExt(build_ext):
 
     def _compile_all(self, jobs: list[tuple[str, str, list[str]]], macros: list[tuple[str, str]], python: Sequence[str] = ()) -> list[str]:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            return list(pool.map(lambda job: self._compile(*job, macros, python), jobs))
+            return list(pool.map(lambda job: self._compile(job[0], job[1], job[2], macros, python), jobs))
 
     def _compile(self, source: str, level: str, flags: list[str], macros: list[tuple[str, str]], python: Sequence[str]) -> str:
         """One object, unless it is newer than every file that it may depend on and was made by the same command."""

@@ -48,6 +48,7 @@ def test_decode(shape: tuple[int, ...], layout: str, compare: Callable[..., None
     compare(f"decode {layout}", name(shape), ours, others, verify)
 
 
+@pytest.mark.seconds(25)
 @pytest.mark.parametrize("layout", ["FD", "DF"])
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_decode_backward(shape: tuple[int, ...], layout: str, compare: Callable[..., None]) -> None:

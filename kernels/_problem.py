@@ -1,5 +1,7 @@
 """Rows and features of one call as the kernels over scores take them, in chunks of rows and panels of features."""
 
+# pyright: basic, reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -7,6 +7,7 @@ Bytes: 24 F D for W, m and v, read and written once, and what decode_dweight gat
 program leaves |g|^2 of each feature instead and writes nothing else.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations

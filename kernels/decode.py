@@ -28,6 +28,7 @@ or on how Triton lays a tile over threads. A bad index loads nothing: it makes i
 left out of decode_dweight, and sets the device's flag. On the CPU, where the interpreter runs, the launchers raise instead.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 # Device code is Python only in form, and Triton's own annotations say constexpr where it takes and returns int.
 

@@ -18,6 +18,7 @@ Few features, or many kept: the keys of all scores of some rows are written out 
 Memory beyond the output: at most ``WORKSPACE`` bytes, or what one row tile needs; rows are taken in chunks.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations

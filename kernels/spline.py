@@ -8,6 +8,7 @@ Keys are Philox4x32-10 outputs for counter (neuron, layer, 0, 0) and key (seed l
 Bytes of a hash: the bits and 8 or 16 bytes a row; of a code: those of the operands and one bit a score.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations
