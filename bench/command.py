@@ -28,8 +28,8 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
     if unknown := [op for op in options.ops if op not in known]:
         print(f"fastsae bench: unknown {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
         return 2
-    if find_spec("pytest") is None:
-        print("fastsae bench needs pytest: pip install 'fastsae-kernels[bench]'", file=sys.stderr)
+    if find_spec("pytest_benchmark") is None:
+        print("fastsae bench needs pytest-benchmark: pip install 'fastsae-kernels[bench]'", file=sys.stderr)
         return 2
     if options.device != "cpu" and not options.list and not torch.cuda.is_available():
         print("fastsae bench: no CUDA device (torch.cuda.is_available() is False)", file=sys.stderr)
