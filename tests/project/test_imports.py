@@ -24,7 +24,8 @@ FLOORS = (
     ("ops",),
     ("codes", "compare", "formats", "functional", "plots", "polytopes"),
     ("optim", "sae", "superposition", "trainer"),
-    ("patch", "store"),
+    ("patch",),
+    ("lm", "store"),
     ("__init__",),
     ("__main__", "demo", "studies"),
 )  # a module imports from its own floor or from those above it in this table, lazily and for types too

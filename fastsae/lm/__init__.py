@@ -1,0 +1,12 @@
+"""Language models: activations harvested from any torch model, dictionaries spliced into it.
+
+hook_points(model)                  what can be harvested and spliced, with the modules' classes
+harvest(model, tokens, hooks, out)  activations of a model's modules into shards (``fastsae.store``)
+splice(model, {module: sae})        a context in which modules give an SAE's reconstruction, edited or not; ``Edit``
+"""
+
+from fastsae.lm.harvesting import harvest
+from fastsae.lm.hooks import hook_points
+from fastsae.lm.splicing import Edit, Spliced, splice
+
+__all__ = ["Edit", "Spliced", "harvest", "hook_points", "splice"]
