@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,17 +63,11 @@ def harvest(
     """
     op = "harvest"
     points = find(op, model, hooks)
-    checks.tensor(op, "tokens", tokens, (torch.int64, torch.int32, torch.int16))
-    checks.shape(op, "tokens", tokens, (None, None), "[sequences, context]")
     batch = checks.integer(op, "batch", batch, 1)
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
-    keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else checks.mask(op, "mask", mask)
-    checks.shape(op, "mask", keep, tuple(tokens.shape), f"{list(tokens.shape)}")
-    real = None if mask is None else keep
     ignored = sorted({checks.integer(op, "ignore", token, 0) for token in ignore})
-    if ignored:
-        keep = keep & ~torch.isin(tokens, torch.tensor(ignored, dtype=tokens.dtype, device=tokens.device))
+    keep, real = kept_positions(op, tokens, mask, ignored)
     group = (processes.rank(), processes.ranks()) if processes.grouped() else tuple(int(os.environ.get(n, d)) for n, d in _TORCHRUN)
     ranks = checks.integer(op, "ranks", group[1] if ranks is None else ranks, 1)
     rank = checks.integer(op, "rank", group[0] if rank is None else rank, 0, ranks - 1, "ranks - 1")
@@ -83,10 +77,10 @@ def harvest(
     facts = {"model": name, "hooks": [p.name for p in points], "context": tokens.shape[1], "sequences": len(tokens), "tokens": digest}
     facts |= {"ignore": ignored, "ranks": ranks, "batch": batch, **(about or {})}
     writer = ShardWriter(out, facts, rows_a_shard=rows_a_shard, writer=rank)
-    with writer, torch.no_grad(), _evaluating(model):
+    with writer, torch.no_grad(), evaluating(model):
         have = writer.rows
         device = next(model.parameters(), tokens).device
-        for start in _progress(range(first, last, batch), progress):
+        for start in shown_progress(range(first, last, batch), "harvest" if progress else ""):
             part = slice(start, min(start + batch, last))
             kept = keep[part]
             n = int(kept.sum())
@@ -101,6 +95,19 @@ def harvest(
             writer.append({name: column[have:] for name, column in columns.items()})
             have = 0
     return ActivationShards(out)
+
+
+def kept_positions(op: str, tokens: Any, mask: Tensor | None, ignore: Iterable[int]) -> tuple[Tensor, Tensor | None]:
+    """(positions of ``tokens [sequences, context]`` that count, those that are no padding or None)."""
+    checks.tensor(op, "tokens", tokens, (torch.int64, torch.int32, torch.int16))
+    checks.shape(op, "tokens", tokens, (None, None), "[sequences, context]")
+    real = None if mask is None else checks.mask(op, "mask", mask)
+    keep = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+    checks.shape(op, "mask", keep, tuple(tokens.shape), f"{list(tokens.shape)}")
+    ignored = sorted({checks.integer(op, "ignore", token, 0) for token in ignore})
+    if ignored:
+        keep = keep & ~torch.isin(tokens, torch.tensor(ignored, dtype=tokens.dtype, device=tokens.device))
+    return keep, real
 
 
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"))
@@ -129,7 +136,7 @@ def _run(model: nn.Module, points: list[Point], ids: Tensor, mask: Tensor | None
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None, None, None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -139,10 +146,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _progress(starts: range, shown: bool) -> Iterable[int]:
+def shown_progress(starts: range, shown: str) -> Iterable[int]:
+    """With a tqdm bar of that name, where it is one and tqdm is installed."""
     if shown and sys.stderr is not None:
         with contextlib.suppress(ImportError):
             from tqdm.auto import tqdm
 
-            return tqdm(starts, unit=" batches", desc="harvest", mininterval=0.5)
+            return tqdm(starts, unit=" batches", desc=shown, mininterval=0.5)
     return starts

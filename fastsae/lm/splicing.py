@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ def splice(
     *,
     error: Literal["keep", "drop"] = "keep",
     edit: Mapping[str, Sequence[Edit]] | None = None,
-) -> Iterator[Spliced]:
+) -> Generator[Spliced, None, None]:
     """Within the block the named modules give what their dictionaries make of them; afterwards, or after an exception, nothing is left.
 
     Args:
@@ -83,7 +83,7 @@ def splice(
                 report(sae)
             except TypeError as problem:
                 raise TypeError(f"{op}: the dictionary of {name} must be a fastsae.SAE or of a supported library: {problem}") from None
-    edits = {name: list(several) for name, several in (edit or {}).items()}
+    edits: dict[str, list[Any]] = {name: list(several) for name, several in (edit or {}).items()}
     for name, several in edits.items():
         if name not in saes:
             raise ValueError(f"{op}: edit names {name!r}, expected of {', '.join(saes)}")

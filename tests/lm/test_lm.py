@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, ReLU, TopK
-from fastsae.lm import Edit, harvest, harvesting, hook_points, splice
+from fastsae.lm import Edit, evaluate, harvest, harvesting, hook_points, splice
 from fastsae.store import ActivationShards
 
 VOCAB, D, CONTEXT = 50, 16, 7
@@ -272,3 +272,51 @@ def test_a_causal_language_model_of_transformers(tmp_path: Path) -> None:
         steered = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
         again = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)
     assert not torch.equal(steered, plain) and torch.equal(steered, again)
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [TopK(4), JumpReLU(0.05)], ids=["topk", "jumprelu"])
+def test_evaluation_equals_a_dense_float64_computation(model: Toy, kind: Any, tmp_path: Path) -> None:
+    sae, tokens = start(kind), ids(20)
+    mask = torch.ones(20, CONTEXT, dtype=torch.bool)
+    mask[4, 3:] = False
+    found = evaluate(sae, model, tokens, "blocks.1", mask=mask, ignore=[5], ablations=("zero", "mean"), batch=6, progress=False)
+    keep = mask & (tokens != 5)
+    x = model.blocks[1](model.blocks[0](model.embed(tokens))[0])[0]
+    x_hat, z = sae(x).x_hat, sae.encode(x).to_dense()
+    rows, made = x[keep].double(), x_hat[keep].double()
+    value, variance = found.values, (rows - rows.mean(0)).square().sum()
+    assert value["fvu"] == pytest.approx(float((rows - made).square().sum() / variance), rel=1e-5)
+    assert value["l0"] == pytest.approx(float((z[keep] != 0).sum(1).double().mean()))
+    assert torch.equal(found.fired, (z[keep] != 0).sum(0)) and value["dead"] == int((found.fired == 0).sum())
+    means = {"spliced": torch.where(keep[..., None], x_hat, x), "zero": torch.zeros_like(x), "mean": rows.mean(0).float().expand_as(x)}
+    for name, hidden in means.items():
+        logits = model.head(model.blocks[2](hidden)[0]).double()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(20, -1)
+        assert value[f"ce_{name}"] == pytest.approx(float(loss[keep[:, :-1]].mean()), rel=1e-5)
+        clean = model(tokens).double().log_softmax(-1)
+        divergence = (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
+        assert value[f"kl_{name}"] == pytest.approx(float(divergence[keep].mean()), rel=1e-4)
+    resampled: list[float] = []
+    for seed in range(60):
+        pick = torch.randint(0, 20, (20,), generator=torch.Generator().manual_seed(seed))
+        resampled.append(float(((x - x_hat).square().sum(-1) * keep)[pick].sum() / keep[pick].sum()))
+    assert found.errors["mse"] == pytest.approx(float(torch.tensor(resampled).std()), rel=0.4)
+    edges, counts = found.histogram(10)
+    assert int(counts.sum()) == 40 - value["dead"] and len(edges) == 11
+    assert "ce_recovered" in str(found) and '"fvu"' in found.to_json()
+    found.plot(tmp_path / "density.png")
+
+
+def test_calls_of_an_evaluation(model: Toy) -> None:
+    evaluate(start(), model, ids(12), "blocks.1", batch=4, progress=False)
+    assert model.calls == 3 * 3, "clean, spliced and ablated"
+    transcoder = evaluate(start(d_out=D), model, ids(12), "blocks.1.mlp", batch=4, progress=False)
+    assert transcoder.values["fvu"] > 0
+    with pytest.raises(ValueError, match="no position counts"):
+        evaluate(start(), model, ids(2), "blocks.1", ignore=range(VOCAB), progress=False)
+    with pytest.raises(ValueError, match="ablations must be of zero and mean, got 'noise'"):
+        evaluate(start(), model, ids(2), "blocks.1", ablations=["noise"], progress=False)
