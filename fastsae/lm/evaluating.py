@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastsae._core import checks
-from fastsae.latents import Latents, TopKLatents
 from fastsae.lm.harvesting import evaluating, kept_positions, shown_progress
 from fastsae.lm.hooks import call, find, first_tensor, watch
 from fastsae.patch import reconstruct, report
 from fastsae.plots import feature_density
 from fastsae.sae import SAE
+from fastsae.store.latents import entries_of
 
 _DENSE = 0.1
 """A feature that fires on more than this share of the tokens is dense."""
@@ -237,7 +237,7 @@ class _State:
         add("l2_ratio", norm_hat / norm.masked_fill(norm < 1e-4, 1), kept)
         add("square_hat", norm_hat.square(), kept)
         add("product", product, kept)
-        values, row, feature = _entries(latents)
+        row, feature, values = entries_of(latents)
         active = (values != 0) & kept.flatten()[row]
         row, feature = row[active], feature[active].cpu()
         counts = torch.bincount(row, minlength=kept.numel())
@@ -292,12 +292,3 @@ class _State:
             put(f"ce_recovered{ending}", ablated - spliced, ablated - m.of("ce_clean")[0])
             put(f"kl_recovered{ending}", m.of("kl_spliced")[0], m.of(f"kl_{name}")[0], less=True)
         return Evaluation(values, errors, density, self.fired, self.sequences, tokens)
-
-
-def _entries(latents: Latents) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, row, feature) of every slot, flattened."""
-    if isinstance(latents, TopKLatents):
-        rows = torch.arange(latents.values.shape[:-1].numel(), device=latents.values.device)
-        return latents.values.flatten(), rows.repeat_interleave(latents.values.shape[-1]), latents.indices.flatten().long()
-    rows = torch.arange(latents.crow.numel() - 1, device=latents.values.device)
-    return latents.values, torch.repeat_interleave(rows, latents.crow.diff(), output_size=latents.values.numel()), latents.col.long()

@@ -42,8 +42,8 @@ class Shard:
                 os.close(handle)
 
 
-def map_safetensors(path: Path) -> Shard:
-    """The columns of a safetensors file, of equally many rows; ValueError where it is damaged or holds something else."""
+def map_safetensors(path: Path, *, same_rows: bool = True) -> Shard:
+    """The columns of a safetensors file, of equally many rows unless said otherwise; ValueError where it is damaged or no such file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -70,7 +70,8 @@ def map_safetensors(path: Path) -> Shard:
         if (8 + length + start) % dtype.itemsize:
             raw = raw.clone()  # cannot be viewed where it lies; our own files are aligned
         columns[name] = raw.view(dtype).view(shape)
-    return shard(path, columns, {name: 8 + length + entry[2] for name, entry in entries.items()})
+    offsets = {name: 8 + length + entry[2] for name, entry in entries.items()}
+    return shard(path, columns, offsets) if same_rows else Shard(path, 0, columns, offsets)
 
 
 def shard(path: Path, columns: Mapping[str, Tensor], offsets: Mapping[str, int]) -> Shard:
