@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, ReLU, TopK
-from fastsae.lm import Edit, evaluate, harvest, harvesting, hook_points, splice
+from fastsae.lm import Edit, evaluate, harvest, harvesting, hook_points, splice, token_windows
 from fastsae.store import ActivationShards
 
 VOCAB, D, CONTEXT = 50, 16, 7
@@ -320,3 +320,21 @@ def test_calls_of_an_evaluation(model: Toy) -> None:
         evaluate(start(), model, ids(2), "blocks.1", ignore=range(VOCAB), progress=False)
     with pytest.raises(ValueError, match="ablations must be of zero and mean, got 'noise'"):
         evaluate(start(), model, ids(2), "blocks.1", ablations=["noise"], progress=False)
+
+
+def test_windows_of_texts() -> None:
+    class Letters:
+        bos_token_id, eos_token_id = 1, 2
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    texts = ["abcde", "", "fghijkl"]
+    expected = [[1, *b"abc"], [1, *b"de", 2], [1, 2, *b"fg"], [1, *b"hij"], [1, *b"kl", 2]]
+    assert token_windows(texts, 4, Letters()).tolist() == expected
+    assert token_windows(texts, 4, Letters(), most=2).tolist() == expected[:2]
+    assert token_windows([[5, 6, 7], range(3)], 2).tolist() == [[5, 6], [7, 0], [1, 2]]
+    with pytest.raises(TypeError, match="texts must be ids where no tokenizer is given"):
+        token_windows(texts, 4)
+    with pytest.raises(ValueError, match="must fill at least one window of 50 tokens, got 15 tokens"):
+        token_windows(texts, 50, Letters())
