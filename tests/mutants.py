@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-TILE, ENGINE, SCREEN = "csrc/cpu/tile.h", "csrc/cpu/engine.isa.cpp", "csrc/cpu/screen.h"
-ENCODE, ENCODE_ISA, RANK, TOPK = "csrc/cpu/encode.cpp", "csrc/cpu/encode.isa.cpp", "csrc/cpu/rank.h", "csrc/cpu/topk.h"
-MATCH, MATCH_ISA, SPLINE_ISA, ROWS = "csrc/cpu/match.cpp", "csrc/cpu/match.isa.cpp", "csrc/cpu/spline.isa.cpp", "csrc/cpu/rows.h"
-ADAM_ISA, DECODE_ISA, SIGNS_ISA, VEC = "csrc/cpu/adam.isa.cpp", "csrc/cpu/decode.isa.cpp", "csrc/cpu/signs.isa.cpp", "csrc/vec.h"
+TILE, ENGINE, SCREEN = "csrc/cpu/engine/tile.isa.h", "csrc/cpu/engine/pack.isa.cpp", "csrc/cpu/engine/driver.h"
+ENCODE, ENCODE_ISA, RANK, TOPK = "csrc/cpu/encode.cpp", "csrc/cpu/encode.isa.cpp", "csrc/cpu/engine/topk.h", "csrc/cpu/engine/topk.isa.h"
+MATCH, MATCH_ISA, SPLINE_ISA, ROWS = "csrc/cpu/match.cpp", "csrc/cpu/match.isa.cpp", "csrc/cpu/spline.isa.cpp", "csrc/cpu/engine/topk_rowwise.h"
+ADAM_ISA, DECODE_ISA, SIGNS_ISA, VEC = "csrc/cpu/adam.isa.cpp", "csrc/cpu/decode.isa.cpp", "csrc/cpu/signs.isa.cpp", "csrc/vec.isa.h"
 TRITON, OPS, HAMMING = "kernels/_tile.py", "fastsae/ops/encode.py", "csrc/cpu/hamming.cpp"
 
 HALF_WIDTH = "tests/native/test_bound.py::test_the_half_width_is_that_of_the_proof"
@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant(SCREEN, "loss[j] = std::copysign(losses[j], scale[j]);", "loss[j] = losses[j];", ORACLE),
     Mutant(SCREEN, "floor[j] = std::copysign(underflow, scale[j]);", "floor[j] = underflow;", ORACLE),
     Mutant(SCREEN, "kShortRow : 65535)", "kShortRow : 65536)", TOO_LONG),
-    Mutant("csrc/cpu/engine.cpp", "d > 0 && d < 65536;", "d > 0 && d < 65537;", TOO_LONG),
+    Mutant("csrc/cpu/engine/pack.cpp", "d > 0 && d < 65536;", "d > 0 && d < 65537;", TOO_LONG),
     # ---- what an interval decides
     Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_NLE_UQ)", EDGES, sees=ENCODE_ISA),
     Mutant(TOPK, "v, _mm512_set1_ps(tau), _CMP_NLT_UQ)", "v, _mm512_set1_ps(tau), _CMP_GE_OQ)", ORACLE, sees=ENCODE_ISA),
@@ -153,7 +153,7 @@ MUTANTS = [
     Mutant(DECODE_ISA, "total = add(total, add(add(a[0], a[1]), add(a[2], a[3])));", "total = add(total, add(add(a[0], a[2]), add(a[1], a[3])));", ORACLE),
     Mutant(DECODE_ISA, "narrow(reduce(total), out + s);", "narrow(reduce(total) + 0.0f * job.d, out + s + 0);", slack="the same value: shows that survivors are seen"),
     Mutant("csrc/cpu/decode.h", "kSlotBlock = 16", "kSlotBlock = 32", ORACLE),
-    Mutant("csrc/cpu/engine.h", "kScoreBlock = 4096", "kScoreBlock = 8192", ORACLE),
+    Mutant("csrc/cpu/engine/kernels.h", "kScoreBlock = 4096", "kScoreBlock = 8192", ORACLE),
     Mutant("csrc/cpu/adam.cpp", "job.from_m = 1 - o.beta1 < 0.5;", "job.from_m = 1 - o.beta1 <= 0.5;", ORACLE),
     Mutant(ADAM_ISA, "from_b(!(__builtin_fabsf(s) < 0.5f))", "from_b(!(__builtin_fabsf(s) <= 0.5f))", ORACLE),
     Mutant(ADAM_ISA, "  if (norm < 1e-8f) return;", "", ORACLE),

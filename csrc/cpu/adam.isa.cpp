@@ -8,7 +8,7 @@
 
 #ifndef FASTSAE_SCREENS
 #include "cpu/decode.h"
-#include "vec.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

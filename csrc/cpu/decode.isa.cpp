@@ -9,7 +9,7 @@
 
 // The bf16 conversion of avx512_bf16 flushes denormals, so that level runs avx512's body.
 #ifndef FASTSAE_SCREENS
-#include "vec.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

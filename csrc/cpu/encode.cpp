@@ -1,4 +1,4 @@
-// The encoders: exact selection, and what their consumers do with blocks of features. The driver is screen.h, the screens encode.isa.cpp.
+// The encoders: exact selection, and what their consumers do with blocks of features. The driver is engine/driver.h, the screens encode.isa.cpp.
 #include "cpu/encode.h"
 
 #include <cfloat>
@@ -6,9 +6,9 @@
 #include <mutex>
 #include <vector>
 
-#include "cpu/cuts.h"
-#include "cpu/rank.h"
-#include "cpu/rows.h"
+#include "cpu/engine/candidates.h"
+#include "cpu/engine/topk.h"
+#include "cpu/engine/topk_rowwise.h"
 
 namespace fastsae {
 namespace {

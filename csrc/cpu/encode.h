@@ -1,6 +1,6 @@
 // What encode.cpp (baseline: which thread does what, exact selection) asks of encode.isa.cpp (levels that can screen).
 #pragma once
-#include "cpu/engine.h"
+#include "cpu/engine/kernels.h"
 
 namespace fastsae {
 
@@ -47,13 +47,13 @@ struct EncodeKernels {
   void (*screen_cut)(Cut, const ScreenRows&, const ScreenPanels&, const Ahead&, const Undecided&, const int32_t* cut);
   void (*keep_undecided)(const Undecided&, int64_t row, float tau);                               // those whose hi is not below tau
   void (*score_undecided)(const ScoreJob&, const Undecided&, int64_t rows, const uint8_t* skip);  // hi = the exact product
-  float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.h
+  float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.isa.h
   // The interval of every score of a block: rows of lo and hi are ld apart, features at their place.
   void (*bounds)(Number, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
   void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const Ahead&, const RowsTopk&);
   // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many to be worth it.
   int64_t (*settle_row)(const ScreenPanels&, const ScoreJob&, const RowsTopk&, int64_t row);
-  // The k best of n entries (rank.h) in order to `best`; `all` has room for n + 8.
+  // The k best of n entries (topk.h) in order to `best`; `all` has room for n + 8.
   void (*rank_scores)(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best);
 };
 

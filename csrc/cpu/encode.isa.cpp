@@ -1,12 +1,12 @@
 // The consumers of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level
-// can screen; encode.h states the jobs, tile.h the bound.
+// can screen; encode.h states the jobs, tile.isa.h the bound.
 #include "cpu/encode.h"
 
 #include "isa.h"
 
 #ifdef FASTSAE_SCREENS
-#include "cpu/tile.h"
-#include "cpu/topk.h"
+#include "cpu/engine/tile.isa.h"
+#include "cpu/engine/topk.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
@@ -149,7 +149,7 @@ FASTSAE_INLINE int64_t postpone(float least, const Undecided& open, int64_t n, c
   return kept;
 }
 
-// The k best of a row's scores as entries of rank.h, in order. Each goes where as many others are better.
+// The k best of a row's scores as entries of topk.h, in order. Each goes where as many others are better.
 void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best) {
   const __m256i top = _mm256_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 8) {

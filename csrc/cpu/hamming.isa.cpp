@@ -8,7 +8,7 @@
 #include "isa.h"
 
 #ifndef FASTSAE_SCREENS
-#include "vec.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

@@ -1,10 +1,10 @@
-// Cosine matching: the nearest rows of another dictionary, in one direction or both. The driver is screen.h, the screens match.isa.cpp.
+// Cosine matching: the nearest rows of another dictionary, in one direction or both. The driver is engine/driver.h, the screens match.isa.cpp.
 #include "cpu/match.h"
 
 #include <vector>
 
-#include "cpu/cuts.h"
-#include "cpu/rank.h"
+#include "cpu/engine/candidates.h"
+#include "cpu/engine/topk.h"
 
 namespace fastsae {
 namespace {

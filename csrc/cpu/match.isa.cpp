@@ -1,12 +1,12 @@
-// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.h states the
+// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.isa.h states the
 // bound.
 #include "cpu/match.h"
 
 #include "isa.h"
 
 #ifdef FASTSAE_SCREENS
-#include "cpu/tile.h"
-#include "cpu/topk.h"
+#include "cpu/engine/tile.isa.h"
+#include "cpu/engine/topk.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

@@ -5,9 +5,7 @@
 #include "isa.h"
 
 #ifndef FASTSAE_SCREENS
-#include "vec.h"
-// after vec.h
-#include "cpu/keys.h"
+#include "cpu/keys.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

@@ -1,9 +1,9 @@
-// Spline codes of a layer: the signs of its scores, packed, without pre-activations. The driver is screen.h, the screen spline.isa.cpp.
+// Spline codes of a layer: the signs of its scores, packed, without pre-activations. The driver is engine/driver.h, the screen spline.isa.cpp.
 #include "cpu/spline.h"
 
 #include <memory>
 
-#include "cpu/cuts.h"
+#include "cpu/engine/candidates.h"
 
 namespace fastsae {
 namespace {

@@ -1,6 +1,6 @@
 // What spline.cpp asks of spline.isa.cpp (levels that can screen).
 #pragma once
-#include "cpu/engine.h"
+#include "cpu/engine/kernels.h"
 
 namespace fastsae {
 

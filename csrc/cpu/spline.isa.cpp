@@ -1,10 +1,10 @@
-// The consumer of spline codes: which signs a screened product decides. tile.h states the bound.
+// The consumer of spline codes: which signs a screened product decides. tile.isa.h states the bound.
 #include "cpu/spline.h"
 
 #include "isa.h"
 
 #ifdef FASTSAE_SCREENS
-#include "cpu/tile.h"
+#include "cpu/engine/tile.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

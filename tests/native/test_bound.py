@@ -1,4 +1,4 @@
-"""The bound of the CPU's screen (csrc/cpu/tile.h) against a float64 computation of its proof, term by term, and its sums at their limits.
+"""The bound of the CPU's screen (csrc/cpu/engine/tile.isa.h) against a float64 computation of its proof, term by term, and its sums at their limits.
 
 A screened product that is 0 shows its half-width as the upper end: rows that cancel in pairs have it for any elements. Every term of E is
 the largest for some rows below, so weakening one of them fails here (tests/mutants.py lists which).
@@ -111,7 +111,7 @@ def test_norms_and_losses_of_a_handle(d: int) -> None:
     H = torch.ones(1, 1, dtype=torch.float64)
     while H.shape[0] < n:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    # Signs of the rotation (engine.cpp): those of single elements, whose rotated rows are columns of H times them.
+    # Signs of the rotation (pack.cpp): those of single elements, whose rotated rows are columns of H times them.
     signs = torch.ones(d, dtype=torch.float64)
     for i in range(d):
         h = (i * 0x9E3779B9 + 0x7F4A7C15) & 0xFFFFFFFF

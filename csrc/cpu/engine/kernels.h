@@ -1,5 +1,5 @@
-// What the drivers (baseline: chunks, threads, exact selection) ask of engine.isa.cpp: rows in their working form, exact scores, and the
-// packed forms that screening reads. The bound on a screened product is proven in tile.h.
+// What the drivers (baseline: chunks, threads, exact selection) ask of pack.isa.cpp: rows in their working form, exact scores, and the
+// packed forms that screening reads. The bound on a screened product is proven in tile.isa.h.
 #pragma once
 #include <stdint.h>
 

@@ -1,11 +1,11 @@
-// Rows in their working form, exact scores (every level), and packing for the screen (levels that can). engine.h states the jobs, fastsae.h
-// the order of a score's sum, tile.h the bound.
-#include "cpu/engine.h"
+// Rows in their working form, exact scores (every level), and packing for the screen (levels that can). kernels.h states the jobs, fastsae.h
+// the order of a score's sum, tile.isa.h the bound.
+#include "cpu/engine/kernels.h"
 
 #include "isa.h"
-#include "vec.h"
+#include "vec.isa.h"
 #ifdef FASTSAE_SCREENS
-#include "cpu/tile.h"
+#include "cpu/engine/tile.isa.h"
 #endif
 
 namespace fastsae {

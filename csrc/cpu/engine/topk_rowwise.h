@@ -2,7 +2,7 @@
 // more than its k best are scored, and workers share nothing. For batches and dictionaries of which the upper ends stay in a cache.
 // Baseline code.
 #pragma once
-#include "cpu/rank.h"
+#include "cpu/engine/topk.h"
 
 namespace fastsae {
 

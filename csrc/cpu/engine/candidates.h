@@ -2,7 +2,7 @@
 // too little, and their exact products. Baseline code.
 #pragma once
 #include "cpu/encode.h"
-#include "cpu/screen.h"
+#include "cpu/engine/driver.h"
 
 namespace fastsae {
 

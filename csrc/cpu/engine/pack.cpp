@@ -1,5 +1,5 @@
-// What the engine needs besides its driver (screen.h): packed handles, the rotation's signs, when to rotate.
-#include "cpu/screen.h"
+// What the engine needs besides its driver (driver.h): packed handles, the rotation's signs, when to rotate.
+#include "cpu/engine/driver.h"
 
 namespace fastsae {
 namespace {

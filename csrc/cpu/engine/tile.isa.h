@@ -47,8 +47,8 @@
 // (10) No overflow unseen: rows with |x| not <= 1e18 take the exact path, features with |w| not <= 1e18 (NaN, inf, huge) get norm = inf
 //     and hence an interval without ends; for all others no partial sum exceeds 16 * 1e18 * 1e18 * 1.01 < 2^127.
 #pragma once
-#include "cpu/engine.h"
-#include "vec.h"
+#include "cpu/engine/kernels.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

@@ -2,7 +2,7 @@
 // *.isa.cpp of a level that can screen.
 #pragma once
 #include "cpu/encode.h"
-#include "cpu/tile.h"
+#include "cpu/engine/tile.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {

@@ -1,7 +1,7 @@
 // Exact top-k of rows: the order of scores, the dense way, and the consumer that screens. Baseline code, for encode.cpp and match.cpp.
 #pragma once
 #include "cpu/encode.h"
-#include "cpu/screen.h"
+#include "cpu/engine/driver.h"
 
 namespace fastsae {
 

@@ -11,7 +11,7 @@
 #include <cstring>
 #include <new>
 
-#include "cpu/engine.h"
+#include "cpu/engine/kernels.h"
 #include "fastsae.h"
 #include "isa.h"
 #include "parallel.h"
@@ -101,13 +101,13 @@ inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const 
   return p;
 }
 
-// (5) of tile.h: what a screened product may lose to underflow.
+// (5) of tile.isa.h: what a screened product may lose to underflow.
 inline float underflow_of(Number number, int64_t d) {
   if (number == Number::exact) return 0;
   return static_cast<float>(4 * d + 128) * 0x1p-126f + (number == Number::int8 ? 0x1p-94f : 0.0f);
 }
 
-// (9) of tile.h: a feature's terms of the bound carry the sign of its scale.
+// (9) of tile.isa.h: a feature's terms of the bound carry the sign of its scale.
 inline void sign_bounds(const float* norms, const float* losses, float underflow, const float* scale, int64_t n, float* norm, float* loss,
                         float* floor) {
   for (int64_t j = 0; j < n; ++j) {
