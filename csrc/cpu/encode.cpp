@@ -251,7 +251,7 @@ struct BatchConsumer : Cuts {
 
 struct BoundsConsumer {
   const EncodeKernels& screens;
-  Number number;
+  ScreenFormat format;
   float* lo;
   float* hi;
   int64_t ld;
@@ -260,7 +260,7 @@ struct BoundsConsumer {
   void take(Workspace&, const Plan&) {}
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int) {
-    screens.bounds(number, b.rows, b.panels, lo + chunk.base * ld, hi + chunk.base * ld, ld);
+    screens.bounds(format, b.rows, b.panels, lo + chunk.base * ld, hi + chunk.base * ld, ld);
   }
   int64_t end(const Chunk& chunk) {
     for (int64_t r = 0; r < chunk.rows; ++r)
@@ -281,7 +281,7 @@ Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, i
   const EngineKernels& kernels = engine_kernels();
   const EncodeKernels* const screens = encode_kernels();
   const bool screen = screens != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays(p.x, p.w)));
-  const Plan plan = make_plan(kernels, p.x, p.w, Number::int8, screen, p.threads, 0);
+  const Plan plan = make_plan(kernels, p.x, p.w, ScreenFormat::int8, screen, p.threads, 0);
   int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
   *status = make(kernels, screens, *entries,
                  [&](auto& consumer) { return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, consumer); });
@@ -300,7 +300,7 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   const TopkOutput out{k, relu, values, indices, w.list};
   const bool apart = path == EncodePath::rows || path == EncodePath::blocks || (path == EncodePath::automatic && rows_apart(x, w, k));
   const bool wanted = apart || path == EncodePath::screen || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
-  const Plan plan = make_plan(kernels, x, w, Number::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
+  const Plan plan = make_plan(kernels, x, w, ScreenFormat::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
   if (!plan.screens) return dense_topk_all(kernels, p, out);
   int64_t* const workspace = stats != nullptr ? &stats->workspace : nullptr;
   if (apart && !plan.copied) {
@@ -359,11 +359,11 @@ int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale
                       bool* screens, int threads) {
   const EngineKernels& kernels = engine_kernels();
   const EncodeKernels* const table = encode_kernels();
-  const Number number = bf16 ? Number::bf16 : Number::int8;
-  const Plan plan = make_plan(kernels, x, w, number, table != nullptr, threads, 0);
+  const ScreenFormat format = bf16 ? ScreenFormat::bf16 : ScreenFormat::int8;
+  const Plan plan = make_plan(kernels, x, w, format, table != nullptr, threads, 0);
   *screens = plan.screens;
   if (!plan.screens || x.rows == 0) return kOk;
-  BoundsConsumer consumer{*table, number, lo, hi, w.features};
+  BoundsConsumer consumer{*table, format, lo, hi, w.features};
   return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, nullptr, consumer);
 }
 

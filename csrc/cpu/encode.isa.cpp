@@ -37,10 +37,10 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead
   *buffer.seen += panels.features;
   if (panels.scale != nullptr) {
     TopkConsumer<true> consumer{buffer, rows, {}};
-    run_block<Number::int8>(rows, panels, next, consumer);
+    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
   } else {
     TopkConsumer<false> consumer{buffer, rows, {}};
-    run_block<Number::int8>(rows, panels, next, consumer);
+    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
   }
   settle<false>(rows, panels, job, buffer);
 }
@@ -87,10 +87,10 @@ void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Ahead
     for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
   if (panels.scale != nullptr) {
     RowsConsumer<true> consumer{to, rows, {}, 0, 0};
-    run_block<Number::int8>(rows, panels, next, consumer);
+    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
   } else {
     RowsConsumer<false> consumer{to, rows, {}, 0, 0};
-    run_block<Number::int8>(rows, panels, next, consumer);
+    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
   }
 }
 
@@ -242,7 +242,7 @@ struct CutConsumer {
 template <bool kScaled, bool kEach, bool kGate>
 void screen_cut_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, const int32_t* cut) {
   CutConsumer<kScaled, kEach, kGate> consumer{undecided, rows, cut, {}, {}};
-  run_block<Number::int8>(rows, panels, next, consumer);
+  run_block<ScreenFormat::int8>(rows, panels, next, consumer);
 }
 
 void screen_cut(Cut kind, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
@@ -291,21 +291,21 @@ struct BoundsConsumer {
   }
 };
 
-template <Number kNumber>
+template <ScreenFormat kFormat>
 void bounds_as(const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
   if (panels.scale != nullptr) {
     BoundsConsumer<true> consumer{rows, lo, hi, ld, {}};
-    run_block<kNumber>(rows, panels, {nullptr, 0, 1, 0}, consumer);
+    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, consumer);
   } else {
     BoundsConsumer<false> consumer{rows, lo, hi, ld, {}};
-    run_block<kNumber>(rows, panels, {nullptr, 0, 1, 0}, consumer);
+    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, consumer);
   }
 }
 
-void bounds(Number number, const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
-  constexpr void (*kBounds[kNumbers])(const ScreenRows&, const ScreenPanels&, float*, float*, int64_t) = {
-      bounds_as<Number::int8>, FASTSAE_BF16(bounds_as<Number::bf16>), bounds_as<Number::exact>};
-  kBounds[static_cast<int>(number)](rows, panels, lo, hi, ld);
+void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
+  constexpr void (*kBounds[kScreenFormats])(const ScreenRows&, const ScreenPanels&, float*, float*, int64_t) = {
+      bounds_as<ScreenFormat::int8>, FASTSAE_BF16(bounds_as<ScreenFormat::bf16>), bounds_as<ScreenFormat::exact>};
+  kBounds[static_cast<int>(format)](rows, panels, lo, hi, ld);
 }
 
 }  // namespace

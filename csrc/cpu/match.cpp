@@ -138,7 +138,7 @@ int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool abs
   const Problem p{a, b, nullptr, nullptr, threads, stats, absolute, exclude_self};
   const TopkOutput out{k, false, similarity, index, nullptr, absolute};
   const bool wanted = path == EncodePath::screen || (path == EncodePath::automatic && a.rows >= 16 && b.d >= 16 && b.features >= 32 * k);
-  const Plan plan = make_plan(kernels, a, b, Number::int8, wanted && match != nullptr, threads, 8 * (4 * k + 272));
+  const Plan plan = make_plan(kernels, a, b, ScreenFormat::int8, wanted && match != nullptr, threads, 8 * (4 * k + 272));
   if (!plan.screens) return dense_topk_all(kernels, p, out);
   TopkConsumer consumer{kernels, *encode_kernels(), absolute ? match->screen_match_absolute : match->screen_match, p, out, nullptr};
   return run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
@@ -149,7 +149,7 @@ int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t
   if (stats != nullptr) *stats = {};
   const EngineKernels& kernels = engine_kernels();
   const MatchKernels* const match = match_kernels();
-  const Plan plan = make_plan(kernels, a, b, Number::int8, match != nullptr, threads, 8 * (4 * k_ab + 272));
+  const Plan plan = make_plan(kernels, a, b, ScreenFormat::int8, match != nullptr, threads, 8 * (4 * k_ab + 272));
   if (!plan.screens || k_ba > kMostColumnBest) return kUnsupported;
   const Problem p{a, b, nullptr, nullptr, threads, stats};
   const TopkOutput out{k_ab, false, ab, ab_index, nullptr};

@@ -44,7 +44,7 @@ void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Ahea
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
   MatchConsumer<kAbsolute> consumer{buffer, rows, {}};
-  run_block<Number::int8>(rows, panels, next, consumer);
+  run_block<ScreenFormat::int8>(rows, panels, next, consumer);
   settle<kAbsolute>(rows, panels, job, buffer);
 }
 
@@ -119,7 +119,7 @@ void close_pairs(const PairBuffer& buffer, int64_t row) {
 
 void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const PairBuffer& buffer) {
   PairConsumer consumer{buffer, rows, {}};
-  run_block<Number::int8>(rows, panels, next, consumer);
+  run_block<ScreenFormat::int8>(rows, panels, next, consumer);
   for (int64_t r = 0; r < rows.rows; ++r)
     if (buffer.rows.undecided.n[r] != 0) close_pairs(buffer, r);
 }

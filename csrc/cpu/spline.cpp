@@ -28,7 +28,7 @@ struct SignConsumer : Cuts {
   void block(const Chunk& chunk, const Block& b, int worker) {
     uint32_t* const to = words + chunk.base * ld;
     screen(chunk, b, worker,
-           [&](const Undecided& open) { signs->screen_signs(chunk.plan.number, b.rows, b.panels, b.next, open, to, ld); });
+           [&](const Undecided& open) { signs->screen_signs(chunk.plan.format, b.rows, b.panels, b.next, open, to, ld); });
     score(chunk, b, worker);
     const Undecided& u = undecided[worker];
     for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -59,11 +59,11 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   const EncodeKernels* const screens = encode_kernels();
   const SplineKernels* const signs = spline_kernels();
   // bf16 leaves far fewer signs open than 8-bit integers, which serve where the level has nothing better and rows are not too long.
-  const bool bf16 = kernels.pack_features[static_cast<int>(Number::bf16)] != nullptr;
-  const Number number = w.d <= kShortRow ? Number::exact : bf16 ? Number::bf16 : Number::int8;
-  const bool pays = x.rows >= 8 && w.features >= 32 && (number != Number::int8 || w.d <= kLongestInt8Signs);
+  const bool bf16 = kernels.pack_features[static_cast<int>(ScreenFormat::bf16)] != nullptr;
+  const ScreenFormat format = w.d <= kShortRow ? ScreenFormat::exact : bf16 ? ScreenFormat::bf16 : ScreenFormat::int8;
+  const bool pays = x.rows >= 8 && w.features >= 32 && (format != ScreenFormat::int8 || w.d <= kLongestInt8Signs);
   const bool screen = signs != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays));
-  const Plan plan = make_plan(kernels, x, w, number, screen, threads, 0);
+  const Plan plan = make_plan(kernels, x, w, format, screen, threads, 0);
   return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, threads, stats != nullptr ? &stats->workspace : nullptr,
                      [&](int64_t first) {
                        return std::make_unique<SignConsumer>(kernels, screens, stats, signs,

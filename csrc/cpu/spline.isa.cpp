@@ -32,18 +32,18 @@ struct SignConsumer {
   }
 };
 
-template <Number kNumber>
+template <ScreenFormat kFormat>
 void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, uint32_t* words,
               int64_t ld) {
   SignConsumer consumer{undecided, rows, words, ld, {}};
-  run_block<kNumber>(rows, panels, next, consumer);
+  run_block<kFormat>(rows, panels, next, consumer);
 }
 
-void screen_signs(Number number, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
+void screen_signs(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
                   uint32_t* words, int64_t ld) {
-  constexpr decltype(&signs_as<Number::int8>) kSigns[kNumbers] = {signs_as<Number::int8>, FASTSAE_BF16(signs_as<Number::bf16>),
-                                                                  signs_as<Number::exact>};
-  kSigns[static_cast<int>(number)](rows, panels, next, undecided, words, ld);
+  constexpr decltype(&signs_as<ScreenFormat::int8>) kSigns[kScreenFormats] = {signs_as<ScreenFormat::int8>, FASTSAE_BF16(signs_as<ScreenFormat::bf16>),
+                                                                  signs_as<ScreenFormat::exact>};
+  kSigns[static_cast<int>(format)](rows, panels, next, undecided, words, ld);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ struct Terms {
 };
 
 struct Plan {
-  Number number;
+  ScreenFormat format;
   bool screens;
   bool copied;  // features are brought to fp32 rows block by block
   int rotation;
@@ -73,19 +73,19 @@ struct Block {
 // Whether features can be read in place, a row after another.
 inline bool by_rows(const Weights& w) { return w.stride_d == 1 || w.d <= 1; }
 
-inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const Weights& w, Number number, bool screens, int threads,
+inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const Weights& w, ScreenFormat format, bool screens, int threads,
                       int64_t bytes_a_row) {
   Plan p{};
   const int64_t d = w.d;
-  p.number = number;
+  p.format = format;
   p.screens =
-      screens && kernels.pack_features[static_cast<int>(number)] != nullptr && d > 0 && d <= (number == Number::exact ? kShortRow : 65535);
+      screens && kernels.pack_features[static_cast<int>(format)] != nullptr && d > 0 && d <= (format == ScreenFormat::exact ? kShortRow : 65535);
   const bool plain = by_rows(w) && w.eps == 0;
   p.copied = !plain;
-  p.rotation = number == Number::int8 ? rotation_of(d) : 1;
-  p.words = p.words_most = words_of(number, d, p.rotation);
+  p.rotation = format == ScreenFormat::int8 ? rotation_of(d) : 1;
+  p.words = p.words_most = words_of(format, d, p.rotation);
   const int64_t panel_bytes = p.words_most * kPanelWidth * 4, raw = kPanelWidth * round_to(std::max<int64_t>(d, 1), 16);
-  const bool packed = number == Number::int8 && w.packed != nullptr && w.list == nullptr && plain;
+  const bool packed = format == ScreenFormat::int8 && w.packed != nullptr && w.list == nullptr && plain;
   const int64_t fit = packed     ? kPackedBytes / panel_bytes
                       : p.copied ? kColumnBytes / (panel_bytes + raw * 4)
                                  : kRawBytes / (panel_bytes + raw * size_of(w.t));
@@ -102,9 +102,9 @@ inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const 
 }
 
 // (5) of tile.isa.h: what a screened product may lose to underflow.
-inline float underflow_of(Number number, int64_t d) {
-  if (number == Number::exact) return 0;
-  return static_cast<float>(4 * d + 128) * 0x1p-126f + (number == Number::int8 ? 0x1p-94f : 0.0f);
+inline float underflow_of(ScreenFormat format, int64_t d) {
+  if (format == ScreenFormat::exact) return 0;
+  return static_cast<float>(4 * d + 128) * 0x1p-126f + (format == ScreenFormat::int8 ? 0x1p-94f : 0.0f);
 }
 
 // (9) of tile.isa.h: a feature's terms of the bound carry the sign of its scale.
@@ -123,7 +123,7 @@ bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d);
 template <class Consumer>
 int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Weights& w, const Terms& terms, Plan plan, int64_t* workspace,
                    Consumer& consumer) {
-  const int number = static_cast<int>(plan.number);
+  const int format = static_cast<int>(plan.format);
   const int64_t d = w.d, chunk = plan.chunk, padded = plan.padded, block = plan.block;
   const int threads = plan.threads;
   const bool in_place = plan.packed != nullptr;
@@ -170,7 +170,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
     own[t].data = plan.screens && !in_place ? space.take<uint32_t>(plan.panels * plan.words_most * kPanelWidth) : nullptr;
   }
   consumer.take(space, plan);
-  const float underflow = underflow_of(plan.number, d);
+  const float underflow = underflow_of(plan.format, d);
   const int64_t packed_count = packed_features(w.features);
 
   std::atomic<bool> failed{false};
@@ -185,11 +185,11 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
           {x.data, x.t, x.stride_row, x.stride_d, d, base + r0, r1 - r0, nullptr, x.subtract, x.eps, xc + r0 * padded, padded, padded});
     });
     if (plan.screens) {
-      plan.rotation = plan.number == Number::int8 && (in_place || worth_rotating(xc, rows, padded, d)) ? rotation_of(d) : 1;
-      plan.words = words_of(plan.number, d, plan.rotation);
+      plan.rotation = plan.format == ScreenFormat::int8 && (in_place || worth_rotating(xc, rows, padded, d)) ? rotation_of(d) : 1;
+      plan.words = words_of(plan.format, d, plan.rotation);
       for_each_unit_by_worker(useful_threads(threads, rows * d), tiles, [&](int64_t t, int worker) {
         const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-        kernels.pack_rows[number]({xc + r0 * padded, padded, d, static_cast<int>(r1 - r0), plan.rotation, signs, words + r0 * plan.words,
+        kernels.pack_rows[format]({xc + r0 * padded, padded, d, static_cast<int>(r1 - r0), plan.rotation, signs, words + r0 * plan.words,
                                    unit + r0, start + r0, a + r0, c + r0, exact + r0, reinterpret_cast<float*>(own[worker].scratch)});
       });
     }
@@ -233,7 +233,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
           std::memcpy(loss, facts + packed_count + f0, static_cast<size_t>(all) * sizeof(float));
           std::memcpy(step, facts + 2 * packed_count + f0, static_cast<size_t>(all) * sizeof(float));
         } else {
-          kernels.pack_features[number]({b.job.w, b.job.t, b.job.stride_f, d, b.job.first + f0, n, b.job.list, panels, plan.rotation, signs,
+          kernels.pack_features[format]({b.job.w, b.job.t, b.job.stride_f, d, b.job.first + f0, n, b.job.list, panels, plan.rotation, signs,
                                          o.data, norm, loss, step, o.scratch});
         }
         sign_bounds(norm, loss, underflow, scale, all, norm, loss, floor);

@@ -16,8 +16,8 @@ constexpr int64_t kScreenBlock = 512;  // elements of a bf16 screening sum befor
 
 // How screening rounds: to 8-bit integers a row and a feature (after a rotation that spreads outliers), to bf16, or, where rows are so
 // short that this costs more than the product, not at all.
-enum class Number : int { int8 = 0, bf16 = 1, exact = 2 };
-constexpr int kNumbers = 3;
+enum class ScreenFormat : int { int8 = 0, bf16 = 1, exact = 2 };
+constexpr int kScreenFormats = 3;
 constexpr int64_t kShortRow = 16;  // most elements of an exact screen: a score's sum then has one element a lane
 
 // ---- rows in their working form ----
@@ -91,8 +91,8 @@ inline int rotation_of(int64_t d) {
     if (round_to(d, n) <= d + d / 16) return n;
   return 1;
 }
-inline int64_t words_of(Number number, int64_t d, int rotation) {
-  return number == Number::exact ? d : number == Number::bf16 ? (d + 1) / 2 : (round_to(d, rotation) + 3) / 4;
+inline int64_t words_of(ScreenFormat format, int64_t d, int rotation) {
+  return format == ScreenFormat::exact ? d : format == ScreenFormat::bf16 ? (d + 1) / 2 : (round_to(d, rotation) + 3) / 4;
 }
 
 // A packed handle: panels, then norm, loss and unit of every feature, in words of 32 bits.
@@ -153,8 +153,8 @@ struct EngineKernels {
   // out[i*ld + j] = <x[i], w[j]>, i < rows, j < features
   void (*products)(const float* const* x, int64_t rows, const float* const* w, int64_t features, int64_t d, float* out, int64_t ld);
   // Null where the level cannot screen with this number.
-  void (*pack_rows[kNumbers])(const PackRowsJob&);
-  void (*pack_features[kNumbers])(const PackFeaturesJob&);
+  void (*pack_rows[kScreenFormats])(const PackRowsJob&);
+  void (*pack_features[kScreenFormats])(const PackFeaturesJob&);
 };
 
 namespace portable {

@@ -48,16 +48,16 @@ bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d) {
 
 bool packs(int64_t d) { return engine_kernels().pack_features[0] != nullptr && d > 0 && d < 65536; }
 
-int64_t packed_words(int64_t features, int64_t d) { return packed_features(features) * (words_of(Number::int8, d, rotation_of(d)) + 3); }
+int64_t packed_words(int64_t features, int64_t d) { return packed_features(features) * (words_of(ScreenFormat::int8, d, rotation_of(d)) + 3); }
 
 int64_t pack(const Weights& w, uint32_t* packed, int threads) {
   const EngineKernels& kernels = engine_kernels();
   const Activations none{nullptr, w.t, 1, 0, 0, nullptr, 0};
-  return pack_all(kernels, w, make_plan(kernels, none, w, Number::int8, true, threads, 0), packed, threads);
+  return pack_all(kernels, w, make_plan(kernels, none, w, ScreenFormat::int8, true, threads, 0), packed, threads);
 }
 
 int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& plan, uint32_t* packed, int threads) {
-  const int64_t words = words_of(plan.number, w.d, plan.rotation), rotated = round_to(w.d, 256), all = packed_features(w.features);
+  const int64_t words = words_of(plan.format, w.d, plan.rotation), rotated = round_to(w.d, 256), all = packed_features(w.features);
   const int64_t padded = round_to(w.d, 32), row_stride = padded + 16;
   const int64_t block = plan.copied ? plan.block : kPanelWidth, blocks = ceil_div(w.features, block);
   const int64_t scratch_words = 16 * (round_to(words, 16) + 16) + rotated + words + 64;
@@ -100,7 +100,7 @@ int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& pla
       job.first = 0;
       job.list = nullptr;
     }
-    kernels.pack_features[static_cast<int>(plan.number)](job);
+    kernels.pack_features[static_cast<int>(plan.format)](job);
   });
   return kOk;
 }

@@ -469,9 +469,9 @@ FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uin
   return {norm, loss, step, usable && loss <= kHugeNorm};
 }
 
-FASTSAE_INLINE void set_row(const PackRowsJob& job, int i, Number number, bool usable, float norm, float loss) {
+FASTSAE_INLINE void set_row(const PackRowsJob& job, int i, ScreenFormat format, bool usable, float norm, float loss) {
   if (usable) {
-    const RowFactors factors = row_factors(number, norm, loss, job.d);
+    const RowFactors factors = row_factors(format, norm, loss, job.d);
     job.a[i] = factors.a;
     job.c[i] = factors.c;
   } else {
@@ -481,14 +481,14 @@ FASTSAE_INLINE void set_row(const PackRowsJob& job, int i, Number number, bool u
 }
 
 void pack_rows_int8(const PackRowsJob& job) {
-  const int64_t words = words_of(Number::int8, job.d, job.rotation);
+  const int64_t words = words_of(ScreenFormat::int8, job.d, job.rotation);
   const float n = 1.0f / static_cast<float>(job.rotation);
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(job.scratch + round_to(job.d, job.rotation) + 16);
   for (int i = 0; i < job.height; ++i) {
     int32_t total = 0;
     const Rounded r = round_int8(job.xc + i * job.padded, job.d, job.rotation, job.signs, job.scratch, bytes, words, &total);
     const bool usable = r.usable && job.d < 65536;
-    set_row(job, i, Number::int8, usable, r.norm, r.loss);
+    set_row(job, i, ScreenFormat::int8, usable, r.norm, r.loss);
     job.unit[i] = usable ? r.step * n : 0;
     job.start[i] = usable ? -128 * total : 0;
     for (int64_t p = 0; p < words; ++p) {
@@ -523,7 +523,7 @@ FASTSAE_INLINE const T* feature_row(const PackFeaturesJob& job, int64_t f) {
 
 template <class T>
 void pack_int8_as(const PackFeaturesJob& job) {
-  const int64_t words = words_of(Number::int8, job.d, job.rotation), ld = round_to(words, 16) + 16;
+  const int64_t words = words_of(ScreenFormat::int8, job.d, job.rotation), ld = round_to(words, 16) + 16;
   float* const y = reinterpret_cast<float*>(job.scratch + 16 * ld);
   for (int64_t g = 0; g < static_cast<int64_t>(job.panels) * 2; ++g) {
     for (int64_t j = 0; j < 16; ++j) {
@@ -578,7 +578,7 @@ void pack_rows_bf16(const PackRowsJob& job) {
     }
     const float norm = norm_above(reduce({squares}), job.d), loss = norm_above(reduce({lost}), job.d);
     const bool usable = norm <= kHugeNorm && loss <= kHugeNorm;
-    set_row(job, i, Number::bf16, usable, norm, loss);
+    set_row(job, i, ScreenFormat::bf16, usable, norm, loss);
     job.unit[i] = 1;
     job.start[i] = 0;
     if (!usable)

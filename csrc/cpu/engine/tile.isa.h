@@ -71,11 +71,11 @@ struct RowFactors {
   float a, c;
 };
 // (8) from |x| and l(x), both rounded up
-FASTSAE_INLINE RowFactors row_factors(Number number, float norm, float loss, int64_t d) {
+FASTSAE_INLINE RowFactors row_factors(ScreenFormat format, float norm, float loss, int64_t d) {
   const int64_t vectors = (d + 15) / 16, blocks = (d + kScoreBlock - 1) / kScoreBlock;
   const float g = 1.01f * static_cast<float>(at_most(vectors, kScoreBlock / 16) + blocks + 5) * kUnit;
   const float additions = static_cast<float>(at_most(d + 1, kScreenBlock) + (d + kScreenBlock - 1) / kScreenBlock + 3);
-  const float q = number == Number::int8 ? 4 * kUnit : 1.01f * additions * 2 * kUnit;
+  const float q = format == ScreenFormat::int8 ? 4 * kUnit : 1.01f * additions * 2 * kUnit;
   const float x = norm + loss;
   return {(loss + (q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f), x * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)};
 }
@@ -267,13 +267,13 @@ void tile_exact(const uint32_t* x, const uint32_t* w, int64_t words, const int32
 using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, int, float*, Prefetcher&, int);
 #define FASTSAE_TILES(tile) \
   {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
-constexpr TileKernel kTileKernels[kNumbers][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
+constexpr TileKernel kTileKernels[kScreenFormats][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
                                                               FASTSAE_TILES(tile_exact)};
 #undef FASTSAE_TILES
 
 // All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
 // panels; of a larger block, a panel stays there for all tiles.
-template <Number kNumber, class Consumer>
+template <ScreenFormat kFormat, class Consumer>
 void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Consumer& consumer) {
   alignas(64) float c[kTileRows * kPanelWidth];
   Prefetcher ahead(next);
@@ -282,17 +282,17 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Co
   const auto one = [&](int t, int panel) {
     const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
     const int height = static_cast<int>(r1 - r0);
-    kTileKernels[static_cast<int>(kNumber)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
+    kTileKernels[static_cast<int>(kFormat)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
                                                     height, c, ahead, quota);
     consumer.panel(p, panel);
     __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
-    if (kNumber == Number::int8) {
+    if (kFormat == ScreenFormat::int8) {
       unit0 = _mm512_loadu_ps(p.unit + panel * kPanelWidth);
       unit1 = _mm512_loadu_ps(p.unit + panel * kPanelWidth + 16);
     }
     for (int i = 0; i < height; ++i) {
       __m512 r0v = _mm512_load_ps(c + i * kPanelWidth), r1v = _mm512_load_ps(c + i * kPanelWidth + 16);
-      if (kNumber == Number::int8) {
+      if (kFormat == ScreenFormat::int8) {
         const __m512 step = _mm512_set1_ps(x.unit[r0 + i]);
         r0v = _mm512_mul_ps(r0v, _mm512_mul_ps(step, unit0));
         r1v = _mm512_mul_ps(r1v, _mm512_mul_ps(step, unit1));

@@ -183,7 +183,7 @@ inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& scre
   if (!in_place) {
     const int64_t status = rotation_for(kernels, x, d, padded, &plan.rotation);
     if (status != kOk) return status;
-    plan.words = words_of(plan.number, d, plan.rotation);
+    plan.words = words_of(plan.format, d, plan.rotation);
   }
   const int64_t words = plan.words, rotated = round_to(d, 256);
   const int threads = static_cast<int>(std::min<int64_t>({useful_threads(p.threads, x.rows * w.features * d / 8), x.rows, kMostWorkers}));
@@ -215,7 +215,7 @@ inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& scre
   float *const scale = space.take<float>(all), *const bias = space.take<float>(all);
   gather_terms(p, all, scale, bias);
   const float* const facts = reinterpret_cast<const float*>(packed + all * words);
-  sign_bounds(facts, facts + all, underflow_of(plan.number, d), scale, all, norm, loss, floor);
+  sign_bounds(facts, facts + all, underflow_of(plan.format, d), scale, all, norm, loss, floor);
   const ScreenPanels of{packed, words,  panels, 0, w.features, norm, loss, floor, facts + 2 * all, p.scale != nullptr ? scale : nullptr,
                         bias,   nullptr};
   struct Own : RowsWorker {
@@ -261,7 +261,7 @@ inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& scre
     } else {
       for (int t = 0; t < tiles; ++t) {
         const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-        kernels.pack_rows[static_cast<int>(plan.number)]({o.xc + r0 * padded, padded, d, static_cast<int>(r1 - r0), plan.rotation, signs,
+        kernels.pack_rows[static_cast<int>(plan.format)]({o.xc + r0 * padded, padded, d, static_cast<int>(r1 - r0), plan.rotation, signs,
                                                           o.words + r0 * words, o.unit + r0, o.start + r0, o.a + r0, o.c + r0, o.exact + r0,
                                                           o.scratch});
       }
