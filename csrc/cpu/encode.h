@@ -40,17 +40,17 @@ struct RowsTopk {
 enum class Cut : int { each, all, gate };
 
 struct EncodeKernels {
-  void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Ahead&, const ScoreJob&, const TopkBuffer&);
+  void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
   // Drops the kept entries of a row that cannot be in its top k; how many are left.
   int64_t (*finish_topk)(const TopkBuffer&, int64_t row);
   // `cut`: bits of the number for Cut::all.
-  void (*screen_cut)(Cut, const ScreenRows&, const ScreenPanels&, const Ahead&, const Undecided&, const int32_t* cut);
+  void (*screen_cut)(Cut, const ScreenRows&, const ScreenPanels&, const Prefetch&, const Undecided&, const int32_t* cut);
   void (*keep_undecided)(const Undecided&, int64_t row, float tau);                               // those whose hi is not below tau
   void (*score_undecided)(const ScoreJob&, const Undecided&, int64_t rows, const uint8_t* skip);  // hi = the exact product
   float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.isa.h
   // The interval of every score of a block: rows of lo and hi are ld apart, features at their place.
   void (*bounds)(ScreenFormat, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
-  void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const Ahead&, const RowsTopk&);
+  void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const RowsTopk&);
   // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many to be worth it.
   int64_t (*settle_row)(const ScreenPanels&, const ScoreJob&, const RowsTopk&, int64_t row);
   // The k best of n entries (topk.h) in order to `best`; `all` has room for n + 8.

@@ -32,7 +32,7 @@ struct TopkConsumer {
   }
 };
 
-void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
   if (panels.scale != nullptr) {
@@ -81,7 +81,7 @@ struct RowsConsumer {
   }
 };
 
-void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const RowsTopk& to) {
+void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const RowsTopk& to) {
   const int64_t lows = (panels.panels + to.panels - 1) / to.panels * 16;
   for (int64_t r = 0; r < rows.rows; ++r)
     for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
@@ -240,12 +240,12 @@ struct CutConsumer {
 };
 
 template <bool kScaled, bool kEach, bool kGate>
-void screen_cut_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, const int32_t* cut) {
+void screen_cut_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided, const int32_t* cut) {
   CutConsumer<kScaled, kEach, kGate> consumer{undecided, rows, cut, {}, {}};
   run_block<ScreenFormat::int8>(rows, panels, next, consumer);
 }
 
-void screen_cut(Cut kind, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
+void screen_cut(Cut kind, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
                 const int32_t* cut) {
   const bool scaled = panels.scale != nullptr;
   if (kind == Cut::gate)

@@ -40,7 +40,7 @@ struct MatchConsumer {
 };
 
 template <bool kAbsolute>
-void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
   MatchConsumer<kAbsolute> consumer{buffer, rows, {}};
@@ -117,7 +117,7 @@ void close_pairs(const PairBuffer& buffer, int64_t row) {
   u.n[row] = static_cast<int32_t>(open);
 }
 
-void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const PairBuffer& buffer) {
+void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const PairBuffer& buffer) {
   PairConsumer consumer{buffer, rows, {}};
   run_block<ScreenFormat::int8>(rows, panels, next, consumer);
   for (int64_t r = 0; r < rows.rows; ++r)

@@ -33,13 +33,13 @@ struct SignConsumer {
 };
 
 template <ScreenFormat kFormat>
-void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, uint32_t* words,
+void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided, uint32_t* words,
               int64_t ld) {
   SignConsumer consumer{undecided, rows, words, ld, {}};
   run_block<kFormat>(rows, panels, next, consumer);
 }
 
-void screen_signs(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
+void screen_signs(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
                   uint32_t* words, int64_t ld) {
   constexpr decltype(&signs_as<ScreenFormat::int8>) kSigns[kScreenFormats] = {signs_as<ScreenFormat::int8>, FASTSAE_BF16(signs_as<ScreenFormat::bf16>),
                                                                   signs_as<ScreenFormat::exact>};

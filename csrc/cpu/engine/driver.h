@@ -66,7 +66,7 @@ struct Block {
   int64_t first, count;
   ScreenRows rows;
   ScreenPanels panels;
-  Ahead next;
+  Prefetch next;
   ScoreJob job;
 };
 

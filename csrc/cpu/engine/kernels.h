@@ -124,7 +124,7 @@ struct ScreenPanels {  // per-feature arrays hold panels * kPanelWidth entries, 
   const float* extra;  // a consumer's own: a cut, a second bias
 };
 
-struct Ahead {  // memory to bring into the cache while computing: `segments` runs of `lines` cache lines
+struct Prefetch {  // memory to bring into the cache while computing: `segments` runs of `lines` cache lines
   const char* base;
   int64_t segments, lines, stride;
 };

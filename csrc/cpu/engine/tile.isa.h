@@ -138,11 +138,11 @@ __attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t
   to.n[row] = static_cast<int32_t>(n);
 }
 
-// Walks the lines of `Ahead`, a few at a time.
+// Walks the lines of `Prefetch`, a few at a time.
 struct Prefetcher {
   const char* at;
   int64_t segments, lines, stride, line;
-  explicit FASTSAE_INLINE Prefetcher(const Ahead& a) : at(a.base), segments(a.segments), lines(a.lines), stride(a.stride), line(0) {}
+  explicit FASTSAE_INLINE Prefetcher(const Prefetch& a) : at(a.base), segments(a.segments), lines(a.lines), stride(a.stride), line(0) {}
   FASTSAE_INLINE void some(int n) {
     for (; n > 0 && segments > 0; --n) {
       _mm_prefetch(at + line * 64, _MM_HINT_T1);
@@ -159,13 +159,13 @@ constexpr int64_t kStep = 32;  // words between two prefetches
 
 // c[i][32] = integer products of MR rows and the 32 features of a panel, as fp32.
 template <int MR>
-void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& ahead, int quota) {
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher, int quota) {
   __m512i s0[MR], s1[MR];
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_set1_epi32(start[i]);
   for (int64_t d = 0; d < words;) {
     const int64_t stop = at_most(d + kStep, words);
-    ahead.some(quota);
+    prefetcher.some(quota);
     for (; d < stop; ++d) {
       const __m512i w0 = _mm512_loadu_si512(w + d * kPanelWidth), w1 = _mm512_loadu_si512(w + d * kPanelWidth + 16);
       const uint32_t* const xd = x + d * MR;
@@ -190,7 +190,7 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
 
 // c[i][32] = <x^_i, w^_j> in bf16.
 template <int MR>
-void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& ahead, int quota) {
+void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& prefetcher, int quota) {
   __m512 s0[MR], s1[MR];
   int64_t d = 0;
   do {
@@ -200,7 +200,7 @@ void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
     for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_setzero_ps();
     while (d < end) {
       const int64_t stop = at_most(d + kStep, end);
-      ahead.some(quota);
+      prefetcher.some(quota);
       for (; d < stop; ++d) {
         const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth), w1 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth + 16);
         const uint32_t* const xd = x + d * MR;
@@ -274,16 +274,16 @@ constexpr TileKernel kTileKernels[kScreenFormats][kTileRows + 1] = {FASTSAE_TILE
 // All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
 // panels; of a larger block, a panel stays there for all tiles.
 template <ScreenFormat kFormat, class Consumer>
-void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Consumer& consumer) {
+void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, Consumer& consumer) {
   alignas(64) float c[kTileRows * kPanelWidth];
-  Prefetcher ahead(next);
+  Prefetcher prefetcher(next);
   const int64_t steps = (x.words + kStep - 1) / kStep * p.panels * x.tiles;
   const int quota = next.segments == 0 ? 0 : static_cast<int>(next.segments * next.lines / (steps > 0 ? steps : 1)) + 1;
   const auto one = [&](int t, int panel) {
     const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
     const int height = static_cast<int>(r1 - r0);
     kTileKernels[static_cast<int>(kFormat)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
-                                                    height, c, ahead, quota);
+                                                    height, c, prefetcher, quota);
     consumer.panel(p, panel);
     __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
     if (kFormat == ScreenFormat::int8) {

@@ -218,7 +218,7 @@ inline int64_t dense_topk_all(const EngineKernels& kernels, const Problem& p, co
 struct TopkConsumer {
   const EngineKernels& kernels;
   const EncodeKernels& screens;
-  void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Ahead&, const ScoreJob&, const TopkBuffer&);
+  void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
   const Problem& p;
   const TopkOutput& out;
   uint8_t* survived;
