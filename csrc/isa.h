@@ -10,7 +10,8 @@ namespace fastsae {
 // Ascending: a level includes those before it, and a level without a body of its own runs the body of the next lower one.
 #define FASTSAE_LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
 
-// A level with dot products of 8-bit integers screens (cpu/engine/tile.isa.h); what gains nothing from them has no body there and runs avx512's.
+// A level with dot products of 8-bit integers screens (cpu/engine/tile.isa.h); what gains nothing from them has no body there and runs
+// avx512's.
 #if defined(FASTSAE_LEVEL_avx512_vnni) || defined(FASTSAE_LEVEL_avx512_bf16)
 #define FASTSAE_SCREENS 1
 #endif

@@ -1,4 +1,5 @@
-// The encoders: exact selection, and what their consumers do with blocks of features. The driver is engine/driver.h, the screens encode.isa.cpp.
+// The encoders: exact selection, and what their consumers do with blocks of features. The driver is engine/driver.h, the screens
+// encode.isa.cpp.
 #include "cpu/encode.h"
 
 #include <cfloat>
@@ -48,9 +49,9 @@ void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* 
   std::memcpy(crow, entries.crow.data(), entries.crow.size() * sizeof(int64_t));
   for (const Entries::Part& part : entries.parts) {
     const int64_t start = entries.crow[part.base], n = static_cast<int64_t>(part.kept.size());
-    constexpr int64_t kEach = 1 << 15;
-    for_each_unit(useful_threads(threads, n), ceil_div(n, kEach), [&](int64_t unit) {
-      for (int64_t i = unit * kEach; i < std::min((unit + 1) * kEach, n); ++i) {
+    constexpr int64_t kPerFeature = 1 << 15;
+    for_each_unit(useful_threads(threads, n), ceil_div(n, kPerFeature), [&](int64_t unit) {
+      for (int64_t i = unit * kPerFeature; i < std::min((unit + 1) * kPerFeature, n); ++i) {
         values[start + i] = part.kept[i].value;
         col[start + i] = part.kept[i].feature;
         if (flags != nullptr) flags[start + i] = static_cast<uint8_t>(part.kept[i].flags);
@@ -93,21 +94,21 @@ struct Sorter {
   }
 };
 
-struct ThresholdConsumer : Cuts {
+struct ThresholdConsumer : Candidates {
   const Problem& p;
-  Cut kind;
+  ThresholdKind kind;
   const float* threshold;  // of the dictionary
   float half_band;
   Entries& entries;
   Sorter sorter;
 
-  ThresholdConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, Cut kind, const float* threshold,
-                    float half_band, Entries& entries)
-      : Cuts{kernels, screens, p.stats, {}, {}}, p(p), kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
+  ThresholdConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, ThresholdKind kind,
+                    const float* threshold, float half_band, Entries& entries)
+      : Candidates{kernels, screens, p.stats, {}, {}}, p(p), kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
 
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
-    screen(chunk, b, worker, [&](const Undecided& open) { screens->screen_cut(kind, b.rows, b.panels, b.next, open, nullptr); });
+    screen(chunk, b, worker, [&](const Undecided& open) { screens->screen_threshold(kind, b.rows, b.panels, b.next, open, nullptr); });
     score(chunk, b, worker);
     const Undecided& u = undecided[worker];
     std::vector<Kept>& kept = sorter.kept[worker];
@@ -117,7 +118,7 @@ struct ThresholdConsumer : Cuts {
         const int64_t at = u.id[i] - b.first;
         const int32_t feature = p.w.list != nullptr ? p.w.list[u.id[i]] : u.id[i];
         float score = scored_as(b, at, u.hi[i]);
-        if (kind == Cut::gate) {
+        if (kind == ThresholdKind::gate) {
           const float gate = u.hi[i] + b.panels.extra[at];
           if (!(gate <= 0) && !(score <= 0)) kept.push_back({static_cast<int32_t>(r), feature, plain(gate != gate ? gate : score), 1});
           continue;
@@ -154,7 +155,7 @@ struct Pooled {
   }
 };
 
-struct BatchConsumer : Cuts {
+struct BatchConsumer : Candidates {
   const Problem& p;
   int64_t total;
   std::vector<Pooled> pool;  // positive scores and NaN, not below tau
@@ -164,7 +165,7 @@ struct BatchConsumer : Cuts {
   int32_t tau = 0;  // bits of a float, 0 at first: only positive scores are asked for
 
   BatchConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, int64_t total)
-      : Cuts{kernels, screens, p.stats, {}, {}}, p(p), total(total) {}
+      : Candidates{kernels, screens, p.stats, {}, {}}, p(p), total(total) {}
 
   float load_tau() const {
     const int32_t bits = __atomic_load_n(&tau, __ATOMIC_RELAXED);
@@ -191,7 +192,8 @@ struct BatchConsumer : Cuts {
 
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
-    screen(chunk, b, worker, [&](const Undecided& still) { screens->screen_cut(Cut::all, b.rows, b.panels, b.next, still, &tau); });
+    screen(chunk, b, worker,
+           [&](const Undecided& still) { screens->screen_threshold(ThresholdKind::shared, b.rows, b.panels, b.next, still, &tau); });
     const Undecided& u = undecided[worker];
     // With many open ones, a better tau from the lower ends first.
     int64_t open = 0;
@@ -319,18 +321,18 @@ Entries* encode_threshold(const Activations& x, const Weights& w, const float* s
   // What the screen may drop: not above the threshold and not in the band, with room for the rounding of their difference.
   int64_t highest = w.features;
   if (w.list != nullptr && w.features > 0) highest = w.list[w.features - 1] + 1;
-  std::vector<float> cut(static_cast<size_t>(highest));
+  std::vector<float> least(static_cast<size_t>(highest));
   for (int64_t f = 0; f < highest; ++f) {
     const float theta = threshold[f];
-    cut[f] = theta < 0 ? 0.0f : theta;
+    least[f] = theta < 0 ? 0.0f : theta;
     if (half_band >= 0) {
       const float below = theta - half_band - (std::fabs(theta) + half_band) * 0x1p-20f;
-      cut[f] = below < cut[f] || below != below ? below : cut[f];
+      least[f] = below < least[f] || below != below ? below : least[f];
     }
-    cut[f] = std::min(cut[f], FLT_MAX);  // NaN stays; a NaN score has an infinite upper end, which must pass strictly
+    least[f] = std::min(least[f], FLT_MAX);  // NaN stays; a NaN score has an infinite upper end, which must pass strictly
   }
-  return encode_entries(p, {scale, bias, cut.data()}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdConsumer consumer(kernels, screens, p, Cut::each, threshold, half_band, entries);
+  return encode_entries(p, {scale, bias, least.data()}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
+    ThresholdConsumer consumer(kernels, screens, p, ThresholdKind::per_feature, threshold, half_band, entries);
     return run(consumer);
   });
 }
@@ -339,7 +341,7 @@ Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gat
                       EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
   const Problem p{x, w, stretch, b_mag, threads, stats};
   return encode_entries(p, {stretch, b_mag, b_gate}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdConsumer consumer(kernels, screens, p, Cut::gate, nullptr, -1, entries);
+    ThresholdConsumer consumer(kernels, screens, p, ThresholdKind::gate, nullptr, -1, entries);
     return run(consumer);
   });
 }

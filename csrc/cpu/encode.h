@@ -36,15 +36,15 @@ struct RowsTopk {
   int64_t k;
 };
 
-// What an entry must be able to exceed: the cut of its feature (strictly), one number for all, or 0 twice (score, and product + extra).
-enum class Cut : int { each, all, gate };
+// What an entry must be able to exceed: the threshold of its feature (strictly), one for all, or 0 twice (score, and product + extra).
+enum class ThresholdKind : int { per_feature, shared, gate };
 
 struct EncodeKernels {
   void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
   // Drops the kept entries of a row that cannot be in its top k; how many are left.
   int64_t (*finish_topk)(const TopkBuffer&, int64_t row);
-  // `cut`: bits of the number for Cut::all.
-  void (*screen_cut)(Cut, const ScreenRows&, const ScreenPanels&, const Prefetch&, const Undecided&, const int32_t* cut);
+  // `tau`: bits of the one for ThresholdKind::shared.
+  void (*screen_threshold)(ThresholdKind, const ScreenRows&, const ScreenPanels&, const Prefetch&, const Undecided&, const int32_t* tau);
   void (*keep_undecided)(const Undecided&, int64_t row, float tau);                               // those whose hi is not below tau
   void (*score_undecided)(const ScoreJob&, const Undecided&, int64_t rows, const uint8_t* skip);  // hi = the exact product
   float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.isa.h

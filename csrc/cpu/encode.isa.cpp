@@ -204,30 +204,31 @@ int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& t
   return scored;
 }
 
-// ---- cuts: a threshold a feature, one for all, a gate ----
+// ---- thresholds: one a feature, one for all, a gate ----
 
-// Undecided is what may exceed its cut: a feature's own (kEach), or one that all workers raise. kGate: a second bias, for the same product
-// without the scale, must be able to exceed 0 as well.
-template <bool kScaled, bool kEach, bool kGate>
-struct CutConsumer {
+// Undecided is what may exceed its threshold: its own (kPerFeature), or one that all workers raise. kGate: a second bias, for the same
+// product without the scale, must be able to exceed 0 as well.
+template <bool kScaled, bool kPerFeature, bool kGate>
+struct ThresholdScreen {
   const Undecided& undecided;
   const ScreenRows& rows;
-  const int32_t* cut;
+  const int32_t* tau;
   Features<kScaled> f;
   __m512 extra[2];
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
     f.set(p, panel);
-    for (int h = 0; h < 2; ++h) extra[h] = kEach || kGate ? _mm512_loadu_ps(p.extra + panel * kPanelWidth + 16 * h) : _mm512_setzero_ps();
+    for (int h = 0; h < 2; ++h)
+      extra[h] = kPerFeature || kGate ? _mm512_loadu_ps(p.extra + panel * kPanelWidth + 16 * h) : _mm512_setzero_ps();
   }
 
   FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
     const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
     const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
-    const __m512 least0 = kEach ? extra[0] : kGate ? _mm512_setzero_ps() : _mm512_set1_ps(load_tau(cut));
-    const __m512 least1 = kEach ? extra[1] : least0;
+    const __m512 least0 = kPerFeature ? extra[0] : kGate ? _mm512_setzero_ps() : _mm512_set1_ps(load_tau(tau));
+    const __m512 least1 = kPerFeature ? extra[1] : least0;
     const auto passes = [](__m512 upper, __m512 least) {
-      return kEach || kGate ? _mm512_cmp_ps_mask(upper, least, _CMP_NLE_UQ) : _mm512_cmp_ps_mask(upper, least, _CMP_NLT_UQ);
+      return kPerFeature || kGate ? _mm512_cmp_ps_mask(upper, least, _CMP_NLE_UQ) : _mm512_cmp_ps_mask(upper, least, _CMP_NLT_UQ);
     };
     __mmask16 m0 = passes(f.upper(0, r0, e0), least0), m1 = passes(f.upper(1, r1, e1), least1);
     if (kGate) {  // the scale of a gated encoder is not negative, so e is the slack of the bare product too
@@ -239,21 +240,22 @@ struct CutConsumer {
   }
 };
 
-template <bool kScaled, bool kEach, bool kGate>
-void screen_cut_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided, const int32_t* cut) {
-  CutConsumer<kScaled, kEach, kGate> consumer{undecided, rows, cut, {}, {}};
+template <bool kScaled, bool kPerFeature, bool kGate>
+void screen_threshold_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
+                         const int32_t* tau) {
+  ThresholdScreen<kScaled, kPerFeature, kGate> consumer{undecided, rows, tau, {}, {}};
   run_block<ScreenFormat::int8>(rows, panels, next, consumer);
 }
 
-void screen_cut(Cut kind, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
-                const int32_t* cut) {
+void screen_threshold(ThresholdKind kind, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next,
+                      const Undecided& undecided, const int32_t* tau) {
   const bool scaled = panels.scale != nullptr;
-  if (kind == Cut::gate)
-    screen_cut_as<true, false, true>(rows, panels, next, undecided, cut);
-  else if (kind == Cut::each)
-    (scaled ? screen_cut_as<true, true, false> : screen_cut_as<false, true, false>)(rows, panels, next, undecided, cut);
+  if (kind == ThresholdKind::gate)
+    screen_threshold_as<true, false, true>(rows, panels, next, undecided, tau);
+  else if (kind == ThresholdKind::per_feature)
+    (scaled ? screen_threshold_as<true, true, false> : screen_threshold_as<false, true, false>)(rows, panels, next, undecided, tau);
   else
-    (scaled ? screen_cut_as<true, false, false> : screen_cut_as<false, false, false>)(rows, panels, next, undecided, cut);
+    (scaled ? screen_threshold_as<true, false, false> : screen_threshold_as<false, false, false>)(rows, panels, next, undecided, tau);
 }
 
 void keep_undecided(const Undecided& u, int64_t row, float tau) {
@@ -311,8 +313,8 @@ void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& pan
 }  // namespace
 
 extern const EncodeKernels encode_kernels;
-const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_cut,  keep_undecided, score_undecided,
-                                      kth_largest, bounds,      screen_rows, settle_row,     rank_scores};
+const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_threshold, keep_undecided, score_undecided,
+                                      kth_largest, bounds,      screen_rows,      settle_row,     rank_scores};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

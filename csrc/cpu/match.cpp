@@ -1,4 +1,5 @@
-// Cosine matching: the nearest rows of another dictionary, in one direction or both. The driver is engine/driver.h, the screens match.isa.cpp.
+// Cosine matching: the nearest rows of another dictionary, in one direction or both. The driver is engine/driver.h, the screens
+// match.isa.cpp.
 #include "cpu/match.h"
 
 #include <vector>
@@ -20,7 +21,7 @@ struct Ranked {
 };
 
 // The rows' side is TopkConsumer's; columns are a worker's own within a chunk, and their rows come in ascending order.
-struct PairConsumer : Cuts {
+struct PairConsumer : Candidates {
   const MatchKernels& match;
   TopkConsumer best;
   int64_t k_columns, columns, padded_columns;
@@ -38,7 +39,7 @@ struct PairConsumer : Cuts {
 
   PairConsumer(const EngineKernels& kernels, const EncodeKernels& screens, const MatchKernels& match, const Problem& p,
                const TopkOutput& out, int64_t k_columns, float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
-      : Cuts{kernels, &screens, nullptr, {}, {}},
+      : Candidates{kernels, &screens, nullptr, {}, {}},
         match(match),
         best{kernels, screens, nullptr, p, out, nullptr},
         k_columns(k_columns),
@@ -52,12 +53,12 @@ struct PairConsumer : Cuts {
         found(static_cast<size_t>(columns), 0) {}
 
   int64_t bytes(const Plan& plan) const {
-    return Cuts::bytes(plan) + best.bytes(plan) + Workspace::size<float>(padded_columns * k_columns) +
+    return Candidates::bytes(plan) + best.bytes(plan) + Workspace::size<float>(padded_columns * k_columns) +
            Workspace::size<float>(padded_columns) + Workspace::size<int32_t>(plan.chunk) +
            plan.threads * Workspace::size<uint64_t>(plan.chunk);
   }
   void take(Workspace& space, const Plan& plan) {
-    Cuts::take(space, plan);
+    Candidates::take(space, plan);
     best.take(space, plan);
     column_lows = space.take<float>(padded_columns * k_columns);
     column_tau = space.take<float>(padded_columns);

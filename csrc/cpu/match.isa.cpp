@@ -1,5 +1,5 @@
-// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.isa.h states the
-// bound.
+// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.isa.h states
+// the bound.
 #include "cpu/match.h"
 
 #include "isa.h"

@@ -1,4 +1,5 @@
-// Spline codes of a layer: the signs of its scores, packed, without pre-activations. The driver is engine/driver.h, the screen spline.isa.cpp.
+// Spline codes of a layer: the signs of its scores, packed, without pre-activations. The driver is engine/driver.h, the screen
+// spline.isa.cpp.
 #include "cpu/spline.h"
 
 #include <memory>
@@ -15,14 +16,14 @@ const SplineKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSA
 
 const SplineKernels* spline_kernels() { return pick_if(kTables); }
 
-struct SignConsumer : Cuts {
+struct SignConsumer : Candidates {
   const SplineKernels* signs;
   uint32_t* words;  // of the first row
   int64_t ld;       // words of 32 bits a row
 
   SignConsumer(const EngineKernels& kernels, const EncodeKernels* screens, EncodeStats* stats, const SplineKernels* signs, uint32_t* words,
                int64_t ld)
-      : Cuts{kernels, screens, stats, {}, {}}, signs(signs), words(words), ld(ld) {}
+      : Candidates{kernels, screens, stats, {}, {}}, signs(signs), words(words), ld(ld) {}
 
   void begin(const Chunk& chunk) { std::memset(words + chunk.base * ld, 0, static_cast<size_t>(chunk.rows * ld) * sizeof(uint32_t)); }
   void block(const Chunk& chunk, const Block& b, int worker) {

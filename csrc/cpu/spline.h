@@ -7,7 +7,8 @@ namespace fastsae {
 struct SplineKernels {
   // Sets the bits of neurons that are surely on, of the rows at `words` (ld words of 32 bits apart, neuron j at bit j % 32 of word j / 32)
   // and clears the others of the block; those that are not sure go to `undecided`.
-  void (*screen_signs)(ScreenFormat, const ScreenRows&, const ScreenPanels&, const Prefetch&, const Undecided&, uint32_t* words, int64_t ld);
+  void (*screen_signs)(ScreenFormat, const ScreenRows&, const ScreenPanels&, const Prefetch&, const Undecided&, uint32_t* words,
+                       int64_t ld);
 };
 
 namespace avx512_vnni {

@@ -41,8 +41,8 @@ void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch
 
 void screen_signs(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
                   uint32_t* words, int64_t ld) {
-  constexpr decltype(&signs_as<ScreenFormat::int8>) kSigns[kScreenFormats] = {signs_as<ScreenFormat::int8>, FASTSAE_BF16(signs_as<ScreenFormat::bf16>),
-                                                                  signs_as<ScreenFormat::exact>};
+  constexpr decltype(&signs_as<ScreenFormat::int8>) kSigns[kScreenFormats] = {
+      signs_as<ScreenFormat::int8>, FASTSAE_BF16(signs_as<ScreenFormat::bf16>), signs_as<ScreenFormat::exact>};
   kSigns[static_cast<int>(format)](rows, panels, next, undecided, words, ld);
 }
 

@@ -9,7 +9,7 @@ namespace fastsae {
 // Null where the level in force cannot screen.
 const EncodeKernels* encode_kernels();
 
-struct Cuts {
+struct Candidates {
   const EngineKernels& kernels;
   const EncodeKernels* screens;
   EncodeStats* stats;

@@ -78,8 +78,8 @@ inline Plan make_plan(const EngineKernels& kernels, const Activations& x, const 
   Plan p{};
   const int64_t d = w.d;
   p.format = format;
-  p.screens =
-      screens && kernels.pack_features[static_cast<int>(format)] != nullptr && d > 0 && d <= (format == ScreenFormat::exact ? kShortRow : 65535);
+  p.screens = screens && kernels.pack_features[static_cast<int>(format)] != nullptr && d > 0 &&
+              d <= (format == ScreenFormat::exact ? kShortRow : 65535);
   const bool plain = by_rows(w) && w.eps == 0;
   p.copied = !plain;
   p.rotation = format == ScreenFormat::int8 ? rotation_of(d) : 1;

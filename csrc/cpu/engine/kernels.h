@@ -121,7 +121,7 @@ struct ScreenPanels {  // per-feature arrays hold panels * kPanelWidth entries, 
   const float* unit;
   const float* scale;  // may be null
   const float* bias;   // zeros where there is none
-  const float* extra;  // a consumer's own: a cut, a second bias
+  const float* extra;  // a consumer's own: a threshold, a second bias
 };
 
 struct Prefetch {  // memory to bring into the cache while computing: `segments` runs of `lines` cache lines

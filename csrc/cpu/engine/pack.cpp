@@ -48,7 +48,9 @@ bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d) {
 
 bool packs(int64_t d) { return engine_kernels().pack_features[0] != nullptr && d > 0 && d < 65536; }
 
-int64_t packed_words(int64_t features, int64_t d) { return packed_features(features) * (words_of(ScreenFormat::int8, d, rotation_of(d)) + 3); }
+int64_t packed_words(int64_t features, int64_t d) {
+  return packed_features(features) * (words_of(ScreenFormat::int8, d, rotation_of(d)) + 3);
+}
 
 int64_t pack(const Weights& w, uint32_t* packed, int threads) {
   const EngineKernels& kernels = engine_kernels();

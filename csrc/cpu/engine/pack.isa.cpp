@@ -1,7 +1,6 @@
-// Rows in their working form, exact scores (every level), and packing for the screen (levels that can). kernels.h states the jobs, fastsae.h
-// the order of a score's sum, tile.isa.h the bound.
+// Rows in their working form, exact scores (every level), and packing for the screen (levels that can). kernels.h states the jobs,
+// fastsae.h the order of a score's sum, tile.isa.h the bound.
 #include "cpu/engine/kernels.h"
-
 #include "isa.h"
 #include "vec.isa.h"
 #ifdef FASTSAE_SCREENS

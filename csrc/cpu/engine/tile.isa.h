@@ -43,7 +43,7 @@
 // (9) score = fl(fl(r* scale) + bias) and both steps are monotone (falling, if scale < 0), so the ends of the interval, taken through the
 //     same two steps, enclose the score: no further rounding terms. norm, loss and U carry the sign of the scale, which swaps the ends
 //     where it must. An end that is NaN (inf * 0, inf - inf) decides nothing: hi is compared so that NaN passes, lo = NaN counts as -inf.
-//     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well (a strict cut is finite).
+//     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well (a strict threshold is finite).
 // (10) No overflow unseen: rows with |x| not <= 1e18 take the exact path, features with |w| not <= 1e18 (NaN, inf, huge) get norm = inf
 //     and hence an interval without ends; for all others no partial sum exceeds 16 * 1e18 * 1e18 * 1.01 < 2^127.
 #pragma once
@@ -159,7 +159,8 @@ constexpr int64_t kStep = 32;  // words between two prefetches
 
 // c[i][32] = integer products of MR rows and the 32 features of a panel, as fp32.
 template <int MR>
-void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher, int quota) {
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
+               int quota) {
   __m512i s0[MR], s1[MR];
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_set1_epi32(start[i]);
@@ -268,7 +269,7 @@ using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int
 #define FASTSAE_TILES(tile) \
   {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
 constexpr TileKernel kTileKernels[kScreenFormats][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
-                                                              FASTSAE_TILES(tile_exact)};
+                                                                    FASTSAE_TILES(tile_exact)};
 #undef FASTSAE_TILES
 
 // All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
