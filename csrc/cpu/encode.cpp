@@ -1,4 +1,4 @@
-// The encoders: exact selection, and what their consumers do with blocks of features. The driver is engine/driver.h, the screens
+// The encoders: exact selection, and what their drivers do with blocks of features. The driver is engine/driver.h, the screens
 // encode.isa.cpp.
 #include "cpu/encode.h"
 
@@ -94,7 +94,7 @@ struct Sorter {
   }
 };
 
-struct ThresholdConsumer : Candidates {
+struct ThresholdDriver : Candidates {
   const Problem& p;
   ThresholdKind kind;
   const float* threshold;  // of the dictionary
@@ -102,8 +102,8 @@ struct ThresholdConsumer : Candidates {
   Entries& entries;
   Sorter sorter;
 
-  ThresholdConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, ThresholdKind kind,
-                    const float* threshold, float half_band, Entries& entries)
+  ThresholdDriver(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, ThresholdKind kind, const float* threshold,
+                  float half_band, Entries& entries)
       : Candidates{kernels, screens, p.stats, {}, {}}, p(p), kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
 
   void begin(const Chunk&) {}
@@ -155,7 +155,7 @@ struct Pooled {
   }
 };
 
-struct BatchConsumer : Candidates {
+struct BatchTopkDriver : Candidates {
   const Problem& p;
   int64_t total;
   std::vector<Pooled> pool;  // positive scores and NaN, not below tau
@@ -164,7 +164,7 @@ struct BatchConsumer : Candidates {
   int64_t fresh = 0;
   int32_t tau = 0;  // bits of a float, 0 at first: only positive scores are asked for
 
-  BatchConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, int64_t total)
+  BatchTopkDriver(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, int64_t total)
       : Candidates{kernels, screens, p.stats, {}, {}}, p(p), total(total) {}
 
   float load_tau() const {
@@ -251,7 +251,7 @@ struct BatchConsumer : Candidates {
   }
 };
 
-struct BoundsConsumer {
+struct BoundsDriver {
   const EncodeKernels& screens;
   ScreenFormat format;
   float* lo;
@@ -286,7 +286,7 @@ Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, i
   const Plan plan = make_plan(kernels, p.x, p.w, ScreenFormat::int8, screen, p.threads, 0);
   int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
   *status = make(kernels, screens, *entries,
-                 [&](auto& consumer) { return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, consumer); });
+                 [&](auto& driver) { return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, driver); });
   return entries.release();
 }
 
@@ -308,11 +308,11 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   if (apart && !plan.copied) {
     if (path == EncodePath::rows || (path == EncodePath::automatic && pack_first(x, plan)))
       return rows_topk(kernels, *screens, p, out, plan, survived);
-    const std::unique_ptr<RowsConsumer> consumer(new RowsConsumer{kernels, *screens, p, out, survived});
-    return run_engine(kernels, x, w, {scale, bias, nullptr}, consumer->within(plan), workspace, *consumer);
+    const std::unique_ptr<RowwiseDriver> driver(new RowwiseDriver{kernels, *screens, p, out, survived});
+    return run_engine(kernels, x, w, {scale, bias, nullptr}, driver->within(plan), workspace, *driver);
   }
-  TopkConsumer consumer{kernels, *screens, screens->screen_topk, p, out, survived};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, workspace, consumer);
+  TopkDriver driver{kernels, *screens, screens->screen_topk, p, out, survived};
+  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, workspace, driver);
 }
 
 Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
@@ -332,8 +332,8 @@ Entries* encode_threshold(const Activations& x, const Weights& w, const float* s
     least[f] = std::min(least[f], FLT_MAX);  // NaN stays; a NaN score has an infinite upper end, which must pass strictly
   }
   return encode_entries(p, {scale, bias, least.data()}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdConsumer consumer(kernels, screens, p, ThresholdKind::per_feature, threshold, half_band, entries);
-    return run(consumer);
+    ThresholdDriver driver(kernels, screens, p, ThresholdKind::per_feature, threshold, half_band, entries);
+    return run(driver);
   });
 }
 
@@ -341,8 +341,8 @@ Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gat
                       EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
   const Problem p{x, w, stretch, b_mag, threads, stats};
   return encode_entries(p, {stretch, b_mag, b_gate}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdConsumer consumer(kernels, screens, p, ThresholdKind::gate, nullptr, -1, entries);
-    return run(consumer);
+    ThresholdDriver driver(kernels, screens, p, ThresholdKind::gate, nullptr, -1, entries);
+    return run(driver);
   });
 }
 
@@ -350,9 +350,9 @@ Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* 
                            int threads, EncodeStats* stats, float* min_kept, int64_t* status) {
   const Problem p{x, w, scale, bias, threads, stats};
   return encode_entries(p, {scale, bias, nullptr}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    BatchConsumer consumer(kernels, screens, p, total);
-    const int64_t done = total > 0 ? run(consumer) : kOk;
-    if (done == kOk) *min_kept = consumer.finish(entries);
+    BatchTopkDriver driver(kernels, screens, p, total);
+    const int64_t done = total > 0 ? run(driver) : kOk;
+    if (done == kOk) *min_kept = driver.finish(entries);
     return done;
   });
 }
@@ -365,8 +365,8 @@ int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale
   const Plan plan = make_plan(kernels, x, w, format, table != nullptr, threads, 0);
   *screens = plan.screens;
   if (!plan.screens || x.rows == 0) return kOk;
-  BoundsConsumer consumer{*table, format, lo, hi, w.features};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, nullptr, consumer);
+  BoundsDriver driver{*table, format, lo, hi, w.features};
+  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, nullptr, driver);
 }
 
 }  // namespace fastsae

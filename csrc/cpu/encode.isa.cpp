@@ -1,4 +1,4 @@
-// The consumers of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level
+// The screens of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level
 // can screen; encode.h states the jobs, tile.isa.h the bound.
 #include "cpu/encode.h"
 
@@ -13,7 +13,7 @@ namespace FASTSAE_ISA {
 namespace {
 
 template <bool kScaled>
-struct TopkConsumer {
+struct TopkScreen {
   const TopkBuffer& buffer;
   const ScreenRows& rows;
   Features<kScaled> f;
@@ -36,11 +36,11 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Prefe
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
   if (panels.scale != nullptr) {
-    TopkConsumer<true> consumer{buffer, rows, {}};
-    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
+    TopkScreen<true> screen{buffer, rows, {}};
+    run_block<ScreenFormat::int8>(rows, panels, next, screen);
   } else {
-    TopkConsumer<false> consumer{buffer, rows, {}};
-    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
+    TopkScreen<false> screen{buffer, rows, {}};
+    run_block<ScreenFormat::int8>(rows, panels, next, screen);
   }
   settle<false>(rows, panels, job, buffer);
 }
@@ -48,7 +48,7 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Prefe
 // ---- a top-k of few rows against all features ----
 
 template <bool kScaled>
-struct RowsConsumer {
+struct RowwiseScreen {
   const RowsTopk& to;
   const ScreenRows& rows;
   Features<kScaled> f;
@@ -86,11 +86,11 @@ void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Prefe
   for (int64_t r = 0; r < rows.rows; ++r)
     for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
   if (panels.scale != nullptr) {
-    RowsConsumer<true> consumer{to, rows, {}, 0, 0};
-    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
+    RowwiseScreen<true> screen{to, rows, {}, 0, 0};
+    run_block<ScreenFormat::int8>(rows, panels, next, screen);
   } else {
-    RowsConsumer<false> consumer{to, rows, {}, 0, 0};
-    run_block<ScreenFormat::int8>(rows, panels, next, consumer);
+    RowwiseScreen<false> screen{to, rows, {}, 0, 0};
+    run_block<ScreenFormat::int8>(rows, panels, next, screen);
   }
 }
 
@@ -243,8 +243,8 @@ struct ThresholdScreen {
 template <bool kScaled, bool kPerFeature, bool kGate>
 void screen_threshold_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
                          const int32_t* tau) {
-  ThresholdScreen<kScaled, kPerFeature, kGate> consumer{undecided, rows, tau, {}, {}};
-  run_block<ScreenFormat::int8>(rows, panels, next, consumer);
+  ThresholdScreen<kScaled, kPerFeature, kGate> screen{undecided, rows, tau, {}, {}};
+  run_block<ScreenFormat::int8>(rows, panels, next, screen);
 }
 
 void screen_threshold(ThresholdKind kind, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next,
@@ -274,7 +274,7 @@ void score_undecided(const ScoreJob& job, const Undecided& u, int64_t rows, cons
 // ---- every interval, for tests ----
 
 template <bool kScaled>
-struct BoundsConsumer {
+struct BoundsScreen {
   const ScreenRows& rows;
   float* lo;
   float* hi;
@@ -296,11 +296,11 @@ struct BoundsConsumer {
 template <ScreenFormat kFormat>
 void bounds_as(const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
   if (panels.scale != nullptr) {
-    BoundsConsumer<true> consumer{rows, lo, hi, ld, {}};
-    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, consumer);
+    BoundsScreen<true> screen{rows, lo, hi, ld, {}};
+    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, screen);
   } else {
-    BoundsConsumer<false> consumer{rows, lo, hi, ld, {}};
-    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, consumer);
+    BoundsScreen<false> screen{rows, lo, hi, ld, {}};
+    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, screen);
   }
 }
 

@@ -20,10 +20,10 @@ struct Ranked {
   int64_t row;
 };
 
-// The rows' side is TopkConsumer's; columns are a worker's own within a chunk, and their rows come in ascending order.
-struct PairConsumer : Candidates {
+// The rows' side is TopkDriver's; columns are a worker's own within a chunk, and their rows come in ascending order.
+struct PairDriver : Candidates {
   const MatchKernels& match;
-  TopkConsumer best;
+  TopkDriver best;
   int64_t k_columns, columns, padded_columns;
   float* similarity_columns;
   int64_t* index_columns;
@@ -37,8 +37,8 @@ struct PairConsumer : Candidates {
   uint64_t* lowest[kMostWorkers] = {};  // [rows] key of the negated score, and the feature
   PairBuffer buffers[kMostWorkers] = {};
 
-  PairConsumer(const EngineKernels& kernels, const EncodeKernels& screens, const MatchKernels& match, const Problem& p,
-               const TopkOutput& out, int64_t k_columns, float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
+  PairDriver(const EngineKernels& kernels, const EncodeKernels& screens, const MatchKernels& match, const Problem& p, const TopkOutput& out,
+             int64_t k_columns, float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
       : Candidates{kernels, &screens, nullptr, {}, {}},
         match(match),
         best{kernels, screens, nullptr, p, out, nullptr},
@@ -141,8 +141,8 @@ int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool abs
   const bool wanted = path == EncodePath::screen || (path == EncodePath::automatic && a.rows >= 16 && b.d >= 16 && b.features >= 32 * k);
   const Plan plan = make_plan(kernels, a, b, ScreenFormat::int8, wanted && match != nullptr, threads, 8 * (4 * k + 272));
   if (!plan.screens) return dense_topk_all(kernels, p, out);
-  TopkConsumer consumer{kernels, *encode_kernels(), absolute ? match->screen_match_absolute : match->screen_match, p, out, nullptr};
-  return run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
+  TopkDriver driver{kernels, *encode_kernels(), absolute ? match->screen_match_absolute : match->screen_match, p, out, nullptr};
+  return run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, driver);
 }
 
 int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t k_ba, float* ab, int64_t* ab_index, float* ba,
@@ -154,12 +154,12 @@ int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t
   if (!plan.screens || k_ba > kMostColumnBest) return kUnsupported;
   const Problem p{a, b, nullptr, nullptr, threads, stats};
   const TopkOutput out{k_ab, false, ab, ab_index, nullptr};
-  PairConsumer consumer(kernels, *encode_kernels(), *match, p, out, k_ba, ba, ba_index, low, low_index);
+  PairDriver driver(kernels, *encode_kernels(), *match, p, out, k_ba, ba, ba_index, low, low_index);
   const int64_t status =
-      run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
-  if (status == kOk) consumer.finish();
+      run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, driver);
+  if (status == kOk) driver.finish();
   if (stats != nullptr)
-    for (const int64_t n : consumer.scored) stats->scored += n;
+    for (const int64_t n : driver.scored) stats->scored += n;
   return status;
 }
 

@@ -1,4 +1,4 @@
-// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.isa.h states
+// The screens of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.isa.h states
 // the bound.
 #include "cpu/match.h"
 
@@ -13,7 +13,7 @@ namespace FASTSAE_ISA {
 namespace {
 
 template <bool kAbsolute>
-struct MatchConsumer {
+struct MatchScreen {
   const TopkBuffer& buffer;
   const ScreenRows& rows;
   Features<false> f;
@@ -43,12 +43,12 @@ template <bool kAbsolute>
 void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
-  MatchConsumer<kAbsolute> consumer{buffer, rows, {}};
-  run_block<ScreenFormat::int8>(rows, panels, next, consumer);
+  MatchScreen<kAbsolute> screen{buffer, rows, {}};
+  run_block<ScreenFormat::int8>(rows, panels, next, screen);
   settle<kAbsolute>(rows, panels, job, buffer);
 }
 
-struct PairConsumer {
+struct PairScreen {
   const PairBuffer& buffer;
   const ScreenRows& rows;
   Features<false> f;
@@ -118,8 +118,8 @@ void close_pairs(const PairBuffer& buffer, int64_t row) {
 }
 
 void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const PairBuffer& buffer) {
-  PairConsumer consumer{buffer, rows, {}};
-  run_block<ScreenFormat::int8>(rows, panels, next, consumer);
+  PairScreen screen{buffer, rows, {}};
+  run_block<ScreenFormat::int8>(rows, panels, next, screen);
   for (int64_t r = 0; r < rows.rows; ++r)
     if (buffer.rows.undecided.n[r] != 0) close_pairs(buffer, r);
 }

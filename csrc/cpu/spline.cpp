@@ -16,13 +16,13 @@ const SplineKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSA
 
 const SplineKernels* spline_kernels() { return pick_if(kTables); }
 
-struct SignConsumer : Candidates {
+struct SignDriver : Candidates {
   const SplineKernels* signs;
   uint32_t* words;  // of the first row
   int64_t ld;       // words of 32 bits a row
 
-  SignConsumer(const EngineKernels& kernels, const EncodeKernels* screens, EncodeStats* stats, const SplineKernels* signs, uint32_t* words,
-               int64_t ld)
+  SignDriver(const EngineKernels& kernels, const EncodeKernels* screens, EncodeStats* stats, const SplineKernels* signs, uint32_t* words,
+             int64_t ld)
       : Candidates{kernels, screens, stats, {}, {}}, signs(signs), words(words), ld(ld) {}
 
   void begin(const Chunk& chunk) { std::memset(words + chunk.base * ld, 0, static_cast<size_t>(chunk.rows * ld) * sizeof(uint32_t)); }
@@ -67,8 +67,8 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   const Plan plan = make_plan(kernels, x, w, format, screen, threads, 0);
   return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, threads, stats != nullptr ? &stats->workspace : nullptr,
                      [&](int64_t first) {
-                       return std::make_unique<SignConsumer>(kernels, screens, stats, signs,
-                                                             reinterpret_cast<uint32_t*>(words + first * n_words), 2 * n_words);
+                       return std::make_unique<SignDriver>(kernels, screens, stats, signs,
+                                                           reinterpret_cast<uint32_t*>(words + first * n_words), 2 * n_words);
                      });
 }
 

@@ -1,4 +1,4 @@
-// The consumer of spline codes: which signs a screened product decides. tile.isa.h states the bound.
+// The screen of spline codes: which signs a screened product decides. tile.isa.h states the bound.
 #include "cpu/spline.h"
 
 #include "isa.h"
@@ -10,7 +10,7 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-struct SignConsumer {
+struct SignScreen {
   const Undecided& undecided;
   const ScreenRows& rows;
   uint32_t* words;
@@ -35,8 +35,8 @@ struct SignConsumer {
 template <ScreenFormat kFormat>
 void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided, uint32_t* words,
               int64_t ld) {
-  SignConsumer consumer{undecided, rows, words, ld, {}};
-  run_block<kFormat>(rows, panels, next, consumer);
+  SignScreen screen{undecided, rows, words, ld, {}};
+  run_block<kFormat>(rows, panels, next, screen);
 }
 
 void screen_signs(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,

@@ -1,4 +1,4 @@
-// What consumers share that keep any number of entries a row: a worker's undecided features, all of them where screening is off or decides
+// What drivers share that keep any number of entries a row: a worker's undecided features, all of them where screening is off or decides
 // too little, and their exact products. Baseline code.
 #pragma once
 #include "cpu/encode.h"

@@ -1,4 +1,4 @@
-// The driver of the tile engine (baseline code): chunks of rows, blocks of features, which thread does what. A consumer gives the
+// The driver of the tile engine (baseline code): chunks of rows, blocks of features, which thread does what. A driver gives the
 // operation.
 //
 //   int64_t bytes(const Plan&), void take(Workspace&, const Plan&)     its own memory, for all workers
@@ -120,9 +120,9 @@ inline void sign_bounds(const float* norms, const float* losses, float underflow
 // Whether some rows of a chunk have elements so large that 8-bit steps would be coarse for the others.
 bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d);
 
-template <class Consumer>
+template <class Driver>
 int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Weights& w, const Terms& terms, Plan plan, int64_t* workspace,
-                   Consumer& consumer) {
+                   Driver& driver) {
   const int format = static_cast<int>(plan.format);
   const int64_t d = w.d, chunk = plan.chunk, padded = plan.padded, block = plan.block;
   const int threads = plan.threads;
@@ -131,7 +131,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
   const int64_t rotated = round_to(std::max<int64_t>(d, 1), 256);
   const int64_t scratch_words = 16 * (round_to(plan.words_most, 16) + 16) + rotated + plan.words_most + 64;
   const int64_t meta = 7 * block;
-  int64_t bytes = Workspace::size<float>(chunk * padded) + Workspace::size<uint8_t>(chunk) + consumer.bytes(plan);
+  int64_t bytes = Workspace::size<float>(chunk * padded) + Workspace::size<uint8_t>(chunk) + driver.bytes(plan);
   if (plan.screens)
     bytes += Workspace::size<uint32_t>(chunk * plan.words_most) + 4 * Workspace::size<float>(chunk) + Workspace::size<uint32_t>(rotated);
   bytes += threads * (Workspace::size<float>(meta) + (float_rows ? Workspace::size<float>(block * plan.row_stride) : 0) +
@@ -169,7 +169,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
     own[t].scratch = plan.screens ? space.take<uint32_t>(scratch_words) : nullptr;
     own[t].data = plan.screens && !in_place ? space.take<uint32_t>(plan.panels * plan.words_most * kPanelWidth) : nullptr;
   }
-  consumer.take(space, plan);
+  driver.take(space, plan);
   const float underflow = underflow_of(plan.format, d);
   const int64_t packed_count = packed_features(w.features);
 
@@ -194,7 +194,7 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
       });
     }
     const Chunk now{plan, base, rows, xc, exact};
-    consumer.begin(now);
+    driver.begin(now);
     // 2. Features, a block at a time: packed into the cache of the thread that screens them against all rows, and scores what screening
     //    leaves undecided.
     for_each_unit_by_worker(threads, plan.blocks, [&](int64_t index, int worker) {
@@ -254,14 +254,14 @@ int64_t run_engine(const EngineKernels& kernels, const Activations& x, const Wei
       }
       b.panels = {data, plan.words, panels, f0, n, norm, loss, floor, step, terms.scale != nullptr ? scale : nullptr, bias, extra};
       try {
-        consumer.block(now, b, worker);
+        driver.block(now, b, worker);
       } catch (const std::bad_alloc&) {  // an exception must not leave a thread of the pool
         failed = true;
       }
     });
     if (failed) return kNoMemory;
     // 3. Selection.
-    const int64_t status = consumer.end(now);
+    const int64_t status = driver.end(now);
     if (status != kOk) return status;
   }
   return kOk;
@@ -273,7 +273,7 @@ int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& pla
 constexpr int64_t kPackOnceBytes = int64_t{32} << 20;
 constexpr int64_t kRangesAThread = 4;  // a slow thread leaves ranges to the others
 
-// Runs one consumer, or one for each range of rows: make(first row) returns a consumer whose chunks count rows from there. Ranges are for
+// Runs one driver, or one for each range of rows: make(first row) returns a driver whose chunks count rows from there. Ranges are for
 // too few blocks of features to occupy the threads, and for many chunks of features that are packed before: threads then meet once at the
 // end, not three times a chunk, which on a machine that others use as well costs a turn of the scheduler each. Features are packed once
 // where several chunks or ranges would each do it.
@@ -295,8 +295,8 @@ int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const We
   const bool many = plan.packed != nullptr && chunks >= 2 * threads;
   const bool split = threads > 1 && (plan.blocks < 2 * threads || many);
   if (!split) {
-    auto consumer = make(0);
-    return run_engine(kernels, x, w, terms, plan, workspace, *consumer);
+    auto driver = make(0);
+    return run_engine(kernels, x, w, terms, plan, workspace, *driver);
   }
   plan.threads = 1;
   const int64_t parts =
@@ -310,8 +310,8 @@ int64_t run_by_rows(const EngineKernels& kernels, const Activations& x, const We
     own.rows = r1 - r0;
     Plan mine = plan;
     mine.chunk = std::min(plan.chunk, own.rows);
-    auto consumer = make(r0);
-    const int64_t done = run_engine(kernels, own, w, terms, mine, part == 0 ? workspace : nullptr, *consumer);
+    auto driver = make(r0);
+    const int64_t done = run_engine(kernels, own, w, terms, mine, part == 0 ? workspace : nullptr, *driver);
     if (done != kOk) status = done;
   });
   return status;

@@ -1,7 +1,7 @@
-// The tile engine: a block of packed feature panels against tiles of packed rows, and what a consumer may conclude from it. Only for
+// The tile engine: a block of packed feature panels against tiles of packed rows, and what a screen may conclude from it. Only for
 // *.isa.cpp of a level that can screen.
 //
-// A consumer is a class with
+// A screen is a class with
 //   void panel(const ScreenPanels& p, int panel);           the features of the products to come
 //   void row(int64_t row, __m512 r0, __m512 r1);            screened products of one row with features 0-15 and 16-31 of that panel
 // and gets from Features an interval that contains the score of fastsae.h. It decides what the interval decides and hands the rest to the
@@ -274,8 +274,8 @@ constexpr TileKernel kTileKernels[kScreenFormats][kTileRows + 1] = {FASTSAE_TILE
 
 // All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
 // panels; of a larger block, a panel stays there for all tiles.
-template <ScreenFormat kFormat, class Consumer>
-void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, Consumer& consumer) {
+template <ScreenFormat kFormat, class Screen>
+void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, Screen& screen) {
   alignas(64) float c[kTileRows * kPanelWidth];
   Prefetcher prefetcher(next);
   const int64_t steps = (x.words + kStep - 1) / kStep * p.panels * x.tiles;
@@ -285,7 +285,7 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next,
     const int height = static_cast<int>(r1 - r0);
     kTileKernels[static_cast<int>(kFormat)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
                                                     height, c, prefetcher, quota);
-    consumer.panel(p, panel);
+    screen.panel(p, panel);
     __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
     if (kFormat == ScreenFormat::int8) {
       unit0 = _mm512_loadu_ps(p.unit + panel * kPanelWidth);
@@ -298,7 +298,7 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next,
         r0v = _mm512_mul_ps(r0v, _mm512_mul_ps(step, unit0));
         r1v = _mm512_mul_ps(r1v, _mm512_mul_ps(step, unit1));
       }
-      consumer.row(r0 + i, r0v, r1v);
+      screen.row(r0 + i, r0v, r1v);
     }
   };
   if (x.words * kPanelWidth * 4 * p.panels <= kCacheBytes) {

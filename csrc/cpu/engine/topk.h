@@ -1,4 +1,4 @@
-// Exact top-k of rows: the order of scores, the dense way, and the consumer that screens. Baseline code, for encode.cpp and match.cpp.
+// Exact top-k of rows: the order of scores, the dense way, and the driver that screens. Baseline code, for encode.cpp and match.cpp.
 #pragma once
 #include "cpu/encode.h"
 #include "cpu/engine/driver.h"
@@ -215,7 +215,7 @@ inline int64_t dense_topk_all(const EngineKernels& kernels, const Problem& p, co
   return kOk;
 }
 
-struct TopkConsumer {
+struct TopkDriver {
   const EngineKernels& kernels;
   const EncodeKernels& screens;
   void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);

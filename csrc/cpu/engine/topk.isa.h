@@ -1,4 +1,4 @@
-// The running top-k of rows that several workers share: a consumer of the tile engine puts what it cannot decide through here. Only for
+// The running top-k of rows that several workers share: a screen of the tile engine puts what it cannot decide through here. Only for
 // *.isa.cpp of a level that can screen.
 #pragma once
 #include "cpu/encode.h"

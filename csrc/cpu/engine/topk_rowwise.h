@@ -77,7 +77,7 @@ inline void gather_terms(const Problem& p, int64_t all, float* scale, float* bia
 
 // ---- a block of features at a time, packed where it is used, against all rows of the chunk ----
 
-struct RowsConsumer {
+struct RowwiseDriver {
   const EngineKernels& kernels;
   const EncodeKernels& screens;
   const Problem& p;
