@@ -282,7 +282,7 @@ Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, i
   entries->crow.push_back(0);
   const EngineKernels& kernels = engine_kernels();
   const EncodeKernels* const screens = encode_kernels();
-  const bool screen = screens != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays(p.x, p.w)));
+  const bool screen = screens != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && worth_screening(p.x, p.w)));
   const Plan plan = make_plan(kernels, p.x, p.w, ScreenFormat::int8, screen, p.threads, 0);
   int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
   *status = make(kernels, screens, *entries,
@@ -300,14 +300,15 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   const EncodeKernels* const screens = encode_kernels();
   const Problem p{x, w, scale, bias, threads, stats};
   const TopkOutput out{k, relu, values, indices, w.list};
-  const bool apart = path == EncodePath::rows || path == EncodePath::blocks || (path == EncodePath::automatic && rows_apart(x, w, k));
-  const bool wanted = apart || path == EncodePath::screen || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
+  const bool rowwise = path == EncodePath::rows || path == EncodePath::blocks || (path == EncodePath::automatic && worth_rowwise(x, w, k));
+  const bool wanted =
+      rowwise || path == EncodePath::screen || (path == EncodePath::automatic && worth_screening(x, w) && w.features >= 32 * k);
   const Plan plan = make_plan(kernels, x, w, ScreenFormat::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
   if (!plan.screens) return dense_topk_all(kernels, p, out);
   int64_t* const workspace = stats != nullptr ? &stats->workspace : nullptr;
-  if (apart && !plan.copied) {
+  if (rowwise && !plan.copied) {
     if (path == EncodePath::rows || (path == EncodePath::automatic && pack_first(x, plan)))
-      return rows_topk(kernels, *screens, p, out, plan, survived);
+      return rowwise_topk(kernels, *screens, p, out, plan, survived);
     const std::unique_ptr<RowwiseDriver> driver(new RowwiseDriver{kernels, *screens, p, out, survived});
     return run_engine(kernels, x, w, {scale, bias, nullptr}, driver->within(plan), workspace, *driver);
   }

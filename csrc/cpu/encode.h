@@ -25,7 +25,7 @@ struct TopkBuffer {
 };
 
 // A top-k for which every interval of a row is known before its first score: tau comes from all features, and nothing is shared.
-struct RowsTopk {
+struct RowwiseTopk {
   float* high;  // [rows][stride] upper ends
   int64_t stride;
   float* low;  // [rows][lows] of `panels` panels together, the largest lower end in each of 16 lanes
@@ -50,9 +50,9 @@ struct EncodeKernels {
   float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.isa.h
   // The interval of every score of a block: rows of lo and hi are ld apart, features at their place.
   void (*bounds)(ScreenFormat, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
-  void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const RowsTopk&);
+  void (*screen_rowwise)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const RowwiseTopk&);
   // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many to be worth it.
-  int64_t (*settle_row)(const ScreenPanels&, const ScoreJob&, const RowsTopk&, int64_t row);
+  int64_t (*rescore_row)(const ScreenPanels&, const ScoreJob&, const RowwiseTopk&, int64_t row);
   // The k best of n entries (topk.h) in order to `best`; `all` has room for n + 8.
   void (*rank_scores)(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best);
 };

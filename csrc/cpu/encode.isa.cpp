@@ -42,14 +42,14 @@ void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Prefe
     TopkScreen<false> screen{buffer, rows, {}};
     run_block<ScreenFormat::int8>(rows, panels, next, screen);
   }
-  settle<false>(rows, panels, job, buffer);
+  rescore<false>(rows, panels, job, buffer);
 }
 
 // ---- a top-k of few rows against all features ----
 
 template <bool kScaled>
 struct RowwiseScreen {
-  const RowsTopk& to;
+  const RowwiseTopk& to;
   const ScreenRows& rows;
   Features<kScaled> f;
   int64_t at, group;
@@ -81,7 +81,7 @@ struct RowwiseScreen {
   }
 };
 
-void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const RowsTopk& to) {
+void screen_rowwise(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const RowwiseTopk& to) {
   const int64_t lows = (panels.panels + to.panels - 1) / to.panels * 16;
   for (int64_t r = 0; r < rows.rows; ++r)
     for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
@@ -172,7 +172,7 @@ void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_
 
 // Screening errs by much less than its bound. So the k features with the highest upper ends, and some more, are scored first: the k-th
 // largest of their scores is close to that of all, and most others end below it.
-int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& to, int64_t row) {
+int64_t rescore_row(const ScreenPanels& p, const ScoreJob& job, const RowwiseTopk& to, int64_t row) {
   const Undecided& open = to.open;
   const int64_t k = to.k, lows = to.lows, limit = 4 * k + 256 + p.features / 4;
   const float floor = k <= lows ? kth_largest(to.low + row * lows, lows, k, k + k / 8) : -__builtin_inff();
@@ -314,7 +314,7 @@ void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& pan
 
 extern const EncodeKernels encode_kernels;
 const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_threshold, keep_undecided, score_undecided,
-                                      kth_largest, bounds,      screen_rows,      settle_row,     rank_scores};
+                                      kth_largest, bounds,      screen_rowwise,   rescore_row,    rank_scores};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

@@ -93,7 +93,7 @@ struct PairDriver : Candidates {
       const float least = score_of(static_cast<uint32_t>(lowest[worker][r] >> 32));
       match.raise_low(low_tau + r, least != least ? INFINITY : least);
       if (chunk.exact[r] == 0)
-        match.share(buffer.rows, b.panels, r);
+        match.merge_scores(buffer.rows, b.panels, r);
       else
         u.n[r] = 0;
     }

@@ -22,7 +22,7 @@ struct MatchKernels {
   void (*screen_match_absolute)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
   // Leaves the open pairs in rows.undecided.
   void (*screen_pair)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const PairBuffer&);
-  void (*share)(const TopkBuffer&, const ScreenPanels&, int64_t row);  // exact products of a row's undecided to what workers share
+  void (*merge_scores)(const TopkBuffer&, const ScreenPanels&, int64_t row);  // exact products of a row's undecided to what workers share
   void (*raise_low)(int32_t* tau, float to);
 };
 

@@ -45,7 +45,7 @@ void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Pref
   *buffer.seen += panels.features;
   MatchScreen<kAbsolute> screen{buffer, rows, {}};
   run_block<ScreenFormat::int8>(rows, panels, next, screen);
-  settle<kAbsolute>(rows, panels, job, buffer);
+  rescore<kAbsolute>(rows, panels, job, buffer);
 }
 
 struct PairScreen {
@@ -124,13 +124,13 @@ void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Prefe
     if (buffer.rows.undecided.n[r] != 0) close_pairs(buffer, r);
 }
 
-void share_row(const TopkBuffer& buffer, const ScreenPanels& panels, int64_t row) { share(buffer, panels, row); }
+void merge_row(const TopkBuffer& buffer, const ScreenPanels& panels, int64_t row) { merge_scores(buffer, panels, row); }
 void raise_low(int32_t* tau, float to) { raise_tau(tau, to); }
 
 }  // namespace
 
 extern const MatchKernels match_kernels;
-const MatchKernels match_kernels = {screen_match<false>, screen_match<true>, screen_pair, share_row, raise_low};
+const MatchKernels match_kernels = {screen_match<false>, screen_match<true>, screen_pair, merge_row, raise_low};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

@@ -62,8 +62,8 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   // bf16 leaves far fewer signs open than 8-bit integers, which serve where the level has nothing better and rows are not too long.
   const bool bf16 = kernels.pack_features[static_cast<int>(ScreenFormat::bf16)] != nullptr;
   const ScreenFormat format = w.d <= kShortRow ? ScreenFormat::exact : bf16 ? ScreenFormat::bf16 : ScreenFormat::int8;
-  const bool pays = x.rows >= 8 && w.features >= 32 && (format != ScreenFormat::int8 || w.d <= kLongestInt8Signs);
-  const bool screen = signs != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays));
+  const bool worth_screening = x.rows >= 8 && w.features >= 32 && (format != ScreenFormat::int8 || w.d <= kLongestInt8Signs);
+  const bool screen = signs != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && worth_screening));
   const Plan plan = make_plan(kernels, x, w, format, screen, threads, 0);
   return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, threads, stats != nullptr ? &stats->workspace : nullptr,
                      [&](int64_t first) {

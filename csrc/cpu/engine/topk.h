@@ -6,7 +6,7 @@
 namespace fastsae {
 
 // Measured: with fewer rows, packing costs more than it saves; it is cheaper where columns have to be transposed anyway.
-inline bool pays(const Activations& x, const Weights& w) {
+inline bool worth_screening(const Activations& x, const Weights& w) {
   const int64_t rows = w.packed != nullptr && w.list == nullptr ? 1 : 12;
   return x.rows >= rows && w.d >= 32 && w.features >= 2048;
 }

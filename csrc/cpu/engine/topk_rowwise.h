@@ -8,29 +8,29 @@ namespace fastsae {
 
 constexpr int64_t kHighBytes = int64_t{256} << 10;  // of upper ends of a thread's rows, of a second-level cache of 1 MiB or more
 constexpr int64_t kMostGroupTiles = 4;
-constexpr int64_t kApartBytes = int64_t{6} << 20, kSmallBytes = int64_t{1} << 20;  // of packed features
+constexpr int64_t kRowwiseBytes = int64_t{6} << 20, kSmallBytes = int64_t{1} << 20;  // of packed features
 constexpr int64_t kFewRows = 48, kManyRows = 512;
 constexpr int64_t kChunkHighBytes = int64_t{8} << 20;  // of a chunk's rows
 constexpr int64_t kRanked = 256;                       // entries of which each is compared to all others; more are sorted
 
 // Measured. A row's scores are computed apart from the screen of its features, so their weights come from further away than where a block
 // is screened and scored at once: worth it until the dictionary is larger than a cache, or for few rows of a handle.
-inline bool rows_apart(const Activations& x, const Weights& w, int64_t k) {
+inline bool worth_rowwise(const Activations& x, const Weights& w, int64_t k) {
   const bool packed = w.packed != nullptr && w.list == nullptr;
   const int64_t words = packed_features(w.features) * w.d / 4;
   return by_rows(w) && w.eps == 0 && w.d >= 32 && w.features >= 2 * k && w.features >= 128 && x.rows >= (packed ? 1 : 12) &&
-         (4 * words <= kApartBytes || (packed && x.rows <= kFewRows && x.rows * w.features * 4 <= kChunkHighBytes));
+         (4 * words <= kRowwiseBytes || (packed && x.rows <= kFewRows && x.rows * w.features * 4 <= kChunkHighBytes));
 }
 // All features before the first row, rather than each block where it is used.
 inline bool pack_first(const Activations& x, const Plan& plan) {
   const int64_t bytes = plan.blocks * plan.block * plan.words * 4;
   const bool enough = x.rows >= 4 * plan.threads;  // rows, not features, to divide among threads
-  return enough && (bytes <= kSmallBytes || (bytes <= kApartBytes && (plan.packed != nullptr || x.rows >= kManyRows)));
+  return enough && (bytes <= kSmallBytes || (bytes <= kRowwiseBytes && (plan.packed != nullptr || x.rows >= kManyRows)));
 }
 
 // What a worker needs to finish a row.
-struct RowsWorker {
-  RowsTopk top{};
+struct RowwiseWorker {
+  RowwiseTopk top{};
   uint64_t *entries = nullptr, *best = nullptr;
 
   static int64_t bytes(int64_t features, int64_t k) {
@@ -50,7 +50,7 @@ struct RowsWorker {
   // Row `row` of the chunk to row `base + row` of the output; how many of its scores stood to the end, or -1: it takes the exact path.
   int64_t finish(const EncodeKernels& screens, const ScreenPanels& panels, const ScoreJob& job, const TopkOutput& out, int64_t row,
                  int64_t base, uint8_t* survived) const {
-    const int64_t n = screens.settle_row(panels, job, top, row);
+    const int64_t n = screens.rescore_row(panels, job, top, row);
     if (n < 0) return n;
     if (n <= kRanked) {
       screens.rank_scores(top.open.hi, top.open.id, n, out.k, entries, best);
@@ -85,7 +85,7 @@ struct RowwiseDriver {
   uint8_t* survived;
   float *high = nullptr, *low = nullptr, *scale = nullptr, *bias = nullptr;
   int32_t* list = nullptr;
-  RowsWorker workers[kMostWorkers] = {};
+  RowwiseWorker workers[kMostWorkers] = {};
   int threads = 0;
 
   int64_t all() const { return packed_features(p.w.features); }
@@ -95,7 +95,8 @@ struct RowwiseDriver {
 
   int64_t bytes(const Plan& plan) const {
     return Workspace::size<float>(plan.chunk * all()) + Workspace::size<float>(plan.chunk * lows(plan)) +
-           2 * Workspace::size<float>(all()) + Workspace::size<int32_t>(plan.chunk) + plan.threads * RowsWorker::bytes(p.w.features, out.k);
+           2 * Workspace::size<float>(all()) + Workspace::size<int32_t>(plan.chunk) +
+           plan.threads * RowwiseWorker::bytes(p.w.features, out.k);
   }
   void take(Workspace& space, const Plan& plan) {
     threads = plan.threads;
@@ -120,10 +121,10 @@ struct RowwiseDriver {
   }
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
-    RowsTopk to = workers[worker].top;
+    RowwiseTopk to = workers[worker].top;
     to.high = high + b.first;
     to.low = low + b.first / kPanelWidth / each(chunk.plan) * 16;
-    screens.screen_rows(b.rows, b.panels, b.next, to);
+    screens.screen_rowwise(b.rows, b.panels, b.next, to);
   }
   int64_t end(const Chunk& chunk) {
     const Weights& w = p.w;
@@ -173,8 +174,8 @@ inline int64_t rotation_for(const EngineKernels& kernels, const Activations& x, 
   return kOk;
 }
 
-inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& screens, const Problem& p, const TopkOutput& out, Plan plan,
-                         uint8_t* survived) {
+inline int64_t rowwise_topk(const EngineKernels& kernels, const EncodeKernels& screens, const Problem& p, const TopkOutput& out, Plan plan,
+                            uint8_t* survived) {
   const Activations& x = p.x;
   const Weights& w = p.w;
   const int64_t d = w.d, padded = plan.padded, all = packed_features(w.features);
@@ -195,7 +196,7 @@ inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& scre
   const int64_t worker_bytes = Workspace::size<float>(group * padded) + Workspace::size<uint32_t>(group * words) +
                                4 * Workspace::size<float>(group) + Workspace::size<uint8_t>(group) + Workspace::size<int32_t>(group) +
                                Workspace::size<float>(group * all) + Workspace::size<float>(group * lows) +
-                               Workspace::size<uint32_t>(scratch_words) + RowsWorker::bytes(w.features, out.k);
+                               Workspace::size<uint32_t>(scratch_words) + RowwiseWorker::bytes(w.features, out.k);
   const int64_t packed_words = all * (words + 3);
   const int64_t bytes = Workspace::size<uint32_t>(rotated) + (in_place ? 0 : Workspace::size<uint32_t>(packed_words)) +
                         5 * Workspace::size<float>(all) + threads * worker_bytes;
@@ -218,7 +219,7 @@ inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& scre
   sign_bounds(facts, facts + all, underflow_of(plan.format, d), scale, all, norm, loss, floor);
   const ScreenPanels of{packed, words,  panels, 0, w.features, norm, loss, floor, facts + 2 * all, p.scale != nullptr ? scale : nullptr,
                         bias,   nullptr};
-  struct Own : RowsWorker {
+  struct Own : RowwiseWorker {
     float* xc;
     uint32_t* words;
     float *unit, *a, *c, *scratch;
@@ -265,7 +266,7 @@ inline int64_t rows_topk(const EngineKernels& kernels, const EncodeKernels& scre
                                                           o.words + r0 * words, o.unit + r0, o.start + r0, o.a + r0, o.c + r0, o.exact + r0,
                                                           o.scratch});
       }
-      screens.screen_rows({o.words, rows, words, tiles, o.unit, o.start, o.a, o.c}, of, {nullptr, 0, 1, 0}, o.top);
+      screens.screen_rowwise({o.words, rows, words, tiles, o.unit, o.start, o.a, o.c}, of, {nullptr, 0, 1, 0}, o.top);
       const ScoreJob job{o.xc, padded, d, w.data, w.t, w.stride_f, 0, w.list};
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t n = o.exact[r] != 0 ? -1 : o.finish(screens, of, job, out, r, base, survived);
