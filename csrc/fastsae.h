@@ -220,12 +220,12 @@ int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& matr
 //
 //   x = lerp(y, z, 1 - 1 / momentum)
 //   z = z - lr * sign(g)                          sign(0) = sign(NaN) = 0
-//   x = lerp(x, z, share)
+//   x = lerp(x, z, average)
 //   y = lerp(x, z, 1 - momentum)                  with `normalise` then scaled as in adam
 //
 // Workspace: that of adam.
 struct SignumOptions {
-  double lr, momentum, share;
+  double lr, momentum, average;
   bool project, normalise;
 };
 int64_t signum(const Gradient& grad, const AdamMatrices& matrices, const SignumOptions& options, int threads);

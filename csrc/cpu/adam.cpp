@@ -287,7 +287,7 @@ int64_t signum(const Gradient& grad, const AdamMatrices& given, const SignumOpti
   job.normalise = o.normalise;
   job.lr = static_cast<float>(o.lr);
   job.to_x = static_cast<float>(1 - 1 / o.momentum);
-  job.share = static_cast<float>(o.share);
+  job.average = static_cast<float>(o.average);
   job.to_y = static_cast<float>(1 - o.momentum);
   AdamMatrices a = given;
   a.v = a.m;  // prefetched with the others, and nothing else

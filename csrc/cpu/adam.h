@@ -18,7 +18,7 @@ struct AdamJob {
   float beta2, fresh2;  // fresh2 = 1 - beta2
   float minus_s, e;
   // kSignum: m is z, v is not used
-  float lr, to_x, share, to_y;  // of z in: x = lerp(y, z, to_x), lerp(x, z, share), y = lerp(x, z, to_y)
+  float lr, to_x, average, to_y;  // of z in: x = lerp(y, z, to_x), lerp(x, z, average), y = lerp(x, z, to_y)
 };
 
 // Transposed matrices, with `project` or `normalise`: n <= kAside features side by side, element d of feature f at w[d * stride + f], d <

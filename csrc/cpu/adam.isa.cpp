@@ -77,15 +77,15 @@ struct Rates<kAdam> {
   }
 };
 
-// a + share * (b - a), from the side that is nearer.
+// a + weight * (b - a), from the side that is nearer.
 struct Blend {
-  Vec share;
+  Vec weight;
   bool from_b;
 
-  FASTSAE_INLINE explicit Blend(float s) : share(broadcast(s)), from_b(!(__builtin_fabsf(s) < 0.5f)) {
-    if (from_b) share = broadcast(s - 1.0f);
+  FASTSAE_INLINE explicit Blend(float s) : weight(broadcast(s)), from_b(!(__builtin_fabsf(s) < 0.5f)) {
+    if (from_b) weight = broadcast(s - 1.0f);
   }
-  FASTSAE_INLINE Vec operator()(Vec a, Vec b) const { return fma(share, sub(b, a), from_b ? b : a); }
+  FASTSAE_INLINE Vec operator()(Vec a, Vec b) const { return fma(weight, sub(b, a), from_b ? b : a); }
 };
 
 template <>
@@ -93,7 +93,7 @@ struct Rates<kSignum> {
   Vec lr;
   Blend to_x, average, to_y;
 
-  FASTSAE_INLINE explicit Rates(const AdamJob& job) : lr(broadcast(job.lr)), to_x(job.to_x), average(job.share), to_y(job.to_y) {}
+  FASTSAE_INLINE explicit Rates(const AdamJob& job) : lr(broadcast(job.lr)), to_x(job.to_x), average(job.average), to_y(job.to_y) {}
 
   FASTSAE_INLINE Vec move(Vec gi, Vec wi, float* z, float*, int n) const {
     Vec zi = load_n(z, n);

@@ -73,8 +73,8 @@ int64_t hamming_topk(const Codes& a, const Codes& b, int64_t k, int32_t* distanc
   const int64_t panel_elements = 2 * a.words * width;
   threads = useful_threads(threads, a.rows * b.rows * (1 + a.words));
   // Enough units for all threads, but packing b once a unit has to pay.
-  const int64_t share = std::max(kNearRows, ceil_div(a.rows, 4 * int64_t{threads}));
-  const int64_t height = std::max<int64_t>(1, std::min({kUnitRows, share, kKeptBytes / (16 * k)}));
+  const int64_t each = std::max(kNearRows, ceil_div(a.rows, 4 * int64_t{threads}));
+  const int64_t height = std::max<int64_t>(1, std::min({kUnitRows, each, kKeptBytes / (16 * k)}));
   const int64_t near_elements = kNearRows * width;
   Workspace space(static_cast<size_t>(threads) *
                   (Workspace::size<int32_t>(panel_elements) + Workspace::size<int32_t>(near_elements) +
