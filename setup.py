@@ -174,7 +174,6 @@ class BuildExt(build_ext):
             targets.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")
         self.info["cuda"].update(nvcc=" ".join(version), archs=wanted)
         out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / "cuda"
-        headers = [*glob("csrc/cuda/*.h"), "csrc/test/emulate.h"]
         objects = []
 
         def compile_one(source: str) -> str:
@@ -182,7 +181,7 @@ class BuildExt(build_ext):
             stamp = target.with_suffix(".command")
             command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(target)]
             said = json.dumps([version, command])
-            newest = max(os.path.getmtime(f) for f in [source, *headers])
+            newest = max(map(os.path.getmtime, included(source)))
             if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 stamp.unlink(missing_ok=True)

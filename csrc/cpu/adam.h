@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace fastsae {
 
 enum Rule { kAdam, kSignum, kRules };
@@ -47,14 +49,6 @@ struct AdamKernels {
   void (*squares_columns)(const AdamColumns&, bool project, float* each);
 };
 
-namespace portable {
-extern const AdamKernels adam_kernels;
-}
-namespace avx2 {
-extern const AdamKernels adam_kernels;
-}
-namespace avx512 {
-extern const AdamKernels adam_kernels;
-}
+FASTSAE_DECLARE_TABLES(AdamKernels, adam_kernels)
 
 }  // namespace fastsae

@@ -1,5 +1,4 @@
-// The encoders: exact selection, and what their drivers do with blocks of features. The driver is engine/driver.h, the screens
-// encode.isa.cpp.
+// The encoders, and the drivers of those that keep any number of entries a row. encode.isa.cpp has the screens.
 #include "cpu/encode.h"
 
 #include <cfloat>
@@ -14,8 +13,7 @@
 namespace fastsae {
 namespace {
 
-const EncodeKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(encode_kernels),
-                                               FASTSAE_AVX512_BF16(encode_kernels)};
+const EncodeKernels* const kTables[kLevels] = FASTSAE_SCREEN_TABLES(encode_kernels);
 
 }  // namespace
 
@@ -39,7 +37,7 @@ struct Entries {
     int64_t base;
     std::vector<Kept> kept;
   };
-  std::vector<int64_t> crow;  // [rows + 1]
+  std::vector<int64_t> crow{0};  // [rows + 1]
   std::vector<Part> parts;
 };
 
@@ -95,18 +93,12 @@ struct Sorter {
 };
 
 struct ThresholdDriver : Candidates {
-  const Problem& p;
   ThresholdKind kind;
   const float* threshold;  // of the dictionary
   float half_band;
   Entries& entries;
-  Sorter sorter;
+  Sorter sorter{};
 
-  ThresholdDriver(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, ThresholdKind kind, const float* threshold,
-                  float half_band, Entries& entries)
-      : Candidates{kernels, screens, p.stats, {}, {}}, p(p), kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
-
-  void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
     screen(chunk, b, worker, [&](const Undecided& open) { screens->screen_threshold(kind, b.rows, b.panels, b.next, open, nullptr); });
     score(chunk, b, worker);
@@ -138,8 +130,7 @@ struct ThresholdDriver : Candidates {
   static float plain(float score) { return score != score ? std::nanf("") : score; }
   int64_t end(const Chunk& chunk) {
     sorter.finish(chunk, entries);
-    note();
-    return kOk;
+    return Candidates::end(chunk);
   }
 };
 
@@ -156,16 +147,12 @@ struct Pooled {
 };
 
 struct BatchTopkDriver : Candidates {
-  const Problem& p;
   int64_t total;
-  std::vector<Pooled> pool;  // positive scores and NaN, not below tau
-  std::vector<float> room[kMostWorkers];
-  std::mutex mutex;
+  std::vector<Pooled> pool{};  // positive scores and NaN, not below tau
+  std::vector<float> room[kMostWorkers] = {};
+  std::mutex mutex{};
   int64_t fresh = 0;
   int32_t tau = 0;  // bits of a float, 0 at first: only positive scores are asked for
-
-  BatchTopkDriver(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, int64_t total)
-      : Candidates{kernels, screens, p.stats, {}, {}}, p(p), total(total) {}
 
   float load_tau() const {
     const int32_t bits = __atomic_load_n(&tau, __ATOMIC_RELAXED);
@@ -228,11 +215,6 @@ struct BatchTopkDriver : Candidates {
     }
     if (fresh > total / 4) shrink();
   }
-  int64_t end(const Chunk&) {
-    note();
-    return kOk;
-  }
-
   float finish(Entries& entries) {
     shrink();
     float least = INFINITY;
@@ -275,19 +257,15 @@ struct BoundsDriver {
   }
 };
 
-template <class Make>
-Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, int64_t* status, const Make& make) {
+// With fewer rows packing costs more than it saves; measured.
+PlanRequest encode_request(const Weights& w, EncodePath path) {
+  return {.path = path, .least_rows = has_handle(w) ? 1 : 12, .least_d = 32, .least_features = 2048};
+}
+
+template <class Driver>
+int64_t run_entries(const Problem& p, EncodePath path, Driver& driver) {
   if (p.stats != nullptr) *p.stats = {};
-  auto entries = std::make_unique<Entries>();
-  entries->crow.push_back(0);
-  const EngineKernels& kernels = engine_kernels();
-  const EncodeKernels* const screens = encode_kernels();
-  const bool screen = screens != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && worth_screening(p.x, p.w)));
-  const Plan plan = make_plan(kernels, p.x, p.w, ScreenFormat::int8, screen, p.threads, 0);
-  int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
-  *status = make(kernels, screens, *entries,
-                 [&](auto& driver) { return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, driver); });
-  return entries.release();
+  return p.x.rows == 0 ? kOk : run_engine(p, make_plan(p, encode_request(p.w, path)), driver);
 }
 
 }  // namespace
@@ -296,29 +274,23 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
                     int64_t* indices, EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
   if (stats != nullptr) *stats = {};
   if (x.rows == 0 || k == 0) return kOk;
-  const EngineKernels& kernels = engine_kernels();
   const EncodeKernels* const screens = encode_kernels();
-  const Problem p{x, w, scale, bias, threads, stats};
-  const TopkOutput out{k, relu, values, indices, w.list};
-  const bool rowwise = path == EncodePath::rows || path == EncodePath::blocks || (path == EncodePath::automatic && worth_rowwise(x, w, k));
-  const bool wanted =
-      rowwise || path == EncodePath::screen || (path == EncodePath::automatic && worth_screening(x, w) && w.features >= 32 * k);
-  const Plan plan = make_plan(kernels, x, w, ScreenFormat::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
-  if (!plan.screens) return dense_topk_all(kernels, p, out);
-  int64_t* const workspace = stats != nullptr ? &stats->workspace : nullptr;
-  if (rowwise && !plan.copied) {
-    if (path == EncodePath::rows || (path == EncodePath::automatic && pack_first(x, plan)))
-      return rowwise_topk(kernels, *screens, p, out, plan, survived);
-    const std::unique_ptr<RowwiseDriver> driver(new RowwiseDriver{kernels, *screens, p, out, survived});
-    return run_engine(kernels, x, w, {scale, bias, nullptr}, driver->within(plan), workspace, *driver);
-  }
-  TopkDriver driver{kernels, *screens, screens->screen_topk, p, out, survived};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, workspace, driver);
+  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads, .stats = stats};
+  const TopkOutput out{.k = k, .relu = relu, .values = values, .indices = indices, .list = w.list, .survived = survived};
+  PlanRequest request = encode_request(w, path);
+  request.least_features = std::max(request.least_features, 32 * k);
+  request.rowwise_k = k;
+  request.bytes_a_row = topk_bytes_a_row(k);
+  const Plan plan = make_plan(p, request);
+  if (plan.path == EncodePath::dense) return dense_topk_all(p, out);
+  if (plan.path == EncodePath::rows) return rowwise_topk(*screens, p, out, plan);
+  if (plan.path == EncodePath::blocks) return run_engine(p, plan, *std::unique_ptr<RowwiseDriver>(new RowwiseDriver{*screens, p, out}));
+  TopkDriver driver{*screens, screens->screen_topk, p, out};
+  return run_engine(p, plan, driver);
 }
 
 Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
                           float half_band, EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
-  const Problem p{x, w, scale, bias, threads, stats};
   // What the screen may drop: not above the threshold and not in the band, with room for the rounding of their difference.
   int64_t highest = w.features;
   if (w.list != nullptr && w.features > 0) highest = w.list[w.features - 1] + 1;
@@ -332,42 +304,43 @@ Entries* encode_threshold(const Activations& x, const Weights& w, const float* s
     }
     least[f] = std::min(least[f], FLT_MAX);  // NaN stays; a NaN score has an infinite upper end, which must pass strictly
   }
-  return encode_entries(p, {scale, bias, least.data()}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdDriver driver(kernels, screens, p, ThresholdKind::per_feature, threshold, half_band, entries);
-    return run(driver);
-  });
+  const Problem p{
+      .kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .extra = least.data(), .threads = threads, .stats = stats};
+  auto entries = std::make_unique<Entries>();
+  ThresholdDriver driver{{p, encode_kernels()}, ThresholdKind::per_feature, threshold, half_band, *entries};
+  *status = run_entries(p, path, driver);
+  return entries.release();
 }
 
 Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
                       EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
-  const Problem p{x, w, stretch, b_mag, threads, stats};
-  return encode_entries(p, {stretch, b_mag, b_gate}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdDriver driver(kernels, screens, p, ThresholdKind::gate, nullptr, -1, entries);
-    return run(driver);
-  });
+  const Problem p{
+      .kernels = engine_kernels(), .x = x, .w = w, .scale = stretch, .bias = b_mag, .extra = b_gate, .threads = threads, .stats = stats};
+  auto entries = std::make_unique<Entries>();
+  ThresholdDriver driver{{p, encode_kernels()}, ThresholdKind::gate, nullptr, -1, *entries};
+  *status = run_entries(p, path, driver);
+  return entries.release();
 }
 
 Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, EncodePath path,
                            int threads, EncodeStats* stats, float* min_kept, int64_t* status) {
-  const Problem p{x, w, scale, bias, threads, stats};
-  return encode_entries(p, {scale, bias, nullptr}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    BatchTopkDriver driver(kernels, screens, p, total);
-    const int64_t done = total > 0 ? run(driver) : kOk;
-    if (done == kOk) *min_kept = driver.finish(entries);
-    return done;
-  });
+  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads, .stats = stats};
+  if (stats != nullptr) *stats = {};
+  auto entries = std::make_unique<Entries>();
+  BatchTopkDriver driver{{p, encode_kernels()}, total};
+  *status = total > 0 ? run_entries(p, path, driver) : kOk;
+  if (*status == kOk) *min_kept = driver.finish(*entries);
+  return entries.release();
 }
 
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,
                       bool* screens, int threads) {
-  const EngineKernels& kernels = engine_kernels();
-  const EncodeKernels* const table = encode_kernels();
-  const ScreenFormat format = bf16 ? ScreenFormat::bf16 : ScreenFormat::int8;
-  const Plan plan = make_plan(kernels, x, w, format, table != nullptr, threads, 0);
+  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads};
+  const Plan plan = make_plan(p, {.format = bf16 ? ScreenFormat::bf16 : ScreenFormat::int8});
   *screens = plan.screens;
   if (!plan.screens || x.rows == 0) return kOk;
-  BoundsDriver driver{*table, format, lo, hi, w.features};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, nullptr, driver);
+  BoundsDriver driver{*encode_kernels(), plan.format, lo, hi, w.features};
+  return run_engine(p, plan, driver);
 }
 
 }  // namespace fastsae

@@ -29,11 +29,10 @@ struct RowwiseTopk {
   float* high;  // [rows][stride] upper ends
   int64_t stride;
   float* low;  // [rows][lows] of `panels` panels together, the largest lower end in each of 16 lanes
-  int64_t lows, panels;
+  int64_t lows, panels, k;
   // Of one row at a time, [features + 32] each: what may be among the best, and what is looked at when some of it has been scored.
-  Undecided open, later;
-  int64_t* scored;  // counts scores
-  int64_t k;
+  Undecided open{}, later{};
+  int64_t* scored = nullptr;  // counts scores
 };
 
 // What an entry must be able to exceed: the threshold of its feature (strictly), one for all, or 0 twice (score, and product + extra).
@@ -53,15 +52,10 @@ struct EncodeKernels {
   void (*screen_rowwise)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const RowwiseTopk&);
   // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many to be worth it.
   int64_t (*rescore_row)(const ScreenPanels&, const ScoreJob&, const RowwiseTopk&, int64_t row);
-  // The k best of n entries (topk.h) in order to `best`; `all` has room for n + 8.
+  // The k best of n entries (order.h) in order to `best`; `all` has room for n + 8.
   void (*rank_scores)(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best);
 };
 
-namespace avx512_vnni {
-extern const EncodeKernels encode_kernels;
-}
-namespace avx512_bf16 {
-extern const EncodeKernels encode_kernels;
-}
+FASTSAE_DECLARE_TABLES(EncodeKernels, encode_kernels)
 
 }  // namespace fastsae

@@ -1,5 +1,5 @@
 // The screens of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level
-// can screen; encode.h states the jobs, tile.isa.h the bound.
+// can screen; encode.h states the jobs, bound.h the bound.
 #include "cpu/encode.h"
 
 #include "isa.h"
@@ -16,7 +16,7 @@ template <bool kScaled>
 struct TopkScreen {
   const TopkBuffer& buffer;
   const ScreenRows& rows;
-  Features<kScaled> f;
+  Features<kScaled> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -35,13 +35,7 @@ struct TopkScreen {
 void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
-  if (panels.scale != nullptr) {
-    TopkScreen<true> screen{buffer, rows, {}};
-    run_block<ScreenFormat::int8>(rows, panels, next, screen);
-  } else {
-    TopkScreen<false> screen{buffer, rows, {}};
-    run_block<ScreenFormat::int8>(rows, panels, next, screen);
-  }
+  run_scaled<TopkScreen, ScreenFormat::int8>(rows, panels, next, buffer, rows);
   rescore<false>(rows, panels, job, buffer);
 }
 
@@ -51,8 +45,8 @@ template <bool kScaled>
 struct RowwiseScreen {
   const RowwiseTopk& to;
   const ScreenRows& rows;
-  Features<kScaled> f;
-  int64_t at, group;
+  Features<kScaled> f{};
+  int64_t at = 0, group = 0;
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
     f.set(p, panel);
@@ -82,16 +76,10 @@ struct RowwiseScreen {
 };
 
 void screen_rowwise(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const RowwiseTopk& to) {
-  const int64_t lows = (panels.panels + to.panels - 1) / to.panels * 16;
+  const int64_t lows = ceil_div(panels.panels, to.panels) * 16;
   for (int64_t r = 0; r < rows.rows; ++r)
     for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
-  if (panels.scale != nullptr) {
-    RowwiseScreen<true> screen{to, rows, {}, 0, 0};
-    run_block<ScreenFormat::int8>(rows, panels, next, screen);
-  } else {
-    RowwiseScreen<false> screen{to, rows, {}, 0, 0};
-    run_block<ScreenFormat::int8>(rows, panels, next, screen);
-  }
+  run_scaled<RowwiseScreen, ScreenFormat::int8>(rows, panels, next, to, rows);
 }
 
 // Entries [from, to) of `open`, of one row: their scores over their upper ends.
@@ -149,7 +137,7 @@ FASTSAE_INLINE int64_t postpone(float least, const Undecided& open, int64_t n, c
   return kept;
 }
 
-// The k best of a row's scores as entries of topk.h, in order. Each goes where as many others are better.
+// The k best of a row's scores as entries of order.h, in order. Each goes where as many others are better.
 void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best) {
   const __m256i top = _mm256_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 8) {
@@ -213,8 +201,8 @@ struct ThresholdScreen {
   const Undecided& undecided;
   const ScreenRows& rows;
   const int32_t* tau;
-  Features<kScaled> f;
-  __m512 extra[2];
+  Features<kScaled> f{};
+  __m512 extra[2] = {};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
     f.set(p, panel);
@@ -243,7 +231,7 @@ struct ThresholdScreen {
 template <bool kScaled, bool kPerFeature, bool kGate>
 void screen_threshold_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
                          const int32_t* tau) {
-  ThresholdScreen<kScaled, kPerFeature, kGate> screen{undecided, rows, tau, {}, {}};
+  ThresholdScreen<kScaled, kPerFeature, kGate> screen{undecided, rows, tau};
   run_block<ScreenFormat::int8>(rows, panels, next, screen);
 }
 
@@ -279,7 +267,7 @@ struct BoundsScreen {
   float* lo;
   float* hi;
   int64_t ld;
-  Features<kScaled> f;
+  Features<kScaled> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
   FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
@@ -295,13 +283,7 @@ struct BoundsScreen {
 
 template <ScreenFormat kFormat>
 void bounds_as(const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
-  if (panels.scale != nullptr) {
-    BoundsScreen<true> screen{rows, lo, hi, ld, {}};
-    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, screen);
-  } else {
-    BoundsScreen<false> screen{rows, lo, hi, ld, {}};
-    run_block<kFormat>(rows, panels, {nullptr, 0, 1, 0}, screen);
-  }
+  run_scaled<BoundsScreen, kFormat>(rows, panels, {}, rows, lo, hi, ld);
 }
 
 void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
@@ -312,7 +294,6 @@ void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& pan
 
 }  // namespace
 
-extern const EncodeKernels encode_kernels;
 const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_threshold, keep_undecided, score_undecided,
                                       kth_largest, bounds,      screen_rowwise,   rescore_row,    rank_scores};
 

@@ -26,11 +26,6 @@ struct MatchKernels {
   void (*raise_low)(int32_t* tau, float to);
 };
 
-namespace avx512_vnni {
-extern const MatchKernels match_kernels;
-}
-namespace avx512_bf16 {
-extern const MatchKernels match_kernels;
-}
+FASTSAE_DECLARE_TABLES(MatchKernels, match_kernels)
 
 }  // namespace fastsae

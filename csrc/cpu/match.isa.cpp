@@ -1,5 +1,5 @@
-// The screens of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.isa.h states
-// the bound.
+// The screens of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; bound.h states the
+// bound.
 #include "cpu/match.h"
 
 #include "isa.h"
@@ -16,7 +16,7 @@ template <bool kAbsolute>
 struct MatchScreen {
   const TopkBuffer& buffer;
   const ScreenRows& rows;
-  Features<false> f;
+  Features<false> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -43,7 +43,7 @@ template <bool kAbsolute>
 void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
-  MatchScreen<kAbsolute> screen{buffer, rows, {}};
+  MatchScreen<kAbsolute> screen{buffer, rows};
   run_block<ScreenFormat::int8>(rows, panels, next, screen);
   rescore<kAbsolute>(rows, panels, job, buffer);
 }
@@ -51,7 +51,7 @@ void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Pref
 struct PairScreen {
   const PairBuffer& buffer;
   const ScreenRows& rows;
-  Features<false> f;
+  Features<false> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -118,7 +118,7 @@ void close_pairs(const PairBuffer& buffer, int64_t row) {
 }
 
 void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const PairBuffer& buffer) {
-  PairScreen screen{buffer, rows, {}};
+  PairScreen screen{buffer, rows};
   run_block<ScreenFormat::int8>(rows, panels, next, screen);
   for (int64_t r = 0; r < rows.rows; ++r)
     if (buffer.rows.undecided.n[r] != 0) close_pairs(buffer, r);
@@ -129,7 +129,6 @@ void raise_low(int32_t* tau, float to) { raise_tau(tau, to); }
 
 }  // namespace
 
-extern const MatchKernels match_kernels;
 const MatchKernels match_kernels = {screen_match<false>, screen_match<true>, screen_pair, merge_row, raise_low};
 
 }  // namespace FASTSAE_ISA

@@ -11,11 +11,6 @@ struct SplineKernels {
                        int64_t ld);
 };
 
-namespace avx512_vnni {
-extern const SplineKernels spline_kernels;
-}
-namespace avx512_bf16 {
-extern const SplineKernels spline_kernels;
-}
+FASTSAE_DECLARE_TABLES(SplineKernels, spline_kernels)
 
 }  // namespace fastsae

@@ -1,4 +1,4 @@
-// The screen of spline codes: which signs a screened product decides. tile.isa.h states the bound.
+// The screen of spline codes: which signs a screened product decides. bound.h states the bound.
 #include "cpu/spline.h"
 
 #include "isa.h"
@@ -15,7 +15,7 @@ struct SignScreen {
   const ScreenRows& rows;
   uint32_t* words;
   int64_t ld;
-  Features<false> f;
+  Features<false> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -35,7 +35,7 @@ struct SignScreen {
 template <ScreenFormat kFormat>
 void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided, uint32_t* words,
               int64_t ld) {
-  SignScreen screen{undecided, rows, words, ld, {}};
+  SignScreen screen{undecided, rows, words, ld};
   run_block<kFormat>(rows, panels, next, screen);
 }
 
@@ -48,7 +48,6 @@ void screen_signs(ScreenFormat format, const ScreenRows& rows, const ScreenPanel
 
 }  // namespace
 
-extern const SplineKernels spline_kernels;
 const SplineKernels spline_kernels = {screen_signs};
 
 }  // namespace FASTSAE_ISA

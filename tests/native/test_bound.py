@@ -1,4 +1,4 @@
-"""The bound of the CPU's screen (csrc/cpu/engine/tile.isa.h) against a float64 computation of its proof, term by term, and its sums at their limits.
+"""The bound of the CPU's screen (csrc/cpu/engine/bound.h) against a float64 computation of its proof, term by term; its sums at their limits.
 
 A screened product that is 0 shows its half-width as the upper end: rows that cancel in pairs have it for any elements. Every term of E is
 the largest for some rows below, so weakening one of them fails here (tests/mutants.py lists which).

@@ -1,4 +1,4 @@
-// What the engine needs besides its driver (driver.h): packed handles, the rotation's signs, when to rotate.
+// What the engine needs besides its loops (driver.h): packed handles, the rotation's signs, when to rotate.
 #include "cpu/engine/driver.h"
 
 namespace fastsae {
@@ -13,8 +13,8 @@ const EngineKernels* const kTables[kLevels] = {
 
 const EngineKernels& engine_kernels() { return pick(kTables); }
 
-void rotation_signs(uint32_t* signs, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
+void rotation_signs(uint32_t* signs, int64_t d) {
+  for (int64_t i = 0; i < signs_size(d); ++i) {
     uint32_t h = static_cast<uint32_t>(i) * 0x9e3779b9u + 0x7f4a7c15u;
     h = (h ^ (h >> 16)) * 0x85ebca6bu;
     h = (h ^ (h >> 13)) * 0xc2b2ae35u;
@@ -46,63 +46,53 @@ bool worth_rotating(const float* xc, int64_t rows, int64_t stride, int64_t d) {
   return peaked * 8 > looked;
 }
 
-bool packs(int64_t d) { return engine_kernels().pack_features[0] != nullptr && d > 0 && d < 65536; }
+bool packs(int64_t d) { return engine_kernels().pack_features[0] != nullptr && can_screen(ScreenFormat::int8, d); }
 
 int64_t packed_words(int64_t features, int64_t d) {
   return packed_features(features) * (words_of(ScreenFormat::int8, d, rotation_of(d)) + 3);
 }
 
 int64_t pack(const Weights& w, uint32_t* packed, int threads) {
-  const EngineKernels& kernels = engine_kernels();
-  const Activations none{nullptr, w.t, 1, 0, 0, nullptr, 0};
-  return pack_all(kernels, w, make_plan(kernels, none, w, ScreenFormat::int8, true, threads, 0), packed, threads);
+  const Problem p{.kernels = engine_kernels(), .x = {}, .w = w, .threads = threads};
+  return pack_all(p, make_plan(p, {}), packed);
 }
 
-int64_t pack_all(const EngineKernels& kernels, const Weights& w, const Plan& plan, uint32_t* packed, int threads) {
-  const int64_t words = words_of(plan.format, w.d, plan.rotation), rotated = round_to(w.d, 256), all = packed_features(w.features);
-  const int64_t padded = round_to(w.d, 32), row_stride = padded + 16;
-  const int64_t block = plan.copied ? plan.block : kPanelWidth, blocks = ceil_div(w.features, block);
-  const int64_t scratch_words = 16 * (round_to(words, 16) + 16) + rotated + words + 64;
-  threads = static_cast<int>(std::min<int64_t>({useful_threads(threads, w.features * w.d), blocks, kMostWorkers}));
-  Workspace space(
-      static_cast<size_t>(Workspace::size<uint32_t>(rotated) + threads * (Workspace::size<uint32_t>(scratch_words) +
-                                                                          (plan.copied ? Workspace::size<float>(block * row_stride) : 0))));
+int64_t pack_all(const Problem& p, const Plan& plan, uint32_t* packed) {
+  const Weights& w = p.w;
+  const int64_t words = plan.words, all = packed_features(w.features), block = plan.copied ? plan.block : kPanelWidth;
+  const int64_t blocks = ceil_div(w.features, block), scratch = scratch_words(w.d, words, true);
+  const int64_t row_elements = plan.copied ? block * plan.row_stride : 0;
+  const int threads = static_cast<int>(std::min<int64_t>({useful_threads(p.threads, w.features * w.d), blocks, kMostWorkers}));
+  Workspace space(Workspace::size<uint32_t>(signs_size(w.d)) +
+                  static_cast<size_t>(threads) * (Workspace::size<uint32_t>(scratch) + Workspace::size<float>(row_elements)));
   if (!space.ok()) return kNoMemory;
-  uint32_t* const signs = space.take<uint32_t>(rotated);
-  uint32_t* scratch[kMostWorkers];
+  uint32_t* const signs = space.take<uint32_t>(signs_size(w.d));
+  uint32_t* scratches[kMostWorkers];
   float* rows[kMostWorkers];
   for (int t = 0; t < threads; ++t) {
-    scratch[t] = space.take<uint32_t>(scratch_words);
-    rows[t] = plan.copied ? space.take<float>(block * row_stride) : nullptr;
+    scratches[t] = space.take<uint32_t>(scratch);
+    rows[t] = space.take<float>(row_elements);
   }
-  rotation_signs(signs, rotated);
+  rotation_signs(signs, w.d);
   float* const facts = reinterpret_cast<float*>(packed + all * words);
   for_each_unit_by_worker(threads, blocks, [&](int64_t unit, int worker) {
     const int64_t f0 = unit * block, n = std::min(block, w.features - f0);
-    PackFeaturesJob job{w.data,
-                        w.t,
-                        w.stride_f,
-                        w.d,
-                        f0,
-                        n,
-                        w.list,
-                        static_cast<int>(ceil_div(n, kPanelWidth)),
-                        plan.rotation,
-                        signs,
-                        packed + f0 * words,
-                        facts + f0,
-                        facts + all + f0,
-                        facts + 2 * all + f0,
-                        scratch[worker]};
-    if (plan.copied) {
-      kernels.load({w.data, w.t, w.stride_f, w.stride_d, w.d, f0, n, w.list, nullptr, w.eps, rows[worker], padded, row_stride});
-      job.w = rows[worker];
-      job.t = Dtype::f32;
-      job.stride_f = row_stride;
-      job.first = 0;
-      job.list = nullptr;
-    }
-    kernels.pack_features[static_cast<int>(plan.format)](job);
+    if (plan.copied) load_features(p, f0, n, rows[worker], plan.row_stride);
+    p.kernels.pack_features[static_cast<int>(plan.format)]({.w = plan.copied ? rows[worker] : w.data,
+                                                            .t = plan.copied ? Dtype::f32 : w.t,
+                                                            .stride_f = plan.copied ? plan.row_stride : w.stride_f,
+                                                            .d = w.d,
+                                                            .first = plan.copied ? 0 : f0,
+                                                            .features = n,
+                                                            .list = plan.copied ? nullptr : w.list,
+                                                            .panels = static_cast<int>(ceil_div(n, kPanelWidth)),
+                                                            .rotation = plan.rotation,
+                                                            .signs = signs,
+                                                            .data = packed + f0 * words,
+                                                            .norm = facts + f0,
+                                                            .loss = facts + all + f0,
+                                                            .unit = facts + 2 * all + f0,
+                                                            .scratch = scratches[worker]});
   });
   return kOk;
 }

@@ -7,45 +7,6 @@
 // and gets from Features an interval that contains the score of fastsae.h. It decides what the interval decides and hands the rest to the
 // exact score (Scorer); nothing else may rest on a screened product.
 //
-// ---- The bound, and why it holds ----
-//
-// x is a row (centred or normalised, fp32, taken as it is), w a feature; u = 2^-24; norms are Euclidean. T = <x, w>, r* = the fp32 product
-// of fastsae.h, r~ = the screened one. H is the rotation: signs, then unnormalised Hadamard transforms of blocks of n = 2^m elements, so
-// <Hx, Hw> = n <x, w> and |Hx| = sqrt(n) |x|; bf16 has none (n = 1). x^ and w^ are the rounded rows as the instructions see them.
-//
-// (1) |r* - T| <= g |x||w| + d0, g = 1.01 k u with k = the longest chain of additions: min(ceil(D/16), 256) in a lane, one for each
-//     block of 4096, 4 to fold the lanes. Cauchy-Schwarz turns sum |x_d w_d| into |x||w|. 1.01 covers 1/(1 - k u).
-// (2) y = the computed Hx has |y - Hx| <= h sqrt(n) |x|, h = 1.01 m u: each of m stages rounds each element once, and conserves the
-//     norm up to sqrt(2). So |x^ - Hx| <= |x^ - y| + h sqrt(n)|x|. Divided by sqrt(n) (exact: n is a power of four) this is the loss l(x);
-//     likewise l(w). bf16: l(x) = |x^ - x|.
-// (3) |<x^, w^>/n - T| = |<x^ - Hx, Hw> + <x^, w^ - Hw>| / n <= l(x)|w| + (|x| + l(x)) l(w).
-// (4) |r~ - <x^, w^>/n| <= q |x^||w^|/n + d1.
-//     int8: x^ = s qx, w^ = t qw with integers of at most 127. VPDPBUSD multiplies qw + 128 (unsigned) by qx (signed) and adds exactly; the
-//     sum starts at -128 sum qx. 255 * 127 * D < 2^31 for D < 65536 (larger ones are not screened so). r~ = fl(fl(I) fl((s/n) t)) errs
-//     by three roundings: q = 4 u.
-//     bf16: a product of two bf16 numbers has 16 bits and is exact in fp32. VDPBF16PS adds two of them to its accumulator; whatever
-//     order and whatever rounding of the two sums (nearest, or towards zero) an implementation has, each addition errs by at most 2u of
-//     its result: 2 * 256 additions in a block of 512, one more a block and one to spare, each counted as 2u, times 1.01.
-//     exact (rows of at most 16 elements): the same operations as the score's, r~ = r*, and all of E is 0.
-// (5) d0 + d1 <= U. In r* and in bf16 each multiplication, addition or fused step that underflows, gradually or flushed to zero (MXCSR may
-//     say so, VDPBF16PS always does), errs by at most 2^-126, and there are fewer than 4 D + 100 of them, those of (8) included. In int8
-//     (s/n) t may underflow as a whole: then |<x^, w^>|/n <= 2^31 2^-126. Hence U = (4 D + 128) 2^-126, plus 2^-94 for int8.
-//     Where MXCSR reads denormal elements as zero, what they would add is less than what (7) adds to the norms.
-// (6) |x^| <= sqrt(n) X with X = |x| + l(x), and |w^| <= sqrt(n) (|w| + l(w)). So |r* - r~| <= E with
-//         E = |w| (l(x) + q X + g |x|)  +  l(w) (X + q X)  +  U.
-// (7) Norms are computed in fp32: a sum of squares of D terms errs by less than (D + 64) 2u relatively, its root by less than that, and an
-//     element below 2^-63 may vanish from it: the root is multiplied by 1 + (D + 72) 2u and sqrt(D) 2^-62 is added, so the computed norm
-//     is never below the true one. w^ - w is exact for bf16 (both are multiples of the last place of w, and the difference is small) and
-//     rounded once for int8, which the 72 covers.
-// (8) The interval [fl(r~ - e), fl(r~ + e)] must contain r*. fl errs by u (|r~| + e) <= 2^-22 X (|w| + l(w)), which is added to the
-//     factors; the computed e = fma(a, norm, fma(c, loss, U)) and the factors themselves err by a few u, covered by a factor 1 + 2^-20.
-//         a = (l(x) + (q + 2^-22) X + g |x|) (1 + 2^-20),      c = X (1 + q + 2^-22) (1 + 2^-20).
-// (9) score = fl(fl(r* scale) + bias) and both steps are monotone (falling, if scale < 0), so the ends of the interval, taken through the
-//     same two steps, enclose the score: no further rounding terms. norm, loss and U carry the sign of the scale, which swaps the ends
-//     where it must. An end that is NaN (inf * 0, inf - inf) decides nothing: hi is compared so that NaN passes, lo = NaN counts as -inf.
-//     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well (a strict threshold is finite).
-// (10) No overflow unseen: rows with |x| not <= 1e18 take the exact path, features with |w| not <= 1e18 (NaN, inf, huge) get norm = inf
-//     and hence an interval without ends; for all others no partial sum exceeds 16 * 1e18 * 1e18 * 1.01 < 2^127.
 #pragma once
 #include "cpu/engine/kernels.h"
 #include "vec.isa.h"
@@ -54,31 +15,7 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-constexpr float kUnit = 0x1p-24f;
-constexpr float kHugeNorm = 1e18f;
 constexpr int64_t kCacheBytes = int64_t{512} << 10;  // of panels, of a second-level cache of 1 MiB or more
-
-FASTSAE_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTSAE_INLINE float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
-
-// (7): an upper bound of the norm from the computed sum of squares; not below infinity for NaN and infinity.
-FASTSAE_INLINE float norm_above(float squares, int64_t d) {
-  if (!(squares <= 3e38f)) return __builtin_inff();
-  return root(squares) * (1.0f + static_cast<float>(d + 72) * 2 * kUnit) + root(static_cast<float>(d)) * 0x1p-62f;
-}
-
-struct RowFactors {
-  float a, c;
-};
-// (8) from |x| and l(x), both rounded up
-FASTSAE_INLINE RowFactors row_factors(ScreenFormat format, float norm, float loss, int64_t d) {
-  const int64_t vectors = (d + 15) / 16, blocks = (d + kScoreBlock - 1) / kScoreBlock;
-  const float g = 1.01f * static_cast<float>(at_most(vectors, kScoreBlock / 16) + blocks + 5) * kUnit;
-  const float additions = static_cast<float>(at_most(d + 1, kScreenBlock) + (d + kScreenBlock - 1) / kScreenBlock + 3);
-  const float q = format == ScreenFormat::int8 ? 4 * kUnit : 1.01f * additions * 2 * kUnit;
-  const float x = norm + loss;
-  return {(loss + (q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f), x * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)};
-}
 
 // The features of one panel, as vectors of 16.
 template <bool kScaled>
@@ -232,7 +169,7 @@ void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
   }
 #endif
 
-// c[i][32] = the exact products, for rows of at most kShortRow elements: one a lane, folded 8, 4, 2, 1 as a score is.
+// c[i][32] = the exact products, for rows of at most kLongestExact elements: one a lane, folded 8, 4, 2, 1 as a score is.
 template <int kLength>
 FASTSAE_INLINE void short_products(const float* x, const float* w, int64_t d, int height, float* c) {
   for (int h = 0; h < 2; ++h) {
@@ -278,7 +215,7 @@ template <ScreenFormat kFormat, class Screen>
 void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, Screen& screen) {
   alignas(64) float c[kTileRows * kPanelWidth];
   Prefetcher prefetcher(next);
-  const int64_t steps = (x.words + kStep - 1) / kStep * p.panels * x.tiles;
+  const int64_t steps = ceil_div(x.words, kStep) * p.panels * x.tiles;
   const int quota = next.segments == 0 ? 0 : static_cast<int>(next.segments * next.lines / (steps > 0 ? steps : 1)) + 1;
   const auto one = [&](int t, int panel) {
     const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
@@ -308,6 +245,16 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next,
     for (int panel = 0; panel < p.panels; ++panel)
       for (int t = 0; t < x.tiles; ++t) one(t, panel);
   }
+}
+
+// The same with the screen that takes a scale into account, or not: S{args...}.
+template <template <bool> class S, ScreenFormat kFormat, class... Args>
+FASTSAE_INLINE void run_scaled(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, const Args&... args) {
+  const auto run = [&](auto screen) { run_block<kFormat>(x, p, next, screen); };
+  if (p.scale != nullptr)
+    run(S<true>{args...});
+  else
+    run(S<false>{args...});
 }
 
 // The exact products of a block's undecided features, while its weights are in the cache, written over `hi`.
@@ -393,16 +340,10 @@ struct Scorer {
 // Calls body(scorer) with the scorer of the weights' type.
 template <class Body>
 FASTSAE_INLINE void with_scorer(const ScoreJob& job, const Undecided& at, const Body& body) {
-  if (job.t == Dtype::f32) {
-    Scorer<float> scorer(job, at);
+  with_type(job.t, [&](auto type) {
+    Scorer<decltype(type)> scorer(job, at);
     body(scorer);
-  } else if (job.t == Dtype::bf16) {
-    Scorer<bf16> scorer(job, at);
-    body(scorer);
-  } else {
-    Scorer<f16> scorer(job, at);
-    body(scorer);
-  }
+  });
 }
 
 }  // namespace
