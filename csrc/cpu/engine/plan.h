@@ -68,10 +68,9 @@ inline bool by_rows(const Weights& w) { return w.stride_d == 1 || w.d <= 1; }
 inline bool has_handle(const Weights& w) { return w.packed != nullptr && w.list == nullptr; }
 inline int64_t padded_to(int64_t d) { return round_to(std::max<int64_t>(d, 1), 32); }
 
-// The path of a plan whose blocks are cut as if it screened. Measured:
-//   screen   from some number of rows on: with fewer, packing costs more than it saves. A handle and a W whose columns have to be
-//   transposed
-//            anyway are cheaper to pack, which is for the request to say.
+// The path of a plan whose blocks are those of a screen. Measured:
+//   screen   from the request's sizes on: with fewer rows, packing costs more than it saves; a handle or a W whose columns have to be
+//            transposed anyway is cheaper to pack.
 //   blocks   all features are screened before the first score, which then comes from further away than where a block is screened and scored
 //            at once: worth it until the dictionary is larger than a cache, or for few rows of a handle.
 //   rows     the same with all features packed before the first row rather than each block where it is used: while they are few, or there
@@ -87,9 +86,9 @@ inline EncodePath choose_path(const Problem& p, const PlanRequest& request, cons
   const int64_t bytes = packed_features(w.features) * w.d;
   if (k > 0 && !plan.copied && w.d >= 32 && w.features >= std::max<int64_t>(2 * k, 128) && x.rows >= (has_handle(w) ? 1 : 12) &&
       (bytes <= kRowwiseBytes || (has_handle(w) && x.rows <= kFewRows && x.rows * w.features * 4 <= kChunkHighBytes))) {
-    const int64_t cut = plan.blocks * plan.block * plan.words * 4;
+    const int64_t packed_bytes = plan.blocks * plan.block * plan.words * 4;
     const bool enough = x.rows >= 4 * plan.threads;  // rows, not features, to divide among threads
-    const bool paid = cut <= kSmallBytes || (cut <= kRowwiseBytes && (plan.packed != nullptr || x.rows >= kManyRows));
+    const bool paid = packed_bytes <= kSmallBytes || (packed_bytes <= kRowwiseBytes && (plan.packed != nullptr || x.rows >= kManyRows));
     return enough && paid ? EncodePath::rows : EncodePath::blocks;
   }
   const bool large = x.rows >= request.least_rows && w.d >= request.least_d && w.features >= request.least_features;
@@ -108,7 +107,7 @@ inline Plan make_plan(const Problem& p, const PlanRequest& request) {
             .words_most = words,
             .padded = padded,
             .row_stride = padded + 16};  // not a power of two
-  const auto cut = [&](int64_t panels) {
+  const auto set_block = [&](int64_t panels) {
     plan.panels = static_cast<int>(panels);
     plan.block = panels * kPanelWidth;
     plan.blocks = ceil_div(w.features, plan.block);
@@ -119,12 +118,12 @@ inline Plan make_plan(const Problem& p, const PlanRequest& request) {
   const int64_t fit = plan.packed != nullptr ? kPackedBytes / panel_bytes
                       : plan.copied          ? kColumnBytes / (panel_bytes + raw * 4)
                                              : kRawBytes / (panel_bytes + raw * size_of(w.t));
-  cut(std::clamp<int64_t>(fit, 1, kMostPanels));
+  set_block(std::clamp<int64_t>(fit, 1, kMostPanels));
   plan.path = choose_path(p, request, plan);
   plan.screens = plan.path != EncodePath::dense;
   if (!plan.screens) {
     plan.packed = nullptr;
-    cut(kMostPanels);
+    set_block(kMostPanels);
   }
   const int64_t rows = kBufferBytes / std::max<int64_t>(request.bytes_a_row + 12 * (plan.block + 16) * plan.threads, 1);
   plan.chunk = std::min(p.x.rows, std::clamp(rows, kLeastChunk, kChunkRows));
