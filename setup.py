@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,16 @@ CUDA_PTX = "80"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false", "-Icsrc"]  # fma only where it is written
 
 FAILURES = (CCompilerError, ExecError, PlatformError, OSError)
+
+
+def included(source: str) -> set[str]:
+    """`source` and every file of csrc that it includes."""
+    files, new = set(), {source}
+    while new:
+        files |= new
+        names = {f"csrc/{name}" for file in new for name in re.findall(r'#include "(.+)"', Path(file).read_text())}
+        new = set(filter(os.path.exists, names)) - files
+    return files
 
 
 class BuildExt(build_ext):
@@ -164,7 +175,6 @@ class BuildExt(build_ext):
             targets.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")
         self.info["cuda"].update(nvcc=" ".join(version), archs=wanted)
         out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / "cuda"
-        headers = [*glob("csrc/cuda/*.h"), "csrc/test/emulate.h"]
         objects = []
 
         def compile_one(source: str) -> str:
@@ -172,7 +182,7 @@ class BuildExt(build_ext):
             stamp = target.with_suffix(".command")
             command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(target)]
             said = json.dumps([version, command])
-            newest = max(os.path.getmtime(f) for f in [source, *headers])
+            newest = max(map(os.path.getmtime, included(source)))
             if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 stamp.unlink(missing_ok=True)
@@ -216,7 +226,7 @@ class BuildExt(build_ext):
         stamp = target.with_suffix(".command")
         compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
         command = json.dumps([self.info["compiler"], compiler, flags, include, macros])
-        newest = max(os.path.getmtime(f) for f in [source, *glob("csrc/**/*.h", recursive=True)])
+        newest = max(map(os.path.getmtime, included(source)))
         if not self.force and target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == command:
             return str(target)
         stamp.unlink(missing_ok=True)

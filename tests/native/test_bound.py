@@ -1,4 +1,4 @@
-"""The bound of the CPU's screen (csrc/cpu/tile.h) against a float64 computation of its proof, term by term, and its sums at their limits.
+"""The bound of the CPU's screen (csrc/cpu/engine/bound.h) against a float64 computation of its proof, term by term; sums at their limits.
 
 A screened product that is 0 shows its half-width as the upper end: rows that cancel in pairs have it for any elements. Every term of E is
 the largest for some rows below, so weakening one of them fails here (tests/mutants.py lists which).
@@ -111,7 +111,7 @@ def test_norms_and_losses_of_a_handle(d: int) -> None:
     H = torch.ones(1, 1, dtype=torch.float64)
     while H.shape[0] < n:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    # Signs of the rotation (engine.cpp): those of single elements, whose rotated rows are columns of H times them.
+    # Signs of the rotation (pack.cpp): those of single elements, whose rotated rows are columns of H times them.
     signs = torch.ones(d, dtype=torch.float64)
     for i in range(d):
         h = (i * 0x9E3779B9 + 0x7F4A7C15) & 0xFFFFFFFF
@@ -253,7 +253,7 @@ def test_steps_that_underflow_together() -> None:
 
 @pytest.mark.parametrize("level", SCREENING)
 def test_what_the_ends_leave_to_ties(level: str) -> None:
-    """Upper ends that equal the cut, scores of both zeros, a band whose edge is rounded: what an interval may not decide."""
+    """Upper ends that equal the threshold, scores of both zeros, a band whose edge is rounded: what an interval may not decide."""
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(20, 40, generator=g), torch.randn(600, 40, generator=g)
     with loader.use_isa(level):
@@ -296,7 +296,7 @@ def test_what_the_ends_leave_to_ties(level: str) -> None:
 
 @pytest.mark.parametrize("level", SCREENING)
 def test_a_pair_in_one_pass_has_the_bits_of_three(level: str) -> None:
-    """Best of rows, best of columns and lowest of rows, over several blocks: each of the three cuts leaves open what it must."""
+    """Best of rows, best of columns and lowest of rows, over several blocks: each of the three thresholds leaves open what it must."""
     with loader.use_isa(level):
         for seed, (n, k_ab, k_ba) in enumerate([(40, 3, 2), (7, 1, 1), (100, 20, 8), (30, 25, 1)]):
             g = torch.Generator().manual_seed(seed)

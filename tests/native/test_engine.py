@@ -83,7 +83,7 @@ def columns(case: Case) -> Case:
     return {**case, "W": case["W"].T.contiguous().T}
 
 
-def verify(case: Case, exact_rows: int | None = None, checked: bool = True, apart: bool = True) -> dict[str, int]:
+def verify(case: Case, exact_rows: int | None = None, checked: bool = True, rowwise: bool = True) -> dict[str, int]:
     """Screened = dense, bit for bit, in both layouts; dense = float64 outside the rounding band; no row of the result was screened out."""
     dense = run(case, "dense")
     if checked:
@@ -100,7 +100,7 @@ def verify(case: Case, exact_rows: int | None = None, checked: bool = True, apar
     same(run(columns(case), "screen"), dense)
     same(run(case, "screen", packed=True), dense)
     same(run(columns(case), "screen", packed=True), dense)
-    for path in ("rows", "blocks") if apart else ():  # all intervals of a row before its first score
+    for path in ("rows", "blocks") if rowwise else ():  # all intervals of a row before its first score
         counts: dict[str, int] = {}
         survived.zero_()
         same(run(case, path, stats=counts, survived=survived), dense)
@@ -112,7 +112,7 @@ def verify(case: Case, exact_rows: int | None = None, checked: bool = True, apar
     assert_enclosed(case)
     for level in SCREENING[:-1]:
         with loader.use_isa(level):
-            for path in ("screen", "rows", "blocks") if apart else ("screen",):
+            for path in ("screen", "rows", "blocks") if rowwise else ("screen",):
                 same(run(case, path), dense)
     assert stats["screened_rows"] + stats["exact_rows"] == rows
     if exact_rows is not None:
@@ -141,7 +141,7 @@ def test_awkward_row_counts(rows: int) -> None:
 def test_more_rows_than_a_chunk() -> None:
     stats = verify(draw(2100, 32, 600, k=5))
     assert stats["exact_rows"] == 0
-    wide = verify(draw(300, 16, 30000, k=3000), apart=False)  # buffers of 64 MiB allow fewer rows at a time
+    wide = verify(draw(300, 16, 30000, k=3000), rowwise=False)  # buffers of 64 MiB allow fewer rows at a time
     assert wide["workspace"] < 200 << 20
 
 

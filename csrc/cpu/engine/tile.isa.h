@@ -1,84 +1,21 @@
-// The tile engine: a block of packed feature panels against tiles of packed rows, and what a consumer may conclude from it. Only for
+// The tile engine: a block of packed feature panels against tiles of packed rows, and what a screen may conclude from it. Only for
 // *.isa.cpp of a level that can screen.
 //
-// A consumer is a class with
+// A screen is a class with
 //   void panel(const ScreenPanels& p, int panel);           the features of the products to come
 //   void row(int64_t row, __m512 r0, __m512 r1);            screened products of one row with features 0-15 and 16-31 of that panel
 // and gets from Features an interval that contains the score of fastsae.h. It decides what the interval decides and hands the rest to the
 // exact score (Scorer); nothing else may rest on a screened product.
 //
-// ---- The bound, and why it holds ----
-//
-// x is a row (centred or normalised, fp32, taken as it is), w a feature; u = 2^-24; norms are Euclidean. T = <x, w>, r* = the fp32 product
-// of fastsae.h, r~ = the screened one. H is the rotation: signs, then unnormalised Hadamard transforms of blocks of n = 2^m elements, so
-// <Hx, Hw> = n <x, w> and |Hx| = sqrt(n) |x|; bf16 has none (n = 1). x^ and w^ are the rounded rows as the instructions see them.
-//
-// (1) |r* - T| <= g |x||w| + d0, g = 1.01 k u with k = the longest chain of additions: min(ceil(D/16), 256) in a lane, one for each
-//     block of 4096, 4 to fold the lanes. Cauchy-Schwarz turns sum |x_d w_d| into |x||w|. 1.01 covers 1/(1 - k u).
-// (2) y = the computed Hx has |y - Hx| <= h sqrt(n) |x|, h = 1.01 m u: each of m stages rounds each element once, and conserves the
-//     norm up to sqrt(2). So |x^ - Hx| <= |x^ - y| + h sqrt(n)|x|. Divided by sqrt(n) (exact: n is a power of four) this is the loss l(x);
-//     likewise l(w). bf16: l(x) = |x^ - x|.
-// (3) |<x^, w^>/n - T| = |<x^ - Hx, Hw> + <x^, w^ - Hw>| / n <= l(x)|w| + (|x| + l(x)) l(w).
-// (4) |r~ - <x^, w^>/n| <= q |x^||w^|/n + d1.
-//     int8: x^ = s qx, w^ = t qw with integers of at most 127. VPDPBUSD multiplies qw + 128 (unsigned) by qx (signed) and adds exactly; the
-//     sum starts at -128 sum qx. 255 * 127 * D < 2^31 for D < 65536 (larger ones are not screened so). r~ = fl(fl(I) fl((s/n) t)) errs
-//     by three roundings: q = 4 u.
-//     bf16: a product of two bf16 numbers has 16 bits and is exact in fp32. VDPBF16PS adds two of them to its accumulator; whatever
-//     order and whatever rounding of the two sums (nearest, or towards zero) an implementation has, each addition errs by at most 2u of
-//     its result: 2 * 256 additions in a block of 512, one more a block and one to spare, each counted as 2u, times 1.01.
-//     exact (rows of at most 16 elements): the same operations as the score's, r~ = r*, and all of E is 0.
-// (5) d0 + d1 <= U. In r* and in bf16 each multiplication, addition or fused step that underflows, gradually or flushed to zero (MXCSR may
-//     say so, VDPBF16PS always does), errs by at most 2^-126, and there are fewer than 4 D + 100 of them, those of (8) included. In int8
-//     (s/n) t may underflow as a whole: then |<x^, w^>|/n <= 2^31 2^-126. Hence U = (4 D + 128) 2^-126, plus 2^-94 for int8.
-//     Where MXCSR reads denormal elements as zero, what they would add is less than what (7) adds to the norms.
-// (6) |x^| <= sqrt(n) X with X = |x| + l(x), and |w^| <= sqrt(n) (|w| + l(w)). So |r* - r~| <= E with
-//         E = |w| (l(x) + q X + g |x|)  +  l(w) (X + q X)  +  U.
-// (7) Norms are computed in fp32: a sum of squares of D terms errs by less than (D + 64) 2u relatively, its root by less than that, and an
-//     element below 2^-63 may vanish from it: the root is multiplied by 1 + (D + 72) 2u and sqrt(D) 2^-62 is added, so the computed norm
-//     is never below the true one. w^ - w is exact for bf16 (both are multiples of the last place of w, and the difference is small) and
-//     rounded once for int8, which the 72 covers.
-// (8) The interval [fl(r~ - e), fl(r~ + e)] must contain r*. fl errs by u (|r~| + e) <= 2^-22 X (|w| + l(w)), which is added to the
-//     factors; the computed e = fma(a, norm, fma(c, loss, U)) and the factors themselves err by a few u, covered by a factor 1 + 2^-20.
-//         a = (l(x) + (q + 2^-22) X + g |x|) (1 + 2^-20),      c = X (1 + q + 2^-22) (1 + 2^-20).
-// (9) score = fl(fl(r* scale) + bias) and both steps are monotone (falling, if scale < 0), so the ends of the interval, taken through the
-//     same two steps, enclose the score: no further rounding terms. norm, loss and U carry the sign of the scale, which swaps the ends
-//     where it must. An end that is NaN (inf * 0, inf - inf) decides nothing: hi is compared so that NaN passes, lo = NaN counts as -inf.
-//     If r* scale + bias is NaN while the interval's ends are not, then hi is +inf: it passes as well (a strict cut is finite).
-// (10) No overflow unseen: rows with |x| not <= 1e18 take the exact path, features with |w| not <= 1e18 (NaN, inf, huge) get norm = inf
-//     and hence an interval without ends; for all others no partial sum exceeds 16 * 1e18 * 1e18 * 1.01 < 2^127.
 #pragma once
-#include "cpu/engine.h"
-#include "vec.h"
+#include "cpu/engine/kernels.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-constexpr float kUnit = 0x1p-24f;
-constexpr float kHugeNorm = 1e18f;
 constexpr int64_t kCacheBytes = int64_t{512} << 10;  // of panels, of a second-level cache of 1 MiB or more
-
-FASTSAE_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTSAE_INLINE float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
-
-// (7): an upper bound of the norm from the computed sum of squares; not below infinity for NaN and infinity.
-FASTSAE_INLINE float norm_above(float squares, int64_t d) {
-  if (!(squares <= 3e38f)) return __builtin_inff();
-  return root(squares) * (1.0f + static_cast<float>(d + 72) * 2 * kUnit) + root(static_cast<float>(d)) * 0x1p-62f;
-}
-
-struct RowFactors {
-  float a, c;
-};
-// (8) from |x| and l(x), both rounded up
-FASTSAE_INLINE RowFactors row_factors(Number number, float norm, float loss, int64_t d) {
-  const int64_t vectors = (d + 15) / 16, blocks = (d + kScoreBlock - 1) / kScoreBlock;
-  const float g = 1.01f * static_cast<float>(at_most(vectors, kScoreBlock / 16) + blocks + 5) * kUnit;
-  const float additions = static_cast<float>(at_most(d + 1, kScreenBlock) + (d + kScreenBlock - 1) / kScreenBlock + 3);
-  const float q = number == Number::int8 ? 4 * kUnit : 1.01f * additions * 2 * kUnit;
-  const float x = norm + loss;
-  return {(loss + (q + 0x1p-22f) * x + g * norm) * (1 + 0x1p-20f), x * (1 + q + 0x1p-22f) * (1 + 0x1p-20f)};
-}
 
 // The features of one panel, as vectors of 16.
 template <bool kScaled>
@@ -138,11 +75,11 @@ __attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t
   to.n[row] = static_cast<int32_t>(n);
 }
 
-// Walks the lines of `Ahead`, a few at a time.
+// Walks the lines of `Prefetch`, a few at a time.
 struct Prefetcher {
   const char* at;
   int64_t segments, lines, stride, line;
-  explicit FASTSAE_INLINE Prefetcher(const Ahead& a) : at(a.base), segments(a.segments), lines(a.lines), stride(a.stride), line(0) {}
+  explicit FASTSAE_INLINE Prefetcher(const Prefetch& a) : at(a.base), segments(a.segments), lines(a.lines), stride(a.stride), line(0) {}
   FASTSAE_INLINE void some(int n) {
     for (; n > 0 && segments > 0; --n) {
       _mm_prefetch(at + line * 64, _MM_HINT_T1);
@@ -159,13 +96,14 @@ constexpr int64_t kStep = 32;  // words between two prefetches
 
 // c[i][32] = integer products of MR rows and the 32 features of a panel, as fp32.
 template <int MR>
-void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& ahead, int quota) {
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
+               int quota) {
   __m512i s0[MR], s1[MR];
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_set1_epi32(start[i]);
   for (int64_t d = 0; d < words;) {
     const int64_t stop = at_most(d + kStep, words);
-    ahead.some(quota);
+    prefetcher.some(quota);
     for (; d < stop; ++d) {
       const __m512i w0 = _mm512_loadu_si512(w + d * kPanelWidth), w1 = _mm512_loadu_si512(w + d * kPanelWidth + 16);
       const uint32_t* const xd = x + d * MR;
@@ -190,7 +128,7 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
 
 // c[i][32] = <x^_i, w^_j> in bf16.
 template <int MR>
-void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& ahead, int quota) {
+void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& prefetcher, int quota) {
   __m512 s0[MR], s1[MR];
   int64_t d = 0;
   do {
@@ -200,7 +138,7 @@ void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
     for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_setzero_ps();
     while (d < end) {
       const int64_t stop = at_most(d + kStep, end);
-      ahead.some(quota);
+      prefetcher.some(quota);
       for (; d < stop; ++d) {
         const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth), w1 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth + 16);
         const uint32_t* const xd = x + d * MR;
@@ -231,7 +169,7 @@ void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
   }
 #endif
 
-// c[i][32] = the exact products, for rows of at most kShortRow elements: one a lane, folded 8, 4, 2, 1 as a score is.
+// c[i][32] = the exact products, for rows of at most kLongestExact elements: one a lane, folded 8, 4, 2, 1 as a score is.
 template <int kLength>
 FASTSAE_INLINE void short_products(const float* x, const float* w, int64_t d, int height, float* c) {
   for (int h = 0; h < 2; ++h) {
@@ -267,37 +205,37 @@ void tile_exact(const uint32_t* x, const uint32_t* w, int64_t words, const int32
 using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, int, float*, Prefetcher&, int);
 #define FASTSAE_TILES(tile) \
   {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
-constexpr TileKernel kTileKernels[kNumbers][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
-                                                              FASTSAE_TILES(tile_exact)};
+constexpr TileKernel kTileKernels[kScreenFormats][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
+                                                                    FASTSAE_TILES(tile_exact)};
 #undef FASTSAE_TILES
 
 // All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
 // panels; of a larger block, a panel stays there for all tiles.
-template <Number kNumber, class Consumer>
-void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Consumer& consumer) {
+template <ScreenFormat kFormat, class Screen>
+void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, Screen& screen) {
   alignas(64) float c[kTileRows * kPanelWidth];
-  Prefetcher ahead(next);
-  const int64_t steps = (x.words + kStep - 1) / kStep * p.panels * x.tiles;
+  Prefetcher prefetcher(next);
+  const int64_t steps = ceil_div(x.words, kStep) * p.panels * x.tiles;
   const int quota = next.segments == 0 ? 0 : static_cast<int>(next.segments * next.lines / (steps > 0 ? steps : 1)) + 1;
   const auto one = [&](int t, int panel) {
     const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
     const int height = static_cast<int>(r1 - r0);
-    kTileKernels[static_cast<int>(kNumber)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
-                                                    height, c, ahead, quota);
-    consumer.panel(p, panel);
+    kTileKernels[static_cast<int>(kFormat)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
+                                                    height, c, prefetcher, quota);
+    screen.panel(p, panel);
     __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
-    if (kNumber == Number::int8) {
+    if (kFormat == ScreenFormat::int8) {
       unit0 = _mm512_loadu_ps(p.unit + panel * kPanelWidth);
       unit1 = _mm512_loadu_ps(p.unit + panel * kPanelWidth + 16);
     }
     for (int i = 0; i < height; ++i) {
       __m512 r0v = _mm512_load_ps(c + i * kPanelWidth), r1v = _mm512_load_ps(c + i * kPanelWidth + 16);
-      if (kNumber == Number::int8) {
+      if (kFormat == ScreenFormat::int8) {
         const __m512 step = _mm512_set1_ps(x.unit[r0 + i]);
         r0v = _mm512_mul_ps(r0v, _mm512_mul_ps(step, unit0));
         r1v = _mm512_mul_ps(r1v, _mm512_mul_ps(step, unit1));
       }
-      consumer.row(r0 + i, r0v, r1v);
+      screen.row(r0 + i, r0v, r1v);
     }
   };
   if (x.words * kPanelWidth * 4 * p.panels <= kCacheBytes) {
@@ -307,6 +245,16 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Ahead& next, Co
     for (int panel = 0; panel < p.panels; ++panel)
       for (int t = 0; t < x.tiles; ++t) one(t, panel);
   }
+}
+
+// The same with the screen that takes a scale into account, or not: S{args...}.
+template <template <bool> class S, ScreenFormat kFormat, class... Args>
+FASTSAE_INLINE void run_scaled(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, const Args&... args) {
+  const auto run = [&](auto screen) { run_block<kFormat>(x, p, next, screen); };
+  if (p.scale != nullptr)
+    run(S<true>{args...});
+  else
+    run(S<false>{args...});
 }
 
 // The exact products of a block's undecided features, while its weights are in the cache, written over `hi`.
@@ -392,16 +340,10 @@ struct Scorer {
 // Calls body(scorer) with the scorer of the weights' type.
 template <class Body>
 FASTSAE_INLINE void with_scorer(const ScoreJob& job, const Undecided& at, const Body& body) {
-  if (job.t == Dtype::f32) {
-    Scorer<float> scorer(job, at);
+  with_type(job.t, [&](auto type) {
+    Scorer<decltype(type)> scorer(job, at);
     body(scorer);
-  } else if (job.t == Dtype::bf16) {
-    Scorer<bf16> scorer(job, at);
-    body(scorer);
-  } else {
-    Scorer<f16> scorer(job, at);
-    body(scorer);
-  }
+  });
 }
 
 }  // namespace

@@ -1,42 +1,39 @@
-// What consumers share that keep any number of entries a row: a worker's undecided features, all of them where screening is off or decides
+// The base of drivers that keep any number of entries a row: a worker's undecided features, all of them where screening is off or decides
 // too little, and their exact products. Baseline code.
 #pragma once
+#include <utility>
+
 #include "cpu/encode.h"
-#include "cpu/screen.h"
+#include "cpu/engine/driver.h"
 
 namespace fastsae {
 
 // Null where the level in force cannot screen.
 const EncodeKernels* encode_kernels();
 
-struct Cuts {
-  const EngineKernels& kernels;
+struct Candidates {
+  const Problem& p;
   const EncodeKernels* screens;
-  EncodeStats* stats;
-  Undecided undecided[kMostWorkers];
-  uint8_t* full[kMostWorkers];  // rows of which every score of the block is computed
+  Undecided undecided[kMostWorkers] = {};
+  uint8_t* full[kMostWorkers] = {};  // rows of which every score of the block is computed
   int unscreened[kMostWorkers] = {};
   int64_t scored[kMostWorkers] = {};
 
   int64_t bytes(const Plan& plan) const {
-    return plan.threads * (3 * Workspace::size<float>(plan.chunk * (plan.block + 16)) + Workspace::size<int32_t>(plan.chunk) +
-                           Workspace::size<uint8_t>(plan.chunk));
+    return plan.threads * (undecided_bytes(plan.chunk, plan.block + 16) + Workspace::size<uint8_t>(plan.chunk));
   }
   void take(Workspace& space, const Plan& plan) {
-    const int64_t chunk = plan.chunk, stride = plan.block + 16;
     for (int t = 0; t < plan.threads; ++t) {
-      undecided[t] = {space.take<float>(chunk * stride), space.take<float>(chunk * stride), space.take<int32_t>(chunk * stride),
-                      space.take<int32_t>(chunk), stride};
-      full[t] = space.take<uint8_t>(chunk);
-      std::memset(undecided[t].n, 0, static_cast<size_t>(chunk) * sizeof(int32_t));
+      undecided[t] = take_undecided(space, plan.chunk, plan.block + 16);
+      full[t] = space.take<uint8_t>(plan.chunk);
     }
   }
+  void begin(const Chunk&) {}
 
   // 1. What the screen leaves open; run(undecided) screens.
   template <class Run>
   void screen(const Chunk& chunk, const Block& b, int worker, const Run& run) {
     const Undecided& u = undecided[worker];
-    constexpr int kRest = 15;
     std::memset(full[worker], 0, static_cast<size_t>(chunk.rows));
     if (!chunk.plan.screens || unscreened[worker] > 0) {
       if (unscreened[worker] > 0) --unscreened[worker];
@@ -48,7 +45,7 @@ struct Cuts {
         full[worker][r] = static_cast<uint8_t>(chunk.exact[r] != 0 || u.n[r] * 4 > b.count);
         heavy += full[worker][r];
       }
-      if (heavy * 2 > chunk.rows) unscreened[worker] = kRest;
+      if (heavy * 2 > chunk.rows) unscreened[worker] = kUnscreened;
     }
   }
   // 2. Exact products of what is still open; every feature of a full row.
@@ -68,7 +65,7 @@ struct Cuts {
           w[j] = static_cast<const float*>(b.job.w) + (b.job.list != nullptr ? b.job.list[id] : id) * b.job.stride_f;
         }
         float products[16 * kDenseWidth];
-        kernels.products(x, count, w, n, b.job.d, products, kDenseWidth);
+        p.kernels.products(x, count, w, n, b.job.d, products, kDenseWidth);
         for (int64_t i = 0; i < count; ++i)
           std::memcpy(u.hi + rows[i] * u.stride + f0, products + i * kDenseWidth, static_cast<size_t>(n) * sizeof(float));
       }
@@ -96,12 +93,10 @@ struct Cuts {
     if (b.panels.scale != nullptr) product = product * b.panels.scale[at];
     return product + b.panels.bias[at];
   }
-  void note() {
-    if (stats != nullptr)
-      for (int64_t& n : scored) {
-        __atomic_fetch_add(&stats->scored, n, __ATOMIC_RELAXED);
-        n = 0;
-      }
+  int64_t end(const Chunk&) {
+    if (p.stats != nullptr)
+      for (int64_t& n : scored) __atomic_fetch_add(&p.stats->scored, std::exchange(n, 0), __ATOMIC_RELAXED);
+    return kOk;
   }
 };
 

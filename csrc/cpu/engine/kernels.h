@@ -1,24 +1,18 @@
-// What the drivers (baseline: chunks, threads, exact selection) ask of engine.isa.cpp: rows in their working form, exact scores, and the
-// packed forms that screening reads. The bound on a screened product is proven in tile.h.
+// What the drivers (baseline: chunks, threads, exact selection) ask of pack.isa.cpp: rows in their working form, exact scores, and the
+// packed forms that screening reads. The bound on a screened product is proven in bound.h.
 #pragma once
 #include <stdint.h>
 
+#include "cpu/engine/bound.h"
 #include "fastsae.h"
+#include "isa.h"
 
 namespace fastsae {
 
 constexpr int64_t kScoreLanes = 16;
-constexpr int64_t kScoreBlock = 4096;  // elements of a score summed before they join the total
-constexpr int64_t kDenseWidth = 64;    // features whose exact scores are computed before they are looked at
-constexpr int kPanelWidth = 32;        // features of a screening panel
-constexpr int kTileRows = 12;          // most rows of a screening tile
-constexpr int64_t kScreenBlock = 512;  // elements of a bf16 screening sum before they join the total
-
-// How screening rounds: to 8-bit integers a row and a feature (after a rotation that spreads outliers), to bf16, or, where rows are so
-// short that this costs more than the product, not at all.
-enum class Number : int { int8 = 0, bf16 = 1, exact = 2 };
-constexpr int kNumbers = 3;
-constexpr int64_t kShortRow = 16;  // most elements of an exact screen: a score's sum then has one element a lane
+constexpr int64_t kDenseWidth = 64;  // features whose exact scores are computed before they are looked at
+constexpr int kPanelWidth = 32;      // features of a screening panel
+constexpr int kTileRows = 12;        // most rows of a screening tile
 
 // ---- rows in their working form ----
 
@@ -29,9 +23,9 @@ struct LoadJob {
   Dtype t;
   int64_t stride_row, stride_d, d;
   int64_t first, rows;
-  const int32_t* list;
-  const float* subtract;  // may be null
-  float eps;              // 0: no division
+  const int32_t* list = nullptr;
+  const float* subtract = nullptr;  // may be null
+  float eps;                        // 0: no division
   float* to;
   int64_t padded, stride;  // stride >= padded, of `to`
 };
@@ -84,19 +78,18 @@ struct PackFeaturesJob {  // features to panels
   uint32_t* scratch;  // int8: [16][words + 16] and [padded to the rotation] floats; bf16: [16][words + 16]
 };
 
-inline int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 // A rotation that costs little padding. It depends on d alone: packed handles are read by calls that did not make them.
-inline int rotation_of(int64_t d) {
+static inline int rotation_of(int64_t d) {
   for (int n = 256; n >= 16; n /= 4)
     if (round_to(d, n) <= d + d / 16) return n;
   return 1;
 }
-inline int64_t words_of(Number number, int64_t d, int rotation) {
-  return number == Number::exact ? d : number == Number::bf16 ? (d + 1) / 2 : (round_to(d, rotation) + 3) / 4;
+static inline int64_t words_of(ScreenFormat format, int64_t d, int rotation) {
+  return format == ScreenFormat::exact ? d : format == ScreenFormat::bf16 ? ceil_div(d, 2) : ceil_div(round_to(d, rotation), 4);
 }
 
 // A packed handle: panels, then norm, loss and unit of every feature, in words of 32 bits.
-inline int64_t packed_features(int64_t features) { return round_to(features, kPanelWidth); }
+static inline int64_t packed_features(int64_t features) { return round_to(features, kPanelWidth); }
 
 // ---- what a screen reads ----
 
@@ -111,22 +104,22 @@ struct ScreenRows {  // tile t covers rows [rows*t/tiles, rows*(t+1)/tiles), its
 };
 
 struct ScreenPanels {  // per-feature arrays hold panels * kPanelWidth entries, in order
-  const uint32_t* data;
+  const uint32_t* data = nullptr;
   int64_t words;
   int panels;
-  int64_t first, features;
-  const float* norm;  // these three with the sign of the scale
-  const float* loss;
-  const float* floor;
-  const float* unit;
-  const float* scale;  // may be null
-  const float* bias;   // zeros where there is none
-  const float* extra;  // a consumer's own: a cut, a second bias
+  int64_t first = 0, features;
+  const float* norm = nullptr;  // these three with the sign of the scale
+  const float* loss = nullptr;
+  const float* floor = nullptr;
+  const float* unit = nullptr;
+  const float* scale;            // may be null
+  const float* bias;             // zeros where there is none
+  const float* extra = nullptr;  // a screen's own: a threshold, a second bias
 };
 
-struct Ahead {  // memory to bring into the cache while computing: `segments` runs of `lines` cache lines
-  const char* base;
-  int64_t segments, lines, stride;
+struct Prefetch {  // memory to bring into the cache while computing: `segments` runs of `lines` cache lines
+  const char* base = nullptr;
+  int64_t segments = 0, lines = 1, stride = 0;
 };
 
 // Features of the block at hand that screening left undecided, a worker's own. Entry e of row r is at r*stride + e.
@@ -143,8 +136,8 @@ struct ScoreJob {   // what the exact scores of a block need: rows, and the feat
   int64_t padded, d;
   const void* w;  // feature j of the block is row list[first + j] (null: first + j)
   Dtype t;
-  int64_t stride_f, first;
-  const int32_t* list;
+  int64_t stride_f, first = 0;
+  const int32_t* list = nullptr;
 };
 
 struct EngineKernels {
@@ -153,24 +146,10 @@ struct EngineKernels {
   // out[i*ld + j] = <x[i], w[j]>, i < rows, j < features
   void (*products)(const float* const* x, int64_t rows, const float* const* w, int64_t features, int64_t d, float* out, int64_t ld);
   // Null where the level cannot screen with this number.
-  void (*pack_rows[kNumbers])(const PackRowsJob&);
-  void (*pack_features[kNumbers])(const PackFeaturesJob&);
+  void (*pack_rows[kScreenFormats])(const PackRowsJob&);
+  void (*pack_features[kScreenFormats])(const PackFeaturesJob&);
 };
 
-namespace portable {
-extern const EngineKernels engine_kernels;
-}
-namespace avx2 {
-extern const EngineKernels engine_kernels;
-}
-namespace avx512 {
-extern const EngineKernels engine_kernels;
-}
-namespace avx512_vnni {
-extern const EngineKernels engine_kernels;
-}
-namespace avx512_bf16 {
-extern const EngineKernels engine_kernels;
-}
+FASTSAE_DECLARE_TABLES(EngineKernels, engine_kernels)
 
 }  // namespace fastsae

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "fastsae.h"
+
 #define FASTSAE_INLINE inline __attribute__((always_inline))
 
 namespace fastsae {
@@ -66,6 +68,25 @@ FASTSAE_INLINE void narrow(float x, f16* out) {
   } else {
     out->bits = static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
   }
+}
+
+// body(T{}) with the type of an element.
+template <class Body>
+FASTSAE_INLINE void with_type(Dtype t, const Body& body) {
+  if (t == Dtype::f32)
+    body(float{});
+  else if (t == Dtype::bf16)
+    body(bf16{});
+  else
+    body(f16{});
+}
+
+FASTSAE_INLINE float root(float x) {
+#if defined(__AVX2__)
+  return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+#else
+  return __builtin_sqrtf(x);
+#endif
 }
 
 // ---- vectors ----

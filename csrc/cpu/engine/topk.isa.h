@@ -1,8 +1,8 @@
-// The running top-k of rows that several workers share: a consumer of the tile engine puts what it cannot decide through here. Only for
+// The running top-k of rows that several workers share: a screen of the tile engine puts what it cannot decide through here. Only for
 // *.isa.cpp of a level that can screen.
 #pragma once
 #include "cpu/encode.h"
-#include "cpu/tile.h"
+#include "cpu/engine/tile.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
@@ -140,7 +140,7 @@ FASTSAE_INLINE bool all_exact(const TopkBuffer& buffer, int64_t rows) {
 
 // Exact products to scores (kAbsolute: to magnitudes, and features to 2 * feature + sign), and those to the entries that all workers share.
 template <bool kAbsolute = false>
-FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64_t row) {
+FASTSAE_INLINE void merge_scores(const TopkBuffer& buffer, const ScreenPanels& p, int64_t row) {
   const Undecided& u = buffer.undecided;
   const int64_t base = row * u.stride, kept_base = row * buffer.kept_stride;
   const int64_t n = u.n[row];
@@ -180,7 +180,7 @@ FASTSAE_INLINE void share(const TopkBuffer& buffer, const ScreenPanels& p, int64
 
 // After the screen of a block: the exact scores of what it left open, to what the workers share.
 template <bool kAbsolute>
-FASTSAE_INLINE void settle(const ScreenRows& rows, const ScreenPanels& panels, const ScoreJob& job, const TopkBuffer& buffer) {
+FASTSAE_INLINE void rescore(const ScreenRows& rows, const ScreenPanels& panels, const ScoreJob& job, const TopkBuffer& buffer) {
   const Undecided& u = buffer.undecided;
   with_scorer(job, u, [&](auto& scorer) {
     for (int64_t r = 0; r < rows.rows; ++r) {
@@ -193,7 +193,7 @@ FASTSAE_INLINE void settle(const ScreenRows& rows, const ScreenPanels& panels, c
     scorer.finish();
   });
   for (int64_t r = 0; r < rows.rows; ++r)
-    if (u.n[r] != 0) share<kAbsolute>(buffer, panels, r);
+    if (u.n[r] != 0) merge_scores<kAbsolute>(buffer, panels, r);
 }
 
 [[maybe_unused]] int64_t finish_topk(const TopkBuffer& buffer, int64_t row) {
