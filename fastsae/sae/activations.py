@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
+
+from fastsae._core import checks
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,27 @@ class Gated:
 
 
 Activation = TopK | BatchTopK | JumpReLU | ReLU | Gated
+
+
+def checked(activation: Any, d_sae: int) -> Activation:
+    """An activation that fits an SAE of ``d_sae`` features, its numbers Python's; TypeError or ValueError otherwise."""
+    if not isinstance(activation, (TopK, BatchTopK, JumpReLU, ReLU, Gated)):
+        raise TypeError(f"SAE: activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(activation).__name__}")
+    if isinstance(activation, TopK):
+        checks.flag("SAE", "activation.relu", activation.relu)
+    for name in ("k", "rate", "threshold", "bandwidth"):
+        value = getattr(activation, name, None)
+        if not hasattr(activation, name) or (name == "bandwidth" and value is None) or (name == "threshold" and isinstance(value, Tensor)):
+            continue
+        if name == "k" and isinstance(activation, TopK):
+            number = checks.integer("SAE", "activation.k", value, 1, d_sae, f"d_sae={d_sae}")
+        else:
+            number = checks.number("SAE", f"activation.{name}", value, positive=name != "threshold")
+        activation = activation if number is value else replace(activation, **{name: number})
+    for name in ("threshold", "b_gate", "r_mag", "b_mag"):
+        value = getattr(activation, name, None)
+        if isinstance(value, Tensor) or (value is not None and name != "threshold"):
+            checks.tensor("SAE", f"activation.{name}", value)
+            if value.dim():
+                checks.shape("SAE", f"activation.{name}", value, (d_sae,), f"[d_sae={d_sae}] or []")
+    return activation
