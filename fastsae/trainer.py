@@ -443,14 +443,14 @@ class Trainer:
         try:
             yield
         except FloatingPointError:
-            if hasattr(self.opt, "_settle"):
+            if hasattr(self.opt, "settle"):
                 self.step = ahead + self.opt.steps
             raise
 
     def _read(self, result: dict[str, Tensor]) -> dict[str, float]:
         """Metrics as numbers: with a fused optimiser the only wait for a device, and where one says that a step was not finite."""
-        if hasattr(self.opt, "_settle"):
-            self.opt._settle()
+        if hasattr(self.opt, "settle"):
+            self.opt.settle()
         read = {name: float(value) for name, value in result.items()}
         if self.fused and read["loss"] - read["loss"] != 0:  # of an optimiser that knows no policy
             raise FloatingPointError(f"Trainer.fit: the loss of step {self.step} is {read['loss']}")

@@ -34,7 +34,7 @@ from fastsae import SAE, BatchTopK, Gated, JumpReLU, SAEs, TopK, load_checkpoint
 from fastsae.codes import CodeCounter
 
 D, F, K = 4, 12, 3
-READERS = ("_weights.py", "pretrained.py", "trainer.py", "sae.py", "ensemble.py", "counters.py", "optim.py")
+READERS = ("weight_files.py", "pretrained.py", "modules.py", "config.py", "checkpoints.py", "stack.py", "counters.py", "optimiser.py")
 
 
 def draw(*shape: int) -> torch.Tensor:

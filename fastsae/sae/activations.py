@@ -77,3 +77,13 @@ def checked(activation: Any, d_sae: int) -> Activation:
             if value.dim():
                 checks.shape("SAE", f"activation.{name}", value, (d_sae,), f"[d_sae={d_sae}] or []")
     return activation
+
+
+def with_k(activation: Activation, k: float, d_sae: int) -> Activation:
+    """The same with another k, rounded for TopK; AttributeError for one that has none."""
+    if not isinstance(activation, (TopK, BatchTopK)):
+        raise AttributeError(f"SAE: {type(activation).__name__} has no k")
+    if isinstance(activation, TopK) and isinstance(k := checks.plain(k), float):
+        k = round(checks.number("SAE", "activation.k", k))
+    changed: Any = {"k": k}  # of TopK an int, of BatchTopK any number
+    return checked(replace(activation, **changed), d_sae)

@@ -20,20 +20,16 @@ from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold
 from fastsae.packed import PackedWeights
 from fastsae.reference import accumulator
 from fastsae.sae import autograd, init
-from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK, checked
+from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK, checked, with_k
 from fastsae.sae.config import arguments, to_json
 from fastsae.sae.inputs import Encoded, Inputs, autocast_off, cast, check_x, checked_rows, checked_terms, is_dense
-from fastsae.sae.losses import AuxK, Loss, Metrics, Pass, Terms, Weights, squares
+from fastsae.sae.losses import AuxK, Loss, Metrics, Pass, Weights, squares
+from fastsae.sae.processes import Wrapped, refuse_statistics
 from fastsae.sae.reconstruction import Reconstruction
 from fastsae.sae.step import step
 
-_PAST = (
-    "it was called past DistributedDataParallel(sae), which averages gradients only of its own forward: wrap a module whose forward "
-    "returns sae.loss(x).loss"
-)
 
-
-class SAE(nn.Module):
+class SAE(Wrapped):
     """Sparse autoencoder: ``latents = activation(W_enc (x - b_dec) + b_enc)``, ``x_hat = W_dec^T latents + b_dec``.
 
     With ``d_out`` it is a transcoder: it reconstructs a ``target`` from ``x``, ``b_dec [d_out]`` is not subtracted from ``x``, and ``skip``
@@ -86,7 +82,6 @@ class SAE(nn.Module):
     silent: Tensor
     scale: Tensor
     running_threshold: Tensor
-    _wrapped = False  # by DistributedDataParallel
 
     def __init__(
         self,
@@ -123,10 +118,9 @@ class SAE(nn.Module):
         if skip and d_out is None:
             raise ValueError("SAE: skip needs d_out (an autoencoder could copy its input through it)")
         pre_bias = d_out is None if pre_bias is None else checks.flag("SAE", "pre_bias", pre_bias)
-        if pre_bias and d_out not in (None, d_in):
-            raise ValueError(f"SAE: pre_bias needs d_out = d_in = {d_in}, got d_out={d_out}")
-        if tied and d_out not in (None, d_in):
-            raise ValueError(f"SAE: tied needs d_out = d_in = {d_in}, got d_out={d_out}")
+        for name, wanted in (("pre_bias", pre_bias), ("tied", tied)):
+            if wanted and d_out not in (None, d_in):
+                raise ValueError(f"SAE: {name} needs d_out = d_in = {d_in}, got d_out={d_out}")
         if prefixes is not None:
             prefixes = [checks.integer("SAE", "prefixes", size, 1, d_sae, f"d_sae={d_sae}") for size in prefixes]
             if prefixes != sorted(set(prefixes)) or not prefixes or prefixes[-1] != d_sae:
@@ -170,11 +164,7 @@ class SAE(nn.Module):
 
     @k.setter
     def k(self, value: float) -> None:
-        if not isinstance(self.activation, (TopK, BatchTopK)):
-            raise AttributeError(f"SAE: {type(self.activation).__name__} has no k")
-        if isinstance(self.activation, TopK) and isinstance(value := checks.plain(value), float):
-            value = round(checks.number("SAE", "activation.k", value))
-        self.activation = checked(replace(self.activation, k=value), self.d_sae)  # pyright: ignore[reportArgumentType]
+        self.activation = with_k(self.activation, value, self.d_sae)
 
     @property
     def packed(self) -> bool:
@@ -193,7 +183,7 @@ class SAE(nn.Module):
         self.weights_changed()
 
     def weights_changed(self) -> None:
-        """Drops what was derived from the weights; ``optim.Adam`` calls it after a step."""
+        """Drops what was derived from the weights."""
         self._packed = None
 
     def buffers_changed(self) -> None:
@@ -225,12 +215,9 @@ class SAE(nn.Module):
         return self.silent >= self.dead_after
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAE:
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        exact = dict(self.named_buffers())
         super()._apply(fn, recurse)  # pyright: ignore[reportCallIssue]
-        for name, before in exact.items():  # a running mean stops moving in half precision
-            now = self._buffers[name]
-            if now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
+        keep_dtypes(self, exact)
         if self.tied:
             self.W_enc = self.W_dec
         return self
@@ -345,30 +332,11 @@ class SAE(nn.Module):
         """
         inputs = self.step_inputs("SAE.loss", x, target, mask, l1, l0, aux)
         if self.training and processes.ranks() > 1:
-            self._check_processes("SAE.loss", inputs.terms)
+            if inputs.terms.aux is not None or isinstance(self.activation, BatchTopK):
+                refuse_statistics("SAE.loss", "BatchTopK's threshold" if inputs.terms.aux is None else "dead features")
+            if torch.is_grad_enabled():
+                self.refuse_past_wrapper("SAE.loss", forwarding=True)
         return autograd.loss(inputs)
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> tuple[str, ...]:
-        """DistributedDataParallel reads this of what it wraps, and of nothing else: how ``loss`` knows that it ought to be called by it."""
-        self._wrapped = True
-        return self.__dict__.get("_ignored", ())
-
-    @_ddp_params_and_buffers_to_ignore.setter
-    def _ddp_params_and_buffers_to_ignore(self, names: Sequence[str]) -> None:
-        self.__dict__["_ignored"] = names
-
-    def _check_processes(self, op: str, terms: Terms) -> None:
-        """Refuses what would silently be each process's own."""
-        if terms.aux is not None or isinstance(self.activation, BatchTopK):
-            what = "dead features" if terms.aux is not None else "BatchTopK's threshold"
-            processes.refuse(
-                op,
-                f"{what} would be those of each process's rows: train in one process (aux=False leaves AuxK out); where each process is to "
-                "train a model of its own, by optimiser.apply(sae.step_gradients(x)[1])",
-            )
-        if self._wrapped and torch.is_grad_enabled() and torch.nn.parallel.DistributedDataParallel._active_ddp_module is None:
-            processes.refuse(op, _PAST)
 
     @torch.no_grad()
     def step_gradients(
@@ -391,8 +359,7 @@ class SAE(nn.Module):
             ``gradients.accumulate`` adds up micro-batches. Equal to autograd's of ``loss`` up to rounding. Metrics are not waited for; the
             host waits for a device only with ``mask``, ``aux`` and the ragged activations' slots.
         """
-        if self._wrapped:
-            processes.refuse("SAE.step_gradients", _PAST)
+        self.refuse_past_wrapper("SAE.step_gradients", forwarding=False)
         return step(self.step_inputs("SAE.step_gradients", x, target, mask, l1, l0, aux))
 
     def step_inputs(self, op: str, x: Tensor, target: Tensor | None, mask: Tensor | None, l1: Any, l0: Any, aux: Any) -> Inputs:
@@ -489,24 +456,24 @@ class SAE(nn.Module):
     @torch.no_grad()
     def fold_(self) -> SAE:
         """Folds the normalisation of ``init_from`` into the weights: latents and reconstructions are then in the units of the data."""
-        for name, tensor in self._folded().items():
+        tensors, bandwidth = self._folded()
+        for name, tensor in tensors.items():
             getattr(self, name).copy_(tensor)
-        if isinstance(self.activation, JumpReLU) and self.activation.bandwidth is not None:
-            self.activation = replace(self.activation, bandwidth=self._folded_bandwidth())
+        if isinstance(self.activation, JumpReLU):
+            self.activation = replace(self.activation, bandwidth=bandwidth)
         self.scale.fill_(1)
         self.buffers_changed()
         return self
 
-    def _folded_bandwidth(self) -> float | None:
-        bandwidth = getattr(self.activation, "bandwidth", None)
-        return bandwidth / float(self.scale[0]) if self._scaled and bandwidth is not None else bandwidth
-
-    def _folded(self) -> dict[str, Tensor]:
-        """Parameters and the running threshold in the units of the data. Every activation commutes with a positive factor."""
+    def _folded(self) -> tuple[dict[str, Tensor], float | None]:
+        """Parameters and the running threshold, and JumpReLU's bandwidth, in the units of the data."""
         tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        bandwidth = self.activation.bandwidth if isinstance(self.activation, JumpReLU) else None
         if isinstance(self.activation, BatchTopK):
             tensors["running_threshold"] = self.running_threshold
-        return init.folded(tensors, self.scale, self.transcoder) if self._scaled else tensors
+        if not self._scaled:
+            return tensors, bandwidth
+        return init.folded(tensors, self.scale, self.transcoder), None if bandwidth is None else bandwidth / float(self.scale[0])
 
     # ------------------------------------------------------------ files
 
@@ -538,12 +505,10 @@ class SAE(nn.Module):
 
     def portable(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, configuration) with the normalisation folded in and no memory shared between tensors."""
-        tensors, config = self._folded(), self.config()
+        (tensors, bandwidth), config = self._folded(), self.config()
         if self.tied:
             tensors["W_enc"] = tensors["W_dec"].clone()
-        if "bandwidth" in config:
-            config["bandwidth"] = self._folded_bandwidth()
-        return tensors, config
+        return tensors, config | ({"bandwidth": bandwidth} if "bandwidth" in config else {})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SAE:
@@ -626,3 +591,11 @@ class SAE(nn.Module):
         that names it.
         """
         return modules.save_pretrained(self, folder, format, metadata)
+
+
+def keep_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Buffers have the dtypes that they had, wherever they have been moved: a running mean stops moving in half precision."""
+    for name, buffer in before.items():
+        now = module.get_buffer(name)
+        if now.dtype != buffer.dtype:
+            setattr(module, name, buffer.to(now.device))

@@ -28,7 +28,7 @@ from fastsae.packed import share
 from fastsae.reference import accumulator, centre
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import Metrics, Pass, combine, fired, quotient, spread
-from fastsae.sae.module import SAE
+from fastsae.sae.module import SAE, keep_dtypes
 from fastsae.sae.step import Slots, encode_slots, shrinking, step
 
 _SAME = ("d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
@@ -87,9 +87,8 @@ class SAEs(nn.Module):
         for name, parameter in members[0].named_parameters():
             self.register_parameter(name, nn.Parameter(torch.stack([m.get_parameter(name).detach() for m in members])))
             self.get_parameter(name).requires_grad_(parameter.requires_grad)
-        for name, buffer in members[0].named_buffers():
-            if buffer is not None:
-                self.register_buffer(name, torch.stack([m.get_buffer(name) for m in members]))
+        for name, _ in members[0].named_buffers():
+            self.register_buffer(name, torch.stack([m.get_buffer(name) for m in members]))
         self._tie()
 
     # ------------------------------------------------------------ members
@@ -159,12 +158,9 @@ class SAEs(nn.Module):
         return super().train(mode)  # pyright: ignore[reportReturnType]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAEs:
-        exact = dict(self._buffers)
+        exact = dict(self.named_buffers())
         super()._apply(fn, recurse)  # pyright: ignore[reportCallIssue]
-        for name, before in exact.items():  # as in SAE: statistics keep their precision
-            now = self._buffers[name]
-            if before is not None and now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
+        keep_dtypes(self, exact)
         self._tie()
         return self
 
