@@ -36,11 +36,13 @@ class Batches:
     """
 
     def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, *, size: int, seed: int = 0):
-        self.columns = {name: column for name, column in (("x", x), ("target", target), ("mask", mask)) if column is not None}
-        for name, column in self.columns.items():
+        given: dict[str, Any] = {"x": x, "target": target, "mask": mask}
+        given = {name: column for name, column in given.items() if column is not None}
+        for name, column in given.items():
             if not isinstance(column, Tensor) or column.dim() == 0:
                 got = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
                 raise TypeError(f"Batches: {name} must be a tensor of rows, got {got}")
+        self.columns: dict[str, Tensor] = given
         size = checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
         seed = checks.integer("Batches", "seed", seed, 0)
         if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
@@ -176,9 +178,7 @@ class Trainer:
         the last good one. RuntimeError: processes of a group that cannot train one model.
         """
         op = "Trainer.fit"
-        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-            hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
-            raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
+        _check_batches(op, batches)
         if steps is not None:
             steps = checks.integer(op, "steps", steps, 0)
         if resume and self.checkpoint is None:
@@ -397,6 +397,12 @@ def _steps_any(opt: Any, sae: SAE) -> bool:
             return True
     ours = {id(p) for p in sae.parameters()}
     return any(id(p) in ours for p in held)
+
+
+def _check_batches(op: str, batches: Any) -> None:
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
+        raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
 
 
 def _columns(batch: Any, device: torch.device) -> tuple[Any, ...]:

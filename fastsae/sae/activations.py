@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae.latents import Latents, RaggedLatents, TopKLatents
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    L = TypeVar("L", bound=Latents, default=Latents, covariant=True)
+else:
+    from typing import TypeVar
+
+    L = TypeVar("L")  # Python's own knows no default before 3.13
+
+
+class Kind(Generic[L]):
+    """An activation, by the latents that it leaves."""
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Kind[TopKLatents]):
     """The k largest scores of each row, clamped at 0 with ``relu``; see ``encode_topk``."""
 
     k: int
@@ -19,7 +33,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class BatchTopK:
+class BatchTopK(Kind[RaggedLatents]):
     """The ``int(k * rows)`` largest positive scores of the batch; see ``encode_batch_topk``.
 
     An SAE in evaluation mode keeps the scores above its running threshold, to which each training batch brings its smallest kept score at
@@ -31,7 +45,7 @@ class BatchTopK:
 
 
 @dataclass(frozen=True)
-class JumpReLU:
+class JumpReLU(Kind[RaggedLatents]):
     """Scores above a threshold; see ``encode_threshold``. In an SAE the threshold is learnt and this one is where it starts."""
 
     threshold: float | Tensor = 0.001
@@ -39,12 +53,12 @@ class JumpReLU:
 
 
 @dataclass(frozen=True)
-class ReLU:
+class ReLU(Kind[RaggedLatents]):
     """Positive scores: ``encode_threshold`` with threshold 0."""
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(Kind[RaggedLatents]):
     """A gate of its own for every feature; see ``encode_gated``. In an SAE the three vectors are its parameters."""
 
     b_gate: Tensor | None = None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,22 @@ from fastsae.gradients import Gradient
 from fastsae.latents import Latents
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
-from fastsae.packed import PackedWeights
 from fastsae.reference import accumulator
 from fastsae.sae import autograd, init
-from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK, checked, with_k
+from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, Kind, L, ReLU, TopK, checked, with_k
 from fastsae.sae.config import arguments, to_json
 from fastsae.sae.inputs import Encoded, Inputs, autocast_off, cast, check_x, checked_rows, checked_terms, is_dense
 from fastsae.sae.losses import AuxK, Loss, Metrics, Pass, Weights, squares
+from fastsae.sae.packing import Packing
 from fastsae.sae.processes import Wrapped, refuse_statistics
 from fastsae.sae.reconstruction import Reconstruction
 from fastsae.sae.step import step
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class SAE(Wrapped):
+
+class SAE(Packing, Wrapped, Generic[L]):
     """Sparse autoencoder: ``latents = activation(W_enc (x - b_dec) + b_enc)``, ``x_hat = W_dec^T latents + b_dec``.
 
     With ``d_out`` it is a transcoder: it reconstructs a ``target`` from ``x``, ``b_dec [d_out]`` is not subtracted from ``x``, and ``skip``
@@ -87,7 +90,7 @@ class SAE(Wrapped):
         self,
         d_in: int,
         d_sae: int,
-        activation: Activation = TopK(64),  # noqa: B008 (a frozen dataclass)
+        activation: Kind[L] = TopK(64),  # noqa: B008 (a frozen dataclass)
         *,
         prefixes: Sequence[int] | None = None,
         d_out: int | None = None,
@@ -109,7 +112,7 @@ class SAE(Wrapped):
         device = torch.get_default_device() if device is None else torch.device(device)
         d_in = checks.integer("SAE", "d_in", d_in, 1)
         d_sae = checks.integer("SAE", "d_sae", d_sae, 1)
-        activation = checked(activation, d_sae)
+        self.activation: Activation = checked(activation, d_sae)
         if d_out is not None:
             d_out = checks.integer("SAE", "d_out", d_out, 1)
         for name, value in (("skip", skip), ("tied", tied), ("normalise_decoder", normalise_decoder), ("dense", dense)):
@@ -130,7 +133,7 @@ class SAE(Wrapped):
         dead_after = checks.integer("SAE", "dead_after", dead_after, 1)
         if dtype not in checks.FLOATS:
             raise TypeError(f"SAE: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-        self.d_in, self.d_sae, self.activation = d_in, d_sae, activation
+        self.d_in, self.d_sae = d_in, d_sae
         self.transcoder, self.d_out, self.skip, self.tied = d_out is not None, d_out or d_in, skip, tied
         self.pre_bias, self.prefixes, self.objective, self.dead_after, self.dense = pre_bias, prefixes, objective, dead_after, dense
         self.normalise_decoder = not self.transcoder if normalise_decoder is None else normalise_decoder
@@ -141,11 +144,9 @@ class SAE(Wrapped):
             self.register_parameter(name, parameter)
         self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64, device=device))
         self.register_buffer("scale", torch.ones(2, device=device, dtype=torch.float32))
-        if isinstance(activation, BatchTopK):
+        if isinstance(self.activation, BatchTopK):
             self.register_buffer("running_threshold", torch.full((), -1.0, device=device, dtype=torch.float32))
         self._scaled = False
-        self._packed: PackedWeights | None = None
-        self._use_packed = False
 
     def extra_repr(self) -> str:
         more = [f"{name}={getattr(self, name)}" for name in ("prefixes", "tied", "aux") if getattr(self, name)]
@@ -166,43 +167,9 @@ class SAE(Wrapped):
     def k(self, value: float) -> None:
         self.activation = with_k(self.activation, value, self.d_sae)
 
-    @property
-    def packed(self) -> bool:
-        """Whether evaluation encodes from a packed form of the encoder (see ``fastsae.pack``): the same bits from a quarter of the bytes.
-
-        Off at first; it takes about ``F * D`` bytes. The form is made at the first encoding in evaluation mode, and again at the first one
-        after ``train()``, a step of an optimiser or another change that torch tells of; after those that it does not (``p.data.mul_()``,
-        see ``PackedWeights``) call ``weights_changed()``. Training does not use it: packing costs a step more than it saves. Nor do
-        parameters that were made under ``inference_mode``, and compiled code, which could not see them change.
-        """
-        return self._use_packed
-
-    @packed.setter
-    def packed(self, value: bool) -> None:
-        self._use_packed = checks.flag("SAE", "packed", value)
-        self.weights_changed()
-
-    def weights_changed(self) -> None:
-        """Drops what was derived from the weights."""
-        self._packed = None
-
     def buffers_changed(self) -> None:
         """Reads again what is known of the buffers on the host; whoever writes to ``scale`` calls it."""
         self._scaled = not self.scale.is_meta and bool((self.scale != 1).any())
-
-    def train(self, mode: bool = True) -> SAE:
-        if mode:
-            self.weights_changed()
-        return super().train(mode)
-
-    def _encoder(self, x: Tensor) -> Any:
-        if not self._use_packed or self.training or torch.compiler.is_compiling() or checks.autocasting(x.device):
-            return self.W_enc
-        if self.W_enc.is_inference():
-            return self.W_enc
-        if self._packed is None or self._packed.weight is not self.W_enc or not self._packed.fresh:
-            self._packed = PackedWeights(self.W_enc)
-        return self._packed
 
     @property
     def unit_rows(self) -> tuple[str, ...]:
@@ -214,7 +181,7 @@ class SAE(Wrapped):
         """``[F]`` bool: silent for ``dead_after`` tokens."""
         return self.silent >= self.dead_after
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SAE:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)  # pyright: ignore[reportCallIssue]
         keep_dtypes(self, exact)
@@ -222,10 +189,11 @@ class SAE(Wrapped):
             self.W_enc = self.W_dec
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name, buffer in self._buffers.items():  # a state from before the buffers existed
-            if buffer is not None:
-                state_dict.setdefault(prefix + name, buffer)
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] # torch calls it by position
+        self, state_dict: Any, prefix: str, *rest: Any
+    ) -> None:
+        for name, buffer in self.named_buffers():  # a state from before the buffers existed
+            state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.buffers_changed()
 
@@ -243,10 +211,10 @@ class SAE(Wrapped):
 
     # ------------------------------------------------------------ latents and back
 
-    def encode(self, x: Tensor) -> Latents:
+    def encode(self, x: Tensor) -> L:
         """``[.., D]`` to latents over F features (after ``init_from(norm=)`` and until saved or folded: of the normalised input)."""
         self._check_input("SAE.encode", x)
-        return self._encode(self._scale_in(x)).latents
+        return self._encode(self._scale_in(x)).latents  # pyright: ignore[reportReturnType] # of the activation's kind
 
     def _check_input(self, op: str, x: Tensor) -> None:
         check_x(op, x, self.d_in, self.W_dec)
@@ -258,23 +226,20 @@ class SAE(Wrapped):
         return x * self.scale[0] if self._scaled else x
 
     def _encode(self, x: Tensor) -> Encoded:
-        activation, W_enc = self.activation, self._encoder(x)
-        pre: dict[str, Any] = {"b_pre": self._b_pre}
+        activation, W_enc, b_pre = self.activation, self.encoder(x), self.b_dec if self.pre_bias else None
         if isinstance(activation, TopK):
-            return Encoded(encode_topk(x, W_enc, self.b_enc, k=activation.k, relu=activation.relu, **pre), None, None)
+            return Encoded(encode_topk(x, W_enc, self.b_enc, k=activation.k, relu=activation.relu, b_pre=b_pre), None, None)
         if isinstance(activation, Gated):
-            return Encoded(encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, **pre), None, None)
+            return Encoded(encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, b_pre=b_pre), None, None)
         if isinstance(activation, BatchTopK) and self.training:
-            latents, min_kept = encode_batch_topk(x, W_enc, self.b_enc, k=activation.k, **pre)
+            latents, min_kept = encode_batch_topk(x, W_enc, self.b_enc, k=activation.k, b_pre=b_pre)
             return Encoded(latents, None, min_kept)
         bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else None
         threshold = self._threshold(x.dtype)
-        result = encode_threshold(x, W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, **pre)
-        return Encoded(result, None, None) if bandwidth is None else Encoded(*result, None)
-
-    @property
-    def _b_pre(self) -> Tensor | None:
-        return self.b_dec if self.pre_bias else None
+        if bandwidth is None:
+            return Encoded(encode_threshold(x, W_enc, self.b_enc, threshold=threshold, b_pre=b_pre), None, None)
+        latents, counted = encode_threshold(x, W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, b_pre=b_pre)
+        return Encoded(latents, counted, None)
 
     def _threshold(self, dtype: torch.dtype) -> float | Tensor:
         if isinstance(self.activation, BatchTopK):
@@ -289,13 +254,17 @@ class SAE(Wrapped):
         y = decode(latents, self.W_dec, self.b_dec, x=x, skip=self.W_skip)
         return y / self.scale[1] if self._scaled else y
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> Reconstruction:
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, target: Tensor | None = None) -> Reconstruction[L]: ...
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Reconstruction[L]:
         """``Reconstruction(x_hat, latents, squared_error)`` of ``x [.., D]``; a transcoder's error is None without a ``target``."""
         latents = self.encode(x)
         x_hat = self.decode(latents, x)
         target = x if target is None and not self.transcoder else target
         error = None if target is None else squares(x_hat, target).sum(-1)
-        return Reconstruction(x_hat, latents, error)  # pyright: ignore[reportArgumentType]
+        return Reconstruction(x_hat, latents, error)  # pyright: ignore[reportArgumentType] # None only without a target
 
     # ------------------------------------------------------------ training
 
@@ -393,8 +362,8 @@ class SAE(Wrapped):
             threshold = threshold if isinstance(threshold, Tensor) else x.new_zeros((), dtype=accumulator(x.dtype))
         gates = (self.b_gate, self.r_mag, self.b_mag) if isinstance(activation, Gated) else (None, None, None)
         bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else None
-        prefixes = self.prefixes or [self.d_sae]
-        return Weights(self.W_enc, self.W_dec, self.b_dec, self.b_enc, self._b_pre, self.W_skip, threshold, *gates, bandwidth, prefixes)
+        b_pre, prefixes = self.b_dec if self.pre_bias else None, self.prefixes or [self.d_sae]
+        return Weights(self.W_enc, self.W_dec, self.b_dec, self.b_enc, b_pre, self.W_skip, threshold, *gates, bandwidth, prefixes)
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
@@ -421,7 +390,7 @@ class SAE(Wrapped):
         b_dec: Literal["mean", "geometric_median"] | None = "mean",
         norm: Literal["rms"] | None = None,
         encoder: Literal["transpose"] | None = "transpose",
-    ) -> SAE:
+    ) -> Self:
         """Starts from data: the decoder's bias at the centre of what is to be reconstructed, the encoder at the decoder's rows.
 
         Args:
@@ -454,7 +423,7 @@ class SAE(Wrapped):
         return self
 
     @torch.no_grad()
-    def fold_(self) -> SAE:
+    def fold_(self) -> Self:
         """Folds the normalisation of ``init_from`` into the weights: latents and reconstructions are then in the units of the data."""
         tensors, bandwidth = self._folded()
         for name, tensor in tensors.items():

@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import Metrics, Pass, combine, fired, quotient, spread
 from fastsae.sae.module import SAE, keep_dtypes
 from fastsae.sae.step import Slots, encode_slots, shrinking, step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _SAME = ("d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
 
@@ -62,14 +65,12 @@ class SAEs(nn.Module):
 
     def __init__(self, members: Iterable[SAE]):
         super().__init__()
-        if isinstance(members, SAE) or not isinstance(members, Iterable):
-            raise TypeError(f"SAEs: members must be an iterable of SAEs, got {type(members).__name__}")
+        checks.instance("SAEs", "members", members, Iterable, "an iterable of SAEs")
         members = tuple(members)
         if not members:
             raise ValueError("SAEs: members must hold at least one SAE, got none")
         for number, member in enumerate(members):
-            if not isinstance(member, SAE):
-                raise TypeError(f"SAEs: members[{number}] must be an SAE, got {type(member).__name__}")
+            checks.instance("SAEs", f"members[{number}]", member, SAE, "an SAE")
             first = members[0]
             for name in _SAME:
                 if getattr(member, name) != getattr(first, name):
@@ -152,19 +153,19 @@ class SAEs(nn.Module):
     def extra_repr(self) -> str:
         return f"{len(self)} of {self._members[0].extra_repr()}"
 
-    def train(self, mode: bool = True) -> SAEs:
+    def train(self, mode: bool = True) -> Self:
         for member in self._members:
             member.train(mode)
-        return super().train(mode)  # pyright: ignore[reportReturnType]
+        return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SAEs:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)  # pyright: ignore[reportCallIssue]
         keep_dtypes(self, exact)
         self._tie()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] # torch calls it by position
         super()._load_from_state_dict(*args)
         self._tie()
 
@@ -192,7 +193,8 @@ class SAEs(nn.Module):
             ``StackedGradient``.
         """
         op = "SAEs.step_gradients"
-        if isinstance(x, Tensor) and x.is_floating_point() and not checks.autocasting(x.device):
+        checks.tensor(op, "x", x)
+        if not checks.autocasting(x.device):
             checks.narrower(op, "x", x, "the parameters", self.W_dec)
             x = checks.widened(x, self.W_dec)  # once for all members
         inputs = [m.step_inputs(op, *batch, l1, l0, aux) for m, batch in zip(self.members, self._batches(op, x, target, mask))]
@@ -227,7 +229,7 @@ class SAEs(nn.Module):
         return list(zip(*columns))
 
     @torch.no_grad()
-    def init_from(self, x: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None, **options: Any) -> SAEs:
+    def init_from(self, x: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None, **options: Any) -> Self:
         """``SAE.init_from`` of every member; x, target and mask as in ``step_gradients``."""
         for member, (rows, wanted, chosen) in zip(self.members, self._batches("SAEs.init_from", x, target, mask)):
             member.init_from(rows, wanted, mask=chosen, **options)

@@ -19,6 +19,7 @@ from fastsae._core.seeds import stream_seed
 from fastsae.compare.matching import match
 from fastsae.optim import Adam
 from fastsae.sae.activations import ReLU
+from fastsae.sae.losses import features
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 from fastsae.superposition.data import SuperpositionData
@@ -291,9 +292,9 @@ def _evaluated(x: Tensor, sae: SAE, truth: Tensor | None) -> dict[str, Any]:
         result = sae(part)
         error += float(result.squared_error.double().sum())
         spread += float((part.double() - mean).square().sum())
-        latents = result.latents
-        active += float((latents.values > 0).sum())
-        fired[latents.col[latents.values > 0]] = True
+        positive = result.latents.values > 0
+        active += float(positive.sum())
+        fired[features(result.latents)[positive]] = True
     similarity = learned = None
     if truth is not None:
         found = match(truth, sae.W_dec)
@@ -318,8 +319,8 @@ def train_many(
         checks.tensor(op, "data", data)
         if data.dim() != 2 or data.shape[0] == 0:
             raise ValueError(f"{op}: data must have shape [n, D] with n > 0, got {list(data.shape)}")
-    elif not isinstance(data, SuperpositionData):
-        raise TypeError(f"{op}: data must be SuperpositionData or a tensor [n, D], got {type(data).__name__}")
+    else:
+        checks.instance(op, "data", data, SuperpositionData, "SuperpositionData or a tensor [n, D]")
     grid = [_several(op, name, value) for name, value in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
     for size in grid[0]:
         checks.integer(op, "n_features", size, 1)
