@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fastsae._core.seeds import stream_seed
 from fastsae.gradients import norm
 from fastsae.optim.optimiser import Optimiser
 from fastsae.sae.checkpoints import file_of, restore, save_checkpoint
+from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 
@@ -87,6 +88,12 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
 _MOST_SKIPPED = 100  # batches in a row
 
 
+class Fused(Protocol):
+    """An optimiser that does all of a step: ``optim.Adam``, or one of your own."""
+
+    def step(self, x: Tensor, *, target: Tensor | None, mask: Tensor | None) -> Metrics: ...
+
+
 class Trainer:
     """Trains an SAE with any torch optimiser, or with a fused one.
 
@@ -118,7 +125,7 @@ class Trainer:
     def __init__(
         self,
         sae: SAE,
-        opt: Any,
+        opt: torch.optim.Optimizer | Fused,
         *,
         schedule: Callable[[int], float] | None = None,
         anneal: Mapping[str, Callable[[int], float]] | None = None,
@@ -134,10 +141,10 @@ class Trainer:
         if isinstance(sae, SAEs):
             raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
         checks.instance("Trainer", "sae", sae, SAE, "an SAE")
-        if isinstance(opt, type) or not callable(getattr(opt, "step", None)):
-            raise TypeError(
-                f"Trainer: opt must be an optimiser with a step method, got {opt if isinstance(opt, type) else type(opt).__name__}"
-            )
+        given: Any = opt
+        if isinstance(given, type) or not callable(getattr(given, "step", None)):
+            got = given if isinstance(given, type) else type(given).__name__
+            raise TypeError(f"Trainer: opt must be an optimiser with a step method, got {got}")
         self.fused = "target" in inspect.signature(opt.step).parameters
         for name, value in (("schedule", schedule), ("clip", clip), ("reduce", reduce), ("on_nonfinite", on_nonfinite)):
             if self.fused and value is not None:
@@ -152,7 +159,8 @@ class Trainer:
         if not _steps_any(opt, sae):
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         clip = None if clip is None else checks.number("Trainer", "clip", clip)
-        self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
+        self.opt: Any = opt  # of either kind, which ``fused`` tells
+        self.sae, self.schedule, self.anneal, self.clip, self.reduce = sae, schedule, dict(anneal or {}), clip, reduce
         self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else file_of("Trainer", checkpoint), every

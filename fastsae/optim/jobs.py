@@ -64,7 +64,7 @@ class Job:
             )
 
 
-def checked(op: str, what: str, gradient: Any, W: Tensor) -> Any:
+def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pieces:
     """The gradient of one matrix."""
     if isinstance(gradient, TiledGradient):
         if gradient.n_features != W.shape[0]:

@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 
 
+class Stateful(Protocol):
+    """An optimiser, of torch or of ``fastsae.optim``."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
 class Checkpoint(NamedTuple):
     """What ``load_checkpoint`` found."""
 
@@ -26,7 +34,9 @@ class Checkpoint(NamedTuple):
     extra: dict[str, Any]
 
 
-def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = None, extra: Mapping[str, Any] | None = None) -> Path:
+def save_checkpoint(
+    path: str | os.PathLike[str], sae: SAE | SAEs, opt: Stateful | None = None, extra: Mapping[str, Any] | None = None
+) -> Path:
     """Writes everything that training goes on from into one file; a crash at any moment leaves the older file, or the new one, whole.
 
     Args:
@@ -48,7 +58,7 @@ def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = No
     return path
 
 
-def _stepped(sae: SAE | SAEs, opt: Any) -> dict[str, Any] | None:
+def _stepped(sae: SAE | SAEs, opt: object) -> dict[str, Any] | None:
     """What a torch optimiser's state does not say: its class, and the names of the parameters that it numbers."""
     if not isinstance(opt, torch.optim.Optimizer):
         return None
@@ -66,7 +76,7 @@ def file_of(op: str, path: str | os.PathLike[str]) -> Path:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], sae: SAE | SAEs | None = None, opt: Any = None, *, device: torch.device | str | None = None
+    path: str | os.PathLike[str], sae: SAE | SAEs | None = None, opt: Stateful | None = None, *, device: torch.device | str | None = None
 ) -> Checkpoint:
     """Reads a file of ``save_checkpoint``; nothing in it is run.
 
@@ -93,7 +103,7 @@ _OWN = ("k", "l1", "l0", "aux", "dead_after", "rate", "bandwidth")
 def restore(
     path: str | os.PathLike[str],
     sae: SAE | SAEs | None,
-    opt: Any,
+    opt: Stateful | None,
     device: torch.device | str | None = None,
     also: Callable[[dict[str, Any]], object] | None = None,
 ) -> Checkpoint:
@@ -183,12 +193,12 @@ def _check_state(state: Mapping[str, Any], fresh: SAE | SAEs) -> None:
             raise ValueError(f"its {name} is out of range")
 
 
-def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> None:
+def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Stateful) -> None:
     """What a torch optimiser's ``load_state_dict`` does not look at: ValueError where the state is of another one."""
     state, stepped, ours = content["opt"], content.get("stepped"), _stepped(sae, opt)
     if state is None:
         raise ValueError("it holds no optimiser's state")
-    if ours is None:
+    if ours is None or not isinstance(opt, torch.optim.Optimizer):
         return
     if len(state["param_groups"]) != len(opt.param_groups):
         raise ValueError(f"it has {len(state['param_groups'])} groups of parameters, the optimiser {len(opt.param_groups)}")

@@ -22,7 +22,7 @@ from fastsae.sae import autograd, init
 from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, Kind, L, ReLU, TopK, checked, with_k
 from fastsae.sae.config import arguments, to_json
 from fastsae.sae.inputs import Encoded, Inputs, autocast_off, cast, check_x, checked_rows, checked_terms, is_dense
-from fastsae.sae.losses import AuxK, Loss, Metrics, Pass, Weights, squares
+from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Weights, squares
 from fastsae.sae.packing import Packing
 from fastsae.sae.processes import Wrapped, refuse_statistics
 from fastsae.sae.reconstruction import Reconstruction
@@ -226,7 +226,7 @@ class SAE(Packing, Wrapped, Generic[L]):
         return x * self.scale[0] if self._scaled else x
 
     def _encode(self, x: Tensor) -> Encoded:
-        activation, W_enc, b_pre = self.activation, self.encoder(x), self.b_dec if self.pre_bias else None
+        activation, W_enc, b_pre = self.activation, self._encoder(x), self.b_dec if self.pre_bias else None
         if isinstance(activation, TopK):
             return Encoded(encode_topk(x, W_enc, self.b_enc, k=activation.k, relu=activation.relu, b_pre=b_pre), None, None)
         if isinstance(activation, Gated):
@@ -276,7 +276,7 @@ class SAE(Packing, Wrapped, Generic[L]):
         mask: Tensor | None = None,
         l1: float | None = None,
         l0: float | None = None,
-        aux: AuxK | Literal[False] | None = None,
+        aux: AuxOption = None,
     ) -> Loss:
         """Mean squared error a token (summed over D; the mean over ``prefixes``), plus ``l1 * sum |latents|`` and ``l0 * number of
         latents`` a token, plus the AuxK term, plus a gated SAE's error of the reconstruction from its gate.
@@ -304,7 +304,7 @@ class SAE(Packing, Wrapped, Generic[L]):
             if inputs.terms.aux is not None or isinstance(self.activation, BatchTopK):
                 refuse_statistics("SAE.loss", "BatchTopK's threshold" if inputs.terms.aux is None else "dead features")
             if torch.is_grad_enabled():
-                self.refuse_past_wrapper("SAE.loss", forwarding=True)
+                self._refuse_past_wrapper("SAE.loss", forwarding=True)
         return autograd.loss(inputs)
 
     @torch.no_grad()
@@ -315,7 +315,7 @@ class SAE(Packing, Wrapped, Generic[L]):
         mask: Tensor | None = None,
         l1: float | None = None,
         l0: float | None = None,
-        aux: AuxK | Literal[False] | None = None,
+        aux: AuxOption = None,
     ) -> tuple[Metrics, dict[str, Gradient]]:
         """The loss's metrics and the gradient of every parameter, without autograd and without a gradient matrix: for fused optimisers.
 
@@ -328,10 +328,19 @@ class SAE(Packing, Wrapped, Generic[L]):
             ``gradients.accumulate`` adds up micro-batches. Equal to autograd's of ``loss`` up to rounding. Metrics are not waited for; the
             host waits for a device only with ``mask``, ``aux`` and the ragged activations' slots.
         """
-        self.refuse_past_wrapper("SAE.step_gradients", forwarding=False)
+        self._refuse_past_wrapper("SAE.step_gradients", forwarding=False)
         return step(self.step_inputs("SAE.step_gradients", x, target, mask, l1, l0, aux))
 
-    def step_inputs(self, op: str, x: Tensor, target: Tensor | None, mask: Tensor | None, l1: Any, l0: Any, aux: Any) -> Inputs:
+    def step_inputs(
+        self,
+        op: str,
+        x: Tensor,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        l1: float | None = None,
+        l0: float | None = None,
+        aux: AuxOption = None,
+    ) -> Inputs:
         """The arguments of ``loss``, checked, with all that a loss needs of the module."""
         self._check_input(op, x)
         terms = checked_terms(op, self, l1, l0, aux)

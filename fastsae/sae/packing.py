@@ -49,7 +49,7 @@ class Packing(nn.Module):
             self.weights_changed()
         return super().train(mode)
 
-    def encoder(self, x: Tensor) -> Tensor | PackedWeights:
+    def _encoder(self, x: Tensor) -> Tensor | PackedWeights:
         """What rows like ``x`` are encoded from now."""
         if not self._use_packed or self.training or torch.compiler.is_compiling() or checks.autocasting(x.device):
             return self.W_enc

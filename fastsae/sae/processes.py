@@ -25,7 +25,7 @@ class Wrapped(nn.Module):
     def _ddp_params_and_buffers_to_ignore(self, names: Sequence[str]) -> None:
         self.__dict__["_ignored"] = names
 
-    def refuse_past_wrapper(self, op: str, forwarding: bool) -> None:
+    def _refuse_past_wrapper(self, op: str, forwarding: bool) -> None:
         """RuntimeError in a group of several where this is wrapped and called past the wrapper; ``forwarding``: its forward may call."""
         if self._wrapped and not (forwarding and _running() is not None):
             processes.refuse(

@@ -27,7 +27,7 @@ from fastsae.ops.encode import _feature_sums, by_features, pre_bias_gradient
 from fastsae.packed import share
 from fastsae.reference import accumulator, centre
 from fastsae.sae.inputs import Inputs
-from fastsae.sae.losses import Metrics, Pass, combine, fired, quotient, spread
+from fastsae.sae.losses import AuxOption, Metrics, Pass, combine, fired, quotient, spread
 from fastsae.sae.module import SAE, keep_dtypes
 from fastsae.sae.step import Slots, encode_slots, shrinking, step
 
@@ -179,7 +179,7 @@ class SAEs(nn.Module):
         mask: Tensor | None = None,
         l1: float | None = None,
         l0: float | None = None,
-        aux: Any = None,
+        aux: AuxOption = None,
     ) -> tuple[Metrics, dict[str, Gradient]]:
         """``SAE.step_gradients`` of every member.
 

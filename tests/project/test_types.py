@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from package_sources import PACKAGE
 
-SNIPPET = '''
+SNIPPET = """
 from typing import assert_type
 
 from torch import Tensor
@@ -37,7 +37,7 @@ def use(x: Tensor, W: Tensor, folder: str) -> None:
     assert_type(opt.step(x).loss, Tensor)
     assert_type(optim.Signum(fastsae.SAEs([sae])).step(x).dead, Tensor)
     assert_type(match(W, W).mmcs(), float)
-'''
+"""
 
 
 def test_main_results_are_typed_exactly(tmp_path: Path) -> None:
