@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -60,6 +61,38 @@ def load(kind: type[M], folder: str | os.PathLike[str], device: torch.device | s
         return _made(kind, loaded, None, device), loaded.more
     except ValueError as error:
         raise ValueError(f"SAE.load: {folder} is not a folder that SAE.save wrote: {error}") from error
+
+
+def save_stack(members: Sequence[Module], folder: str | os.PathLike[str]) -> Path:
+    """``SAEs.save``."""
+    folder = Path(folder)
+    save, filled = secrets.token_hex(8), dict[Path, files.Fill]()
+    for number, member in enumerate(members):
+        filled |= contents(member, folder / str(number), stack=[save, number, len(members)])
+        (folder / str(number)).mkdir(parents=True, exist_ok=True)
+    files.replace_all(filled)
+    return folder
+
+
+def load_stack(kind: type[M], folder: str | os.PathLike[str], device: torch.device | str | None) -> list[M]:
+    """The members of ``SAEs.load``."""
+    folder = Path(folder)
+    numbers = sorted(int(part.name) for part in folder.iterdir() if part.name.isdecimal())
+    if not numbers or numbers != list(range(len(numbers))):
+        raise ValueError(f"SAEs.load: {folder} must hold the folders 0, 1, .., got {numbers}")
+    members, first = list[M](), None
+    for number in numbers:
+        member, more = load(kind, folder / str(number), device)
+        stack = more.get("stack")  # of files from before there was one: None in all
+        first = stack if number == 0 else first
+        if stack != (first and [first[0], number, first[2]]):
+            raise ValueError(f"SAEs.load: {folder} must hold one save, got members of several")
+        members.append(member)
+        if first is not None and number + 1 == first[2]:  # what follows is of an older, larger stack
+            break
+    if first is not None and len(members) != first[2]:
+        raise ValueError(f"SAEs.load: {folder} must hold {first[2]} members, got {len(members)}")
+    return members
 
 
 def from_pretrained(

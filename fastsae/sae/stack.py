@@ -10,7 +10,6 @@ share what does not depend on the member and the optimiser's calls. Where some a
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastsae._core import checks, files
+from fastsae._core import checks
 from fastsae.dispatch import preference, then_any
 from fastsae.formats import modules
 from fastsae.gradients import Gradient, RowGradient, StackedGradient, TiledGradient, total
@@ -247,33 +246,12 @@ class SAEs(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """``SAE.save`` of member e into the folder ``e`` of this folder, all of them or, where that fails, none."""
-        folder = Path(folder)
-        save, contents = secrets.token_hex(8), {}
-        for number, member in enumerate(self.members):
-            contents |= modules.contents(member, folder / str(number), stack=[save, number, len(self)])
-            (folder / str(number)).mkdir(parents=True, exist_ok=True)
-        files.replace_all(contents)
-        return folder
+        return modules.save_stack(self.members, folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SAEs:
         """Reads a folder that ``save`` has written; in evaluation mode. ValueError where it is damaged or of several saves."""
-        folder = Path(folder)
-        numbers = sorted(int(part.name) for part in folder.iterdir() if part.name.isdecimal())
-        if not numbers or numbers != list(range(len(numbers))):
-            raise ValueError(f"SAEs.load: {folder} must hold the folders 0, 1, .., got {numbers}")
-        members, first = [], None
-        for number in numbers:
-            member, more = modules.load(SAE, folder / str(number), device)
-            stack = more.get("stack")  # of files from before there was one: None in all
-            first = stack if number == 0 else first
-            if stack != (first and [first[0], number, first[2]]):
-                raise ValueError(f"SAEs.load: {folder} must hold one save, got members of several")
-            members.append(member)
-            if first is not None and number + 1 == first[2]:  # what follows is of an older, larger stack
-                break
-        if first is not None and len(members) != first[2]:
-            raise ValueError(f"SAEs.load: {folder} must hold {first[2]} members, got {len(members)}")
+        members = modules.load_stack(SAE, folder, device)
         for member in members:  # as in one SAE: no step may change rows that are not of norm 1, and all members step alike
             member.normalise_decoder = all(other.normalise_decoder for other in members)
         return cls(members).eval()
