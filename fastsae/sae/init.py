@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +56,6 @@ def parameters(sae: Settings, dtype: torch.dtype, device: torch.device, seed: in
 # ---------------------------------------------------------------- data
 
 
-class Start(NamedTuple):
-    """``scale [2]``, factors of inputs and targets; ``centre [d_out]`` of the targets as they are, None where it is not wanted."""
-
-    scale: Tensor
-    centre: Tensor | None
-
-
 def check_options(op: str, b_dec: str | None, norm: str | None, encoder: str | None) -> None:
     for name, value, known in (
         ("b_dec", b_dec, ("mean", "geometric_median")),
@@ -75,8 +68,9 @@ def check_options(op: str, b_dec: str | None, norm: str | None, encoder: str | N
 
 def measured(
     op: str, x: Tensor, target: Tensor, b_dec: Literal["mean", "geometric_median"] | None, norm: Literal["rms"] | None, scale: Tensor
-) -> Start:
-    """Of finite rows, at least one; the factors beside ``scale``. ValueError where a result is not finite."""
+) -> tuple[Tensor, Tensor | None]:
+    """Of finite rows, at least one: factors ``[2]`` of inputs and targets, like ``scale``, and the centre ``[d_out]`` of the targets
+    as they are. ValueError where a result is not finite."""
     wide, factors, centre = accumulator(x.dtype), torch.ones_like(scale), None
     if norm == "rms":
         factors = torch.stack([1 / t.to(wide).square().mean().sqrt() for t in (x, target)]).to(factors)
@@ -86,7 +80,7 @@ def measured(
         centre = target.to(wide).mean(0) if b_dec == "mean" else _geometric_median(target.to(wide))
         if not bool(centre.isfinite().all()):
             raise ValueError(f"{op}: the {b_dec} of the rows must be finite, got {float(centre[~centre.isfinite()][0])}")
-    return Start(factors, centre)
+    return factors, centre
 
 
 def check_rows(op: str, rows: Tensor, x: Tensor, target: Tensor | None, mask: Tensor | None) -> None:
