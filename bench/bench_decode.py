@@ -54,8 +54,8 @@ def test_decode_backward(shape: tuple[int, ...], layout: str, compare: Callable[
     latents, W, grad = _inputs(shape, layout)
     out = torch.empty_like(W)
 
-    def ours() -> fastsae.functional.DecodeGradients:
-        return fastsae.functional.decode_backward(grad, latents, W, out=out)
+    def ours() -> tuple[torch.Tensor, ...]:
+        return fastsae.functional.decode_backward(grad, latents.values, latents.indices, W, out=out)
 
     def plain(decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], object]:
         leaf_values, leaf_W = latents.values.clone().requires_grad_(), W.detach().requires_grad_()

@@ -30,11 +30,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import fastsae
 from fastsae import SAE, BatchTopK, Gated, JumpReLU, SAEs, TopK, load_checkpoint, mmcs, optim, save_checkpoint
 from fastsae.codes import CodeCounter
 
 D, F, K = 4, 12, 3
-READERS = ("weight_files.py", "pretrained.py", "modules.py", "config.py", "checkpoints.py", "stack.py", "counters.py", "optimiser.py")
+READERS = tuple(f"{Path(fastsae.__file__).parent}/{name}" for name in ("codes/counters", "formats/", "optim", "sae/", "trainer"))
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -246,8 +247,7 @@ class Coverage:
         self.now: set[tuple[str, int, int]] = set()
 
     def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename.rsplit("/", 1)[-1]
-        return self.line if name in READERS else None
+        return self.line if frame.f_code.co_filename.startswith(READERS) else None
 
     def line(self, frame: Any, event: str, argument: Any) -> Any:
         self.now.add((frame.f_code.co_filename, frame.f_lineno, event == "exception"))

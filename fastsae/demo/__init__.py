@@ -442,7 +442,7 @@ def operations(saes: list[SAE], data: dict[str, Tensor], reps: int, least: float
     add(
         "decode_backward",
         shape,
-        lambda: fastsae.functional.decode_backward(grad, latents, W_dec),
+        lambda: fastsae.functional.decode_backward(grad, latents.values, latents.indices, W_dec),
         {"scatter, mm, gather": scattered_backward, "gather, index_add": gathered_backward, "sort, sparse CSR": sorted_backward},
         lambda ours, plain: all(map(_close, ours, plain)),
     )

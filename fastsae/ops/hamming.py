@@ -207,7 +207,7 @@ class BoundaryDensity(NamedTuple):
     pairs: Tensor
 
 
-def _bit_count(words: Tensor) -> Tensor:
+def bit_count(words: Tensor) -> Tensor:
     """Bits that are set in each int64: pairs, nibbles and bytes are summed inside the word (masks also undo the sign of shifts)."""
     words = words - ((words >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
@@ -243,7 +243,7 @@ def boundary_density(a: Tensor, b: Tensor, x_a: Tensor | None = None, x_b: Tenso
         raise ValueError(f"{op}: a and b must have the same shape [.., words], got {list(a.shape)} and {list(b.shape)}")
     if (x_a is None) != (x_b is None):
         raise ValueError(f"{op}: x_a and x_b must be given together, got {'x_b' if x_a is None else 'x_a'} alone")
-    crossed = _bit_count(a ^ b).sum(-1)
+    crossed = bit_count(a ^ b).sum(-1)
     if x_a is None or x_b is None:
         pairs = crossed.to(torch.float32)
         return BoundaryDensity(pairs.mean(), pairs)

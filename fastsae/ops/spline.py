@@ -53,7 +53,7 @@ def spline_keys(n_neurons: int, *, layer: int = 0, seed: int = 0, device: torch.
         device: of the result.
     """
     n_neurons = checks.integer("spline_keys", "n_neurons", n_neurons, 0, 2**32 - 1)
-    layer, seed, _ = _checked_key("spline_keys", layer, seed)
+    layer, seed, _ = checked_key("spline_keys", layer, seed)
     neuron = torch.arange(n_neurons, device=device)
     zero = torch.zeros_like(neuron)
     words = philox(torch.stack([neuron, zero + layer, zero, zero], 1), seed)
@@ -91,7 +91,7 @@ def _pack(active: Tensor) -> Tensor:
     return result
 
 
-def _unpack(words: Tensor) -> Tensor:
+def unpack_bits(words: Tensor) -> Tensor:
     """``[n, w]`` int64 to ``[n, 64 w]`` bool."""
     return ((words.unsqueeze(-1) >> torch.arange(64, device=words.device)) & 1).bool().flatten(1)
 
@@ -99,7 +99,7 @@ def _unpack(words: Tensor) -> Tensor:
 def _xor(active: Tensor, layer: int, seed: int, bits: int) -> Tensor:
     """XOR of the keys of active neurons: bit by bit the parity of a product, exact in float32 below 2^24 neurons."""
     keys = spline_keys(active.shape[1], layer=layer, seed=seed & (2**64 - 1), device=active.device)[:, : bits // 64]
-    key_bits = _unpack(keys.flatten().unsqueeze(1)).reshape(active.shape[1], bits).float()
+    key_bits = unpack_bits(keys.flatten().unsqueeze(1)).reshape(active.shape[1], bits).float()
     parts = [keys.new_zeros(0, bits // 64)]
     for part in chunks(active.shape[0], max(active.shape[1], bits)):
         odd = (active[part].float() @ key_bits).long() & 1
@@ -141,7 +141,7 @@ def hash_signs_reference(z: Tensor, neurons: Tensor | None, layer: int, seed: in
 
 def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     neurons = _mask(neurons, words.shape[1] * 64)
-    parts = [_xor(_selected(_unpack(words[rows]), neurons), layer, seed, bits) for rows in chunks(words.shape[0], words.shape[1] * 64)]
+    parts = [_xor(_selected(unpack_bits(words[rows]), neurons), layer, seed, bits) for rows in chunks(words.shape[0], words.shape[1] * 64)]
     return torch.cat(parts) if parts else torch.empty((0,) if bits == 64 else (0, 2), dtype=torch.int64, device=words.device)
 
 
@@ -218,7 +218,7 @@ def _check_code(args: tuple, result: Tensor) -> float:
     expected = _pack(bits)
     if result.shape != expected.shape or result.dtype != torch.int64:
         raise Mismatch(f"expected {list(expected.shape)} int64, got {list(result.shape)} {result.dtype}")
-    got = _unpack(result)
+    got = unpack_bits(result)
     if bool(got[:, bits.shape[1] :].any()):
         raise Mismatch("bits beyond the last neuron must be 0")
     return check_equal(bits | ~sure, got[:, : bits.shape[1]] | ~sure, "bits")
@@ -314,7 +314,7 @@ for _op in (SPLINE_CODE, SPLINE_HASH):
 # ---------------------------------------------------------------- public
 
 
-def _checked_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> tuple[int, int, int]:
+def checked_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> tuple[int, int, int]:
     if type(checks.plain(bits)) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
     return checks.integer(op, "layer", layer, 0, 2**32 - 1), checks.integer(op, "seed", seed, 0, 2**64 - 1), int(bits)
@@ -403,7 +403,7 @@ def spline_hash(
 
     Raises: as ``spline_code``; ValueError for layer, seed or bits.
     """
-    layer, seed, bits = _checked_key("spline_hash", layer, seed, bits)
+    layer, seed, bits = checked_key("spline_hash", layer, seed, bits)
     batch, x, W, b, neurons, packed = _layer_inputs("spline_hash", x, W, b, neurons)
     result = SPLINE_HASH(x, W, b, neurons, layer, _signed(seed), bits, packed, backend=preference(backend))
     return result.reshape((*batch, *result.shape[1:]))
@@ -427,7 +427,7 @@ def hash_signs(
     z: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """Hash of pre-activations that a model has computed; equals ``hash_code(pack_signs(z), ...)``. Arguments as in ``spline_hash``."""
-    layer, seed, bits = _checked_key("hash_signs", layer, seed, bits)
+    layer, seed, bits = checked_key("hash_signs", layer, seed, bits)
     batch, z, neurons = _sign_inputs("hash_signs", z, neurons)
     result = HASH_SIGNS(z, neurons, layer, _signed(seed), bits, backend=preference(backend))
     return result.reshape((*batch, *result.shape[1:]))
@@ -446,7 +446,7 @@ def hash_code(
         ``[..]`` int64, or ``[.., 2]`` with ``bits=128``. Raises: TypeError, ValueError, IndexError as there.
     """
     op = "hash_code"
-    layer, seed, bits = _checked_key(op, layer, seed, bits)
+    layer, seed, bits = checked_key(op, layer, seed, bits)
     checks.tensor(op, "words", words, (torch.int64,))
     if words.dim() == 0:
         raise ValueError(f"{op}: words must have shape [.., w], got []")

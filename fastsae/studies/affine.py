@@ -13,7 +13,7 @@ import torch
 
 import fastsae
 from fastsae import polytopes
-from fastsae.ops.spline import _unpack
+from fastsae.ops.spline import unpack_bits
 from fastsae.studies import Study
 from fastsae.studies._networks import pairs, tokens
 
@@ -40,7 +40,7 @@ def run(study: Study) -> None:
     codes = fastsae.codes.pack_signs(data.net.preactivations(x)[0])
     neurons = data.net.widths[0]
     norms = polytopes.boundary_norms(data.net)[0]
-    bits = _unpack(codes)[:, :neurons].double()
+    bits = unpack_bits(codes)[:, :neurons].double()
     size = polytopes.frobenius_distance(data.net, codes, torch.zeros_like(codes))  # of the map itself: its distance from that of no neuron
     study.say(
         f"{len(x)} samples from {data.source}; {neurons} neurons, of which {float(bits.mean()):.1%} are on; mean norm of a map "

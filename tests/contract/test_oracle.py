@@ -600,7 +600,7 @@ def test_references_select_as_the_oracle(oracle: ctypes.CDLL) -> None:
         problem.same("encode_batch_topk", f"k={total}", values=(ragged.values, out[0][:found]), col=(ragged.col, out[1][:found]),
                      crow=(ragged.crow, out[2]), min_kept=(min_kept, least[0]))  # fmt: skip
 
-        selected = fastsae.functional.select_topk(torch.from_numpy(now), k=k, relu=relu, backend="reference")
+        selected = fastsae.ops.select.select_topk(torch.from_numpy(now), k=k, relu=relu, backend="reference")
         oracle.topk(p(now), i64(rows), i64(m), None, None, None, i64(k), int(relu), 0, 0, p(values), p(indices))
         problem.same("select_topk", f"k={k}", values=(selected.values + 0.0, values), indices=(selected.indices, indices))
         code = fastsae.spline_code(*tensors, backend="reference")

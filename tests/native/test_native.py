@@ -204,7 +204,7 @@ def test_nothing_beyond_a_tensor_is_touched(level: str, dtype: torch.dtype, D: i
 def test_a_forked_child_of_a_threaded_parent_finishes() -> None:
     code = """
 import os, torch
-from fastsae import native
+from fastsae.native import loader
 torch.set_num_threads(2)
 v, i, W = torch.randn(512, 32), torch.randint(0, 4096, (512, 32)), torch.randn(4096, 256)
 y = loader.decode(v, i, None, W, None)
@@ -269,7 +269,7 @@ def test_untouched_rows_can_be_left(how: str) -> None:
 
 
 def test_an_unknown_level_in_the_environment_is_an_error_on_use() -> None:
-    code = "from fastsae import native; assert loader.unavailable() is None; loader.isa()"
+    code = "from fastsae.native import loader; assert loader.unavailable() is None; loader.isa()"
     for name in ("avx9", "AVX2"):
         environment = {**os.environ, "FASTSAE_ISA": name}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -277,7 +277,7 @@ def test_an_unknown_level_in_the_environment_is_an_error_on_use() -> None:
         assert f"FASTSAE_ISA='{name}'" in run.stderr
         assert "available: portable" in run.stderr
     run = subprocess.run(
-        [sys.executable, "-c", "from fastsae import native; print(loader.isa())"],
+        [sys.executable, "-c", "from fastsae.native import loader; print(loader.isa())"],
         env={**os.environ, "FASTSAE_ISA": "portable"},
         capture_output=True,
         text=True,

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 REPORT = """
 import json, os, sys
 import fastsae
-from fastsae import native
+from fastsae.native import loader
 import fastsae.kernels
 print(json.dumps({
     "where": os.path.dirname(fastsae.__file__),
-    "reason": native.unavailable(),
-    "levels": native.isa_levels(),
-    "info": native.build_info(),
+    "reason": loader.unavailable(),
+    "levels": loader.isa_levels(),
+    "info": loader.build_info(),
 }))
 """
 

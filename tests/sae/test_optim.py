@@ -48,7 +48,7 @@ class Stub(nn.Module):
         latents, x_hat = self(x)
         error = x_hat - (x if target is None else target)
         grad = 2 * weight / x.shape[0] * error
-        dvalues = fastsae.functional.decode_backward(grad, latents, self.W_dec).values
+        dvalues = fastsae.ops.decode.decode_backward(grad, latents, self.W_dec).values
         gradients = {
             "W_enc": RowGradient(dvalues, latents.indices, None, x, F),
             "W_dec": RowGradient(latents.values, latents.indices, None, grad, F),

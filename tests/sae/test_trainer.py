@@ -354,7 +354,8 @@ def test_a_kill_during_a_save_leaves_a_checkpoint(tmp_path: Path) -> None:
 
 TRAINING = """
     import os, signal, sys
-    from test_trainer import Fused, Trainer, adam, batches, build, save_checkpoint
+    from fastsae import Trainer, save_checkpoint
+    from training_runs import Fused, adam, batches, build
     kind, path, result, stop, fused = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5] == "1"
     sae = build(kind)
     kill = lambda step, metrics: os.kill(os.getpid(), signal.SIGKILL) if step == stop else None
@@ -384,7 +385,8 @@ PARALLEL = """
     import torch.distributed as dist
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
-    from test_trainer import Trainer, adam, batches, build, data, save_checkpoint, same
+    from fastsae import Trainer, save_checkpoint
+    from training_runs import adam, batches, build, data, same
 
     class Loss(nn.Module):
         def __init__(self, sae):

@@ -97,7 +97,7 @@ def why_not_adam(trainer: Any) -> str | None:
         return "the optimiser constrains other parameters than the decoder"
     if parametrize.is_parametrized(ae) or not all(isinstance(W, nn.Parameter) for W in _matrices(ae)):
         return "a parameter is computed from another"
-    if {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} != {id(p) for p in ae.parameters()}:
+    if not _adam.holds(trainer.optimizer, ae):
         return "the optimiser does not hold the dictionary's parameters (its gradients are clipped together)"
     return None
 
@@ -105,7 +105,7 @@ def why_not_adam(trainer: Any) -> str | None:
 def why_not_fused(trainer: Any, x: Tensor) -> str | None:
     """Why forward and backward of this step are the library's own, or None."""
     ae, name = trainer.ae, type(trainer).__qualname__
-    if name not in _STEPS:
+    if name not in STEPS:
         return OTHER_LOSS
     if (reason := why_dense(ae)) is not None:
         return reason
@@ -146,7 +146,7 @@ class TrainerMethods:
             self.optimizer.zero_grad()
         if reason is None:
             with torch.no_grad():
-                loss, gradients = _STEPS[type(self).__qualname__](self, x, step)
+                loss, gradients = STEPS[type(self).__qualname__](self, x, step)
         else:
             if reason not in BY_DESIGN:
                 warn_once(self, reason)
@@ -403,7 +403,7 @@ def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     return loss, back.result() | {ae.threshold: (-dtheta / width).to(theta.dtype)}
 
 
-_STEPS: dict[str, Callable[[Any, Tensor, int], tuple[Tensor, dict[Tensor, Any]]]] = {
+STEPS: dict[str, Callable[[Any, Tensor, int], tuple[Tensor, dict[Tensor, Any]]]] = {
     "TopKTrainer": _top,
     "BatchTopKTrainer": _top,
     "MatryoshkaBatchTopKTrainer": _top,

@@ -24,7 +24,7 @@ from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
-from fastsae.patch import _adam, accelerated
+from fastsae.patch import _adam
 from fastsae.patch._adapter import changed, warn_once
 from fastsae.patch.saelens.sae import as_asked, hooked, is_dense, is_known, kind_of, other_activation, scale_of
 from fastsae.reference import row_of_slot, running_sums
@@ -69,22 +69,6 @@ class TrainerMethods(Generic[_S, _C]):
         return output
 
 
-class RunnerMethods:
-    """``LanguageModelSAETrainingRunner``: it makes its trainer inside ``run``."""
-
-    def run_trainer_with_interruption_handling(self: Any, trainer: Any) -> Any:
-        with accelerated(trainer):
-            return super().run_trainer_with_interruption_handling(trainer)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class MultiRunnerMethods:
-    """``MultiSAETrainingRunner``, likewise."""
-
-    def _run_with_interruption_handling(self: Any, trainer: Any) -> Any:
-        with accelerated(trainer):
-            return super()._run_with_interruption_handling(trainer)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 MANY_FIRE = "more than 1/8 of the latents fire: the library's dense forward and backward, our optimiser step"
 OTHER_LOSS = "its loss is not one of slots: the library's forward and backward, our optimiser step"
 BY_DESIGN = (MANY_FIRE, OTHER_LOSS)
@@ -94,10 +78,8 @@ BY_DESIGN = (MANY_FIRE, OTHER_LOSS)
 def why_not_adam(trainer: Any) -> str | None:
     """Why not even the optimiser's step can be ours, or None."""
     reason = changed(trainer, "_train_step") or _adam.refuses(trainer.optimizer)
-    if reason is None:
-        held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        if held != {id(p) for p in trainer.sae.parameters()}:
-            reason = "the optimiser does not hold the SAE's parameters (its gradients are clipped together)"
+    if reason is None and not _adam.holds(trainer.optimizer, trainer.sae):
+        return "the optimiser does not hold the SAE's parameters (its gradients are clipped together)"
     return reason
 
 
@@ -199,12 +181,14 @@ class _Step:
         partial = DECODE(groups.values, groups.indices, groups.crow, sae.W_dec, None, backend=self.backend)
         x_hats = running_sums(partial.reshape(len(widths), x.shape[0], -1)) + sae.b_dec
         outs, losses, G = self._errors(x_hats, widths)
-        aux, metrics = {}, {}
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        dl0, aux = None, None
         if jump:
-            aux["l0_loss"], dl0 = self._l0(code)
+            terms["l0_loss"], dl0 = self._l0(code)
         else:
-            aux["auxiliary_reconstruction_loss"], aux_code, aux_grad = self._aux(outs[-1])
-        losses = {"mse_loss": losses[-1], **aux, **{f"inner_mse_loss_{w}": loss for w, loss in zip(widths, losses[:-1])}}
+            terms["auxiliary_reconstruction_loss"], aux = self._aux(outs[-1])
+        losses = {"mse_loss": losses[-1], **terms, **{f"inner_mse_loss_{w}": loss for w, loss in zip(widths, losses[:-1])}}
         if self.kind.activation == "batchtopk":
             metrics["topk_threshold"] = self._move_threshold(code)
 
@@ -213,14 +197,15 @@ class _Step:
         W_dec: list[Gradient] = [RowGradient(groups.values, groups.indices, groups.crow, rows, self.n_features)]
         da = groups.restore(DECODE_DVALUES(rows, groups.indices, groups.crow, sae.W_dec, backend=self.backend), code.a)
         gradients: dict[Tensor, Any] = {}
-        if jump:
+        if dl0 is not None:
             dp, dtheta = self._through_jump(code, da, dl0)
             gradients[sae.threshold] = dtheta.to(sae.threshold.dtype)
         else:
             dp = torch.where(code.slots.passes, da, 0)
         W_enc: list[Gradient] = [self._encoder(code, dp)]
         b_enc = self._sums(code, dp)
-        if not jump and aux_code is not None:
+        if aux is not None:
+            aux_code, aux_grad = aux
             W_dec.append(RowGradient(aux_code.a, aux_code.slots.indices, None, aux_grad, self.n_features))
             dp = DECODE_DVALUES(aux_grad, aux_code.slots.indices, None, sae.W_dec, backend=self.backend)
             W_enc.append(self._encoder(aux_code, dp))
@@ -281,11 +266,11 @@ class _Step:
         (G,) = torch.autograd.grad(torch.stack(losses).sum(), x_hats)
         return [out.detach() for out in outs], [loss.detach() for loss in losses], G
 
-    def _aux(self, x_hat: Tensor) -> tuple[Tensor, _Code | None, Tensor]:
-        """The AuxK term as the library scales it, the dead features' code, and the gradient for what it decodes to."""
+    def _aux(self, x_hat: Tensor) -> tuple[Tensor, tuple[_Code, Tensor] | None]:
+        """The AuxK term as the library scales it; the dead features' code, and the gradient for what it decodes to."""
         sae, n_dead = self.sae, int(self.dead.sum())
         if n_dead == 0:
-            return x_hat.new_tensor(0.0), None, x_hat
+            return x_hat.new_tensor(0.0), None
         most = self.x.shape[1] // 2
         k, share = min(most, n_dead), min(n_dead / most, 1.0)
         residual = self.x - x_hat
@@ -294,7 +279,7 @@ class _Step:
         difference = DECODE(a, indices, None, sae.W_dec, None, backend=self.backend) - residual
         weight = sae.cfg.aux_loss_coefficient * share
         loss = weight * difference.square().sum(-1).mean()
-        return loss, _Code(Slots(values, indices, None, values == values), a), difference * (2 * weight / self.x.shape[0])
+        return loss, (_Code(Slots(values, indices, None, values == values), a), difference * (2 * weight / self.x.shape[0]))
 
     def _l0(self, code: _Code) -> tuple[Tensor, Tensor]:
         """The L0 term and its gradient for the count of each row."""
