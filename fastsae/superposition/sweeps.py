@@ -219,6 +219,7 @@ def _together(
     """
     clock = time.perf_counter(), time.process_time()
     stream = _Stream(data, training.batch)
+    truth = stream.truth
     x = stream.fresh(4096)
     saes = SAEs(_start(x, n_features, l1, seed, training) for l1, seed in members)
     opt = Adam(saes, lr=training.lr)
@@ -228,9 +229,9 @@ def _together(
     wanted = set(training.snapshots)
     step = 0
     while True:
-        for member, sae in zip(going, saes) if wanted and stream.truth is not None else ():
-            if step in wanted or step >= member.end:
-                member.snapshots.append((step, match(stream.truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
+        for member, sae in zip(going, saes) if wanted else ():
+            if truth is not None and (step in wanted or step >= member.end):
+                member.snapshots.append((step, match(truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
         if any(step >= member.end for member in going):
             now = time.perf_counter(), time.process_time()
             for member in going:
@@ -241,7 +242,7 @@ def _together(
             x = stream.aside(EVALUATION) if left else stream.fresh(EVALUATION)
             for member, sae in zip(going, saes):
                 if step >= member.end:
-                    runs[member.l1, member.seed] = member.run(step, sae, x, stream.truth)
+                    runs[member.l1, member.seed] = member.run(step, sae, x, truth)
                     done(runs[member.l1, member.seed])
             if not left:
                 return [runs[job] for job in members]
