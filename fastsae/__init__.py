@@ -28,7 +28,8 @@ from fastsae.ops.spline import spline_code, spline_hash
 from fastsae.packed import PackedWeights, pack
 from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
 from fastsae.sae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK
-from fastsae.trainer import Trainer, load_checkpoint, save_checkpoint
+from fastsae.sae.checkpoints import load_checkpoint, save_checkpoint
+from fastsae.trainer import Trainer
 
 if TYPE_CHECKING:  # loaded at their first use, so that an import of fastsae stays short
     from fastsae import codes, functional, polytopes, superposition

@@ -27,6 +27,12 @@ def _kind(value: Any) -> str:
     return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
 
 
+def instance(op: str, name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """``value`` is of one of these classes; TypeError otherwise."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
+
+
 def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS, like: Tensor | None = None) -> Tensor:
     """``value`` is a dense tensor of one of ``dtypes`` on the device of ``like``; TypeError otherwise."""
     if not isinstance(value, Tensor):

@@ -189,7 +189,7 @@ def test_clipping_reports_the_norm_before_it() -> None:
 
 def test_forms_of_a_gradient_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense, by slots, by tiles (of few rows): the same bits, since a row is a row."""
-    monkeypatch.setattr("fastsae.optim._TILE", 7 * D)
+    monkeypatch.setattr("fastsae.optim.jobs.TILE", 7 * D)
     _, gradients = Stub().step_gradients(normal(B, D))
     of_rows: RowGradient = gradients["W_dec"]
     matrix = torch.empty(F, D)

@@ -35,7 +35,7 @@ from fastsae.patch.dictionary_learning.sae import (
     why_dense,
 )
 from fastsae.reference import running_sums
-from fastsae.sae.step import Slots, _Groups
+from fastsae.sae.step import Groups, Slots
 
 MANY_FIRE = "more than 1/8 of the latents fire: the library's dense forward and backward, our projection and optimiser step"
 OTHER_LOSS = "its loss is not one of slots: the library's forward and backward, our projection and optimiser step"
@@ -271,7 +271,7 @@ def _top(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]
     if step > trainer.threshold_start_step:
         trainer.update_threshold(values)
     groups, weights = _levels(trainer, back.n_features)
-    grouped = _Groups.of(slots, groups, x.shape[0])
+    grouped = Groups.of(slots, groups, x.shape[0])
     parts = DECODE(grouped.values, grouped.indices, grouped.crow, decoder(ae), None, backend=back.backend)
     x_hats = running_sums(parts.reshape(len(groups), x.shape[0], -1)) + decoder_bias(ae)
     errors = x - x_hats

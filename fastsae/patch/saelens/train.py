@@ -28,7 +28,7 @@ from fastsae.patch import _adam
 from fastsae.patch._adapter import changed, warn_once
 from fastsae.patch.saelens.sae import as_asked, hooked, is_dense, is_known, kind_of, other_activation, scale_of
 from fastsae.reference import row_of_slot, running_sums
-from fastsae.sae.step import Slots, _Groups
+from fastsae.sae.step import Groups, Slots
 
 _HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 _S = TypeVar("_S")
@@ -177,7 +177,7 @@ class _Step:
         self.b = sae.b_enc if scale is None else sae.b_enc * scale
         code = self._code()
         widths = [*_widths(sae), self.n_features]
-        groups = _Groups.of(code.slots._replace(values=code.a), widths, x.shape[0])
+        groups = Groups.of(code.slots._replace(values=code.a), widths, x.shape[0])
         partial = DECODE(groups.values, groups.indices, groups.crow, sae.W_dec, None, backend=self.backend)
         x_hats = running_sums(partial.reshape(len(widths), x.shape[0], -1)) + sae.b_dec
         outs, losses, G = self._errors(x_hats, widths)
