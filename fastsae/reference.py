@@ -1,4 +1,4 @@
-"""What the references share: accumulation dtype, tiles of a bounded workspace, products in full precision, scores, guards for indices."""
+"""What the references share: accumulation dtype, tiles of a bounded workspace, products in full precision, scores."""
 
 from __future__ import annotations
 
@@ -107,39 +107,12 @@ def centre(x: Tensor, b_pre: Tensor | None) -> Tensor:
     return wide if b_pre is None else wide - b_pre
 
 
-def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, features: Tensor | None) -> Tensor:
-    """``[rows, f]``: the score (fl(x - b_pre) . W * scale + bias) for centred rows and a subset of features, by torch's own product."""
-    if features is not None:
-        W, b, scale = (None if t is None else t[features] for t in (W, b, scale))  # pyright: ignore[reportAssignmentType]
+def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """``[rows, f]``: the scores (fl(x - b_pre) . W * scale + bias) of centred rows, by torch's own product."""
     result = product(xc, W.to(xc.dtype).T)
     if scale is not None:
         result = result * scale
     return result if b is None else result + b
-
-
-def guard(values: Tensor, indices: Tensor, size: int, name: str = "latents.indices") -> tuple[Tensor, Tensor]:
-    """Indices safe to gather with: IndexError on the CPU; elsewhere a bad slot becomes NaN and raises at ``fastsae.check()``."""
-    if indices.numel() == 0:
-        return values, indices.long()
-    bad = (indices < 0) | (indices >= size)
-    if indices.device.type == "cpu":
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise IndexError(f"{name} holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {size}")
-        return values, indices.long()
-    from fastsae._core import flags
-
-    flags.flag(indices.device).logical_or_(bad.any())
-    return values.masked_fill(bad, float("nan")), indices.long().masked_fill(bad, 0)
-
-
-def row_of_slot(crow: Tensor | None, indices: Tensor) -> Tensor:
-    """``[slots]``: the row that owns each slot of fixed-K or ragged latents."""
-    if crow is None:
-        rows, k = indices.shape
-        return torch.arange(rows, device=indices.device).repeat_interleave(k)
-    lengths = crow.diff()
-    return torch.repeat_interleave(torch.arange(lengths.shape[0], device=crow.device), lengths, output_size=indices.shape[0])
 
 
 def triton_refuses(*args: object) -> str | None:

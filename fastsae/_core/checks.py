@@ -189,6 +189,8 @@ def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | Non
     if features is None:
         return None
     if features.dtype is torch.bool:
+        if features.shape != (size,):
+            raise ValueError(f"{what}: expected a 1-D index or a mask [{size}], got {list(features.shape)}")
         return features.nonzero().flatten()
     if features.device.type == "cuda":
         return _marked(features, size).nonzero().flatten()

@@ -34,8 +34,9 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
-from fastsae.ops.decode import checked_bounds, decode_reference, latent_samples
-from fastsae.reference import chunks, guard, row_of_slot, triton_refuses
+from fastsae.latents import Slots
+from fastsae.ops.decode import decode_reference, latent_samples, transposed
+from fastsae.reference import chunks, triton_refuses
 
 DTYPES = (torch.float32, torch.float64)
 """Of weights and moments. Half precision would lose most updates: keep float32 weights and cast them where they are used."""
@@ -43,31 +44,20 @@ DTYPES = (torch.float32, torch.float64)
 # ---------------------------------------------------------------- reference
 
 
-def _by_feature(values: Tensor, indices: Tensor, crow: Tensor | None, features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The transposed latents: values, rows, and ``[F + 1]`` pointers to the slots of each feature."""
-    if crow is not None:
-        checked_bounds(crow, indices.shape[0])
-    values, slots = guard(values, indices, features, "latents.indices" if crow is None else "latents.col")
-    slots, order = torch.sort(slots.reshape(-1), stable=True)
-    pointers = torch.searchsorted(slots, torch.arange(features + 1, device=slots.device))
-    return values.reshape(-1)[order], row_of_slot(crow, indices)[order], pointers
-
-
 def _gradient_tiles(
     W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool, sign: int = -1
 ) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of features with their rows of the gradient; ``sign`` 1 adds magnitudes up where the projection subtracts."""
     features, width = W.shape
-    transposed = None if values is None or indices is None else _by_feature(values, indices, crow, features)
+    slots = None if values is None or indices is None else transposed(Slots(values, indices, crow), features)
     for part in chunks(features, width):
         touched = None
-        if transposed is None:
+        if slots is None or slots.crow is None:
             g = grad[part]
         else:
-            values, row, pointers = transposed
-            bounds = pointers[part.start : part.stop + 1]
+            bounds = slots.crow[part.start : part.stop + 1]
             mine = slice(int(bounds[0]), int(bounds[-1]))
-            g = decode_reference(values[mine], row[mine], bounds - bounds[0], grad, None)
+            g = decode_reference(slots.values[mine], slots.indices[mine], bounds - bounds[0], grad, None)
             touched = (bounds.diff() > 0).unsqueeze(1)
         if project:
             along = (g * W[part]).sum(1, keepdim=True)
@@ -282,7 +272,7 @@ GRAD_SQUARES = Op(
     dtypes=DTYPES,
 )
 for _op in (ADAM, GRAD_SQUARES):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.adam:{_op.name}", f"fastsae.native.adam:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.adam:{_op.name}", f"fastsae.ops.adam:triton_refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, batching, preference, then_any
-from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
-from fastsae.reference import accumulator, chunks, guard, product, row_of_slot, tracks
+from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents, pointers
+from fastsae.reference import accumulator, chunks, product, tracks
 
 # ---------------------------------------------------------------- reference
 
 
 def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
     wide = accumulator(W.dtype)
-    values, indices = guard(values, indices, W.shape[0], _index_name(crow))
+    values, indices, _ = Slots(values, indices, crow).safe(W.shape[0])
     parts = [W.new_zeros(0, W.shape[1], dtype=wide)]
     if crow is None:
         rows, k = indices.shape
@@ -53,27 +53,23 @@ def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None,
     wide = accumulator(W.dtype)
     if crow is not None:
         checked_bounds(crow, indices.shape[0])
-    row = row_of_slot(crow, indices)
-    mark, slots = guard(grad.new_zeros(indices.shape, dtype=wide), indices, W.shape[0], _index_name(crow))
-    mark, slots = mark.reshape(-1), slots.reshape(-1)
+    slots = Slots(grad.new_zeros(indices.shape, dtype=wide), indices, crow).safe(W.shape[0])
+    mark, features, row = slots.values.reshape(-1), slots.indices.reshape(-1), slots.row_of()
     parts = [mark[:0]]
-    for part in chunks(slots.shape[0], W.shape[1]):
-        parts.append((grad[row[part]].to(wide) * W[slots[part]].to(wide)).sum(1) + mark[part])
+    for part in chunks(features.shape[0], W.shape[1]):
+        parts.append((grad[row[part]].to(wide) * W[features[part]].to(wide)).sum(1) + mark[part])
     return torch.cat(parts).to(grad.dtype).reshape(indices.shape)
 
 
 def decode_dweight_reference(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
-    if crow is not None:
-        checked_bounds(crow, indices.shape[0])
-    values, slots = guard(values, indices, out.shape[0], _index_name(crow))
-    row = row_of_slot(crow, indices)
-    slots, order = torch.sort(slots.reshape(-1), stable=True)
-    pointers = torch.searchsorted(slots, torch.arange(out.shape[0] + 1, device=slots.device))
-    out.copy_(decode_reference(values.reshape(-1)[order], row[order], pointers, grad, None))
+    out.copy_(decode_reference(*transposed(Slots(values, indices, crow), out.shape[0]), grad, None))
 
 
-def _index_name(crow: Tensor | None) -> str:
-    return "latents.indices" if crow is None else "latents.col"
+def transposed(slots: Slots, n_features: int) -> Slots:
+    """Slots by feature, after a check of theirs: the decode of the transposed latents is the gradient of the weights."""
+    if slots.crow is not None:
+        checked_bounds(slots.crow, slots.indices.shape[0])
+    return slots.safe(n_features).by_feature(n_features)
 
 
 def _segment_sum(products: Tensor, offsets: Tensor) -> Tensor:
@@ -218,7 +214,7 @@ DECODE_DWEIGHT = Op(
     mutates=(4,),
 )
 for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.decode:{_op.name}", f"fastsae.native.decode:refuses_{_op.name}")
     if _op is DECODE_DWEIGHT:  # before Triton's, whose sort passes over whole keys and carries slots of 64 bits
         _op.row("cuda", "fastsae.native.cuda:decode_dweight", "fastsae.native.cuda:refuses_decode_dweight")
     _op.row("triton", f"fastsae.kernels.decode:{_op.name}", "fastsae.reference:triton_refuses")
@@ -315,9 +311,9 @@ def weight_gradient(
     if tracks("the gradient of decode", values, grad):
         return _DWeight.apply(values, indices, crow, grad, W.detach(), backend)  # pyright: ignore[reportReturnType]
     if out is None and not torch.compiler.is_compiling() and batching():  # what writes into a tensor knows no batch of them
-        values, slots = guard(values, indices, W.shape[0], _index_name(crow))
-        products = values.reshape(-1, 1) * grad[row_of_slot(crow, indices)].to(accumulator(grad.dtype))
-        return torch.zeros_like(W, dtype=products.dtype).index_add(0, slots.reshape(-1), products).to(W.dtype)
+        slots = Slots(values, indices, crow).safe(W.shape[0])
+        products = slots.values.reshape(-1, 1) * grad[slots.row_of()].to(accumulator(grad.dtype))
+        return torch.zeros_like(W, dtype=products.dtype).index_add(0, slots.indices.reshape(-1), products).to(W.dtype)
     dweight = torch.empty_like(W, requires_grad=False) if out is None else out
     DECODE_DWEIGHT(values, indices, crow, grad, dweight, backend=backend)
     return dweight

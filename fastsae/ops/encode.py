@@ -4,26 +4,23 @@
 
 Four encoders keep different parts of a row of scores: ``encode_topk`` the k best, ``encode_threshold`` what exceeds a threshold
 (ReLU, JumpReLU), ``encode_batch_topk`` the best of the whole batch, ``encode_gated`` what an own gate lets through. All of them return
-slots (value, feature), and their backward is the sparse decode's: with ``s`` the gradient of the slots' scores,
-
-    dx = decode(s * scale, W_enc)      dW_enc = decode_dweight(s * scale, x - b_pre)      db_enc = per-feature sums of s
-    d b_pre = -sum over rows of dx     d scale = per-feature sums of s * <x - b_pre, W_enc[feature]>
+slots (value, feature), and their backward is the sparse decode's (``fastsae.ops.score_gradients``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
-from fastsae.ops.decode import decode_slots, value_gradient, weight_gradient
+from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, pointers, to_capacity
+from fastsae.ops.score_gradients import feature_sums, score_gradients
 from fastsae.packed import PackedWeights
-from fastsae.reference import accumulator, centre, chunks, row_of_slot, scores, tracks
+from fastsae.reference import accumulator, centre, chunks, scores, tracks
 
 # ---------------------------------------------------------------- references
 
@@ -53,29 +50,21 @@ def merge_topk(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Ten
     return v[:, :k], i.gather(1, order[:, :k])
 
 
-def encode_topk_reference(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    features: Tensor | None,
-    packed: Tensor | None,
-    k: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    chosen = checks.sorted_subset(features, W.shape[0], "encode_topk: features")
-    n = W.shape[0] if chosen is None else chosen.shape[0]
+@of_inputs
+def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+    x = inputs.x
+    chosen = checks.sorted_subset(inputs.features, inputs.W.shape[0], "encode_topk: features")
+    n = inputs.W.shape[0] if chosen is None else chosen.shape[0]
     if k > n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({n}), got {k}")
-    xc = centre(x, b_pre)
+    xc = centre(x, inputs.b_pre)
     kept_values, kept_indices = [xc.new_empty(0, k)], [torch.empty(0, k, dtype=torch.int64, device=x.device)]
     for rows in chunks(x.shape[0], n, least=64):
         values: list[Tensor] = []
         indices: list[Tensor] = []
         for part in chunks(n, rows.stop - rows.start, least=k):
             local = part if chosen is None else chosen[part]
-            v, i = select_topk(_tile(xc[rows], W, b, scale, local), min(k, part.stop - part.start))
+            v, i = select_topk(_tile(inputs, xc[rows], local), min(k, part.stop - part.start))
             values.append(v)
             indices.append(i + part.start)
             if len(values) == 2:
@@ -89,21 +78,19 @@ def encode_topk_reference(
     return (v.relu() if relu else v), i
 
 
-def _tile(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, part: slice | Tensor) -> Tensor:
-    if isinstance(part, slice):
-        return scores(xc, W[part], None if b is None else b[part], None if scale is None else scale[part], None)
-    return scores(xc, W, b, scale, part)
+def _tile(inputs: ScoreInputs, xc: Tensor, part: slice | Tensor) -> Tensor:
+    """Scores of centred rows over a range or a choice of features."""
+    b, scale = (None if v is None else v[part] for v in (inputs.b, inputs.scale))
+    return scores(xc, inputs.W[part], b, scale)
 
 
-def _row_tiles(
-    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, chosen: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
+def _row_tiles(inputs: ScoreInputs, chosen: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """(rows, scores of those rows over all chosen features)."""
-    xc = centre(x, b_pre)
-    n = W.shape[0] if chosen is None else chosen.shape[0]
-    for rows in chunks(x.shape[0], n):
-        tiles = chunks(n, max(W.shape[1], rows.stop - rows.start))
-        parts = [_tile(xc[rows], W, b, scale, part if chosen is None else chosen[part]) for part in tiles]
+    xc = centre(inputs.x, inputs.b_pre)
+    n = inputs.W.shape[0] if chosen is None else chosen.shape[0]
+    for rows in chunks(xc.shape[0], n):
+        tiles = chunks(n, max(xc.shape[1], rows.stop - rows.start))
+        parts = [_tile(inputs, xc[rows], part if chosen is None else chosen[part]) for part in tiles]
         yield rows, torch.cat(parts, 1) if parts else xc.new_zeros(rows.stop - rows.start, 0)
 
 
@@ -130,26 +117,18 @@ class _Ragged:
         return torch.cat(self.values).to(self.dtype), col if self.chosen is None else self.chosen[col], crow
 
 
+@of_inputs
 def encode_threshold_reference(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    threshold: Tensor,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    features: Tensor | None,
-    packed: Tensor | None,
-    bandwidth: float | None,
-    capacity: int | None = None,
+    inputs: ScoreInputs, threshold: Tensor, bandwidth: float | None, capacity: int | None = None
 ) -> tuple[Tensor, ...]:
     """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
-    chosen = checks.sorted_subset(features, W.shape[0], "encode_threshold: features")
-    theta = threshold.to(accumulator(x.dtype))
+    chosen = checks.sorted_subset(inputs.features, inputs.W.shape[0], "encode_threshold: features")
+    theta = threshold.to(accumulator(inputs.x.dtype))
     if chosen is not None and theta.dim():
         theta = theta[chosen]
-    kept = _Ragged(x, chosen)
-    flags = [torch.empty(0, dtype=torch.uint8, device=x.device)]
-    for _, s in _row_tiles(x, W, b, b_pre, scale, chosen):
+    kept = _Ragged(inputs.x, chosen)
+    flags = [torch.empty(0, dtype=torch.uint8, device=inputs.x.device)]
+    for _, s in _row_tiles(inputs, chosen):
         active = (s > theta.clamp_min(0)) | s.isnan()
         if bandwidth is None:
             kept.add(active, s)
@@ -162,23 +141,15 @@ def encode_threshold_reference(
     return to_capacity("encode_threshold", capacity, *kept.result(), torch.cat(flags))
 
 
-def encode_batch_topk_reference(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    features: Tensor | None,
-    packed: Tensor | None,
-    k: float,
-    capacity: int | None = None,
-) -> tuple[Tensor, ...]:
-    chosen = checks.sorted_subset(features, W.shape[0], "encode_batch_topk: features")
+@of_inputs
+def encode_batch_topk_reference(inputs: ScoreInputs, k: float, capacity: int | None = None) -> tuple[Tensor, ...]:
+    x = inputs.x
+    chosen = checks.sorted_subset(inputs.features, inputs.W.shape[0], "encode_batch_topk: features")
     total = int(k * x.shape[0])
     wide = accumulator(x.dtype)
     pool, pool_row, pool_col = x.new_empty(0, dtype=wide), *(torch.empty(2, 0, dtype=torch.int64, device=x.device))
-    for rows, s in _row_tiles(x, W, b, b_pre, scale, chosen):
-        # Once the pool is full, an equal score of a later row loses, so only larger ones (or NaN) can enter.
+    for rows, s in _row_tiles(inputs, chosen):
+        # Once the pool is full, an equal s of a later row loses, so only larger ones (or NaN) can enter.
         floor = pool[-1] if pool.shape[0] == total and total else s.new_zeros(())
         row, col = ((s > floor.clamp_min(0)) | (s.isnan() & ~floor.isnan())).nonzero(as_tuple=True)
         new = s[row, col]
@@ -190,7 +161,7 @@ def encode_batch_topk_reference(
         order, pool = order[:total], pool[:total]
         pool_row, pool_col = torch.cat([pool_row, row + rows.start])[order], torch.cat([pool_col, col])[order]
     min_kept = pool[-1].detach().clone() if pool.shape[0] else pool.new_full((), float("inf"))
-    order = torch.argsort(pool_row * max(W.shape[0], 1) + pool_col)
+    order = torch.argsort(pool_row * max(inputs.W.shape[0], 1) + pool_col)
     crow = torch.searchsorted(pool_row[order], torch.arange(x.shape[0] + 1, device=x.device))
     col = pool_col[order]
     entries = pool[order].to(x.dtype), col if chosen is None else chosen[col], crow
@@ -210,7 +181,7 @@ def encode_gated_reference(
     wide = accumulator(x.dtype)
     stretch = r_mag.to(wide).exp()
     kept = _Ragged(x, None)
-    for _, p in _row_tiles(x, W, None, b_pre, None, None):
+    for _, p in _row_tiles(ScoreInputs(x, W, b_pre=b_pre), None):
         gate, magnitude = p + b_gate, p * stretch + b_mag
         kept.add(~(gate <= 0) & ~(magnitude <= 0), torch.where(gate.isnan(), gate, magnitude))
     return to_capacity("encode_gated", capacity, *kept.result())
@@ -275,7 +246,7 @@ def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torc
     for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
         per_feature = seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
         for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
-            yield x, W, b, threshold, b_pre, scale, features, _packed(W, count), bandwidth, _room(x, W, count)
+            yield x, W, b, b_pre, scale, features, _packed(W, count), threshold, bandwidth, _room(x, W, count)
 
 
 def _batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
@@ -330,7 +301,7 @@ def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tupl
 def _check_threshold(args: tuple, result: Any) -> float:
     from fastsae import testing
 
-    x, W, b, threshold, b_pre, scale, features, _, bandwidth, *capacity = args
+    x, W, b, b_pre, scale, features, _, threshold, bandwidth, *capacity = args
     score = testing.score_band(x, W, b, b_pre, scale)
     result = _filled(capacity, result, bandwidth is not None)
     return testing.check_threshold(score, checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
@@ -361,36 +332,25 @@ def _check_gated(args: tuple, result: Any) -> float:
 # ---------------------------------------------------------------- rows
 
 
-def _fake_topk(
-    x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: int, relu: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
-
-
 def _fake_ragged(x: Tensor, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
     nnz = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     return x.new_empty(nnz), x.new_empty(nnz, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
 
 
-def _fake_threshold(
-    x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, packed: Any, bandwidth: Any, capacity: Any = None
-) -> tuple[Tensor, ...]:
-    values, col, crow = _fake_ragged(x, capacity)
-    return values, col, crow, x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
+@of_inputs
+def _fake_threshold(inputs: ScoreInputs, threshold: Tensor, bandwidth: float | None, capacity: int | None = None) -> tuple[Tensor, ...]:
+    values, col, crow = _fake_ragged(inputs.x, capacity)
+    return values, col, crow, inputs.x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
 
 
-def _fake_batch_topk(
-    x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: float, capacity: Any = None
-) -> tuple[Tensor, ...]:
-    return *_fake_ragged(x, capacity), x.new_empty((), dtype=accumulator(x.dtype))
-
-
-_INPUTS = "Tensor? b_pre, Tensor? scale, Tensor? features, Tensor? packed"
+_INPUTS = "Tensor x, Tensor W, Tensor? b, Tensor? b_pre, Tensor? scale, Tensor? features, Tensor? packed"
 _CAPACITY = "SymInt? capacity=None"
 ENCODE_TOPK = Op(
-    f"encode_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
+    f"encode_topk({_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
     encode_topk_reference,
-    fake=_fake_topk,
+    fake=of_inputs(
+        lambda inputs, k, relu: (inputs.x.new_empty((inputs.x.shape[0], k)), inputs.x.new_empty((inputs.x.shape[0], k), dtype=torch.int64))
+    ),
     samples=_topk_samples,
     check=_check_topk,
     workload=lambda *where: (*_layer(*where), None, None, None, None, 32, True),
@@ -398,19 +358,20 @@ ENCODE_TOPK = Op(
     handle=(1, 6),
 )
 ENCODE_THRESHOLD = Op(
-    f"encode_threshold(Tensor x, Tensor W, Tensor? b, Tensor threshold, {_INPUTS}, float? bandwidth, {_CAPACITY})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"encode_threshold({_INPUTS}, Tensor threshold, float? bandwidth, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_threshold_reference,
     fake=_fake_threshold,
     samples=_threshold_samples,
     check=_check_threshold,
-    workload=lambda *where: (*_layer(*where), torch.tensor(2.5, device=where[0], dtype=torch.float32), None, None, None, None, None),
-    handle=(1, 7),
+    workload=lambda *where: (*_layer(*where), None, None, None, None, torch.tensor(2.5, device=where[0], dtype=torch.float32), None),
+    handle=(1, 6),
 )
 ENCODE_BATCH_TOPK = Op(
-    f"encode_batch_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, float k, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"encode_batch_topk({_INPUTS}, float k, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_batch_topk_reference,
-    fake=_fake_batch_topk,
+    fake=of_inputs(
+        lambda inputs, k, capacity=None: (*_fake_ragged(inputs.x, capacity), inputs.x.new_empty((), dtype=accumulator(inputs.x.dtype)))
+    ),
     samples=_batch_topk_samples,
     check=_check_batch_topk,
     workload=lambda *where: (*_layer(*where), None, None, None, None, 32.0),
@@ -433,230 +394,119 @@ for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
 # ---------------------------------------------------------------- backward
 
 
-def _feature_sums(per_slot: Tensor, indices: Tensor, crow: Tensor | None, n_features: int, backend: str | None) -> Tensor:
-    """``[F]``: sums over the slots of each feature, deterministic, in the accumulation dtype."""
-    rows = indices.shape[0] if crow is None else crow.shape[0] - 1
-    per_slot = per_slot.to(accumulator(per_slot.dtype))
-    like = torch.empty((n_features, 1), dtype=per_slot.dtype, device=per_slot.device)
-    return weight_gradient(per_slot, indices, crow, like.new_ones(()).expand(rows, 1), like, backend)[:, 0]
+# What all encoders share. Classes of their own, as a compiler takes no operation for an argument of ``apply``.
 
 
-def by_features(dx_asked: bool, n_features: int, slots: int) -> bool:
-    """Whether the gradient of ``b_pre`` comes from sums by feature: ``dx`` is not asked for, and forming it would read more rows of W."""
-    return not dx_asked and not torch.compiler.is_compiling() and n_features < slots  # a compiler may not know the number of slots
-
-
-def pre_bias_gradient(sums: Tensor, W: Tensor, b_pre: Tensor, backend: str | None) -> Tensor:
-    """``[D]``: what ``b_pre`` gets from the sums ``[F]`` of the scores' gradients."""
-    every = torch.arange(W.shape[0], device=W.device)
-    return -decode_slots(sums.to(W.dtype).unsqueeze(0), every.unsqueeze(0), None, W, None, backend)[0].to(b_pre.dtype)
-
-
-def score_gradients(
-    dscore: Tensor,
-    indices: Tensor,
-    crow: Tensor | None,
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    needs: tuple[bool, bool, bool, bool, bool],
+def _keep(
+    ctx: Any,
+    outputs: tuple[Tensor, ...],
+    passes: Tensor,
+    inputs: tuple[Any, ...],
     backend: str | None,
     padded: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Gradients for (x, W, b, b_pre, scale) from the gradient of the slots' scores; ``padded``: slots from ``crow[-1]`` on are empty."""
-    dx = dW = db = db_pre = dscale = None
-    rows = x.shape[0]
-    if padded:
-        assert crow is not None
-        dscore, crow = torch.where(_slot_numbers(indices) < crow[-1], dscore, 0), pointers(crow, indices.shape[0])
-    through = dscore if scale is None else (dscore * scale[indices.long()]).to(dscore.dtype)
-    sums = None  # of dscore, by feature
-    if scale is None and needs[2]:
-        sums = _feature_sums(dscore, indices, crow, W.shape[0], backend)
-    if needs[3] and b_pre is not None and by_features(needs[0], W.shape[0], indices.numel()):
-        of = sums if sums is not None else _feature_sums(through, indices, crow, W.shape[0], backend)
-        db_pre = pre_bias_gradient(of, W, b_pre, backend)
-    elif needs[0] or needs[3]:
-        dx = decode_slots(through, indices, crow, W, None, backend)[:rows]
-        if needs[3] and b_pre is not None:
-            db_pre = -dx.sum(0, dtype=accumulator(dx.dtype)).to(b_pre.dtype)
-    if needs[1] or needs[4]:
-        xc = centre(x, b_pre).to(x.dtype) if b_pre is not None else x
-        if padded and crow is not None:
-            xc = torch.nn.functional.pad(xc, (0, 0, 0, crow.shape[0] - 1 - rows))
-        if needs[1]:
-            dW = weight_gradient(through, indices, crow, xc, W, backend)
-        if needs[4] and scale is not None:
-            product = value_gradient(xc, indices, crow, W, backend)
-            wide = accumulator(dscore.dtype)
-            dscale = _feature_sums(dscore.to(wide) * product.to(wide), indices, crow, W.shape[0], backend).to(scale.dtype)
-    if needs[2] and b is not None:
-        db = (_feature_sums(dscore, indices, crow, W.shape[0], backend) if sums is None else sums).to(b.dtype)
-    return (dx if needs[0] else None), dW, db, db_pre, dscale
+    more: Any = (),
+) -> tuple[Tensor, ...]:
+    """Saves for ``_through_scores``: where a value's gradient is its score's, the slots, (x, W, b, b_pre, scale), and ``more``."""
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(passes, outputs[1], outputs[2] if len(outputs) > 2 else None, *inputs, *more)
+    ctx.padded, ctx.backend = padded, then_any(backend)
+    return outputs
 
 
-def _slot_numbers(indices: Tensor) -> Tensor:
-    return torch.arange(indices.shape[0], device=indices.device)
+def _through_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of an encoder's first five inputs, (x, W, b, b_pre, scale)."""
+    passes, indices, crow, *inputs = ctx.saved_tensors[:8]
+    return score_gradients(torch.where(passes, grad, 0), indices, crow, *inputs, ctx.needs_input_grad[:5], ctx.backend, ctx.padded)
 
 
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Any,
-        b_pre: Any,
-        scale: Any,
-        features: Any,
-        packed: Any,
-        k: int,
-        relu: bool,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, packed, k, relu, backend=backend)
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(values, indices, x, W, b, b_pre, scale)
-        ctx.relu, ctx.backend = relu, then_any(backend)
-        return values, indices
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *given, relu, backend = args
+        values, indices = ENCODE_TOPK(*given, relu, backend=backend)
+        return _keep(ctx, (values, indices), values > 0 if relu else ~values.isnan(), args[:5], backend)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, indices, x, W, b, b_pre, scale = ctx.saved_tensors
-        passes = values > 0 if ctx.relu else ~values.isnan()
-        dscore = torch.where(passes, grad, 0)
-        grads = score_gradients(dscore, indices, None, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend)
-        return *grads, None, None, None, None, None
-
-
-class _EncodeThreshold(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Any,
-        threshold: Tensor,
-        b_pre: Any,
-        scale: Any,
-        features: Any,
-        packed: Any,
-        bandwidth: float | None,
-        capacity: int | None,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        outputs = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend=backend)
-        values, col, crow, flags = outputs
-        ctx.mark_non_differentiable(col, crow, flags)
-        ctx.save_for_backward(values, col, crow, flags, x, W, b, threshold, b_pre, scale)
-        ctx.bandwidth, ctx.padded, ctx.backend = bandwidth, capacity is not None, then_any(backend)
-        return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, accumulator(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, col, crow, flags, x, W, b, threshold, b_pre, scale = ctx.saved_tensors
-        active = ~values.isnan() if ctx.bandwidth is None else (flags & 1).bool() & ~values.isnan()
-        n = ctx.needs_input_grad
-        needs = (n[0], n[1], n[2], n[4], n[5])
-        dscore = torch.where(active, grad, 0)
-        dx, dW, db, db_pre, dscale = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, needs, ctx.backend, ctx.padded)
-        dthreshold = None
-        if n[3]:
-            wide = accumulator(x.dtype)
-            if ctx.bandwidth is None:
-                dthreshold = torch.zeros_like(threshold)
-            else:
-                theta = threshold.to(wide)
-                theta = theta[col.long()] if theta.dim() else theta
-                dl0 = rest[3].to(wide)
-                if ctx.padded:  # the flags of empty slots are 0
-                    crow = pointers(crow, col.shape[0])
-                    dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
-                dl0 = dl0[row_of_slot(crow, col)]
-                per_slot = -(theta * grad.to(wide) + dl0) / ctx.bandwidth
-                per_slot = torch.where((flags & 2).bool(), per_slot, 0)
-                dthreshold = _feature_sums(per_slot, col, crow, W.shape[0], ctx.backend)
-                dthreshold = (dthreshold if threshold.dim() else dthreshold.sum()).to(threshold.dtype)
-        return dx, dW, db, dthreshold, db_pre, dscale, None, None, None, None, None
-
-
-def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[rows]``: active slots of each row; without flags every slot is active."""
-    if flags is None:
-        return crow.diff().to(dtype)
-    before = torch.cat([crow.new_zeros(1), (flags & 1).long().cumsum(0)])
-    return before[crow].diff().to(dtype)
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_through_scores(ctx, grad), *[None] * 5
 
 
 class _EncodeBatchTopK(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Any,
-        b_pre: Any,
-        scale: Any,
-        features: Any,
-        packed: Any,
-        k: float,
-        capacity: int | None,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, capacity, backend=backend)
-        ctx.mark_non_differentiable(col, crow, min_kept)
-        ctx.save_for_backward(values, col, crow, x, W, b, b_pre, scale)
-        ctx.padded, ctx.backend = capacity is not None, then_any(backend)
-        return values, col, crow, min_kept
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *given, capacity, backend = args
+        outputs = ENCODE_BATCH_TOPK(*given, capacity, backend=backend)
+        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity is not None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, col, crow, x, W, b, b_pre, scale = ctx.saved_tensors
-        dscore = torch.where(values.isnan(), 0, grad)
-        grads = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend, ctx.padded)
-        return *grads, None, None, None, None, None
+        return *_through_scores(ctx, grad), *[None] * 5
+
+
+class _EncodeThreshold(torch.autograd.Function):
+    """Without the last result where there is a bandwidth: ``l0``, which has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *given, threshold, bandwidth, capacity, backend = args
+        outputs = values, _, crow, flags = ENCODE_THRESHOLD(*given, threshold, bandwidth, capacity, backend=backend)
+        passes = ~values.isnan() if bandwidth is None else (flags & 1).bool() & ~values.isnan()
+        ctx.bandwidth = bandwidth
+        _keep(ctx, outputs, passes, args[:5], backend, capacity is not None, (flags, threshold))
+        return outputs if bandwidth is None else (*outputs, _active_counts(flags, crow, accumulator(values.dtype)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dthreshold = None
+        if ctx.needs_input_grad[7]:
+            dthreshold = _threshold_gradient(ctx, grad, rest[-1])
+        return *_through_scores(ctx, grad), None, None, dthreshold, None, None, None
+
+
+def _threshold_gradient(ctx: Any, grad: Tensor, dl0: Tensor) -> Tensor:
+    _, col, crow, x, W, _, _, _, flags, threshold = ctx.saved_tensors
+    if ctx.bandwidth is None:
+        return torch.zeros_like(threshold)
+    wide = accumulator(x.dtype)
+    theta = threshold.to(wide)
+    theta = theta[col.long()] if theta.dim() else theta
+    dl0 = dl0.to(wide)
+    if ctx.padded:  # the flags of empty slots are 0
+        crow = pointers(crow, col.shape[0])
+        dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
+    per_slot = -(theta * grad.to(wide) + dl0[Slots(grad, col, crow).row_of()]) / ctx.bandwidth
+    per_slot = torch.where((flags & 2).bool(), per_slot, 0)
+    dthreshold = feature_sums(per_slot, col, crow, W.shape[0], ctx.backend)
+    return (dthreshold if threshold.dim() else dthreshold.sum()).to(threshold.dtype)
+
+
+def _active_counts(flags: Tensor, crow: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows]``: active slots of each row."""
+    before = torch.cat([crow.new_zeros(1), (flags & 1).long().cumsum(0)])
+    return before[crow].diff().to(dtype)
 
 
 class _EncodeGated(torch.autograd.Function):
+    """A gated SAE's magnitudes are scores with the scale ``exp(r_mag)`` and the bias ``b_mag``."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b_gate: Tensor,
-        r_mag: Tensor,
-        b_mag: Tensor,
-        b_pre: Any,
-        packed: Any,
-        capacity: int | None,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        values, col, crow = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
-        ctx.mark_non_differentiable(col, crow)
-        ctx.save_for_backward(values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre)
-        ctx.padded, ctx.backend = capacity is not None, then_any(backend)
-        return values, col, crow
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        x, W, b_mag, b_pre, _, b_gate, r_mag, packed, capacity, backend = args
+        outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
+        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity is not None, (b_gate,))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre = ctx.saved_tensors
-        n = ctx.needs_input_grad
-        stretch = r_mag.to(accumulator(x.dtype)).exp()
-        dscore = torch.where(values.isnan(), 0, grad)
-        needs = (n[0], n[1], n[4], n[5], n[3])
-        dx, dW, db_mag, db_pre, dstretch = score_gradients(dscore, col, crow, x, W, b_mag, b_pre, stretch, needs, ctx.backend, ctx.padded)
-        dr_mag = None if dstretch is None else (dstretch * stretch).to(r_mag.dtype)
         # The gate is a step: its gradient is zero (gated SAEs train it through an auxiliary loss).
-        return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None, None, None
+        dgate = torch.zeros_like(ctx.saved_tensors[8]) if ctx.needs_input_grad[5] else None
+        return *_through_scores(ctx, grad), dgate, None, None, None, None
 
 
 # ---------------------------------------------------------------- public
 
 
-def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[int, ...], list[Any]]:
-    """Checks, casts under autocast and flattens: (batch shape, [x [rows, D], W, a handle's words, vectors ..])."""
+def _inputs(op: str, x: Any, W: Any, **vectors: Any) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor | None, list[Any]]:
+    """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, a handle's words, the vectors)."""
     checks.tensor(op, "x", x)
     packed = None
     if isinstance(W, PackedWeights):
@@ -666,19 +516,25 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
         raise ValueError(f"{op}: x must have shape [.., D], got []")
     if W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
+    values = list(vectors.values())
     if checks.autocasting(x.device):
         given = W
-        x, W, *cast = checks.autocast(x, W, *vectors)
-        vectors = tuple(cast)
+        x, W, *values = checks.autocast(x, W, *values)
         packed = packed if W is given else None  # packed before the cast: of no use for the rounded weights
     checks.same_dtype(op, "W_enc", W, "x", x)
-    for name, vector in zip(names.split(), vectors):
+    for name, vector in zip(vectors, values):
         size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
         checks.vector(op, name, vector, size, x, label)
     batch = x.shape[:-1]
     if x.dim() != 2:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    return batch, [x, W, packed, *vectors]
+    return batch, x, W, packed, values
+
+
+def _score_inputs(op: str, x: Any, W: Any, b: Any, b_pre: Any, scale: Any, features: Any) -> tuple[tuple[int, ...], ScoreInputs]:
+    """``_inputs`` of the encoders whose arguments are those of ``encode_topk``: (batch shape, inputs)."""
+    batch, x, W, packed, (b, b_pre, scale) = _inputs(op, x, W, b_enc=b, b_pre=b_pre, scale=scale)
+    return batch, ScoreInputs(x, W, b, b_pre, scale, checks.subset(op, "features", features, W.shape[0], x, "F"), packed)
 
 
 def _capacity(op: str, capacity: Any) -> int | None:
@@ -686,9 +542,9 @@ def _capacity(op: str, capacity: Any) -> int | None:
 
 
 def _latents(
-    values: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype, W: Tensor, batch: tuple[int, ...], capacity: int | None
+    values: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype, n_features: int, batch: tuple[int, ...], capacity: int | None
 ) -> RaggedLatents:
-    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch), capacity is not None)
+    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), n_features, tuple(batch), capacity is not None)
 
 
 def encode_topk(
@@ -740,21 +596,51 @@ def encode_topk(
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
     """
     op = "encode_topk"
-    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    k = checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
+    batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
+    F = inputs.W.shape[0]
+    k = checks.integer(op, "k", k, 1, F, f"F={F}")
     checks.flag(op, "relu", relu)
-    features = checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
+    dtype = checks.index_dtype(op, index_dtype, F)
     backend = preference(backend)
-    if tracks(op, x, W, b, b_pre, scale):
-        values, indices = _EncodeTopK.apply(x, W, b, b_pre, scale, features, packed, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
+    if tracks(op, *inputs[:5]):
+        values, indices = _EncodeTopK.apply(*inputs, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, packed, k, relu, backend=backend)
+        values, indices = ENCODE_TOPK(*inputs, k, relu, backend=backend)
     if len(batch) != 1:
         values, indices = values.reshape(*batch, k), indices.reshape(*batch, k)
-    return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), W.shape[0])
+    return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), F)
 
 
+@overload
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor | PackedWeights,
+    b_enc: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.0,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    bandwidth: None = None,
+    capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> RaggedLatents: ...
+@overload
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor | PackedWeights,
+    b_enc: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.0,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    bandwidth: float,
+    capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[RaggedLatents, Tensor]: ...
 def encode_threshold(
     x: Tensor,
     W_enc: Tensor | PackedWeights,
@@ -768,7 +654,7 @@ def encode_threshold(
     capacity: int | None = None,
     index_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
-) -> Any:
+) -> RaggedLatents | tuple[RaggedLatents, Tensor]:
     """The scores above ``max(threshold, 0)`` (strictly): JumpReLU; with threshold 0 ReLU.
 
     Args:
@@ -797,29 +683,28 @@ def encode_threshold(
     Source: Rajamanoharan et al. 2024, "Jumping Ahead" (arXiv 2407.14435).
     """
     op = "encode_threshold"
-    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    features = checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
+    batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
+    x, F = inputs.x, inputs.W.shape[0]
+    dtype = checks.index_dtype(op, index_dtype, F)
     if bandwidth is not None:
         bandwidth = float(checks.number(op, "bandwidth", bandwidth))
+    wide = accumulator(x.dtype)
     if not isinstance(threshold, Tensor):
-        wide = accumulator(x.dtype)
         threshold = x.new_full((), checks.within(wide, float(checks.number(op, "threshold", threshold, positive=False))), dtype=wide)
     elif threshold.dim():
-        checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
+        checks.vector(op, "threshold", threshold, F, x, "F")
     else:
         checks.tensor(op, "threshold", threshold, checks.beside(x), x)
     backend = preference(backend)
     capacity = _capacity(op, capacity)
-    if tracks(op, x, W, b, threshold, b_pre, scale):
-        outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend)
-        values, col, crow, _, l0 = outputs  # pyright: ignore[reportGeneralTypeIssues]
+    if tracks(op, *inputs[:5], threshold):
+        values, col, crow, flags, *rest = _EncodeThreshold.apply(*inputs, threshold, bandwidth, capacity, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        outputs = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend=backend)
-        values, col, crow, flags = outputs
-        l0 = _active_counts(flags, crow, accumulator(x.dtype)) if bandwidth is not None else None
-    latents = _latents(values, crow, col, dtype, W, batch, capacity)
-    return latents if bandwidth is None else (latents, l0.reshape(batch))  # pyright: ignore[reportOptionalMemberAccess]
+        (values, col, crow, flags), rest = ENCODE_THRESHOLD(*inputs, threshold, bandwidth, capacity, backend=backend), []
+    latents = _latents(values, crow, col, dtype, F, batch, capacity)
+    if bandwidth is None:
+        return latents
+    return latents, (rest[0] if rest else _active_counts(flags, crow, wide)).reshape(batch)
 
 
 def encode_batch_topk(
@@ -857,18 +742,18 @@ def encode_batch_topk(
     Source: Bussmann, Leask & Nanda 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410).
     """
     op = "encode_batch_topk"
-    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    features = checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
+    batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
+    F = inputs.W.shape[0]
+    dtype = checks.index_dtype(op, index_dtype, F)
     k = float(checks.number(op, "k", k))
     capacity = _capacity(op, capacity)
     backend = preference(backend)
-    if tracks(op, x, W, b, b_pre, scale):
-        outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, packed, k, capacity, backend)
+    if tracks(op, *inputs[:5]):
+        outputs = _EncodeBatchTopK.apply(*inputs, k, capacity, backend)
     else:
-        outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, capacity, backend=backend)
+        outputs = ENCODE_BATCH_TOPK(*inputs, k, capacity, backend=backend)
     values, col, crow, min_kept = outputs  # pyright: ignore[reportGeneralTypeIssues]
-    return _latents(values, crow, col, dtype, W, batch, capacity), min_kept
+    return _latents(values, crow, col, dtype, F, batch, capacity), min_kept
 
 
 def encode_gated(
@@ -900,13 +785,15 @@ def encode_gated(
     op = "encode_gated"
     for name, vector in (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag)):
         checks.tensor(op, name, vector)
-    batch, (x, W, packed, b_gate, r_mag, b_mag, b_pre) = _inputs(op, x, W_enc, "b_gate r_mag b_mag b_pre", b_gate, r_mag, b_mag, b_pre)
+    batch, x, W, packed, vectors = _inputs(op, x, W_enc, b_gate=b_gate, r_mag=r_mag, b_mag=b_mag, b_pre=b_pre)
+    b_gate, r_mag, b_mag, b_pre = vectors
     dtype = checks.index_dtype(op, index_dtype, W.shape[0])
     capacity = _capacity(op, capacity)
     backend = preference(backend)
-    if tracks(op, x, W, r_mag, b_mag, b_gate, b_pre):
-        outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend)
+    if tracks(op, x, W, *vectors):
+        stretch = r_mag.to(accumulator(x.dtype)).exp()
+        outputs = _EncodeGated.apply(x, W, b_mag, b_pre, stretch, b_gate, r_mag.detach(), packed, capacity, backend)
     else:
         outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
     values, col, crow = outputs  # pyright: ignore[reportGeneralTypeIssues]
-    return _latents(values, crow, col, dtype, W, batch, capacity)
+    return _latents(values, crow, col, dtype, W.shape[0], batch, capacity)

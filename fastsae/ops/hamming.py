@@ -138,7 +138,7 @@ HAMMING_TOPK = Op(
     dtypes=(torch.int64,),
 )
 for _op in (HAMMING, HAMMING_TOPK):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.hamming:{_op.name}", f"fastsae.native.hamming:refuses_{_op.name}")
     _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public

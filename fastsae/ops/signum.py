@@ -138,5 +138,5 @@ SIGNUM = Op(
     mutates=(0, 1),
     dtypes=DTYPES,
 )
-SIGNUM.row("cpu", "fastsae.native.loader:signum", "fastsae.native.loader:refuses_signum")
+SIGNUM.row("cpu", "fastsae.native.signum:signum", "fastsae.native.signum:refuses_signum")
 SIGNUM.row("triton", "fastsae.kernels.signum:signum", "fastsae.ops.signum:triton_refuses")

@@ -110,7 +110,7 @@ def _xor(active: Tensor, layer: int, seed: int, bits: int) -> Tensor:
 
 def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
     for rows in chunks(x.shape[0], max(W.shape[0], x.shape[1])):
-        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b, None, None)
+        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b)
 
 
 def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
@@ -303,7 +303,7 @@ HASH_CODE = Op(
     dtypes=(torch.float32,),
 )
 for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.spline:{_op.name}", f"fastsae.native.spline:refuses_{_op.name}")
     _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.reference:triton_refuses")
 
