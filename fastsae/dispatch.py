@@ -131,7 +131,7 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         # Torch's dispatcher costs as much as a small kernel; it is needed where something listens: compilers, modes, vmap, subclasses,
         # the profiler.
-        if _nobody_listens() and all(type(arg) in _PLAIN for arg in args):
+        if _nobody_listens() and _PLAIN.issuperset(map(type, args)):
             return self._body(*args, backend=backend)
         return self._torch_op(*args, backend=backend)
 
@@ -178,7 +178,8 @@ class Op:
         row = self.choose(args, backend)
         recorder = _recorder.get()
         # A kernel writes through an address, which autograd does not see.
-        torch.autograd.graph.increment_version([args[position] for position in self.mutates if not args[position].is_inference()])
+        if self.mutates:
+            torch.autograd.graph.increment_version([args[position] for position in self.mutates if not args[position].is_inference()])
         if recorder is None:
             return _run(row, args)
         start = time.perf_counter()

@@ -48,7 +48,7 @@ def of_inputs(function: Callable[Concatenate[ScoreInputs, P], R]) -> Callable[..
 
     @functools.wraps(function)
     def row(*args: Any, **options: Any) -> R:
-        return function(ScoreInputs(*args[:_N_INPUTS]), *args[_N_INPUTS:], **options)
+        return function(ScoreInputs._make(args[:_N_INPUTS]), *args[_N_INPUTS:], **options)
 
     return row
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.native.decode import slot_arguments
-from fastsae.native.loader import INDEX_DTYPES, address, call, expect, unavailable
+from fastsae.native.loader import INDEX_DTYPES, address, call_on_slots, expect, unavailable
 
 
 def refuses_gradient(grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, **matrices: Tensor) -> str | None:
@@ -74,12 +74,12 @@ def gradient_arguments(W: Tensor, grad: Tensor, values: Tensor | None, indices: 
         if layout is None or (layout[1] != 1 and (to is None or to[1] == 1)):
             grad, layout = grad.contiguous(), (W.shape[1], 1)
         return GradientArguments((False, 0, 0, 0, 0, 0, 0, 0, grad.data_ptr(), *layout), (grad,), None)
-    slots = slot_arguments(indices, crow)
-    if values.shape != indices.shape or grad.shape != (slots.rows, W.shape[1]):
+    slots, rows, held = slot_arguments(indices, crow)
+    if values.shape != indices.shape or grad.shape != (rows, W.shape[1]):
         raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for W {list(W.shape)}")
     grad, values = grad.contiguous(), values.contiguous()
-    where = (True, *slots.where, values.data_ptr(), grad.data_ptr(), W.shape[1], 1)
-    return GradientArguments(where, (grad, values, slots), (indices, crow, W.shape[0]))
+    where = (True, *slots, values.data_ptr(), grad.data_ptr(), W.shape[1], 1)
+    return GradientArguments(where, (grad, values, held), (indices, crow, W.shape[0]))
 
 
 def refuses_adam(
@@ -116,9 +116,9 @@ def adam(
     expect(torch.float32, W, m, v, factor)
     layout = same_layout("W", W, m=m, v=v)
     gradient = gradient_arguments(W, grad, values, indices, crow)
-    call(
-        "adam", *gradient.where, address(factor), W.data_ptr(), m.data_ptr(), v.data_ptr(), *W.shape, *layout,
-        lr, beta1, beta2, eps, weight_decay, step, project, normalise, slots=gradient.slots,
+    call_on_slots(
+        "adam", gradient.slots, *gradient.where, address(factor), W.data_ptr(), m.data_ptr(), v.data_ptr(), *W.shape, *layout,
+        lr, beta1, beta2, eps, weight_decay, step, project, normalise,
     )  # fmt: skip
 
 
@@ -128,5 +128,6 @@ def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor
     layout = same_layout("W", W)
     gradient = gradient_arguments(W, grad, values, indices, crow)
     total = torch.empty((), dtype=torch.float32, device="cpu")
-    call("grad_squares", *gradient.where, W.data_ptr(), *W.shape, *layout, project, total.data_ptr(), slots=gradient.slots)
+    where = (*gradient.where, W.data_ptr(), *W.shape, *layout)
+    call_on_slots("grad_squares", gradient.slots, *where, project, total.data_ptr())
     return total

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastsae.native.loader import DTYPES, INDEX_DTYPES, SUPPORTED, address, call, expect, unavailable
+from fastsae.native.loader import DTYPES, INDEX_DTYPES, SUPPORTED, address, call_on_slots, expect, unavailable
 
 
 def _refuses(a: Tensor, a_name: str, indices: Tensor, crow: Tensor | None, w: Tensor, w_name: str, t: Tensor | None = None) -> str | None:
@@ -46,15 +44,11 @@ def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None,
     return _refuses(values, "values", indices, crow, out, "out", grad)
 
 
-class SlotArguments(NamedTuple):
-    """Where slots lie: (address of indices, their dtype, address of crow, rows, slots a row, slots), and the tensors that hold them."""
-
-    where: tuple[int, int, int, int, int, int]
-    rows: int
-    held: tuple[Tensor, Tensor | None]
+Held = tuple[Tensor, Tensor | None]
 
 
-def slot_arguments(indices: Tensor, crow: Tensor | None) -> SlotArguments:
+def slot_arguments(indices: Tensor, crow: Tensor | None) -> tuple[tuple[int, int, int, int, int, int], int, Held]:
+    """Where slots lie, (address of indices, their dtype, address of crow, rows, slots a row, slots); rows; the tensors that hold them."""
     indices = indices.contiguous()
     if crow is None:
         if indices.dim() != 2:
@@ -68,7 +62,7 @@ def slot_arguments(indices: Tensor, crow: Tensor | None) -> SlotArguments:
         crow = crow.contiguous()
         rows, k = crow.numel() - 1, 0
     where = (indices.data_ptr(), INDEX_DTYPES[indices.dtype], address(crow), rows, k, indices.numel())
-    return SlotArguments(where, rows, (indices, crow))
+    return where, rows, (indices, crow)
 
 
 def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
@@ -83,7 +77,7 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
     Raises: IndexError (an index outside 0 .. F - 1), ValueError (shapes, crow).
     """
     (features, d), dtype = W.shape, W.dtype
-    slots = slot_arguments(indices, crow)
+    where, rows, _held = slot_arguments(indices, crow)
     if values.shape != indices.shape or (b is not None and b.shape != (d,)):
         raise ValueError(
             f"values {list(values.shape)}, indices {list(indices.shape)}, b {None if b is None else list(b.shape)} for D = {d}"
@@ -91,11 +85,11 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
     expect(dtype, values)
     values = values.contiguous()
     if b is not None:
-        b = b.to(torch.float32).contiguous()
-    y = torch.empty((slots.rows, d), dtype=dtype, device="cpu")
-    call(
-        "decode", *slots.where, features, DTYPES[dtype], values.data_ptr(), W.data_ptr(), *W.stride(), d, address(b), y.data_ptr(),
-        slots=(indices, crow, features),
+        b = (b if b.dtype is torch.float32 else b.float()).contiguous()
+    y = torch.empty((rows, d), dtype=dtype, device="cpu")
+    call_on_slots(
+        "decode", (indices, crow, features),
+        *where, features, DTYPES[dtype], values.data_ptr(), W.data_ptr(), *W.stride(), d, address(b), y.data_ptr(),
     )  # fmt: skip
     return y
 
@@ -106,15 +100,15 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
     Args: grad [rows, D]; the others as in `decode`.
     """
     (features, d), dtype = W.shape, W.dtype
-    slots = slot_arguments(indices, crow)
-    if grad.shape != (slots.rows, d):
-        raise ValueError(f"grad: expected {[slots.rows, d]}, got {list(grad.shape)}")
+    where, rows, _held = slot_arguments(indices, crow)
+    if grad.shape != (rows, d):
+        raise ValueError(f"grad: expected {[rows, d]}, got {list(grad.shape)}")
     expect(dtype, grad)
     grad = grad.contiguous()
     dvalues = torch.empty(indices.shape, dtype=dtype, device="cpu")
-    call(
-        "decode_dvalues", *slots.where, features, DTYPES[dtype], grad.data_ptr(), W.data_ptr(), *W.stride(), d, dvalues.data_ptr(),
-        slots=(indices, crow, features),
+    call_on_slots(
+        "decode_dvalues", (indices, crow, features),
+        *where, features, DTYPES[dtype], grad.data_ptr(), W.data_ptr(), *W.stride(), d, dvalues.data_ptr(),
     )  # fmt: skip
     return dvalues
 
@@ -126,12 +120,12 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
     reuses `out` and knows which rows it wrote last.
     """
     (features, d), dtype = out.shape, out.dtype
-    slots = slot_arguments(indices, crow)
-    if values.shape != indices.shape or grad.shape != (slots.rows, d):
+    where, rows, _held = slot_arguments(indices, crow)
+    if values.shape != indices.shape or grad.shape != (rows, d):
         raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for out {list(out.shape)}")
     expect(dtype, values, grad)
     values, grad = values.contiguous(), grad.contiguous()
-    call(
-        "decode_dweight", *slots.where, features, DTYPES[dtype], values.data_ptr(), grad.data_ptr(), out.data_ptr(), *out.stride(), d,
-        zero_untouched, slots=(indices, crow, features),
+    call_on_slots(
+        "decode_dweight", (indices, crow, features),
+        *where, features, DTYPES[dtype], values.data_ptr(), grad.data_ptr(), out.data_ptr(), *out.stride(), d, zero_untouched,
     )  # fmt: skip

@@ -65,7 +65,6 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, vpopcnt: bool = True) -> tuple
     (a, n, stride_a), (b, m, stride_b) = code_rows(a), code_rows(b)
     distance = torch.empty((n, k), dtype=torch.int32, device="cpu")
     index = torch.empty((n, k), dtype=torch.int64, device="cpu")
-    call(
-        "hamming_topk", a.data_ptr(), n, stride_a, b.data_ptr(), m, stride_b, a.shape[1], k, distance.data_ptr(), index.data_ptr(), vpopcnt
-    )
+    left, right = (a.data_ptr(), n, stride_a), (b.data_ptr(), m, stride_b)
+    call("hamming_topk", *left, *right, a.shape[1], k, distance.data_ptr(), index.data_ptr(), vpopcnt)
     return distance, index

@@ -82,17 +82,23 @@ def load() -> ModuleType:
     return _C
 
 
-def call(name: str, *arguments: object, slots: tuple[Tensor, Tensor | None, int] | None = None) -> Any:
+def call(name: str, *arguments: object) -> Any:
     """What a compiled function returns for these arguments and torch's number of threads; an exception where its status is bad.
 
-    ``slots``: the indices, crow and number of features that a bad status speaks of. A status that is no error, as of what a level does
-    not support, is returned.
+    A status that is no error, as of what a level does not support, is returned.
     """
     result = getattr(_C or load(), name)(*arguments, torch.get_num_threads())
     status = result if type(result) is int else result.status
     if status != _OK:
-        _raise(name, status, slots)
+        _raise(name, status, None)
     return result
+
+
+def call_on_slots(name: str, slots: tuple[Tensor, Tensor | None, int] | None, *arguments: object) -> None:
+    """``call`` where a bad status may speak of slots: of these indices, crow and number of features."""
+    status = getattr(_C or load(), name)(*arguments, torch.get_num_threads())
+    if status != _OK:
+        _raise(name, status, slots)
 
 
 def _raise(name: str, status: int, slots: tuple[Tensor, Tensor | None, int] | None) -> None:
@@ -118,7 +124,7 @@ def unsupported(status: int) -> bool:
     return status == load().UNSUPPORTED
 
 
-def run_engine(name: str, *arguments: object, path: str | None = "auto", stats: dict[str, int] | None = None) -> Any:
+def call_engine(name: str, path: str | None, stats: dict[str, int] | None, *arguments: object) -> Any:
     """``call`` of a function of the tile engine.
 
     Args:

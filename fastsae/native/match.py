@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.native.encode import score_refusal
-from fastsae.native.loader import DTYPES, expect, load, run_engine, unsupported
+from fastsae.native.encode import rounded, score_refusal
+from fastsae.native.loader import DTYPES, call_engine, expect, load, unsupported
 
 _MOST_COLUMN_BEST = 8  # of match_pair in one pass; more take a pass for each direction
 _refuses = score_refusal()
@@ -49,16 +49,14 @@ def match_cosine(
     """The k rows of b most similar to each row of a: (similarity, index) [N, k]; exact by the score of csrc/fastsae.h.
 
     Args:
-        a: [N, D], b: [M, D], any strides; read in place. path, stats: as in ``run_engine``.
+        a: [N, D], b: [M, D], any strides; read in place. path, stats: as in ``call_engine``.
     """
     if not 0 <= k <= b.shape[0] - (1 if exclude_self else 0):
         raise ValueError(f"match_cosine: k {k} for {b.shape[0]} rows of b")
     similarity = torch.empty((a.shape[0], k), dtype=torch.float32, device="cpu")
     index = torch.empty((a.shape[0], k), dtype=torch.int64, device="cpu")
-    run_engine(
-        "match_cosine", *_arguments(a, b, eps), k, absolute, exclude_self, similarity.data_ptr(), index.data_ptr(), path=path, stats=stats
-    )
-    return similarity.to(a.dtype), index
+    call_engine("match_cosine", path, stats, *_arguments(a, b, eps), k, absolute, exclude_self, similarity.data_ptr(), index.data_ptr())
+    return rounded(similarity, a.dtype), index
 
 
 def match_pair(
@@ -74,7 +72,7 @@ def match_pair(
             [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes] for dtype in (torch.float32, torch.int64)
         )
         written = (t.data_ptr() for t in (ab, ab_index, ba, ba_index, low, low_index))
-        if not unsupported(run_engine("match_pair", *_arguments(a, b, eps), k_ab, k_ba, *written, path=None, stats=stats)):
-            return ab.to(a.dtype), ab_index, ba.to(a.dtype), ba_index, low.to(a.dtype), low_index
+        if not unsupported(call_engine("match_pair", None, stats, *_arguments(a, b, eps), k_ab, k_ba, *written)):
+            return rounded(ab, a.dtype), ab_index, rounded(ba, a.dtype), ba_index, rounded(low, a.dtype), low_index
     low, low_index = match_cosine(-a, b, 1, False, False, eps)
     return *match_cosine(a, b, k_ab, False, False, eps), *match_cosine(b, a, k_ba, False, False, eps), -low[:, 0], low_index[:, 0]

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastsae.latents import ScoreInputs
 from fastsae.native.encode import Arguments, score_refusal
 from fastsae.native.hamming import code_rows, refuses_codes
-from fastsae.native.loader import DTYPES, SUPPORTED, address, call, expect, run_engine
+from fastsae.native.loader import DTYPES, SUPPORTED, address, call, call_engine, expect
 
 _SIGNS = {**DTYPES, torch.bool: 3}
 _HASHED_AT_ONCE = 1 << 23  # words of codes that wait for their hash
@@ -101,11 +101,11 @@ def spline_code(
     Args:
         x: [rows, D], any strides. W: [H, D], any strides; read in place. b: None, or [H]. neurons: None, an index or a mask.
         packed: not read: signs are screened in another number than the one `pack` writes.
-        path, stats: as in ``run_engine``.
+        path, stats: as in ``call_engine``.
     """
     given, words = Arguments("spline_code", ScoreInputs(x, W, b)), _words(x.shape[0], W.shape[0])
     mask = _taking_part(neurons, W.shape[0])
-    run_engine("spline_code", *given.addresses, address(given.b), words.data_ptr(), path=path, stats=stats)
+    call_engine("spline_code", path, stats, *given.addresses, address(given.b), words.data_ptr())
     return words if mask is None else words.bitwise_and_(pack_signs(mask.unsqueeze(0), None))
 
 
