@@ -523,8 +523,9 @@ def _inputs(op: str, x: Any, W: Any, **vectors: Any) -> tuple[tuple[int, ...], T
         packed = packed if W is given else None  # packed before the cast: of no use for the rounded weights
     checks.same_dtype(op, "W_enc", W, "x", x)
     for name, vector in zip(vectors, values):
-        size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
-        checks.vector(op, name, vector, size, x, label)
+        if vector is not None:
+            size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
+            checks.vector(op, name, vector, size, x, label)
     batch = x.shape[:-1]
     if x.dim() != 2:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
