@@ -1,4 +1,4 @@
-"""What the references share: accumulation dtype, tiles of a bounded workspace, products in full precision, scores."""
+"""What the references share: accumulation dtype, tiles of a bounded workspace, products in full precision, scores, top-k of rows."""
 
 from __future__ import annotations
 
@@ -113,6 +113,31 @@ def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None = None)
     if scale is not None:
         result = result * scale
     return result if b is None else result + b
+
+
+def select_rows(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf."""
+    n = s.shape[1]
+    values, indices = s.topk(min(k + 1, n), dim=1)
+    # torch.topk leaves open which of equal values it takes and in what order; a stable sort does not.
+    same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()
+    tied = same.any(1)
+    if s.device.type == "cpu":
+        rows = tied.nonzero().flatten()
+        if rows.numel() == 0:
+            return values[:, :k], indices[:, :k]
+        sorted_values, sorted_indices = s[rows].sort(dim=1, descending=True, stable=True)
+        values = values[:, :k].index_copy(0, rows, sorted_values[:, :k])
+        return values, indices[:, :k].index_copy(0, rows, sorted_indices[:, :k])
+    values, indices = s.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
+
+
+def merge_rows(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of candidates whose earlier entries have the lower indices."""
+    v, i = torch.cat(values, 1), torch.cat(indices, 1)
+    v, order = v.sort(dim=1, descending=True, stable=True)
+    return v[:, :k], i.gather(1, order[:, :k])
 
 
 def triton_refuses(*args: object) -> str | None:

@@ -15,39 +15,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastsae._core import checks, seeds
+from fastsae._core import checks
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, pointers, to_capacity
-from fastsae.ops.score_gradients import feature_sums, score_gradients
+from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, to_capacity
+from fastsae.ops import encode_samples
+from fastsae.ops.score_gradients import score_gradients, threshold_gradient
 from fastsae.packed import PackedWeights
-from fastsae.reference import accumulator, centre, chunks, scores, tracks
+from fastsae.reference import accumulator, centre, chunks, merge_rows, scores, select_rows, tracks
 
 # ---------------------------------------------------------------- references
-
-
-def select_topk(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf."""
-    n = s.shape[1]
-    values, indices = s.topk(min(k + 1, n), dim=1)
-    # torch.topk leaves open which of equal values it takes and in what order; a stable sort does not.
-    same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()
-    tied = same.any(1)
-    if s.device.type == "cpu":
-        rows = tied.nonzero().flatten()
-        if rows.numel() == 0:
-            return values[:, :k], indices[:, :k]
-        sorted_values, sorted_indices = s[rows].sort(dim=1, descending=True, stable=True)
-        values = values[:, :k].index_copy(0, rows, sorted_values[:, :k])
-        return values, indices[:, :k].index_copy(0, rows, sorted_indices[:, :k])
-    values, indices = s.sort(dim=1, descending=True, stable=True)
-    return values[:, :k], indices[:, :k]
-
-
-def merge_topk(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of candidates whose earlier entries have the lower indices."""
-    v, i = torch.cat(values, 1), torch.cat(indices, 1)
-    v, order = v.sort(dim=1, descending=True, stable=True)
-    return v[:, :k], i.gather(1, order[:, :k])
 
 
 @of_inputs
@@ -64,11 +40,11 @@ def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool) -> tuple[Tens
         indices: list[Tensor] = []
         for part in chunks(n, rows.stop - rows.start, least=k):
             local = part if chosen is None else chosen[part]
-            v, i = select_topk(_tile(inputs, xc[rows], local), min(k, part.stop - part.start))
+            v, i = select_rows(_tile(inputs, xc[rows], local), min(k, part.stop - part.start))
             values.append(v)
             indices.append(i + part.start)
             if len(values) == 2:
-                v, i = merge_topk(values, indices, k)
+                v, i = merge_rows(values, indices, k)
                 values, indices = [v], [i]
         kept_values.append(values[0])
         kept_indices.append(indices[0])
@@ -149,7 +125,7 @@ def encode_batch_topk_reference(inputs: ScoreInputs, k: float, capacity: int | N
     wide = accumulator(x.dtype)
     pool, pool_row, pool_col = x.new_empty(0, dtype=wide), *(torch.empty(2, 0, dtype=torch.int64, device=x.device))
     for rows, s in _row_tiles(inputs, chosen):
-        # Once the pool is full, an equal s of a later row loses, so only larger ones (or NaN) can enter.
+        # Once the pool is full, an equal score of a later row loses, so only larger ones (or NaN) can enter.
         floor = pool[-1] if pool.shape[0] == total and total else s.new_zeros(())
         row, col = ((s > floor.clamp_min(0)) | (s.isnan() & ~floor.isnan())).nonzero(as_tuple=True)
         new = s[row, col]
@@ -169,14 +145,7 @@ def encode_batch_topk_reference(inputs: ScoreInputs, k: float, capacity: int | N
 
 
 def encode_gated_reference(
-    x: Tensor,
-    W: Tensor,
-    b_gate: Tensor,
-    r_mag: Tensor,
-    b_mag: Tensor,
-    b_pre: Tensor | None,
-    packed: Tensor | None,
-    capacity: int | None = None,
+    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, packed: Any, capacity: int | None = None
 ) -> tuple[Tensor, ...]:
     wide = accumulator(x.dtype)
     stretch = r_mag.to(wide).exp()
@@ -185,148 +154,6 @@ def encode_gated_reference(
         gate, magnitude = p + b_gate, p * stretch + b_mag
         kept.add(~(gate <= 0) & ~(magnitude <= 0), torch.where(gate.isnan(), gate, magnitude))
     return to_capacity("encode_gated", capacity, *kept.result())
-
-
-# ---------------------------------------------------------------- samples and checks
-
-
-def _normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
-    return lambda *shape: seeds.normal(generator, shape).to(device=device, dtype=dtype)
-
-
-def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    """(x, W, b, b_pre, scale, features) over shapes, both weight layouts, ties, flat rows, NaN, infinities."""
-    normal = _normal(device, dtype, generator)
-    for rows, width, n in ((5, 16, 40), (1, 1, 1), (0, 8, 9), (3, 0, 7), (33, 31, 129), (4, 300, 64)):
-        x, W = normal(rows, width), normal(n, width)
-        yield x, W, normal(n), None, None, None
-        yield x, normal(width, n).T, None, normal(width), normal(n), None
-        subset = torch.randperm(n, generator=generator, device="cpu")[: n // 2 + 1].to(device)
-        yield x, W, normal(n), normal(width), None, subset
-        mask = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, subset, True)
-        yield x, W, None, None, normal(n), mask
-    x, W = normal(6, 12), normal(50, 12)
-    tied = W.clone()
-    tied[10:30] = tied[4]
-    yield x, tied, None, None, None, None
-    flat = x.clone()
-    flat[2] = 0
-    yield flat, W, None, None, None, None
-    special = x.clone()
-    special[1, 3], special[3, 0], special[4, 1] = float("nan"), float("inf"), -float("inf")
-    broken = W.clone()
-    broken[7, 2] = float("nan")
-    yield special, broken, normal(50), None, None, None
-    integers = torch.randint(-4, 5, (9, 16), generator=generator, device="cpu").to(device=device, dtype=dtype)
-    few = torch.randint(-2, 3, (200, 16), generator=generator, device="cpu").to(device=device, dtype=dtype)
-    yield integers, few, None, None, None, None
-    yield x[::2, 1::2], W[::3, 1::2], None, None, None, None
-    yield normal(1, 12).expand(4, 12), W, None, None, None, None
-
-
-def _packed(W: Tensor, count: int) -> Tensor | None:
-    """A handle's words for every second sample, where this machine has a use for them."""
-    return PackedWeights(W).words("samples") if count % 2 else None
-
-
-def _room(x: Tensor, W: Tensor, count: int) -> int | None:
-    """A capacity that any result fits, for every third sample."""
-    return x.shape[0] * W.shape[0] + 1 if count % 3 == 1 else None
-
-
-def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for count, sample in enumerate(encode_samples(device, dtype, generator)):
-        features = sample[5]
-        n = sample[1].shape[0] if features is None else int(features.sum()) if features.dtype is torch.bool else features.shape[0]
-        for k in sorted({1, min(n, 7), n}):
-            yield *sample, _packed(sample[1], count), k, count % 2 == 0
-
-
-def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
-        per_feature = seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
-        for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
-            yield x, W, b, b_pre, scale, features, _packed(W, count), threshold, bandwidth, _room(x, W, count)
-
-
-def _batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for count, sample in enumerate(encode_samples(device, dtype, generator)):
-        for k in (0.4, 3, 1e6):
-            yield *sample, _packed(sample[1], count), float(k), _room(sample[0], sample[1], count)
-
-
-def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    normal = _normal(device, dtype, generator)
-    for count, (x, W, _, b_pre, _, features) in enumerate(encode_samples(device, dtype, generator)):
-        if features is None:
-            n = W.shape[0]
-            yield x, W, normal(n), normal(n) / 4, normal(n), b_pre, _packed(W, count // 4), _room(x, W, count)
-
-
-def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, W, b) of a moderate SAE with unit rows."""
-    normal = _normal(device, dtype, generator)
-    W = normal(16384, 512)
-    return normal(256, 512), W / torch.linalg.vector_norm(W, dim=1, keepdim=True), normal(16384) / 10
-
-
-def _gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    x, W, b = _layer(device, dtype, generator)
-    return x, W, b - 2.5, b, b, None, None
-
-
-def _check_topk(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b, b_pre, scale, features, _, k, relu = args
-    score = testing.score_band(x, W, b, b_pre, scale)
-    return testing.check_topk(score, checks.sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
-
-
-def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tuple[Tensor, ...]:
-    """The entries of a ragged result; Mismatch unless it has exactly the capacity that was given, slots after the entries empty."""
-    from fastsae import testing
-
-    values, col, crow, *rest = result
-    capacity = given[0] if given else None
-    if capacity is None:
-        return values, col, crow, *rest
-    n, slots = int(crow[-1]), [values, col, *rest[:flagged]]
-    for slot in slots:
-        if slot.shape != (capacity,) or bool((slot[n:] != 0).any()):
-            raise testing.Mismatch(f"slots after the {n} entries must be 0, {capacity} in all, got {list(slot.shape)}: {slot[n:]}")
-    return values[:n], col[:n], crow, *(slot[:n] for slot in rest[:flagged]), *rest[flagged:]
-
-
-def _check_threshold(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b, b_pre, scale, features, _, threshold, bandwidth, *capacity = args
-    score = testing.score_band(x, W, b, b_pre, scale)
-    result = _filled(capacity, result, bandwidth is not None)
-    return testing.check_threshold(score, checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
-
-
-def _check_batch_topk(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b, b_pre, scale, features, _, k, *capacity = args
-    score = testing.score_band(x, W, b, b_pre, scale)
-    result = _filled(capacity, result)
-    return testing.check_batch_topk(score, checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
-
-
-def _check_gated(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b_gate, r_mag, b_mag, b_pre, _, *capacity = args
-    result = _filled(capacity, result)
-    gate = testing.score_band(x, W, b_gate, b_pre, None)
-    magnitude = testing.score_band(x, W, b_mag, b_pre, r_mag.to(accumulator(x.dtype)).exp())
-    # Two correct exponentials differ by 2 ulp each: 8 units of the magnitudes, which the band counts D + 3 times twice.
-    extra = magnitude.band * 4 / (x.shape[1] + 3)
-    magnitude = testing.Score(magnitude.exact, magnitude.tolerance + extra, magnitude.band + 2 * extra, magnitude.unit)
-    return testing.check_gated(gate, magnitude, result, x.dtype)
 
 
 # ---------------------------------------------------------------- rows
@@ -348,12 +175,10 @@ _CAPACITY = "SymInt? capacity=None"
 ENCODE_TOPK = Op(
     f"encode_topk({_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
     encode_topk_reference,
-    fake=of_inputs(
-        lambda inputs, k, relu: (inputs.x.new_empty((inputs.x.shape[0], k)), inputs.x.new_empty((inputs.x.shape[0], k), dtype=torch.int64))
-    ),
-    samples=_topk_samples,
-    check=_check_topk,
-    workload=lambda *where: (*_layer(*where), None, None, None, None, 32, True),
+    fake=of_inputs(lambda s, k, relu: (s.x.new_empty((s.x.shape[0], k)), s.x.new_empty((s.x.shape[0], k), dtype=torch.int64))),
+    samples=encode_samples.topk_samples,
+    check=encode_samples.check_topk,
+    workload=lambda *where: (*encode_samples.layer(*where), None, None, None, None, 32, True),
     batched=(0,),
     handle=(1, 6),
 )
@@ -361,20 +186,18 @@ ENCODE_THRESHOLD = Op(
     f"encode_threshold({_INPUTS}, Tensor threshold, float? bandwidth, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_threshold_reference,
     fake=_fake_threshold,
-    samples=_threshold_samples,
-    check=_check_threshold,
-    workload=lambda *where: (*_layer(*where), None, None, None, None, torch.tensor(2.5, device=where[0], dtype=torch.float32), None),
+    samples=encode_samples.threshold_samples,
+    check=encode_samples.check_threshold,
+    workload=encode_samples.threshold_workload,
     handle=(1, 6),
 )
 ENCODE_BATCH_TOPK = Op(
     f"encode_batch_topk({_INPUTS}, float k, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_batch_topk_reference,
-    fake=of_inputs(
-        lambda inputs, k, capacity=None: (*_fake_ragged(inputs.x, capacity), inputs.x.new_empty((), dtype=accumulator(inputs.x.dtype)))
-    ),
-    samples=_batch_topk_samples,
-    check=_check_batch_topk,
-    workload=lambda *where: (*_layer(*where), None, None, None, None, 32.0),
+    fake=of_inputs(lambda s, k, capacity=None: (*_fake_ragged(s.x, capacity), s.x.new_empty((), dtype=accumulator(s.x.dtype)))),
+    samples=encode_samples.batch_topk_samples,
+    check=encode_samples.check_batch_topk,
+    workload=lambda *where: (*encode_samples.layer(*where), None, None, None, None, 32.0),
     handle=(1, 6),
 )
 ENCODE_GATED = Op(
@@ -382,9 +205,9 @@ ENCODE_GATED = Op(
     " -> (Tensor, Tensor, Tensor)",
     encode_gated_reference,
     fake=lambda x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity=None: _fake_ragged(x, capacity),
-    samples=_gated_samples,
-    check=_check_gated,
-    workload=_gated_workload,
+    samples=encode_samples.gated_samples,
+    check=encode_samples.check_gated,
+    workload=encode_samples.gated_workload,
     handle=(1, 6),
 )
 for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
@@ -394,22 +217,16 @@ for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
 # ---------------------------------------------------------------- backward
 
 
-# What all encoders share. Classes of their own, as a compiler takes no operation for an argument of ``apply``.
+# A class for each encoder, as a compiler takes no operation for an argument of ``apply``.
 
 
 def _keep(
-    ctx: Any,
-    outputs: tuple[Tensor, ...],
-    passes: Tensor,
-    inputs: tuple[Any, ...],
-    backend: str | None,
-    padded: bool = False,
-    more: Any = (),
+    ctx: Any, outputs: tuple[Tensor, ...], passes: Tensor, inputs: Any, backend: str | None, capacity: Any = None, *more: Tensor
 ) -> tuple[Tensor, ...]:
     """Saves for ``_through_scores``: where a value's gradient is its score's, the slots, (x, W, b, b_pre, scale), and ``more``."""
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.save_for_backward(passes, outputs[1], outputs[2] if len(outputs) > 2 else None, *inputs, *more)
-    ctx.padded, ctx.backend = padded, then_any(backend)
+    ctx.padded, ctx.backend = capacity is not None, then_any(backend)
     return outputs
 
 
@@ -431,20 +248,16 @@ class _EncodeTopK(torch.autograd.Function):
         return *_through_scores(ctx, grad), *[None] * 5
 
 
-class _EncodeBatchTopK(torch.autograd.Function):
+class _EncodeBatchTopK(_EncodeTopK):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *given, capacity, backend = args
         outputs = ENCODE_BATCH_TOPK(*given, capacity, backend=backend)
-        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity is not None)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_through_scores(ctx, grad), *[None] * 5
+        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity)
 
 
 class _EncodeThreshold(torch.autograd.Function):
-    """Without the last result where there is a bandwidth: ``l0``, which has a gradient."""
+    """With a bandwidth there is one more result, ``l0``, which has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -452,32 +265,20 @@ class _EncodeThreshold(torch.autograd.Function):
         outputs = values, _, crow, flags = ENCODE_THRESHOLD(*given, threshold, bandwidth, capacity, backend=backend)
         passes = ~values.isnan() if bandwidth is None else (flags & 1).bool() & ~values.isnan()
         ctx.bandwidth = bandwidth
-        _keep(ctx, outputs, passes, args[:5], backend, capacity is not None, (flags, threshold))
+        _keep(ctx, outputs, passes, args[:5], backend, capacity, flags, threshold)
         return outputs if bandwidth is None else (*outputs, _active_counts(flags, crow, accumulator(values.dtype)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dthreshold = None
         if ctx.needs_input_grad[7]:
-            dthreshold = _threshold_gradient(ctx, grad, rest[-1])
+            _, col, crow, _, W, *_, flags, threshold = ctx.saved_tensors
+            dthreshold = torch.zeros_like(threshold)
+            if ctx.bandwidth is not None:
+                slots = Slots(grad, col, crow)
+                sums = threshold_gradient(slots, rest[-1], flags, threshold, ctx.bandwidth, W.shape[0], ctx.backend, ctx.padded)
+                dthreshold = (sums if threshold.dim() else sums.sum()).to(threshold.dtype)
         return *_through_scores(ctx, grad), None, None, dthreshold, None, None, None
-
-
-def _threshold_gradient(ctx: Any, grad: Tensor, dl0: Tensor) -> Tensor:
-    _, col, crow, x, W, _, _, _, flags, threshold = ctx.saved_tensors
-    if ctx.bandwidth is None:
-        return torch.zeros_like(threshold)
-    wide = accumulator(x.dtype)
-    theta = threshold.to(wide)
-    theta = theta[col.long()] if theta.dim() else theta
-    dl0 = dl0.to(wide)
-    if ctx.padded:  # the flags of empty slots are 0
-        crow = pointers(crow, col.shape[0])
-        dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
-    per_slot = -(theta * grad.to(wide) + dl0[Slots(grad, col, crow).row_of()]) / ctx.bandwidth
-    per_slot = torch.where((flags & 2).bool(), per_slot, 0)
-    dthreshold = feature_sums(per_slot, col, crow, W.shape[0], ctx.backend)
-    return (dthreshold if threshold.dim() else dthreshold.sum()).to(threshold.dtype)
 
 
 def _active_counts(flags: Tensor, crow: Tensor, dtype: torch.dtype) -> Tensor:
@@ -493,7 +294,7 @@ class _EncodeGated(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         x, W, b_mag, b_pre, _, b_gate, r_mag, packed, capacity, backend = args
         outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
-        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity is not None, (b_gate,))
+        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity, b_gate)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -536,10 +337,6 @@ def _score_inputs(op: str, x: Any, W: Any, b: Any, b_pre: Any, scale: Any, featu
     """``_inputs`` of the encoders whose arguments are those of ``encode_topk``: (batch shape, inputs)."""
     batch, x, W, packed, (b, b_pre, scale) = _inputs(op, x, W, b_enc=b, b_pre=b_pre, scale=scale)
     return batch, ScoreInputs(x, W, b, b_pre, scale, checks.subset(op, "features", features, W.shape[0], x, "F"), packed)
-
-
-def _capacity(op: str, capacity: Any) -> int | None:
-    return None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
 
 
 def _latents(
@@ -687,8 +484,7 @@ def encode_threshold(
     batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
     x, F = inputs.x, inputs.W.shape[0]
     dtype = checks.index_dtype(op, index_dtype, F)
-    if bandwidth is not None:
-        bandwidth = float(checks.number(op, "bandwidth", bandwidth))
+    bandwidth = None if bandwidth is None else float(checks.number(op, "bandwidth", bandwidth))
     wide = accumulator(x.dtype)
     if not isinstance(threshold, Tensor):
         threshold = x.new_full((), checks.within(wide, float(checks.number(op, "threshold", threshold, positive=False))), dtype=wide)
@@ -697,7 +493,7 @@ def encode_threshold(
     else:
         checks.tensor(op, "threshold", threshold, checks.beside(x), x)
     backend = preference(backend)
-    capacity = _capacity(op, capacity)
+    capacity = None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
     if tracks(op, *inputs[:5], threshold):
         values, col, crow, flags, *rest = _EncodeThreshold.apply(*inputs, threshold, bandwidth, capacity, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
@@ -747,7 +543,7 @@ def encode_batch_topk(
     F = inputs.W.shape[0]
     dtype = checks.index_dtype(op, index_dtype, F)
     k = float(checks.number(op, "k", k))
-    capacity = _capacity(op, capacity)
+    capacity = None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
     backend = preference(backend)
     if tracks(op, *inputs[:5]):
         outputs = _EncodeBatchTopK.apply(*inputs, k, capacity, backend)
@@ -789,7 +585,7 @@ def encode_gated(
     batch, x, W, packed, vectors = _inputs(op, x, W_enc, b_gate=b_gate, r_mag=r_mag, b_mag=b_mag, b_pre=b_pre)
     b_gate, r_mag, b_mag, b_pre = vectors
     dtype = checks.index_dtype(op, index_dtype, W.shape[0])
-    capacity = _capacity(op, capacity)
+    capacity = None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
     backend = preference(backend)
     if tracks(op, x, W, *vectors):
         stretch = r_mag.to(accumulator(x.dtype)).exp()

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference
-from fastsae.ops.encode import merge_topk, select_topk
-from fastsae.reference import accumulator, chunks, product
+from fastsae.reference import accumulator, chunks, merge_rows, product, select_rows
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -47,10 +46,10 @@ def hamming_reference(a: Tensor, b: Tensor, out: Tensor) -> None:
 def hamming_topk_reference(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best: dict[int, tuple[Tensor, Tensor]] = {}
     for rows, columns, distance in _tiles(a, b):
-        near, index = select_topk(-distance, min(k, distance.shape[1]))
+        near, index = select_rows(-distance, min(k, distance.shape[1]))
         index = index + columns.start
         if rows.start in best:
-            near, index = merge_topk([best[rows.start][0], near], [best[rows.start][1], index], k)
+            near, index = merge_rows([best[rows.start][0], near], [best[rows.start][1], index], k)
         best[rows.start] = (near, index)
     if not best:
         return torch.empty(0, k, dtype=torch.int32, device=a.device), torch.empty(0, k, dtype=torch.int64, device=a.device)

@@ -16,8 +16,7 @@ from fastsae._core import checks, seeds
 from fastsae._core.norms import unit_rows
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.ops.decode import decode_slots, weight_gradient
-from fastsae.ops.encode import select_topk
-from fastsae.reference import accumulator, chunks, product, tracks
+from fastsae.reference import accumulator, chunks, product, select_rows, tracks
 
 # ---------------------------------------------------------------- references
 
@@ -47,7 +46,7 @@ class _Best:
         rank = s.abs() if self.absolute else s
         if excluded is not None:
             rank = rank.masked_fill(excluded, -torch.inf)
-        rank, local = select_topk(rank, min(self.k, s.shape[1]))
+        rank, local = select_rows(rank, min(self.k, s.shape[1]))
         value, index = s.gather(1, local), local + offset
         if start in self.rows:
             rank, value, index = (torch.cat(pair, 1) for pair in zip(self.rows[start], (rank, value, index)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.latents import pointers
+from fastsae.latents import Slots, pointers
 from fastsae.ops.decode import decode_slots, value_gradient, weight_gradient
 from fastsae.reference import accumulator, centre
 
@@ -81,3 +81,35 @@ def score_gradients(
     if needs[2] and b is not None:
         db = (feature_sums(dscore, indices, crow, W.shape[0], backend) if sums is None else sums).to(b.dtype)
     return (dx if needs[0] else None), dW, db, db_pre, dscale
+
+
+def threshold_gradient(
+    dvalues: Slots,
+    dl0: Tensor | float,
+    flags: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    n_features: int,
+    backend: str | None,
+    padded: bool = False,
+) -> Tensor:
+    """``[F]``: what thresholds get, straight-through: sums of ``-(threshold * dvalue + dl0) / bandwidth`` over slots in it.
+
+    Args:
+        dvalues: gradients of the values, where the slots are. flags: 2 in the band.
+        dl0: the gradient of each row's number of active latents, or one for all.
+        threshold: ``[]`` or ``[F]``. padded: as in ``score_gradients``.
+    """
+    grad, indices, crow = dvalues
+    wide = accumulator(grad.dtype)
+    theta = threshold.to(wide)
+    theta = theta[indices.long()] if theta.dim() else theta
+    if padded and crow is not None:  # the flags of empty slots are 0
+        crow = pointers(crow, indices.shape[0])
+    if isinstance(dl0, Tensor):
+        dl0 = dl0.to(wide)
+        if padded and crow is not None:
+            dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
+        dl0 = dl0[Slots(grad, indices, crow).row_of()]
+    per_slot = torch.where((flags & 2).bool(), -(theta * grad.to(wide) + dl0) / bandwidth, 0)
+    return feature_sums(per_slot, indices, crow, n_features, backend)

@@ -14,8 +14,7 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
-from fastsae.ops.encode import select_topk as select_rows
-from fastsae.reference import chunks, tracks
+from fastsae.reference import chunks, select_rows, tracks
 
 # ---------------------------------------------------------------- reference
 

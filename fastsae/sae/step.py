@@ -21,7 +21,7 @@ from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
-from fastsae.ops.score_gradients import feature_sums, score_gradients
+from fastsae.ops.score_gradients import feature_sums, score_gradients, threshold_gradient
 from fastsae.reference import accumulator, centre, product, running_sums
 from fastsae.sae import tiles
 from fastsae.sae.activations import Activation, TopK
@@ -221,9 +221,8 @@ class _SlotPass:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag)
             _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend)
         if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
-            theta = w.threshold.to(self.wide)[slots.indices.long()]
-            per_slot = torch.where((slots.flags & 2).bool(), -(theta * dvalues.to(self.wide) + l0) / w.bandwidth, 0)
-            grad.add("threshold", feature_sums(per_slot, slots.indices, slots.crow, n_features, self.backend))
+            moved = latents.Slots(dvalues, slots.indices, slots.crow)
+            grad.add("threshold", threshold_gradient(moved, l0, slots.flags, w.threshold, w.bandwidth, n_features, self.backend))
 
 
 def _centred(x: Tensor, w: Weights) -> Tensor:
