@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastsae._core.precision import full_precision
-from fastsae.dispatch import _LIBRARY
+from fastsae.dispatch import LIBRARY
 
 WORKSPACE_ELEMENTS = 1 << 24
 """Most elements that a reference holds in one temporary (64 MiB in float32), whatever B, F, N and M are."""
+
+
+# What torch tells of its transforms nowhere else.
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+_forward_ad: Any = forward_ad
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -31,8 +36,8 @@ def chunks(total: int, cost: int, least: int = 1) -> Iterator[slice]:
 
 def _unwrapped(t: Tensor) -> Tensor:
     """What a tensor of vmap holds; that of ``torch.func.grad`` says itself that it requires grad."""
-    while not t.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]
-        t = torch._C._functorch.get_unwrapped(t)  # pyright: ignore[reportAttributeAccessIssue]
+    while not t.requires_grad and _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
     return t
 
 
@@ -43,12 +48,12 @@ def tracks(op: str, *tensors: Tensor | None) -> bool:
     records = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if torch.compiler.is_compiling():
         return records
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+    if _forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         raise NotImplementedError(
             f"{op}: forward-mode derivatives (jvp, jacfwd, dual tensors) are not supported; use backward(), torch.autograd.grad or "
             "torch.autograd.functional"
         )
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    transformed = _functorch.peek_interpreter_stack() is not None
     if transformed and torch.is_grad_enabled() and any(_unwrapped(t).requires_grad for t in given):
         raise NotImplementedError(
             f"{op}: derivatives inside torch.func (grad, vjp, jacrev, vmap of what requires grad) are not supported; use backward(), "
@@ -63,9 +68,9 @@ def _exact(a: Tensor, b: Tensor) -> Tensor:
 
 
 # For compilers, which would take the product out of its context.
-_LIBRARY.define("product(Tensor a, Tensor b) -> Tensor")
-_LIBRARY.impl("product", _exact, "CompositeExplicitAutograd")
-torch.library.register_fake("fastsae::product", lambda a, b: a @ b, lib=_LIBRARY)
+LIBRARY.define("product(Tensor a, Tensor b) -> Tensor")
+LIBRARY.impl("product", _exact, "CompositeExplicitAutograd")
+torch.library.register_fake("fastsae::product", lambda a, b: a @ b, lib=LIBRARY)
 
 
 class _Product(torch.autograd.Function):

@@ -28,7 +28,7 @@ def _magnitude(arg: Any) -> Any:
     return arg.double().abs() if isinstance(arg, Tensor) and arg.dtype.is_floating_point else arg
 
 
-def check_linear(reference: Callable[..., Any], args: tuple, result: Tensor) -> float:
+def check_linear(reference: Callable[..., Any], args: tuple[Any, ...], result: Tensor) -> float:
     """Checks an operation that is linear in its floating inputs; returns the error as a fraction of the allowed one.
 
     Args:
@@ -349,7 +349,7 @@ def check_gated(gate: Score, magnitude: Score, result: tuple[Tensor, ...], dtype
 # ---------------------------------------------------------------- drawn inputs
 
 
-def perturb(args: tuple, seed: int, keep: tuple[int, ...] = ()) -> tuple:
+def perturb(args: tuple[Any, ...], seed: int, keep: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """The same kind of arguments made harder: other strides, ties, zeros, denormals, scaled by powers of two, NaN and infinities.
 
     Shapes, dtypes and integer arguments stay valid. ``keep`` lists positions of tensors whose contents and strides stay.

@@ -53,7 +53,8 @@ class Arguments:
         n, d = W.shape
         self.op, self.size = op, n
         self.b, self.scale, self.b_pre = self.vector("b", b), self.vector("scale", scale), self.vector("b_pre", b_pre, d)
-        self.features = None if features is None else checks.sorted_subset(features, n, "features").int()
+        chosen = checks.sorted_subset(features, n, "features")
+        self.features = None if chosen is None else chosen.int()
         self.count = n if self.features is None else self.features.shape[0]
         where, blob = (W.data_ptr(), DTYPES[W.dtype], *W.stride()), 0
         if packed is not None and packed.numel():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import ModuleType
 from typing import Any
 
@@ -173,7 +173,7 @@ def isa_levels() -> list[str]:
 
 
 @contextlib.contextmanager
-def use_isa(level: str) -> Iterator[None]:
+def use_isa(level: str) -> Generator[None, None, None]:
     """Run at `level` inside the block. For tests and benchmarks: the level is one for the whole process."""
     before, module = isa(), load()
     _set_level(module, level, f"use_isa({level!r})")

@@ -136,23 +136,24 @@ def _weights(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     yield seeds.normal(generator, (width, features)).to(device=device, dtype=dtype).T
 
 
-def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         for W in _weights(device, dtype, generator, n_features, width):
             yield values, indices, crow, W, seeds.normal(generator, width).to(device=device, dtype=dtype)
             yield values, indices, crow, W, None
 
 
-def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
         for W in _weights(device, dtype, generator, n_features, width):
             grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
             yield grad, indices, crow, W
-        yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W
+        # Of the last weights: two are always drawn.
+        yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
         grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
@@ -161,7 +162,7 @@ def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.
 
 
 def _check(reference: Any) -> Any:
-    def check(args: tuple, result: Any) -> float:
+    def check(args: tuple[Any, ...], result: Any) -> float:
         from fastsae.testing import check_linear
 
         return check_linear(reference, args, result)
@@ -170,7 +171,7 @@ def _check(reference: Any) -> Any:
 
 
 def _workload(arrange: Any) -> Any:
-    def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
         values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
         indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
         return arrange(values, indices, seeds.normal(generator, (16384, 512)).to(device=device, dtype=dtype))

@@ -232,8 +232,9 @@ def _keep(
 
 def _through_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of an encoder's first five inputs, (x, W, b, b_pre, scale)."""
-    passes, indices, crow, *inputs = ctx.saved_tensors[:8]
-    return score_gradients(torch.where(passes, grad, 0), indices, crow, *inputs, ctx.needs_input_grad[:5], ctx.backend, ctx.padded)
+    passes, indices, crow, x, W, b, b_pre, scale = ctx.saved_tensors[:8]
+    dscore = torch.where(passes, grad, 0)
+    return score_gradients(dscore, indices, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend, ctx.padded)
 
 
 class _EncodeTopK(torch.autograd.Function):

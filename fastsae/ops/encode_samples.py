@@ -17,7 +17,7 @@ def _normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     return lambda *shape: seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
 
-def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     """(x, W, b, b_pre, scale, features) over shapes, both weight layouts, ties, flat rows, NaN, infinities."""
     normal = _normal(device, dtype, generator)
     for rows, width, n in ((5, 16, 40), (1, 1, 1), (0, 8, 9), (3, 0, 7), (33, 31, 129), (4, 300, 64)):
@@ -57,7 +57,7 @@ def _room(x: Tensor, W: Tensor, count: int) -> int | None:
     return x.shape[0] * W.shape[0] + 1 if count % 3 == 1 else None
 
 
-def topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for count, sample in enumerate(encode_samples(device, dtype, generator)):
         features = sample[5]
         n = sample[1].shape[0] if features is None else int(features.sum()) if features.dtype is torch.bool else features.shape[0]
@@ -65,20 +65,20 @@ def topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gene
             yield *sample, _packed(sample[1], count), k, count % 2 == 0
 
 
-def threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
         per_feature = seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
         for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
             yield x, W, b, b_pre, scale, features, _packed(W, count), threshold, bandwidth, _room(x, W, count)
 
 
-def batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for count, sample in enumerate(encode_samples(device, dtype, generator)):
         for k in (0.4, 3, 1e6):
             yield *sample, _packed(sample[1], count), float(k), _room(sample[0], sample[1], count)
 
 
-def gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     normal = _normal(device, dtype, generator)
     for count, (x, W, _, b_pre, _, features) in enumerate(encode_samples(device, dtype, generator)):
         if features is None:
@@ -93,16 +93,16 @@ def layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) 
     return normal(256, 512), W / torch.linalg.vector_norm(W, dim=1, keepdim=True), normal(16384) / 10
 
 
-def threshold_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+def threshold_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     return *layer(device, dtype, generator), None, None, None, None, torch.tensor(2.5, device=device, dtype=torch.float32), None
 
 
-def gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+def gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     x, W, b = layer(device, dtype, generator)
     return x, W, b - 2.5, b, b, None, None
 
 
-def check_topk(args: tuple, result: Any) -> float:
+def check_topk(args: tuple[Any, ...], result: Any) -> float:
     from fastsae import testing
 
     x, W, b, b_pre, scale, features, _, k, relu = args
@@ -125,7 +125,7 @@ def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tupl
     return values[:n], col[:n], crow, *(slot[:n] for slot in rest[:flagged]), *rest[flagged:]
 
 
-def check_threshold(args: tuple, result: Any) -> float:
+def check_threshold(args: tuple[Any, ...], result: Any) -> float:
     from fastsae import testing
 
     x, W, b, b_pre, scale, features, _, threshold, bandwidth, *capacity = args
@@ -134,7 +134,7 @@ def check_threshold(args: tuple, result: Any) -> float:
     return testing.check_threshold(score, checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
 
 
-def check_batch_topk(args: tuple, result: Any) -> float:
+def check_batch_topk(args: tuple[Any, ...], result: Any) -> float:
     from fastsae import testing
 
     x, W, b, b_pre, scale, features, _, k, *capacity = args
@@ -143,7 +143,7 @@ def check_batch_topk(args: tuple, result: Any) -> float:
     return testing.check_batch_topk(score, checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
 
 
-def check_gated(args: tuple, result: Any) -> float:
+def check_gated(args: tuple[Any, ...], result: Any) -> float:
     from fastsae import testing
 
     x, W, b_gate, r_mag, b_mag, b_pre, _, *capacity = args

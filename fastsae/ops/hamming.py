@@ -77,13 +77,13 @@ def _pair(device: torch.device, generator: torch.Generator) -> tuple[Tensor, Ten
     return codes[0], codes[1]
 
 
-def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for a, b in _codes(device, generator):
         yield a, b, torch.empty(a.shape[0], b.shape[0], dtype=torch.int32, device=device)
         yield a, b, torch.empty(b.shape[0], a.shape[0], dtype=torch.int32, device=device).T
 
 
-def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for a, b in _codes(device, generator):
         for k in sorted({1, min(6, b.shape[0]), b.shape[0]}):
             if 1 <= k <= b.shape[0]:
@@ -100,13 +100,13 @@ def _popcount(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _check(args: tuple, result: Any) -> float:
+def _check(args: tuple[Any, ...], result: Any) -> float:
     from fastsae.testing import check_equal
 
     return check_equal(_popcount(args[0], args[1]), result, "distances")
 
 
-def _check_topk(args: tuple, result: Any) -> float:
+def _check_topk(args: tuple[Any, ...], result: Any) -> float:
     from fastsae.testing import check_equal
 
     a, b, k = args
@@ -147,7 +147,7 @@ class Neighbours(NamedTuple):
     """The k nearest codes: ``distance [N, k]`` int32 ascending, ``index [N, k]`` int64."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index: the word is public)
 
 
 def _inputs(op: str, a: Any, b: Any) -> None:

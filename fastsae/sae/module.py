@@ -316,7 +316,7 @@ class SAE(nn.Module):
             return latents, None, min_kept
         bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else None
         threshold = self._threshold(x.dtype)
-        result = encode_threshold(x, W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, **pre)
+        result: Any = encode_threshold(x, W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, **pre)
         return (result, None, None) if bandwidth is None else (*result, None)
 
     @property

@@ -37,7 +37,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, activation: Activatio
     if isinstance(activation, ReLU):
         return encode_threshold(x, W_enc, b_enc, **options)
     if isinstance(activation, JumpReLU):
-        result = encode_threshold(x, W_enc, b_enc, threshold=activation.threshold, bandwidth=activation.bandwidth, **options)
+        result: Any = encode_threshold(x, W_enc, b_enc, threshold=activation.threshold, bandwidth=activation.bandwidth, **options)
         return result if activation.bandwidth is None else result[0]
     if isinstance(activation, Gated):
         if b_enc is not None:
