@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -90,6 +91,14 @@ class Slots(NamedTuple):
             return self._replace(indices=indices)
         flags.flag(indices.device).logical_or_(bad.any())
         return Slots(self.values.masked_fill(bad, float("nan")), indices.masked_fill(bad, 0), self.crow)
+
+    def bounds(self) -> list[int]:
+        """``crow`` on the host, which waits; ValueError unless it rises from 0 to the number of slots."""
+        assert self.crow is not None
+        bounds, nnz = self.crow.tolist(), self.indices.numel()
+        if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"latents.crow must rise from 0 to nnz={nnz}, got {bounds[:4]} .. {bounds[-1]}")
+        return bounds
 
     def flat(self) -> Slots:
         """The same slots as ``[nnz]`` with a ``crow``."""

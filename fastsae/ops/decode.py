@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,8 @@ from fastsae.reference import accumulator, chunks, product, tracks
 
 def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
     wide = accumulator(W.dtype)
-    values, indices, _ = Slots(values, indices, crow).safe(W.shape[0])
+    slots = Slots(values, indices, crow).safe(W.shape[0])
+    values, indices = slots.values, slots.indices
     parts = [W.new_zeros(0, W.shape[1], dtype=wide)]
     if crow is None:
         rows, k = indices.shape
@@ -40,10 +40,10 @@ def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Te
             gathered = W[indices[part]].to(wide)  # [r, K, D]
             parts.append(torch.einsum("rk,rkd->rd", values[part].to(wide), gathered))
     else:
-        bounds = checked_bounds(crow, indices.shape[0])
+        bounds = slots.bounds()
         for start, stop in _row_groups(bounds, W.shape[1]):
-            slots = slice(bounds[start], bounds[stop])
-            products = values[slots].to(wide).unsqueeze(1) * W[indices[slots]].to(wide)  # [slots, D]
+            part = slice(bounds[start], bounds[stop])
+            products = values[part].to(wide).unsqueeze(1) * W[indices[part]].to(wide)  # [slots, D]
             parts.append(_segment_sum(products, crow[start : stop + 1] - bounds[start]))
     y = torch.cat(parts)
     return (y if b is None else y + b).to(W.dtype)
@@ -51,9 +51,10 @@ def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Te
 
 def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
     wide = accumulator(W.dtype)
+    slots = Slots(grad.new_zeros(indices.shape, dtype=wide), indices, crow)
     if crow is not None:
-        checked_bounds(crow, indices.shape[0])
-    slots = Slots(grad.new_zeros(indices.shape, dtype=wide), indices, crow).safe(W.shape[0])
+        slots.bounds()
+    slots = slots.safe(W.shape[0])
     mark, features, row = slots.values.reshape(-1), slots.indices.reshape(-1), slots.row_of()
     parts = [mark[:0]]
     for part in chunks(features.shape[0], W.shape[1]):
@@ -68,7 +69,7 @@ def decode_dweight_reference(values: Tensor, indices: Tensor, crow: Tensor | Non
 def transposed(slots: Slots, n_features: int) -> Slots:
     """Slots by feature, after a check of theirs: the decode of the transposed latents is the gradient of the weights."""
     if slots.crow is not None:
-        checked_bounds(slots.crow, slots.indices.shape[0])
+        slots.bounds()
     return slots.safe(n_features).by_feature(n_features)
 
 
@@ -76,13 +77,6 @@ def _segment_sum(products: Tensor, offsets: Tensor) -> Tensor:
     if products.shape[0] == 0 or products.shape[1] == 0:
         return products.new_zeros(offsets.shape[0] - 1, products.shape[1])
     return torch.segment_reduce(products, "sum", offsets=offsets, initial=0.0, unsafe=True)
-
-
-def checked_bounds(crow: Tensor, nnz: int) -> list[int]:
-    bounds = crow.tolist()
-    if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(f"latents.crow must rise from 0 to nnz={nnz}, got {bounds[:4]} .. {bounds[-1]}")
-    return bounds
 
 
 def _row_groups(bounds: list[int], width: int) -> Iterator[tuple[int, int]]:

@@ -45,7 +45,7 @@ def expected_syncs(op: Op, args: tuple) -> set[str]:
     given = dict(zip([argument.name for argument in op._torch_op._schema.arguments], args, strict=False))
     waits = set()
     if given.get("features") is not None:
-        waits.add("nonzero in _checks.py:sorted_subset")
+        waits.add("nonzero in checks.py:sorted_subset")
     if "capacity" in given and given["capacity"] is None:
         waits.add("__int__ in encode.py:ragged")
     return waits
@@ -185,8 +185,8 @@ def on_gpu(module: torch.nn.Module, gpu: FakeCuda) -> Any:
 
 
 ONE_WAIT = {
-    "TopK": set(), "BatchTopK": {"__int__ in encode.py:ragged"}, "ReLU": {"__float__ in dense.py:measured_density"},
-    "JumpReLU": {"__float__ in dense.py:measured_density"}, "Gated": {"__float__ in dense.py:measured_density"},
+    "TopK": set(), "BatchTopK": {"__int__ in encode.py:ragged"}, "ReLU": {"__float__ in tiles.py:measured_density"},
+    "JumpReLU": {"__float__ in tiles.py:measured_density"}, "Gated": {"__float__ in tiles.py:measured_density"},
 }  # fmt: skip
 
 
