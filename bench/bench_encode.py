@@ -121,7 +121,7 @@ def test_encode_threshold(density: str, compare: Callable[..., None]) -> None:
 
     def verify() -> None:
         got = fastsae.encode_threshold(x[:8], W, b, threshold=theta)
-        OPS["encode_threshold"].check((x[:8], W, b, torch.tensor(theta), None, None, None, None, None), (*_ragged(got), _flags()))
+        OPS["encode_threshold"].check((x[:8], W, b, None, None, None, None, torch.tensor(theta), None), (*_ragged(got), _flags()))
 
     def torch_sparse() -> object:
         z = torch.nn.functional.linear(x, W, b)

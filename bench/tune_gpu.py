@@ -99,7 +99,7 @@ def workloads(b: Bench, dtypes: list[torch.dtype]) -> Iterator[Workload]:
         theta = torch.tensor(-statistics.NormalDist().inv_cdf(k / features), device=b.device)
         yield Workload(
             f"encode_threshold {label}",
-            lambda x=x, W=W, theta=theta: _run("encode_threshold", x, W, None, theta, *(None,) * 5),
+            lambda x=x, W=W, theta=theta: _run("encode_threshold", x, W, *(None,) * 5, theta, None),
         )
         del x, W, bias
         rows, width, size = b.shape((65536, 768, 3072), (17, 32, 96))

@@ -151,7 +151,7 @@ def slots(
     """What ``gradient_row`` reads beside ``grad``: (slots a partial sum, the slots by feature); nothing where ``grad`` is the gradient."""
     if values is None or indices is None:
         return 0, (None,) * 5
-    decode._check_on_cpu(indices, crow, features)
+    decode.check_on_cpu(indices, crow, features)
     return _transposed(values, indices, crow, grad, features, min(512, row_size(grad.shape[1])[0]))
 
 

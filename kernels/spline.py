@@ -24,6 +24,7 @@ from fastsae.kernels import _masks, _tile
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import chunks, problem
 from fastsae.kernels._tile import pack_bits, unpack_bits
+from fastsae.latents import ScoreInputs
 
 # ---------------------------------------------------------------- device code
 
@@ -111,7 +112,7 @@ def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits
 
 
 def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None) -> Tensor:
-    p = problem(x, W, b, None, None, None, packed)
+    p = problem(ScoreInputs(x, W, b, packed=packed))
     words = torch.empty((x.shape[0], _masks.n_words(p.n)), dtype=torch.int32, device=x.device)
     with _tile.on(x.device):
         for part in chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows) if p.n else ():

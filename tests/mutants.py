@@ -16,7 +16,7 @@ DRIVER, ORDER, DENSE, TOPK_ISA = ENGINE + "driver.h", ENGINE + "order.h", ENGINE
 ENCODE, ENCODE_ISA, SPLINE_ISA = "csrc/cpu/encode.cpp", "csrc/cpu/encode.isa.cpp", "csrc/cpu/spline.isa.cpp"
 MATCH, MATCH_ISA, HAMMING = "csrc/cpu/match.cpp", "csrc/cpu/match.isa.cpp", "csrc/cpu/hamming.cpp"
 ADAM_ISA, DECODE_ISA, SIGNS_ISA = "csrc/cpu/adam.isa.cpp", "csrc/cpu/decode.isa.cpp", "csrc/cpu/signs.isa.cpp"
-TRITON, OPS = "kernels/_tile.py", "fastsae/ops/encode.py"
+TRITON, OPS, REFERENCE = "kernels/_tile.py", "fastsae/ops/encode.py", "fastsae/reference.py"
 
 HALF_WIDTH = "tests/native/test_bound.py::test_the_half_width_is_that_of_the_proof"
 HANDLE = "tests/native/test_bound.py::test_norms_and_losses_of_a_handle"
@@ -180,9 +180,9 @@ MUTANTS = [
     Mutant(TRITON, "tl.where(value != value, 0x7FFFFFFF, key)", "key", KEYS),
     Mutant(TRITON, "bits = tl.where(value == 0, 0.0, value)", "bits = tl.where(value != value, 0.0, value)", KEYS),
     # ---- selections of the references
-    Mutant(OPS, "same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()", "same = values[:, 1:] == values[:, :-1]", REFERENCES),
-    Mutant(OPS, "s[rows].sort(dim=1, descending=True, stable=True)", "s[rows].flip(1).sort(dim=1, descending=True, stable=True)", REFERENCES),
-    Mutant(OPS, "values, indices = s.topk(min(k + 1, n), dim=1)", "values, indices = s.topk(k, dim=1)", REFERENCES),
+    Mutant(REFERENCE, "same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()", "same = values[:, 1:] == values[:, :-1]", REFERENCES),
+    Mutant(REFERENCE, "s[rows].sort(dim=1, descending=True, stable=True)", "s[rows].flip(1).sort(dim=1, descending=True, stable=True)", REFERENCES),
+    Mutant(REFERENCE, "values, indices = s.topk(min(k + 1, n), dim=1)", "values, indices = s.topk(k, dim=1)", REFERENCES),
     Mutant(OPS, "active = (s > theta.clamp_min(0)) | s.isnan()", "active = (s >= theta.clamp_min(0)) | s.isnan()", REFERENCES),
     Mutant(OPS, "active = (s > theta.clamp_min(0)) | s.isnan()", "active = (s > theta) | s.isnan()", REFERENCES),
     Mutant(OPS, "active = (s > theta.clamp_min(0)) | s.isnan()", "active = s > theta.clamp_min(0)", REFERENCES),

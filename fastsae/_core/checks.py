@@ -50,8 +50,13 @@ def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOAT
 
 def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
     """``value`` has the expected shape (None: any size); ValueError otherwise. ``meaning`` spells the shape, e.g. "[F, D=768]"."""
-    if value.dim() != len(expected) or any(want is not None and got != want for got, want in zip(value.shape, expected)):
-        raise ValueError(f"{op}: {name} must have shape {meaning}, got {list(value.shape)}")
+    if value.dim() == len(expected):
+        for got, want in zip(value.shape, expected):
+            if want is not None and got != want:
+                break
+        else:
+            return
+    raise ValueError(f"{op}: {name} must have shape {meaning}, got {list(value.shape)}")
 
 
 def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -82,7 +87,8 @@ def vector(op: str, name: str, value: Any, size: int, like: Tensor, size_name: s
     if value is None:
         return None
     tensor(op, name, value, beside(like), like)
-    shape(op, name, value, (size,), f"[{size_name}={size}]")
+    if value.shape != (size,):
+        shape(op, name, value, (size,), f"[{size_name}={size}]")
     return value
 
 
@@ -195,6 +201,8 @@ def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | Non
     if features is None:
         return None
     if features.dtype is torch.bool:
+        if features.shape != (size,):
+            raise ValueError(f"{what}: expected a 1-D index or a mask [{size}], got {list(features.shape)}")
         return features.nonzero().flatten()
     if features.device.type == "cuda":
         return _marked(features, size).nonzero().flatten()

@@ -110,7 +110,7 @@ def _xor(active: Tensor, layer: int, seed: int, bits: int) -> Tensor:
 
 def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
     for rows in chunks(x.shape[0], max(W.shape[0], x.shape[1])):
-        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b, None, None)
+        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b)
 
 
 def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
@@ -148,7 +148,7 @@ def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed:
 # ---------------------------------------------------------------- samples and checks
 
 
-def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     def normal(*shape: int) -> Tensor:
         return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
@@ -171,13 +171,13 @@ def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator)
     return normal(2048, 384), normal(1536, 384), normal(1536)
 
 
-def _hash_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _hash_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for sample in _layer_samples(device, dtype, generator):
         yield *sample, 0, 0, 64
         yield *sample, 7, 0x1234_5678_9ABC_DEF0, 128
 
 
-def _sign_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _sign_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for x, W, _, neurons in _layer_samples(device, dtype, generator):
         z = x @ W.T
         yield z, neurons
@@ -185,7 +185,7 @@ def _sign_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 
 def _with_keys(samples: Any) -> Any:
-    def keyed(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    def keyed(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         for first, neurons in samples(device, dtype, generator):
             yield first, neurons, 3, 99, 64
             yield first, neurons, 0, -(2**63), 128
@@ -193,7 +193,7 @@ def _with_keys(samples: Any) -> Any:
     return keyed
 
 
-def _word_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _word_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for z, neurons in _sign_samples(device, dtype, generator):
         words = _pack(z > 0)
         if neurons is not None and neurons.dtype is torch.bool:
@@ -211,7 +211,7 @@ def _sure_bits(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -
     return _selected(score.exact > 0, neurons), sure | ~_selected(everything, neurons)
 
 
-def _check_code(args: tuple, result: Tensor) -> float:
+def _check_code(args: tuple[Any, ...], result: Tensor) -> float:
     from fastsae.testing import Mismatch, check_equal
 
     bits, sure = _sure_bits(*args)
@@ -224,7 +224,7 @@ def _check_code(args: tuple, result: Tensor) -> float:
     return check_equal(bits | ~sure, got[:, : bits.shape[1]] | ~sure, "bits")
 
 
-def _check_hash(args: tuple, result: Tensor) -> float:
+def _check_hash(args: tuple[Any, ...], result: Tensor) -> float:
     from fastsae.testing import Mismatch, check_equal
 
     *layer, number, seed, bits = args
@@ -237,7 +237,7 @@ def _check_hash(args: tuple, result: Tensor) -> float:
 
 
 def _exact(reference: Any, names: str) -> Any:
-    def check(args: tuple, result: Any) -> float:
+    def check(args: tuple[Any, ...], result: Any) -> float:
         from fastsae.testing import check_equal
 
         return check_equal(reference(*args), result, names)
@@ -303,7 +303,7 @@ HASH_CODE = Op(
     dtypes=(torch.float32,),
 )
 for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.spline:{_op.name}", f"fastsae.native.spline:refuses_{_op.name}")
     _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.reference:triton_refuses")
 
@@ -493,7 +493,7 @@ def combine_hashes(hashes: Iterable[Tensor]) -> Tensor:
         keep their signs; a prefix of the layers names the coarser region. Raises: TypeError: dtype or device. ValueError: shapes, nothing.
     """
     op = "combine_hashes"
-    if isinstance(hashes, Tensor) or not isinstance(hashes, Iterable):
+    if isinstance(hashes, Tensor) or not hasattr(hashes, "__iter__"):
         raise TypeError(f"{op}: hashes must be a list of tensors, got {type(hashes).__name__}")
     layers = list(hashes)
     if not layers:

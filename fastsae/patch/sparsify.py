@@ -35,7 +35,8 @@ from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import TopKLatents
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, decode
-from fastsae.ops.encode import ENCODE_TOPK, _feature_sums, encode_topk, score_gradients
+from fastsae.ops.encode import ENCODE_TOPK, encode_topk
+from fastsae.ops.score_gradients import feature_sums, score_gradients
 from fastsae.packed import Unchanged
 from fastsae.patch import _adam
 from fastsae.patch._adapter import LIBRARIES, Adapter, Library, changed, library_way, need_slots, tampered
@@ -344,7 +345,7 @@ def _gradients(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, alpha
         b_dec -= DECODE(dvalues, indices, None, W, None, backend=backend).sum(0)
     gradients: dict[Tensor, Gradient] = {
         coder.encoder.weight: RowGradient(dvalues, indices, None, xc, F),
-        coder.encoder.bias: _feature_sums(dvalues, indices, None, F, backend).to(b.dtype),
+        coder.encoder.bias: feature_sums(dvalues, indices, None, F, backend).to(b.dtype),
         W_dec: total(decoder),
         coder.b_dec: b_dec,
     }

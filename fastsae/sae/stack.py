@@ -22,7 +22,7 @@ from fastsae.dispatch import preference, then_any
 from fastsae.formats import modules
 from fastsae.gradients import Gradient, RowGradient, StackedGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import _feature_sums, by_features, pre_bias_gradient
+from fastsae.ops.score_gradients import by_features, feature_sums, pre_bias_gradient
 from fastsae.packed import share
 from fastsae.reference import accumulator, centre
 from fastsae.sae.inputs import Inputs
@@ -367,11 +367,11 @@ class _JointPass:
         if norm is not None:
             rate = torch.tensor(l1, dtype=wide, device=x.device).repeat_interleave(F)
             dvalues = dvalues + (rate[indices] * norm[indices] * self.values.sign()).to(dvalues.dtype)
-            sums = _feature_sums(self.values.abs(), indices, crow, E * F, backend)
+            sums = feature_sums(self.values.abs(), indices, crow, E * F, backend)
             parts["W_dec"].append(shrinking(rate * quotient(sums, norm), self.W_dec, norm))
         dscore = torch.where(self.passes, dvalues, 0)
         parts["b_dec"] = [torch.stack([g.sum(0, dtype=wide) for g in G])]
-        sums = _feature_sums(dscore, indices, crow, E * F, backend).reshape(E, F)
+        sums = feature_sums(dscore, indices, crow, E * F, backend).reshape(E, F)
         w = self.inputs[0].weights
         if w.b_pre is None:
             xc = x.expand(E, -1, -1)
@@ -385,7 +385,7 @@ class _JointPass:
             theta = saes.threshold.detach().to(wide).reshape(-1)[indices]  # pyright: ignore[reportOptionalMemberAccess]
             pull = torch.tensor(l0, dtype=wide, device=x.device).repeat_interleave(F)[indices]
             per_slot = torch.where((flags & 2).bool(), -(theta * dvalues.to(wide) + pull) / w.bandwidth, 0)
-            parts["threshold"] = [_feature_sums(per_slot, indices, crow, E * F, backend).reshape(E, F)]
+            parts["threshold"] = [feature_sums(per_slot, indices, crow, E * F, backend).reshape(E, F)]
         if saes.tied:
             parts["W_dec"] += parts.pop("W_enc")
         out: dict[str, Gradient] = {}

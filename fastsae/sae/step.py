@@ -16,18 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastsae import latents
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import (
-    ENCODE_BATCH_TOPK,
-    ENCODE_GATED,
-    ENCODE_THRESHOLD,
-    ENCODE_TOPK,
-    _feature_sums,
-    score_gradients,
-)
-from fastsae.reference import accumulator, centre, product, row_of_slot, running_sums
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
+from fastsae.ops.score_gradients import feature_sums, score_gradients, threshold_gradient
+from fastsae.reference import accumulator, centre, product, running_sums
 from fastsae.sae import tiles
 from fastsae.sae.activations import Activation, BatchTopK, TopK
 from fastsae.sae.inputs import Inputs
@@ -56,6 +51,9 @@ class Slots(NamedTuple):
     flags: Tensor | None = None
     min_kept: Tensor | None = None
 
+    def row_of(self) -> Tensor:
+        return latents.Slots(self.values, self.indices, self.crow).row_of()
+
 
 def encode_slots(x: Tensor, w: Weights, activation: Activation) -> Slots:
     """The latents of any activation; BatchTopK's by a threshold where ``w`` has one, else those that the batch selects."""
@@ -75,7 +73,7 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation) -> Slots:
 
 
 def _threshold_slots(x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor, bandwidth: float | None) -> Slots:
-    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, threshold, w.b_pre, None, None, None, bandwidth, backend=preference(None))
+    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, w.b_pre, None, None, None, threshold, bandwidth, backend=preference(None))
     values, col, crow, flags = outputs
     if bandwidth is None:
         return Slots(values, col, crow, ~values.isnan())
@@ -99,7 +97,7 @@ class Groups:
         group = torch.zeros_like(flat, dtype=torch.int64)
         for bound in prefixes[:-1]:  # a tensor of bounds would make a GPU's host wait
             group += flat >= bound
-        row = group * rows + row_of_slot(slots.crow, slots.indices)
+        row = group * rows + slots.row_of()
         row, order = torch.sort(row, stable=True)
         crow = torch.searchsorted(row, torch.arange(len(prefixes) * rows + 1, device=row.device))
         return cls(slots.values.reshape(-1)[order], slots.indices.reshape(-1)[order], crow, order)
@@ -214,7 +212,7 @@ class SlotPass:
             values, indices = self.penalised.values, self.penalised.indices
             slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
-            sums = _feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
+            sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
             grad.add("W_dec", shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
         if gate is None or dgate is None:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend)
@@ -222,9 +220,8 @@ class SlotPass:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag)
             _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend)
         if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
-            theta = w.threshold.to(self.wide)[slots.indices.long()]
-            per_slot = torch.where((slots.flags & 2).bool(), -(theta * dvalues.to(self.wide) + l0) / w.bandwidth, 0)
-            grad.add("threshold", _feature_sums(per_slot, slots.indices, slots.crow, n_features, self.backend))
+            moved = latents.Slots(dvalues, slots.indices, slots.crow)
+            grad.add("threshold", threshold_gradient(moved, l0, slots.flags, w.threshold, w.bandwidth, n_features, self.backend))
 
 
 def _centred(x: Tensor, w: Weights) -> Tensor:

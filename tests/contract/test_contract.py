@@ -374,7 +374,7 @@ def _reference_values(name: str) -> Callable[..., Any] | None:
             x, W, b, None, None, torch.arange(0, 23, 2), None, 11, False
         )[0],
         "encode_threshold": lambda x, W, b, b_pre, scale: OPS["encode_threshold"].reference(
-            x, W, b, torch.tensor(0.3, dtype=torch.float64), b_pre, scale, None, None, None
+            x, W, b, b_pre, scale, None, None, torch.tensor(0.3, dtype=torch.float64), None
         )[0],
         "encode_batch_topk": lambda x, W, b, b_pre, scale: OPS["encode_batch_topk"].reference(x, W, b, b_pre, scale, None, None, 3.5)[0],
         "encode_gated": lambda x, W, r_mag, b_pre, b_mag: OPS["encode_gated"].reference(

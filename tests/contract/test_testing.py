@@ -387,7 +387,7 @@ def test_straight_through_band(damage: Damage) -> None:
 
 
 def test_a_threshold_is_strict_on_integers() -> None:
-    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), None, torch.tensor(2.0), None, None, None, None, None)
+    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), None, None, None, None, None, torch.tensor(2.0), None)
     check, flags = OPS["encode_threshold"].check, torch.zeros(0, dtype=torch.uint8)
     check(args, (torch.tensor([3.0]), torch.tensor([2]), torch.tensor([0, 1]), flags))
     with pytest.raises(Mismatch, match="active entries differ"):

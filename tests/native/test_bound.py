@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsae.latents import ScoreInputs
 from fastsae.native import encode as native_encode
 from fastsae.native import loader
 from fastsae.native import match as native_match
@@ -81,7 +82,7 @@ def proof(x: Tensor, W: Tensor, bf16: bool, above: bool = False) -> Tensor:
 
 
 def bounds(x: Tensor, W: Tensor, bf16: bool, **more: Any) -> tuple[Tensor, Tensor]:
-    found = native_encode.screen_bounds(x, W, None, None, None, bf16=bf16, **more)
+    found = native_encode.screen_bounds(ScoreInputs(x, W, **more), bf16=bf16)
     if found is None:
         pytest.skip("this level has no such number")
     return found
@@ -204,8 +205,8 @@ def test_rows_too_long_for_the_sums_are_not_screened(level: str) -> None:
     with loader.use_isa(level):
         for D, screens in ((LONGEST, True), (LONGEST + 1, False), (70000, False)):
             x, W = torch.ones(1, 1).expand(12, D), torch.ones(1, 1).expand(40, D)
-            assert loader._load().packs(D) is screens
-            assert (native_encode.screen_bounds(x, W, None, None, None) is not None) is screens
+            assert loader.load().packs(D) is screens
+            assert (native_encode.screen_bounds(ScoreInputs(x, W)) is not None) is screens
             stats: dict[str, int] = {}
             values, indices = native_encode.encode_topk(x, W, None, None, None, None, None, 2, False, path="rows", stats=stats)
             assert (stats["screened_rows"] + stats["exact_rows"] > 0) is screens
@@ -290,7 +291,7 @@ def test_what_the_ends_leave_to_ties(level: str) -> None:
         # |score - theta| = 2 u < 2.5 u, and theta - 2.5 u rounds to the score.
         theta, band, score = torch.ones(100), 5 * U, torch.full((100,), 1 - 2 * U)
         for path in ("dense", "screen"):
-            _, col, _, flags = native_encode.encode_threshold(x * 0, W, score, theta, None, None, None, None, band, path=path)
+            _, col, _, flags = native_encode.encode_threshold(x * 0, W, score, None, None, None, None, theta, band, path=path)
             assert col.numel() == 2000 and bool((flags == 2).all())
 
 

@@ -139,7 +139,7 @@ def ragged(b: Bench) -> None:
         for capacity in (None, 2 * rows * k):
 
             def args(i: int, xs: Any = xs, W: Tensor = W, capacity: int | None = capacity) -> tuple[Any, ...]:
-                return xs[i % len(xs)], W, None, theta, None, None, None, None, None, capacity
+                return xs[i % len(xs)], W, None, None, None, None, None, theta, None, capacity
 
             def verify(backend: str, args: Any = args) -> None:
                 values, col, crow, flags = OPS["encode_threshold"](*args(0), backend=backend)

@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, densify, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
+from fastsae.ops.score_gradients import feature_sums
 from fastsae.patch import _adam
 from fastsae.patch._adapter import changed, tampered, warn_once
 from fastsae.patch.dictionary_learning.sae import (
@@ -237,7 +238,7 @@ class _Backward:
 
     def sums(self, per_slot: Tensor, slots: Slots) -> Tensor:
         """``[F]``: over the slots of each feature."""
-        return _feature_sums(per_slot, slots.indices, slots.crow, self.n_features, self.backend)
+        return feature_sums(per_slot, slots.indices, slots.crow, self.n_features, self.backend)
 
     def into_encoder(self, slots: Slots, dvalues: Tensor, bias: Tensor, stretch: Tensor | None = None) -> None:
         """``stretch [F]``: what multiplies the product in these latents, before the bias."""
@@ -329,7 +330,7 @@ def _standard(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     xc = centred(ae, x)
     back = _Backward(ae, xc)
     values, col, crow, _ = ENCODE_THRESHOLD(
-        xc, back.W, encoder_bias(ae), x.new_zeros(()), None, None, None, None, None, backend=preference(None)
+        xc, back.W, encoder_bias(ae), None, None, None, None, x.new_zeros(()), None, backend=preference(None)
     )
     slots = Slots(values, col, crow, ~values.isnan())
     error = x - back.decode(slots) - decoder_bias(ae)
@@ -352,7 +353,7 @@ def _gated(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any
     stretch, preferred = ae.r_mag.detach().exp(), preference(None)
     values, col, crow = ENCODE_GATED(back.xc, back.W, ae.gate_bias, ae.r_mag, ae.mag_bias, None, None, backend=preferred)
     slots = Slots(values, col, crow, ~values.isnan())
-    values, col, crow, _ = ENCODE_THRESHOLD(back.xc, back.W, ae.gate_bias, x.new_zeros(()), None, None, None, None, None, backend=preferred)
+    values, col, crow, _ = ENCODE_THRESHOLD(back.xc, back.W, ae.gate_bias, None, None, None, None, x.new_zeros(()), None, backend=preferred)
     gate = Slots(values, col, crow, ~values.isnan())
     error = x - back.decode(slots) - ae.decoder_bias
     gate_error = x - back.decode(gate) - ae.decoder_bias
@@ -379,7 +380,7 @@ def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     theta = ae.threshold.detach()
     low = theta.clamp_max(0)  # scores above a negative threshold are kept, negative ones too: as scores above 0 of a raised bias
     values, col, crow, flags = ENCODE_THRESHOLD(
-        x, back.W, ae.b_enc - low, theta - low, None, None, None, None, width, backend=preference(None)
+        x, back.W, ae.b_enc - low, None, None, None, None, theta - low, width, backend=preference(None)
     )
     active, band = (flags & 1).bool(), (flags & 2).bool()
     values = torch.where(active, values + low[col], 0)

@@ -131,7 +131,7 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
         latents = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.detach().to(accumulator(sae.W_enc.dtype)))
     elif kind.activation == "jumprelu":
         bandwidth = float(sae.bandwidth) if torch.is_grad_enabled() and sae.threshold.requires_grad else None
-        result = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.to(sae_in.dtype), bandwidth=bandwidth)
+        result: Any = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.to(sae_in.dtype), bandwidth=bandwidth)
         latents = result if bandwidth is None else result[0]
     else:
         scale = scale_of(sae)

@@ -23,11 +23,12 @@ from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK
+from fastsae.ops.score_gradients import feature_sums
 from fastsae.patch import _adam
 from fastsae.patch._adapter import changed, warn_once
 from fastsae.patch.saelens.sae import as_asked, hooked, is_dense, is_known, kind_of, other_activation, scale_of
-from fastsae.reference import row_of_slot, running_sums
+from fastsae.reference import running_sums
 from fastsae.sae.step import Groups, Slots
 
 _HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
@@ -236,7 +237,7 @@ class _Step:
         if self.kind.activation == "jumprelu":
             theta = sae.threshold.detach().to(self.sae_in.dtype)
             outputs = ENCODE_THRESHOLD(
-                self.sae_in, self.W, self.b, theta, None, None, None, None, float(sae.bandwidth), backend=preferred
+                self.sae_in, self.W, self.b, None, None, None, None, theta, float(sae.bandwidth), backend=preferred
             )  # fmt: skip
             values, col, crow, flags = outputs
             return _Code(Slots(values, col, crow, (flags & 1).bool(), flags), values)
@@ -300,7 +301,7 @@ class _Step:
         sae, slots = self.sae, code.slots
         assert slots.flags is not None
         theta = sae.threshold.detach().to(da.dtype)[slots.indices]
-        estimate = (theta * da + dl0[row_of_slot(slots.crow, slots.indices)]) / sae.bandwidth
+        estimate = (theta * da + dl0[slots.row_of()]) / sae.bandwidth
         estimate = torch.where((slots.flags & 2).bool(), estimate, 0)
         dp = torch.where(slots.passes, da, 0)
         return dp + estimate if sae.cfg.jumprelu_ste_to_input else dp, -self._sums(code, estimate)
@@ -309,7 +310,7 @@ class _Step:
         return RowGradient(dp, code.slots.indices, code.slots.crow, self.sae_in, self.n_features)
 
     def _sums(self, code: _Code, per_slot: Tensor) -> Tensor:
-        return _feature_sums(per_slot, code.slots.indices, code.slots.crow, self.n_features, self.backend)
+        return feature_sums(per_slot, code.slots.indices, code.slots.crow, self.n_features, self.backend)
 
     def _move_threshold(self, code: _Code) -> Tensor:
         sae, least = self.sae, code.slots.min_kept
