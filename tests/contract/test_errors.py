@@ -65,7 +65,9 @@ VALID: dict[str, dict[str, Any]] = {
 
 
 def call(op: str, **changes: Any) -> Any:
-    return getattr(fastsae, op)(**{**VALID[op], **changes})
+    places = (fastsae, fastsae.codes, fastsae.compare, fastsae.optim, fastsae.ops.decode, fastsae.ops.select)
+    function = next(getattr(place, op) for place in places if hasattr(place, op))
+    return function(**{**VALID[op], **changes})
 
 
 def tensors(op: str) -> list[str]:

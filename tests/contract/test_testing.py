@@ -40,7 +40,7 @@ def sample(op: str, **wanted: Any) -> tuple:
     words = torch.randint(-(2**63), 2**63 - 1, (9, 2), generator=generator)
     return {
         "encode_topk": (x, W, b, None, None, None, None, 5, wanted.get("relu", False)),
-        "encode_threshold": (x, W, b, torch.full((50,), 2.0), None, None, None, None, wanted.get("bandwidth")),
+        "encode_threshold": (x, W, b, None, None, None, None, torch.full((50,), 2.0), wanted.get("bandwidth")),
         "encode_batch_topk": (x, W, b, None, None, None, None, wanted.get("k", 4.0)),
         "encode_gated": (x, W, b, b / 8 if not integers else b * 0, b.flip(0), None, None),
         "decode": (normal(6, 5), indices, None, W, normal(W.shape[1])),
