@@ -56,6 +56,30 @@ def test_readme_example_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 5  # two lines of header, a line for each L1
 
 
+def test_readme_example_of_a_language_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
+            self.model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(5))})
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            for layer in self.model["layers"]:  # pyright: ignore[reportGeneralTypeIssues]  # a ModuleList
+                x = x + layer(x)
+            return self.head(x)
+
+    text = next(text for text in EXAMPLES if "harvest(" in text).replace("4096", "64").replace("TopK(32)", "TopK(4)")
+    names = {"model": Model(), "tokens": torch.randint(0, 50, (32, 33), generator=torch.Generator().manual_seed(0))}
+    exec(compile(text, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "1056 tokens" in printed and "ce_recovered" in printed and "Examples(values=" in printed
+
+
 def test_readme_example_of_another_library() -> None:
     names: dict[str, object] = {}
     exec(compile(next(text for text in EXAMPLES if "entry_points" in text), "README.md", "exec"), names)
