@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import has_code
 from surroundings import PRECISIONS, SETTINGS, surroundings
 from torch import Tensor
 
@@ -30,11 +31,6 @@ from fastsae.verify import affordable, call, devices, variants
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-# Operations without products of matrices run AVX-512's code at the levels above it (FASTSAE_SCREENS in csrc/cpu/*.isa.cpp).
-_SAME_CODE = ("cpu[avx512_vnni]", "cpu[avx512_bf16]")
-_SCREENED = ("encode", "match", "spline")
-
-
 def _rows() -> Iterator[Any]:
     for op in OPS.values():
         for device in devices():
@@ -44,11 +40,8 @@ def _rows() -> Iterator[Any]:
 
 
 def _rows_to_draw_for() -> Iterator[Any]:
-    """Each code once; the same draws for the same code at another level show nothing (golden.json holds its bits at every level)."""
-    for parameter in _rows():
-        name = parameter.id.split("-")[1]
-        if name not in _SAME_CODE or parameter.values[0].name.startswith(_SCREENED):
-            yield parameter
+    """Each code once: the draws are the same at every level."""
+    return (parameter for parameter in _rows() if has_code(parameter.values[0].name, parameter.id))
 
 
 def _cases() -> Iterator[Any]:

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from levels import codes
 
 from fastsae.native import loader
 
@@ -64,7 +65,7 @@ def assert_within_two_ulp(got: torch.Tensor, terms: torch.Tensor, dim: int) -> N
     assert (error <= 0).all(), f"{error.max().item():.3g} beyond 2 ulp"  # false for NaN
 
 
-@pytest.fixture(params=loader.isa_levels() or ["none"])
+@pytest.fixture(params=codes() or ["none"])
 def level(request: pytest.FixtureRequest):
     with loader.use_isa(request.param):
         assert loader.isa() == request.param  # the level that is reported is the level that runs
