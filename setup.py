@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -67,11 +69,21 @@ def _run_compiler(command: list[str]) -> None:
         raise CCompilerError(f"{' '.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
 
 
+def included(source: str) -> set[str]:
+    """`source` and every file of csrc that it includes."""
+    files, new = set(), {source}
+    while new:
+        files |= new
+        names = {f"csrc/{name}" for file in new for name in re.findall(r'#include "(.+)"', Path(file).read_text())}
+        new = set(filter(os.path.exists, names)) - files
+    return files
+
+
 class BuildExt(build_ext):
     """Compiles *.isa.cpp once per instruction set level with that level's flags, everything else once with baseline flags."""
 
     def run(self) -> None:
-        self.info: dict[str, object] = {"native": False, "reason": "", "compiler": "", "flags": FLAGS, "levels": {}}
+        self.info: dict[str, Any] = {"native": False, "reason": "", "compiler": "", "flags": FLAGS, "levels": {}}
         self.info["cuda"] = {"built": False, "reason": "", "nvcc": "", "archs": []}
         try:
             super().run()
@@ -169,7 +181,6 @@ class BuildExt(build_ext):
             targets.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")
         self.info["cuda"].update(nvcc=" ".join(version), archs=wanted)
         out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / "cuda"
-        headers = [*glob("csrc/cuda/*.h"), "csrc/test/emulate.h"]
         include = str(Path(nvcc).resolve().parent.parent / "include")
         toolkit = [path for path in (include, *([str(Path(home) / "include")] if home else [])) if Path(path).is_dir()]
         bind = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
@@ -180,7 +191,7 @@ class BuildExt(build_ext):
             stamp = target.with_suffix(".command")
             command = [nvcc, *([*CUDA_FLAGS, *targets] if source.endswith(".cu") else bind), "-c", source, "-o", str(target)]
             said = json.dumps([version, command])
-            newest = max(os.path.getmtime(f) for f in [source, *headers])
+            newest = max(map(os.path.getmtime, included(source)))
             if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 stamp.unlink(missing_ok=True)
@@ -197,7 +208,7 @@ class BuildExt(build_ext):
 
     def _compile_all(self, jobs: list[tuple[str, str, list[str]]], macros: list[tuple[str, str]], python: Sequence[str] = ()) -> list[str]:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            return list(pool.map(lambda job: self._compile(*job, macros, python), jobs))
+            return list(pool.map(lambda job: self._compile(job[0], job[1], job[2], macros, python), jobs))
 
     def _compile(self, source: str, level: str, flags: list[str], macros: list[tuple[str, str]], python: Sequence[str]) -> str:
         """One object, unless it is newer than every file that it may depend on and was made by the same command."""
@@ -211,7 +222,7 @@ class BuildExt(build_ext):
         stamp = target.with_suffix(".command")
         compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
         command = json.dumps([self.info["compiler"], compiler, flags, include, macros])
-        newest = max(os.path.getmtime(f) for f in [source, *glob("csrc/**/*.h", recursive=True)])
+        newest = max(map(os.path.getmtime, included(source)))
         if not self.force and target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == command:
             return str(target)
         stamp.unlink(missing_ok=True)

@@ -79,6 +79,7 @@ def test_ensemble(shape: tuple[int, ...], phase: str, compare: Callable[..., Non
     compare(f"ensemble {phase}", "E{} B{} D{} F{}".format(*shape), lambda: opt.step(x), others, verify)
 
 
+@pytest.mark.seconds(28)
 @pytest.mark.parametrize("shape", SWEEPS, ids=lambda shape: "E{} D{} F{} steps{}".format(*shape))
 def test_sweep(shape: tuple[int, ...], compare: Callable[..., None]) -> None:
     members, width, features, steps = shape

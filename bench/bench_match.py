@@ -54,6 +54,7 @@ def _indexes(a: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], object]]:
     return others
 
 
+@pytest.mark.seconds(60)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_match_cosine(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     a, b = unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
@@ -66,6 +67,7 @@ def test_match_cosine(shape: tuple[int, int, int], compare: Callable[..., None])
     compare("match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), others, verify, floor=FLOOR if FLOOR in others else None)
 
 
+@pytest.mark.seconds(160)
 @pytest.mark.parametrize("shape", LARGE, ids=name)
 def test_large(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     """Beside the fastest plain torch only: a round takes a quarter of a minute."""
@@ -80,6 +82,7 @@ def test_large(shape: tuple[int, int, int], compare: Callable[..., None]) -> Non
     compare("match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), {best: others[best]}, verify)
 
 
+@pytest.mark.seconds(60)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_match_cosine_k8(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     a, b = unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
@@ -93,6 +96,7 @@ def test_match_cosine_k8(shape: tuple[int, int, int], compare: Callable[..., Non
     compare("match_cosine", label, lambda: fastsae.match_cosine(a, b, k=8), others, verify, floor=FLOOR if FLOOR in others else None)
 
 
+@pytest.mark.seconds(70)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_match(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     """Both directions and each row's most negative; the rivals find both directions only."""

@@ -70,6 +70,7 @@ def walk(layers: Sequence[tuple[Tensor, Tensor]], p: Tensor, q: Tensor) -> tuple
     return t[order], neuron[order]
 
 
+@pytest.mark.seconds(370)
 @pytest.mark.parametrize("shape", SEGMENTS, ids=name)
 def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     segments, depth, width = shape
@@ -95,15 +96,16 @@ def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) ->
     compare("crossings", name(shape), lambda: polytopes.crossings(net, p, q), others, verify)
 
 
+@pytest.mark.seconds(40)
 @pytest.mark.parametrize("shape", CODES, ids=name)
 def test_frobenius_pairs(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     codes, neurons, d = shape
     W_in, W_out = normal(neurons, d, seed=1), normal(d, neurons, seed=2)
-    module = nn.Sequential(nn.Linear(d, neurons), nn.ReLU(), nn.Linear(neurons, d)).to(DEVICE)
+    first, second = nn.Linear(d, neurons), nn.Linear(neurons, d)
     with torch.no_grad():
-        module[0].weight.copy_(W_in)
-        module[2].weight.copy_(W_out)
-    net = polytopes.as_net(module)
+        first.weight.copy_(W_in)
+        second.weight.copy_(W_out)
+    net = polytopes.as_net(nn.Sequential(first, nn.ReLU(), second).to(DEVICE))
     on = normal(codes, neurons, seed=3) > 0
     packed = fastsae.codes.pack_signs(on)
 

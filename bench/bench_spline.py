@@ -33,8 +33,8 @@ def _products(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> tuple[dict[s
     others: dict[str, Callable[[], object]] = {"torch linear alone": lambda: torch.nn.functional.linear(x, W, b)}
     if not has_onednn():
         return others, "torch linear alone"
-    packed: Callable[..., torch.Tensor] = onednn_linear(x, W)
-    others["oneDNN product alone"] = lambda: packed()
+    packed = onednn_linear(x, W)
+    others["oneDNN product alone"] = lambda: packed("none", None)
     return others, "oneDNN product alone"
 
 

@@ -23,6 +23,7 @@ def inputs(shape: tuple[int, ...]) -> tuple[training.Start, torch.Tensor]:
     return start, training.distinct_rows(normal(rows + rows // 4, width, seed=1), start, rows)
 
 
+@pytest.mark.seconds(25)
 @pytest.mark.parametrize("way", ["fused", "autograd"])
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_step(shape: tuple[int, ...], way: str, compare: Callable[..., None]) -> None:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 import fastsae
-from bench.harness import milliseconds
 from fastsae._core import files
 from fastsae._core.machine import machine
+from fastsae._core.timing import alternate, milliseconds
 from fastsae.demo import activations_minilm
 from fastsae.plots import figure
 
@@ -106,7 +106,7 @@ def neighbours(codes: list[Tensor], kind: Tensor, words: list[str], sample: int,
     chance = float((counts * (counts - 1)).sum()) / (len(mine) * (len(mine) - 1))
     frequent = counts.argsort(descending=True, stable=True)[:FREQUENT]
     place = torch.full((len(words),), FREQUENT).scatter(0, frequent, torch.arange(FREQUENT))[mine]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layer, code in enumerate(codes):
         graph = fastsae.codes.neighbour_graph(code[chosen], k, symmetric=False)
         row = torch.arange(len(chosen)).repeat_interleave(k)
@@ -147,7 +147,7 @@ def te_nas(bits: Tensor) -> int:
 
 def timing(code: Tensor, neurons: int, sizes: list[int]) -> list[dict[str, Any]]:
     """Medians of alternating calls; every pair of ways is checked to agree first."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for n in sizes:
         words = code[:n]
         bits = unpacked(words, neurons)
@@ -165,12 +165,11 @@ def timing(code: Tensor, neurons: int, sizes: list[int]) -> list[dict[str, Any]]
         agreement, counts = naswot(bits), [fastsae.codes.count_codes(fastsae.codes.hash_signs(z)).unique.shape[0], te_nas(bits)]
         if not torch.equal(neurons - fastsae.codes.hamming(words, words, out), agreement.int()) or len({*counts}) > 1:
             raise RuntimeError(f"codes: the ways disagree at {n} samples ({counts})")
-        times: dict[str, list[float]] = {name: [] for name in ours}
-        for _ in range(ROUNDS):
-            for name, call in ours.items():
-                times[name].append(milliseconds(call))
-        rows.append({"samples": n, "distinct": counts[0], "milliseconds": {name: statistics.median(t) for name, t in times.items()}})
-        print(f"{n} samples: " + ", ".join(f"{name} {statistics.median(t):.2f} ms" for name, t in times.items()))
+        ways = {name: lambda _, call=call: milliseconds(lambda _: call()) for name, call in ours.items()}
+        times = alternate(ways, least=ROUNDS, most=ROUNDS, seconds=0)
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        rows.append({"samples": n, "distinct": counts[0], "milliseconds": medians})
+        print(f"{n} samples: " + ", ".join(f"{name} {value:.2f} ms" for name, value in medians.items()))
     return rows
 
 
@@ -205,12 +204,13 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
 
     canvas, panels = figure(figsize=(11, 5), columns=2)
     labels = near["frequent"]
+    images: list[Any] = []
     for axes, row in zip(panels, (near["layers"][0], near["layers"][-1])):
-        image = axes.imshow(row["shares"], vmin=0, vmax=1, cmap="viridis")
+        images.append(axes.imshow(row["shares"], vmin=0, vmax=1, cmap="viridis"))
         axes.set_xticks(range(len(labels) + 1), [*labels, "any other"], rotation=60, ha="right")
         axes.set_yticks(range(len(labels)), labels)
         axes.set(title=f"layer {row['layer']}", xlabel="token of the neighbour", ylabel="token")
-    canvas.colorbar(image, ax=panels, shrink=0.8, label=f"share of the {near['k']} nearest")
+    canvas.colorbar(images[-1], ax=panels, shrink=0.8, label=f"share of the {near['k']} nearest")
     files.replace_figure(out / "graph.png", canvas, dpi=130, bbox_inches="tight")
 
     canvas, axes = figure(figsize=(7.5, 4.4))

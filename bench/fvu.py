@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import training
-from fastsae import demo
 from fastsae._core import files
 from fastsae._core.machine import machine
+from fastsae._core.timing import Stopwatch
 from fastsae.demo import activations_minilm
+from fastsae.demo import data as demo_data
+from fastsae.demo.settings import Settings
 from fastsae.optim import warmup_linear_decay
 from fastsae.plots import figure
 from fastsae.trainer import Batches
@@ -66,11 +67,11 @@ def data(args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
     if args.smoke or absent:
         if absent:
             print(f"{absent} is not installed: synthetic superposition data instead of a model's activations")
-        found = demo.synthetic_data(4000 if args.smoke else 56_000, 64 if args.smoke else 256)
+        found = demo_data.synthetic(4000 if args.smoke else 56_000, 64 if args.smoke else 256)
         source = "synthetic superposition"
     else:
         args.cache.parent.mkdir(parents=True, exist_ok=True)
-        found = demo._load_data(demo.Settings(synthetic=False), args.cache, fresh=False)
+        found = demo_data.load(Settings(synthetic=False), args.cache)
         source = "all-MiniLM-L6-v2, layer 3, Python's documentation"
     x, held = found["x"][~found["held"]], found["x"][found["held"]]
     scale = 1 / (x - x.mean(0)).norm(dim=1).mean()
@@ -109,12 +110,12 @@ def train(args: argparse.Namespace, seed: int, x: Tensor, held: Tensor) -> dict[
             steps = range(first, min(first + turn, args.steps))
             rows = [next(batches)["x"] for _ in steps]
             for who in order:
-                begin = time.perf_counter(), time.process_time()
+                watch = Stopwatch()
                 for step, batch in zip(steps, rows):
                     runners[who].set_lr(args.lr * schedule(step))
                     runners[who].step(batch)
-                point = {"step": steps.stop, "seconds": time.perf_counter() - begin[0], "cpu_seconds": time.process_time() - begin[1]}
-                point |= {key: curves[who][-1][key] + point[key] for key in ("seconds", "cpu_seconds")}
+                before, spent = curves[who][-1], {"seconds": watch.seconds(), "cpu_seconds": watch.cpu_seconds()}
+                point = {"step": steps.stop, **{key: before[key] + value for key, value in spent.items()}}
                 curves[who].append({**point, "fvu": fvu(runners[who].weights(), held, args.k)})
                 progress.update(len(steps))
             order = order[1:] + order[:1]  # nobody is always the one after somebody

@@ -10,26 +10,24 @@ Samples are made and results are checked on the CPU, so that hardly any kernel b
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 import sys
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae._core import triton_support
+from fastsae._core.timing import Stopwatch
 from fastsae.dispatch import OPS
 from fastsae.native import cuda as native_cuda
 
 
 def kernels() -> list[str]:
     """The Triton kernels by name."""
-    import importlib
-    import pkgutil
-
-    import fastsae.kernels
-
-    modules = [importlib.import_module(f"fastsae.kernels.{found.name}") for found in pkgutil.iter_modules(fastsae.kernels.__path__)]
+    package = importlib.import_module("fastsae.kernels")  # mapped by an import hook that no type checker follows
+    modules = [importlib.import_module(f"fastsae.kernels.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
     return sorted({name for module in modules for name in vars(module) if name.endswith("_kernel")})
 
 
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason is not None:
         print(f"gpu_check: {reason}", file=sys.stderr)
         return 2
-    checked, begin = 0, time.monotonic()
+    checked, watch = 0, Stopwatch()
     for op in OPS.values():
         for row in op.rows:
             if row.backend != options.backend:
@@ -83,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
                 written = tuple(given[position] for position in op.mutates)
                 op.check(args, _host(result if not written else written[0] if len(written) == 1 else written))
                 checked += 1
-            print(f"[{time.monotonic() - begin:6.1f} s] {op.name}: {checked - here} samples", flush=True)
+            print(f"[{watch.seconds():6.1f} s] {op.name}: {checked - here} samples", flush=True)
     print(f"{checked} samples of {options.backend} rows agree with their specification")
     return 0 if checked else 1
 

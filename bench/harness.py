@@ -1,4 +1,4 @@
-"""How every figure is measured: ours and the others alternate in one run, after a verified result and a warm-up."""
+"""Inputs and rivals that the benches share, memory, and how a run is told its sizes and its device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ctypes
 import gc
 import importlib
 import os
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,26 +28,16 @@ def name(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def milliseconds(call: Call) -> float:
-    if DEVICE.type == "cuda":
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
-
-
-def extra_megabytes(call: Call) -> float | None:
+def extra_megabytes(call: Callable[[], object], device: torch.device = DEVICE) -> float | None:
     """Peak memory during one call beyond what stood before it, results included; None where it cannot be read."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        del result
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     if not os.path.exists("/proc/self/clear_refs"):
         return None
     gc.collect()
@@ -68,10 +56,6 @@ def _status(key: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key + ":"))
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(times), "min": min(times), "max": max(times), "rounds": len(times)}
-
-
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
@@ -81,13 +65,14 @@ def unit_rows(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return value / torch.linalg.vector_norm(value, dim=1, keepdim=True)
 
 
+def has_onednn() -> bool:
+    return DEVICE.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tensor | None], torch.Tensor]:
     """oneDNN's float32 product, which on many CPUs beats the MKL one behind ``torch.mm``; weight packed outside the timing."""
-    packed = (
-        torch._C._nn.mkldnn_reorder_linear_weight(W.to_mkldnn(), x.shape[0])
-        if hasattr(torch._C._nn, "mkldnn_reorder_linear_weight")
-        else None
-    )
+    nn: Any = torch._C._nn  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] (torch has no public name for the packing)
+    packed = nn.mkldnn_reorder_linear_weight(W.to_mkldnn(), x.shape[0]) if hasattr(nn, "mkldnn_reorder_linear_weight") else None
     weight = packed if packed is not None else W
 
     def run(post: str = "none", bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,16 +84,17 @@ def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tens
 _absent: set[str] = set()
 
 
+def absent(who: str, error: BaseException) -> None:
+    """Warns, once in a process, that there is no row for ``who``."""
+    if who not in _absent:
+        _absent.add(who)
+        warnings.warn(f"bench: no row for {who}: {type(error).__name__}: {error}", stacklevel=3)
+
+
 def optional(module: str, distribution: str | None = None) -> Any:
     """A rival's module, or None with a warning that says what is left out."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        if module not in _absent:
-            _absent.add(module)
-            warnings.warn(f"bench: no row for {distribution or module}: {error}", stacklevel=2)
+        absent(distribution or module, error)
         return None
-
-
-def has_onednn() -> bool:
-    return DEVICE.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +10,7 @@ import torch
 from torch import Tensor
 
 import fastsae
-from bench.training import Start
-from fastsae._core.checkout import checkout_hidden
+from bench.training import Start, copy_, dictionary_learning_trainer, saelens_trainer, sparsify_coder, sparsify_step
 from fastsae.patch import sparsify
 
 
@@ -37,21 +34,15 @@ class Peer:
 
     Attributes:
         sae: an SAE for inference. encode: its latents as its own API returns them. dense: those as ``[B, F]``, to compare.
-        training: a trainer, or None where the library has no step to call.
+        training: a trainer with a step to call.
         encoder: the encoder's weights ``[F, D]`` as ``fastsae.encode`` takes a handle of them, where it does.
     """
 
     sae: Callable[[Start], Any]
     encode: Callable[[Any, Tensor], Any]
     dense: Callable[[Any], Tensor]
-    training: Callable[[Start], Training] | None
+    training: Callable[[Start], Training]
     encoder: Callable[[Any], Tensor] | None = None
-
-
-def _copy(*pairs: tuple[Tensor, Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in pairs:
-            parameter.copy_(value)
 
 
 def _saelens_sae(start: Start) -> Any:
@@ -59,31 +50,13 @@ def _saelens_sae(start: Start) -> Any:
 
     features, width = start.W.shape
     sae = TopKSAE(TopKSAEConfig(d_in=width, d_sae=features, k=start.k, device=str(start.W.device)))
-    _copy((sae.W_enc, start.W.T), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    copy_((sae.W_enc, start.W.T), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
     return sae
 
 
 def _saelens_training(start: Start) -> Training:
-    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-
-    features, width = start.W.shape
-    device = str(start.W.device)
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=start.k, device=device))
-    _copy((sae.W_enc, start.W.T), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
-    betas = dict(zip(("adam_beta1", "adam_beta2"), start.betas))
-    config = SAETrainerConfig(10**12, 1024, lr=start.lr, lr_end=start.lr, device=device, **betas)
-    trainer = SAETrainer(config, sae, iter([]))
+    sae, trainer = saelens_trainer(start)
     return Training(trainer, trainer.step, sae, trainer.optimizer)
-
-
-def _sparsify_sae(start: Start) -> Any:
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    features, width = start.W.shape
-    coder = SparseCoder(width, SparseCoderConfig(num_latents=features, k=start.k), device=start.W.device)
-    _copy((coder.encoder.weight, start.W), (coder.W_dec, start.W), (coder.b_dec, start.b_dec))
-    return coder
 
 
 def _sparsify_dense(out: Any) -> Tensor:
@@ -91,20 +64,12 @@ def _sparsify_dense(out: Any) -> Tensor:
 
 
 def _sparsify_training(start: Start) -> Training:
-    """The part of ``Trainer.fit`` behind its model: as it is by the library's own calls, accelerated by ``train_step``."""
-    coder = _sparsify_sae(start)
+    """As it is by the library's own calls, accelerated by ``train_step``."""
+    coder = sparsify_coder(start)
     optimiser = torch.optim.Adam(coder.parameters(), lr=start.lr, betas=start.betas)
 
     def step(x: Tensor) -> object:
-        if fastsae.report(coder).accelerated:
-            return sparsify.train_step(coder, optimiser, x)
-        coder.set_decoder_norm_to_unit_norm()
-        out = coder(x)
-        out.fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
-        optimiser.step()
-        optimiser.zero_grad()
-        return out
+        return (sparsify.train_step if fastsae.report(coder).accelerated else sparsify_step)(coder, optimiser, x)
 
     return Training(coder, step, coder, optimiser)
 
@@ -114,37 +79,20 @@ def _dictionary_learning_sae(start: Start) -> Any:
 
     features, width = start.W.shape
     ae = AutoEncoderTopK(width, features, start.k).to(start.W.device)
-    _copy((ae.encoder.weight, start.W), (ae.decoder.weight, start.W.T), (ae.b_dec, start.b_dec))
+    copy_((ae.encoder.weight, start.W), (ae.decoder.weight, start.W.T), (ae.b_dec, start.b_dec))
     return ae
 
 
 def _dictionary_learning_training(start: Start) -> Training:
-    from dictionary_learning.trainers.top_k import TopKTrainer
-
-    features, width = start.W.shape
-    options = {"layer": 0, "lm_name": "", "device": str(start.W.device), "warmup_steps": 0, "lr": start.lr}
-    trainer = TopKTrainer(steps=10**12, activation_dim=width, dict_size=features, k=start.k, **options)
-    trainer.optimizer.param_groups[0]["betas"] = start.betas
-    _copy((trainer.ae.encoder.weight, start.W), (trainer.ae.decoder.weight, start.W.T), (trainer.ae.b_dec, start.b_dec))
+    trainer = dictionary_learning_trainer(start)
     return Training(trainer, lambda x: trainer.update(1, x), trainer.ae, trainer.optimizer)  # step 0 would centre b_dec
 
 
 PEERS = {
     "SAELens": Peer(_saelens_sae, lambda sae, x: sae.encode(x), lambda acts: acts, _saelens_training, lambda sae: sae.W_enc.detach().T),
-    "sparsify": Peer(_sparsify_sae, lambda coder, x: coder.encode(x), _sparsify_dense, _sparsify_training),
+    "sparsify": Peer(sparsify_coder, lambda coder, x: coder.encode(x), _sparsify_dense, _sparsify_training),
     "dictionary_learning": Peer(_dictionary_learning_sae, lambda ae, x: ae.encode(x), lambda acts: acts, _dictionary_learning_training),
 }
-
-
-def build(name: str, make: Callable[[Start], Any] | None, start: Start) -> Any:
-    """What ``make`` builds, or None with a warning where the library cannot be imported."""
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it chooses a decoder at import, not by device
-    try:
-        with checkout_hidden():
-            return None if make is None else make(start)
-    except ImportError as error:
-        warnings.warn(f"bench: no row for {name}: {error} (make peers installs it)", stacklevel=2)
-        return None
 
 
 def check_encode(peer: Peer, sae: Any, accelerated: Any, x: Tensor) -> None:

@@ -1,85 +1,65 @@
-"""Runs the benches, prints one table, draws one plot, stores JSON with machine, versions and commit."""
+"""What was measured: JSON with machine, versions and commit, one table, one plot."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastsae._core import files
+from fastsae.plots import figure
 
 
-def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int:
-    if options.device != "cpu":
-        import torch
+@dataclass
+class Report:
+    """The JSON file of a run, written anew whenever something is added: what was measured survives a kill."""
 
-        if not torch.cuda.is_available():
-            print("fastsae bench: no CUDA device (torch.cuda.is_available() is False)", file=sys.stderr)
-            return 2
-        if not options.ops:
-            from bench import gpu
+    path: Path
+    about: dict[str, Any]
+    entries: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    notes: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
-            out = options.out or root / "bench" / "results"
-            return gpu.table(out.resolve(), minutes=options.minutes, quick=options.quick)
-    known = sorted(path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py"))
-    unknown = [op for op in options.ops if op not in known]
-    if unknown:
-        print(f"fastsae bench: unknown {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
-        return 2
-    out = options.out or root / "bench" / "results"
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [str(root / "bench" / f"bench_{op}.py") for op in options.ops or known]
-    environment = {**os.environ, "FASTSAE_BENCH_QUICK": "1" if options.quick else "0", "FASTSAE_BENCH_DEVICE": options.device}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "benchmark.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            *paths,
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--benchmark-json={path}",
-            "--benchmark-disable-gc",
-            *(["-k", options.rows] if options.rows else []),
-        ]
-        stdout = sys.stderr if options.json else None
-        code = subprocess.run(
-            [*command, "--benchmark-columns=median,min,max,rounds"], cwd=root, env=environment, stdout=stdout, check=False
-        ).returncode
-        if not path.exists() or not path.read_text():
-            print("fastsae bench: no figures were taken (see the output above)", file=sys.stderr)
-            return code or 1
-        entries = [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
-    if options.device != "cpu":
-        machine = {**machine, "device": options.device}
-    report = {"date": datetime.date.today().isoformat(), "quick": options.quick, **machine, "results": entries}
-    label = machine["gpu"][0] if options.device != "cpu" and machine["gpu"] else machine["cpu"]
-    stem = f"{report['date']}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}{'-quick' if options.quick else ''}"
-    if options.ops:
-        stem += "-" + "-".join(options.ops)
-    if options.rows:
-        stem += "-" + re.sub(r"[^a-z0-9]+", "-", options.rows.lower()).strip("-")
-    files.replace_text(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
-    if options.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print_table(entries)
-    drawn = []
-    try:
-        drawn += plot(entries, out / f"{stem}.png") + plot_growth(entries, out / f"{stem}-growth.png")
-    except ImportError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    print("\nstored " + ", ".join([f"{out / stem}.json", *drawn]), file=sys.stderr)
-    return code
+    @classmethod
+    def begin(cls, folder: Path, machine: dict[str, Any], device: str, *, quick: bool, more: tuple[str, ...] = ()) -> Report:
+        """Of today, named after the chip, ``more`` and "quick"."""
+        kind, _, number = device.partition(":")
+        label = machine["cpu"] if kind == "cpu" or not machine["gpu"] else machine["gpu"][int(number or 0)]
+        parts = [datetime.date.today().isoformat(), *(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (label, *more))]
+        about = {"date": parts[0], "quick": quick, **machine, "device": device}
+        return cls(folder / f"{'-'.join([*parts, *['quick'] * quick])}.json", about)
+
+    def note(self, op: str, shape: str, text: str) -> None:
+        self.notes.append({"op": op, "shape": shape, "note": text})
+
+    def text(self) -> str:
+        return json.dumps({**self.about, "results": self.entries, "notes": self.notes}, indent=1) + "\n"
+
+    def save(self, **figures: Any) -> None:
+        self.about.update(figures)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_text(self.path, self.text())
+
+    def draw(self) -> list[str]:
+        """Plots beside the file; the names of those written."""
+        measured = [entry for entry in self.entries if "ours" in entry]
+        try:
+            return plot(measured, self.path.with_suffix(".png")) + plot_growth(
+                measured, self.path.with_name(f"{self.path.stem}-growth.png")
+            )
+        except ImportError as error:
+            print(f"no plot: {error}", file=sys.stderr)
+            return []
+
+
+def ratios(entry: dict[str, Any]) -> str:
+    """Our median, and our time over everybody's, in a line."""
+    median = entry["ours"]["median"]
+    others = ", ".join(f"{who} {median / times['median']:.2f}" for who, times in entry["others"].items())
+    return f"fastsae ({entry['backend']}): {median:.3f} ms; of others' time: {others or 'none'}"
 
 
 def rivals(entry: dict[str, Any]) -> dict[str, Any]:
@@ -105,8 +85,6 @@ def print_table(entries: list[dict[str, Any]]) -> None:
 
 def plot(entries: list[dict[str, Any]], path: Path) -> list[str]:
     """Our time over that of the best plain torch, by operation and shape; the names of the files written."""
-    from fastsae.plots import figure
-
     rows = [
         (f"{entry['op']}  {entry['shape']}", entry, min(times["median"] for times in rivals(entry).values()))
         for entry in entries
@@ -135,8 +113,6 @@ def plot(entries: list[dict[str, Any]], path: Path) -> list[str]:
 
 def plot_growth(entries: list[dict[str, Any]], path: Path) -> list[str]:
     """Time a row and extra memory over features and over rows, of entries named "... growth" with shapes B x D x F x K."""
-    from fastsae.plots import figure
-
     shapes = [(tuple(map(int, entry["shape"].split("x"))), entry) for entry in entries if entry["op"].endswith(" growth")]
     if len(shapes) < 4:
         return []

@@ -6,19 +6,21 @@ gradient without the component along them; where a peer's own step differs, its 
 
 from __future__ import annotations
 
+import itertools
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import fastsae
-from bench.harness import has_onednn
+from bench.harness import absent, has_onednn
 from fastsae._core.checkout import checkout_hidden
+
+Built = TypeVar("Built")
 
 
 class Weights(NamedTuple):
@@ -82,11 +84,12 @@ def ours_autograd(start: Start) -> Runner:
     return _runner(step, opt, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), dict(sae.named_parameters()))
 
 
-def plain(start: Start, gathered: bool = False) -> Runner:
+def plain(start: Start, way: Literal["bag", "gathered", "dense"] = "bag") -> Runner:
     """Plain torch: linear, top-k, ``embedding_bag``, fused Adam.
 
     ``gathered``: the scores come without autograd from oneDNN's product (on many CPUs faster than the one behind ``F.linear``) and only the
-    selected ones are formed again from gathered rows, so that the backward needs no product of [B, F] with x.
+    selected ones are formed again from gathered rows, so that the backward needs no product of [B, F] with x. ``dense``: what the dense
+    libraries do, a [B, F] code and its product.
     """
     parameters = {
         name: torch.nn.Parameter(value.clone())
@@ -97,7 +100,7 @@ def plain(start: Start, gathered: bool = False) -> Runner:
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         centred = x - b_dec
-        if not gathered:
+        if way != "gathered":
             values, indices = functional.linear(centred, W_enc, b_enc).topk(start.k, sorted=False)
             return values.relu(), indices
         with torch.no_grad():
@@ -105,10 +108,13 @@ def plain(start: Start, gathered: bool = False) -> Runner:
         rows = functional.embedding(indices, W_enc)
         return (torch.bmm(rows, centred.unsqueeze(2)).squeeze(2) + b_enc[indices]).relu(), indices
 
+    def decode(values: Tensor, indices: Tensor) -> Tensor:
+        if way != "dense":
+            return functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+        return torch.zeros(values.shape[0], W_dec.shape[0], device=values.device).scatter(1, indices, values) @ W_dec + b_dec
+
     def step(x: Tensor) -> None:
-        values, indices = encode(x)
-        y = functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
-        ((y - x).square().sum() / x.shape[0]).backward()
+        ((decode(*encode(x)) - x).square().sum() / x.shape[0]).backward()
         with torch.no_grad():
             grad = W_dec.grad
             assert grad is not None
@@ -120,43 +126,50 @@ def plain(start: Start, gathered: bool = False) -> Runner:
     return _runner(step, opt, lambda: _detached(W_enc, b_enc, W_dec, b_dec), parameters)
 
 
-def sparsify(start: Start, signum: bool = False) -> Runner:
-    """sparsify's module and the step of its trainer; ``signum``: its default optimiser in place of torch's Adam."""
-    if start.W.device.type == "cpu":
-        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it chooses a decoder at import, not by device
+def sparsify_coder(start: Start) -> Any:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(start.W.shape[1], SparseCoderConfig(num_latents=start.W.shape[0], k=start.k), device=start.W.device)
-    _copy((sae.encoder.weight, start.W), (sae.encoder.bias, 0), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    features, width = start.W.shape
+    coder = SparseCoder(width, SparseCoderConfig(num_latents=features, k=start.k), device=start.W.device)
+    copy_((coder.encoder.weight, start.W), (coder.encoder.bias, 0), (coder.W_dec, start.W), (coder.b_dec, start.b_dec))
+    return coder
+
+
+def sparsify_step(coder: Any, opt: Any, x: Tensor) -> Any:
+    """The part of its ``Trainer.fit`` behind its model."""
+    coder.set_decoder_norm_to_unit_norm()
+    out = coder(x)
+    out.fvu.backward()
+    coder.remove_gradient_parallel_to_decoder_directions()
+    opt.step()
+    opt.zero_grad()
+    return out
+
+
+def sparsify(start: Start, signum: bool = False) -> Runner:
+    """sparsify's module and the step of its trainer; ``signum``: its default optimiser in place of torch's Adam."""
+    coder = sparsify_coder(start)
     opt: Any
     if signum:
         from schedulefree import ScheduleFreeWrapper
         from sparsify.sign_sgd import SignSGD
 
-        opt = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=start.lr), momentum=0.95)
+        opt = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=start.lr), momentum=0.95)
         opt.train()
     else:
-        opt = torch.optim.Adam(sae.parameters(), lr=start.lr, betas=start.betas)
-
-    def step(x: Tensor) -> None:
-        sae.set_decoder_norm_to_unit_norm()
-        sae(x).fvu.backward()
-        sae.remove_gradient_parallel_to_decoder_directions()
-        opt.step()
-        opt.zero_grad()
-
-    return _runner(step, opt, lambda: _detached(sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec))
+        opt = torch.optim.Adam(coder.parameters(), lr=start.lr, betas=start.betas)
+    weights = (coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec)
+    return _runner(lambda x: sparsify_step(coder, opt, x), opt, lambda: _detached(*weights))
 
 
-def saelens(start: Start) -> Runner:
-    """SAELens's ``SAETrainer.step``: rows of any norm, latents scaled by it; gradients clipped to norm 1; AuxK once features are dead."""
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+def saelens_trainer(start: Start) -> tuple[Any, Any]:
+    """(SAE, trainer)."""
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
 
     features, width = start.W.shape
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=start.k, device=str(start.W.device)))
-    _copy((sae.W_enc, start.W.T), (sae.b_enc, 0), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=start.k, device=str(start.W.device)))
+    copy_((sae.W_enc, start.W.T), (sae.b_enc, 0), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
     config = SAETrainerConfig(
         total_training_samples=10**12,
         train_batch_size_samples=1024,
@@ -167,7 +180,12 @@ def saelens(start: Start) -> Runner:
         adam_beta1=start.betas[0],
         adam_beta2=start.betas[1],
     )
-    trainer = SAETrainer(config, sae, iter([]))
+    return sae, SAETrainer(config, sae, iter([]))
+
+
+def saelens(start: Start) -> Runner:
+    """SAELens's ``SAETrainer.step``: rows of any norm, latents scaled by it; gradients clipped to norm 1; AuxK once features are dead."""
+    sae, trainer = saelens_trainer(start)
 
     def weights() -> Weights:
         norm = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)  # folded in: score times norm, row over norm
@@ -176,33 +194,35 @@ def saelens(start: Start) -> Runner:
     return _runner(trainer.step, trainer.optimizer, weights)
 
 
-def dictionary_learning(start: Start) -> Runner:
-    """dictionary_learning's ``TopKTrainer.update``: gradients clipped to norm 1, a running threshold, AuxK once features are dead."""
+def dictionary_learning_trainer(start: Start) -> Any:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     features, width = start.W.shape
     trainer = TopKTrainer(
-        steps=10**9,
+        steps=10**12,
         activation_dim=width,
         dict_size=features,
         k=start.k,
         layer=0,
         lm_name="none",
         lr=start.lr,
+        warmup_steps=0,
         device=str(start.W.device),
         seed=0,
     )
-    sae = trainer.ae
-    _copy((sae.encoder.weight, start.W), (sae.encoder.bias, 0), (sae.decoder.weight, start.W.T), (sae.b_dec, start.b_dec))
+    ae: Any = trainer.ae
+    copy_((ae.encoder.weight, start.W), (ae.encoder.bias, 0), (ae.decoder.weight, start.W.T), (ae.b_dec, start.b_dec))
     for group in trainer.optimizer.param_groups:
         group["betas"] = start.betas
-    steps = [0]
+    return trainer
 
-    def step(x: Tensor) -> None:
-        steps[0] += 1  # from 1: at step 0 it would set b_dec
-        trainer.update(steps[0], x)
 
-    return _runner(step, trainer.optimizer, lambda: _detached(sae.encoder.weight, sae.encoder.bias, sae.decoder.weight.T, sae.b_dec))
+def dictionary_learning(start: Start) -> Runner:
+    """dictionary_learning's ``TopKTrainer.update``: gradients clipped to norm 1, a running threshold, AuxK once features are dead."""
+    trainer = dictionary_learning_trainer(start)
+    ae, steps = trainer.ae, itertools.count(1)  # from 1: at step 0 it would set b_dec
+    weights = (ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec)
+    return _runner(lambda x: trainer.update(next(steps), x), trainer.optimizer, lambda: _detached(*weights))
 
 
 PEERS: dict[str, Callable[[Start], Runner]] = {
@@ -216,26 +236,26 @@ PEERS: dict[str, Callable[[Start], Runner]] = {
 def plain_ways(start: Start) -> dict[str, Runner]:
     ways = {"plain torch": plain(start)}
     if start.W.device.type == "cpu" and has_onednn():
-        ways["plain torch, oneDNN and gathered rows"] = plain(start, gathered=True)
+        ways["plain torch, oneDNN and gathered rows"] = plain(start, "gathered")
     return ways
-
-
-_absent: set[str] = set()
 
 
 def peers(start: Start, names: list[str] | None = None) -> dict[str, Runner]:
     """Those that can be imported and built here; the others with a warning that says why not."""
-    found: dict[str, Runner] = {}
-    for name in PEERS if names is None else names:
-        if name in _absent:
-            continue
-        try:
-            with checkout_hidden():
-                found[name] = PEERS[name](start)
-        except Exception as error:  # an import of theirs may raise anything
-            _absent.add(name)
-            warnings.warn(f"bench: no row for {name}: {type(error).__name__}: {error}", stacklevel=2)
-    return found
+    made = {name: build(name, PEERS[name], start) for name in (PEERS if names is None else names)}
+    return {name: runner for name, runner in made.items() if runner is not None}
+
+
+def build(name: str, make: Callable[[Start], Built], start: Start) -> Built | None:
+    """What ``make`` builds of a peer's library, or None with a warning where it cannot."""
+    if start.W.device.type == "cpu":
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify chooses a decoder at import, not by device
+    try:
+        with checkout_hidden():
+            return make(start)
+    except Exception as error:  # an import of theirs may raise anything
+        absent(name, error)
+        return None
 
 
 def distinct_rows(x: Tensor, start: Start, rows: int) -> Tensor:
@@ -270,12 +290,12 @@ def check_step(mine: Runner, theirs: Runner, x: Tensor, lr: float) -> None:
 
 def _sae(start: Start) -> fastsae.SAE:
     sae = fastsae.SAE(start.W.shape[1], start.W.shape[0], fastsae.TopK(start.k), device=start.W.device, seed=0)
-    _copy((sae.W_enc, start.W), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
+    copy_((sae.W_enc, start.W), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
     return sae
 
 
 @torch.no_grad()
-def _copy(*pairs: tuple[Tensor, Tensor | float]) -> None:
+def copy_(*pairs: tuple[Any, Tensor | float]) -> None:
     for parameter, value in pairs:
         parameter.copy_(torch.as_tensor(value, device=parameter.device))
 

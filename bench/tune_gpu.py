@@ -12,14 +12,14 @@ result has other bits, is named and cannot win. DIR / <date>-<device>-tiles.json
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,8 +29,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.gpu import Bench
-from fastsae._core import files, triton_support
+from bench.gpu.harness import Bench
+from fastsae._core import triton_support
+from fastsae._core.machine import machine
+from fastsae._core.timing import alternate
 from fastsae.dispatch import OPS
 
 Run = Callable[[], Any]
@@ -45,6 +47,11 @@ QUICK_SHAPES = [(16, 64, 64, 4)]
 GROUPS = (4, 8, 16)
 PROGRAMS = (1, 2, 3, 4)
 ROUNDS = 7
+
+
+def tiles() -> Any:
+    """The module of the tile's tables, mapped by an import hook that no type checker follows."""
+    return importlib.import_module("fastsae.kernels._tile")
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,10 @@ class Config:
         return (self.tile.rows + self.tile.columns) * self.tile.depth * 2 * self.tile.stages
 
     @contextmanager
-    def set(self) -> Iterator[None]:
-        from fastsae.kernels import _tile
-
+    def set(self) -> Generator[None]:
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(_tile, "tile_for", return_value=self.tile))
-            stack.enter_context(mock.patch.object(_tile, "_PROGRAMS", self.programs))
+            stack.enter_context(mock.patch.object(tiles(), "tile_for", return_value=self.tile))
+            stack.enter_context(mock.patch.object(tiles(), "_PROGRAMS", self.programs))
             yield
 
 
@@ -94,7 +99,7 @@ def workloads(b: Bench, dtypes: list[torch.dtype]) -> Iterator[Workload]:
         theta = torch.tensor(-statistics.NormalDist().inv_cdf(k / features), device=b.device)
         yield Workload(
             f"encode_threshold {label}",
-            lambda x=x, W=W, theta=theta: _run("encode_threshold", x, W, None, theta, *(None,) * 5),
+            lambda x=x, W=W, theta=theta: _run("encode_threshold", x, W, *(None,) * 5, theta, None),
         )
         del x, W, bias
         rows, width, size = b.shape((65536, 768, 3072), (17, 32, 96))
@@ -108,9 +113,7 @@ def _run(op: str, *args: Any) -> Any:
 
 def now(device: torch.device) -> Config:
     """What the table says."""
-    from fastsae.kernels import _tile
-
-    return Config(_tile.tile_for(device), _tile._PROGRAMS)
+    return Config(tiles().tile_for(device), tiles()._PROGRAMS)
 
 
 def shared_limit(device: torch.device) -> int:
@@ -139,8 +142,8 @@ def around(config: Config) -> list[Config]:
 class Tuner:
     def __init__(self, bench: Bench):
         self.bench, self.start = bench, now(bench.device)
-        self.results: list[dict[str, Any]] = []
-        self.path = bench.path.with_name(bench.path.name.replace("-gpu", "-tiles"))
+        bench.report.path = bench.report.path.with_name(bench.report.path.name.replace("-gpu", "-tiles"))
+        self.results = bench.report.entries
 
     def candidates(self) -> list[Config]:
         return shapes(self.start, shared_limit(self.bench.device), self.bench.quick)
@@ -163,18 +166,18 @@ class Tuner:
         return entry.get("ratio")
 
     def _alternate(self, work: Workload, config: Config) -> dict[str, float]:
-        pairs = []
-        for _ in range(1 if self.bench.quick else ROUNDS):
-            pair = []
-            for one in (config, self.start):
-                with one.set():
-                    pair.append(self.bench.milliseconds(lambda _: work.run(), 1, 0))
-            pairs.append(pair)
-        ratios = [mine / base for mine, base in pairs]
+        rounds = 1 if self.bench.quick else ROUNDS
+        ways = {who: lambda _, one=one: self._once(work, one) for who, one in (("mine", config), ("now", self.start))}
+        times = alternate(ways, least=rounds, most=rounds, seconds=0)
+        ratios = [mine / now for mine, now in zip(times["mine"], times["now"])]
         return {
             "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
-            "milliseconds": statistics.median(mine for mine, _ in pairs), "now": statistics.median(base for _, base in pairs),
+            "milliseconds": statistics.median(times["mine"]), "now": statistics.median(times["now"]),
         }  # fmt: skip
+
+    def _once(self, work: Workload, config: Config) -> float:
+        with config.set():
+            return self.bench.milliseconds(lambda _: work.run(), 1, 0)
 
     def tune(self, work: Workload) -> None:
         expected = work.result(self.start)
@@ -209,12 +212,10 @@ class Tuner:
 
     def save(self) -> None:
         b = self.bench
-        capability = list(torch.cuda.get_device_capability(b.device)) if b.device.type == "cuda" else None
-        report = {
-            **b.machine, "device": str(b.device), "capability": capability, "quick": b.quick, "now": str(self.start),
-            "seconds": time.monotonic() - b.start, "winners": self.winners(), "notes": b.notes, "results": self.results,
-        }  # fmt: skip
-        files.replace_text(self.path, json.dumps(report, indent=1) + "\n")
+        b.report.save(
+            capability=list(torch.cuda.get_device_capability(b.device)) if b.device.type == "cuda" else None, now=str(self.start),
+            seconds=time.monotonic() - b.start, winners=self.winners(),
+        )  # fmt: skip
 
 
 def compile_all(tuner: Tuner, dtypes: list[torch.dtype], part: int, parts: int) -> None:
@@ -229,8 +230,6 @@ def compile_all(tuner: Tuner, dtypes: list[torch.dtype], part: int, parts: int) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from fastsae._core.machine import machine
-
     parser = argparse.ArgumentParser(prog="python -m bench.tune_gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
@@ -245,7 +244,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.tune_gpu: {reason}", file=sys.stderr)
         return 2
     dtypes = [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float16, torch.float32]
-    options.out.mkdir(parents=True, exist_ok=True)
     tuner = Tuner(Bench(device, options.out, options.minutes, options.quick, machine()))
     if options.compile:
         part, _, parts = options.compile.partition("/")
@@ -268,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     tuner.save()
     for work, text in tuner.winners().items():
         print(f"{work:<26} {text}")
-    tuner.bench.say(f"stored {tuner.path}")
+    tuner.bench.say(f"stored {tuner.bench.report.path}")
     return 0
 
 

@@ -1,8 +1,10 @@
-// The only file that knows Python: addresses in, status out. Arguments are checked in fastsae/native.py, indices in the functions.
+// The only file that knows Python: addresses in, status out. Arguments are checked in fastsae/native, indices in the functions.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <tuple>
 
 #include "fastsae.h"
 #include "isa.h"
@@ -21,6 +23,32 @@ T* pointer(address p) {
 
 fastsae::Slots slots(address indices, int index, address crow, i64 rows, i64 k, i64 n, i64 features) {
   return {pointer<const void>(indices), pointer<const i64>(crow), rows, k, n, features, static_cast<fastsae::Index>(index)};
+}
+
+// x as (address, dtype, rows, d, stride_row, stride_d, b_pre, eps), W as (address, dtype, stride_f, stride_d, d, features, list, eps,
+// packed).
+using X = std::tuple<address, int, i64, i64, i64, i64, address, float>;
+using W = std::tuple<address, int, i64, i64, i64, i64, address, float, address>;
+
+fastsae::Activations activations(const X& x, const W& w) {
+  const auto& [data, type, rows, d, stride_row, stride_d, b_pre, eps] = x;
+  if (type != std::get<1>(w) || d != std::get<4>(w))
+    throw py::value_error("expected x [rows, D] and W [F, D] of one dtype and D, got D = " + std::to_string(d) + " and " +
+                          std::to_string(std::get<4>(w)));
+  return {pointer<const void>(data), static_cast<fastsae::Dtype>(type), rows, stride_row, stride_d, pointer<const float>(b_pre), eps};
+}
+
+fastsae::Weights weights(const W& w) {
+  const auto& [data, type, stride_f, stride_d, d, features, list, eps, packed] = w;
+  return {pointer<const void>(data),
+          static_cast<fastsae::Dtype>(type),
+          stride_f,
+          stride_d,
+          d,
+          features,
+          pointer<const std::int32_t>(list),
+          eps,
+          pointer<const std::uint32_t>(packed)};
 }
 
 fastsae::Level level_of(const std::string& name) {
@@ -52,23 +80,6 @@ PYBIND11_MODULE(_C, m) {
     return decode_dweight(slots(indices, index, crow, rows, k, n, features), static_cast<Dtype>(dtype), pointer<const void>(values),
                           pointer<const void>(grad), {pointer<void>(out), stride_f, stride_d, d}, zero_untouched, threads);
   });
-  // x and W as (address, dtype, rows, stride_row, stride_d, b_pre, eps) and (address, dtype, stride_f, stride_d, d, features, list, eps,
-  // packed).
-#define FASTSAE_XW                                                                                                                  \
-  address x, int x_type, i64 rows, i64 stride_row, i64 x_stride_d, address b_pre, float x_eps, address w, int w_type, i64 stride_f, \
-      i64 stride_d, i64 d, i64 features, address list, float w_eps, address packed
-#define FASTSAE_X \
-  Activations{pointer<const void>(x), static_cast<Dtype>(x_type), rows, stride_row, x_stride_d, pointer<const float>(b_pre), x_eps}
-#define FASTSAE_W                            \
-  Weights{pointer<const void>(w),            \
-          static_cast<Dtype>(w_type),        \
-          stride_f,                          \
-          stride_d,                          \
-          d,                                 \
-          features,                          \
-          pointer<const std::int32_t>(list), \
-          w_eps,                             \
-          pointer<const std::uint32_t>(packed)}
   m.def("packs", &packs);
   m.def("packed_words", &packed_words);
   m.def("pack", [](address w, int w_type, i64 stride_f, i64 stride_d, i64 d, i64 features, address packed, int threads) {
@@ -76,11 +87,11 @@ PYBIND11_MODULE(_C, m) {
     return pack({pointer<const void>(w), static_cast<Dtype>(w_type), stride_f, stride_d, d, features, nullptr, 0, nullptr},
                 pointer<std::uint32_t>(packed), threads);
   });
-  m.def("encode_topk", [](FASTSAE_XW, address scale, address bias, i64 k, bool relu, address values, address indices, int path, int threads,
-                          address stats, address survived) {
+  m.def("encode_topk", [](const X& x, const W& w, address scale, address bias, i64 k, bool relu, address values, address indices,
+                          address survived, int path, address stats, int threads) {
     py::gil_scoped_release release;
-    return encode_topk(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias), k, relu, pointer<float>(values),
-                       pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
+    return encode_topk(activations(x, w), weights(w), pointer<const float>(scale), pointer<const float>(bias), k, relu,
+                       pointer<float>(values), pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
                        pointer<std::uint8_t>(survived));
   });
   struct Owned {
@@ -101,58 +112,56 @@ PYBIND11_MODULE(_C, m) {
         copy_entries(*o.entries, pointer<float>(values), pointer<i64>(col), pointer<i64>(crow), pointer<std::uint8_t>(flags), threads);
       });
   m.def("encode_threshold",
-        [](FASTSAE_XW, address scale, address bias, address threshold, float half_band, int path, int threads, address stats) {
+        [](const X& x, const W& w, address scale, address bias, address threshold, float half_band, int path, address stats, int threads) {
           py::gil_scoped_release release;
           i64 status = kOk;
-          Entries* const entries = encode_threshold(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias),
+          Entries* const entries = encode_threshold(activations(x, w), weights(w), pointer<const float>(scale), pointer<const float>(bias),
                                                     pointer<const float>(threshold), half_band, static_cast<EncodePath>(path), threads,
                                                     pointer<EncodeStats>(stats), &status);
           return std::make_unique<Owned>(entries, status, 0.0f);
         });
-  m.def("encode_gated", [](FASTSAE_XW, address b_gate, address stretch, address b_mag, int path, int threads, address stats) {
+  m.def("encode_gated", [](const X& x, const W& w, address b_gate, address stretch, address b_mag, int path, address stats, int threads) {
     py::gil_scoped_release release;
     i64 status = kOk;
     Entries* const entries =
-        encode_gated(FASTSAE_X, FASTSAE_W, pointer<const float>(b_gate), pointer<const float>(stretch), pointer<const float>(b_mag),
-                     static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats), &status);
+        encode_gated(activations(x, w), weights(w), pointer<const float>(b_gate), pointer<const float>(stretch),
+                     pointer<const float>(b_mag), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats), &status);
     return std::make_unique<Owned>(entries, status, 0.0f);
   });
-  m.def("encode_batch_topk", [](FASTSAE_XW, address scale, address bias, i64 total, int path, int threads, address stats) {
+  m.def("encode_batch_topk", [](const X& x, const W& w, address scale, address bias, i64 total, int path, address stats, int threads) {
     py::gil_scoped_release release;
     i64 status = kOk;
     float min_kept = 0;
-    Entries* const entries = encode_batch_topk(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias), total,
-                                               static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats), &min_kept, &status);
+    Entries* const entries =
+        encode_batch_topk(activations(x, w), weights(w), pointer<const float>(scale), pointer<const float>(bias), total,
+                          static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats), &min_kept, &status);
     return std::make_unique<Owned>(entries, status, min_kept);
   });
-  m.def("spline_code", [](FASTSAE_XW, address bias, address words, int path, int threads, address stats) {
+  m.def("spline_code", [](const X& x, const W& w, address bias, address words, int path, address stats, int threads) {
     py::gil_scoped_release release;
-    return spline_code(FASTSAE_X, FASTSAE_W, pointer<const float>(bias), pointer<i64>(words), static_cast<EncodePath>(path), threads,
-                       pointer<EncodeStats>(stats));
+    return spline_code(activations(x, w), weights(w), pointer<const float>(bias), pointer<i64>(words), static_cast<EncodePath>(path),
+                       threads, pointer<EncodeStats>(stats));
   });
-  m.def("match_cosine",
-        [](FASTSAE_XW, i64 k, bool absolute, bool exclude_self, address similarity, address index, int path, int threads, address stats) {
-          py::gil_scoped_release release;
-          return match_cosine(FASTSAE_X, FASTSAE_W, k, absolute, exclude_self, pointer<float>(similarity), pointer<i64>(index),
-                              static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats));
-        });
-  m.def("match_pair", [](FASTSAE_XW, i64 k_ab, i64 k_ba, address ab, address ab_index, address ba, address ba_index, address low,
-                         address low_index, int threads, address stats) {
+  m.def("match_cosine", [](const X& x, const W& w, i64 k, bool absolute, bool exclude_self, address similarity, address index, int path,
+                           address stats, int threads) {
     py::gil_scoped_release release;
-    return match_pair(FASTSAE_X, FASTSAE_W, k_ab, k_ba, pointer<float>(ab), pointer<i64>(ab_index), pointer<float>(ba),
+    return match_cosine(activations(x, w), weights(w), k, absolute, exclude_self, pointer<float>(similarity), pointer<i64>(index),
+                        static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats));
+  });
+  m.def("match_pair", [](const X& x, const W& w, i64 k_ab, i64 k_ba, address ab, address ab_index, address ba, address ba_index,
+                         address low, address low_index, address stats, int threads) {
+    py::gil_scoped_release release;
+    return match_pair(activations(x, w), weights(w), k_ab, k_ba, pointer<float>(ab), pointer<i64>(ab_index), pointer<float>(ba),
                       pointer<i64>(ba_index), pointer<float>(low), pointer<i64>(low_index), threads, pointer<EncodeStats>(stats));
   });
   m.attr("UNSUPPORTED") = kUnsupported;
-  m.def("screen_bounds", [](FASTSAE_XW, address scale, address bias, bool bf16, address lo, address hi, int threads) {
+  m.def("screen_bounds", [](const X& x, const W& w, address scale, address bias, bool bf16, address lo, address hi, int threads) {
     py::gil_scoped_release release;
     bool screens = false;
-    const i64 status = screen_bounds(FASTSAE_X, FASTSAE_W, pointer<const float>(scale), pointer<const float>(bias), bf16,
+    const i64 status = screen_bounds(activations(x, w), weights(w), pointer<const float>(scale), pointer<const float>(bias), bf16,
                                      pointer<float>(lo), pointer<float>(hi), &screens, threads);
-    return status == kOk && screens;
+    return status == kOk && !screens ? kUnsupported : status;
   });
-#undef FASTSAE_XW
-#undef FASTSAE_X
-#undef FASTSAE_W
   m.def("hamming", [](address a, i64 rows_a, i64 stride_a, address b, i64 rows_b, i64 stride_b, i64 words, address out, i64 out_stride_a,
                       i64 out_stride_b, bool vpopcnt, int threads) {
     py::gil_scoped_release release;

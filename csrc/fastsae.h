@@ -116,10 +116,10 @@ int64_t pack(const Weights& w, uint32_t* packed, int threads);
 // scale and bias [dictionary] fp32, null where absent. Half-precision inputs are widened exactly.
 //
 // Several ways to the same bits. dense: every score is computed. screen (levels with 8-bit dot products): products of 8-bit integers with a
-// proven error bound (cpu/tile.h) choose which features can be kept; only those are scored. Rows for which that decides too little (flat,
-// tied, zero, not finite) are scored densely. A top-k can also screen all features before the first score (cpu/rows.h): with all of them
-// packed first, a few rows at a time (rows), or each block packed where it is used (blocks); otherwise these two are as dense, and where a
-// W cannot be read row by row as screen. automatic: what was measured to be faster.
+// proven error bound (cpu/engine/bound.h) choose which features can be kept; only those are scored. Rows for which that decides too little
+// (flat, tied, zero, not finite) are scored densely. A top-k can also screen all features before the first score: with all of them packed
+// first, a few rows at a time (rows), or each block packed where it is used (blocks); otherwise these two are as dense, and where a W
+// cannot be read row by row as screen. automatic: what was measured to be faster (cpu/engine/plan.h).
 //
 // Workspace of screen, whatever rows and features are, for chunks of C <= 1024 rows and T threads, d rounded up to 32 (256 for the
 // rotation): C * (5 d + 24) bytes, and for each thread 12 C (block + 16), the packed block (not with a handle) and 100 d; block =
@@ -220,12 +220,12 @@ int64_t adam(const Gradient& grad, const float* factor, const AdamMatrices& matr
 //
 //   x = lerp(y, z, 1 - 1 / momentum)
 //   z = z - lr * sign(g)                          sign(0) = sign(NaN) = 0
-//   x = lerp(x, z, share)
+//   x = lerp(x, z, average)
 //   y = lerp(x, z, 1 - momentum)                  with `normalise` then scaled as in adam
 //
 // Workspace: that of adam.
 struct SignumOptions {
-  double lr, momentum, share;
+  double lr, momentum, average;
   bool project, normalise;
 };
 int64_t signum(const Gradient& grad, const AdamMatrices& matrices, const SignumOptions& options, int threads);

@@ -10,7 +10,7 @@ namespace fastsae {
 // Ascending: a level includes those before it, and a level without a body of its own runs the body of the next lower one.
 #define FASTSAE_LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
 
-// A level with dot products of 8-bit integers screens (cpu/tile.h); what gains nothing from them has no body there and runs avx512's.
+// A level with dot products of 8-bit integers screens (cpu/engine); what gains nothing from them has no body there and runs avx512's.
 #if defined(FASTSAE_LEVEL_avx512_vnni) || defined(FASTSAE_LEVEL_avx512_bf16)
 #define FASTSAE_SCREENS 1
 #endif
@@ -36,7 +36,19 @@ struct Feature {
 const Feature* cpu_features();
 bool cpu_has(const char* feature);
 
-// A family of kernels keeps one table of function pointers per level; `tables[level]` is null where it has no body.
+// A family of kernels has a table of function pointers in each level with a body of its own. Its header declares them, its .cpp lists them
+// (all levels up to avx512, or those that screen) and picks one.
+#define FASTSAE_TABLE(level, Table, name) \
+  namespace level {                       \
+  extern const Table name;                \
+  }
+#define FASTSAE_DECLARE_TABLES(Table, name) \
+  FASTSAE_TABLE(portable, Table, name)      \
+  FASTSAE_TABLE(avx2, Table, name)          \
+  FASTSAE_TABLE(avx512, Table, name) FASTSAE_TABLE(avx512_vnni, Table, name) FASTSAE_TABLE(avx512_bf16, Table, name)
+#define FASTSAE_BASE_TABLES(name) {&portable::name, FASTSAE_AVX2(name), FASTSAE_AVX512(name), nullptr, nullptr}
+#define FASTSAE_SCREEN_TABLES(name) {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(name), FASTSAE_AVX512_BF16(name)}
+
 template <class Table>
 const Table& pick(const Table* const (&tables)[kLevels]) {
   int level = static_cast<int>(current_level());

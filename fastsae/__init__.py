@@ -16,7 +16,7 @@ More, a module each: functional (the operations for other libraries), compare, c
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastsae import codes, compare, functional, optim
+from fastsae import compare, optim
 from fastsae._core.flags import raise_if_set as check
 from fastsae._core.version import __version__ as __version__
 from fastsae.compare import match, match_cosine, mmcs
@@ -28,10 +28,11 @@ from fastsae.ops.spline import spline_code, spline_hash
 from fastsae.packed import PackedWeights, pack
 from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
 from fastsae.sae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK
-from fastsae.trainer import Trainer, load_checkpoint, save_checkpoint
+from fastsae.sae.checkpoints import load_checkpoint, save_checkpoint
+from fastsae.trainer import Trainer
 
 if TYPE_CHECKING:  # loaded at their first use, so that an import of fastsae stays short
-    from fastsae import polytopes, superposition
+    from fastsae import codes, functional, polytopes, superposition
 
 __all__ = [
     "SAE",
@@ -79,7 +80,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("polytopes", "superposition"):
+    if name in ("codes", "functional", "polytopes", "superposition"):
         return importlib.import_module(f"fastsae.{name}")
     raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
 

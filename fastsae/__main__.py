@@ -49,11 +49,8 @@ def _request_problem() -> str | None:
     return None
 
 
-def info(options: argparse.Namespace) -> int:
-    problem = loader.unavailable() or _level_problem()
-    report: dict[str, Any] = machine()
-    report["request"] = os.environ.get("FASTSAE_BACKEND") or None
-    report["cpu_backend"] = {
+def _cpu_backend(problem: str | None) -> dict[str, Any]:
+    return {
         "available": problem is None,
         "reason": problem,
         "build": loader.build_info(),
@@ -62,6 +59,13 @@ def info(options: argparse.Namespace) -> int:
         "level": loader.isa() if problem is None else None,
         "threads": loader.threads_info() if problem is None else None,
     }
+
+
+def info(options: argparse.Namespace) -> int:
+    problem = loader.unavailable() or _level_problem()
+    report: dict[str, Any] = machine()
+    report["request"] = os.environ.get("FASTSAE_BACKEND") or None
+    cpu = report["cpu_backend"] = _cpu_backend(problem)
     report["cuda_module"] = native_cuda.missing()
     report["triton"] = {str(device): triton_support.unavailable(device) for device in verify.devices()}
     report["triton_cache"] = triton_support.cache_directory()
@@ -73,7 +77,6 @@ def info(options: argparse.Namespace) -> int:
     print(f"CPU     {report['cpu']}, {report['cores']} cores, {report['threads']} threads")
     print(f"GPU     {', '.join(report['gpu']) or 'none'}")
     print(f"cuda    {report['cuda_module'] or 'module loads'}")
-    cpu = report["cpu_backend"]
     if problem is None:
         print(f"cpu     level {cpu['level']} of {', '.join(cpu['levels'])} (FASTSAE_ISA selects one); {cpu['threads']}")
     else:
@@ -142,7 +145,7 @@ def bench(options: argparse.Namespace) -> int:
         print("fastsae bench: the benches live in a source checkout; clone the repository and run `make bench` there.", file=sys.stderr)
         return 2
     sys.path.insert(0, str(root))
-    from bench.report import run  # pyright: ignore[reportMissingImports]
+    from bench.command import run
 
     return run(options, root, machine())
 
@@ -224,8 +227,9 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("bench", help="time operations beside the best plain torch (in a checkout)")
     one.add_argument("ops", nargs="*", help="names of bench/bench_*.py; default all")
     one.add_argument("--out", type=Path, help="folder for JSON and plot; default bench/results of the checkout")
-    one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda without names: the GPU table, see bench/gpu.py")
-    one.add_argument("--minutes", type=float, default=4.0, help="of the GPU table: no row is begun that would pass them")
+    one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda without names: the GPU table, see bench/gpu")
+    one.add_argument("--list", action="store_true", help="operations, shapes and expected minutes; nothing is run")
+    one.add_argument("--minutes", type=float, help="no row is begun that would pass them (default: no limit; 4 for the GPU table)")
     one.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
     one.add_argument("--rows", metavar="EXPRESSION", help="only rows whose name fits, as pytest's -k")
     one.add_argument("--json", action="store_true", help="print the JSON instead of the table")

@@ -15,7 +15,7 @@ import importlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from fastsae._core.precision import full_precision
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 """cpu: C++ (AVX-512, AVX2, portable, chosen at run time); triton: GPUs, or the interpreter on a CPU; cuda: CUDA C++; reference: PyTorch."""
 
-_LIBRARY = torch.library.Library("fastsae", "DEF")
+LIBRARY = torch.library.Library("fastsae", "DEF")
 OPS: dict[str, Op] = {}
 _requested: ContextVar[str | None] = ContextVar("fastsae_backend", default=None)
 _recorder: ContextVar[list[Choice] | None] = ContextVar("fastsae_recorder", default=None)
@@ -102,9 +102,9 @@ class Op:
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    samples: Callable[..., Iterator[tuple]]
-    check: Callable[[tuple, Any], float]
-    workload: Callable[..., tuple]
+    samples: Callable[..., Iterator[tuple[Any, ...]]]
+    check: Callable[[tuple[Any, ...], Any], float]
+    workload: Callable[..., tuple[Any, ...]]
     batched: tuple[int, ...] = ()
     mutates: tuple[int, ...] = ()
     handle: tuple[int, int] | None = None
@@ -116,9 +116,9 @@ class Op:
         head, _, tail = self.schema.rpartition(") ->")
         self.name = head.partition("(")[0]
         self.rows = [Row("reference", self.reference)]
-        _LIBRARY.define(f"{head}, *, str? backend=None) ->{tail}")
-        _LIBRARY.impl(self.name, self._body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastsae::{self.name}", lambda *args, backend=None: self.fake(*args), lib=_LIBRARY)
+        LIBRARY.define(f"{head}, *, str? backend=None) ->{tail}")
+        LIBRARY.impl(self.name, self._body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastsae::{self.name}", lambda *args, backend=None: self.fake(*args), lib=LIBRARY)
         self._torch_op = getattr(torch.ops.fastsae, self.name).default
         OPS[self.name] = self
 
@@ -131,7 +131,7 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         # Torch's dispatcher costs as much as a small kernel; it is needed where something listens: compilers, modes, vmap, subclasses,
         # the profiler.
-        if _nobody_listens() and all(type(arg) in _PLAIN for arg in args):
+        if _nobody_listens() and _PLAIN.issuperset(map(type, args)):
             return self._body(*args, backend=backend)
         return self._torch_op(*args, backend=backend)
 
@@ -178,7 +178,8 @@ class Op:
         row = self.choose(args, backend)
         recorder = _recorder.get()
         # A kernel writes through an address, which autograd does not see.
-        torch.autograd.graph.increment_version([args[position] for position in self.mutates if not args[position].is_inference()])
+        if self.mutates:
+            torch.autograd.graph.increment_version([args[position] for position in self.mutates if not args[position].is_inference()])
         if recorder is None:
             return _run(row, args)
         start = time.perf_counter()
@@ -190,24 +191,22 @@ class Op:
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float}
 
 
-_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # pyright: ignore[reportAttributeAccessIssue]
+_torch: Any = torch._C  # pyright: ignore[reportPrivateUsage]  (what torch tells of itself nowhere else)
+_VMAP_MODE = _torch._parse_dispatch_key("VmapMode")
 
 
 def batching() -> bool:
     """Whether tensors may stand for a batch of tensors: ``torch.vmap``, or a backward of batched gradients (``is_grads_batched``)."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # pyright: ignore[reportArgumentType]
-    )
+    return _torch._functorch.peek_interpreter_stack() is not None or _torch._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
 
 
 def _nobody_listens() -> bool:
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and _torch._len_torch_dispatch_stack() == 0
         and not batching()
-        and not torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
-        and torch._C._get_tracing_state() is None
+        and not _torch._autograd._profiler_enabled()
+        and _torch._get_tracing_state() is None
     )
 
 
@@ -223,7 +222,7 @@ def _run(row: Row, args: Sequence[Any]) -> Any:
     return run(*args)
 
 
-def parse_request(request: str, source: str = "backend") -> list[str]:
+def parse_request(request: Any, source: str = "backend") -> list[str]:
     """The names of a request, in order; an unknown name raises ValueError. ``source`` is where the request came from."""
     if not isinstance(request, str):
         raise TypeError(f"{source} must be a str, got {type(request).__name__}")
@@ -257,7 +256,7 @@ def then_any(backend: str | None) -> str | None:
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(backend: str) -> Generator[None, None, None]:
     """Requests a backend for the calls inside the ``with`` block (and for their backward passes).
 
     Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import OPS, preference, then_any
+from fastsae.latents import Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,10 @@ class RowGradient:
     crow: Tensor | None
     rows: Tensor
     n_features: int
+
+    @property
+    def slots(self) -> Slots:
+        return Slots(self.values, self.indices, self.crow)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +130,7 @@ def densify(gradient: Gradient) -> Tensor:
     """The gradient as a tensor ``[F, D]``: for tests, and for optimisers that know no other kind."""
     if isinstance(gradient, RowGradient):
         out = gradient.rows.new_empty(gradient.n_features, gradient.rows.shape[1])
-        _run("decode_dweight", gradient.values, gradient.indices, gradient.crow, gradient.rows, out)
+        _run("decode_dweight", *gradient.slots, gradient.rows, out)
         return out
     if isinstance(gradient, StackedGradient):
         return torch.stack([densify(gradient.part(e)) for e in range(gradient.n)])
@@ -151,23 +156,10 @@ def _joined(a: RowGradient, b: RowGradient) -> RowGradient:
     rows = torch.cat([a.rows, b.rows])
     if fixed and a.values.shape[1] == b.values.shape[1]:
         return RowGradient(torch.cat([a.values, b.values]), torch.cat(indices), None, rows, a.n_features)
-    first, second = _pointers(a), _pointers(b)
-    crow = torch.cat([first, second[1:] + a.values.numel()])
-    values = torch.cat([a.values.reshape(-1), b.values.reshape(-1)])
-    return RowGradient(values, torch.cat([i.reshape(-1) for i in indices]), crow, rows, a.n_features)
-
-
-def _pointers(gradient: RowGradient) -> Tensor:
-    if gradient.crow is not None:
-        return gradient.crow
-    n, k = gradient.values.shape
-    return torch.arange(n + 1, device=gradient.values.device) * k
-
-
-def _row_of_slot(gradient: RowGradient) -> Tensor:
-    lengths = _pointers(gradient).diff()
-    row = torch.arange(lengths.shape[0], device=lengths.device)
-    return torch.repeat_interleave(row, lengths, output_size=gradient.indices.numel())
+    first, second = a.slots.flat(), b.slots.flat()
+    assert first.crow is not None and second.crow is not None
+    crow = torch.cat([first.crow, second.crow[1:] + a.values.numel()])
+    return RowGradient(torch.cat([first.values, second.values]), torch.cat([i.reshape(-1) for i in indices]), crow, rows, a.n_features)
 
 
 def _run(operation: str, *args: Tensor | None) -> Tensor:
@@ -182,17 +174,16 @@ def _tile(gradient: Gradient) -> Callable[[slice], Tensor]:
     if isinstance(gradient, Tensor):
         return lambda part: gradient[part]
     assert isinstance(gradient, RowGradient)
-    transposed: list[Tensor] = []
+    transposed: list[Slots] = []
 
     def compute(part: slice) -> Tensor:
         if not transposed:
-            feature, order = torch.sort(gradient.indices.reshape(-1).long(), stable=True)
-            pointers = torch.searchsorted(feature, torch.arange(gradient.n_features + 1, device=feature.device))
-            transposed.extend((gradient.values.reshape(-1)[order], _row_of_slot(gradient)[order], pointers))
-        values, row, pointers = transposed
+            slots = gradient.slots
+            transposed.append(slots._replace(indices=slots.indices.long()).by_feature(gradient.n_features))
+        values, rows, crow = transposed[0]
+        assert crow is not None
         start, stop, _ = part.indices(gradient.n_features)
-        slots = slice(int(pointers[start]), int(pointers[stop]))
-        crow = pointers[start : stop + 1] - slots.start
-        return _run("decode", values[slots], row[slots], crow, gradient.rows, None)
+        mine = slice(int(crow[start]), int(crow[stop]))
+        return _run("decode", values[mine], rows[mine], crow[start : stop + 1] - mine.start, gradient.rows, None)
 
     return compute

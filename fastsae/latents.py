@@ -1,43 +1,123 @@
-"""What an SAE's encoder returns: latents of a fixed number a row, or ragged ones. Both are pytrees."""
+"""What an SAE's encoder takes and returns: the inputs of its scores, slots, and latents, of a fixed number a row or ragged.
+
+``TopKLatents`` and ``RaggedLatents`` are pytrees, and what the public functions speak of; ``Slots`` is what operations work on.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastsae._core import flags
 
-def _safe(values: Tensor, features: Tensor, n_features: int, name: str) -> tuple[Tensor, Tensor]:
-    """Feature numbers in range: IndexError on the CPU; elsewhere a bad slot becomes NaN at feature 0 and raises at ``fastsae.check()``."""
-    features = features.long()
-    if torch.compiler.is_compiling() or features.numel() == 0:
-        return values, features
-    bad = (features < 0) | (features >= n_features)
-    if features.device.type == "cpu":
-        if bool(bad.any()):
-            raise IndexError(f"{name} holds {int(features[bad][0])}, expected 0 <= index < {n_features}")
-        return values, features
-    from fastsae._core import flags
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    flags.flag(features.device).logical_or_(bad.any())
-    return values.masked_fill(bad, float("nan")), features.masked_fill(bad, 0)
+
+class ScoreInputs(NamedTuple):
+    """What the scores ``b + scale * (x - b_pre) @ W.T`` of an encoder are made of, in the order in which operations take it."""
+
+    x: Tensor
+    """``[rows, D]``."""
+    W: Tensor
+    """``[F, D]``."""
+    b: Tensor | None = None
+    """``[F]``."""
+    b_pre: Tensor | None = None
+    """``[D]``."""
+    scale: Tensor | None = None
+    """``[F]``."""
+    features: Tensor | None = None
+    """Those that take part: an index, or a mask ``[F]``."""
+    packed: Tensor | None = None
+    """A handle's words of W (``fastsae.pack``)."""
+
+
+_N_INPUTS = len(ScoreInputs._fields)
+
+
+def of_inputs(function: Callable[Concatenate[ScoreInputs, P], R]) -> Callable[..., R]:
+    """An encoder's function for the table of operations, whose arguments come one by one: the first seven become its ``ScoreInputs``."""
+
+    @functools.wraps(function)
+    def row(*args: Any, **options: Any) -> R:
+        return function(ScoreInputs._make(args[:_N_INPUTS]), *args[_N_INPUTS:], **options)
+
+    return row
+
+
+class Slots(NamedTuple):
+    """What fires where, a slot each; operations take the three one after the other (``*slots``).
+
+    ``values`` and ``indices`` (features) are ``[rows, K]``, or ``[nnz]`` with ``crow [rows + 1]``: row r owns slots
+    ``crow[r] .. crow[r + 1] - 1``.
+    """
+
+    values: Tensor
+    indices: Tensor
+    crow: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.indices.shape[0] if self.crow is None else self.crow.shape[0] - 1
+
+    def row_of(self) -> Tensor:
+        """``[slots]``: the row that owns each slot."""
+        rows = torch.arange(self.rows, device=self.indices.device)
+        if self.crow is None:
+            return rows.repeat_interleave(self.indices.shape[1])
+        return torch.repeat_interleave(rows, self.crow.diff(), output_size=self.indices.shape[0])
+
+    def safe(self, n_features: int, name: str | None = None) -> Slots:
+        """Indices in int64 and in range. A bad one: IndexError on the CPU; elsewhere its slot becomes NaN at feature 0, and
+        ``fastsae.check()`` raises."""
+        indices = self.indices.long()
+        if torch.compiler.is_compiling() or indices.numel() == 0:
+            return self._replace(indices=indices)
+        bad = (indices < 0) | (indices >= n_features)
+        if indices.device.type == "cpu":
+            if bad.any():
+                where = bad.nonzero()[0].tolist()
+                name = name or ("latents.indices" if self.crow is None else "latents.col")
+                raise IndexError(f"{name} holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {n_features}")
+            return self._replace(indices=indices)
+        flags.flag(indices.device).logical_or_(bad.any())
+        return Slots(self.values.masked_fill(bad, float("nan")), indices.masked_fill(bad, 0), self.crow)
+
+    def bounds(self) -> list[int]:
+        """``crow`` on the host, which waits; ValueError unless it rises from 0 to the number of slots."""
+        assert self.crow is not None
+        bounds, nnz = self.crow.tolist(), self.indices.numel()
+        if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"latents.crow must rise from 0 to nnz={nnz}, got {bounds[:4]} .. {bounds[-1]}")
+        return bounds
+
+    def flat(self) -> Slots:
+        """The same slots as ``[nnz]`` with a ``crow``."""
+        if self.crow is not None:
+            return self
+        rows, k = self.indices.shape
+        return Slots(self.values.reshape(-1), self.indices.reshape(-1), torch.arange(rows + 1, device=self.indices.device) * k)
+
+    def by_feature(self, n_features: int) -> Slots:
+        """The transpose: values and rows (as ``indices``) in the order of features, stable, with ``crow [n_features + 1]``."""
+        features, order = torch.sort(self.indices.reshape(-1), stable=True)
+        crow = torch.searchsorted(features, torch.arange(n_features + 1, device=features.device))
+        return Slots(self.values.reshape(-1)[order], self.row_of()[order], crow)
 
 
 def _slice(name: str, rows: Any) -> slice:
     if not isinstance(rows, slice):
         raise TypeError(f"{name}.rows: rows must be a slice, got {type(rows).__name__}")
     return rows
-
-
-def _csr_to_rows(crow: Tensor, nnz: int) -> Tensor:
-    """Row of each stored entry."""
-    rows = torch.arange(crow.shape[0] - 1, device=crow.device)
-    return torch.repeat_interleave(rows, crow.diff(), output_size=nnz)
 
 
 EMPTY_A_ROW = 256
@@ -59,8 +139,6 @@ def to_capacity(op: str, capacity: int | None, values: Tensor, col: Tensor, crow
     if n > capacity:
         if values.device.type == "cpu":
             raise ValueError(f"{op}: capacity must be at least the number of latents ({n}), got {capacity}")
-        from fastsae._core import flags
-
         flags.overflow(values.device).fill_(1)
     fit = [torch.nn.functional.pad(slots, (0, capacity - n)) for slots in (values, col, *marks)]  # a negative width cuts
     return fit[0], fit[1], crow.clamp(max=capacity), *fit[2:]
@@ -118,16 +196,17 @@ class TopKLatents(_Latents):
 
     def rows(self, rows: slice) -> TopKLatents:
         """The latents of some rows of the flattened batch; a view."""
-        rows = _slice("TopKLatents", rows)
-        k = self.values.shape[-1]
-        count = math.prod(self.batch_shape)
-        return TopKLatents(self.values.reshape(count, k)[rows], self.indices.reshape(count, k)[rows], self.n_features)
+        part = _slice("TopKLatents", rows)
+        return TopKLatents(self.slots.values[part], self.slots.indices[part], self.n_features)
+
+    @property
+    def slots(self) -> Slots:
+        rows, k = math.prod(self.batch_shape), self.values.shape[-1]
+        return Slots(self.values.reshape(rows, k), self.indices.reshape(rows, k))
 
     def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        rows = math.prod(self.batch_shape)
-        row = torch.arange(rows, device=self.values.device).repeat_interleave(self.values.shape[-1])
-        values, features = _safe(self.values.reshape(-1), self.indices.reshape(-1), self.n_features, "TopKLatents.indices")
-        return row, features, values, rows
+        slots = self.slots.safe(self.n_features, "TopKLatents.indices")
+        return slots.row_of(), slots.indices.reshape(-1), slots.values.reshape(-1), slots.rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +251,15 @@ class RaggedLatents(_Latents):
         lo, hi = int(self.crow[start]), int(self.crow[stop])
         return RaggedLatents(self.values[lo:hi], self.crow[start : stop + 1] - lo, self.col[lo:hi], self.n_features, (stop - start,))
 
+    @property
+    def slots(self) -> Slots:
+        return Slots(self.values, self.col, self.crow)
+
     def _coordinates(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        values, features = _safe(self.values, self.col, self.n_features, "RaggedLatents.col")
-        rows = self.crow.shape[0] - 1
+        slots = self.slots.safe(self.n_features, "RaggedLatents.col")
+        values, features, rows = slots.values, slots.indices, slots.rows
         if not self.padded:
-            return _csr_to_rows(self.crow, values.shape[0]), features, values, rows
+            return slots.row_of(), features, values, rows
         slot = torch.arange(values.shape[0], device=values.device)
         row = (torch.searchsorted(self.crow, slot, right=True) - 1).clamp_(0, max(rows - 1, 0))
         return row, features, torch.where(slot < self.crow[-1], values, 0), rows

@@ -23,10 +23,14 @@ def share(stack: torch.nn.Module) -> None:
     _stacks.update({address: stack for p in stack.parameters(recurse=False) if (address := _memory(p)) is not None})
 
 
+def _storage(t: Any) -> int:
+    return t.untyped_storage()._cdata
+
+
 def _memory(t: Tensor) -> int | None:
     """The address of the storage object, which all views of a tensor share."""
     try:
-        return getattr(t, "_local_tensor", t).untyped_storage()._cdata  # of a DTensor, this process's part
+        return _storage(getattr(t, "_local_tensor", t))  # of a DTensor, this process's part
     except Exception:  # a sparse or an uninitialised parameter, which nobody watches
         return None
 
@@ -56,7 +60,7 @@ class Unchanged:
 
     @staticmethod
     def _state(t: Tensor) -> tuple[Any, ...]:
-        memory, writes = t.untyped_storage()._cdata, -1 if t.is_inference() else t._version
+        memory, writes = _storage(t), -1 if t.is_inference() else t._version
         if _stacks and (stack := _stacks.get(memory)) is not None:
             writes += sum(p._version for p in stack.parameters(recurse=False) if not p.is_inference())
         return t.shape, t.stride(), t.dtype, t.data_ptr(), memory, writes
@@ -83,6 +87,7 @@ class PackedWeights:
             raise ValueError(f"pack: W must have shape [F, D], got {list(weight.shape)}")
         self.weight = weight
         self._words: Tensor | None = None
+        self._unchanged: Unchanged | None = None  # of a copy, which is out of date
         self.refresh()
 
     def refresh(self) -> PackedWeights:
@@ -128,7 +133,7 @@ def _packed(W: Tensor) -> Tensor | None:
 
         if triton_support.unavailable(W.device) or triton_support.dtype_reason(W):
             return None
-        from fastsae.kernels import _problem
+        from fastsae.kernels import _problem  # pyright: ignore[reportMissingImports]  (mapped when installed)
 
         return _problem.pack(W)
     from fastsae.native import encode as native_encode

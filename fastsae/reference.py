@@ -1,4 +1,4 @@
-"""What the references share: accumulation dtype, tiles of a bounded workspace, products in full precision, scores, guards for indices."""
+"""What the references share: accumulation dtype, tiles of a bounded workspace, products in full precision, scores, top-k of rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastsae._core.precision import full_precision
-from fastsae.dispatch import _LIBRARY
+from fastsae.dispatch import LIBRARY
 
 WORKSPACE_ELEMENTS = 1 << 24
 """Most elements that a reference holds in one temporary (64 MiB in float32), whatever B, F, N and M are."""
+
+
+# What torch tells of its transforms nowhere else.
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+_forward_ad: Any = forward_ad
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -31,8 +36,8 @@ def chunks(total: int, cost: int, least: int = 1) -> Iterator[slice]:
 
 def _unwrapped(t: Tensor) -> Tensor:
     """What a tensor of vmap holds; that of ``torch.func.grad`` says itself that it requires grad."""
-    while not t.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]
-        t = torch._C._functorch.get_unwrapped(t)  # pyright: ignore[reportAttributeAccessIssue]
+    while not t.requires_grad and _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
     return t
 
 
@@ -43,12 +48,12 @@ def tracks(op: str, *tensors: Tensor | None) -> bool:
     records = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if torch.compiler.is_compiling():
         return records
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+    if _forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         raise NotImplementedError(
             f"{op}: forward-mode derivatives (jvp, jacfwd, dual tensors) are not supported; use backward(), torch.autograd.grad or "
             "torch.autograd.functional"
         )
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    transformed = _functorch.peek_interpreter_stack() is not None
     if transformed and torch.is_grad_enabled() and any(_unwrapped(t).requires_grad for t in given):
         raise NotImplementedError(
             f"{op}: derivatives inside torch.func (grad, vjp, jacrev, vmap of what requires grad) are not supported; use backward(), "
@@ -63,9 +68,9 @@ def _exact(a: Tensor, b: Tensor) -> Tensor:
 
 
 # For compilers, which would take the product out of its context.
-_LIBRARY.define("product(Tensor a, Tensor b) -> Tensor")
-_LIBRARY.impl("product", _exact, "CompositeExplicitAutograd")
-torch.library.register_fake("fastsae::product", lambda a, b: a @ b, lib=_LIBRARY)
+LIBRARY.define("product(Tensor a, Tensor b) -> Tensor")
+LIBRARY.impl("product", _exact, "CompositeExplicitAutograd")
+torch.library.register_fake("fastsae::product", lambda a, b: a @ b, lib=LIBRARY)
 
 
 class _Product(torch.autograd.Function):
@@ -107,39 +112,37 @@ def centre(x: Tensor, b_pre: Tensor | None) -> Tensor:
     return wide if b_pre is None else wide - b_pre
 
 
-def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, features: Tensor | None) -> Tensor:
-    """``[rows, f]``: the score (fl(x - b_pre) . W * scale + bias) for centred rows and a subset of features, by torch's own product."""
-    if features is not None:
-        W, b, scale = (None if t is None else t[features] for t in (W, b, scale))  # pyright: ignore[reportAssignmentType]
+def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """``[rows, f]``: the scores (fl(x - b_pre) . W * scale + bias) of centred rows, by torch's own product."""
     result = product(xc, W.to(xc.dtype).T)
     if scale is not None:
         result = result * scale
     return result if b is None else result + b
 
 
-def guard(values: Tensor, indices: Tensor, size: int, name: str = "latents.indices") -> tuple[Tensor, Tensor]:
-    """Indices safe to gather with: IndexError on the CPU; elsewhere a bad slot becomes NaN and raises at ``fastsae.check()``."""
-    if indices.numel() == 0:
-        return values, indices.long()
-    bad = (indices < 0) | (indices >= size)
-    if indices.device.type == "cpu":
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise IndexError(f"{name} holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {size}")
-        return values, indices.long()
-    from fastsae._core import flags
+def select_rows(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf."""
+    n = s.shape[1]
+    values, indices = s.topk(min(k + 1, n), dim=1)
+    # torch.topk leaves open which of equal values it takes and in what order; a stable sort does not.
+    same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()
+    tied = same.any(1)
+    if s.device.type == "cpu":
+        rows = tied.nonzero().flatten()
+        if rows.numel() == 0:
+            return values[:, :k], indices[:, :k]
+        sorted_values, sorted_indices = s[rows].sort(dim=1, descending=True, stable=True)
+        values = values[:, :k].index_copy(0, rows, sorted_values[:, :k])
+        return values, indices[:, :k].index_copy(0, rows, sorted_indices[:, :k])
+    values, indices = s.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
 
-    flags.flag(indices.device).logical_or_(bad.any())
-    return values.masked_fill(bad, float("nan")), indices.long().masked_fill(bad, 0)
 
-
-def row_of_slot(crow: Tensor | None, indices: Tensor) -> Tensor:
-    """``[slots]``: the row that owns each slot of fixed-K or ragged latents."""
-    if crow is None:
-        rows, k = indices.shape
-        return torch.arange(rows, device=indices.device).repeat_interleave(k)
-    lengths = crow.diff()
-    return torch.repeat_interleave(torch.arange(lengths.shape[0], device=crow.device), lengths, output_size=indices.shape[0])
+def merge_rows(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of candidates whose earlier entries have the lower indices."""
+    v, i = torch.cat(values, 1), torch.cat(indices, 1)
+    v, order = v.sort(dim=1, descending=True, stable=True)
+    return v[:, :k], i.gather(1, order[:, :k])
 
 
 def triton_refuses(*args: object) -> str | None:

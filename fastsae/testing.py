@@ -28,7 +28,7 @@ def _magnitude(arg: Any) -> Any:
     return arg.double().abs() if isinstance(arg, Tensor) and arg.dtype.is_floating_point else arg
 
 
-def check_linear(reference: Callable[..., Any], args: tuple, result: Tensor) -> float:
+def check_linear(reference: Callable[..., Any], args: tuple[Any, ...], result: Tensor) -> float:
     """Checks an operation that is linear in its floating inputs; returns the error as a fraction of the allowed one.
 
     Args:
@@ -120,9 +120,9 @@ class Score:
 def score_band(x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None = None, scale: Tensor | None = None) -> Score:
     """The score of an encoder in float64 with its tolerance and its rounding band ``2 gamma_{D+3} (|b| + sum |x w|)`` + denormals."""
     xc, wide = centre(x, b_pre), accumulator(x.dtype)
-    exact = scores(xc.double(), W.double(), _double(b), _double(scale), None)
-    size = scores(_magnitude(xc), _magnitude(W), _magnitude(b), _magnitude(scale), None)
-    plain = scores(xc, W, b, scale, None).double()
+    exact = scores(xc.double(), W.double(), _double(b), _double(scale))
+    size = scores(_magnitude(xc), _magnitude(W), _magnitude(b), _magnitude(scale))
+    plain = scores(xc, W, b, scale).double()
     # A product that underflows in float32 makes NaN of an infinite scale, where float64 has an infinity: the score is float32's.
     exact = torch.where(exact.isfinite() | plain.isfinite(), exact, plain)
     unit, tiny = torch.finfo(wide).eps / 2, torch.finfo(wide).tiny
@@ -349,7 +349,7 @@ def check_gated(gate: Score, magnitude: Score, result: tuple[Tensor, ...], dtype
 # ---------------------------------------------------------------- drawn inputs
 
 
-def perturb(args: tuple, seed: int, keep: tuple[int, ...] = ()) -> tuple:
+def perturb(args: tuple[Any, ...], seed: int, keep: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """The same kind of arguments made harder: other strides, ties, zeros, denormals, scaled by powers of two, NaN and infinities.
 
     Shapes, dtypes and integer arguments stay valid. ``keep`` lists positions of tensors whose contents and strides stay.

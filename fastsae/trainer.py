@@ -1,4 +1,4 @@
-"""Training loop with checkpoints: small enough to read in one sitting, and to replace by your own."""
+"""Training loop: small enough to read in one sitting, and to replace by your own."""
 
 from __future__ import annotations
 
@@ -7,228 +7,20 @@ import inspect
 import os
 import sys
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fastsae._core import checks, files, finite, processes
+from fastsae._core import checks, finite, processes
 from fastsae._core.seeds import stream_seed
-from fastsae.formats import weight_files
 from fastsae.gradients import norm
-from fastsae.sae.activations import BatchTopK, TopK
+from fastsae.optim.optimiser import Optimiser
+from fastsae.sae.checkpoints import file_of, restore, save_checkpoint
+from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
-
-# ---------------------------------------------------------------- checkpoints
-
-
-class Checkpoint(NamedTuple):
-    """What ``load_checkpoint`` found."""
-
-    sae: Any
-    extra: dict[str, Any]
-
-
-def save_checkpoint(path: str | os.PathLike[str], sae: SAE | SAEs, opt: Any = None, extra: Mapping[str, Any] | None = None) -> Path:
-    """Writes everything that training goes on from into one file; a crash at any moment leaves the older file, or the new one, whole.
-
-    Args:
-        path: of the file; its folder is made where missing. The file is written beside it under a name of its own, flushed to the disk and
-            renamed: several processes may write one path, and the last one counts.
-        sae: an ``SAE`` or ``SAEs``, with its buffers (silent features, running threshold, normalisation, which is not folded here).
-        opt: an optimiser with ``state_dict()``, or None.
-        extra: numbers (NumPy's become Python's), text, tensors, and lists, tuples and dictionaries of them.
-
-    Raises: TypeError: no ``SAE`` or ``SAEs``; anything else in ``extra`` or the optimiser's state (it could not be read back without
-    running code). IsADirectoryError: ``path`` is a folder. OSError that names ``path``: it could not be written; the older file is there.
-    """
-    if not isinstance(sae, (SAE, SAEs)):
-        raise TypeError(f"save_checkpoint: sae must be an SAE or SAEs, got {type(sae).__name__}")
-    path = _file("save_checkpoint", path)
-    content = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
-    content["opt"] = None if opt is None else opt.state_dict()
-    content["stepped"] = _stepped(sae, opt)
-    content |= {part: _plain(part, content[part]) for part in ("config", "opt", "extra")}
-    files.replace(path, lambda part: weight_files.save_pt(part, content))
-    return path
-
-
-def _stepped(sae: SAE | SAEs, opt: Any) -> dict[str, Any] | None:
-    """What a torch optimiser's state does not say: its class, and the names of the parameters that it numbers."""
-    if not isinstance(opt, torch.optim.Optimizer):
-        return None
-    names = {id(p): name for name, p in sae.named_parameters()}
-    return {"class": type(opt).__name__, "names": [[names.get(id(p), "") for p in group["params"]] for group in opt.param_groups]}
-
-
-def _file(op: str, path: str | os.PathLike[str]) -> Path:
-    """The path of a file that can be written: its folder is there."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{op}: a checkpoint is a file, {path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def load_checkpoint(
-    path: str | os.PathLike[str], sae: SAE | SAEs | None = None, opt: Any = None, *, device: torch.device | str | None = None
-) -> Checkpoint:
-    """Reads a file of ``save_checkpoint``; nothing in it is run.
-
-    Args:
-        path: of the file.
-        sae: an ``SAE`` or ``SAEs`` that takes the state in place; None builds a module of the stored configuration.
-        opt: takes its state in place (``load_state_dict``).
-        device: of a module built here; default the CPU.
-
-    Returns: ``Checkpoint(sae, extra)``.
-
-    A module of another configuration or dtype is refused. What the file's may differ in: ``k``, which is taken over, and ``l1``, ``l0``,
-    ``aux``, ``dead_after``, ``rate`` and ``bandwidth``, where the module's own stay. Everything is compared before anything is written.
-
-    Raises: FileNotFoundError; TypeError: ``sae`` is no module of these; ValueError for a damaged file, or one that does not fit ``sae`` or
-    ``opt``. Both are then what they were.
-    """
-    return _restore(path, sae, opt, device)
-
-
-_OWN = ("k", "l1", "l0", "aux", "dead_after", "rate", "bandwidth")
-
-
-def _restore(
-    path: str | os.PathLike[str],
-    sae: SAE | SAEs | None,
-    opt: Any,
-    device: torch.device | str | None = None,
-    also: Callable[[dict[str, Any]], object] | None = None,
-) -> Checkpoint:
-    """``load_checkpoint``; ``also`` takes over what it needs of ``extra``, or raises before the module is written to."""
-    path = Path(path)
-    if sae is not None and not isinstance(sae, (SAE, SAEs)):
-        raise TypeError(f"load_checkpoint: sae must be an SAE or SAEs, got {type(sae).__name__}")
-    with contextlib.ExitStack() as undo:
-        try:
-            content, _ = weight_files.load(path)
-            config, state, extra = content["config"], content["sae"], content["extra"]
-            if content["format"] != 1 or not isinstance(extra, dict):
-                raise ValueError(f"it is of format {content['format']!r}, expected 1")
-            W_dec = checks.tensor("its state", "W_dec", state["W_dec"])
-            stacked = "dictionaries" in config
-            if stacked and len(config["dictionaries"]) != len(W_dec):
-                raise ValueError(f"it claims {len(config['dictionaries'])} dictionaries and holds {len(W_dec)}")
-            fresh = (SAEs if stacked else SAE).from_config(config, dtype=W_dec.dtype, device="meta")
-            _check_state(state, fresh)
-            if sae is None:
-                sae = fresh.to_empty(device=device or "cpu")
-                for name, start in (("silent", 0), ("scale", 1)):  # which the earliest files do not have
-                    getattr(sae, name).fill_(start)
-            ours, theirs = ([*module] if isinstance(module, SAEs) else [module] for module in (sae, fresh))
-            if isinstance(sae, SAEs) != stacked or len(ours) != len(theirs):
-                raise ValueError(f"it holds {f'{len(theirs)} dictionaries' if stacked else 'one SAE'}, the module is {type(sae).__name__}")
-            for one, other in zip(ours, theirs):
-                own, held = ({"dtype": str(m.W_dec.dtype), **m.config()} for m in (one, other))
-                if wrong := [name for name in (*held, *own) if name not in _OWN and held.get(name) != own.get(name)]:
-                    raise ValueError(f"it holds {wrong[0]}={held.get(wrong[0])!r}, the module has {own.get(wrong[0])!r}")
-            if missing := [name for name, _ in sae.named_parameters() if name not in state]:  # of a subclass
-                raise ValueError(f"it has no {missing[0]!r}, which the module has")
-            if opt is not None:
-                undo.callback(opt.load_state_dict, opt.state_dict())
-                try:
-                    _check_optimiser(content, sae, opt)
-                    opt.load_state_dict(content["opt"])
-                except Exception as error:
-                    reason = error if isinstance(error, ValueError) else repr(error)
-                    raise ValueError(f"its optimiser's state does not fit {type(opt).__name__}: {reason}") from error
-        except (FileNotFoundError, PermissionError, IsADirectoryError, FloatingPointError):  # the last: of a step before, on a GPU
-            raise
-        except Exception as error:  # reading damaged bytes may raise anything
-            reason = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-            raise ValueError(f"load_checkpoint: {path} is damaged or of something else: {reason}") from error
-        if also is not None:
-            also(extra)
-        undo.pop_all()
-    sae.load_state_dict(state)
-    for one, other in zip(ours, theirs):
-        if isinstance(other.activation, (TopK, BatchTopK)):
-            one.k = other.k
-    return Checkpoint(sae, extra)
-
-
-def _check_state(state: Mapping[str, Any], fresh: SAE | SAEs) -> None:
-    """The names, shapes and dtypes of a module's state, and what its buffers can be; ValueError otherwise."""
-    expected, parameters = fresh.state_dict(), dict(fresh.named_parameters(remove_duplicate=False))
-    for name in dict.fromkeys((*expected, *state)):
-        if name not in state and name in ("silent", "scale"):  # of a state from before there were these
-            continue
-        if name not in state or name not in expected:
-            raise ValueError(f"its state {'has no' if name in expected else 'has an unknown'} {name!r}")
-        held, want = state[name], expected[name]
-        like = isinstance(held, Tensor) and (
-            held.dtype == want.dtype if name in parameters else held.is_floating_point() == want.is_floating_point()
-        )
-        if not like or held.shape != want.shape or held.layout is not torch.strided or held.device.type != "cpu":
-            got = f"{held.dtype} {list(held.shape)}" if isinstance(held, Tensor) else type(held).__name__
-            raise ValueError(f"its {name} must be {want.dtype} {list(want.shape)}, got {got}")
-        if name not in parameters and not bool(
-            (held.isfinite() & ((held > 0) if name == "scale" else (held >= 0) | (name != "silent"))).all()
-        ):
-            raise ValueError(f"its {name} is out of range")
-
-
-def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Any) -> None:
-    """What a torch optimiser's ``load_state_dict`` does not look at: ValueError where the state is of another one."""
-    state, stepped, ours = content["opt"], content.get("stepped"), _stepped(sae, opt)
-    if state is None:
-        raise ValueError("it holds no optimiser's state")
-    if ours is None:
-        return
-    if len(state["param_groups"]) != len(opt.param_groups):
-        raise ValueError(f"it has {len(state['param_groups'])} groups of parameters, the optimiser {len(opt.param_groups)}")
-    if stepped is not None:
-        kin = issubclass(getattr(torch.optim, stepped["class"], object), type(opt))
-        if not kin and stepped["class"] not in [kind.__name__ for kind in type(opt).__mro__]:
-            raise ValueError(f"it is of {stepped['class']}")
-        if stepped["names"] != ours["names"]:
-            raise ValueError(f"it steps {stepped['names']}, the optimiser {ours['names']}")
-    for theirs, group in zip(state["param_groups"], opt.param_groups):
-        for name, value in theirs.items():
-            if isinstance(group.get(name), (int, float)) and not isinstance(value, (int, float, Tensor)):
-                raise ValueError(f"{name} is {value!r}, the optimiser has {group[name]!r}")
-        entries = [state["state"].get(number, {}) for number in theirs["params"]]
-        kinds = {(p.dim(), frozenset(entry)) for entry, p in zip(entries, group["params"]) if entry}
-        if len(kinds) > len({dim for dim, _ in kinds}):  # Adafactor has one for matrices and one for vectors
-            raise ValueError(f"parameters have different states: {[sorted(entry) for entry in entries]}")
-        for entry, p in zip(entries, group["params"]):
-            for name, value in entry.items():
-                elementwise = type(opt).__module__.startswith("torch.") and not isinstance(opt, torch.optim.LBFGS)
-                if not elementwise or not isinstance(value, Tensor) or value.numel() == 1:
-                    continue
-                if value.dim() != p.dim() or any(size not in (1, whole) for size, whole in zip(value.shape, p.shape)):
-                    raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}")
-
-
-def _plain(name: str, value: Any) -> Any:
-    """What ``torch.load(weights_only=True)`` reads back: of these types exactly, and keys that are numbers or text."""
-    value = checks.plain(value)  # a schedule's rate, of NumPy's cosine
-    if type(value) in (dict, OrderedDict):
-        if wrong := [key for key in value if type(key) not in (bool, int, float, str)]:
-            raise TypeError(f"save_checkpoint: keys of {name} must be numbers or text, got {type(wrong[0]).__name__}")
-        return type(value)((key, _plain(f"{name}.{key}", item)) for key, item in value.items())
-    if type(value) in (list, tuple, torch.Size):
-        return type(value)(_plain(f"{name}.{index}", item) for index, item in enumerate(value))
-    if isinstance(value, Tensor):
-        if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized or value.is_nested or value.device.type == "meta":
-            raise TypeError(
-                f"save_checkpoint: {name} must be an ordinary tensor, got {type(value).__name__} {value.dtype} on {value.device}"
-            )
-    elif value is not None and type(value) not in (bool, int, float, str):
-        raise TypeError(f"save_checkpoint: {name} must be a number, text, tensor, list, tuple or dict, got {type(value).__name__}")
-    return value
-
 
 # ---------------------------------------------------------------- data and schedules
 
@@ -245,11 +37,13 @@ class Batches:
     """
 
     def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, *, size: int, seed: int = 0):
-        self.columns = {name: column for name, column in (("x", x), ("target", target), ("mask", mask)) if column is not None}
-        for name, column in self.columns.items():
+        given: dict[str, Any] = {"x": x, "target": target, "mask": mask}
+        given = {name: column for name, column in given.items() if column is not None}
+        for name, column in given.items():
             if not isinstance(column, Tensor) or column.dim() == 0:
                 got = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
                 raise TypeError(f"Batches: {name} must be a tensor of rows, got {got}")
+        self.columns: dict[str, Tensor] = given
         size = checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
         seed = checks.integer("Batches", "seed", seed, 0)
         if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
@@ -294,6 +88,12 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
 _MOST_SKIPPED = 100  # batches in a row
 
 
+class Fused(Protocol):
+    """An optimiser that does all of a step: ``optim.Adam``, or one of your own."""
+
+    def step(self, x: Tensor, *, target: Tensor | None, mask: Tensor | None) -> Metrics: ...
+
+
 class Trainer:
     """Trains an SAE with any torch optimiser, or with a fused one.
 
@@ -325,7 +125,7 @@ class Trainer:
     def __init__(
         self,
         sae: SAE,
-        opt: Any,
+        opt: torch.optim.Optimizer | Fused,
         *,
         schedule: Callable[[int], float] | None = None,
         anneal: Mapping[str, Callable[[int], float]] | None = None,
@@ -340,12 +140,11 @@ class Trainer:
     ):
         if isinstance(sae, SAEs):
             raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
-        if not isinstance(sae, SAE):
-            raise TypeError(f"Trainer: sae must be an SAE, got {type(sae).__name__}")
-        if isinstance(opt, type) or not callable(getattr(opt, "step", None)):
-            raise TypeError(
-                f"Trainer: opt must be an optimiser with a step method, got {opt if isinstance(opt, type) else type(opt).__name__}"
-            )
+        checks.instance("Trainer", "sae", sae, SAE, "an SAE")
+        given: Any = opt
+        if isinstance(given, type) or not callable(getattr(given, "step", None)):
+            got = given if isinstance(given, type) else type(given).__name__
+            raise TypeError(f"Trainer: opt must be an optimiser with a step method, got {got}")
         self.fused = "target" in inspect.signature(opt.step).parameters
         for name, value in (("schedule", schedule), ("clip", clip), ("reduce", reduce), ("on_nonfinite", on_nonfinite)):
             if self.fused and value is not None:
@@ -360,10 +159,11 @@ class Trainer:
         if not _steps_any(opt, sae):
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         clip = None if clip is None else checks.number("Trainer", "clip", clip)
-        self.sae, self.opt, self.schedule, self.anneal, self.clip, self.reduce = sae, opt, schedule, dict(anneal or {}), clip, reduce
+        self.opt: Any = opt  # of either kind, which ``fused`` tells
+        self.sae, self.schedule, self.anneal, self.clip, self.reduce = sae, schedule, dict(anneal or {}), clip, reduce
         self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
-        self.checkpoint, self.every = None if checkpoint is None else _file("Trainer", checkpoint), every
+        self.checkpoint, self.every = None if checkpoint is None else file_of("Trainer", checkpoint), every
         self.step = self.skipped = 0
 
     def fit(self, batches: Iterable[Any], steps: int | None = None, *, resume: bool = False) -> dict[str, float]:
@@ -386,9 +186,7 @@ class Trainer:
         the last good one. RuntimeError: processes of a group that cannot train one model.
         """
         op = "Trainer.fit"
-        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-            hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
-            raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
+        _check_batches(op, batches)
         if steps is not None:
             steps = checks.integer(op, "steps", steps, 0)
         if resume and self.checkpoint is None:
@@ -437,20 +235,20 @@ class Trainer:
         return last
 
     @contextlib.contextmanager
-    def _late(self) -> Iterator[None]:
+    def _late(self) -> Generator[None]:
         """Where a GPU says late that a step was refused, ``step`` goes back with the optimiser's counter."""
         ahead = self.step - getattr(self.opt, "steps", 0)
         try:
             yield
         except FloatingPointError:
-            if hasattr(self.opt, "_settle"):
+            if isinstance(self.opt, Optimiser):
                 self.step = ahead + self.opt.steps
             raise
 
     def _read(self, result: dict[str, Tensor]) -> dict[str, float]:
         """Metrics as numbers: with a fused optimiser the only wait for a device, and where one says that a step was not finite."""
-        if hasattr(self.opt, "_settle"):
-            self.opt._settle()
+        if isinstance(self.opt, Optimiser):
+            self.opt.settle()
         read = {name: float(value) for name, value in result.items()}
         if self.fused and read["loss"] - read["loss"] != 0:  # of an optimiser that knows no policy
             raise FloatingPointError(f"Trainer.fit: the loss of step {self.step} is {read['loss']}")
@@ -569,7 +367,7 @@ class Trainer:
                     )
                 batches.load_state_dict({**data, **({"seed": batches.seed} if processes.rank() else {})})
 
-        extra = _restore(path, self.sae, self.opt, also=also).extra
+        extra = restore(path, self.sae, self.opt, also=also).extra
         self.step, self.skipped = extra["step"], extra.get("skipped", 0)
         if processes.rank() == 0:
             torch.set_rng_state(extra["rng"])
@@ -607,6 +405,12 @@ def _steps_any(opt: Any, sae: SAE) -> bool:
             return True
     ours = {id(p) for p in sae.parameters()}
     return any(id(p) in ours for p in held)
+
+
+def _check_batches(op: str, batches: Any) -> None:
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
+        raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
 
 
 def _columns(batch: Any, device: torch.device) -> tuple[Any, ...]:

@@ -63,13 +63,13 @@ def variants(row: Row, device: torch.device) -> Iterator[tuple[str, Callable[[],
         yield row.backend, nullcontext
 
 
-def affordable(row: Row, device: torch.device, args: tuple) -> bool:
+def affordable(row: Row, device: torch.device, args: tuple[Any, ...]) -> bool:
     """Whether the arguments are small enough for Triton's interpreter or the CUDA emulation, which run a launch thread by thread."""
     most = {"triton": 700, "cuda": 20_000}.get(row.backend, 0) if device.type == "cpu" else 0
     return not most or sum(arg.numel() for arg in args if isinstance(arg, torch.Tensor)) < most
 
 
-def call(op: Op, row: Row, args: tuple) -> Any:
+def call(op: Op, row: Row, args: tuple[Any, ...]) -> Any:
     """The row's result; for an operation that writes into arguments, the copies of them that it was given to write into."""
     copies = [arg.clone() if position in op.mutates else arg for position, arg in enumerate(args)]
     result = op(*copies, backend=row.backend)

@@ -8,6 +8,7 @@ Bits are int32 words [rows, 2 * ceil(n / 64)], bit f % 32 of word f // 32. Every
 what runs first, and there is no buffer that a row could overrun.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Rows and features of one call as the kernels over scores take them, in chunks of rows and panels of features."""
 
+# pyright: basic, reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from torch import Tensor
 from fastsae._core import checks
 from fastsae.kernels import _tile
 from fastsae.kernels._tile import Tile
+from fastsae.latents import ScoreInputs
 
 WORKSPACE = 128 << 20  # bytes of candidates, masks and rounded rows
 PANEL = 32 << 20  # bytes of rounded features
@@ -60,10 +63,8 @@ class Problem:
         return (*self.x.stride(), *self.W.stride())
 
 
-def problem(
-    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None,
-    packed: Tensor | None = None,
-) -> Problem:  # fmt: skip
+def problem(inputs: ScoreInputs) -> Problem:
+    x, W, b, b_pre, scale, features, packed = inputs
     chosen = checks.sorted_subset(features, W.shape[0], "features")  # its length is the one thing that the host waits for
     scale, bias = (None if v is None else v if chosen is None else v[chosen] for v in (scale, b))
     packed = _checked(packed, W)

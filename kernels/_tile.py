@@ -44,6 +44,7 @@ a denormal. Scaling is exact in float32, both ways, except where it underflows, 
     no partial sum of r* or r~ exceeds 2^127: nothing overflows unseen.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Bytes: 24 F D for W, m and v, read and written once, and what decode_dweight gat
 program leaves |g|^2 of each feature instead and writes nothing else.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def slots(
     """What ``gradient_row`` reads beside ``grad``: (slots a partial sum, the slots by feature); nothing where ``grad`` is the gradient."""
     if values is None or indices is None:
         return 0, (None,) * 5
-    decode._check_on_cpu(indices, crow, features)
+    decode.check_on_cpu(indices, crow, features)
     return _transposed(values, indices, crow, grad, features, min(512, row_size(grad.shape[1])[0]))
 
 

@@ -28,13 +28,13 @@ or on how Triton lays a tile over threads. A bad index loads nothing: it makes i
 left out of decode_dweight, and sets the device's flag. On the CPU, where the interpreter runs, the launchers raise instead.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 # Device code is Python only in form, and Triton's own annotations say constexpr where it takes and returns int.
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -43,6 +43,8 @@ from torch import Tensor
 
 from fastsae._core import flags
 from fastsae._core.jit import kernel
+from fastsae.kernels._tile import on
+from fastsae.latents import Slots
 
 SLOTS = 16  # decode_dvalues: slots a program holds
 SPLIT = 128  # decode_dweight: slots of one feature summed by one program
@@ -269,13 +271,13 @@ def turn_kernel(source, target, n_rows, n_columns, source_r, source_c, target_r,
 def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
     """y [rows, D] in the dtype of W: the bias plus the weighted sum of the rows of W that each row's slots name."""
     (n_features, D), rows = W.shape, _n_rows(indices, crow)
-    _check_on_cpu(indices, crow, n_features)
+    check_on_cpu(indices, crow, n_features)
     y = torch.empty((rows, D), dtype=W.dtype, device=W.device)
     if rows == 0:
         return y
     values, indices, crow, k = _slots(values, indices, crow)
     b = None if b is None else b.contiguous()
-    with _on(W.device):
+    with on(W.device):
         flag = flags.flag(W.device)
         for part, panel in _panels(W, indices.numel()):
             size = _columns(panel)
@@ -290,13 +292,13 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
 def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
     """dvalues, shaped like ``indices``, in the dtype of grad [rows, D]: the dot product of a slot's row of grad and row of W."""
     n_features, rows = W.shape[0], grad.shape[0]
-    _check_on_cpu(indices, crow, n_features)
+    check_on_cpu(indices, crow, n_features)
     shape, n_slots = indices.shape, indices.numel()
     if n_slots == 0 or rows == 0:
         return torch.empty(shape, dtype=grad.dtype, device=grad.device)
     indices, crow, k = _slots(indices, indices, crow)[1:]
     groups = triton.cdiv(n_slots, rows * SLOTS)
-    with _on(W.device):
+    with on(W.device):
         flag = flags.flag(W.device)
         panels = _panels(W, n_slots)
         several = _is_turned(W, n_slots)
@@ -314,12 +316,12 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
 def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
     """out [F, D], every row written: the sum of value * grad[row] over the slots that name the feature, in (row, slot) order."""
     (n_features, D), n_slots = out.shape, indices.numel()
-    _check_on_cpu(indices, crow, n_features)
+    check_on_cpu(indices, crow, n_features)
     if n_slots == 0:
         out.zero_()
         return
     values, indices, crow, k = _slots(values, indices, crow)
-    with _on(out.device):
+    with on(out.device):
         order, segments = _by_feature(indices, n_features)
         if out.numel() == 0:
             return
@@ -433,16 +435,10 @@ def _slots(values: Tensor, indices: Tensor, crow: Tensor | None) -> tuple[Tensor
     return values.reshape(-1).contiguous(), indices.reshape(-1).contiguous(), None if crow is None else crow.contiguous(), k
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _check_on_cpu(indices: Tensor, crow: Tensor | None, n_features: int) -> None:
-    if indices.device.type != "cpu":
-        return
-    bad = (indices < 0) | (indices >= n_features)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        raise IndexError(f"latents.indices holds {int(indices[tuple(where)])} at {where}, expected 0 <= index < {n_features}")
-    if crow is not None and (int(crow[0]) != 0 or int(crow[-1]) != indices.numel() or bool((crow.diff() < 0).any())):
-        raise ValueError(f"latents.crow must rise from 0 to nnz={indices.numel()}, got {crow[:4].tolist()} .. {int(crow[-1])}")
+def check_on_cpu(indices: Tensor, crow: Tensor | None, n_features: int) -> None:
+    """In the interpreter: what elsewhere sets the device's flag raises at once."""
+    if indices.device.type == "cpu":
+        slots = Slots(indices, indices, crow)
+        slots.safe(n_features, "latents.indices")
+        if crow is not None:
+            slots.bounds()

@@ -18,6 +18,7 @@ Few features, or many kept: the keys of all scores of some rows are written out 
 Memory beyond the output: at most ``WORKSPACE`` bytes, or what one row tile needs; rows are taken in chunks.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
 from fastsae.kernels._select import bucket_index, load_candidates
 from fastsae.kernels._tile import Tile, affine, cells, ends, exact, n_tiles, ordered, products, upper_key
+from fastsae.latents import ScoreInputs, of_inputs
 
 FEW = 2048  # features whose keys are all written out
 BEST = 4  # emitted of a bucket
@@ -483,12 +485,10 @@ def _rescore(
     )  # fmt: skip
 
 
-def encode_topk(
-    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, packed: Tensor | None,
-    k: int, relu: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+@of_inputs
+def encode_topk(inputs: ScoreInputs, k: int, relu: bool) -> tuple[Tensor, Tensor]:
     """(values [rows, k] in the dtype of x, indices [rows, k] int64); the contract is fastsae.ops.encode's."""
-    p = problem(x, W, b, b_pre, scale, features, packed)
+    p, x = problem(inputs), inputs.x
     if k > p.n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({p.n}), got {k}")
     values = torch.empty((x.shape[0], k), dtype=x.dtype, device=x.device)
@@ -542,28 +542,26 @@ def _note_overflow(op: str, count: Tensor, capacity: int) -> None:
         flags.overflow(count.device).logical_or_(count > capacity)
 
 
+@of_inputs
 def encode_threshold(
-    x: Tensor, W: Tensor, b: Tensor | None, threshold: Tensor, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None,
-    packed: Tensor | None, bandwidth: float | None, capacity: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs: ScoreInputs, threshold: Tensor, bandwidth: float | None, capacity: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(values, col, crow, flags: 1 active, 2 inside the band); the contract is fastsae.ops.encode's."""
-    p = problem(x, W, b, b_pre, scale, features, packed)
+    p = problem(inputs)
     theta = threshold.to(torch.float32)
     if theta.dim() and p.chosen is not None:
         theta = theta[p.chosen]
     rule = Rule(_masks.THRESHOLD, theta.expand(p.n).contiguous(), None if bandwidth is None else bandwidth / 2)
-    return ragged(p, rule, x.dtype, "encode_threshold", capacity)
+    return ragged(p, rule, inputs.x.dtype, "encode_threshold", capacity)
 
 
-def encode_batch_topk(
-    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, features: Tensor | None, packed: Tensor | None,
-    k: float, capacity: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@of_inputs
+def encode_batch_topk(inputs: ScoreInputs, k: float, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(values, col, crow, min_kept); the contract is fastsae.ops.encode's.
 
     The best of each row, as many as a row keeps on average, hold at least the wanted number of scores; the least of these is a bound that
     everything kept reaches. What reaches it is then sorted."""
-    p = problem(x, W, b, b_pre, scale, features, packed)
+    p, x = problem(inputs), inputs.x
     rows, device, total = x.shape[0], x.device, int(k * x.shape[0])
     each = 0 if rows == 0 else min(p.n, -(-total // rows))
     theta = torch.zeros((), dtype=torch.float32, device=device)
@@ -593,5 +591,5 @@ def encode_gated(
     capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(values, col, crow); the contract is fastsae.ops.encode's."""
-    p = problem(x, W, b_gate, b_pre, r_mag.to(torch.float32).exp(), None, packed)
+    p = problem(ScoreInputs(x, W, b_gate, b_pre, r_mag.to(torch.float32).exp(), None, packed))
     return ragged(p, Rule(_masks.GATED, _tile.wide(b_mag)), x.dtype, "encode_gated", capacity)[:3]

@@ -12,6 +12,7 @@ Memory beyond the output: the unit rows of both in float32 and the workspace of 
 at most 256 MiB of what a block emits.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 Bytes: 16 F D for y and z, read and written once, and what decode_dweight gathers; no [F, D] gradient.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Keys are Philox4x32-10 outputs for counter (neuron, layer, 0, 0) and key (seed l
 Bytes of a hash: the bits and 8 or 16 bytes a row; of a code: those of the operands and one bit a score.
 """
 
+# pyright: basic, reportMissingImports=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalOperand=false
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fastsae.kernels import _masks, _tile
 from fastsae.kernels._masks import Rule
 from fastsae.kernels._problem import chunks, problem
 from fastsae.kernels._tile import pack_bits, unpack_bits
+from fastsae.latents import ScoreInputs
 
 # ---------------------------------------------------------------- device code
 
@@ -110,7 +112,7 @@ def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits
 
 
 def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None) -> Tensor:
-    p = problem(x, W, b, None, None, None, packed)
+    p = problem(ScoreInputs(x, W, b, packed=packed))
     words = torch.empty((x.shape[0], _masks.n_words(p.n)), dtype=torch.int32, device=x.device)
     with _tile.on(x.device):
         for part in chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows) if p.n else ():

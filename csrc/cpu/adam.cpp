@@ -8,25 +8,19 @@
 #include <type_traits>
 
 #include "cpu/slots.h"
+#include "integers.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace fastsae {
 namespace {
 
-const AdamKernels* const kTables[kLevels] = {
-    &portable::adam_kernels,
-    FASTSAE_AVX2(adam_kernels),
-    FASTSAE_AVX512(adam_kernels),
-    nullptr,
-};
+const AdamKernels* const kTables[kLevels] = FASTSAE_BASE_TABLES(adam_kernels);
 
 constexpr int64_t kFeatures = 32;    // a unit of work, at most
 constexpr int64_t kBlock = 24576;    // elements of its gradient
 constexpr int64_t kColumns = 256;    // and of a hot feature
 constexpr int64_t kElements = 8192;  // and where rows do not matter
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The rows of a gradient, dense or from slots, one feature at a time.
 struct GradientRows {
@@ -287,7 +281,7 @@ int64_t signum(const Gradient& grad, const AdamMatrices& given, const SignumOpti
   job.normalise = o.normalise;
   job.lr = static_cast<float>(o.lr);
   job.to_x = static_cast<float>(1 - 1 / o.momentum);
-  job.share = static_cast<float>(o.share);
+  job.average = static_cast<float>(o.average);
   job.to_y = static_cast<float>(1 - o.momentum);
   AdamMatrices a = given;
   a.v = a.m;  // prefetched with the others, and nothing else

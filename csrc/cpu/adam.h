@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace fastsae {
 
 enum Rule { kAdam, kSignum, kRules };
@@ -18,7 +20,7 @@ struct AdamJob {
   float beta2, fresh2;  // fresh2 = 1 - beta2
   float minus_s, e;
   // kSignum: m is z, v is not used
-  float lr, to_x, share, to_y;  // of z in: x = lerp(y, z, to_x), lerp(x, z, share), y = lerp(x, z, to_y)
+  float lr, to_x, average, to_y;  // of z in: x = lerp(y, z, to_x), lerp(x, z, average), y = lerp(x, z, to_y)
 };
 
 // Transposed matrices, with `project` or `normalise`: n <= kAside features side by side, element d of feature f at w[d * stride + f], d <
@@ -47,14 +49,6 @@ struct AdamKernels {
   void (*squares_columns)(const AdamColumns&, bool project, float* each);
 };
 
-namespace portable {
-extern const AdamKernels adam_kernels;
-}
-namespace avx2 {
-extern const AdamKernels adam_kernels;
-}
-namespace avx512 {
-extern const AdamKernels adam_kernels;
-}
+FASTSAE_DECLARE_TABLES(AdamKernels, adam_kernels)
 
 }  // namespace fastsae

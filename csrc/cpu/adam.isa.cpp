@@ -4,17 +4,17 @@
 // norm, is in the first-level cache. Stores are plain: the lines have just been read, so a store past the caches would save nothing.
 #include "cpu/adam.h"
 
+#include "integers.h"
 #include "isa.h"
 
 #ifndef FASTSAE_SCREENS
 #include "cpu/decode.h"
-#include "vec.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-FASTSAE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTSAE_INLINE Vec load_n(const float* p, int n) { return n == kLanes ? load(p) : load_part(p, n); }
 FASTSAE_INLINE void store_n(float* p, Vec a, int n) { n == kLanes ? store(p, a) : store_part(p, a, n); }
 
@@ -24,11 +24,11 @@ FASTSAE_INLINE float sum_row(int64_t size, const Term& term) {
   Vec total = zero();
   for (int64_t d = 0; d < size; d += kDotBlock) {
     Vec a[4] = {zero(), zero(), zero(), zero()};
-    const int64_t end = least(d + kDotBlock, size);
+    const int64_t end = at_most(d + kDotBlock, size);
     int64_t i = d;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes)
       for (int j = 0; j < 4; ++j) a[j] = term(a[j], i + j * kLanes, kLanes);
-    for (int j = 0; i < end; i += kLanes, ++j) a[j] = term(a[j], i, static_cast<int>(least(kLanes, end - i)));
+    for (int j = 0; i < end; i += kLanes, ++j) a[j] = term(a[j], i, static_cast<int>(at_most(kLanes, end - i)));
     total = add(total, add(add(a[0], a[1]), add(a[2], a[3])));
   }
   return reduce(total);
@@ -77,15 +77,15 @@ struct Rates<kAdam> {
   }
 };
 
-// a + share * (b - a), from the side that is nearer.
+// a + weight * (b - a), from the side that is nearer.
 struct Blend {
-  Vec share;
+  Vec weight;
   bool from_b;
 
-  FASTSAE_INLINE explicit Blend(float s) : share(broadcast(s)), from_b(!(__builtin_fabsf(s) < 0.5f)) {
-    if (from_b) share = broadcast(s - 1.0f);
+  FASTSAE_INLINE explicit Blend(float s) : weight(broadcast(s)), from_b(!(__builtin_fabsf(s) < 0.5f)) {
+    if (from_b) weight = broadcast(s - 1.0f);
   }
-  FASTSAE_INLINE Vec operator()(Vec a, Vec b) const { return fma(share, sub(b, a), from_b ? b : a); }
+  FASTSAE_INLINE Vec operator()(Vec a, Vec b) const { return fma(weight, sub(b, a), from_b ? b : a); }
 };
 
 template <>
@@ -93,7 +93,7 @@ struct Rates<kSignum> {
   Vec lr;
   Blend to_x, average, to_y;
 
-  FASTSAE_INLINE explicit Rates(const AdamJob& job) : lr(broadcast(job.lr)), to_x(job.to_x), average(job.share), to_y(job.to_y) {}
+  FASTSAE_INLINE explicit Rates(const AdamJob& job) : lr(broadcast(job.lr)), to_x(job.to_x), average(job.average), to_y(job.to_y) {}
 
   FASTSAE_INLINE Vec move(Vec gi, Vec wi, float* z, float*, int n) const {
     Vec zi = load_n(z, n);
@@ -138,7 +138,7 @@ void step(const AdamJob& job, const float* g, float* w, float* m, float* v, int6
   if (norm < 1e-8f) return;
   const Vec scale = broadcast(1.0f / norm);
   for (int64_t i = 0; i < size; i += kLanes) {
-    const int n = static_cast<int>(least(kLanes, size - i));
+    const int n = static_cast<int>(at_most(kLanes, size - i));
     store_n(w + i, mul(load_n(w + i, n), scale), n);
   }
 }
@@ -282,7 +282,6 @@ void squares_columns(const AdamColumns& given, bool project, float* each) {
 
 }  // namespace
 
-extern const AdamKernels adam_kernels;
 const AdamKernels adam_kernels = {
     {step<kAdam>, step<kSignum>},
     squares,

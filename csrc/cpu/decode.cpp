@@ -7,6 +7,7 @@
 
 #include "cpu/slots.h"
 #include "fastsae.h"
+#include "integers.h"
 #include "isa.h"
 #include "parallel.h"
 #include "workspace.h"
@@ -14,17 +15,11 @@
 namespace fastsae {
 namespace {
 
-const DecodeKernels* const kTables[kLevels] = {
-    &portable::decode_kernels,
-    FASTSAE_AVX2(decode_kernels),
-    FASTSAE_AVX512(decode_kernels),
-    nullptr,
-};
+const DecodeKernels* const kTables[kLevels] = FASTSAE_BASE_TABLES(decode_kernels);
 
 constexpr int64_t kStreamBytes = int64_t{16} << 20;  // an output beyond this leaves the caches anyway
 constexpr int64_t kScatterRows = 64, kScatterColumns = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_size(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
 void* at(void* p, int64_t elements, Dtype t) { return static_cast<char*>(p) + elements * element_size(t); }

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace fastsae {
 
 constexpr int64_t kSlotBlock = 16;  // slots summed before they join the total
@@ -67,14 +69,6 @@ struct DecodeKernels {  // [Dtype], [Dtype][Index]
   void (*round[3])(const float* block, const float* total, void* out, int64_t n);  // out = round(total + block)
 };
 
-namespace portable {
-extern const DecodeKernels decode_kernels;
-}
-namespace avx2 {
-extern const DecodeKernels decode_kernels;
-}
-namespace avx512 {
-extern const DecodeKernels decode_kernels;
-}
+FASTSAE_DECLARE_TABLES(DecodeKernels, decode_kernels)
 
 }  // namespace fastsae

@@ -5,17 +5,16 @@
 
 #include "cpu/decode.h"
 
+#include "integers.h"
 #include "isa.h"
 
 // The bf16 conversion of avx512_bf16 flushes denormals, so that level runs avx512's body.
 #ifndef FASTSAE_SCREENS
-#include "vec.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
-
-FASTSAE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Where the walk goes after this slot: the slot `ahead` later in this tile, then the next tile of the same row, then the next row.
 template <class T, class I, int N>
@@ -43,7 +42,7 @@ FASTSAE_INLINE void sum_tile(const SumJob& job, int64_t r, int64_t begin, int64_
   float kept[N * kLanes];
   int64_t s = begin;
   do {
-    const int64_t stop = least(s + kSlotBlock, end);
+    const int64_t stop = at_most(s + kSlotBlock, end);
     for (int i = 0; i < N; ++i) total[i] = zero();
     const bool first_block = s == begin;
     for (; s < stop; ++s) {
@@ -99,7 +98,7 @@ void sum(const SumJob& job, int64_t r0, int64_t r1, int64_t d0, int64_t d1) {
         sum_tile<T, I, 2>(job, r, begin, end, d, next(2), kLanes);
         d += 2 * kLanes;
       } else {
-        sum_tile<T, I, 1>(job, r, begin, end, d, next(1), static_cast<int>(least(left, kLanes)));
+        sum_tile<T, I, 1>(job, r, begin, end, d, next(1), static_cast<int>(at_most(left, kLanes)));
         d += kLanes;
       }
     }
@@ -116,7 +115,7 @@ void dot(const DotJob& job, int64_t r, int64_t s0, int64_t s1) {
   for (int64_t s = s0; s < s1; ++s) {
     const T* const row = table + static_cast<int64_t>(indices[s]) * job.table_stride;
     // The next row's first lines; the hardware prefetcher follows from there, and each block fetches its own place in the next row.
-    const T* const later = table + static_cast<int64_t>(indices[least(s + 1, job.n - 1)]) * job.table_stride;
+    const T* const later = table + static_cast<int64_t>(indices[at_most(s + 1, job.n - 1)]) * job.table_stride;
     Vec total = zero();
     for (int64_t d = 0; d < job.d; d += kDotBlock) {
       Vec a[4] = {zero(), zero(), zero(), zero()};
@@ -174,7 +173,7 @@ void pack(const PackJob& job, int64_t u0, int64_t u1) {
   // 16 columns for all features, then the next 16: more streams than that and the hardware prefetchers lose them.
   for (int64_t j = 0; j < kPanel; j += kLanes) {
     for (int64_t u = u0; u < u1; u += kLanes) {
-      const int n = static_cast<int>(least(kLanes, u1 - u));
+      const int n = static_cast<int>(at_most(kLanes, u1 - u));
       // Features in use ascend: their offsets from the first one fit 32 bits unless they are very far apart.
       int32_t offsets[kLanes];
       const int32_t* nearby = nullptr;
@@ -205,9 +204,9 @@ void scatter(const ScatterJob& job) {
   }
   const bool aligned = job.stream && reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(T)) == 0 && job.stride_j % kLanes == 0;
   for (int64_t j = 0; j < job.columns; j += kLanes) {
-    const int columns = static_cast<int>(least(kLanes, job.columns - j));
+    const int columns = static_cast<int>(at_most(kLanes, job.columns - j));
     for (int64_t i = 0; i < job.rows; i += kLanes) {
-      const int rows = static_cast<int>(least(kLanes, job.rows - i));
+      const int rows = static_cast<int>(at_most(kLanes, job.rows - i));
       Vec block[kLanes];
       for (int a = 0; a < kLanes; ++a)
         block[a] = a >= rows           ? zero()
@@ -235,7 +234,6 @@ void round(const float* block, const float* total, void* out, int64_t n) {
 
 }  // namespace
 
-extern const DecodeKernels decode_kernels;
 const DecodeKernels decode_kernels = {
     {{sum<float, int32_t>, sum<float, int64_t>}, {sum<bf16, int32_t>, sum<bf16, int64_t>}, {sum<f16, int32_t>, sum<f16, int64_t>}},
     {{dot<float, int32_t>, dot<float, int64_t>}, {dot<bf16, int32_t>, dot<bf16, int64_t>}, {dot<f16, int32_t>, dot<f16, int64_t>}},

@@ -1,4 +1,4 @@
-// The encoders: exact selection, and what their consumers do with blocks of features. The driver is screen.h, the screens encode.isa.cpp.
+// The encoders, and the drivers of those that keep any number of entries a row. encode.isa.cpp has the screens.
 #include "cpu/encode.h"
 
 #include <cfloat>
@@ -6,15 +6,14 @@
 #include <mutex>
 #include <vector>
 
-#include "cpu/cuts.h"
-#include "cpu/rank.h"
-#include "cpu/rows.h"
+#include "cpu/engine/candidates.h"
+#include "cpu/engine/topk.h"
+#include "cpu/engine/topk_rowwise.h"
 
 namespace fastsae {
 namespace {
 
-const EncodeKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(encode_kernels),
-                                               FASTSAE_AVX512_BF16(encode_kernels)};
+const EncodeKernels* const kTables[kLevels] = FASTSAE_SCREEN_TABLES(encode_kernels);
 
 }  // namespace
 
@@ -38,7 +37,7 @@ struct Entries {
     int64_t base;
     std::vector<Kept> kept;
   };
-  std::vector<int64_t> crow;  // [rows + 1]
+  std::vector<int64_t> crow{0};  // [rows + 1]
   std::vector<Part> parts;
 };
 
@@ -48,9 +47,9 @@ void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* 
   std::memcpy(crow, entries.crow.data(), entries.crow.size() * sizeof(int64_t));
   for (const Entries::Part& part : entries.parts) {
     const int64_t start = entries.crow[part.base], n = static_cast<int64_t>(part.kept.size());
-    constexpr int64_t kEach = 1 << 15;
-    for_each_unit(useful_threads(threads, n), ceil_div(n, kEach), [&](int64_t unit) {
-      for (int64_t i = unit * kEach; i < std::min((unit + 1) * kEach, n); ++i) {
+    constexpr int64_t kPerFeature = 1 << 15;
+    for_each_unit(useful_threads(threads, n), ceil_div(n, kPerFeature), [&](int64_t unit) {
+      for (int64_t i = unit * kPerFeature; i < std::min((unit + 1) * kPerFeature, n); ++i) {
         values[start + i] = part.kept[i].value;
         col[start + i] = part.kept[i].feature;
         if (flags != nullptr) flags[start + i] = static_cast<uint8_t>(part.kept[i].flags);
@@ -93,21 +92,15 @@ struct Sorter {
   }
 };
 
-struct ThresholdConsumer : Cuts {
-  const Problem& p;
-  Cut kind;
+struct ThresholdDriver : Candidates {
+  ThresholdKind kind;
   const float* threshold;  // of the dictionary
   float half_band;
   Entries& entries;
-  Sorter sorter;
+  Sorter sorter{};
 
-  ThresholdConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, Cut kind, const float* threshold,
-                    float half_band, Entries& entries)
-      : Cuts{kernels, screens, p.stats, {}, {}}, p(p), kind(kind), threshold(threshold), half_band(half_band), entries(entries) {}
-
-  void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
-    screen(chunk, b, worker, [&](const Undecided& open) { screens->screen_cut(kind, b.rows, b.panels, b.next, open, nullptr); });
+    screen(chunk, b, worker, [&](const Undecided& open) { screens->screen_threshold(kind, b.rows, b.panels, b.next, open, nullptr); });
     score(chunk, b, worker);
     const Undecided& u = undecided[worker];
     std::vector<Kept>& kept = sorter.kept[worker];
@@ -117,7 +110,7 @@ struct ThresholdConsumer : Cuts {
         const int64_t at = u.id[i] - b.first;
         const int32_t feature = p.w.list != nullptr ? p.w.list[u.id[i]] : u.id[i];
         float score = scored_as(b, at, u.hi[i]);
-        if (kind == Cut::gate) {
+        if (kind == ThresholdKind::gate) {
           const float gate = u.hi[i] + b.panels.extra[at];
           if (!(gate <= 0) && !(score <= 0)) kept.push_back({static_cast<int32_t>(r), feature, plain(gate != gate ? gate : score), 1});
           continue;
@@ -137,8 +130,7 @@ struct ThresholdConsumer : Cuts {
   static float plain(float score) { return score != score ? std::nanf("") : score; }
   int64_t end(const Chunk& chunk) {
     sorter.finish(chunk, entries);
-    note();
-    return kOk;
+    return Candidates::end(chunk);
   }
 };
 
@@ -154,17 +146,13 @@ struct Pooled {
   }
 };
 
-struct BatchConsumer : Cuts {
-  const Problem& p;
+struct BatchTopkDriver : Candidates {
   int64_t total;
-  std::vector<Pooled> pool;  // positive scores and NaN, not below tau
-  std::vector<float> room[kMostWorkers];
-  std::mutex mutex;
+  std::vector<Pooled> pool{};  // positive scores and NaN, not below tau
+  std::vector<float> room[kMostWorkers] = {};
+  std::mutex mutex{};
   int64_t fresh = 0;
   int32_t tau = 0;  // bits of a float, 0 at first: only positive scores are asked for
-
-  BatchConsumer(const EngineKernels& kernels, const EncodeKernels* screens, const Problem& p, int64_t total)
-      : Cuts{kernels, screens, p.stats, {}, {}}, p(p), total(total) {}
 
   float load_tau() const {
     const int32_t bits = __atomic_load_n(&tau, __ATOMIC_RELAXED);
@@ -191,7 +179,8 @@ struct BatchConsumer : Cuts {
 
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
-    screen(chunk, b, worker, [&](const Undecided& still) { screens->screen_cut(Cut::all, b.rows, b.panels, b.next, still, &tau); });
+    screen(chunk, b, worker,
+           [&](const Undecided& still) { screens->screen_threshold(ThresholdKind::shared, b.rows, b.panels, b.next, still, &tau); });
     const Undecided& u = undecided[worker];
     // With many open ones, a better tau from the lower ends first.
     int64_t open = 0;
@@ -226,11 +215,6 @@ struct BatchConsumer : Cuts {
     }
     if (fresh > total / 4) shrink();
   }
-  int64_t end(const Chunk&) {
-    note();
-    return kOk;
-  }
-
   float finish(Entries& entries) {
     shrink();
     float least = INFINITY;
@@ -249,9 +233,9 @@ struct BatchConsumer : Cuts {
   }
 };
 
-struct BoundsConsumer {
+struct BoundsDriver {
   const EncodeKernels& screens;
-  Number number;
+  ScreenFormat format;
   float* lo;
   float* hi;
   int64_t ld;
@@ -260,7 +244,7 @@ struct BoundsConsumer {
   void take(Workspace&, const Plan&) {}
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int) {
-    screens.bounds(number, b.rows, b.panels, lo + chunk.base * ld, hi + chunk.base * ld, ld);
+    screens.bounds(format, b.rows, b.panels, lo + chunk.base * ld, hi + chunk.base * ld, ld);
   }
   int64_t end(const Chunk& chunk) {
     for (int64_t r = 0; r < chunk.rows; ++r)
@@ -273,19 +257,15 @@ struct BoundsConsumer {
   }
 };
 
-template <class Make>
-Entries* encode_entries(const Problem& p, const Terms& terms, EncodePath path, int64_t* status, const Make& make) {
+// With fewer rows packing costs more than it saves; measured.
+PlanRequest encode_request(const Weights& w, EncodePath path) {
+  return {.path = path, .least_rows = has_handle(w) ? 1 : 12, .least_d = 32, .least_features = 2048};
+}
+
+template <class Driver>
+int64_t run_entries(const Problem& p, EncodePath path, Driver& driver) {
   if (p.stats != nullptr) *p.stats = {};
-  auto entries = std::make_unique<Entries>();
-  entries->crow.push_back(0);
-  const EngineKernels& kernels = engine_kernels();
-  const EncodeKernels* const screens = encode_kernels();
-  const bool screen = screens != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays(p.x, p.w)));
-  const Plan plan = make_plan(kernels, p.x, p.w, Number::int8, screen, p.threads, 0);
-  int64_t* const workspace = p.stats != nullptr ? &p.stats->workspace : nullptr;
-  *status = make(kernels, screens, *entries,
-                 [&](auto& consumer) { return p.x.rows == 0 ? kOk : run_engine(kernels, p.x, p.w, terms, plan, workspace, consumer); });
-  return entries.release();
+  return p.x.rows == 0 ? kOk : run_engine(p, make_plan(p, encode_request(p.w, path)), driver);
 }
 
 }  // namespace
@@ -294,77 +274,73 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
                     int64_t* indices, EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
   if (stats != nullptr) *stats = {};
   if (x.rows == 0 || k == 0) return kOk;
-  const EngineKernels& kernels = engine_kernels();
   const EncodeKernels* const screens = encode_kernels();
-  const Problem p{x, w, scale, bias, threads, stats};
-  const TopkOutput out{k, relu, values, indices, w.list};
-  const bool apart = path == EncodePath::rows || path == EncodePath::blocks || (path == EncodePath::automatic && rows_apart(x, w, k));
-  const bool wanted = apart || path == EncodePath::screen || (path == EncodePath::automatic && pays(x, w) && w.features >= 32 * k);
-  const Plan plan = make_plan(kernels, x, w, Number::int8, wanted && screens != nullptr, threads, 8 * (4 * k + 272));
-  if (!plan.screens) return dense_topk_all(kernels, p, out);
-  int64_t* const workspace = stats != nullptr ? &stats->workspace : nullptr;
-  if (apart && !plan.copied) {
-    if (path == EncodePath::rows || (path == EncodePath::automatic && pack_first(x, plan)))
-      return rows_topk(kernels, *screens, p, out, plan, survived);
-    const std::unique_ptr<RowsConsumer> consumer(new RowsConsumer{kernels, *screens, p, out, survived});
-    return run_engine(kernels, x, w, {scale, bias, nullptr}, consumer->within(plan), workspace, *consumer);
-  }
-  TopkConsumer consumer{kernels, *screens, screens->screen_topk, p, out, survived};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, workspace, consumer);
+  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads, .stats = stats};
+  const TopkOutput out{.k = k, .relu = relu, .values = values, .indices = indices, .list = w.list, .survived = survived};
+  PlanRequest request = encode_request(w, path);
+  request.least_features = std::max(request.least_features, 32 * k);
+  request.rowwise_k = k;
+  request.bytes_a_row = topk_bytes_a_row(k);
+  const Plan plan = make_plan(p, request);
+  if (plan.path == EncodePath::dense) return dense_topk_all(p, out);
+  if (plan.path == EncodePath::rows) return rowwise_topk(*screens, p, out, plan);
+  if (plan.path == EncodePath::blocks) return run_engine(p, plan, *std::unique_ptr<RowwiseDriver>(new RowwiseDriver{*screens, p, out}));
+  TopkDriver driver{*screens, screens->screen_topk, p, out};
+  return run_engine(p, plan, driver);
 }
 
 Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
                           float half_band, EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
-  const Problem p{x, w, scale, bias, threads, stats};
   // What the screen may drop: not above the threshold and not in the band, with room for the rounding of their difference.
   int64_t highest = w.features;
   if (w.list != nullptr && w.features > 0) highest = w.list[w.features - 1] + 1;
-  std::vector<float> cut(static_cast<size_t>(highest));
+  std::vector<float> least(static_cast<size_t>(highest));
   for (int64_t f = 0; f < highest; ++f) {
     const float theta = threshold[f];
-    cut[f] = theta < 0 ? 0.0f : theta;
+    least[f] = theta < 0 ? 0.0f : theta;
     if (half_band >= 0) {
       const float below = theta - half_band - (std::fabs(theta) + half_band) * 0x1p-20f;
-      cut[f] = below < cut[f] || below != below ? below : cut[f];
+      least[f] = below < least[f] || below != below ? below : least[f];
     }
-    cut[f] = std::min(cut[f], FLT_MAX);  // NaN stays; a NaN score has an infinite upper end, which must pass strictly
+    least[f] = std::min(least[f], FLT_MAX);  // NaN stays; a NaN score has an infinite upper end, which must pass strictly
   }
-  return encode_entries(p, {scale, bias, cut.data()}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdConsumer consumer(kernels, screens, p, Cut::each, threshold, half_band, entries);
-    return run(consumer);
-  });
+  const Problem p{
+      .kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .extra = least.data(), .threads = threads, .stats = stats};
+  auto entries = std::make_unique<Entries>();
+  ThresholdDriver driver{{p, encode_kernels()}, ThresholdKind::per_feature, threshold, half_band, *entries};
+  *status = run_entries(p, path, driver);
+  return entries.release();
 }
 
 Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
                       EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
-  const Problem p{x, w, stretch, b_mag, threads, stats};
-  return encode_entries(p, {stretch, b_mag, b_gate}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    ThresholdConsumer consumer(kernels, screens, p, Cut::gate, nullptr, -1, entries);
-    return run(consumer);
-  });
+  const Problem p{
+      .kernels = engine_kernels(), .x = x, .w = w, .scale = stretch, .bias = b_mag, .extra = b_gate, .threads = threads, .stats = stats};
+  auto entries = std::make_unique<Entries>();
+  ThresholdDriver driver{{p, encode_kernels()}, ThresholdKind::gate, nullptr, -1, *entries};
+  *status = run_entries(p, path, driver);
+  return entries.release();
 }
 
 Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, EncodePath path,
                            int threads, EncodeStats* stats, float* min_kept, int64_t* status) {
-  const Problem p{x, w, scale, bias, threads, stats};
-  return encode_entries(p, {scale, bias, nullptr}, path, status, [&](auto& kernels, auto* screens, Entries& entries, const auto& run) {
-    BatchConsumer consumer(kernels, screens, p, total);
-    const int64_t done = total > 0 ? run(consumer) : kOk;
-    if (done == kOk) *min_kept = consumer.finish(entries);
-    return done;
-  });
+  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads, .stats = stats};
+  if (stats != nullptr) *stats = {};
+  auto entries = std::make_unique<Entries>();
+  BatchTopkDriver driver{{p, encode_kernels()}, total};
+  *status = total > 0 ? run_entries(p, path, driver) : kOk;
+  if (*status == kOk) *min_kept = driver.finish(*entries);
+  return entries.release();
 }
 
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,
                       bool* screens, int threads) {
-  const EngineKernels& kernels = engine_kernels();
-  const EncodeKernels* const table = encode_kernels();
-  const Number number = bf16 ? Number::bf16 : Number::int8;
-  const Plan plan = make_plan(kernels, x, w, number, table != nullptr, threads, 0);
+  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads};
+  const Plan plan = make_plan(p, {.format = bf16 ? ScreenFormat::bf16 : ScreenFormat::int8});
   *screens = plan.screens;
   if (!plan.screens || x.rows == 0) return kOk;
-  BoundsConsumer consumer{*table, number, lo, hi, w.features};
-  return run_engine(kernels, x, w, {scale, bias, nullptr}, plan, nullptr, consumer);
+  BoundsDriver driver{*encode_kernels(), plan.format, lo, hi, w.features};
+  return run_engine(p, plan, driver);
 }
 
 }  // namespace fastsae

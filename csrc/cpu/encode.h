@@ -1,6 +1,6 @@
 // What encode.cpp (baseline: which thread does what, exact selection) asks of encode.isa.cpp (levels that can screen).
 #pragma once
-#include "cpu/engine.h"
+#include "cpu/engine/kernels.h"
 
 namespace fastsae {
 
@@ -25,43 +25,37 @@ struct TopkBuffer {
 };
 
 // A top-k for which every interval of a row is known before its first score: tau comes from all features, and nothing is shared.
-struct RowsTopk {
+struct RowwiseTopk {
   float* high;  // [rows][stride] upper ends
   int64_t stride;
   float* low;  // [rows][lows] of `panels` panels together, the largest lower end in each of 16 lanes
-  int64_t lows, panels;
+  int64_t lows, panels, k;
   // Of one row at a time, [features + 32] each: what may be among the best, and what is looked at when some of it has been scored.
-  Undecided open, later;
-  int64_t* scored;  // counts scores
-  int64_t k;
+  Undecided open{}, later{};
+  int64_t* scored = nullptr;  // counts scores
 };
 
-// What an entry must be able to exceed: the cut of its feature (strictly), one number for all, or 0 twice (score, and product + extra).
-enum class Cut : int { each, all, gate };
+// What an entry must be able to exceed: the threshold of its feature (strictly), one for all, or 0 twice (score, and product + extra).
+enum class ThresholdKind : int { per_feature, shared, gate };
 
 struct EncodeKernels {
-  void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Ahead&, const ScoreJob&, const TopkBuffer&);
+  void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
   // Drops the kept entries of a row that cannot be in its top k; how many are left.
   int64_t (*finish_topk)(const TopkBuffer&, int64_t row);
-  // `cut`: bits of the number for Cut::all.
-  void (*screen_cut)(Cut, const ScreenRows&, const ScreenPanels&, const Ahead&, const Undecided&, const int32_t* cut);
+  // `tau`: bits of the one for ThresholdKind::shared.
+  void (*screen_threshold)(ThresholdKind, const ScreenRows&, const ScreenPanels&, const Prefetch&, const Undecided&, const int32_t* tau);
   void (*keep_undecided)(const Undecided&, int64_t row, float tau);                               // those whose hi is not below tau
   void (*score_undecided)(const ScoreJob&, const Undecided&, int64_t rows, const uint8_t* skip);  // hi = the exact product
-  float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.h
+  float (*kth_largest)(const float* values, int64_t n, int64_t k, int64_t most);  // at least k values are not below it; see topk.isa.h
   // The interval of every score of a block: rows of lo and hi are ld apart, features at their place.
-  void (*bounds)(Number, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
-  void (*screen_rows)(const ScreenRows&, const ScreenPanels&, const Ahead&, const RowsTopk&);
+  void (*bounds)(ScreenFormat, const ScreenRows&, const ScreenPanels&, float* lo, float* hi, int64_t ld);
+  void (*screen_rowwise)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const RowwiseTopk&);
   // The scores of all features that can be among the k best of a row, to open.hi and open.id: their number; -1: too many to be worth it.
-  int64_t (*settle_row)(const ScreenPanels&, const ScoreJob&, const RowsTopk&, int64_t row);
-  // The k best of n entries (rank.h) in order to `best`; `all` has room for n + 8.
+  int64_t (*rescore_row)(const ScreenPanels&, const ScoreJob&, const RowwiseTopk&, int64_t row);
+  // The k best of n entries (order.h) in order to `best`; `all` has room for n + 8.
   void (*rank_scores)(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best);
 };
 
-namespace avx512_vnni {
-extern const EncodeKernels encode_kernels;
-}
-namespace avx512_bf16 {
-extern const EncodeKernels encode_kernels;
-}
+FASTSAE_DECLARE_TABLES(EncodeKernels, encode_kernels)
 
 }  // namespace fastsae

@@ -1,22 +1,22 @@
-// The consumers of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level
-// can screen; encode.h states the jobs, tile.h the bound.
+// The screens of the encoders: what a screened product decides for a top-k, a threshold, a batch's top-k, a gate. Only where the level
+// can screen; encode.h states the jobs, bound.h the bound.
 #include "cpu/encode.h"
 
 #include "isa.h"
 
 #ifdef FASTSAE_SCREENS
-#include "cpu/tile.h"
-#include "cpu/topk.h"
+#include "cpu/engine/tile.isa.h"
+#include "cpu/engine/topk.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
 template <bool kScaled>
-struct TopkConsumer {
+struct TopkScreen {
   const TopkBuffer& buffer;
   const ScreenRows& rows;
-  Features<kScaled> f;
+  Features<kScaled> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -32,27 +32,21 @@ struct TopkConsumer {
   }
 };
 
-void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
-  if (panels.scale != nullptr) {
-    TopkConsumer<true> consumer{buffer, rows, {}};
-    run_block<Number::int8>(rows, panels, next, consumer);
-  } else {
-    TopkConsumer<false> consumer{buffer, rows, {}};
-    run_block<Number::int8>(rows, panels, next, consumer);
-  }
-  settle<false>(rows, panels, job, buffer);
+  run_scaled<TopkScreen, ScreenFormat::int8>(rows, panels, next, buffer, rows);
+  rescore<false>(rows, panels, job, buffer);
 }
 
 // ---- a top-k of few rows against all features ----
 
 template <bool kScaled>
-struct RowsConsumer {
-  const RowsTopk& to;
+struct RowwiseScreen {
+  const RowwiseTopk& to;
   const ScreenRows& rows;
-  Features<kScaled> f;
-  int64_t at, group;
+  Features<kScaled> f{};
+  int64_t at = 0, group = 0;
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
     f.set(p, panel);
@@ -81,17 +75,11 @@ struct RowsConsumer {
   }
 };
 
-void screen_rows(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const RowsTopk& to) {
-  const int64_t lows = (panels.panels + to.panels - 1) / to.panels * 16;
+void screen_rowwise(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const RowwiseTopk& to) {
+  const int64_t lows = ceil_div(panels.panels, to.panels) * 16;
   for (int64_t r = 0; r < rows.rows; ++r)
     for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
-  if (panels.scale != nullptr) {
-    RowsConsumer<true> consumer{to, rows, {}, 0, 0};
-    run_block<Number::int8>(rows, panels, next, consumer);
-  } else {
-    RowsConsumer<false> consumer{to, rows, {}, 0, 0};
-    run_block<Number::int8>(rows, panels, next, consumer);
-  }
+  run_scaled<RowwiseScreen, ScreenFormat::int8>(rows, panels, next, to, rows);
 }
 
 // Entries [from, to) of `open`, of one row: their scores over their upper ends.
@@ -149,7 +137,7 @@ FASTSAE_INLINE int64_t postpone(float least, const Undecided& open, int64_t n, c
   return kept;
 }
 
-// The k best of a row's scores as entries of rank.h, in order. Each goes where as many others are better.
+// The k best of a row's scores as entries of order.h, in order. Each goes where as many others are better.
 void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best) {
   const __m256i top = _mm256_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 8) {
@@ -172,7 +160,7 @@ void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_
 
 // Screening errs by much less than its bound. So the k features with the highest upper ends, and some more, are scored first: the k-th
 // largest of their scores is close to that of all, and most others end below it.
-int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& to, int64_t row) {
+int64_t rescore_row(const ScreenPanels& p, const ScoreJob& job, const RowwiseTopk& to, int64_t row) {
   const Undecided& open = to.open;
   const int64_t k = to.k, lows = to.lows, limit = 4 * k + 256 + p.features / 4;
   const float floor = k <= lows ? kth_largest(to.low + row * lows, lows, k, k + k / 8) : -__builtin_inff();
@@ -204,30 +192,31 @@ int64_t settle_row(const ScreenPanels& p, const ScoreJob& job, const RowsTopk& t
   return scored;
 }
 
-// ---- cuts: a threshold a feature, one for all, a gate ----
+// ---- thresholds: one a feature, one for all, a gate ----
 
-// Undecided is what may exceed its cut: a feature's own (kEach), or one that all workers raise. kGate: a second bias, for the same product
-// without the scale, must be able to exceed 0 as well.
-template <bool kScaled, bool kEach, bool kGate>
-struct CutConsumer {
+// Undecided is what may exceed its threshold: its own (kPerFeature), or one that all workers raise. kGate: a second bias, for the same
+// product without the scale, must be able to exceed 0 as well.
+template <bool kScaled, bool kPerFeature, bool kGate>
+struct ThresholdScreen {
   const Undecided& undecided;
   const ScreenRows& rows;
-  const int32_t* cut;
-  Features<kScaled> f;
-  __m512 extra[2];
+  const int32_t* tau;
+  Features<kScaled> f{};
+  __m512 extra[2] = {};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
     f.set(p, panel);
-    for (int h = 0; h < 2; ++h) extra[h] = kEach || kGate ? _mm512_loadu_ps(p.extra + panel * kPanelWidth + 16 * h) : _mm512_setzero_ps();
+    for (int h = 0; h < 2; ++h)
+      extra[h] = kPerFeature || kGate ? _mm512_loadu_ps(p.extra + panel * kPanelWidth + 16 * h) : _mm512_setzero_ps();
   }
 
   FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
     const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
     const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
-    const __m512 least0 = kEach ? extra[0] : kGate ? _mm512_setzero_ps() : _mm512_set1_ps(load_tau(cut));
-    const __m512 least1 = kEach ? extra[1] : least0;
+    const __m512 least0 = kPerFeature ? extra[0] : kGate ? _mm512_setzero_ps() : _mm512_set1_ps(load_tau(tau));
+    const __m512 least1 = kPerFeature ? extra[1] : least0;
     const auto passes = [](__m512 upper, __m512 least) {
-      return kEach || kGate ? _mm512_cmp_ps_mask(upper, least, _CMP_NLE_UQ) : _mm512_cmp_ps_mask(upper, least, _CMP_NLT_UQ);
+      return kPerFeature || kGate ? _mm512_cmp_ps_mask(upper, least, _CMP_NLE_UQ) : _mm512_cmp_ps_mask(upper, least, _CMP_NLT_UQ);
     };
     __mmask16 m0 = passes(f.upper(0, r0, e0), least0), m1 = passes(f.upper(1, r1, e1), least1);
     if (kGate) {  // the scale of a gated encoder is not negative, so e is the slack of the bare product too
@@ -239,21 +228,22 @@ struct CutConsumer {
   }
 };
 
-template <bool kScaled, bool kEach, bool kGate>
-void screen_cut_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, const int32_t* cut) {
-  CutConsumer<kScaled, kEach, kGate> consumer{undecided, rows, cut, {}, {}};
-  run_block<Number::int8>(rows, panels, next, consumer);
+template <bool kScaled, bool kPerFeature, bool kGate>
+void screen_threshold_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
+                         const int32_t* tau) {
+  ThresholdScreen<kScaled, kPerFeature, kGate> screen{undecided, rows, tau};
+  run_block<ScreenFormat::int8>(rows, panels, next, screen);
 }
 
-void screen_cut(Cut kind, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
-                const int32_t* cut) {
+void screen_threshold(ThresholdKind kind, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next,
+                      const Undecided& undecided, const int32_t* tau) {
   const bool scaled = panels.scale != nullptr;
-  if (kind == Cut::gate)
-    screen_cut_as<true, false, true>(rows, panels, next, undecided, cut);
-  else if (kind == Cut::each)
-    (scaled ? screen_cut_as<true, true, false> : screen_cut_as<false, true, false>)(rows, panels, next, undecided, cut);
+  if (kind == ThresholdKind::gate)
+    screen_threshold_as<true, false, true>(rows, panels, next, undecided, tau);
+  else if (kind == ThresholdKind::per_feature)
+    (scaled ? screen_threshold_as<true, true, false> : screen_threshold_as<false, true, false>)(rows, panels, next, undecided, tau);
   else
-    (scaled ? screen_cut_as<true, false, false> : screen_cut_as<false, false, false>)(rows, panels, next, undecided, cut);
+    (scaled ? screen_threshold_as<true, false, false> : screen_threshold_as<false, false, false>)(rows, panels, next, undecided, tau);
 }
 
 void keep_undecided(const Undecided& u, int64_t row, float tau) {
@@ -272,12 +262,12 @@ void score_undecided(const ScoreJob& job, const Undecided& u, int64_t rows, cons
 // ---- every interval, for tests ----
 
 template <bool kScaled>
-struct BoundsConsumer {
+struct BoundsScreen {
   const ScreenRows& rows;
   float* lo;
   float* hi;
   int64_t ld;
-  Features<kScaled> f;
+  Features<kScaled> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
   FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
@@ -291,28 +281,21 @@ struct BoundsConsumer {
   }
 };
 
-template <Number kNumber>
+template <ScreenFormat kFormat>
 void bounds_as(const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
-  if (panels.scale != nullptr) {
-    BoundsConsumer<true> consumer{rows, lo, hi, ld, {}};
-    run_block<kNumber>(rows, panels, {nullptr, 0, 1, 0}, consumer);
-  } else {
-    BoundsConsumer<false> consumer{rows, lo, hi, ld, {}};
-    run_block<kNumber>(rows, panels, {nullptr, 0, 1, 0}, consumer);
-  }
+  run_scaled<BoundsScreen, kFormat>(rows, panels, {}, rows, lo, hi, ld);
 }
 
-void bounds(Number number, const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
-  constexpr void (*kBounds[kNumbers])(const ScreenRows&, const ScreenPanels&, float*, float*, int64_t) = {
-      bounds_as<Number::int8>, FASTSAE_BF16(bounds_as<Number::bf16>), bounds_as<Number::exact>};
-  kBounds[static_cast<int>(number)](rows, panels, lo, hi, ld);
+void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, float* lo, float* hi, int64_t ld) {
+  constexpr void (*kBounds[kScreenFormats])(const ScreenRows&, const ScreenPanels&, float*, float*, int64_t) = {
+      bounds_as<ScreenFormat::int8>, FASTSAE_BF16(bounds_as<ScreenFormat::bf16>), bounds_as<ScreenFormat::exact>};
+  kBounds[static_cast<int>(format)](rows, panels, lo, hi, ld);
 }
 
 }  // namespace
 
-extern const EncodeKernels encode_kernels;
-const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_cut,  keep_undecided, score_undecided,
-                                      kth_largest, bounds,      screen_rows, settle_row,     rank_scores};
+const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_threshold, keep_undecided, score_undecided,
+                                      kth_largest, bounds,      screen_rowwise,   rescore_row,    rank_scores};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "fastsae.h"
+#include "integers.h"
 #include "isa.h"
 #include "parallel.h"
 #include "workspace.h"
@@ -12,12 +13,7 @@
 namespace fastsae {
 namespace {
 
-const HammingKernels* const kTables[kLevels] = {
-    &portable::hamming_kernels,
-    FASTSAE_AVX2(hamming_kernels),
-    FASTSAE_AVX512(hamming_kernels),
-    nullptr,
-};
+const HammingKernels* const kTables[kLevels] = FASTSAE_BASE_TABLES(hamming_kernels);
 
 constexpr int64_t kStreamBytes = int64_t{16} << 20;  // an output beyond this leaves the caches anyway
 constexpr int64_t kPanelBytes = int64_t{32} << 10;   // a packed panel of b stays close while all rows of a unit pass
@@ -25,8 +21,6 @@ constexpr int64_t kUnitRows = 512;                   // rows that pay for packin
 constexpr int64_t kNearRows = 32;                    // rows whose distances to one panel wait for the selection
 constexpr int64_t kScan = 64;                        // distances compared with one limit
 constexpr int64_t kKeptBytes = int64_t{1} << 20;     // candidates of the rows of a unit, next to the distances in the second-level cache
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Codes in a panel: whole groups of four vectors, so that only the last panel has a narrow tile.
 int64_t panel_codes(int64_t words) {
@@ -73,8 +67,8 @@ int64_t hamming_topk(const Codes& a, const Codes& b, int64_t k, int32_t* distanc
   const int64_t panel_elements = 2 * a.words * width;
   threads = useful_threads(threads, a.rows * b.rows * (1 + a.words));
   // Enough units for all threads, but packing b once a unit has to pay.
-  const int64_t share = std::max(kNearRows, ceil_div(a.rows, 4 * int64_t{threads}));
-  const int64_t height = std::max<int64_t>(1, std::min({kUnitRows, share, kKeptBytes / (16 * k)}));
+  const int64_t each = std::max(kNearRows, ceil_div(a.rows, 4 * int64_t{threads}));
+  const int64_t height = std::max<int64_t>(1, std::min({kUnitRows, each, kKeptBytes / (16 * k)}));
   const int64_t near_elements = kNearRows * width;
   Workspace space(static_cast<size_t>(threads) *
                   (Workspace::size<int32_t>(panel_elements) + Workspace::size<int32_t>(near_elements) +

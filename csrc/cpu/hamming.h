@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace fastsae {
 
 constexpr int64_t kGroup = 16;    // codes that lie side by side in a packed panel
@@ -33,14 +35,6 @@ struct HammingKernels {
   int64_t (*below)(const int32_t* distances, int64_t n, int32_t limit, int32_t* found);
 };
 
-namespace portable {
-extern const HammingKernels hamming_kernels;
-}
-namespace avx2 {
-extern const HammingKernels hamming_kernels;
-}
-namespace avx512 {
-extern const HammingKernels hamming_kernels;
-}
+FASTSAE_DECLARE_TABLES(HammingKernels, hamming_kernels)
 
 }  // namespace fastsae

@@ -5,10 +5,11 @@
 // halves.
 #include "cpu/hamming.h"
 
+#include "integers.h"
 #include "isa.h"
 
 #ifndef FASTSAE_SCREENS
-#include "vec.h"
+#include "vec.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
@@ -201,7 +202,7 @@ FASTSAE_INLINE void tile(const DistanceJob& job, const Rows& rows, int64_t i, in
 }
 
 void distances(const DistanceJob& job) {
-  const int64_t groups = (job.codes + kGroup - 1) / kGroup;
+  const int64_t groups = ceil_div(job.codes, kGroup);
   for (int64_t i = 0; i < job.rows; i += kCodeRows) {
     const Rows rows = rows_at(job, i);
     int64_t group = 0;
@@ -237,7 +238,7 @@ FASTSAE_VPOPCNT void tile_vpopcnt(const DistanceJob& job, const Rows& rows, int6
 }
 
 FASTSAE_VPOPCNT void distances_vpopcnt(const DistanceJob& job) {
-  const int64_t groups = (job.codes + kGroup - 1) / kGroup;
+  const int64_t groups = ceil_div(job.codes, kGroup);
   for (int64_t i = 0; i < job.rows; i += kCodeRows) {
     const Rows rows = rows_at(job, i);
     int64_t group = 0;
@@ -283,7 +284,6 @@ int64_t below(const int32_t* distances, int64_t n, int32_t limit, int32_t* found
 
 }  // namespace
 
-extern const HammingKernels hamming_kernels;
 const HammingKernels hamming_kernels = {pack, distances, kVpopcnt, below};
 
 }  // namespace FASTSAE_ISA

@@ -1,16 +1,15 @@
-// Cosine matching: the nearest rows of another dictionary, in one direction or both. The driver is screen.h, the screens match.isa.cpp.
+// Cosine matching: the nearest rows of another dictionary, in one direction or both: the drivers. match.isa.cpp has the screens.
 #include "cpu/match.h"
 
 #include <vector>
 
-#include "cpu/cuts.h"
-#include "cpu/rank.h"
+#include "cpu/engine/candidates.h"
+#include "cpu/engine/topk.h"
 
 namespace fastsae {
 namespace {
 
-const MatchKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(match_kernels),
-                                              FASTSAE_AVX512_BF16(match_kernels)};
+const MatchKernels* const kTables[kLevels] = FASTSAE_SCREEN_TABLES(match_kernels);
 
 const MatchKernels* match_kernels() { return pick_if(kTables); }
 
@@ -19,10 +18,10 @@ struct Ranked {
   int64_t row;
 };
 
-// The rows' side is TopkConsumer's; columns are a worker's own within a chunk, and their rows come in ascending order.
-struct PairConsumer : Cuts {
+// The rows' side is TopkDriver's; columns are a worker's own within a chunk, and their rows come in ascending order.
+struct PairDriver : Candidates {
   const MatchKernels& match;
-  TopkConsumer best;
+  TopkDriver best;
   int64_t k_columns, columns, padded_columns;
   float* similarity_columns;
   int64_t* index_columns;
@@ -36,11 +35,11 @@ struct PairConsumer : Cuts {
   uint64_t* lowest[kMostWorkers] = {};  // [rows] key of the negated score, and the feature
   PairBuffer buffers[kMostWorkers] = {};
 
-  PairConsumer(const EngineKernels& kernels, const EncodeKernels& screens, const MatchKernels& match, const Problem& p,
-               const TopkOutput& out, int64_t k_columns, float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
-      : Cuts{kernels, &screens, nullptr, {}, {}},
+  PairDriver(const EncodeKernels& screens, const MatchKernels& match, const Problem& p, const TopkOutput& out, int64_t k_columns,
+             float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
+      : Candidates{p, &screens},
         match(match),
-        best{kernels, screens, nullptr, p, out, nullptr},
+        best{screens, nullptr, p, out},
         k_columns(k_columns),
         columns(p.w.features),
         padded_columns(packed_features(p.w.features)),
@@ -52,12 +51,12 @@ struct PairConsumer : Cuts {
         found(static_cast<size_t>(columns), 0) {}
 
   int64_t bytes(const Plan& plan) const {
-    return Cuts::bytes(plan) + best.bytes(plan) + Workspace::size<float>(padded_columns * k_columns) +
+    return Candidates::bytes(plan) + best.bytes(plan) + Workspace::size<float>(padded_columns * k_columns) +
            Workspace::size<float>(padded_columns) + Workspace::size<int32_t>(plan.chunk) +
            plan.threads * Workspace::size<uint64_t>(plan.chunk);
   }
   void take(Workspace& space, const Plan& plan) {
-    Cuts::take(space, plan);
+    Candidates::take(space, plan);
     best.take(space, plan);
     column_lows = space.take<float>(padded_columns * k_columns);
     column_tau = space.take<float>(padded_columns);
@@ -92,7 +91,7 @@ struct PairConsumer : Cuts {
       const float least = score_of(static_cast<uint32_t>(lowest[worker][r] >> 32));
       match.raise_low(low_tau + r, least != least ? INFINITY : least);
       if (chunk.exact[r] == 0)
-        match.share(buffer.rows, b.panels, r);
+        match.merge_scores(buffer.rows, b.panels, r);
       else
         u.n[r] = 0;
     }
@@ -116,6 +115,7 @@ struct PairConsumer : Cuts {
       low[chunk.base + r] = -score_of(static_cast<uint32_t>(least >> 32));
       low_index[chunk.base + r] = static_cast<int64_t>(least & 0xffffffffu);
     }
+    Candidates::end(chunk);
     return best.end(chunk);
   }
   void finish() const {
@@ -133,32 +133,27 @@ int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool abs
                      EncodePath path, int threads, EncodeStats* stats) {
   if (stats != nullptr) *stats = {};
   if (a.rows == 0 || k == 0) return kOk;
-  const EngineKernels& kernels = engine_kernels();
   const MatchKernels* const match = match_kernels();
-  const Problem p{a, b, nullptr, nullptr, threads, stats, absolute, exclude_self};
-  const TopkOutput out{k, false, similarity, index, nullptr, absolute};
-  const bool wanted = path == EncodePath::screen || (path == EncodePath::automatic && a.rows >= 16 && b.d >= 16 && b.features >= 32 * k);
-  const Plan plan = make_plan(kernels, a, b, Number::int8, wanted && match != nullptr, threads, 8 * (4 * k + 272));
-  if (!plan.screens) return dense_topk_all(kernels, p, out);
-  TopkConsumer consumer{kernels, *encode_kernels(), absolute ? match->screen_match_absolute : match->screen_match, p, out, nullptr};
-  return run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
+  const Problem p{
+      .kernels = engine_kernels(), .x = a, .w = b, .threads = threads, .stats = stats, .absolute = absolute, .exclude_self = exclude_self};
+  const TopkOutput out{.k = k, .relu = false, .values = similarity, .indices = index, .absolute = absolute};
+  const Plan plan =
+      make_plan(p, {.path = path, .least_rows = 16, .least_d = 16, .least_features = 32 * k, .bytes_a_row = topk_bytes_a_row(k)});
+  if (!plan.screens) return dense_topk_all(p, out);
+  TopkDriver driver{*encode_kernels(), absolute ? match->screen_match_absolute : match->screen_match, p, out};
+  return run_engine(p, plan, driver);
 }
 
 int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t k_ba, float* ab, int64_t* ab_index, float* ba,
                    int64_t* ba_index, float* low, int64_t* low_index, int threads, EncodeStats* stats) {
   if (stats != nullptr) *stats = {};
-  const EngineKernels& kernels = engine_kernels();
-  const MatchKernels* const match = match_kernels();
-  const Plan plan = make_plan(kernels, a, b, Number::int8, match != nullptr, threads, 8 * (4 * k_ab + 272));
+  const Problem p{.kernels = engine_kernels(), .x = a, .w = b, .threads = threads, .stats = stats};
+  const Plan plan = make_plan(p, {.bytes_a_row = topk_bytes_a_row(k_ab)});
   if (!plan.screens || k_ba > kMostColumnBest) return kUnsupported;
-  const Problem p{a, b, nullptr, nullptr, threads, stats};
-  const TopkOutput out{k_ab, false, ab, ab_index, nullptr};
-  PairConsumer consumer(kernels, *encode_kernels(), *match, p, out, k_ba, ba, ba_index, low, low_index);
-  const int64_t status =
-      run_engine(kernels, a, b, {nullptr, nullptr, nullptr}, plan, stats != nullptr ? &stats->workspace : nullptr, consumer);
-  if (status == kOk) consumer.finish();
-  if (stats != nullptr)
-    for (const int64_t n : consumer.scored) stats->scored += n;
+  const TopkOutput out{.k = k_ab, .relu = false, .values = ab, .indices = ab_index};
+  PairDriver driver(*encode_kernels(), *match_kernels(), p, out, k_ba, ba, ba_index, low, low_index);
+  const int64_t status = run_engine(p, plan, driver);
+  if (status == kOk) driver.finish();
   return status;
 }
 

@@ -18,19 +18,14 @@ constexpr int64_t kMostColumnBest = 8;
 
 struct MatchKernels {
   // As screen_topk, without terms; `absolute`: by magnitude.
-  void (*screen_match)(const ScreenRows&, const ScreenPanels&, const Ahead&, const ScoreJob&, const TopkBuffer&);
-  void (*screen_match_absolute)(const ScreenRows&, const ScreenPanels&, const Ahead&, const ScoreJob&, const TopkBuffer&);
+  void (*screen_match)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
+  void (*screen_match_absolute)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
   // Leaves the open pairs in rows.undecided.
-  void (*screen_pair)(const ScreenRows&, const ScreenPanels&, const Ahead&, const PairBuffer&);
-  void (*share)(const TopkBuffer&, const ScreenPanels&, int64_t row);  // exact products of a row's undecided to what workers share
+  void (*screen_pair)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const PairBuffer&);
+  void (*merge_scores)(const TopkBuffer&, const ScreenPanels&, int64_t row);  // exact products of a row's undecided to what workers share
   void (*raise_low)(int32_t* tau, float to);
 };
 
-namespace avx512_vnni {
-extern const MatchKernels match_kernels;
-}
-namespace avx512_bf16 {
-extern const MatchKernels match_kernels;
-}
+FASTSAE_DECLARE_TABLES(MatchKernels, match_kernels)
 
 }  // namespace fastsae

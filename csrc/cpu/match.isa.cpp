@@ -1,22 +1,22 @@
-// The consumers of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; tile.h states the
+// The screens of cosine matching: best of a row, and of rows and columns at once. Rows and columns are unit vectors; bound.h states the
 // bound.
 #include "cpu/match.h"
 
 #include "isa.h"
 
 #ifdef FASTSAE_SCREENS
-#include "cpu/tile.h"
-#include "cpu/topk.h"
+#include "cpu/engine/tile.isa.h"
+#include "cpu/engine/topk.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
 template <bool kAbsolute>
-struct MatchConsumer {
+struct MatchScreen {
   const TopkBuffer& buffer;
   const ScreenRows& rows;
-  Features<false> f;
+  Features<false> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -40,18 +40,18 @@ struct MatchConsumer {
 };
 
 template <bool kAbsolute>
-void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const ScoreJob& job, const TopkBuffer& buffer) {
+void screen_match(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
-  MatchConsumer<kAbsolute> consumer{buffer, rows, {}};
-  run_block<Number::int8>(rows, panels, next, consumer);
-  settle<kAbsolute>(rows, panels, job, buffer);
+  MatchScreen<kAbsolute> screen{buffer, rows};
+  run_block<ScreenFormat::int8>(rows, panels, next, screen);
+  rescore<kAbsolute>(rows, panels, job, buffer);
 }
 
-struct PairConsumer {
+struct PairScreen {
   const PairBuffer& buffer;
   const ScreenRows& rows;
-  Features<false> f;
+  Features<false> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -117,20 +117,19 @@ void close_pairs(const PairBuffer& buffer, int64_t row) {
   u.n[row] = static_cast<int32_t>(open);
 }
 
-void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const PairBuffer& buffer) {
-  PairConsumer consumer{buffer, rows, {}};
-  run_block<Number::int8>(rows, panels, next, consumer);
+void screen_pair(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const PairBuffer& buffer) {
+  PairScreen screen{buffer, rows};
+  run_block<ScreenFormat::int8>(rows, panels, next, screen);
   for (int64_t r = 0; r < rows.rows; ++r)
     if (buffer.rows.undecided.n[r] != 0) close_pairs(buffer, r);
 }
 
-void share_row(const TopkBuffer& buffer, const ScreenPanels& panels, int64_t row) { share(buffer, panels, row); }
+void merge_row(const TopkBuffer& buffer, const ScreenPanels& panels, int64_t row) { merge_scores(buffer, panels, row); }
 void raise_low(int32_t* tau, float to) { raise_tau(tau, to); }
 
 }  // namespace
 
-extern const MatchKernels match_kernels;
-const MatchKernels match_kernels = {screen_match<false>, screen_match<true>, screen_pair, share_row, raise_low};
+const MatchKernels match_kernels = {screen_match<false>, screen_match<true>, screen_pair, merge_row, raise_low};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

@@ -6,6 +6,7 @@
 
 #include "cpu/keys.h"
 #include "fastsae.h"
+#include "integers.h"
 #include "isa.h"
 #include "parallel.h"
 #include "workspace.h"
@@ -32,17 +33,11 @@ void fill_keys(int64_t first, int64_t count, uint32_t layer, uint64_t seed, int6
 
 namespace {
 
-const SignsKernels* const kTables[kLevels] = {
-    &portable::signs_kernels,
-    FASTSAE_AVX2(signs_kernels),
-    FASTSAE_AVX512(signs_kernels),
-    nullptr,
-};
+const SignsKernels* const kTables[kLevels] = FASTSAE_BASE_TABLES(signs_kernels);
 
 constexpr int64_t kUnitBytes = int64_t{128} << 10;  // of input, for a unit of rows: enough to pay for handing it to a thread
 constexpr int64_t kCodeBytes = int64_t{16} << 10;   // of packed words that wait in the first-level cache for their hash
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_size(Signs t) { return t == Signs::f32 ? 4 : t == Signs::boolean ? 1 : 2; }
 const void* at(const void* p, int64_t elements, Signs t) { return static_cast<const char*>(p) + elements * element_size(t); }
 

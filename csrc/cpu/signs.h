@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace fastsae {
 
 struct SignsKernels {
@@ -11,14 +13,6 @@ struct SignsKernels {
   void (*hash)(const uint64_t* words, int64_t stride, int64_t rows, int64_t n_words, const int64_t* keys, int64_t* out, int64_t out_stride);
 };
 
-namespace portable {
-extern const SignsKernels signs_kernels;
-}
-namespace avx2 {
-extern const SignsKernels signs_kernels;
-}
-namespace avx512 {
-extern const SignsKernels signs_kernels;
-}
+FASTSAE_DECLARE_TABLES(SignsKernels, signs_kernels)
 
 }  // namespace fastsae

@@ -5,9 +5,7 @@
 #include "isa.h"
 
 #ifndef FASTSAE_SCREENS
-#include "vec.h"
-// after vec.h
-#include "cpu/keys.h"
+#include "cpu/keys.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
@@ -134,7 +132,6 @@ void hash(const uint64_t* words, int64_t stride, int64_t rows, int64_t n_words, 
 
 }  // namespace
 
-extern const SignsKernels signs_kernels;
 const SignsKernels signs_kernels = {{pack<float>, pack<bf16>, pack<f16>, pack<boolean>}, hash};
 
 }  // namespace FASTSAE_ISA

@@ -1,34 +1,29 @@
-// Spline codes of a layer: the signs of its scores, packed, without pre-activations. The driver is screen.h, the screen spline.isa.cpp.
+// Spline codes of a layer: the signs of its scores, packed, without pre-activations: the driver. spline.isa.cpp has the screen.
 #include "cpu/spline.h"
 
 #include <memory>
 
-#include "cpu/cuts.h"
+#include "cpu/engine/candidates.h"
 
 namespace fastsae {
 namespace {
 
 constexpr int64_t kLongestInt8Signs = 512;  // beyond, too many signs stay open: computing all is as fast
 
-const SplineKernels* const kTables[kLevels] = {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(spline_kernels),
-                                               FASTSAE_AVX512_BF16(spline_kernels)};
+const SplineKernels* const kTables[kLevels] = FASTSAE_SCREEN_TABLES(spline_kernels);
 
 const SplineKernels* spline_kernels() { return pick_if(kTables); }
 
-struct SignConsumer : Cuts {
+struct SignDriver : Candidates {
   const SplineKernels* signs;
   uint32_t* words;  // of the first row
   int64_t ld;       // words of 32 bits a row
-
-  SignConsumer(const EngineKernels& kernels, const EncodeKernels* screens, EncodeStats* stats, const SplineKernels* signs, uint32_t* words,
-               int64_t ld)
-      : Cuts{kernels, screens, stats, {}, {}}, signs(signs), words(words), ld(ld) {}
 
   void begin(const Chunk& chunk) { std::memset(words + chunk.base * ld, 0, static_cast<size_t>(chunk.rows * ld) * sizeof(uint32_t)); }
   void block(const Chunk& chunk, const Block& b, int worker) {
     uint32_t* const to = words + chunk.base * ld;
     screen(chunk, b, worker,
-           [&](const Undecided& open) { signs->screen_signs(chunk.plan.number, b.rows, b.panels, b.next, open, to, ld); });
+           [&](const Undecided& open) { signs->screen_signs(chunk.plan.format, b.rows, b.panels, b.next, open, to, ld); });
     score(chunk, b, worker);
     const Undecided& u = undecided[worker];
     for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -42,10 +37,6 @@ struct SignConsumer : Cuts {
       u.n[r] = 0;
     }
   }
-  int64_t end(const Chunk&) {
-    note();
-    return kOk;
-  }
 };
 
 }  // namespace
@@ -55,20 +46,18 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   if (stats != nullptr) *stats = {};
   const int64_t n_words = ceil_div(w.features, 64);
   if (x.rows == 0 || n_words == 0) return kOk;
-  const EngineKernels& kernels = engine_kernels();
+  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .bias = bias, .threads = threads, .stats = stats};
   const EncodeKernels* const screens = encode_kernels();
   const SplineKernels* const signs = spline_kernels();
   // bf16 leaves far fewer signs open than 8-bit integers, which serve where the level has nothing better and rows are not too long.
-  const bool bf16 = kernels.pack_features[static_cast<int>(Number::bf16)] != nullptr;
-  const Number number = w.d <= kShortRow ? Number::exact : bf16 ? Number::bf16 : Number::int8;
-  const bool pays = x.rows >= 8 && w.features >= 32 && (number != Number::int8 || w.d <= kLongestInt8Signs);
-  const bool screen = signs != nullptr && (path == EncodePath::screen || (path == EncodePath::automatic && pays));
-  const Plan plan = make_plan(kernels, x, w, number, screen, threads, 0);
-  return run_by_rows(kernels, x, w, {nullptr, bias, nullptr}, plan, threads, stats != nullptr ? &stats->workspace : nullptr,
-                     [&](int64_t first) {
-                       return std::make_unique<SignConsumer>(kernels, screens, stats, signs,
-                                                             reinterpret_cast<uint32_t*>(words + first * n_words), 2 * n_words);
-                     });
+  const bool bf16 = p.kernels.pack_features[static_cast<int>(ScreenFormat::bf16)] != nullptr;
+  const ScreenFormat format = w.d <= kLongestExact ? ScreenFormat::exact : bf16 ? ScreenFormat::bf16 : ScreenFormat::int8;
+  if (path == EncodePath::automatic && format == ScreenFormat::int8 && w.d > kLongestInt8Signs) path = EncodePath::dense;
+  const Plan plan = make_plan(p, {.format = format, .path = path, .least_rows = 8, .least_features = 32});
+  return run_by_rows(p, plan, [&](int64_t first) {
+    uint32_t* const to = reinterpret_cast<uint32_t*>(words + first * n_words);
+    return std::unique_ptr<SignDriver>(new SignDriver{{p, screens}, signs, to, 2 * n_words});
+  });
 }
 
 }  // namespace fastsae

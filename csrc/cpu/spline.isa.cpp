@@ -1,21 +1,21 @@
-// The consumer of spline codes: which signs a screened product decides. tile.h states the bound.
+// The screen of spline codes: which signs a screened product decides. bound.h states the bound.
 #include "cpu/spline.h"
 
 #include "isa.h"
 
 #ifdef FASTSAE_SCREENS
-#include "cpu/tile.h"
+#include "cpu/engine/tile.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-struct SignConsumer {
+struct SignScreen {
   const Undecided& undecided;
   const ScreenRows& rows;
   uint32_t* words;
   int64_t ld;
-  Features<false> f;
+  Features<false> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -32,23 +32,22 @@ struct SignConsumer {
   }
 };
 
-template <Number kNumber>
-void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided, uint32_t* words,
+template <ScreenFormat kFormat>
+void signs_as(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided, uint32_t* words,
               int64_t ld) {
-  SignConsumer consumer{undecided, rows, words, ld, {}};
-  run_block<kNumber>(rows, panels, next, consumer);
+  SignScreen screen{undecided, rows, words, ld};
+  run_block<kFormat>(rows, panels, next, screen);
 }
 
-void screen_signs(Number number, const ScreenRows& rows, const ScreenPanels& panels, const Ahead& next, const Undecided& undecided,
+void screen_signs(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const Undecided& undecided,
                   uint32_t* words, int64_t ld) {
-  constexpr decltype(&signs_as<Number::int8>) kSigns[kNumbers] = {signs_as<Number::int8>, FASTSAE_BF16(signs_as<Number::bf16>),
-                                                                  signs_as<Number::exact>};
-  kSigns[static_cast<int>(number)](rows, panels, next, undecided, words, ld);
+  constexpr decltype(&signs_as<ScreenFormat::int8>) kSigns[kScreenFormats] = {
+      signs_as<ScreenFormat::int8>, FASTSAE_BF16(signs_as<ScreenFormat::bf16>), signs_as<ScreenFormat::exact>};
+  kSigns[static_cast<int>(format)](rows, panels, next, undecided, words, ld);
 }
 
 }  // namespace
 
-extern const SplineKernels spline_kernels;
 const SplineKernels spline_kernels = {screen_signs};
 
 }  // namespace FASTSAE_ISA

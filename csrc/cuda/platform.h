@@ -11,6 +11,7 @@
 #endif
 
 #include "cuda/cuda.h"
+#include "integers.h"
 
 #define FASTSAE_DEVICE __device__ __forceinline__
 
@@ -18,8 +19,6 @@ namespace fastsae::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifndef FASTSAE_EMULATE
 inline int begin(Where where) { return cudaSetDevice(where.device); }

@@ -20,7 +20,7 @@ objects=()
 for i in "${!levels[@]}"; do
   level=${levels[$i]}
   built="$built -DFASTSAE_BUILT_$level=1"
-  for source in csrc/cpu/*.isa.cpp; do
+  for source in $(find csrc -name "*.isa.cpp"); do
     object=$out/$(basename "$source" .cpp).$level.o
     # shellcheck disable=SC2086 # flags are lists of words
     $cxx $flags ${level_flags[$i]} -DFASTSAE_ISA="$level" -DFASTSAE_LEVEL_"$level"=1 -c "$source" -o "$object" &

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def checkout() -> Path | None:
 
 
 @contextmanager
-def checkout_hidden() -> Iterator[None]:
+def checkout_hidden() -> Generator[None]:
     """transformers asks whether a package ``kernels`` is installed, and a checkout on ``sys.path`` has a folder of that name."""
     before = sys.path[:]
     if (_ROOT / "pyproject.toml").exists():

@@ -27,6 +27,12 @@ def _kind(value: Any) -> str:
     return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
 
 
+def instance(op: str, name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """``value`` is of one of these classes; TypeError otherwise."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
+
+
 def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS, like: Tensor | None = None) -> Tensor:
     """``value`` is a dense tensor of one of ``dtypes`` on the device of ``like``; TypeError otherwise."""
     if not isinstance(value, Tensor):
@@ -44,8 +50,13 @@ def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOAT
 
 def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
     """``value`` has the expected shape (None: any size); ValueError otherwise. ``meaning`` spells the shape, e.g. "[F, D=768]"."""
-    if value.dim() != len(expected) or any(want is not None and got != want for got, want in zip(value.shape, expected)):
-        raise ValueError(f"{op}: {name} must have shape {meaning}, got {list(value.shape)}")
+    if value.dim() == len(expected):
+        for got, want in zip(value.shape, expected):
+            if want is not None and got != want:
+                break
+        else:
+            return
+    raise ValueError(f"{op}: {name} must have shape {meaning}, got {list(value.shape)}")
 
 
 def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -76,7 +87,8 @@ def vector(op: str, name: str, value: Any, size: int, like: Tensor, size_name: s
     if value is None:
         return None
     tensor(op, name, value, beside(like), like)
-    shape(op, name, value, (size,), f"[{size_name}={size}]")
+    if value.shape != (size,):
+        shape(op, name, value, (size,), f"[{size_name}={size}]")
     return value
 
 
@@ -189,6 +201,8 @@ def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | Non
     if features is None:
         return None
     if features.dtype is torch.bool:
+        if features.shape != (size,):
+            raise ValueError(f"{what}: expected a 1-D index or a mask [{size}], got {list(features.shape)}")
         return features.nonzero().flatten()
     if features.device.type == "cuda":
         return _marked(features, size).nonzero().flatten()

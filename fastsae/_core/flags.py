@@ -47,7 +47,7 @@ def _create(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def watch(optimiser: Any) -> None:
-    """``optimiser._settle()`` is called by every check from now on."""
+    """``optimiser.settle()`` is called by every check from now on."""
     _watched.add(optimiser)
 
 
@@ -65,7 +65,7 @@ def raise_if_set() -> None:
             f"capacity was too small for the latents of an encoder on {', '.join(full)} since the last fastsae.check(): some were left out"
         )
     for optimiser in list(_watched):
-        optimiser._settle()
+        optimiser.settle()
 
 
 def _take(flags: dict[torch.device, Tensor]) -> list[str]:

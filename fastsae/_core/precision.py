@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from fastsae._core import checks
 
-_C: Any = torch._C
+_C: Any = torch._C  # pyright: ignore[reportPrivateUsage] (its public getters raise where older and newer settings are in use)
 _get: Any
 _set: Any
 if hasattr(_C, "_get_fp32_precision_getter"):
@@ -30,7 +30,7 @@ _changed: list[tuple[tuple[str, ...], str]] = []
 
 
 @contextmanager
-def full_precision(device: torch.device | None = None) -> Iterator[None]:
+def full_precision(device: torch.device | None = None) -> Generator[None]:
     """Around float32 products; with a device, autocast is off on it too.
 
     It reads torch's newer settings, which the older ones set too, because the older getters raise where both are in use. Only what was

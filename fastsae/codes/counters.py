@@ -236,7 +236,7 @@ class CodeCounter:
         Raises: TypeError: not a CodeCounter. ValueError: other layers, or another kind or size of sketch.
         """
         op = "CodeCounter.merge"
-        if not isinstance(other, CodeCounter):
+        if not isinstance(other, CodeCounter):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
             raise TypeError(f"{op}: other must be a CodeCounter, got {type(other).__name__}")
         if other.names != self.names:
             raise ValueError(f"{op}: other must count the layers {_list(self.names)}, got {_list(other.names)}")

@@ -148,20 +148,21 @@ class Trace:
 
     def _counts(self, module: nn.Module) -> bool:
         """Not a recomputation in a backward pass (activation checkpointing), another thread's call, or a copy's of the model."""
-        return id(module) in self._around and torch._C._current_graph_task_id() == -1 and threading.get_ident() == self._thread
+        backward = torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]  # torch has no public name for it
+        return id(module) in self._around and not backward and threading.get_ident() == self._thread
 
     def _hooks_around(self) -> tuple[Callable[..., None], ...]:
         """Hooks of every module with a traced layer in it: the outermost one that is called makes a call, which counts whole or not at
         all. ``kwargs`` is missing where another thread calls while torch adds or removes a hook."""
 
-        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
             if not self._counts(module):
                 return
             if self._frame is not None and not _is_running(self._frame):  # what interrupted that call was no Exception
                 self._forget()
             self._running.append(module)
             if len(self._running) == 1:
-                self._frame = sys._getframe(1)
+                self._frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # inspect's way reads source files
                 self._mask = self._mask_of(module, args, kwargs or {})
 
         def done(module: nn.Module, args: Any, output: Any) -> None:
@@ -179,7 +180,7 @@ class Trace:
         return begin, done, end
 
     def _hook(self, name: str, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
             if self._counts(module):
                 parts = self._taken.setdefault(name, [])
                 parts.append(
@@ -189,7 +190,7 @@ class Trace:
 
         return hook
 
-    def _mask_of(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    def _mask_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The mask of the rows of a call of ``module``."""
         mask = self.mask
         if isinstance(mask, str):
@@ -205,7 +206,7 @@ class Trace:
         return None if mask is None else checks.mask("trace", "mask", mask)
 
     def _codes(self, name: str, z: Tensor, number: int) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(z):
+        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(z):  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
             raise RuntimeError(f"trace: layer {name} must run eagerly and outside torch.vmap, not while it is compiled, exported or mapped")
         neurons = self._neurons.get(name) if isinstance(self._neurons, Mapping) else self._neurons
         if isinstance(neurons, Tensor):
@@ -223,7 +224,7 @@ class Trace:
 
 
 def _is_running(frame: FrameType) -> bool:
-    at = sys._getframe(1)
+    at = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while at is not None and at is not frame:
         at = at.f_back
     return at is not None
@@ -270,11 +271,11 @@ def trace(
         are). Inside the block, from the model's call: a mask or ``neurons`` that does not fit.
     """
     op = "trace"
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     if emit not in _EMITS:
         raise ValueError(f"{op}: emit must be one of {', '.join(_EMITS)}, got {emit!r}")
-    if mask is not None and not isinstance(mask, (Tensor, str)):
+    if mask is not None and not isinstance(mask, (Tensor, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{op}: mask must be a tensor, the name of an argument or None, got {type(mask).__name__}")
     seed = checks.integer(op, "seed", seed, 0, 2**64 - 1)
     bits = checks.plain(bits)
@@ -282,12 +283,12 @@ def trace(
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
     for name, module in _all_names(model):
         several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
-        if several or module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+        if several or vars(module).get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod"):
             what, instead = ("a DataParallel over several devices", ".module") if several else ("compiled", " before torch.compile")
             raise ValueError(f"{op}: model must run eagerly in one thread, got {name or 'one'} that is {what}: trace the model{instead}")
     modules = _find(model, layers)
     for name, subset in neurons.items() if isinstance(neurons, Mapping) else (("", neurons),):
-        if subset is not None and not isinstance(subset, Tensor):
+        if subset is not None and not isinstance(subset, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{op}: neurons must be a tensor or a dict of tensors, got {type(subset).__name__}")
         if name and name not in modules:
             raise ValueError(f"{op}: neurons has a layer {name!r}, expected of {', '.join(modules)}")

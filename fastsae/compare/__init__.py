@@ -4,10 +4,12 @@ match(a, b)                          ``Match``: nearest features of both, histog
 mmcs(a, b), mmcs_matrix(list)        one number; all ordered pairs of several dictionaries
 MMCS_VARIANTS, MmcsVariant           the published numbers by name
 match_cosine(a, b, k=1)              the operation under them: ``Matches``, the k nearest rows
+Dictionary                           what they take: a tensor ``[F, D]``, an SAE of any library, a file or folder of weights
 """
 
+from fastsae.compare.dictionaries import Dictionary
 from fastsae.compare.matching import Match, OneToOne, match
 from fastsae.compare.mmcs_variants import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
 from fastsae.ops.match import Matches, match_cosine
 
-__all__ = ["MMCS_VARIANTS", "Match", "Matches", "MmcsVariant", "OneToOne", "match", "match_cosine", "mmcs", "mmcs_matrix"]
+__all__ = ["MMCS_VARIANTS", "Dictionary", "Match", "Matches", "MmcsVariant", "OneToOne", "match", "match_cosine", "mmcs", "mmcs_matrix"]

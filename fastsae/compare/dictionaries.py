@@ -1,10 +1,10 @@
-"""What counts as a dictionary: a tensor, an object of any library with a decoder, or weights on disk."""
+"""What counts as a dictionary: a tensor, an object of any library with a decoder (by the protocols below), or weights on disk."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +13,31 @@ from fastsae.formats import weight_files
 from fastsae.ops.match import check_dictionaries
 
 
-def as_dictionaries(op: str, values: Sequence[Any], names: Sequence[str]) -> list[Tensor]:
+class HasDecoderRows(Protocol):
+    """SAEs of this library, SAELens, sparsify, and some of dictionary_learning."""
+
+    @property
+    def W_dec(self) -> Tensor:
+        """``[F, D]``; checked against ``b_dec [D]`` and ``b_enc [F]`` where the object has them."""
+        ...
+
+
+class HasDecoderLayer(Protocol):
+    """dictionary_learning's other dictionaries, and autoencoders of two layers."""
+
+    @property
+    def decoder(self) -> torch.nn.Linear:
+        """From F features to D: its weight is ``[D, F]``."""
+        ...
+
+
+Dictionary: TypeAlias = Tensor | HasDecoderRows | HasDecoderLayer | str | bytes | os.PathLike[str]
+
+
+def as_dictionaries(op: str, values: Sequence[Dictionary], names: Sequence[str]) -> list[Tensor]:
     """Each value as a ``[F, D]`` tensor, that of a file on the device of those that are none, of one D and on one device."""
     sides = [_dictionary(op, name, value).detach() for name, value in zip(names, values)]
-    files = [isinstance(value, (str, bytes)) or hasattr(value, "__fspath__") for value in values]
+    files = [_is_path(value) for value in values]
     device = next((side.device for side, file in zip(sides, files) if not file), None)
     sides = [side.to(device) if file and device is not None else side for side, file in zip(sides, files)]
     for name, side in zip(names, sides):
@@ -32,9 +53,9 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
     if isinstance(weight, Tensor):
         return _beside_biases(f"{op}: {name}.W_dec", weight, getattr(value, "b_dec", None), getattr(value, "b_enc", None))
     decoder = getattr(value, "decoder", None)
-    if isinstance(decoder, torch.nn.Linear):  # its weight is [D, F]
+    if isinstance(decoder, torch.nn.Linear):
         return decoder.weight.T
-    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
+    if _is_path(value):
         path = os.fsdecode(value)
         where = op if name == path else f"{op}: {name}"
         try:
@@ -46,6 +67,10 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
         return _beside_biases(f"{where}: {path}: W_dec", *tensors)
     expected = "a tensor [F, D], an SAE with W_dec or a linear decoder, or a file or folder of weights"
     raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, (str, bytes, os.PathLike))
 
 
 def _beside_biases(what: str, weight: Tensor, b_dec: Any, b_enc: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks, seeds
-from fastsae.compare.dictionaries import as_dictionaries
+from fastsae.compare.dictionaries import Dictionary, as_dictionaries
 from fastsae.dispatch import preference
 from fastsae.ops.match import MATCH_PAIR, Matches, checked_eps, match_cosine
 
@@ -172,8 +172,8 @@ def _alive(op: str, mask: Any, position: int, rows: int, like: Tensor) -> Tensor
 
 
 def match(
-    a: Any,
-    b: Any,
+    a: Dictionary,
+    b: Dictionary,
     *,
     alive: Sequence[Tensor | None] | None = None,
     weights: Sequence[Tensor | None] | None = None,
@@ -204,16 +204,17 @@ def match(
     Source: Sharkey, Braun & Millidge 2022, "Taking features out of superposition with sparse autoencoders".
     """
     op = "match"
-    a, b = as_dictionaries(op, (a, b), "ab")
-    if a.dtype != b.dtype:
-        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-        a, b = a.to(dtype), b.to(dtype)
-    rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), (a, b))))
+    side_a, side_b = as_dictionaries(op, (a, b), "ab")
+    if side_a.dtype != side_b.dtype:
+        dtype = torch.promote_types(torch.promote_types(side_a.dtype, side_b.dtype), torch.float32)
+        side_a, side_b = side_a.to(dtype), side_b.to(dtype)
+    sides = side_a, side_b
+    rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), sides)))
     if not rows_a.shape[0] or not rows_b.shape[0]:
         raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")
     candidates = checks.integer(op, "candidates", candidates, 1)
     checked: list[Tensor | None] = []
-    for position, (side, rows, weight) in enumerate(zip((a, b), (rows_a, rows_b), _both(op, "weights", weights))):
+    for position, (side, rows, weight) in enumerate(zip(sides, (rows_a, rows_b), _both(op, "weights", weights))):
         if weight is not None:
             checks.tensor(op, f"weights[{position}]", weight, like=side)
             checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
@@ -224,8 +225,7 @@ def match(
                     f"got a least of {float(weight.min())} and a sum of {float(weight.sum())}"
                 )
         checked.append(weight)
-    side_a = a if rows_a.shape[0] == a.shape[0] else a[rows_a]
-    side_b = b if rows_b.shape[0] == b.shape[0] else b[rows_b]
+    side_a, side_b = (side if rows.shape[0] == side.shape[0] else side[rows] for side, rows in zip(sides, (rows_a, rows_b)))
     n, m = side_a.shape[0], side_b.shape[0]
     eps = checked_eps(op, eps, side_a)
     ab, ab_at, ba, ba_at, low, low_at = MATCH_PAIR(side_a, side_b, min(candidates, m), min(candidates, n), eps, backend=preference(backend))
@@ -235,7 +235,7 @@ def match(
         Matches(low, rows_b[low_at]),
         (rows_a, rows_b),
         (checked[0], checked[1]),
-        (n, m, a.shape[1]),
-        (a, b),
+        (n, m, side_a.shape[1]),
+        sides,
         eps,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
-from fastsae.compare.dictionaries import as_dictionaries
+from fastsae.compare.dictionaries import Dictionary, as_dictionaries
 from fastsae.compare.matching import Match, match
 from fastsae.ops.match import match_cosine
 
@@ -100,7 +100,7 @@ name                         mean (or what it says) of
 """
 
 
-def mmcs(a: Any, b: Any, direction: str = "mean", *, variant: str | MmcsVariant | None = None, **options: Any) -> float:
+def mmcs(a: Dictionary, b: Dictionary, direction: str = "mean", *, variant: str | MmcsVariant | None = None, **options: Any) -> float:
     """Mean max cosine similarity of two dictionaries: ``match(a, b, **options).mmcs(direction)``, or one of its published variants.
 
     Args:
@@ -180,7 +180,7 @@ def _summary(variant: MmcsVariant, best: Tensor, weight: Tensor | None) -> float
     return float(best.mean() if weight is None else (best * weight).sum() / weight.sum())
 
 
-def mmcs_matrix(dictionaries: Sequence[Any], direction: str = "a_to_b", **options: Any) -> Tensor:
+def mmcs_matrix(dictionaries: Sequence[Dictionary], direction: str = "a_to_b", **options: Any) -> Tensor:
     """MMCS of all ordered pairs ``[n, n]`` float64: entry (i, j) is ``mmcs(dictionaries[i], dictionaries[j], direction)``, 1 for i = j.
 
     With ``direction="mean"`` it is symmetric, otherwise not (``mmcs_from_list`` of HoagyC/sparse_coding copies one direction

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ from torch import Tensor
 from fastsae._core import checks, files
 from fastsae.formats import weight_files
 
-FORMATS = ("fastsae", "saelens", "sparsify", "dictionary_learning", "gemma_scope")
-WRITABLE = ("fastsae", "saelens", "sparsify", "dictionary_learning")
+Writable = Literal["fastsae", "saelens", "sparsify", "dictionary_learning"]
+Format = Writable | Literal["gemma_scope"]
+WRITABLE: tuple[str, ...] = get_args(Writable)
+FORMATS = (*WRITABLE, "gemma_scope")
 
 NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
 """sparsify's names that ``SAE.save`` uses too, so that its files load there."""

@@ -325,7 +325,7 @@ def read_configured(source: str | os.PathLike[str], format: str | None = None) -
             raise FileNotFoundError(f"{source}: format {found!r} needs the file {FILES[found][1]}, which is not there")
         return found, weights, {} if beside is None else read_json(beside), tensors, {}
     if beside is not None and read_json(beside) != about["config"]:
-        warnings.warn(f"{beside} is not the configuration inside {weights.name}, which counts: save again to change it", stacklevel=4)
+        warnings.warn(f"{beside} is not the configuration inside {weights.name}, which counts: save again to change it", stacklevel=5)
     return format or about["format"], weights, about["config"], tensors, about  # another save may have come since ``locate``
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fastsae._core import flags
-from fastsae.native.loader import build_info
+from fastsae.latents import Slots
+from fastsae.native.hamming import code_rows
+from fastsae.native.loader import DTYPES, INDEX_DTYPES, address, build_info
 
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SIGNS = {**_FLOATS, torch.bool: 3, torch.float64: 4}
-_INDEX = {torch.int32: 0, torch.int64: 1}
+_SIGNS = {**DTYPES, torch.bool: 3, torch.float64: 4}
 
 MOST_K = 2048
 """Most entries of a row that the selections keep."""
@@ -58,7 +58,7 @@ def missing() -> str | None:
         spec.loader.exec_module(_module)
         return None
     try:
-        from fastsae import _cuda  # pyright: ignore[reportAttributeAccessIssue]
+        from fastsae import _cuda
     except ImportError as error:
         built = build_info().get("cuda")
         if built is None:
@@ -139,7 +139,7 @@ def _check_on_cpu(flag: Tensor, what: str, size: int) -> None:
 
 def refuses_select_topk(z: Tensor, k: int, relu: bool) -> str | None:
     """Why `select_topk` cannot serve these inputs, or None."""
-    if (reason := _dtype(z, "z", _FLOATS)) is not None:
+    if (reason := _dtype(z, "z", DTYPES)) is not None:
         return reason
     if k > MOST_K:
         return f"k {k} (supported: at most {MOST_K})"
@@ -157,17 +157,13 @@ def select_topk(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
     indices = torch.empty((rows, k), dtype=torch.int64, device=device)
     keys = torch.empty((rows, k), dtype=torch.int64, device=device)
     with _on(device):
-        where, dtype = _where(device), _FLOATS[z.dtype]
+        where, dtype = _where(device), DTYPES[z.dtype]
         _run(_module.select_scores(*where, z.data_ptr(), dtype, rows, n, z.stride(0), 0, k, False, keys.data_ptr()), "select_topk")
         _run(_module.finish_scores(*where, keys.data_ptr(), rows * k, relu, values.data_ptr(), dtype, indices.data_ptr()), "select_topk")
     return values, indices
 
 
 # ---- hamming ----
-
-
-def _codes(codes: Tensor) -> Tensor:
-    return codes if codes.shape[1] <= 1 or codes.stride(1) == 1 else codes.contiguous()
 
 
 def refuses_hamming(a: Tensor, b: Tensor, out: Tensor) -> str | None:
@@ -177,7 +173,7 @@ def refuses_hamming(a: Tensor, b: Tensor, out: Tensor) -> str | None:
 
 def hamming(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[i, j] (int32, any strides) = the number of bits that differ between a[i] and b[j], [N, words] and [M, words] int64."""
-    a, b = _codes(a), _codes(b)
+    a, b = code_rows(a)[0], code_rows(b)[0]
     with _on(a.device):
         status = _module.hamming(
             *_where(a.device), a.data_ptr(), a.shape[0], a.stride(0), b.data_ptr(), b.shape[0], b.stride(0), a.shape[1],
@@ -200,7 +196,7 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, workspace: int = WORKSPACE_BYT
 
     Distances are formed in tiles of at most ``workspace`` bytes; the best keys so far (8 bytes each) go from tile to tile.
     """
-    a, b = _codes(a), _codes(b)
+    a, b = code_rows(a)[0], code_rows(b)[0]
     (n, words), m, device = a.shape, b.shape[0], a.device
     distance = torch.empty((n, k), dtype=torch.int32, device=device)
     index = torch.empty((n, k), dtype=torch.int64, device=device)
@@ -263,14 +259,10 @@ def _taking_part(neurons: Tensor | None, size: int, where: tuple[int, int]) -> T
     neurons = neurons.contiguous()
     mask = torch.empty(size, dtype=torch.bool, device=neurons.device)
     flag = _flag(neurons.device)
-    status = _module.mark(*where, neurons.data_ptr(), _INDEX[neurons.dtype], neurons.numel(), size, mask.data_ptr(), flag.data_ptr())
+    status = _module.mark(*where, neurons.data_ptr(), INDEX_DTYPES[neurons.dtype], neurons.numel(), size, mask.data_ptr(), flag.data_ptr())
     _run(status, "neurons")
     _check_on_cpu(flag, "neurons", size)
     return mask
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
@@ -280,7 +272,7 @@ def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
     with _on(device):
         where = _where(device)
         mask = _taking_part(neurons, size, where)
-        status = _module.pack_signs(*where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, _address(mask), words.data_ptr())
+        status = _module.pack_signs(*where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, address(mask), words.data_ptr())
     _run(status, "pack_signs")
     return words
 
@@ -288,7 +280,7 @@ def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
 def _keys(neurons: Tensor | None, size: int, layer: int, seed: int, bits: int, device: torch.device, where: tuple[int, int]) -> Tensor:
     mask = _taking_part(neurons, size, where)
     keys = torch.empty((bits // 64, size), dtype=torch.int64, device=device)
-    _run(_module.neuron_keys(*where, size, _address(mask), layer, seed & (2**64 - 1), bits, keys.data_ptr()), "neuron_keys")
+    _run(_module.neuron_keys(*where, size, address(mask), layer, seed & (2**64 - 1), bits, keys.data_ptr()), "neuron_keys")
     return keys
 
 
@@ -308,7 +300,7 @@ def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: i
 
 def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     """The same from packed words [rows, w]; copied where the words of a code are not adjacent."""
-    words = _codes(words)
+    words, *_ = code_rows(words)
     (rows, n_words), device = words.shape, words.device
     hashes = torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64, device=device)
     with _on(device):
@@ -339,7 +331,7 @@ def by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
         _run(max(0, -size), "by_feature's sort")
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         status = _module.by_feature(
-            *where, indices.data_ptr(), _INDEX[indices.dtype], n, n_features, workspace.data_ptr(), order.data_ptr(),
+            *where, indices.data_ptr(), INDEX_DTYPES[indices.dtype], n, n_features, workspace.data_ptr(), order.data_ptr(),
             segments.data_ptr(), flag.data_ptr(),
         )  # fmt: skip
     _run(status, "by_feature")
@@ -349,7 +341,7 @@ def by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
 
 def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> str | None:
     """Why `decode_dweight` cannot serve these inputs, or None."""
-    if (reason := _dtype(out, "out", _FLOATS)) is not None:
+    if (reason := _dtype(out, "out", DTYPES)) is not None:
         return reason
     if values.dtype is not out.dtype or grad.dtype is not out.dtype:
         return f"mixed dtypes: values {str(values.dtype)[6:]}, grad {str(grad.dtype)[6:]}, out {str(out.dtype)[6:]}"
@@ -368,7 +360,7 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
     """
     (n_features, D), n, device = out.shape, indices.numel(), out.device
     if crow is not None and device.type == "cpu":
-        _check_crow(crow, n)
+        Slots(values, indices, crow).bounds()
     if n == 0 or out.numel() == 0 or grad.shape[0] == 0:
         if n:
             by_feature(indices, n_features)  # a bad index is still reported
@@ -381,13 +373,13 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
     while n // split * D * 4 > WORKSPACE_BYTES:
         split *= 2
     with _on(device):
-        where, dtype = _where(device), _FLOATS[out.dtype]
+        where, dtype = _where(device), DTYPES[out.dtype]
         order, segments = by_feature(indices, n_features)
         row = torch.empty(n, dtype=torch.int32, device=device)
         value = torch.empty(n, dtype=torch.float32, device=device)
         partials = torch.empty((n // split, D), dtype=torch.float32, device=device)
         status = _module.permute_slots(
-            *where, order.data_ptr(), n, values.data_ptr(), dtype, _address(crow), grad.shape[0], k, row.data_ptr(), value.data_ptr()
+            *where, order.data_ptr(), n, values.data_ptr(), dtype, address(crow), grad.shape[0], k, row.data_ptr(), value.data_ptr()
         )
         _run(status, "decode_dweight")
         status = _module.sum_by_feature(
@@ -395,8 +387,3 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
             split, partials.data_ptr(), out.data_ptr(), out.stride(0),
         )  # fmt: skip
     _run(status, "decode_dweight")
-
-
-def _check_crow(crow: Tensor, n: int) -> None:
-    if int(crow[0]) != 0 or int(crow[-1]) != n or bool((crow.diff() < 0).any()):
-        raise ValueError(f"latents.crow must rise from 0 to nnz={n}, got {crow[:4].tolist()} .. {int(crow[-1])}")

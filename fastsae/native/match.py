@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.native import loader
-from fastsae.native.encode import _DTYPES, _PATHS, _address, _numbers, _refuses, _report
+from fastsae.native.encode import rounded, score_refusal
+from fastsae.native.loader import DTYPES, call_engine, expect, load, unsupported
 
 _MOST_COLUMN_BEST = 8  # of match_pair in one pass; more take a pass for each direction
+_refuses = score_refusal()
 
 
 def refuses_match_cosine(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_self: bool, eps: float) -> str | None:
@@ -17,7 +18,7 @@ def refuses_match_cosine(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_s
         return f"{b.shape[0]} rows of b (supported: fewer than 2^30)"
     if eps < 1e-30:
         return f"eps {eps} (supported: from 1e-30, below which rows of denormals count)"
-    return _refuses(a, b, (), None)
+    return _refuses(a, b)
 
 
 def refuses_match_pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float) -> str | None:
@@ -25,16 +26,13 @@ def refuses_match_pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float) -
     return refuses_match_cosine(a, b, k_ab, False, False, eps)
 
 
-def _arguments(op: str, a: Tensor, b: Tensor, eps: float) -> tuple[object, ...]:
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or a.dtype is not b.dtype or a.dtype not in _DTYPES:
-        raise ValueError(f"{op}: a {list(a.shape)} {a.dtype}, b {list(b.shape)} {b.dtype}; expected [N, D] and [M, D] of one dtype")
-    if not (a.is_cpu and b.is_cpu):
-        raise ValueError(f"{op}: expected a and b on cpu, got {a.device} and {b.device}")
-    dtype = _DTYPES[a.dtype]
+def _arguments(a: Tensor, b: Tensor, eps: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Both dictionaries as the addresses of csrc/bind.cpp, a as x and b as W."""
+    expect(b.dtype, a, b)
     return (
-        a.data_ptr(), dtype, a.shape[0], *a.stride(), 0, eps,
-        b.data_ptr(), dtype, *b.stride(), b.shape[1], b.shape[0], 0, eps, 0,
-    )  # fmt: skip
+        (a.data_ptr(), DTYPES[a.dtype], *a.shape, *a.stride(), 0, eps),
+        (b.data_ptr(), DTYPES[b.dtype], *b.stride(), b.shape[1], b.shape[0], 0, eps, 0),
+    )
 
 
 def match_cosine(
@@ -51,48 +49,30 @@ def match_cosine(
     """The k rows of b most similar to each row of a: (similarity, index) [N, k]; exact by the score of csrc/fastsae.h.
 
     Args:
-        a: [N, D], b: [M, D], any strides; read in place. path, stats: as in `native_encode.encode_topk`.
+        a: [N, D], b: [M, D], any strides; read in place. path, stats: as in ``call_engine``.
     """
-    kernels = loader._C or loader._load()
-    arguments = _arguments("match_cosine", a, b, eps)
     if not 0 <= k <= b.shape[0] - (1 if exclude_self else 0):
         raise ValueError(f"match_cosine: k {k} for {b.shape[0]} rows of b")
     similarity = torch.empty((a.shape[0], k), dtype=torch.float32, device="cpu")
     index = torch.empty((a.shape[0], k), dtype=torch.int64, device="cpu")
-    numbers = _numbers(stats)
-    status = kernels.match_cosine(
-        *arguments, k, absolute, exclude_self, similarity.data_ptr(), index.data_ptr(), _PATHS[path], torch.get_num_threads(),
-        _address(numbers),
-    )  # fmt: skip
-    if status != -1:
-        raise MemoryError("fastsae: no memory for the workspace of match_cosine")
-    _report(stats, numbers)
-    return similarity if a.dtype is torch.float32 else similarity.to(a.dtype), index
+    call_engine("match_cosine", path, stats, *_arguments(a, b, eps), k, absolute, exclude_self, similarity.data_ptr(), index.data_ptr())
+    return rounded(similarity, a.dtype), index
 
 
 def match_pair(
     a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float, *, one_pass: bool = True, stats: dict[str, int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both directions and each row's lowest similarity; in one pass where the level screens and k_ba is at most 8."""
-    kernels = loader._C or loader._load()
-    arguments = _arguments("match_pair", a, b, eps)
     n, m = a.shape[0], b.shape[0]
     if not (0 < k_ab <= m and 0 < k_ba <= n):
         raise ValueError(f"match_pair: k_ab {k_ab}, k_ba {k_ba} for {n} and {m} rows")
-    if one_pass and kernels.packs(a.shape[1]) and k_ba <= _MOST_COLUMN_BEST and 32 * k_ab <= m:
+    if one_pass and load().packs(a.shape[1]) and k_ba <= _MOST_COLUMN_BEST and 32 * k_ab <= m:
         shapes = ((n, k_ab), (m, k_ba), (n,))
         (ab, ba, low), (ab_index, ba_index, low_index) = (
             [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes] for dtype in (torch.float32, torch.int64)
         )
-        numbers = _numbers(stats)
-        status = kernels.match_pair(
-            *arguments, k_ab, k_ba, *(t.data_ptr() for t in (ab, ab_index, ba, ba_index, low, low_index)), torch.get_num_threads(),
-            _address(numbers),
-        )  # fmt: skip
-        if status == -1:
-            _report(stats, numbers)
-            return ab.to(a.dtype), ab_index, ba.to(a.dtype), ba_index, low.to(a.dtype), low_index
-        if status != kernels.UNSUPPORTED:
-            raise MemoryError("fastsae: no memory for the workspace of match_pair")
+        written = (t.data_ptr() for t in (ab, ab_index, ba, ba_index, low, low_index))
+        if not unsupported(call_engine("match_pair", None, stats, *_arguments(a, b, eps), k_ab, k_ba, *written)):
+            return rounded(ab, a.dtype), ab_index, rounded(ba, a.dtype), ba_index, rounded(low, a.dtype), low_index
     low, low_index = match_cosine(-a, b, 1, False, False, eps)
     return *match_cosine(a, b, k_ab, False, False, eps), *match_cosine(b, a, k_ba, False, False, eps), -low[:, 0], low_index[:, 0]

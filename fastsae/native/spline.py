@@ -1,37 +1,89 @@
-"""The compiled spline codes; csrc/fastsae.h is the contract of every function."""
+"""The compiled spline codes, packed signs and their hashes; csrc/fastsae.h is the contract of every function."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastsae.native import loader
-from fastsae.native.encode import _PATHS, _address, _Call, _numbers, _refuses, _report
+from fastsae.latents import ScoreInputs
+from fastsae.native.encode import Arguments, score_refusal
+from fastsae.native.hamming import code_rows, refuses_codes
+from fastsae.native.loader import DTYPES, SUPPORTED, address, call, call_engine, expect
 
+_SIGNS = {**DTYPES, torch.bool: 3}
 _HASHED_AT_ONCE = 1 << 23  # words of codes that wait for their hash
 
-
-def refuses_spline_code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None = None) -> str | None:
-    """Why `spline_code` cannot serve these inputs, or None."""
-    return _refuses(x, W, (("b", b),), neurons)
+refuses_spline_code = refuses_spline_hash = score_refusal("b", "neurons")
 
 
-def refuses_spline_hash(
-    x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int, packed: Tensor | None = None
-) -> str | None:
-    """Why `spline_hash` cannot serve these inputs, or None."""
-    return refuses_spline_code(x, W, b, neurons)
+def refuses_pack_signs(z: Tensor, neurons: Tensor | None) -> str | None:
+    """Why `pack_signs` cannot serve these inputs, or None."""
+    if z.dtype not in _SIGNS:
+        return f"dtype {str(z.dtype)[6:]} ({SUPPORTED}, bool)"
+    if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
+        return f"z with strides {z.stride()} (supported: stride 1 along H)"
+    return refuses_codes(z, neurons)
 
 
-def _mask(neurons: Tensor | None, size: int) -> Tensor | None:
-    """The words of a mask of neurons; IndexError where an index is out of range."""
+def refuses_hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
+    """Why `hash_signs` cannot serve these inputs, or None."""
+    return refuses_pack_signs(z, neurons)
+
+
+def refuses_hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
+    """Why `hash_code` cannot serve these inputs, or None."""
+    return refuses_codes(words, neurons)
+
+
+def _taking_part(neurons: Tensor | None, size: int) -> Tensor | None:
+    """An index or mask as a contiguous mask [size]; IndexError where an index is out of range."""
     if neurons is None:
         return None
-    if neurons.dtype is not torch.bool:
-        if neurons.numel() and (int(neurons.min()) < 0 or int(neurons.max()) >= size):
-            raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
-        neurons = torch.zeros(size, dtype=torch.bool, device="cpu").index_fill_(0, neurons.long(), True)
-    return loader.pack_signs(neurons.contiguous().unsqueeze(0), None)
+    if neurons.dtype is torch.bool:
+        return neurons.contiguous()
+    if neurons.numel() and (int(neurons.min()) < 0 or int(neurons.max()) >= size):
+        raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
+    return torch.zeros(size, dtype=torch.bool, device="cpu").index_fill_(0, neurons.long(), True)
+
+
+def _signs(z: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, type, rows, stride of a row, neurons."""
+    if z.dim() != 2 or z.dtype not in _SIGNS or not z.is_cpu or (z.numel() and z.shape[1] > 1 and z.stride(1) != 1):
+        raise ValueError(f"z: expected [rows, H] on cpu with stride 1 along H, got {list(z.shape)} {z.dtype} with strides {z.stride()}")
+    return z.data_ptr(), _SIGNS[z.dtype], z.shape[0], z.stride(0), z.shape[1]
+
+
+def _words(rows: int, neurons: int) -> Tensor:
+    return torch.empty((rows, (neurons + 63) // 64), dtype=torch.int64, device="cpu")
+
+
+def _hashes(rows: int, bits: int) -> Tensor:
+    return torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64, device="cpu")
+
+
+def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
+    """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is z[row, j] > 0, and 0 where `neurons` leaves j out."""
+    mask, words = _taking_part(neurons, z.shape[1]), _words(*z.shape)
+    call("pack_signs", *_signs(z), address(mask), words.data_ptr())
+    return words
+
+
+def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+    """[rows] int64, or [rows, 2] with 128 bits: the XOR of the keys of the neurons with z > 0 that take part."""
+    mask, hashes = _taking_part(neurons, z.shape[1]), _hashes(z.shape[0], bits)
+    call("hash_signs", *_signs(z), address(mask), layer, seed & (2**64 - 1), bits, hashes.data_ptr())
+    return hashes
+
+
+def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
+    """The same from packed words [rows, w]; copied where the words of a code are not adjacent."""
+    expect(torch.int64, words)
+    mask = _taking_part(neurons, 64 * words.shape[1])
+    words, rows, stride = code_rows(words)
+    hashes = _hashes(rows, bits)
+    key = layer, seed & (2**64 - 1), bits
+    call("hash_code", words.data_ptr(), rows, stride, words.shape[1], address(mask), *key, hashes.data_ptr())
+    return hashes
 
 
 def spline_code(
@@ -49,20 +101,12 @@ def spline_code(
     Args:
         x: [rows, D], any strides. W: [H, D], any strides; read in place. b: None, or [H]. neurons: None, an index or a mask.
         packed: not read: signs are screened in another number than the one `pack` writes.
-        path, stats: as in `native_encode.encode_topk`.
+        path, stats: as in ``call_engine``.
     """
-    call = _Call("spline_code", x, W, None, None, None)
-    mask = _mask(neurons, W.shape[0])
-    b = call.vector("b", b)
-    words = torch.empty((x.shape[0], (W.shape[0] + 63) // 64), dtype=torch.int64, device="cpu")
-    numbers = _numbers(stats)
-    status = call.kernels.spline_code(
-        *call.arguments, _address(b), words.data_ptr(), _PATHS[path], torch.get_num_threads(), _address(numbers)
-    )
-    if status != -1:
-        raise MemoryError("fastsae: no memory for the workspace of spline_code")
-    _report(stats, numbers)
-    return words if mask is None else words.bitwise_and_(mask)
+    given, words = Arguments("spline_code", ScoreInputs(x, W, b)), _words(x.shape[0], W.shape[0])
+    mask = _taking_part(neurons, W.shape[0])
+    call_engine("spline_code", path, stats, *given.addresses, address(given.b), words.data_ptr())
+    return words if mask is None else words.bitwise_and_(pack_signs(mask.unsqueeze(0), None))
 
 
 def spline_hash(
@@ -71,5 +115,5 @@ def spline_hash(
     """XOR of the keys of active neurons, [rows] int64 ([rows, 2] with 128 bits): codes of some rows at a time, hashed where they lie."""
     at_once = max(1024, _HASHED_AT_ONCE // max(1, (W.shape[0] + 63) // 64))
     if x.shape[0] <= at_once:
-        return loader.hash_code(spline_code(x, W, b, neurons), None, layer, seed, bits)
-    return torch.cat([loader.hash_code(spline_code(part, W, b, neurons), None, layer, seed, bits) for part in x.split(at_once)])
+        return hash_code(spline_code(x, W, b, neurons), None, layer, seed, bits)
+    return torch.cat([hash_code(spline_code(part, W, b, neurons), None, layer, seed, bits) for part in x.split(at_once)])

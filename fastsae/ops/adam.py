@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
-from fastsae.ops.decode import checked_bounds, decode_reference, latent_samples
-from fastsae.reference import chunks, guard, row_of_slot, triton_refuses
+from fastsae.latents import Slots
+from fastsae.ops.decode import decode_reference, latent_samples, transposed
+from fastsae.reference import chunks, triton_refuses
 
 DTYPES = (torch.float32, torch.float64)
 """Of weights and moments. Half precision would lose most updates: keep float32 weights and cast them where they are used."""
@@ -43,31 +44,20 @@ DTYPES = (torch.float32, torch.float64)
 # ---------------------------------------------------------------- reference
 
 
-def _by_feature(values: Tensor, indices: Tensor, crow: Tensor | None, features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The transposed latents: values, rows, and ``[F + 1]`` pointers to the slots of each feature."""
-    if crow is not None:
-        checked_bounds(crow, indices.shape[0])
-    values, slots = guard(values, indices, features, "latents.indices" if crow is None else "latents.col")
-    slots, order = torch.sort(slots.reshape(-1), stable=True)
-    pointers = torch.searchsorted(slots, torch.arange(features + 1, device=slots.device))
-    return values.reshape(-1)[order], row_of_slot(crow, indices)[order], pointers
-
-
-def _gradient_tiles(
+def gradient_tiles(
     W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool, sign: int = -1
 ) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of features with their rows of the gradient; ``sign`` 1 adds magnitudes up where the projection subtracts."""
     features, width = W.shape
-    transposed = None if values is None or indices is None else _by_feature(values, indices, crow, features)
+    slots = None if values is None or indices is None else transposed(Slots(values, indices, crow), features)
     for part in chunks(features, width):
         touched = None
-        if transposed is None:
+        if slots is None or slots.crow is None:
             g = grad[part]
         else:
-            values, row, pointers = transposed
-            bounds = pointers[part.start : part.stop + 1]
+            bounds = slots.crow[part.start : part.stop + 1]
             mine = slice(int(bounds[0]), int(bounds[-1]))
-            g = decode_reference(values[mine], row[mine], bounds - bounds[0], grad, None)
+            g = decode_reference(slots.values[mine], slots.indices[mine], bounds - bounds[0], grad, None)
             touched = (bounds.diff() > 0).unsqueeze(1)
         if project:
             along = (g * W[part]).sum(1, keepdim=True)
@@ -93,7 +83,7 @@ def normalise_rows(W: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def kept_if_nan(factor: Tensor | None, *written: Tensor) -> Iterator[None]:
+def kept_if_nan(factor: Tensor | None, *written: Tensor) -> Generator[None, None, None]:
     """What is written inside is undone where ``factor`` is NaN, without a look at it."""
     before = [] if factor is None else [t.clone() for t in written]
     yield
@@ -106,7 +96,7 @@ def adam_reference(
     grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
 ) -> None:  # fmt: skip
-    for part, g in _gradient_tiles(W, grad, values, indices, crow, project):
+    for part, g in gradient_tiles(W, grad, values, indices, crow, project):
         g = g if factor is None else g * factor
         with kept_if_nan(factor, W[part], m[part], v[part]):
             m[part].lerp_(g, 1 - beta1)
@@ -117,14 +107,14 @@ def adam_reference(
 def grad_squares_reference(
     W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool
 ) -> Tensor:
-    parts = [g.square().sum(1) for _, g in _gradient_tiles(W, grad, values, indices, crow, project)]
+    parts = [g.square().sum(1) for _, g in gradient_tiles(W, grad, values, indices, crow, project)]
     return torch.cat([W.new_zeros(1), *parts]).sum()
 
 
 # ---------------------------------------------------------------- samples and checks
 
 
-def _matrices(
+def matrix_samples(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator, features: int, width: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W of unit rows but one of zeros, m, v; row-major or transposed views."""
@@ -141,7 +131,7 @@ def _matrices(
     return W, m * 0.1, v.square_()
 
 
-def _adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     settings = (  # lr, beta1, beta2, eps, weight_decay, step
         (1e-3, 0.9, 0.999, 1e-8, 0.0, 1),
         (3e-2, 0.5, 0.99, 1e-6, 0.3, 7),
@@ -155,35 +145,35 @@ def _adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
         for given in ((grad, values, indices, crow), (dense, None, None, None)):
             for project, normalise in ((False, False), (True, True), (True, False), (False, True)):
                 number += 1
-                matrices = _matrices(device, dtype, generator, features, width, transposed=number % 5 == 0)
+                matrices = matrix_samples(device, dtype, generator, features, width, transposed=number % 5 == 0)
                 factor = None if number % 3 else seeds.uniform(generator, ()).to(device=device, dtype=dtype)
                 factor = factor if number % 12 or factor is None else factor * torch.nan
                 yield *matrices, *given, factor, *settings[number % len(settings)], project, normalise
 
 
-def _grad_squares_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for W, _, _, grad, values, indices, crow, *_, project, normalise in _adam_samples(device, dtype, generator):
+def _grad_squares_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    for W, _, _, grad, values, indices, crow, *_, project, normalise in adam_samples(device, dtype, generator):
         if not normalise:
             yield W, grad, values, indices, crow, project
 
 
-def _size_of_gradient(args: tuple) -> Tensor:
+def size_of_gradient(args: tuple[Any, ...]) -> Tensor:
     """``sum |terms|`` of every element of the gradient."""
     W, grad, values, indices, crow, project = args
     W, grad, values = (None if t is None else t.double().abs() for t in (W, grad, values))
-    tiles = _gradient_tiles(W, grad, values, indices, crow, project, sign=1)  # pyright: ignore[reportArgumentType]
+    tiles = gradient_tiles(W, grad, values, indices, crow, project, sign=1)  # pyright: ignore[reportArgumentType]
     return torch.cat([W.new_zeros(0, W.shape[1]), *(g for _, g in tiles)])  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _double(args: tuple) -> tuple[Any, ...]:
+def doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
-def _copies(args: tuple) -> list[Any]:
+def _copies(args: tuple[Any, ...]) -> list[Any]:
     return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def _check_adam(args: tuple, result: tuple[Tensor, Tensor, Tensor]) -> float:
+def _check_adam(args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> float:
     """Moments against float64; then the weights against those that float64 makes of the result's own moments.
 
     In two stages, because a step is ill-conditioned: where a gradient cancels to nothing, ``m / sqrt(v)`` is the sign of its rounding.
@@ -193,10 +183,10 @@ def _check_adam(args: tuple, result: tuple[Tensor, Tensor, Tensor]) -> float:
     W, m, v, grad, values, indices, crow, factor, lr, beta1, beta2, eps, weight_decay, step, project, normalise = args
     if factor is not None and bool(factor.isnan()):
         return check_kept((W, m, v), result)
-    exact, plain = map(_copies, (_double(args), args))
+    exact, plain = map(_copies, (doubled(args), args))
     adam_reference(*exact)
     adam_reference(*plain)
-    size = _size_of_gradient((W, grad, values, indices, crow, project)) * (1 if factor is None else factor.double().abs())
+    size = size_of_gradient((W, grad, values, indices, crow, project)) * (1 if factor is None else factor.double().abs())
     old, tiny = m.double().abs(), 8 * torch.finfo(W.dtype).tiny  # each rounding of a step may be one of denormals
     new_W, new_m, new_v = result
     error = check_values(new_m, exact[1], plain[1], old + (1 - beta1) * (size + old) + tiny)
@@ -224,17 +214,17 @@ def check_kept(args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> float:
     return 0.0
 
 
-def _check_grad_squares(args: tuple, result: Tensor) -> float:
+def _check_grad_squares(args: tuple[Any, ...], result: Tensor) -> float:
     from fastsae.testing import check_values
 
-    exact, plain = grad_squares_reference(*_double(args)), grad_squares_reference(*args)
-    return check_values(result, exact, plain, _size_of_gradient(args).square().sum())
+    exact, plain = grad_squares_reference(*doubled(args)), grad_squares_reference(*args)
+    return check_values(result, exact, plain, size_of_gradient(args).square().sum())
 
 
-def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
     indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
-    W, m, v = _matrices(device, dtype, generator, 16384, 512, False)
+    W, m, v = matrix_samples(device, dtype, generator, 16384, 512, False)
     return W, m, v, values @ W[:32], values, indices, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, False, False
 
 
@@ -266,7 +256,7 @@ ADAM = Op(
     "float beta1, float beta2, float eps, float weight_decay, int step, bool project, bool normalise) -> ()",
     adam_reference,
     fake=lambda *args: None,
-    samples=_adam_samples,
+    samples=adam_samples,
     check=_check_adam,  # pyright: ignore[reportArgumentType]
     workload=_workload,
     mutates=(0, 1, 2),
@@ -282,7 +272,7 @@ GRAD_SQUARES = Op(
     dtypes=DTYPES,
 )
 for _op in (ADAM, GRAD_SQUARES):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.adam:{_op.name}", f"fastsae.native.adam:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.adam:{_op.name}", f"fastsae.ops.adam:triton_refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public

@@ -29,7 +29,7 @@ def count_codes_reference(hashes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ranked[starts], inverse, counts
 
 
-def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for n, distinct in ((50, 9), (1, 1), (0, 1), (1000, 10**6)):
         values = torch.randint(-(2**63), 2**63 - 1, (distinct, 2), generator=generator, device="cpu").to(device)
         pick = torch.randint(0, distinct, (n,), generator=generator, device="cpu").to(device)
@@ -38,7 +38,7 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         yield (torch.stack([values[pick, 0] >> 62, values[pick, 1]], 1),)
 
 
-def _check(args: tuple, result: Any) -> float:
+def _check(args: tuple[Any, ...], result: Any) -> float:
     from fastsae.testing import check_equal
 
     rows = args[0].tolist()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,15 +23,16 @@ from torch import Tensor
 
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, batching, preference, then_any
-from fastsae.latents import Latents, RaggedLatents, TopKLatents, pointers
-from fastsae.reference import accumulator, chunks, guard, product, row_of_slot, tracks
+from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents, pointers
+from fastsae.reference import accumulator, chunks, product, tracks
 
 # ---------------------------------------------------------------- reference
 
 
 def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> Tensor:
     wide = accumulator(W.dtype)
-    values, indices = guard(values, indices, W.shape[0], _index_name(crow))
+    slots = Slots(values, indices, crow).safe(W.shape[0])
+    values, indices = slots.values, slots.indices
     parts = [W.new_zeros(0, W.shape[1], dtype=wide)]
     if crow is None:
         rows, k = indices.shape
@@ -40,10 +40,10 @@ def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Te
             gathered = W[indices[part]].to(wide)  # [r, K, D]
             parts.append(torch.einsum("rk,rkd->rd", values[part].to(wide), gathered))
     else:
-        bounds = checked_bounds(crow, indices.shape[0])
+        bounds = slots.bounds()
         for start, stop in _row_groups(bounds, W.shape[1]):
-            slots = slice(bounds[start], bounds[stop])
-            products = values[slots].to(wide).unsqueeze(1) * W[indices[slots]].to(wide)  # [slots, D]
+            part = slice(bounds[start], bounds[stop])
+            products = values[part].to(wide).unsqueeze(1) * W[indices[part]].to(wide)  # [slots, D]
             parts.append(_segment_sum(products, crow[start : stop + 1] - bounds[start]))
     y = torch.cat(parts)
     return (y if b is None else y + b).to(W.dtype)
@@ -51,42 +51,32 @@ def decode_reference(values: Tensor, indices: Tensor, crow: Tensor | None, W: Te
 
 def decode_dvalues_reference(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
     wide = accumulator(W.dtype)
+    slots = Slots(grad.new_zeros(indices.shape, dtype=wide), indices, crow)
     if crow is not None:
-        checked_bounds(crow, indices.shape[0])
-    row = row_of_slot(crow, indices)
-    mark, slots = guard(grad.new_zeros(indices.shape, dtype=wide), indices, W.shape[0], _index_name(crow))
-    mark, slots = mark.reshape(-1), slots.reshape(-1)
+        slots.bounds()
+    slots = slots.safe(W.shape[0])
+    mark, features, row = slots.values.reshape(-1), slots.indices.reshape(-1), slots.row_of()
     parts = [mark[:0]]
-    for part in chunks(slots.shape[0], W.shape[1]):
-        parts.append((grad[row[part]].to(wide) * W[slots[part]].to(wide)).sum(1) + mark[part])
+    for part in chunks(features.shape[0], W.shape[1]):
+        parts.append((grad[row[part]].to(wide) * W[features[part]].to(wide)).sum(1) + mark[part])
     return torch.cat(parts).to(grad.dtype).reshape(indices.shape)
 
 
 def decode_dweight_reference(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
-    if crow is not None:
-        checked_bounds(crow, indices.shape[0])
-    values, slots = guard(values, indices, out.shape[0], _index_name(crow))
-    row = row_of_slot(crow, indices)
-    slots, order = torch.sort(slots.reshape(-1), stable=True)
-    pointers = torch.searchsorted(slots, torch.arange(out.shape[0] + 1, device=slots.device))
-    out.copy_(decode_reference(values.reshape(-1)[order], row[order], pointers, grad, None))
+    out.copy_(decode_reference(*transposed(Slots(values, indices, crow), out.shape[0]), grad, None))
 
 
-def _index_name(crow: Tensor | None) -> str:
-    return "latents.indices" if crow is None else "latents.col"
+def transposed(slots: Slots, n_features: int) -> Slots:
+    """Slots by feature, after a check of theirs: the decode of the transposed latents is the gradient of the weights."""
+    if slots.crow is not None:
+        slots.bounds()
+    return slots.safe(n_features).by_feature(n_features)
 
 
 def _segment_sum(products: Tensor, offsets: Tensor) -> Tensor:
     if products.shape[0] == 0 or products.shape[1] == 0:
         return products.new_zeros(offsets.shape[0] - 1, products.shape[1])
     return torch.segment_reduce(products, "sum", offsets=offsets, initial=0.0, unsafe=True)
-
-
-def checked_bounds(crow: Tensor, nnz: int) -> list[int]:
-    bounds = crow.tolist()
-    if bounds[0] != 0 or bounds[-1] != nnz or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(f"latents.crow must rise from 0 to nnz={nnz}, got {bounds[:4]} .. {bounds[-1]}")
-    return bounds
 
 
 def _row_groups(bounds: list[int], width: int) -> Iterator[tuple[int, int]]:
@@ -140,23 +130,24 @@ def _weights(device: torch.device, dtype: torch.dtype, generator: torch.Generato
     yield seeds.normal(generator, (width, features)).to(device=device, dtype=dtype).T
 
 
-def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         for W in _weights(device, dtype, generator, n_features, width):
             yield values, indices, crow, W, seeds.normal(generator, width).to(device=device, dtype=dtype)
             yield values, indices, crow, W, None
 
 
-def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
         for W in _weights(device, dtype, generator, n_features, width):
             grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
             yield grad, indices, crow, W
-        yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W
+        # Of the last weights: two are always drawn.
+        yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
         grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
@@ -165,7 +156,7 @@ def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.
 
 
 def _check(reference: Any) -> Any:
-    def check(args: tuple, result: Any) -> float:
+    def check(args: tuple[Any, ...], result: Any) -> float:
         from fastsae.testing import check_linear
 
         return check_linear(reference, args, result)
@@ -174,7 +165,7 @@ def _check(reference: Any) -> Any:
 
 
 def _workload(arrange: Any) -> Any:
-    def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
         values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
         indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
         return arrange(values, indices, seeds.normal(generator, (16384, 512)).to(device=device, dtype=dtype))
@@ -218,7 +209,7 @@ DECODE_DWEIGHT = Op(
     mutates=(4,),
 )
 for _op in (DECODE, DECODE_DVALUES, DECODE_DWEIGHT):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.decode:{_op.name}", f"fastsae.native.decode:refuses_{_op.name}")
     if _op is DECODE_DWEIGHT:  # before Triton's, whose sort passes over whole keys and carries slots of 64 bits
         _op.row("cuda", "fastsae.native.cuda:decode_dweight", "fastsae.native.cuda:refuses_decode_dweight")
     _op.row("triton", f"fastsae.kernels.decode:{_op.name}", "fastsae.reference:triton_refuses")
@@ -315,9 +306,9 @@ def weight_gradient(
     if tracks("the gradient of decode", values, grad):
         return _DWeight.apply(values, indices, crow, grad, W.detach(), backend)  # pyright: ignore[reportReturnType]
     if out is None and not torch.compiler.is_compiling() and batching():  # what writes into a tensor knows no batch of them
-        values, slots = guard(values, indices, W.shape[0], _index_name(crow))
-        products = values.reshape(-1, 1) * grad[row_of_slot(crow, indices)].to(accumulator(grad.dtype))
-        return torch.zeros_like(W, dtype=products.dtype).index_add(0, slots.reshape(-1), products).to(W.dtype)
+        slots = Slots(values, indices, crow).safe(W.shape[0])
+        products = slots.values.reshape(-1, 1) * grad[slots.row_of()].to(accumulator(grad.dtype))
+        return torch.zeros_like(W, dtype=products.dtype).index_add(0, slots.indices.reshape(-1), products).to(W.dtype)
     dweight = torch.empty_like(W, requires_grad=False) if out is None else out
     DECODE_DWEIGHT(values, indices, crow, grad, dweight, backend=backend)
     return dweight

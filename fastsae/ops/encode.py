@@ -4,82 +4,47 @@
 
 Four encoders keep different parts of a row of scores: ``encode_topk`` the k best, ``encode_threshold`` what exceeds a threshold
 (ReLU, JumpReLU), ``encode_batch_topk`` the best of the whole batch, ``encode_gated`` what an own gate lets through. All of them return
-slots (value, feature), and their backward is the sparse decode's: with ``s`` the gradient of the slots' scores,
-
-    dx = decode(s * scale, W_enc)      dW_enc = decode_dweight(s * scale, x - b_pre)      db_enc = per-feature sums of s
-    d b_pre = -sum over rows of dx     d scale = per-feature sums of s * <x - b_pre, W_enc[feature]>
+slots (value, feature), and their backward is the sparse decode's (``fastsae.ops.score_gradients``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fastsae._core import checks, seeds
+from fastsae._core import checks
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.latents import RaggedLatents, TopKLatents, pointers, to_capacity
-from fastsae.ops.decode import decode_slots, value_gradient, weight_gradient
+from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, to_capacity
+from fastsae.ops import encode_samples
+from fastsae.ops.score_gradients import score_gradients, threshold_gradient
 from fastsae.packed import PackedWeights
-from fastsae.reference import accumulator, centre, chunks, row_of_slot, scores, tracks
+from fastsae.reference import accumulator, centre, chunks, merge_rows, scores, select_rows, tracks
 
 # ---------------------------------------------------------------- references
 
 
-def select_topk(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf."""
-    n = s.shape[1]
-    values, indices = s.topk(min(k + 1, n), dim=1)
-    # torch.topk leaves open which of equal values it takes and in what order; a stable sort does not.
-    same = (values[:, 1:] == values[:, :-1]) | values[:, 1:].isnan()
-    tied = same.any(1)
-    if s.device.type == "cpu":
-        rows = tied.nonzero().flatten()
-        if rows.numel() == 0:
-            return values[:, :k], indices[:, :k]
-        sorted_values, sorted_indices = s[rows].sort(dim=1, descending=True, stable=True)
-        values = values[:, :k].index_copy(0, rows, sorted_values[:, :k])
-        return values, indices[:, :k].index_copy(0, rows, sorted_indices[:, :k])
-    values, indices = s.sort(dim=1, descending=True, stable=True)
-    return values[:, :k], indices[:, :k]
-
-
-def merge_topk(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of candidates whose earlier entries have the lower indices."""
-    v, i = torch.cat(values, 1), torch.cat(indices, 1)
-    v, order = v.sort(dim=1, descending=True, stable=True)
-    return v[:, :k], i.gather(1, order[:, :k])
-
-
-def encode_topk_reference(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    features: Tensor | None,
-    packed: Tensor | None,
-    k: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    chosen = checks.sorted_subset(features, W.shape[0], "encode_topk: features")
-    n = W.shape[0] if chosen is None else chosen.shape[0]
+@of_inputs
+def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+    x = inputs.x
+    chosen = checks.sorted_subset(inputs.features, inputs.W.shape[0], "encode_topk: features")
+    n = inputs.W.shape[0] if chosen is None else chosen.shape[0]
     if k > n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({n}), got {k}")
-    xc = centre(x, b_pre)
+    xc = centre(x, inputs.b_pre)
     kept_values, kept_indices = [xc.new_empty(0, k)], [torch.empty(0, k, dtype=torch.int64, device=x.device)]
     for rows in chunks(x.shape[0], n, least=64):
         values: list[Tensor] = []
         indices: list[Tensor] = []
         for part in chunks(n, rows.stop - rows.start, least=k):
             local = part if chosen is None else chosen[part]
-            v, i = select_topk(_tile(xc[rows], W, b, scale, local), min(k, part.stop - part.start))
+            v, i = select_rows(_tile(inputs, xc[rows], local), min(k, part.stop - part.start))
             values.append(v)
             indices.append(i + part.start)
             if len(values) == 2:
-                v, i = merge_topk(values, indices, k)
+                v, i = merge_rows(values, indices, k)
                 values, indices = [v], [i]
         kept_values.append(values[0])
         kept_indices.append(indices[0])
@@ -89,21 +54,19 @@ def encode_topk_reference(
     return (v.relu() if relu else v), i
 
 
-def _tile(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None, part: slice | Tensor) -> Tensor:
-    if isinstance(part, slice):
-        return scores(xc, W[part], None if b is None else b[part], None if scale is None else scale[part], None)
-    return scores(xc, W, b, scale, part)
+def _tile(inputs: ScoreInputs, xc: Tensor, part: slice | Tensor) -> Tensor:
+    """Scores of centred rows over a range or a choice of features."""
+    b, scale = (None if v is None else v[part] for v in (inputs.b, inputs.scale))
+    return scores(xc, inputs.W[part], b, scale)
 
 
-def _row_tiles(
-    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, chosen: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
+def _row_tiles(inputs: ScoreInputs, chosen: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """(rows, scores of those rows over all chosen features)."""
-    xc = centre(x, b_pre)
-    n = W.shape[0] if chosen is None else chosen.shape[0]
-    for rows in chunks(x.shape[0], n):
-        tiles = chunks(n, max(W.shape[1], rows.stop - rows.start))
-        parts = [_tile(xc[rows], W, b, scale, part if chosen is None else chosen[part]) for part in tiles]
+    xc = centre(inputs.x, inputs.b_pre)
+    n = inputs.W.shape[0] if chosen is None else chosen.shape[0]
+    for rows in chunks(xc.shape[0], n):
+        tiles = chunks(n, max(xc.shape[1], rows.stop - rows.start))
+        parts = [_tile(inputs, xc[rows], part if chosen is None else chosen[part]) for part in tiles]
         yield rows, torch.cat(parts, 1) if parts else xc.new_zeros(rows.stop - rows.start, 0)
 
 
@@ -130,26 +93,18 @@ class _Ragged:
         return torch.cat(self.values).to(self.dtype), col if self.chosen is None else self.chosen[col], crow
 
 
+@of_inputs
 def encode_threshold_reference(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    threshold: Tensor,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    features: Tensor | None,
-    packed: Tensor | None,
-    bandwidth: float | None,
-    capacity: int | None = None,
+    inputs: ScoreInputs, threshold: Tensor, bandwidth: float | None, capacity: int | None = None
 ) -> tuple[Tensor, ...]:
     """The last result is a flag a slot: 1 active, 2 inside the straight-through band; empty without a bandwidth."""
-    chosen = checks.sorted_subset(features, W.shape[0], "encode_threshold: features")
-    theta = threshold.to(accumulator(x.dtype))
+    chosen = checks.sorted_subset(inputs.features, inputs.W.shape[0], "encode_threshold: features")
+    theta = threshold.to(accumulator(inputs.x.dtype))
     if chosen is not None and theta.dim():
         theta = theta[chosen]
-    kept = _Ragged(x, chosen)
-    flags = [torch.empty(0, dtype=torch.uint8, device=x.device)]
-    for _, s in _row_tiles(x, W, b, b_pre, scale, chosen):
+    kept = _Ragged(inputs.x, chosen)
+    flags = [torch.empty(0, dtype=torch.uint8, device=inputs.x.device)]
+    for _, s in _row_tiles(inputs, chosen):
         active = (s > theta.clamp_min(0)) | s.isnan()
         if bandwidth is None:
             kept.add(active, s)
@@ -162,22 +117,14 @@ def encode_threshold_reference(
     return to_capacity("encode_threshold", capacity, *kept.result(), torch.cat(flags))
 
 
-def encode_batch_topk_reference(
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    features: Tensor | None,
-    packed: Tensor | None,
-    k: float,
-    capacity: int | None = None,
-) -> tuple[Tensor, ...]:
-    chosen = checks.sorted_subset(features, W.shape[0], "encode_batch_topk: features")
+@of_inputs
+def encode_batch_topk_reference(inputs: ScoreInputs, k: float, capacity: int | None = None) -> tuple[Tensor, ...]:
+    x = inputs.x
+    chosen = checks.sorted_subset(inputs.features, inputs.W.shape[0], "encode_batch_topk: features")
     total = int(k * x.shape[0])
     wide = accumulator(x.dtype)
     pool, pool_row, pool_col = x.new_empty(0, dtype=wide), *(torch.empty(2, 0, dtype=torch.int64, device=x.device))
-    for rows, s in _row_tiles(x, W, b, b_pre, scale, chosen):
+    for rows, s in _row_tiles(inputs, chosen):
         # Once the pool is full, an equal score of a later row loses, so only larger ones (or NaN) can enter.
         floor = pool[-1] if pool.shape[0] == total and total else s.new_zeros(())
         row, col = ((s > floor.clamp_min(0)) | (s.isnan() & ~floor.isnan())).nonzero(as_tuple=True)
@@ -190,7 +137,7 @@ def encode_batch_topk_reference(
         order, pool = order[:total], pool[:total]
         pool_row, pool_col = torch.cat([pool_row, row + rows.start])[order], torch.cat([pool_col, col])[order]
     min_kept = pool[-1].detach().clone() if pool.shape[0] else pool.new_full((), float("inf"))
-    order = torch.argsort(pool_row * max(W.shape[0], 1) + pool_col)
+    order = torch.argsort(pool_row * max(inputs.W.shape[0], 1) + pool_col)
     crow = torch.searchsorted(pool_row[order], torch.arange(x.shape[0] + 1, device=x.device))
     col = pool_col[order]
     entries = pool[order].to(x.dtype), col if chosen is None else chosen[col], crow
@@ -198,173 +145,18 @@ def encode_batch_topk_reference(
 
 
 def encode_gated_reference(
-    x: Tensor,
-    W: Tensor,
-    b_gate: Tensor,
-    r_mag: Tensor,
-    b_mag: Tensor,
-    b_pre: Tensor | None,
-    packed: Tensor | None,
-    capacity: int | None = None,
+    x: Tensor, W: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_pre: Any, packed: Any, capacity: int | None = None
 ) -> tuple[Tensor, ...]:
     wide = accumulator(x.dtype)
     stretch = r_mag.to(wide).exp()
     kept = _Ragged(x, None)
-    for _, p in _row_tiles(x, W, None, b_pre, None, None):
+    for _, p in _row_tiles(ScoreInputs(x, W, b_pre=b_pre), None):
         gate, magnitude = p + b_gate, p * stretch + b_mag
         kept.add(~(gate <= 0) & ~(magnitude <= 0), torch.where(gate.isnan(), gate, magnitude))
     return to_capacity("encode_gated", capacity, *kept.result())
 
 
-# ---------------------------------------------------------------- samples and checks
-
-
-def _normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
-    return lambda *shape: seeds.normal(generator, shape).to(device=device, dtype=dtype)
-
-
-def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    """(x, W, b, b_pre, scale, features) over shapes, both weight layouts, ties, flat rows, NaN, infinities."""
-    normal = _normal(device, dtype, generator)
-    for rows, width, n in ((5, 16, 40), (1, 1, 1), (0, 8, 9), (3, 0, 7), (33, 31, 129), (4, 300, 64)):
-        x, W = normal(rows, width), normal(n, width)
-        yield x, W, normal(n), None, None, None
-        yield x, normal(width, n).T, None, normal(width), normal(n), None
-        subset = torch.randperm(n, generator=generator, device="cpu")[: n // 2 + 1].to(device)
-        yield x, W, normal(n), normal(width), None, subset
-        mask = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, subset, True)
-        yield x, W, None, None, normal(n), mask
-    x, W = normal(6, 12), normal(50, 12)
-    tied = W.clone()
-    tied[10:30] = tied[4]
-    yield x, tied, None, None, None, None
-    flat = x.clone()
-    flat[2] = 0
-    yield flat, W, None, None, None, None
-    special = x.clone()
-    special[1, 3], special[3, 0], special[4, 1] = float("nan"), float("inf"), -float("inf")
-    broken = W.clone()
-    broken[7, 2] = float("nan")
-    yield special, broken, normal(50), None, None, None
-    integers = torch.randint(-4, 5, (9, 16), generator=generator, device="cpu").to(device=device, dtype=dtype)
-    few = torch.randint(-2, 3, (200, 16), generator=generator, device="cpu").to(device=device, dtype=dtype)
-    yield integers, few, None, None, None, None
-    yield x[::2, 1::2], W[::3, 1::2], None, None, None, None
-    yield normal(1, 12).expand(4, 12), W, None, None, None, None
-
-
-def _packed(W: Tensor, count: int) -> Tensor | None:
-    """A handle's words for every second sample, where this machine has a use for them."""
-    return PackedWeights(W).words("samples") if count % 2 else None
-
-
-def _room(x: Tensor, W: Tensor, count: int) -> int | None:
-    """A capacity that any result fits, for every third sample."""
-    return x.shape[0] * W.shape[0] + 1 if count % 3 == 1 else None
-
-
-def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for count, sample in enumerate(encode_samples(device, dtype, generator)):
-        features = sample[5]
-        n = sample[1].shape[0] if features is None else int(features.sum()) if features.dtype is torch.bool else features.shape[0]
-        for k in sorted({1, min(n, 7), n}):
-            yield *sample, _packed(sample[1], count), k, count % 2 == 0
-
-
-def _threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
-        per_feature = seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
-        for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
-            yield x, W, b, threshold, b_pre, scale, features, _packed(W, count), bandwidth, _room(x, W, count)
-
-
-def _batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    for count, sample in enumerate(encode_samples(device, dtype, generator)):
-        for k in (0.4, 3, 1e6):
-            yield *sample, _packed(sample[1], count), float(k), _room(sample[0], sample[1], count)
-
-
-def _gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
-    normal = _normal(device, dtype, generator)
-    for count, (x, W, _, b_pre, _, features) in enumerate(encode_samples(device, dtype, generator)):
-        if features is None:
-            n = W.shape[0]
-            yield x, W, normal(n), normal(n) / 4, normal(n), b_pre, _packed(W, count // 4), _room(x, W, count)
-
-
-def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, W, b) of a moderate SAE with unit rows."""
-    normal = _normal(device, dtype, generator)
-    W = normal(16384, 512)
-    return normal(256, 512), W / torch.linalg.vector_norm(W, dim=1, keepdim=True), normal(16384) / 10
-
-
-def _gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    x, W, b = _layer(device, dtype, generator)
-    return x, W, b - 2.5, b, b, None, None
-
-
-def _check_topk(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b, b_pre, scale, features, _, k, relu = args
-    score = testing.score_band(x, W, b, b_pre, scale)
-    return testing.check_topk(score, checks.sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
-
-
-def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tuple[Tensor, ...]:
-    """The entries of a ragged result; Mismatch unless it has exactly the capacity that was given, slots after the entries empty."""
-    from fastsae import testing
-
-    values, col, crow, *rest = result
-    capacity = given[0] if given else None
-    if capacity is None:
-        return values, col, crow, *rest
-    n, slots = int(crow[-1]), [values, col, *rest[:flagged]]
-    for slot in slots:
-        if slot.shape != (capacity,) or bool((slot[n:] != 0).any()):
-            raise testing.Mismatch(f"slots after the {n} entries must be 0, {capacity} in all, got {list(slot.shape)}: {slot[n:]}")
-    return values[:n], col[:n], crow, *(slot[:n] for slot in rest[:flagged]), *rest[flagged:]
-
-
-def _check_threshold(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b, threshold, b_pre, scale, features, _, bandwidth, *capacity = args
-    score = testing.score_band(x, W, b, b_pre, scale)
-    result = _filled(capacity, result, bandwidth is not None)
-    return testing.check_threshold(score, checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
-
-
-def _check_batch_topk(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b, b_pre, scale, features, _, k, *capacity = args
-    score = testing.score_band(x, W, b, b_pre, scale)
-    result = _filled(capacity, result)
-    return testing.check_batch_topk(score, checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
-
-
-def _check_gated(args: tuple, result: Any) -> float:
-    from fastsae import testing
-
-    x, W, b_gate, r_mag, b_mag, b_pre, _, *capacity = args
-    result = _filled(capacity, result)
-    gate = testing.score_band(x, W, b_gate, b_pre, None)
-    magnitude = testing.score_band(x, W, b_mag, b_pre, r_mag.to(accumulator(x.dtype)).exp())
-    # Two correct exponentials differ by 2 ulp each: 8 units of the magnitudes, which the band counts D + 3 times twice.
-    extra = magnitude.band * 4 / (x.shape[1] + 3)
-    magnitude = testing.Score(magnitude.exact, magnitude.tolerance + extra, magnitude.band + 2 * extra, magnitude.unit)
-    return testing.check_gated(gate, magnitude, result, x.dtype)
-
-
 # ---------------------------------------------------------------- rows
-
-
-def _fake_topk(
-    x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: int, relu: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
 def _fake_ragged(x: Tensor, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -372,48 +164,40 @@ def _fake_ragged(x: Tensor, capacity: int | None) -> tuple[Tensor, Tensor, Tenso
     return x.new_empty(nnz), x.new_empty(nnz, dtype=torch.int64), x.new_empty(x.shape[0] + 1, dtype=torch.int64)
 
 
-def _fake_threshold(
-    x: Tensor, W: Tensor, b: Any, threshold: Any, b_pre: Any, scale: Any, features: Any, packed: Any, bandwidth: Any, capacity: Any = None
-) -> tuple[Tensor, ...]:
-    values, col, crow = _fake_ragged(x, capacity)
-    return values, col, crow, x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
+@of_inputs
+def _fake_threshold(inputs: ScoreInputs, threshold: Tensor, bandwidth: float | None, capacity: int | None = None) -> tuple[Tensor, ...]:
+    values, col, crow = _fake_ragged(inputs.x, capacity)
+    return values, col, crow, inputs.x.new_empty(0 if bandwidth is None else values.shape[0], dtype=torch.uint8)
 
 
-def _fake_batch_topk(
-    x: Tensor, W: Tensor, b: Any, b_pre: Any, scale: Any, features: Any, packed: Any, k: float, capacity: Any = None
-) -> tuple[Tensor, ...]:
-    return *_fake_ragged(x, capacity), x.new_empty((), dtype=accumulator(x.dtype))
-
-
-_INPUTS = "Tensor? b_pre, Tensor? scale, Tensor? features, Tensor? packed"
+_INPUTS = "Tensor x, Tensor W, Tensor? b, Tensor? b_pre, Tensor? scale, Tensor? features, Tensor? packed"
 _CAPACITY = "SymInt? capacity=None"
 ENCODE_TOPK = Op(
-    f"encode_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
+    f"encode_topk({_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
     encode_topk_reference,
-    fake=_fake_topk,
-    samples=_topk_samples,
-    check=_check_topk,
-    workload=lambda *where: (*_layer(*where), None, None, None, None, 32, True),
+    fake=of_inputs(lambda s, k, relu: (s.x.new_empty((s.x.shape[0], k)), s.x.new_empty((s.x.shape[0], k), dtype=torch.int64))),
+    samples=encode_samples.topk_samples,
+    check=encode_samples.check_topk,
+    workload=lambda *where: (*encode_samples.layer(*where), None, None, None, None, 32, True),
     batched=(0,),
     handle=(1, 6),
 )
 ENCODE_THRESHOLD = Op(
-    f"encode_threshold(Tensor x, Tensor W, Tensor? b, Tensor threshold, {_INPUTS}, float? bandwidth, {_CAPACITY})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"encode_threshold({_INPUTS}, Tensor threshold, float? bandwidth, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_threshold_reference,
     fake=_fake_threshold,
-    samples=_threshold_samples,
-    check=_check_threshold,
-    workload=lambda *where: (*_layer(*where), torch.tensor(2.5, device=where[0], dtype=torch.float32), None, None, None, None, None),
-    handle=(1, 7),
+    samples=encode_samples.threshold_samples,
+    check=encode_samples.check_threshold,
+    workload=encode_samples.threshold_workload,
+    handle=(1, 6),
 )
 ENCODE_BATCH_TOPK = Op(
-    f"encode_batch_topk(Tensor x, Tensor W, Tensor? b, {_INPUTS}, float k, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"encode_batch_topk({_INPUTS}, float k, {_CAPACITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     encode_batch_topk_reference,
-    fake=_fake_batch_topk,
-    samples=_batch_topk_samples,
-    check=_check_batch_topk,
-    workload=lambda *where: (*_layer(*where), None, None, None, None, 32.0),
+    fake=of_inputs(lambda s, k, capacity=None: (*_fake_ragged(s.x, capacity), s.x.new_empty((), dtype=accumulator(s.x.dtype)))),
+    samples=encode_samples.batch_topk_samples,
+    check=encode_samples.check_batch_topk,
+    workload=lambda *where: (*encode_samples.layer(*where), None, None, None, None, 32.0),
     handle=(1, 6),
 )
 ENCODE_GATED = Op(
@@ -421,9 +205,9 @@ ENCODE_GATED = Op(
     " -> (Tensor, Tensor, Tensor)",
     encode_gated_reference,
     fake=lambda x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity=None: _fake_ragged(x, capacity),
-    samples=_gated_samples,
-    check=_check_gated,
-    workload=_gated_workload,
+    samples=encode_samples.gated_samples,
+    check=encode_samples.check_gated,
+    workload=encode_samples.gated_workload,
     handle=(1, 6),
 )
 for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
@@ -433,230 +217,98 @@ for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
 # ---------------------------------------------------------------- backward
 
 
-def _feature_sums(per_slot: Tensor, indices: Tensor, crow: Tensor | None, n_features: int, backend: str | None) -> Tensor:
-    """``[F]``: sums over the slots of each feature, deterministic, in the accumulation dtype."""
-    rows = indices.shape[0] if crow is None else crow.shape[0] - 1
-    per_slot = per_slot.to(accumulator(per_slot.dtype))
-    like = torch.empty((n_features, 1), dtype=per_slot.dtype, device=per_slot.device)
-    return weight_gradient(per_slot, indices, crow, like.new_ones(()).expand(rows, 1), like, backend)[:, 0]
+# A class for each encoder, as a compiler takes no operation for an argument of ``apply``.
 
 
-def by_features(dx_asked: bool, n_features: int, slots: int) -> bool:
-    """Whether the gradient of ``b_pre`` comes from sums by feature: ``dx`` is not asked for, and forming it would read more rows of W."""
-    return not dx_asked and not torch.compiler.is_compiling() and n_features < slots  # a compiler may not know the number of slots
+def _keep(
+    ctx: Any, outputs: tuple[Tensor, ...], passes: Tensor, inputs: Any, backend: str | None, capacity: Any = None, *more: Tensor
+) -> tuple[Tensor, ...]:
+    """Saves for ``_through_scores``: where a value's gradient is its score's, the slots, (x, W, b, b_pre, scale), and ``more``."""
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(passes, outputs[1], outputs[2] if len(outputs) > 2 else None, *inputs, *more)
+    ctx.padded, ctx.backend = capacity is not None, then_any(backend)
+    return outputs
 
 
-def pre_bias_gradient(sums: Tensor, W: Tensor, b_pre: Tensor, backend: str | None) -> Tensor:
-    """``[D]``: what ``b_pre`` gets from the sums ``[F]`` of the scores' gradients."""
-    every = torch.arange(W.shape[0], device=W.device)
-    return -decode_slots(sums.to(W.dtype).unsqueeze(0), every.unsqueeze(0), None, W, None, backend)[0].to(b_pre.dtype)
-
-
-def score_gradients(
-    dscore: Tensor,
-    indices: Tensor,
-    crow: Tensor | None,
-    x: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    b_pre: Tensor | None,
-    scale: Tensor | None,
-    needs: tuple[bool, bool, bool, bool, bool],
-    backend: str | None,
-    padded: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Gradients for (x, W, b, b_pre, scale) from the gradient of the slots' scores; ``padded``: slots from ``crow[-1]`` on are empty."""
-    dx = dW = db = db_pre = dscale = None
-    rows = x.shape[0]
-    if padded:
-        assert crow is not None
-        dscore, crow = torch.where(_slot_numbers(indices) < crow[-1], dscore, 0), pointers(crow, indices.shape[0])
-    through = dscore if scale is None else (dscore * scale[indices.long()]).to(dscore.dtype)
-    sums = None  # of dscore, by feature
-    if scale is None and needs[2]:
-        sums = _feature_sums(dscore, indices, crow, W.shape[0], backend)
-    if needs[3] and b_pre is not None and by_features(needs[0], W.shape[0], indices.numel()):
-        of = sums if sums is not None else _feature_sums(through, indices, crow, W.shape[0], backend)
-        db_pre = pre_bias_gradient(of, W, b_pre, backend)
-    elif needs[0] or needs[3]:
-        dx = decode_slots(through, indices, crow, W, None, backend)[:rows]
-        if needs[3] and b_pre is not None:
-            db_pre = -dx.sum(0, dtype=accumulator(dx.dtype)).to(b_pre.dtype)
-    if needs[1] or needs[4]:
-        xc = centre(x, b_pre).to(x.dtype) if b_pre is not None else x
-        if padded and crow is not None:
-            xc = torch.nn.functional.pad(xc, (0, 0, 0, crow.shape[0] - 1 - rows))
-        if needs[1]:
-            dW = weight_gradient(through, indices, crow, xc, W, backend)
-        if needs[4] and scale is not None:
-            product = value_gradient(xc, indices, crow, W, backend)
-            wide = accumulator(dscore.dtype)
-            dscale = _feature_sums(dscore.to(wide) * product.to(wide), indices, crow, W.shape[0], backend).to(scale.dtype)
-    if needs[2] and b is not None:
-        db = (_feature_sums(dscore, indices, crow, W.shape[0], backend) if sums is None else sums).to(b.dtype)
-    return (dx if needs[0] else None), dW, db, db_pre, dscale
-
-
-def _slot_numbers(indices: Tensor) -> Tensor:
-    return torch.arange(indices.shape[0], device=indices.device)
+def _through_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of an encoder's first five inputs, (x, W, b, b_pre, scale)."""
+    passes, indices, crow, x, W, b, b_pre, scale = ctx.saved_tensors[:8]
+    dscore = torch.where(passes, grad, 0)
+    return score_gradients(dscore, indices, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend, ctx.padded)
 
 
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Any,
-        b_pre: Any,
-        scale: Any,
-        features: Any,
-        packed: Any,
-        k: int,
-        relu: bool,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, packed, k, relu, backend=backend)
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(values, indices, x, W, b, b_pre, scale)
-        ctx.relu, ctx.backend = relu, then_any(backend)
-        return values, indices
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *given, relu, backend = args
+        values, indices = ENCODE_TOPK(*given, relu, backend=backend)
+        return _keep(ctx, (values, indices), values > 0 if relu else ~values.isnan(), args[:5], backend)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, indices, x, W, b, b_pre, scale = ctx.saved_tensors
-        passes = values > 0 if ctx.relu else ~values.isnan()
-        dscore = torch.where(passes, grad, 0)
-        grads = score_gradients(dscore, indices, None, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend)
-        return *grads, None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_through_scores(ctx, grad), *[None] * 5
+
+
+class _EncodeBatchTopK(_EncodeTopK):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *given, capacity, backend = args
+        outputs = ENCODE_BATCH_TOPK(*given, capacity, backend=backend)
+        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity)
 
 
 class _EncodeThreshold(torch.autograd.Function):
+    """With a bandwidth there is one more result, ``l0``, which has a gradient."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Any,
-        threshold: Tensor,
-        b_pre: Any,
-        scale: Any,
-        features: Any,
-        packed: Any,
-        bandwidth: float | None,
-        capacity: int | None,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        outputs = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend=backend)
-        values, col, crow, flags = outputs
-        ctx.mark_non_differentiable(col, crow, flags)
-        ctx.save_for_backward(values, col, crow, flags, x, W, b, threshold, b_pre, scale)
-        ctx.bandwidth, ctx.padded, ctx.backend = bandwidth, capacity is not None, then_any(backend)
-        return values, col, crow, flags, _active_counts(None if bandwidth is None else flags, crow, accumulator(x.dtype))
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *given, threshold, bandwidth, capacity, backend = args
+        outputs = values, _, crow, flags = ENCODE_THRESHOLD(*given, threshold, bandwidth, capacity, backend=backend)
+        passes = ~values.isnan() if bandwidth is None else (flags & 1).bool() & ~values.isnan()
+        ctx.bandwidth = bandwidth
+        _keep(ctx, outputs, passes, args[:5], backend, capacity, flags, threshold)
+        return outputs if bandwidth is None else (*outputs, _active_counts(flags, crow, accumulator(values.dtype)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, col, crow, flags, x, W, b, threshold, b_pre, scale = ctx.saved_tensors
-        active = ~values.isnan() if ctx.bandwidth is None else (flags & 1).bool() & ~values.isnan()
-        n = ctx.needs_input_grad
-        needs = (n[0], n[1], n[2], n[4], n[5])
-        dscore = torch.where(active, grad, 0)
-        dx, dW, db, db_pre, dscale = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, needs, ctx.backend, ctx.padded)
         dthreshold = None
-        if n[3]:
-            wide = accumulator(x.dtype)
-            if ctx.bandwidth is None:
-                dthreshold = torch.zeros_like(threshold)
-            else:
-                theta = threshold.to(wide)
-                theta = theta[col.long()] if theta.dim() else theta
-                dl0 = rest[3].to(wide)
-                if ctx.padded:  # the flags of empty slots are 0
-                    crow = pointers(crow, col.shape[0])
-                    dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
-                dl0 = dl0[row_of_slot(crow, col)]
-                per_slot = -(theta * grad.to(wide) + dl0) / ctx.bandwidth
-                per_slot = torch.where((flags & 2).bool(), per_slot, 0)
-                dthreshold = _feature_sums(per_slot, col, crow, W.shape[0], ctx.backend)
-                dthreshold = (dthreshold if threshold.dim() else dthreshold.sum()).to(threshold.dtype)
-        return dx, dW, db, dthreshold, db_pre, dscale, None, None, None, None, None
+        if ctx.needs_input_grad[7]:
+            _, col, crow, _, W, *_, flags, threshold = ctx.saved_tensors
+            dthreshold = torch.zeros_like(threshold)
+            if ctx.bandwidth is not None:
+                slots = Slots(grad, col, crow)
+                sums = threshold_gradient(slots, rest[-1], flags, threshold, ctx.bandwidth, W.shape[0], ctx.backend, ctx.padded)
+                dthreshold = (sums if threshold.dim() else sums.sum()).to(threshold.dtype)
+        return *_through_scores(ctx, grad), None, None, dthreshold, None, None, None
 
 
-def _active_counts(flags: Tensor | None, crow: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[rows]``: active slots of each row; without flags every slot is active."""
-    if flags is None:
-        return crow.diff().to(dtype)
+def _active_counts(flags: Tensor, crow: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows]``: active slots of each row."""
     before = torch.cat([crow.new_zeros(1), (flags & 1).long().cumsum(0)])
     return before[crow].diff().to(dtype)
 
 
-class _EncodeBatchTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Any,
-        b_pre: Any,
-        scale: Any,
-        features: Any,
-        packed: Any,
-        k: float,
-        capacity: int | None,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, capacity, backend=backend)
-        ctx.mark_non_differentiable(col, crow, min_kept)
-        ctx.save_for_backward(values, col, crow, x, W, b, b_pre, scale)
-        ctx.padded, ctx.backend = capacity is not None, then_any(backend)
-        return values, col, crow, min_kept
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, col, crow, x, W, b, b_pre, scale = ctx.saved_tensors
-        dscore = torch.where(values.isnan(), 0, grad)
-        grads = score_gradients(dscore, col, crow, x, W, b, b_pre, scale, ctx.needs_input_grad[:5], ctx.backend, ctx.padded)
-        return *grads, None, None, None, None, None
-
-
 class _EncodeGated(torch.autograd.Function):
+    """A gated SAE's magnitudes are scores with the scale ``exp(r_mag)`` and the bias ``b_mag``."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b_gate: Tensor,
-        r_mag: Tensor,
-        b_mag: Tensor,
-        b_pre: Any,
-        packed: Any,
-        capacity: int | None,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        values, col, crow = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
-        ctx.mark_non_differentiable(col, crow)
-        ctx.save_for_backward(values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre)
-        ctx.padded, ctx.backend = capacity is not None, then_any(backend)
-        return values, col, crow
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        x, W, b_mag, b_pre, _, b_gate, r_mag, packed, capacity, backend = args
+        outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
+        return _keep(ctx, outputs, ~outputs[0].isnan(), args[:5], backend, capacity, b_gate)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, col, crow, x, W, b_gate, r_mag, b_mag, b_pre = ctx.saved_tensors
-        n = ctx.needs_input_grad
-        stretch = r_mag.to(accumulator(x.dtype)).exp()
-        dscore = torch.where(values.isnan(), 0, grad)
-        needs = (n[0], n[1], n[4], n[5], n[3])
-        dx, dW, db_mag, db_pre, dstretch = score_gradients(dscore, col, crow, x, W, b_mag, b_pre, stretch, needs, ctx.backend, ctx.padded)
-        dr_mag = None if dstretch is None else (dstretch * stretch).to(r_mag.dtype)
         # The gate is a step: its gradient is zero (gated SAEs train it through an auxiliary loss).
-        return dx, dW, torch.zeros_like(b_gate) if n[2] else None, dr_mag, db_mag, db_pre, None, None, None
+        dgate = torch.zeros_like(ctx.saved_tensors[8]) if ctx.needs_input_grad[5] else None
+        return *_through_scores(ctx, grad), dgate, None, None, None, None
 
 
 # ---------------------------------------------------------------- public
 
 
-def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[int, ...], list[Any]]:
-    """Checks, casts under autocast and flattens: (batch shape, [x [rows, D], W, a handle's words, vectors ..])."""
+def _inputs(op: str, x: Any, W: Any, **vectors: Any) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor | None, list[Any]]:
+    """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, a handle's words, the vectors)."""
     checks.tensor(op, "x", x)
     packed = None
     if isinstance(W, PackedWeights):
@@ -666,29 +318,32 @@ def _inputs(op: str, x: Any, W: Any, names: str, *vectors: Any) -> tuple[tuple[i
         raise ValueError(f"{op}: x must have shape [.., D], got []")
     if W.dim() != 2 or W.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
+    values = list(vectors.values())
     if checks.autocasting(x.device):
         given = W
-        x, W, *cast = checks.autocast(x, W, *vectors)
-        vectors = tuple(cast)
+        x, W, *values = checks.autocast(x, W, *values)
         packed = packed if W is given else None  # packed before the cast: of no use for the rounded weights
     checks.same_dtype(op, "W_enc", W, "x", x)
-    for name, vector in zip(names.split(), vectors):
-        size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
-        checks.vector(op, name, vector, size, x, label)
+    for name, vector in zip(vectors, values):
+        if vector is not None:
+            size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
+            checks.vector(op, name, vector, size, x, label)
     batch = x.shape[:-1]
     if x.dim() != 2:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    return batch, [x, W, packed, *vectors]
+    return batch, x, W, packed, values
 
 
-def _capacity(op: str, capacity: Any) -> int | None:
-    return None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
+def _score_inputs(op: str, x: Any, W: Any, b: Any, b_pre: Any, scale: Any, features: Any) -> tuple[tuple[int, ...], ScoreInputs]:
+    """``_inputs`` of the encoders whose arguments are those of ``encode_topk``: (batch shape, inputs)."""
+    batch, x, W, packed, (b, b_pre, scale) = _inputs(op, x, W, b_enc=b, b_pre=b_pre, scale=scale)
+    return batch, ScoreInputs(x, W, b, b_pre, scale, checks.subset(op, "features", features, W.shape[0], x, "F"), packed)
 
 
 def _latents(
-    values: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype, W: Tensor, batch: tuple[int, ...], capacity: int | None
+    values: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype, n_features: int, batch: tuple[int, ...], capacity: int | None
 ) -> RaggedLatents:
-    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), W.shape[0], tuple(batch), capacity is not None)
+    return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), n_features, tuple(batch), capacity is not None)
 
 
 def encode_topk(
@@ -740,21 +395,51 @@ def encode_topk(
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
     """
     op = "encode_topk"
-    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    k = checks.integer(op, "k", k, 1, W.shape[0], f"F={W.shape[0]}")
+    batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
+    F = inputs.W.shape[0]
+    k = checks.integer(op, "k", k, 1, F, f"F={F}")
     checks.flag(op, "relu", relu)
-    features = checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
+    dtype = checks.index_dtype(op, index_dtype, F)
     backend = preference(backend)
-    if tracks(op, x, W, b, b_pre, scale):
-        values, indices = _EncodeTopK.apply(x, W, b, b_pre, scale, features, packed, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
+    if tracks(op, *inputs[:5]):
+        values, indices = _EncodeTopK.apply(*inputs, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        values, indices = ENCODE_TOPK(x, W, b, b_pre, scale, features, packed, k, relu, backend=backend)
+        values, indices = ENCODE_TOPK(*inputs, k, relu, backend=backend)
     if len(batch) != 1:
         values, indices = values.reshape(*batch, k), indices.reshape(*batch, k)
-    return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), W.shape[0])
+    return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), F)
 
 
+@overload
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor | PackedWeights,
+    b_enc: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.0,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    bandwidth: None = None,
+    capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> RaggedLatents: ...
+@overload
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor | PackedWeights,
+    b_enc: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.0,
+    b_pre: Tensor | None = None,
+    scale: Tensor | None = None,
+    features: Tensor | None = None,
+    bandwidth: float,
+    capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[RaggedLatents, Tensor]: ...
 def encode_threshold(
     x: Tensor,
     W_enc: Tensor | PackedWeights,
@@ -768,7 +453,7 @@ def encode_threshold(
     capacity: int | None = None,
     index_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
-) -> Any:
+) -> RaggedLatents | tuple[RaggedLatents, Tensor]:
     """The scores above ``max(threshold, 0)`` (strictly): JumpReLU; with threshold 0 ReLU.
 
     Args:
@@ -797,29 +482,27 @@ def encode_threshold(
     Source: Rajamanoharan et al. 2024, "Jumping Ahead" (arXiv 2407.14435).
     """
     op = "encode_threshold"
-    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    features = checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
-    if bandwidth is not None:
-        bandwidth = float(checks.number(op, "bandwidth", bandwidth))
+    batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
+    x, F = inputs.x, inputs.W.shape[0]
+    dtype = checks.index_dtype(op, index_dtype, F)
+    bandwidth = None if bandwidth is None else float(checks.number(op, "bandwidth", bandwidth))
+    wide = accumulator(x.dtype)
     if not isinstance(threshold, Tensor):
-        wide = accumulator(x.dtype)
         threshold = x.new_full((), checks.within(wide, float(checks.number(op, "threshold", threshold, positive=False))), dtype=wide)
     elif threshold.dim():
-        checks.vector(op, "threshold", threshold, W.shape[0], x, "F")
+        checks.vector(op, "threshold", threshold, F, x, "F")
     else:
         checks.tensor(op, "threshold", threshold, checks.beside(x), x)
     backend = preference(backend)
-    capacity = _capacity(op, capacity)
-    if tracks(op, x, W, b, threshold, b_pre, scale):
-        outputs = _EncodeThreshold.apply(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend)
-        values, col, crow, _, l0 = outputs  # pyright: ignore[reportGeneralTypeIssues]
+    capacity = None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
+    if tracks(op, *inputs[:5], threshold):
+        values, col, crow, flags, *rest = _EncodeThreshold.apply(*inputs, threshold, bandwidth, capacity, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        outputs = ENCODE_THRESHOLD(x, W, b, threshold, b_pre, scale, features, packed, bandwidth, capacity, backend=backend)
-        values, col, crow, flags = outputs
-        l0 = _active_counts(flags, crow, accumulator(x.dtype)) if bandwidth is not None else None
-    latents = _latents(values, crow, col, dtype, W, batch, capacity)
-    return latents if bandwidth is None else (latents, l0.reshape(batch))  # pyright: ignore[reportOptionalMemberAccess]
+        (values, col, crow, flags), rest = ENCODE_THRESHOLD(*inputs, threshold, bandwidth, capacity, backend=backend), []
+    latents = _latents(values, crow, col, dtype, F, batch, capacity)
+    if bandwidth is None:
+        return latents
+    return latents, (rest[0] if rest else _active_counts(flags, crow, wide)).reshape(batch)
 
 
 def encode_batch_topk(
@@ -857,18 +540,18 @@ def encode_batch_topk(
     Source: Bussmann, Leask & Nanda 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410).
     """
     op = "encode_batch_topk"
-    batch, (x, W, packed, b, b_pre, scale) = _inputs(op, x, W_enc, "b_enc b_pre scale", b_enc, b_pre, scale)
-    features = checks.subset(op, "features", features, W.shape[0], x, "F")
-    dtype = checks.index_dtype(op, index_dtype, W.shape[0])
+    batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
+    F = inputs.W.shape[0]
+    dtype = checks.index_dtype(op, index_dtype, F)
     k = float(checks.number(op, "k", k))
-    capacity = _capacity(op, capacity)
+    capacity = None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
     backend = preference(backend)
-    if tracks(op, x, W, b, b_pre, scale):
-        outputs = _EncodeBatchTopK.apply(x, W, b, b_pre, scale, features, packed, k, capacity, backend)
+    if tracks(op, *inputs[:5]):
+        outputs = _EncodeBatchTopK.apply(*inputs, k, capacity, backend)
     else:
-        outputs = ENCODE_BATCH_TOPK(x, W, b, b_pre, scale, features, packed, k, capacity, backend=backend)
+        outputs = ENCODE_BATCH_TOPK(*inputs, k, capacity, backend=backend)
     values, col, crow, min_kept = outputs  # pyright: ignore[reportGeneralTypeIssues]
-    return _latents(values, crow, col, dtype, W, batch, capacity), min_kept
+    return _latents(values, crow, col, dtype, F, batch, capacity), min_kept
 
 
 def encode_gated(
@@ -900,13 +583,15 @@ def encode_gated(
     op = "encode_gated"
     for name, vector in (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag)):
         checks.tensor(op, name, vector)
-    batch, (x, W, packed, b_gate, r_mag, b_mag, b_pre) = _inputs(op, x, W_enc, "b_gate r_mag b_mag b_pre", b_gate, r_mag, b_mag, b_pre)
+    batch, x, W, packed, vectors = _inputs(op, x, W_enc, b_gate=b_gate, r_mag=r_mag, b_mag=b_mag, b_pre=b_pre)
+    b_gate, r_mag, b_mag, b_pre = vectors
     dtype = checks.index_dtype(op, index_dtype, W.shape[0])
-    capacity = _capacity(op, capacity)
+    capacity = None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)
     backend = preference(backend)
-    if tracks(op, x, W, r_mag, b_mag, b_gate, b_pre):
-        outputs = _EncodeGated.apply(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend)
+    if tracks(op, x, W, *vectors):
+        stretch = r_mag.to(accumulator(x.dtype)).exp()
+        outputs = _EncodeGated.apply(x, W, b_mag, b_pre, stretch, b_gate, r_mag.detach(), packed, capacity, backend)
     else:
         outputs = ENCODE_GATED(x, W, b_gate, r_mag, b_mag, b_pre, packed, capacity, backend=backend)
     values, col, crow = outputs  # pyright: ignore[reportGeneralTypeIssues]
-    return _latents(values, crow, col, dtype, W, batch, capacity)
+    return _latents(values, crow, col, dtype, W.shape[0], batch, capacity)

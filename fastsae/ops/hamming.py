@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference
-from fastsae.ops.encode import merge_topk, select_topk
-from fastsae.reference import accumulator, chunks, product
+from fastsae.reference import accumulator, chunks, merge_rows, product, select_rows
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -47,10 +46,10 @@ def hamming_reference(a: Tensor, b: Tensor, out: Tensor) -> None:
 def hamming_topk_reference(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best: dict[int, tuple[Tensor, Tensor]] = {}
     for rows, columns, distance in _tiles(a, b):
-        near, index = select_topk(-distance, min(k, distance.shape[1]))
+        near, index = select_rows(-distance, min(k, distance.shape[1]))
         index = index + columns.start
         if rows.start in best:
-            near, index = merge_topk([best[rows.start][0], near], [best[rows.start][1], index], k)
+            near, index = merge_rows([best[rows.start][0], near], [best[rows.start][1], index], k)
         best[rows.start] = (near, index)
     if not best:
         return torch.empty(0, k, dtype=torch.int32, device=a.device), torch.empty(0, k, dtype=torch.int64, device=a.device)
@@ -78,13 +77,13 @@ def _pair(device: torch.device, generator: torch.Generator) -> tuple[Tensor, Ten
     return codes[0], codes[1]
 
 
-def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for a, b in _codes(device, generator):
         yield a, b, torch.empty(a.shape[0], b.shape[0], dtype=torch.int32, device=device)
         yield a, b, torch.empty(b.shape[0], a.shape[0], dtype=torch.int32, device=device).T
 
 
-def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for a, b in _codes(device, generator):
         for k in sorted({1, min(6, b.shape[0]), b.shape[0]}):
             if 1 <= k <= b.shape[0]:
@@ -101,13 +100,13 @@ def _popcount(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _check(args: tuple, result: Any) -> float:
+def _check(args: tuple[Any, ...], result: Any) -> float:
     from fastsae.testing import check_equal
 
     return check_equal(_popcount(args[0], args[1]), result, "distances")
 
 
-def _check_topk(args: tuple, result: Any) -> float:
+def _check_topk(args: tuple[Any, ...], result: Any) -> float:
     from fastsae.testing import check_equal
 
     a, b, k = args
@@ -138,7 +137,7 @@ HAMMING_TOPK = Op(
     dtypes=(torch.int64,),
 )
 for _op in (HAMMING, HAMMING_TOPK):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.hamming:{_op.name}", f"fastsae.native.hamming:refuses_{_op.name}")
     _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
 
 # ---------------------------------------------------------------- public
@@ -148,7 +147,7 @@ class Neighbours(NamedTuple):
     """The k nearest codes: ``distance [N, k]`` int32 ascending, ``index [N, k]`` int64."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index: the word is public)
 
 
 def _inputs(op: str, a: Any, b: Any) -> None:
@@ -207,7 +206,7 @@ class BoundaryDensity(NamedTuple):
     pairs: Tensor
 
 
-def _bit_count(words: Tensor) -> Tensor:
+def bit_count(words: Tensor) -> Tensor:
     """Bits that are set in each int64: pairs, nibbles and bytes are summed inside the word (masks also undo the sign of shifts)."""
     words = words - ((words >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
@@ -243,7 +242,7 @@ def boundary_density(a: Tensor, b: Tensor, x_a: Tensor | None = None, x_b: Tenso
         raise ValueError(f"{op}: a and b must have the same shape [.., words], got {list(a.shape)} and {list(b.shape)}")
     if (x_a is None) != (x_b is None):
         raise ValueError(f"{op}: x_a and x_b must be given together, got {'x_b' if x_a is None else 'x_a'} alone")
-    crossed = _bit_count(a ^ b).sum(-1)
+    crossed = bit_count(a ^ b).sum(-1)
     if x_a is None or x_b is None:
         pairs = crossed.to(torch.float32)
         return BoundaryDensity(pairs.mean(), pairs)

@@ -16,8 +16,7 @@ from fastsae._core import checks, seeds
 from fastsae._core.norms import unit_rows
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.ops.decode import decode_slots, weight_gradient
-from fastsae.ops.encode import select_topk
-from fastsae.reference import accumulator, chunks, product, tracks
+from fastsae.reference import accumulator, chunks, product, select_rows, tracks
 
 # ---------------------------------------------------------------- references
 
@@ -47,7 +46,7 @@ class _Best:
         rank = s.abs() if self.absolute else s
         if excluded is not None:
             rank = rank.masked_fill(excluded, -torch.inf)
-        rank, local = select_topk(rank, min(self.k, s.shape[1]))
+        rank, local = select_rows(rank, min(self.k, s.shape[1]))
         value, index = s.gather(1, local), local + offset
         if start in self.rows:
             rank, value, index = (torch.cat(pair, 1) for pair in zip(self.rows[start], (rank, value, index)))
@@ -111,7 +110,7 @@ def _pair(device: torch.device, dtype: torch.dtype, generator: torch.Generator) 
     return a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
 
 
-def _match_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _match_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for a, b in _dictionaries(device, dtype, generator):
         for k in sorted({1, min(5, b.shape[0]), b.shape[0]}):
             yield a, b, k, False, False, 1e-8
@@ -121,7 +120,7 @@ def _match_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
             yield b, b, b.shape[0] - 1, True, True, 1e-8
 
 
-def _pair_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _pair_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for a, b in _dictionaries(device, dtype, generator):
         if a.shape[0]:
             yield a, b, 1, 1, 1e-8
@@ -147,7 +146,7 @@ def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
     return Score(exact, torch.where(finite, tolerance, 0.0), torch.where(finite, band, 0.0), unit)
 
 
-def _check_match(args: tuple, result: Any) -> float:
+def _check_match(args: tuple[Any, ...], result: Any) -> float:
     from fastsae.testing import Mismatch, Score, check_topk
 
     a, b, k, absolute, exclude_self, eps = args
@@ -165,7 +164,7 @@ def _check_match(args: tuple, result: Any) -> float:
     return check_topk(Score(exact, score.tolerance, score.band, score.unit), None, k, False, (similarity, index), a.dtype)
 
 
-def _check_pair(args: tuple, result: Any) -> float:
+def _check_pair(args: tuple[Any, ...], result: Any) -> float:
     from fastsae.testing import Score, check_topk
 
     a, b, k_ab, k_ba, eps = args
@@ -250,7 +249,7 @@ class Matches(NamedTuple):
     """The k nearest: ``similarity [N, k]`` descending, ``index [N, k]`` int64."""
 
     similarity: Tensor
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index: the word is public)
 
 
 def check_dictionaries(op: str, a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
-from fastsae.ops.encode import select_topk as select_rows
-from fastsae.reference import chunks, tracks
+from fastsae.reference import chunks, select_rows, tracks
 
 # ---------------------------------------------------------------- reference
 
@@ -30,7 +29,7 @@ def select_topk_reference(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor
 # ---------------------------------------------------------------- samples and checks
 
 
-def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     def normal(*shape: int) -> Tensor:
         return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
@@ -50,7 +49,7 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         yield special, k, True
 
 
-def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
+def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     """Another way than the reference's: a stable sort of the whole row in float64."""
     from fastsae.testing import Mismatch, check_equal
 
@@ -64,7 +63,7 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
     return check_equal((*parts[0], indices[:, :k]), (*parts[1], result[1]), "NaN,values,indices")
 
 
-def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     return seeds.normal(generator, (256, 16384)).to(device=device, dtype=dtype), 32, True
 
 

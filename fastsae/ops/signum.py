@@ -32,15 +32,15 @@ from fastsae._core import seeds
 from fastsae.dispatch import Op
 from fastsae.ops.adam import (
     DTYPES,
-    _adam_samples,
-    _double,
-    _gradient_tiles,
-    _matrices,
-    _size_of_gradient,
+    adam_samples,
     check_kept,
+    doubled,
+    gradient_tiles,
     kept_if_nan,
     matrices_refused,
+    matrix_samples,
     normalise_rows,
+    size_of_gradient,
 )
 
 # ---------------------------------------------------------------- reference
@@ -59,7 +59,7 @@ def signum_reference(
     y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
     lr: float, momentum: float, share: float, project: bool, normalise: bool, factor: Tensor | None = None,
 ) -> None:  # fmt: skip
-    for part, g in _gradient_tiles(y, grad, values, indices, crow, project):
+    for part, g in gradient_tiles(y, grad, values, indices, crow, project):
         with kept_if_nan(factor, y[part], z[part]):
             _move(y[part], z[part], g.sign(), lr, momentum, share, normalise)
 
@@ -67,15 +67,15 @@ def signum_reference(
 # ---------------------------------------------------------------- samples and checks
 
 
-def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     settings = ((1e-3, 0.95, 1.0), (3e-2, 0.5, 0.25), (1e-4, 1.0, 1e-3), (0.0, 0.9, 0.0))  # lr, momentum, share
-    every = _adam_samples(device, dtype, generator)
+    every = adam_samples(device, dtype, generator)
     for number, (W, m, _, grad, values, indices, crow, *_, project, normalise) in enumerate(itertools.islice(every, 0, None, 3)):
         factor = None if number % 4 else torch.full((), 1.0 if number % 8 else torch.nan, device=device, dtype=dtype)
         yield W, W + m, grad, values, indices, crow, *settings[number % len(settings)], project, normalise, factor
 
 
-def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
+def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     """z against the signs of float64, either one where the gradient is within its rounding of 0; then y from the result's own z."""
     from fastsae.testing import Mismatch, check_values
 
@@ -86,10 +86,10 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
     if new_z.shape != z.shape or new_z.dtype != z.dtype:
         raise Mismatch(f"z must stay {list(z.shape)} {z.dtype}, got {list(new_z.shape)} {new_z.dtype}")
     gradient = (y, grad, values, indices, crow, project)
-    tiles = _gradient_tiles(*_double(gradient))
+    tiles = gradient_tiles(*doubled(gradient))
     g = torch.cat([y.new_zeros(0, y.shape[1], dtype=torch.float64), *(g for _, g in tiles)])
     terms = y.shape[1] * (2 if project else 1) + (indices.numel() if indices is not None else 0) + 8
-    band = _size_of_gradient(gradient) * terms * torch.finfo(y.dtype).eps + 8 * torch.finfo(y.dtype).tiny
+    band = size_of_gradient(gradient) * terms * torch.finfo(y.dtype).eps + 8 * torch.finfo(y.dtype).tiny
     rates = [z.double() - lr * sign for sign in (-1.0, 0.0, 1.0)]
     distance = torch.stack([(new_z - rate).abs() for rate in rates])
     ulp = 4 * torch.finfo(y.dtype).eps * (z.double().abs() + lr)
@@ -112,10 +112,10 @@ def _check(args: tuple, result: tuple[Tensor, Tensor]) -> float:
     return check_values(new_y, moved(torch.float64, normalise), moved(y.dtype, normalise), size)
 
 
-def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
     indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
-    y, z, _ = _matrices(device, dtype, generator, 16384, 512, False)
+    y, z, _ = matrix_samples(device, dtype, generator, 16384, 512, False)
     return y, y + z, values @ y[:32], values, indices, None, 1e-3, 0.95, 0.1, False, False, None
 
 
@@ -138,5 +138,5 @@ SIGNUM = Op(
     mutates=(0, 1),
     dtypes=DTYPES,
 )
-SIGNUM.row("cpu", "fastsae.native.loader:signum", "fastsae.native.loader:refuses_signum")
+SIGNUM.row("cpu", "fastsae.native.signum:signum", "fastsae.native.signum:refuses_signum")
 SIGNUM.row("triton", "fastsae.kernels.signum:signum", "fastsae.ops.signum:triton_refuses")

@@ -53,7 +53,7 @@ def spline_keys(n_neurons: int, *, layer: int = 0, seed: int = 0, device: torch.
         device: of the result.
     """
     n_neurons = checks.integer("spline_keys", "n_neurons", n_neurons, 0, 2**32 - 1)
-    layer, seed, _ = _checked_key("spline_keys", layer, seed)
+    layer, seed, _ = checked_key("spline_keys", layer, seed)
     neuron = torch.arange(n_neurons, device=device)
     zero = torch.zeros_like(neuron)
     words = philox(torch.stack([neuron, zero + layer, zero, zero], 1), seed)
@@ -91,7 +91,7 @@ def _pack(active: Tensor) -> Tensor:
     return result
 
 
-def _unpack(words: Tensor) -> Tensor:
+def unpack_bits(words: Tensor) -> Tensor:
     """``[n, w]`` int64 to ``[n, 64 w]`` bool."""
     return ((words.unsqueeze(-1) >> torch.arange(64, device=words.device)) & 1).bool().flatten(1)
 
@@ -99,7 +99,7 @@ def _unpack(words: Tensor) -> Tensor:
 def _xor(active: Tensor, layer: int, seed: int, bits: int) -> Tensor:
     """XOR of the keys of active neurons: bit by bit the parity of a product, exact in float32 below 2^24 neurons."""
     keys = spline_keys(active.shape[1], layer=layer, seed=seed & (2**64 - 1), device=active.device)[:, : bits // 64]
-    key_bits = _unpack(keys.flatten().unsqueeze(1)).reshape(active.shape[1], bits).float()
+    key_bits = unpack_bits(keys.flatten().unsqueeze(1)).reshape(active.shape[1], bits).float()
     parts = [keys.new_zeros(0, bits // 64)]
     for part in chunks(active.shape[0], max(active.shape[1], bits)):
         odd = (active[part].float() @ key_bits).long() & 1
@@ -110,7 +110,7 @@ def _xor(active: Tensor, layer: int, seed: int, bits: int) -> Tensor:
 
 def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
     for rows in chunks(x.shape[0], max(W.shape[0], x.shape[1])):
-        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b, None, None)
+        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b)
 
 
 def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
@@ -141,14 +141,14 @@ def hash_signs_reference(z: Tensor, neurons: Tensor | None, layer: int, seed: in
 
 def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     neurons = _mask(neurons, words.shape[1] * 64)
-    parts = [_xor(_selected(_unpack(words[rows]), neurons), layer, seed, bits) for rows in chunks(words.shape[0], words.shape[1] * 64)]
+    parts = [_xor(_selected(unpack_bits(words[rows]), neurons), layer, seed, bits) for rows in chunks(words.shape[0], words.shape[1] * 64)]
     return torch.cat(parts) if parts else torch.empty((0,) if bits == 64 else (0, 2), dtype=torch.int64, device=words.device)
 
 
 # ---------------------------------------------------------------- samples and checks
 
 
-def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     def normal(*shape: int) -> Tensor:
         return seeds.normal(generator, shape).to(device=device, dtype=dtype)
 
@@ -171,13 +171,13 @@ def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator)
     return normal(2048, 384), normal(1536, 384), normal(1536)
 
 
-def _hash_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _hash_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for sample in _layer_samples(device, dtype, generator):
         yield *sample, 0, 0, 64
         yield *sample, 7, 0x1234_5678_9ABC_DEF0, 128
 
 
-def _sign_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _sign_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for x, W, _, neurons in _layer_samples(device, dtype, generator):
         z = x @ W.T
         yield z, neurons
@@ -185,7 +185,7 @@ def _sign_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 
 def _with_keys(samples: Any) -> Any:
-    def keyed(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+    def keyed(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         for first, neurons in samples(device, dtype, generator):
             yield first, neurons, 3, 99, 64
             yield first, neurons, 0, -(2**63), 128
@@ -193,7 +193,7 @@ def _with_keys(samples: Any) -> Any:
     return keyed
 
 
-def _word_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple]:
+def _word_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for z, neurons in _sign_samples(device, dtype, generator):
         words = _pack(z > 0)
         if neurons is not None and neurons.dtype is torch.bool:
@@ -211,20 +211,20 @@ def _sure_bits(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -
     return _selected(score.exact > 0, neurons), sure | ~_selected(everything, neurons)
 
 
-def _check_code(args: tuple, result: Tensor) -> float:
+def _check_code(args: tuple[Any, ...], result: Tensor) -> float:
     from fastsae.testing import Mismatch, check_equal
 
     bits, sure = _sure_bits(*args)
     expected = _pack(bits)
     if result.shape != expected.shape or result.dtype != torch.int64:
         raise Mismatch(f"expected {list(expected.shape)} int64, got {list(result.shape)} {result.dtype}")
-    got = _unpack(result)
+    got = unpack_bits(result)
     if bool(got[:, bits.shape[1] :].any()):
         raise Mismatch("bits beyond the last neuron must be 0")
     return check_equal(bits | ~sure, got[:, : bits.shape[1]] | ~sure, "bits")
 
 
-def _check_hash(args: tuple, result: Tensor) -> float:
+def _check_hash(args: tuple[Any, ...], result: Tensor) -> float:
     from fastsae.testing import Mismatch, check_equal
 
     *layer, number, seed, bits = args
@@ -237,7 +237,7 @@ def _check_hash(args: tuple, result: Tensor) -> float:
 
 
 def _exact(reference: Any, names: str) -> Any:
-    def check(args: tuple, result: Any) -> float:
+    def check(args: tuple[Any, ...], result: Any) -> float:
         from fastsae.testing import check_equal
 
         return check_equal(reference(*args), result, names)
@@ -303,7 +303,7 @@ HASH_CODE = Op(
     dtypes=(torch.float32,),
 )
 for _op in (PACK_SIGNS, HASH_SIGNS, HASH_CODE):
-    _op.row("cpu", f"fastsae.native.loader:{_op.name}", f"fastsae.native.loader:refuses_{_op.name}")
+    _op.row("cpu", f"fastsae.native.spline:{_op.name}", f"fastsae.native.spline:refuses_{_op.name}")
     _op.row("cuda", f"fastsae.native.cuda:{_op.name}", f"fastsae.native.cuda:refuses_{_op.name}")
     _op.row("triton", f"fastsae.kernels.spline:{_op.name}", "fastsae.reference:triton_refuses")
 
@@ -314,7 +314,7 @@ for _op in (SPLINE_CODE, SPLINE_HASH):
 # ---------------------------------------------------------------- public
 
 
-def _checked_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> tuple[int, int, int]:
+def checked_key(op: str, layer: Any, seed: Any, bits: Any = 64) -> tuple[int, int, int]:
     if type(checks.plain(bits)) is not int or bits not in (64, 128):
         raise ValueError(f"{op}: bits must be 64 or 128, got {bits!r}")
     return checks.integer(op, "layer", layer, 0, 2**32 - 1), checks.integer(op, "seed", seed, 0, 2**64 - 1), int(bits)
@@ -403,7 +403,7 @@ def spline_hash(
 
     Raises: as ``spline_code``; ValueError for layer, seed or bits.
     """
-    layer, seed, bits = _checked_key("spline_hash", layer, seed, bits)
+    layer, seed, bits = checked_key("spline_hash", layer, seed, bits)
     batch, x, W, b, neurons, packed = _layer_inputs("spline_hash", x, W, b, neurons)
     result = SPLINE_HASH(x, W, b, neurons, layer, _signed(seed), bits, packed, backend=preference(backend))
     return result.reshape((*batch, *result.shape[1:]))
@@ -427,7 +427,7 @@ def hash_signs(
     z: Tensor, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """Hash of pre-activations that a model has computed; equals ``hash_code(pack_signs(z), ...)``. Arguments as in ``spline_hash``."""
-    layer, seed, bits = _checked_key("hash_signs", layer, seed, bits)
+    layer, seed, bits = checked_key("hash_signs", layer, seed, bits)
     batch, z, neurons = _sign_inputs("hash_signs", z, neurons)
     result = HASH_SIGNS(z, neurons, layer, _signed(seed), bits, backend=preference(backend))
     return result.reshape((*batch, *result.shape[1:]))
@@ -446,7 +446,7 @@ def hash_code(
         ``[..]`` int64, or ``[.., 2]`` with ``bits=128``. Raises: TypeError, ValueError, IndexError as there.
     """
     op = "hash_code"
-    layer, seed, bits = _checked_key(op, layer, seed, bits)
+    layer, seed, bits = checked_key(op, layer, seed, bits)
     checks.tensor(op, "words", words, (torch.int64,))
     if words.dim() == 0:
         raise ValueError(f"{op}: words must have shape [.., w], got []")
@@ -493,7 +493,7 @@ def combine_hashes(hashes: Iterable[Tensor]) -> Tensor:
         keep their signs; a prefix of the layers names the coarser region. Raises: TypeError: dtype or device. ValueError: shapes, nothing.
     """
     op = "combine_hashes"
-    if isinstance(hashes, Tensor) or not isinstance(hashes, Iterable):
+    if isinstance(hashes, Tensor) or not hasattr(hashes, "__iter__"):
         raise TypeError(f"{op}: hashes must be a list of tensors, got {type(hashes).__name__}")
     layers = list(hashes)
     if not layers:

@@ -23,7 +23,7 @@ import copyreg
 import functools
 import importlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -101,7 +101,7 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
     for part in adapter.parts(obj).values():
         if not _is_accelerated(part) and _is_supported(part):
             state.parts.append(accelerate(part, any_version=any_version))
-    if adapter.mixin is not None:
+    if adapter.mixin is not None or adapter.during:
         obj.__class__ = _accelerated_class(type(obj))
     vars(obj)[STATE] = state
     return obj
@@ -123,7 +123,7 @@ def restore(obj: T) -> T:
 
 
 @contextmanager
-def accelerated(obj: T) -> Iterator[T]:
+def accelerated(obj: T) -> Generator[T, None, None]:
     """``accelerate`` for a block; an object that was accelerated before stays so afterwards."""
     before = _is_accelerated(obj)
     try:
@@ -175,7 +175,7 @@ def encode(sae: Any, x: Tensor, *, packed: PackedWeights | None = None) -> Laten
     checks.tensor("encode", "x", x)
     if packed is None:
         return adapter.encode(sae, x)
-    if not isinstance(packed, PackedWeights):
+    if not isinstance(packed, PackedWeights):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
         raise TypeError(f"encode: packed must be a PackedWeights, got {type(packed).__name__}")
     if not adapter.packs:
         raise TypeError(f"encode: packed does not go with {type(sae).__name__}")
@@ -266,10 +266,18 @@ def _find(op: str, base: type, argument: str = "obj") -> tuple[Library, Adapter]
 @functools.cache
 def _accelerated_class(base: type) -> type:
     _, adapter = _find("accelerate", base)
-    assert adapter.mixin is not None
+    bases = (base,) if adapter.mixin is None else (adapter.mixin, base)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    more = {BASE: base, "__reduce_ex__": _reduce_ex}
-    return types.new_class(base.__name__, (adapter.mixin, base), exec_body=lambda space: space.update(names | more))
+    more = {BASE: base, "__reduce_ex__": _reduce_ex, **{method: _during(base, method) for method in adapter.during}}
+    return types.new_class(base.__name__, bases, exec_body=lambda space: space.update(names | more))
+
+
+def _during(base: type, method: str) -> Callable[[Any, Any], Any]:
+    def run(self: Any, trainer: Any) -> Any:
+        with accelerated(trainer):
+            return getattr(base, method)(self, trainer)
+
+    return run
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:

@@ -32,7 +32,8 @@ def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
     """Why ``step`` cannot stand for ``optimizer.step()``, or None; ``adam`` is the class that it must be of."""
     if type(optimizer) is not adam:
         return f"the optimiser is {type(optimizer).__module__}.{type(optimizer).__qualname__}, not torch.optim.Adam"
-    every = (*_every_optimiser._global_optimizer_pre_hooks.values(), *_every_optimiser._global_optimizer_post_hooks.values())
+    kinds = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    every = [hook for kind in kinds for hook in getattr(_every_optimiser, kind).values()]
     foreign = any(getattr(hook, "__module__", "").split(".")[0] != "fastsae" for hook in every)
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or foreign:
         return "the optimiser has step hooks"
@@ -52,6 +53,11 @@ def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 return "a parameter has gradient hooks"
     return None
+
+
+def holds(optimizer: Any, module: nn.Module) -> bool:
+    """Whether the optimiser has the module's parameters and no others."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in module.parameters()}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]  # torch has no public name for it
 
 from fastsae.latents import Latents
 from fastsae.patch import _tested
@@ -34,6 +35,7 @@ class Adapter:
         replaces: ``{method: by what}``.
         leaves: ``{method or part: why it is left alone}``.
         parts: ``{attribute: object}`` that are accelerated with it (a trainer's SAE).
+        during: methods that get a trainer, which is accelerated while they run.
         now: ``{method: why}`` of what takes the library's own way as the object stands (a hook that needs dense numbers).
         encode: ``(sae, x) -> Latents``, on an object patched or not. packs: it takes ``packed=`` too, a handle of the encoder's weights.
         reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
@@ -43,6 +45,7 @@ class Adapter:
     replaces: Mapping[str, str] = field(default_factory=dict)
     leaves: Mapping[str, str] = field(default_factory=dict)
     parts: Callable[[Any], Mapping[str, Any]] = _nothing
+    during: tuple[str, ...] = ()
     now: Callable[[Any], Mapping[str, str]] = _nothing
     encode: Callable[..., Latents] | None = None
     reconstruct: Callable[[Any, Tensor, Tensor | None], Reconstruction] | None = None
@@ -98,19 +101,37 @@ def class_name(obj: Any) -> str:
     return f"{base.__module__}.{base.__qualname__}"
 
 
+def any_global_hook() -> bool:
+    """Whether there is a hook on every module's calls."""
+    return bool(_has_any_global_hook())
+
+
 def tampered(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class says: it has hooks, or a ``forward`` of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds) or "forward" in module.__dict__
 
 
-def warn_once(obj: Any, reason: str) -> None:
+def warn_once(obj: Any, reason: str, stacklevel: int = 3) -> None:
     """Says once an object why it takes the library's own way."""
     state = vars(obj).get(STATE)
     if state is None or reason not in state.warned:
         if state is not None:
             state.warned.add(reason)
-        warnings.warn(f"fastsae: {type(obj).__name__} runs as without fastsae: {reason}", stacklevel=3)
+        warnings.warn(f"fastsae: {type(obj).__name__} runs as without fastsae: {reason}", stacklevel=stacklevel)
+
+
+def library_way(obj: Any, reason: str | None) -> bool:
+    """Whether there is a reason for the library's own way; says it once."""
+    if reason is not None and not torch.compiler.is_compiling():
+        warn_once(obj, reason, 4)
+    return reason is not None
+
+
+def need_slots(sae: Any, reason: str | None) -> None:
+    """``fastsae.encode`` of an SAE whose latents have to be dense is an error, and why."""
+    if reason is not None:
+        raise ValueError(f"encode: {type(sae).__name__} has no sparse latents here: {reason}")
 
 
 def changed(obj: Any, *methods: str) -> str | None:

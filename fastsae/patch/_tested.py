@@ -76,7 +76,7 @@ def _module(function: FunctionType) -> str:
 def _function(value: Any) -> FunctionType | None:
     value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
     while isinstance(value, FunctionType) and hasattr(value, "__wrapped__") and _module(value).startswith("torch."):
-        value = value.__wrapped__  # torch.no_grad and its like
+        value = vars(value)["__wrapped__"]  # torch.no_grad and its like
     return value if isinstance(value, FunctionType) else None
 
 

@@ -35,11 +35,12 @@ from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import TopKLatents
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, decode
-from fastsae.ops.encode import ENCODE_TOPK, _feature_sums, encode_topk, score_gradients
+from fastsae.ops.encode import ENCODE_TOPK, encode_topk
+from fastsae.ops.score_gradients import feature_sums, score_gradients
 from fastsae.packed import Unchanged
 from fastsae.patch import _adam
-from fastsae.patch._adapter import LIBRARIES, Adapter, Library, changed, tampered, warn_once
-from fastsae.sae.losses import squares
+from fastsae.patch._adapter import LIBRARIES, Adapter, Library, changed, library_way, need_slots, tampered
+from fastsae.patch._slots import reconstruction
 from fastsae.sae.reconstruction import Reconstruction
 
 _BF16 = torch.cuda.is_bf16_supported()
@@ -140,7 +141,7 @@ def why_dense(coder: Any) -> str | None:
         return GROUPMAX if coder.cfg.activation == "groupmax" else f"activation {coder.cfg.activation!r}"
     if type(coder.encoder) is not nn.Linear:
         return f"the encoder is {type(coder.encoder).__name__}, not nn.Linear"
-    if coder.encoder.bias is None:
+    if coder.encoder.bias is None:  # pyright: ignore[reportUnnecessaryComparison]  # torch's annotation leaves bias=False out
         return "the encoder has no bias"
     return None
 
@@ -201,37 +202,31 @@ def _aux(inputs: tuple[Tensor, ...], dead_mask: Tensor, k: int) -> tuple[Tensor,
     return latents.values, latents.indices
 
 
-def _library_way(coder: Any, reason: str | None) -> bool:
-    if reason is not None and not torch.compiler.is_compiling():
-        warn_once(coder, reason)
-    return reason is not None
-
-
 class CoderMethods:
     """``encode``, ``decode``, ``forward`` and the decoder's two in-place passes of ``SparseCoder``."""
 
     def encode(self: Any, x: Tensor) -> Any:
-        if _library_way(self, why_dense(self)):
+        if library_way(self, why_dense(self)):
             return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
         inputs = _inputs(self, x)
         return output_class()(*_best(self, *inputs, self.cfg.k), inputs)
 
     def decode(self: Any, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        if self.W_dec is None or _library_way(self, changed(self, *_METHODS)):
+        if self.W_dec is None or library_way(self, changed(self, *_METHODS)):
             return super().decode(top_acts, top_indices)  # pyright: ignore[reportAttributeAccessIssue]
         return _decoded(self, top_acts, top_indices) + self.b_dec
 
     def forward(
         self: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None, total_variance: Tensor | None = None
     ) -> Any:
-        if _library_way(self, why_dense(self)):
+        if library_way(self, why_dense(self)):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)  # pyright: ignore[reportAttributeAccessIssue]
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=_BF16):
             return _forward(self, x, y, dead_mask, total_variance)
 
     @torch.no_grad()
     def remove_gradient_parallel_to_decoder_directions(self: Any) -> None:
-        if self.W_dec is None or self.W_dec.grad is None or _library_way(self, changed(self, *_METHODS)):
+        if self.W_dec is None or self.W_dec.grad is None or library_way(self, changed(self, *_METHODS)):
             super().remove_gradient_parallel_to_decoder_directions()  # pyright: ignore[reportAttributeAccessIssue]
         else:
             along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec.data).unsqueeze(1)
@@ -240,8 +235,7 @@ class CoderMethods:
 
 def encode(coder: Any, x: Tensor) -> TopKLatents:
     """``fastsae.encode``."""
-    if (reason := why_dense(coder)) is not None:
-        raise ValueError(f"encode: {type(coder).__name__} has no sparse latents here: {reason}")
+    need_slots(coder, why_dense(coder))
     values, indices = _best(coder, *_inputs(coder, x), coder.cfg.k)
     return TopKLatents(values, indices, coder.encoder.weight.shape[0])
 
@@ -254,12 +248,7 @@ def reconstruct(coder: Any, x: Tensor, target: Tensor | None) -> Reconstruction:
     x_hat = _decoded(coder, latents.values, latents.indices) + coder.b_dec
     if coder.W_skip is not None:
         x_hat = x_hat + x.to(coder.dtype) @ coder.W_skip.mT
-    target = x if target is None and not coder.cfg.transcode else target
-    if target is None:
-        return Reconstruction(x_hat, latents, None)  # pyright: ignore[reportArgumentType]
-    if target.shape != x_hat.shape:
-        raise ValueError(f"reconstruct: target must have shape {list(x_hat.shape)}, got {list(target.shape)}")
-    return Reconstruction(x_hat, latents, squares(x_hat, target).sum(-1))
+    return reconstruction(x_hat, latents, x if target is None and not coder.cfg.transcode else target)
 
 
 # ---------------------------------------------------------------- a whole step
@@ -306,7 +295,7 @@ def _why_not_fused(coder: Any, optimizer: Any, x: Tensor, y: Tensor | None) -> s
     if reason is not None:
         return reason
     parameters = list(coder.parameters())
-    if {id(p) for group in optimizer.param_groups for p in group["params"]} != {id(p) for p in parameters}:
+    if not _adam.holds(optimizer, coder):
         return "the optimiser does not hold the coder's parameters"
     if tampered(coder) or not isinstance(coder.W_dec, nn.Parameter) or not isinstance(coder.b_dec, nn.Parameter):
         return "the coder has a hook, or a parameter that is computed from another"
@@ -356,7 +345,7 @@ def _gradients(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, alpha
         b_dec -= DECODE(dvalues, indices, None, W, None, backend=backend).sum(0)
     gradients: dict[Tensor, Gradient] = {
         coder.encoder.weight: RowGradient(dvalues, indices, None, xc, F),
-        coder.encoder.bias: _feature_sums(dvalues, indices, None, F, backend).to(b.dtype),
+        coder.encoder.bias: feature_sums(dvalues, indices, None, F, backend).to(b.dtype),
         W_dec: total(decoder),
         coder.b_dec: b_dec,
     }

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastsae._core import checks
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.hamming import Neighbours
-from fastsae.ops.spline import _unpack
+from fastsae.ops.spline import unpack_bits
 from fastsae.polytopes.net import PIECEWISE, Activation, Add, Affine, Mlp, Net, Norm, Save, check_net, check_points, full_products, one_mlp
 from fastsae.polytopes.soft import unit_pieces
 from fastsae.reference import accumulator, chunks, product
@@ -132,7 +132,7 @@ def _codes(op: str, name: str, codes: Any, neurons: int, like: Tensor) -> Tensor
 
 def _dense(codes: Tensor, neurons: int) -> Tensor:
     """``[n, H]`` float64."""
-    return (_unpack(codes)[:, :neurons] if codes.dtype is torch.int64 else codes).double()
+    return (unpack_bits(codes)[:, :neurons] if codes.dtype is torch.int64 else codes).double()
 
 
 @torch.no_grad()
@@ -261,7 +261,7 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
     if x is None:
         M, _ = _gram(op, net)
         return [M.diagonal().clamp_min(0).sqrt()]
-    dtype = x.dtype if isinstance(x, Tensor) else None
+    dtype = getattr(x, "dtype", None)
     net, x = _map_inputs(op, net, x)
     _piecewise(op, net)
     if x.dim() != 2:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsae._core import checks
-from fastsae.ops.hamming import _bit_count
-from fastsae.ops.spline import _checked_key, combine_hashes, hash_signs, pack_signs, spline_code, spline_keys
+from fastsae.ops.hamming import bit_count
+from fastsae.ops.spline import checked_key, combine_hashes, hash_signs, pack_signs, spline_code, spline_keys
 from fastsae.polytopes.net import (
     PIECEWISE,
     Activation,
@@ -98,8 +98,9 @@ def _exact_stages(op: str, net: Net) -> Sequence[Stage]:
         if isinstance(stage, Activation):
             if state == "curved":
                 raise ValueError(f"{op}: layer {layer} has no closed form: its input is not piecewise affine ({why}), got {net!r}")
-            if state == "scaled" or stage.kind not in PIECEWISE:
-                state, why = "curved", f"it follows {'a normalised layer' if state == 'scaled' else stage.kind}"
+            normalised = state == "scaled"
+            if normalised or stage.kind not in PIECEWISE:
+                state, why = "curved", f"it follows {'a normalised layer' if normalised else stage.kind}"
             layer += 1
         elif isinstance(stage, Norm):
             state, why = ("scaled", "") if state == "linear" else ("curved", "it follows a normalisation of a curve")
@@ -337,7 +338,7 @@ def crossings(net: Net, p: Tensor, q: Tensor, *, seed: int = 0, bits: int = 64) 
     Raises: TypeError: dtype, device or type. ValueError: shapes; values that are not finite; a layer whose input is not piecewise affine.
     """
     op = "crossings"
-    _, seed, bits = _checked_key(op, 0, seed, bits)
+    _, seed, bits = checked_key(op, 0, seed, bits)
     net, p, q = _segments(op, net, p, q)
     stages = _exact_stages(op, net)
     wide = Net(stages).to(torch.float64)
@@ -423,7 +424,7 @@ def shell(
     op = "shell"
     net = check_net(op, net)
     check_points(op, "directions", directions, net)
-    _, seed, bits = _checked_key(op, 0, seed, bits)
+    _, seed, bits = checked_key(op, 0, seed, bits)
     if directions.dim() != 2:
         raise ValueError(f"{op}: directions must have shape [R, d_in={net.d_in}], got {list(directions.shape)}")
     unit = directions.detach().double()
@@ -506,4 +507,4 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
             words = [pack_signs(z) for z in narrow.preactivations(vertex)]
         either = [a | b for a, b in zip(either, words)] if either else words
         both = [a & b for a, b in zip(both, words)] if both else words
-    return torch.stack([_bit_count(a ^ b).sum(1) for a, b in zip(either, both)], 1)
+    return torch.stack([bit_count(a ^ b).sum(1) for a, b in zip(either, both)], 1)

@@ -362,7 +362,7 @@ def mlp_block(model: nn.Module, layer: int, *, norm: bool = True, residual: bool
     Raises: TypeError: not a module. ValueError: layer out of range; an MLP that is not known; SwiGLU and GeGLU, by name.
     """
     op = "mlp_block"
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     blocks = _blocks(op, model)
     layer = checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")

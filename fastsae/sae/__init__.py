@@ -1,4 +1,11 @@
-"""Sparse autoencoders and transcoders as torch modules."""
+"""Sparse autoencoders and transcoders as torch modules.
+
+module       SAE: parameters, latents and back      config, init, packing, processes: what it is made of
+inputs       what one loss is computed from, made once by the module
+autograd     its loss through autograd              step: its gradients by hand, over slots      tiles: both where latents are dense
+losses       the terms, shared by all of them       activations, reconstruction
+stack        SAEs: several in one step              checkpoints: what training goes on from
+"""
 
 from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.sae.losses import AuxK, Metrics

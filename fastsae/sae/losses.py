@@ -89,6 +89,10 @@ class AuxK:
         return cls(k, coefficient, denominator="total")
 
 
+AuxOption = AuxK | Literal[False] | None
+"""Of one loss: False for none, None for the module's own."""
+
+
 class Terms(NamedTuple):
     """The checked options of one loss."""
 

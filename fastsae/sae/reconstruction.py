@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,24 @@ _SCORES = 1 << 23
 """Most scores of those rows where any number of them can be kept: at initialisation ReLU keeps half."""
 
 
-class Reconstruction(NamedTuple):
-    """``x_hat [.., D_out]``, the latents (None where not asked for), and ``squared_error [..]`` in float32 (float64)."""
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
 
-    x_hat: Tensor
-    latents: Latents | None
-    squared_error: Tensor
+    Kept = TypeVar("Kept", bound=Latents | None, default=Latents | None, covariant=True)
+
+    class Reconstruction(NamedTuple, Generic[Kept]):
+        x_hat: Tensor
+        latents: Kept
+        squared_error: Tensor
+
+else:  # torch's pytrees and compiler know a named tuple by its only base
+
+    class Reconstruction(NamedTuple):
+        """``x_hat [.., D_out]``, the latents (None where not asked for), and ``squared_error [..]`` in float32 (float64)."""
+
+        x_hat: Tensor
+        latents: Latents | None
+        squared_error: Tensor
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, activation: Activation, **options: Any) -> Latents:
@@ -37,17 +49,16 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, activation: Activatio
     if isinstance(activation, ReLU):
         return encode_threshold(x, W_enc, b_enc, **options)
     if isinstance(activation, JumpReLU):
-        result = encode_threshold(x, W_enc, b_enc, threshold=activation.threshold, bandwidth=activation.bandwidth, **options)
-        return result if activation.bandwidth is None else result[0]
-    if isinstance(activation, Gated):
-        if b_enc is not None:
-            raise ValueError("reconstruct: a Gated activation has its own biases, b_enc must be None")
-        if options.get("scale") is not None:
-            raise ValueError("reconstruct: scale does not go with a Gated activation (use r_mag)")
-        options = {name: value for name, value in options.items() if name != "scale"}
-        gates = {name: getattr(activation, name) for name in ("b_gate", "r_mag", "b_mag")}
-        return encode_gated(x, W_enc, **gates, **options)
-    raise TypeError(f"reconstruct: activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(activation).__name__}")
+        if activation.bandwidth is None:
+            return encode_threshold(x, W_enc, b_enc, threshold=activation.threshold, **options)
+        return encode_threshold(x, W_enc, b_enc, threshold=activation.threshold, bandwidth=activation.bandwidth, **options)[0]
+    checks.instance("reconstruct", "activation", activation, Gated, "TopK, BatchTopK, JumpReLU, ReLU or Gated")
+    if b_enc is not None:
+        raise ValueError("reconstruct: a Gated activation has its own biases, b_enc must be None")
+    if options.pop("scale", None) is not None:
+        raise ValueError("reconstruct: scale does not go with a Gated activation (use r_mag)")
+    gates = {name: getattr(activation, name) for name in ("b_gate", "r_mag", "b_mag")}
+    return encode_gated(x, W_enc, **gates, **options)
 
 
 def reconstruct(

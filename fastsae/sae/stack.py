@@ -10,29 +10,30 @@ share what does not depend on the member and the optimiser's calls. Where some a
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsae._core import checks, files
+from fastsae._core import checks
 from fastsae.dispatch import preference, then_any
+from fastsae.formats import modules
 from fastsae.gradients import Gradient, RowGradient, StackedGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import _feature_sums, by_features, pre_bias_gradient
+from fastsae.ops.score_gradients import by_features, feature_sums, pre_bias_gradient
 from fastsae.packed import share
 from fastsae.reference import accumulator, centre
-from fastsae.sae import step as _step
-from fastsae.sae.activations import Gated
-from fastsae.sae.losses import Metrics, Pass, Terms, Weights, combine, fired, quotient, spread
-from fastsae.sae.module import SAE
+from fastsae.sae.inputs import Inputs
+from fastsae.sae.losses import AuxOption, Metrics, Pass, combine, fired, quotient, spread
+from fastsae.sae.module import SAE, keep_dtypes
+from fastsae.sae.step import Slots, encode_slots, shrinking, step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _SAME = ("d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
-
-_Batch = tuple[Tensor, Tensor, Terms]  # x, target, terms of one member, checked
 
 
 class SAEs(nn.Module):
@@ -63,14 +64,12 @@ class SAEs(nn.Module):
 
     def __init__(self, members: Iterable[SAE]):
         super().__init__()
-        if isinstance(members, SAE) or not isinstance(members, Iterable):
-            raise TypeError(f"SAEs: members must be an iterable of SAEs, got {type(members).__name__}")
+        checks.instance("SAEs", "members", members, Iterable, "an iterable of SAEs")
         members = tuple(members)
         if not members:
             raise ValueError("SAEs: members must hold at least one SAE, got none")
         for number, member in enumerate(members):
-            if not isinstance(member, SAE):
-                raise TypeError(f"SAEs: members[{number}] must be an SAE, got {type(member).__name__}")
+            checks.instance("SAEs", f"members[{number}]", member, SAE, "an SAE")
             first = members[0]
             for name in _SAME:
                 if getattr(member, name) != getattr(first, name):
@@ -88,9 +87,8 @@ class SAEs(nn.Module):
         for name, parameter in members[0].named_parameters():
             self.register_parameter(name, nn.Parameter(torch.stack([m.get_parameter(name).detach() for m in members])))
             self.get_parameter(name).requires_grad_(parameter.requires_grad)
-        for name, buffer in members[0].named_buffers():
-            if buffer is not None:
-                self.register_buffer(name, torch.stack([m.get_buffer(name) for m in members]))
+        for name, _ in members[0].named_buffers():
+            self.register_buffer(name, torch.stack([m.get_buffer(name) for m in members]))
         self._tie()
 
     # ------------------------------------------------------------ members
@@ -119,7 +117,7 @@ class SAEs(nn.Module):
                 member.W_enc = member.W_dec
             for name in dict(member.named_buffers()):
                 setattr(member, name, self.get_buffer(name)[number])
-            member._scaled = not member.scale.is_meta and bool((member.scale != 1).any())
+            member.buffers_changed()
             member.train(self.training)
             member.weights_changed()
         share(self)
@@ -154,22 +152,19 @@ class SAEs(nn.Module):
     def extra_repr(self) -> str:
         return f"{len(self)} of {self._members[0].extra_repr()}"
 
-    def train(self, mode: bool = True) -> SAEs:
+    def train(self, mode: bool = True) -> Self:
         for member in self._members:
             member.train(mode)
-        return super().train(mode)  # pyright: ignore[reportReturnType]
+        return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SAEs:
-        exact = dict(self._buffers)
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        exact = dict(self.named_buffers())
         super()._apply(fn, recurse)  # pyright: ignore[reportCallIssue]
-        for name, before in exact.items():  # as in SAE: statistics keep their precision
-            now = self._buffers[name]
-            if before is not None and now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
+        keep_dtypes(self, exact)
         self._tie()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] # torch calls it by position
         super()._load_from_state_dict(*args)
         self._tie()
 
@@ -183,7 +178,7 @@ class SAEs(nn.Module):
         mask: Tensor | None = None,
         l1: float | None = None,
         l0: float | None = None,
-        aux: Any = None,
+        aux: AuxOption = None,
     ) -> tuple[Metrics, dict[str, Gradient]]:
         """``SAE.step_gradients`` of every member.
 
@@ -197,25 +192,19 @@ class SAEs(nn.Module):
             ``StackedGradient``.
         """
         op = "SAEs.step_gradients"
-        if isinstance(x, Tensor) and x.is_floating_point() and not checks.autocasting(x.device):
+        checks.tensor(op, "x", x)
+        if not checks.autocasting(x.device):
             checks.narrower(op, "x", x, "the parameters", self.W_dec)
             x = checks.widened(x, self.W_dec)  # once for all members
-        batches = [m._arguments(op, *batch, l1, l0, aux) for m, batch in zip(self.members, self._batches(op, x, target, mask))]
-        terms = [batch[2] for batch in batches]
-        cast = [m._cast(x, target) for m, (x, target, _) in zip(self._members, batches)]
-        with self._members[0]._no_autocast(x):
-            tiled = [m._is_dense(x, w) for m, (x, _, w) in zip(self._members, cast)]
-            joint = None if any(tiled) or checks.autocasting(x.device) else self._joint(batches, [w for *_, w in cast])
-            if joint is not None:
-                return joint
+        inputs = [m.step_inputs(op, *batch, l1, l0, aux) for m, batch in zip(self.members, self._batches(op, x, target, mask))]
+        with inputs[0].autocast_off:
+            if not (any(member.dense for member in inputs) or checks.autocasting(x.device)) and (slots := _slots(inputs)) is not None:
+                return _JointPass(self, inputs, slots).run()
             whole: dict[Any, tuple[Tensor, Tensor]] = {}
-            for _, rows, _ in cast:
-                if _place(rows) not in whole:
-                    whole[_place(rows)] = spread(rows)
-            results = [
-                _step.pass_of(m, x, rows, w, term, tiles, whole[_place(rows)])
-                for m, (x, rows, w), term, tiles in zip(self._members, cast, terms, tiled)
-            ]
+            for member in inputs:
+                if _place(member.target) not in whole:
+                    whole[_place(member.target)] = spread(member.target)
+            results = [step(member, whole[_place(member.target)]) for member in inputs]
         metrics = Metrics(*(torch.stack(values) for values in zip(*(metrics for metrics, _ in results))))
         return metrics, {name: _stacked([gradients[name] for _, gradients in results]) for name, _ in self.named_parameters()}
 
@@ -238,27 +227,8 @@ class SAEs(nn.Module):
             columns = [[x[mask]] * n, [None] * n, [None] * n]
         return list(zip(*columns))
 
-    def _joint(self, batches: list[_Batch], weights: list[Weights]) -> tuple[Metrics, dict[str, Gradient]] | None:
-        """One call of each operation for all members, or None where that does not serve: several prefixes, a gate, a skip, AuxK, members
-        with different bandwidths, numbers of latents or tokens."""
-        members = self._members
-        first = members[0]
-        if first.prefixes is not None or first.skip or isinstance(first.activation, Gated) or any(terms.aux for _, _, terms in batches):
-            return None
-        same = {
-            (x.shape[0], x.dtype, bool(terms.l0), getattr(m.activation, "bandwidth", None)) for m, (x, _, terms) in zip(members, batches)
-        }
-        if len(same) > 1:
-            return None
-        slots = [
-            _step.encode_slots(x, w, m.activation, getattr(m.activation, "k", 0)) for m, (x, _, _), w in zip(members, batches, weights)
-        ]
-        if slots[0].crow is None and len({s.values.shape for s in slots}) > 1:
-            return None
-        return _JointPass(self, batches, weights, slots).run()
-
     @torch.no_grad()
-    def init_from(self, x: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None, **options: Any) -> SAEs:
+    def init_from(self, x: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None, **options: Any) -> Self:
         """``SAE.init_from`` of every member; x, target and mask as in ``step_gradients``."""
         for member, (rows, wanted, chosen) in zip(self.members, self._batches("SAEs.init_from", x, target, mask)):
             member.init_from(rows, wanted, mask=chosen, **options)
@@ -276,36 +246,27 @@ class SAEs(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """``SAE.save`` of member e into the folder ``e`` of this folder, all of them or, where that fails, none."""
-        folder = Path(folder)
-        save, contents = secrets.token_hex(8), {}
-        for number, member in enumerate(self.members):
-            contents |= member._files(folder / str(number), stack=[save, number, len(self)])
-            (folder / str(number)).mkdir(parents=True, exist_ok=True)
-        files.replace_all(contents)
-        return folder
+        return modules.save_stack(self.members, folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SAEs:
         """Reads a folder that ``save`` has written; in evaluation mode. ValueError where it is damaged or of several saves."""
-        folder = Path(folder)
-        numbers = sorted(int(part.name) for part in folder.iterdir() if part.name.isdecimal())
-        if not numbers or numbers != list(range(len(numbers))):
-            raise ValueError(f"SAEs.load: {folder} must hold the folders 0, 1, .., got {numbers}")
-        members, first = [], None
-        for number in numbers:
-            member, more = SAE._load(folder / str(number), device)
-            stack = more.get("stack")  # of files from before there was one: None in all
-            first = stack if number == 0 else first
-            if stack != (first and [first[0], number, first[2]]):
-                raise ValueError(f"SAEs.load: {folder} must hold one save, got members of several")
-            members.append(member)
-            if first is not None and number + 1 == first[2]:  # what follows is of an older, larger stack
-                break
-        if first is not None and len(members) != first[2]:
-            raise ValueError(f"SAEs.load: {folder} must hold {first[2]} members, got {len(members)}")
+        members = modules.load_stack(SAE, folder, device)
         for member in members:  # as in one SAE: no step may change rows that are not of norm 1, and all members step alike
             member.normalise_decoder = all(other.normalise_decoder for other in members)
         return cls(members).eval()
+
+
+def _slots(inputs: list[Inputs]) -> list[Slots] | None:
+    """Latents of each member for one call of each further operation, or None where that does not serve: several prefixes, a gate, a skip,
+    AuxK, members with different bandwidths, numbers of latents or tokens."""
+    w = inputs[0].weights
+    if len(w.prefixes) > 1 or w.skip is not None or w.r_mag is not None or any(member.terms.aux for member in inputs):
+        return None
+    if len({(m.x.shape[0], m.x.dtype, bool(m.terms.l0), m.weights.bandwidth) for m in inputs}) > 1:
+        return None
+    slots = [encode_slots(*member.cast, member.activation) for member in inputs]
+    return None if slots[0].crow is None and len({s.values.shape for s in slots}) > 1 else slots
 
 
 def _stacked(parts: list[Gradient]) -> Gradient:
@@ -344,10 +305,10 @@ class _JointPass:
     """A step of all members by one call of each operation. Rows are ``(member, token)``, features ``(member, feature)``: a member's slots
     and rows lie together, so that sums over its tokens are taken on slices of the shape that it would have alone."""
 
-    def __init__(self, saes: SAEs, batches: list[_Batch], weights: list[Weights], slots: list[_step.Slots]):
-        self.saes, self.batches, self.weights, self.slots = saes, batches, weights, slots
-        self.E, self.B, self.F = len(slots), batches[0][0].shape[0], saes._members[0].d_sae
-        self.wide, self.backend = accumulator(batches[0][0].dtype), then_any(preference(None))
+    def __init__(self, saes: SAEs, inputs: list[Inputs], slots: list[Slots]):
+        self.saes, self.inputs, self.slots = saes, inputs, slots
+        self.E, self.B, self.F = len(slots), inputs[0].x.shape[0], saes.W_dec.shape[1]
+        self.wide, self.backend = accumulator(inputs[0].x.dtype), then_any(preference(None))
         self.W_dec, self.W_enc = saes.W_dec.detach().flatten(0, 1), saes.W_enc.detach().flatten(0, 1)
         self.values, self.passes = (torch.cat([getattr(s, name) for s in slots]) for name in ("values", "passes"))
         self.indices = torch.cat([s.indices + e * self.F for e, s in enumerate(slots)])
@@ -363,9 +324,9 @@ class _JointPass:
         return [joint[a:b] for a, b in zip(self.ends, self.ends[1:])]
 
     def run(self) -> tuple[Metrics, dict[str, Gradient]]:
-        members, wide, tokens = self.saes._members, self.wide, max(self.B, 1)
-        x, target = _together([x for x, _, _ in self.batches]), _together([target for _, target, _ in self.batches])
-        terms = [batch[2] for batch in self.batches]
+        wide, tokens = self.wide, max(self.B, 1)
+        x, target = _together([member.x for member in self.inputs]), _together([member.target for member in self.inputs])
+        terms = [member.terms for member in self.inputs]
         values, indices, crow = self.values, self.indices, self.crow
         # In place wherever a result is not needed: fresh pages for [E, B, D] cost more than the arithmetic.
         partial = DECODE(values, indices, crow, self.W_dec, None, backend=self.backend).to(wide)
@@ -377,27 +338,27 @@ class _JointPass:
             weighed = self.each(values.to(wide).abs() * norm[indices])
             magnitudes = [part.sum() if t.l1 else None for part, t in zip(weighed, terms)]
         hits = fired(indices, values, self.E * self.F).reshape(self.E, self.F)
-        runs = []
-        for e, (member, active) in enumerate(zip(members, self.each(values != 0))):
+        runs, dead = [], []
+        for e, (member, active) in enumerate(zip(self.inputs, self.each(values != 0))):
             count = active.sum()
             counted = count.to(wide) if terms[e].l0 else None
             runs.append(Pass(x_hats[e : e + 1], None, magnitudes[e], counted, count, hits[e], self.slots[e].min_kept))
-            member._observe(self.B, runs[-1])
+            dead.append(member.observe(runs[-1]))
 
         each_target = target.expand(self.E, -1, -1)
-        units = [spread(t)[0] if m.objective == "fvu" else x.new_full((), tokens, dtype=wide) for m, t in zip(members, each_target)]
+        units = [spread(t)[0] if m.objective == "fvu" else x.new_full((), tokens, dtype=wide) for m, t in zip(self.inputs, each_target)]
         unit = torch.stack(units)
         scale = quotient(torch.full_like(unit, 2.0), unit).reshape(-1, 1, 1)
         G = (x_hats.to(wide) - target.to(wide)).mul_(scale).to(self.W_dec.dtype)
         gradients = self.backward(x, G, norm, [t.l1 / tokens for t in terms], [t.l0 / tokens for t in terms])
         rows = []
-        for e, (member, run) in enumerate(zip(members, runs)):
+        for e, (member, run) in enumerate(zip(self.inputs, runs)):
             loss, fvu, l0 = combine(run, each_target[e], terms[e], member.objective, None)
-            rows.append((loss, fvu, l0, member.dead_features.sum(), loss.new_zeros(())))
+            rows.append((loss, fvu, l0, dead[e].sum(), loss.new_zeros(())))
         return Metrics(*(torch.stack(column) for column in zip(*rows))), gradients
 
     def backward(self, x: Tensor, G: Tensor, norm: Tensor | None, l1: list[float], l0: list[float]) -> dict[str, Gradient]:
-        """As ``_step._SlotPass.backward``, over all members."""
+        """As ``step.SlotPass.backward``, over all members."""
         E, F, wide, backend, saes = self.E, self.F, self.wide, self.backend, self.saes
         indices, crow = self.indices, self.crow
         rows = G.flatten(0, 1)
@@ -406,25 +367,25 @@ class _JointPass:
         if norm is not None:
             rate = torch.tensor(l1, dtype=wide, device=x.device).repeat_interleave(F)
             dvalues = dvalues + (rate[indices] * norm[indices] * self.values.sign()).to(dvalues.dtype)
-            sums = _feature_sums(self.values.abs(), indices, crow, E * F, backend)
-            parts["W_dec"].append(_step._shrinking(rate * quotient(sums, norm), self.W_dec, norm))
+            sums = feature_sums(self.values.abs(), indices, crow, E * F, backend)
+            parts["W_dec"].append(shrinking(rate * quotient(sums, norm), self.W_dec, norm))
         dscore = torch.where(self.passes, dvalues, 0)
         parts["b_dec"] = [torch.stack([g.sum(0, dtype=wide) for g in G])]
-        sums = _feature_sums(dscore, indices, crow, E * F, backend).reshape(E, F)
-        if self.weights[0].b_pre is None:
+        sums = feature_sums(dscore, indices, crow, E * F, backend).reshape(E, F)
+        w = self.inputs[0].weights
+        if w.b_pre is None:
             xc = x.expand(E, -1, -1)
         else:
             xc = centre(x, saes.b_dec.detach().unsqueeze(1)).to(x.dtype)
             parts["b_dec"].append(self.pre_bias(dscore, sums))
         parts["W_enc"] = [RowGradient(dscore, indices, crow, xc.flatten(0, 1), E * F)]
         parts["b_enc"] = [sums.to(saes.b_enc.dtype)]
-        w = self.weights[0]
         if self.slots[0].flags is not None and w.threshold is not None and w.bandwidth is not None:
             flags = torch.cat([s.flags for s in self.slots])  # pyright: ignore[reportCallIssue, reportArgumentType]
             theta = saes.threshold.detach().to(wide).reshape(-1)[indices]  # pyright: ignore[reportOptionalMemberAccess]
             pull = torch.tensor(l0, dtype=wide, device=x.device).repeat_interleave(F)[indices]
             per_slot = torch.where((flags & 2).bool(), -(theta * dvalues.to(wide) + pull) / w.bandwidth, 0)
-            parts["threshold"] = [_feature_sums(per_slot, indices, crow, E * F, backend).reshape(E, F)]
+            parts["threshold"] = [feature_sums(per_slot, indices, crow, E * F, backend).reshape(E, F)]
         if saes.tied:
             parts["W_dec"] += parts.pop("W_enc")
         out: dict[str, Gradient] = {}

@@ -11,25 +11,21 @@ Weight gradients stay slots and rows (``RowGradient``), or tiles in the dense re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastsae import latents
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import (
-    ENCODE_BATCH_TOPK,
-    ENCODE_GATED,
-    ENCODE_THRESHOLD,
-    ENCODE_TOPK,
-    _feature_sums,
-    score_gradients,
-)
-from fastsae.reference import accumulator, centre, product, row_of_slot, running_sums
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
+from fastsae.ops.score_gradients import feature_sums, score_gradients, threshold_gradient
+from fastsae.reference import accumulator, centre, product, running_sums
 from fastsae.sae import tiles
-from fastsae.sae.activations import Activation, TopK
+from fastsae.sae.activations import Activation, BatchTopK, TopK
+from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import (
     AuxK,
     Metrics,
@@ -55,24 +51,29 @@ class Slots(NamedTuple):
     flags: Tensor | None = None
     min_kept: Tensor | None = None
 
+    def row_of(self) -> Tensor:
+        return latents.Slots(self.values, self.indices, self.crow).row_of()
 
-def encode_slots(x: Tensor, w: Weights, activation: Activation, k: float) -> Slots:
-    """The latents of any activation. ``w.threshold`` decides between a threshold and BatchTopK's selection of ``k`` a row."""
+
+def encode_slots(x: Tensor, w: Weights, activation: Activation) -> Slots:
+    """The latents of any activation; BatchTopK's by a threshold where ``w`` has one, else those that the batch selects."""
     backend = preference(None)
     if isinstance(activation, TopK):
-        values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, int(k), activation.relu, backend=backend)
+        values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, int(activation.k), activation.relu, backend=backend)
         return Slots(values, indices, None, values > 0 if activation.relu else ~values.isnan())
     if w.r_mag is not None:
         values, col, crow = ENCODE_GATED(x, w.W_enc, w.b_gate, w.r_mag, w.b_mag, w.b_pre, None, backend=backend)
         return Slots(values, col, crow, ~values.isnan())
-    if w.threshold is None:
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, float(k), backend=backend)
+    if isinstance(activation, BatchTopK) and w.threshold is None:
+        k = float(activation.k)
+        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, k, backend=backend)
         return Slots(values, col, crow, ~values.isnan(), min_kept=min_kept)
+    assert w.threshold is not None
     return _threshold_slots(x, w, w.b_enc, w.threshold, w.bandwidth)
 
 
 def _threshold_slots(x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor, bandwidth: float | None) -> Slots:
-    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, threshold, w.b_pre, None, None, None, bandwidth, backend=preference(None))
+    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, w.b_pre, None, None, None, threshold, bandwidth, backend=preference(None))
     values, col, crow, flags = outputs
     if bandwidth is None:
         return Slots(values, col, crow, ~values.isnan())
@@ -80,7 +81,7 @@ def _threshold_slots(x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor,
 
 
 @dataclass
-class _Groups:
+class Groups:
     """Slots in the order of (prefix group, row), so that each slot is decoded once for all prefixes."""
 
     values: Tensor
@@ -89,14 +90,14 @@ class _Groups:
     order: Tensor | None
 
     @classmethod
-    def of(cls, slots: Slots, prefixes: list[int], rows: int) -> _Groups:
+    def of(cls, slots: Slots, prefixes: list[int], rows: int) -> Groups:
         if len(prefixes) == 1:
             return cls(slots.values, slots.indices, slots.crow, None)
         flat = slots.indices.reshape(-1)
         group = torch.zeros_like(flat, dtype=torch.int64)
         for bound in prefixes[:-1]:  # a tensor of bounds would make a GPU's host wait
             group += flat >= bound
-        row = group * rows + row_of_slot(slots.crow, slots.indices)
+        row = group * rows + slots.row_of()
         row, order = torch.sort(row, stable=True)
         crow = torch.searchsorted(row, torch.arange(len(prefixes) * rows + 1, device=row.device))
         return cls(slots.values.reshape(-1)[order], slots.indices.reshape(-1)[order], crow, order)
@@ -116,36 +117,32 @@ class _Sum:
         if gradient is not None:
             self.parts.setdefault(name, []).append(gradient)
 
-    def result(self, sae: Any) -> dict[str, Gradient]:
-        if sae.tied:
+    def result(self, parameters: dict[str, nn.Parameter]) -> dict[str, Gradient]:
+        if "W_enc" not in parameters:  # tied
             self.parts["W_dec"] = self.parts.pop("W_dec", []) + self.parts.pop("W_enc", [])
         out: dict[str, Gradient] = {}
-        for name, parameter in sae.named_parameters():
+        for name, parameter in parameters.items():
             gradient = total(self.parts[name]) if name in self.parts else torch.zeros_like(parameter)
             out[name] = gradient.to(parameter.dtype) if isinstance(gradient, Tensor) else gradient
         return out
 
 
-def step(sae: Any, x: Tensor, target: Tensor, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
-    """Metrics and gradients for the rows that count; observes them (dead features, running threshold) where the module trains."""
-    x, target, w = sae._cast(x, target)
-    with sae._no_autocast(x):
-        return pass_of(sae, x, target, w, terms, sae._is_dense(x, w))
+def step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None = None) -> tuple[Metrics, dict[str, Gradient]]:
+    """Metrics and gradients for the rows that count; ``whole`` is ``spread(target)`` where it is known."""
+    with inputs.autocast_off:
+        return _step(inputs, whole)
 
 
-def pass_of(
-    sae: Any, x: Tensor, target: Tensor, w: Weights, terms: Terms, tiled: bool, whole: tuple[Tensor, Tensor] | None = None
-) -> tuple[Metrics, dict[str, Gradient]]:
-    """``step`` in a regime that has been chosen; ``whole`` is ``spread(target)`` where it is known."""
+def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics, dict[str, Gradient]]:
+    (x, w), target, terms = inputs.cast, inputs.target, inputs.terms
     P, wide, tokens = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1)
-    this = tiles.TilePass(x, w, bool(terms.l1)) if tiled else _SlotPass(sae.activation, x, w, terms)
+    this = tiles.TilePass(x, w, bool(terms.l1)) if inputs.dense else SlotPass(inputs.activation, x, w, terms)
     run = this.run._replace(counted=this.run.active.to(wide) if terms.l0 else None)
-    sae._observe(x.shape[0], run)
-    dead = sae.dead_features
+    dead = inputs.observe(run)
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
     whole = spread(target) if whole is None else whole
-    unit = whole[0] if sae.objective == "fvu" else x.new_full((), tokens, dtype=wide)
+    unit = whole[0] if inputs.objective == "fvu" else x.new_full((), tokens, dtype=wide)
     scale = quotient(unit.new_full((), 2.0), unit)
     grads = run.x_hats.to(wide) - target.to(wide)
     error = grads.square().sum((1, 2))
@@ -163,8 +160,8 @@ def pass_of(
     else:
         this.backward(grad, G, dfrozen, *rates)
     aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux)
-    loss, fvu, l0 = combine(run, target, terms, sae.objective, aux, error, whole)
-    return Metrics(loss, fvu, l0, dead.sum(), loss.new_zeros(()) if aux is None else aux), grad.result(sae)
+    loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole)
+    return Metrics(loss, fvu, l0, dead.sum(), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
 
 
 def _dense_backward(grad: _Sum, run: tiles.TilePass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
@@ -174,13 +171,13 @@ def _dense_backward(grad: _Sum, run: tiles.TilePass, G: Tensor, dfrozen: Tensor 
         grad.add(name, gradient)
 
 
-class _SlotPass:
+class SlotPass:
     """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
 
     def __init__(self, activation: Activation, x: Tensor, w: Weights, terms: Terms):
         self.x, self.w, self.backend, self.wide = x, w, then_any(preference(None)), accumulator(x.dtype)
-        self.slots = encode_slots(x, w, activation, getattr(activation, "k", 0))
-        self.groups = _Groups.of(self.slots, w.prefixes, x.shape[0])
+        self.slots = encode_slots(x, w, activation)
+        self.groups = Groups.of(self.slots, w.prefixes, x.shape[0])
         groups = self.groups
         partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=self.backend).to(self.wide)
         x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
@@ -215,17 +212,16 @@ class _SlotPass:
             values, indices = self.penalised.values, self.penalised.indices
             slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
-            sums = _feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
-            grad.add("W_dec", _shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
+            sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
+            grad.add("W_dec", shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
         if gate is None or dgate is None:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend)
         else:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag)
             _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend)
         if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
-            theta = w.threshold.to(self.wide)[slots.indices.long()]
-            per_slot = torch.where((slots.flags & 2).bool(), -(theta * dvalues.to(self.wide) + l0) / w.bandwidth, 0)
-            grad.add("threshold", _feature_sums(per_slot, slots.indices, slots.crow, n_features, self.backend))
+            moved = latents.Slots(dvalues, slots.indices, slots.crow)
+            grad.add("threshold", threshold_gradient(moved, l0, slots.flags, w.threshold, w.bandwidth, n_features, self.backend))
 
 
 def _centred(x: Tensor, w: Weights) -> Tensor:
@@ -257,7 +253,7 @@ def _through_scores(
         grad.add("r_mag", dstretch * stretch)
 
 
-def _shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
+def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
     """``factor[f] * W[f]``, where ``norm[f]`` is that of ``W[f]``: what a penalty on a row's norm gives it."""
     size = torch.linalg.vector_norm(factor * norm)
     return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)

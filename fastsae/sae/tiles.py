@@ -36,7 +36,7 @@ def measured_density(x: Tensor, w: Weights) -> float:
         return vector[pick] if vector is not None and vector.dim() else vector
 
     bias = w.b_enc if w.r_mag is None else w.b_gate
-    z = scores(centre(rows, w.b_pre), w.W_enc[pick], chosen(bias), None, None)
+    z = scores(centre(rows, w.b_pre), w.W_enc[pick], chosen(bias))
     theta = chosen(w.threshold)
     if theta is None:
         kept = z > 0
@@ -103,11 +103,11 @@ def _tile(
     b_enc, threshold, b_gate, r_mag, b_mag = vectors
     frozen = None
     if r_mag is None:
-        z = scores(xc, W_enc, b_enc, None, None)
+        z = scores(xc, W_enc, b_enc)
         code, counted = _Jump.apply(z, z.new_zeros(()) if threshold is None else threshold, bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
         weighed = code
     else:
-        p = scores(xc, W_enc, None, None, None)
+        p = scores(xc, W_enc, None)
         assert b_gate is not None and b_mag is not None
         gate, magnitude = p + b_gate, p * r_mag.to(p.dtype).exp() + b_mag
         code = torch.where((gate > 0) & (magnitude > 0), magnitude, 0)

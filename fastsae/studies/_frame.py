@@ -7,12 +7,11 @@ import contextlib
 import importlib
 import json
 import math
-import os
 import pkgutil
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from fastsae import plots
 from fastsae._core import checks, files
 from fastsae._core.machine import machine, versions
 from fastsae._core.seeds import stream_seed
+from fastsae._core.timing import Stopwatch
 from fastsae.studies._page import index, page
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class Study:
                 advance()
 
     @contextlib.contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Any]:
+    def bar(self, label: str, total: int | None = None) -> Generator[Any]:
         """A progress bar to advance by hand: ``with study.bar("training", 100) as advance: advance(); advance(10)``."""
         if not self.progress:
             yield lambda count=1: None
@@ -231,10 +231,10 @@ def run_study(
     folder = Path("studies", name) if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     study = Study(name, size, seed, folder, {**parameters, **changes}, progress=progress)
-    start, cpu = time.perf_counter(), sum(os.times()[:4])  # with the processes that it starts
+    watch = Stopwatch()
     with torch.device("cpu"):  # modules and optimisers of torch's own make tensors where the default says
         module.run(study)
-    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu
+    seconds, cpu = watch.seconds(), watch.cpu_seconds()
     print(
         f"\n{seconds:.0f} s; {study.write(seconds, cpu)}, {folder / 'README.md'}" + "".join(f", {study.out / plot}" for plot in study.plots)
     )

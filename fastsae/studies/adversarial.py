@@ -7,6 +7,8 @@ loss, and projected gradient ascent (20 steps), each of Euclidean norm r. Crossi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,7 +81,7 @@ def run(study: Study) -> None:
     study.table("perturbations", rows)
     study.say(f"{data.accuracy:.1%} accuracy; {len(x)} images classified rightly, of mean norm {float(x.norm(dim=1).mean()):.2f}.")
 
-    def at(kind: str, radius: float) -> dict:
+    def at(kind: str, radius: float) -> dict[str, Any]:
         return next(row for row in rows if row["perturbation"] == kind and row["radius"] == radius)
 
     middle = min(study["radii"], key=lambda r: abs(at("ascent", r)["wrong"] - 0.5))

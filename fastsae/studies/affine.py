@@ -10,10 +10,11 @@ cancel each other.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import fastsae
 from fastsae import polytopes
-from fastsae.ops.spline import _unpack
+from fastsae.ops.spline import unpack_bits
 from fastsae.studies import Study
 from fastsae.studies._networks import pairs, tokens
 
@@ -40,7 +41,7 @@ def run(study: Study) -> None:
     codes = fastsae.codes.pack_signs(data.net.preactivations(x)[0])
     neurons = data.net.widths[0]
     norms = polytopes.boundary_norms(data.net)[0]
-    bits = _unpack(codes)[:, :neurons].double()
+    bits = unpack_bits(codes)[:, :neurons].double()
     size = polytopes.frobenius_distance(data.net, codes, torch.zeros_like(codes))  # of the map itself: its distance from that of no neuron
     study.say(
         f"{len(x)} samples from {data.source}; {neurons} neurons, of which {float(bits.mean()):.1%} are on; mean norm of a map "
@@ -49,10 +50,7 @@ def run(study: Study) -> None:
 
     distance = polytopes.frobenius_pairs(data.net, codes)
     hamming = fastsae.codes.hamming(codes, codes).double()
-    # Squared distance if contributions were orthogonal: the neurons that differ, each with its squared norm.
-    weight = norms.square()
-    on = bits @ weight
-    alone = (on.unsqueeze(1) + on - 2 * (bits * weight) @ bits.T).clamp_min(0)
+    alone = orthogonal(bits, norms.square())
     apart = ~torch.eye(len(x), dtype=torch.bool, device="cpu")
     same = (kind.unsqueeze(1) == kind) & apart
     different = apart & ~same
@@ -60,14 +58,13 @@ def run(study: Study) -> None:
     flips = torch.randperm(len(x), generator=study.generator(8), device="cpu")
     rolled = bits[:, torch.randperm(neurons, generator=study.generator(9), device="cpu")][flips]
     shuffled = polytopes.frobenius_pairs(data.net, fastsae.codes.pack_signs(rolled > 0.5))
-    shuffled_on = rolled @ weight
-    shuffled_alone = (shuffled_on.unsqueeze(1) + shuffled_on - 2 * (rolled * weight) @ rolled.T).clamp_min(0)
+    shuffled_alone = orthogonal(rolled, norms.square())
 
     a, b = pairs(kind, study["segments"], study.generator(10), False)
     crossed = polytopes.crossings(data.net, x[a], x[b])
     across = norms[crossed.neuron]
     rows = []
-    for name, where, values, orthogonal in (
+    for name, where, values, expected in (
         ("same kind", same, distance, alone),
         ("different kinds", different, distance, alone),
         ("neurons shuffled", apart, shuffled, shuffled_alone),
@@ -76,28 +73,22 @@ def run(study: Study) -> None:
         rows.append({
             "pairs": name, "number": int(where.sum()) // 2, "hamming": float(hamming[where].mean()) if values is distance else None,
             "frobenius": float(values[where].mean()), "of_a_map": float(values[where].mean() / size.mean()),
-            "squares_over_orthogonal": float(squares.sum() / orthogonal[where].sum()),
+            "squares_over_orthogonal": float(squares.sum() / expected[where].sum()),
         })  # fmt: skip
-    rows.append(
-        {
-            "pairs": "neighbours",
-            "number": len(across),
-            "hamming": 1.0,
-            "frobenius": float(across.mean()),
-            "of_a_map": float(across.mean() / size.mean()),
-            "squares_over_orthogonal": 1.0,
-        }
-    )
+    rows.append({
+        "pairs": "neighbours", "number": len(across), "hamming": 1.0, "frobenius": float(across.mean()),
+        "of_a_map": float(across.mean() / size.mean()), "squares_over_orthogonal": 1.0,
+    })  # fmt: skip
     study.table("distances", rows)
     i, j = torch.triu_indices(len(x), len(x), 1, device="cpu")
     few = torch.randperm(len(i), generator=study.generator(11), device="cpu")[:200_000]
     correlation = float(torch.corrcoef(torch.stack([hamming[i[few], j[few]], distance[i[few], j[few]]]))[0, 1])
-    near_h = fastsae.codes.hamming_topk(codes, codes, 2).index
-    near_f = polytopes.frobenius_topk(data.net, codes, codes, 2).index
-    own = torch.arange(len(x), device="cpu")
-    nearest = {
-        name: torch.where(index[:, 0] == own, index[:, 1], index[:, 0]) for name, index in (("Hamming", near_h), ("Frobenius", near_f))
+    near = {
+        "Hamming": fastsae.codes.hamming_topk(codes, codes, 2).index,
+        "Frobenius": polytopes.frobenius_topk(data.net, codes, codes, 2).index,
     }
+    own = torch.arange(len(x), device="cpu")
+    nearest = {name: torch.where(index[:, 0] == own, index[:, 1], index[:, 0]) for name, index in near.items()}
     hits = {name: float((kind[index] == kind).double().mean()) for name, index in nearest.items()}
     study.table("nearest", [{"distance": name, "same_kind": share} for name, share in hits.items()])
     study.say(
@@ -114,25 +105,49 @@ def run(study: Study) -> None:
     )
     study.record(correlation=correlation, boundary_norms=norms)
 
+    groups = {
+        "same kind": (distance[same], "C0"),
+        "different kinds": (distance[different], "0.5"),
+        "neurons shuffled": (shuffled[apart], "C1"),
+    }
+    shown = few[:8000]
+    some = (hamming[i[shown], j[shown]], distance[i[shown], j[shown]])
+    most = float(max(distance.max(), shuffled.max())), float(hamming.max())
+    draw(study, norms, across, groups, *most, some, (hamming[same], distance[same]), correlation)
+
+
+def orthogonal(bits: Tensor, weight: Tensor) -> Tensor:
+    """Squared distance of pairs if contributions were orthogonal: the neurons that differ, each with its squared norm."""
+    on = bits @ weight
+    return (on.unsqueeze(1) + on - 2 * (bits * weight) @ bits.T).clamp_min(0)
+
+
+def draw(
+    study: Study,
+    norms: Tensor,
+    across: Tensor,
+    groups: dict[str, tuple[Tensor, str]],
+    largest: float,
+    furthest: float,
+    some: tuple[Tensor, Tensor],
+    same: tuple[Tensor, Tensor],
+    correlation: float,
+) -> None:
+    """``groups``: distances and colour; ``largest``: of them; ``furthest``: largest Hamming distance; ``some``, ``same``: both of pairs."""
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     axes[0].hist(across.numpy(), 60, density=True, alpha=0.6, label=f"crossed between samples, mean {float(across.mean()):.3g}")
     axes[0].hist(
-        norms.numpy(), 60, density=True, histtype="step", color="0.2", label=f"all {neurons} neurons, mean {float(norms.mean()):.3g}"
+        norms.numpy(), 60, density=True, histtype="step", color="0.2", label=f"all {len(norms)} neurons, mean {float(norms.mean()):.3g}"
     )
     axes[0].set(xlabel="Frobenius distance of neighbouring polytopes", ylabel="density", title="Across one boundary")
-    bins = torch.linspace(0, float(max(distance.max(), shuffled.max())), 80, device="cpu", dtype=torch.float32).numpy()
-    for name, where, values, colour in (
-        ("same kind", same, distance, "C0"),
-        ("different kinds", different, distance, "0.5"),
-        ("neurons shuffled", apart, shuffled, "C1"),
-    ):
-        axes[1].hist(values[where].numpy(), bins, density=True, histtype="stepfilled", alpha=0.4, color=colour, label=name)
+    bins = torch.linspace(0, largest, 80, device="cpu", dtype=torch.float32).numpy()
+    for name, (values, colour) in groups.items():
+        axes[1].hist(values.numpy(), bins, density=True, histtype="stepfilled", alpha=0.4, color=colour, label=name)
     axes[1].set(xlabel="Frobenius distance", ylabel="density of pairs", title="Between the polytopes of samples")
-    shown = few[:8000]
-    axes[2].plot(hamming[i[shown], j[shown]], distance[i[shown], j[shown]], ",", color="0.5")
-    axes[2].plot(hamming[same], distance[same], ".", ms=1, color="C0", alpha=0.4, label="same kind")
-    line = torch.linspace(1, float(hamming.max()), 50, device="cpu", dtype=torch.float32)
-    axes[2].plot(line, (line * float(weight.mean())).sqrt(), "k--", lw=1, label="orthogonal contributions, mean norms")
+    axes[2].plot(*some, ",", color="0.5")
+    axes[2].plot(*same, ".", ms=1, color="C0", alpha=0.4, label="same kind")
+    line = torch.linspace(1, furthest, 50, device="cpu", dtype=torch.float32)
+    axes[2].plot(line, (line * float(norms.square().mean())).sqrt(), "k--", lw=1, label="orthogonal contributions, mean norms")
     axes[2].set(xlabel="Hamming distance", ylabel="Frobenius distance", title=f"Pairs of samples, correlation {correlation:.2f}")
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)

@@ -8,11 +8,14 @@ question is where on the way they lie: around the place where the predicted clas
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 import fastsae
 from fastsae.studies import Study
-from fastsae.studies._networks import digits, pairs
+from fastsae.studies._networks import Digits, digits, pairs
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "pairs": 20},
@@ -29,7 +32,9 @@ def run(study: Study) -> None:
         "within": pairs(data.y, study["pairs"], study.generator(10), True),
         "between": pairs(data.y, study["pairs"], study.generator(11), False),
     }
-    rows, density, found = [], {}, {}
+    rows: list[dict[str, Any]] = []
+    density: dict[tuple[str, str], Tensor] = {}
+    found: dict[tuple[str, str], tuple[Any, Tensor]] = {}
     for network, net in (("trained", data.net), ("untrained", data.untrained)):
         for kind, (a, b) in kinds.items():
             p, q = data.x[a], data.x[b]
@@ -75,16 +80,11 @@ def run(study: Study) -> None:
 
     # Around the first change of the trained network's prediction: boundaries per unit of distance by signed distance from it.
     a, b = kinds["between"]
-    t = torch.linspace(0, 1, 401, device="cpu", dtype=torch.float32)
-    change = torch.full((len(a),), float("nan"), dtype=torch.float64, device="cpu")
-    for i in study.track(range(len(a)), "predictions"):
-        predicted = data.predict(torch.lerp(data.x[a[i]], data.x[b[i]], t.unsqueeze(1)))
-        changes = (predicted[1:] != predicted[:-1]).nonzero()
-        if len(changes):
-            change[i] = float(t[int(changes[0])] + t[1] / 2)
+    change = first_change(study, data, a, b)
     edges = torch.linspace(-WINDOW, WINDOW, 21, dtype=torch.float64, device="cpu")
     near, far = range(8, 12), (0, 1, 2, 17, 18, 19)  # bins within 0.2, and 0.7 to 1 away
-    profiles, rows = {}, []
+    profiles: dict[str, Tensor] = {}
+    rows = []
     for network in ("trained", "untrained"):
         crossed, length = found[network, "between"]
         offset = ((crossed.t - change[crossed.segment]) * length[crossed.segment]).nan_to_num(1e9)
@@ -104,10 +104,25 @@ def run(study: Study) -> None:
         f"({int(change.isfinite().sum())} of {len(a)} segments change the prediction)."
     )
     study.record(profiles=profiles, edges=edges, accuracy=data.accuracy)
+    draw(study, density, profiles, edges)
 
+
+def first_change(study: Study, data: Digits, a: Tensor, b: Tensor) -> Tensor:
+    """Where along each segment the prediction first changes, 0 .. 1; nan: nowhere."""
+    t = torch.linspace(0, 1, 401, device="cpu", dtype=torch.float32)
+    change = torch.full((len(a),), float("nan"), dtype=torch.float64, device="cpu")
+    for i in study.track(range(len(a)), "predictions"):
+        predicted = data.predict(torch.lerp(data.x[a[i]], data.x[b[i]], t.unsqueeze(1)))
+        changes = (predicted[1:] != predicted[:-1]).nonzero()
+        if len(changes):
+            change[i] = float(t[int(changes[0])] + t[1] / 2)
+    return change
+
+
+def draw(study: Study, density: dict[tuple[str, str], Tensor], profiles: dict[str, Tensor], edges: Tensor) -> None:
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     for axis, network in zip(axes, ("trained", "untrained")):
-        totals = {kind: density[network, kind].sum(1) for kind in kinds}
+        totals = {kind: density[network, kind].sum(1) for kind in ("within", "between")}
         bins = torch.linspace(0, float(max(v.max() for v in totals.values())), 40, device="cpu", dtype=torch.float32).numpy()
         for (kind, values), colour in zip(totals.items(), ("C0", "C1")):
             axis.hist(values.numpy(), bins, alpha=0.55, color=colour, label=f"{kind} classes, mean {float(values.mean()):.1f}")

@@ -8,7 +8,10 @@ with the exact interval of s in which no later neuron changes sign, and how far 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 import fastsae
 from fastsae._core import seeds
@@ -30,7 +33,8 @@ def run(study: Study) -> None:
     radius = study["reach"] * norm
     random = seeds.normal(study.generator(5), len(images), images.shape[1])
     edges = radius * 2.0 ** torch.linspace(-10, 0, 41, dtype=torch.float64, device="cpu")  # four bins for each doubling of the distance
-    profiles, rows = {}, []
+    profiles: dict[tuple[str, str], Tensor] = {}
+    rows: list[dict[str, Any]] = []
     for network, net in (("trained", data.net), ("untrained", data.untrained)):
         for kind, directions in (("random", random), ("through images", images)):
             rays = fastsae.polytopes.shell(net, directions, radius)
@@ -74,7 +78,7 @@ def run(study: Study) -> None:
     )
     base = fastsae.codes.pack_signs(torch.cat(back.preactivations(h), 1))
     predicted = back(h).argmax(1)
-    curve = []
+    curve: list[dict[str, float]] = []
     for s in torch.linspace(0, top, 49, device="cpu", dtype=torch.float32).tolist():
         code = fastsae.codes.pack_signs(torch.cat(back.preactivations(s * h), 1))
         changed = fastsae.codes.boundary_density(base, code).pairs / sum(back.widths)
@@ -96,7 +100,17 @@ def run(study: Study) -> None:
     study.record(
         edges=edges, profiles={" ".join(key): value for key, value in profiles.items()}, scaling=curve, valid_from=below, valid_to=above
     )
+    draw(study, edges, profiles, curve, norm, (float(below.median()), float(above.median())))
 
+
+def draw(
+    study: Study,
+    edges: Tensor,
+    profiles: dict[tuple[str, str], Tensor],
+    curve: list[dict[str, float]],
+    norm: float,
+    valid: tuple[float, float],
+) -> None:
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     centres = (edges[1:] * edges[:-1]).sqrt()
     for axis, network in zip(axes, ("trained", "untrained")):
@@ -113,7 +127,7 @@ def run(study: Study) -> None:
         axis.legend(frameon=False, fontsize=8)
     axes[2].plot([c["scale"] for c in curve], [c["code_changed"] for c in curve], label="share of later bits changed")
     axes[2].plot([c["scale"] for c in curve], [c["prediction_changed"] for c in curve], label="predictions changed")
-    axes[2].axvspan(float(below.median()), float(above.median()), color="C2", alpha=0.4, label="no bit changes (median interval)")
+    axes[2].axvspan(*valid, color="C2", alpha=0.4, label="no bit changes (median interval)")
     axes[2].set(xlabel="scale of the first hidden layer's activations", ylabel="share", title="Range of validity of a direction")
     axes[2].legend(frameon=False, fontsize=8)
     study.save(canvas, "shell")

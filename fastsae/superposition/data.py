@@ -336,7 +336,7 @@ class SuperpositionData:
         if self.parents is not None:
             rows, columns = self._with_parents(rows, columns)
         law = _LAWS[self.coefficients] if isinstance(self.coefficients, str) else self.coefficients
-        values = law(rows.shape[0], self.generator)
+        values: Any = law(rows.shape[0], self.generator)  # of a user's function
         if not isinstance(values, Tensor) or values.shape != rows.shape or not values.is_floating_point():
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"SuperpositionData.sample: coefficients must give a floating tensor [{rows.shape[0]}], got {got}")

@@ -10,13 +10,16 @@ its discussion.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae.sae.module import SAE
 from fastsae.superposition.data import unit_features
+
+S = TypeVar("S", bound=SAE)
 
 
 def _start(op: str, n_features: Any, noise: Any, seed: Any) -> torch.Generator:
@@ -120,7 +123,7 @@ def data_points(x: Tensor, n_features: int, *, noise: float = 0.0, centre: bool 
 
 
 @torch.no_grad()
-def start_from(sae: Any, rows: Tensor) -> Any:
+def start_from(sae: S, rows: Tensor) -> S:
     """Sets an SAE's decoder, and its encoder to the same, to ``rows [F, D]``; returns the SAE.
 
     Raises: TypeError, ValueError: another dtype, device or shape, a transcoder to another dimension.

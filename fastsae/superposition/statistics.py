@@ -115,8 +115,7 @@ class ActivationStatistics:
     def merge(self, other: ActivationStatistics) -> ActivationStatistics:
         """Adds what another object of the same size has seen; ``other`` stays as it is. Returns itself."""
         op = "ActivationStatistics.merge"
-        if not isinstance(other, ActivationStatistics):
-            raise TypeError(f"{op}: other must be ActivationStatistics, got {type(other).__name__}")
+        checks.instance(op, "other", other, ActivationStatistics, "ActivationStatistics")
         mine, theirs = ((s.n_neurons, s.sub_bins, s.zero) for s in (self, other))
         if mine != theirs:
             raise ValueError(f"{op}: other must have (n_neurons, sub_bins, zero) = {mine}, got {theirs}")

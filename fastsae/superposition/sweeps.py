@@ -19,6 +19,7 @@ from fastsae._core.seeds import stream_seed
 from fastsae.compare.matching import match
 from fastsae.optim import Adam
 from fastsae.sae.activations import ReLU
+from fastsae.sae.losses import features
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 from fastsae.superposition.data import SuperpositionData
@@ -218,6 +219,7 @@ def _together(
     """
     clock = time.perf_counter(), time.process_time()
     stream = _Stream(data, training.batch)
+    truth = stream.truth
     x = stream.fresh(4096)
     saes = SAEs(_start(x, n_features, l1, seed, training) for l1, seed in members)
     opt = Adam(saes, lr=training.lr)
@@ -227,9 +229,9 @@ def _together(
     wanted = set(training.snapshots)
     step = 0
     while True:
-        for member, sae in zip(going, saes) if wanted and stream.truth is not None else ():
-            if step in wanted or step >= member.end:
-                member.snapshots.append((step, match(stream.truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
+        for member, sae in zip(going, saes) if wanted else ():
+            if truth is not None and (step in wanted or step >= member.end):
+                member.snapshots.append((step, match(truth, sae.W_dec).a_to_b.similarity[:, 0].clone()))
         if any(step >= member.end for member in going):
             now = time.perf_counter(), time.process_time()
             for member in going:
@@ -240,7 +242,7 @@ def _together(
             x = stream.aside(EVALUATION) if left else stream.fresh(EVALUATION)
             for member, sae in zip(going, saes):
                 if step >= member.end:
-                    runs[member.l1, member.seed] = member.run(step, sae, x, stream.truth)
+                    runs[member.l1, member.seed] = member.run(step, sae, x, truth)
                     done(runs[member.l1, member.seed])
             if not left:
                 return [runs[job] for job in members]
@@ -291,9 +293,9 @@ def _evaluated(x: Tensor, sae: SAE, truth: Tensor | None) -> dict[str, Any]:
         result = sae(part)
         error += float(result.squared_error.double().sum())
         spread += float((part.double() - mean).square().sum())
-        latents = result.latents
-        active += float((latents.values > 0).sum())
-        fired[latents.col[latents.values > 0]] = True
+        positive = result.latents.values > 0
+        active += float(positive.sum())
+        fired[features(result.latents)[positive]] = True
     similarity = learned = None
     if truth is not None:
         found = match(truth, sae.W_dec)
@@ -318,8 +320,8 @@ def train_many(
         checks.tensor(op, "data", data)
         if data.dim() != 2 or data.shape[0] == 0:
             raise ValueError(f"{op}: data must have shape [n, D] with n > 0, got {list(data.shape)}")
-    elif not isinstance(data, SuperpositionData):
-        raise TypeError(f"{op}: data must be SuperpositionData or a tensor [n, D], got {type(data).__name__}")
+    else:
+        checks.instance(op, "data", data, SuperpositionData, "SuperpositionData or a tensor [n, D]")
     grid = [_several(op, name, value) for name, value in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
     for size in grid[0]:
         checks.integer(op, "n_features", size, 1)

@@ -107,7 +107,7 @@ def test_views_of_padded_latents(rows: slice) -> None:
 def test_decode_backward_of_padded_latents() -> None:
     plain, padded = (fastsae.encode_threshold(X, W, capacity=capacity) for capacity in (None, ROOM))
     grad = draw(ROWS, D, seed=9)
-    want, got = (fastsae.functional.decode_backward(grad, latents, W_DEC) for latents in (plain, padded))
+    want, got = (fastsae.ops.decode.decode_backward(grad, latents, W_DEC) for latents in (plain, padded))
     n = plain.values.shape[0]
     assert got.values.shape == (ROOM,)
     assert torch.equal(got.values[:n], want.values)

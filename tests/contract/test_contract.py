@@ -192,7 +192,7 @@ def _topk(x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, scale: Tensor) -> Tens
 
 
 def _select(z: Tensor) -> Tensor:
-    return fastsae.functional.select_topk(z, k=5).values
+    return fastsae.ops.select.select_topk(z, k=5).values
 
 
 def _topk_signed(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -359,7 +359,7 @@ VMAPPED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "encode_threshold": lambda x, W: fastsae.encode_threshold(x, W, capacity=200).values,
     "encode_batch_topk": lambda x, W: fastsae.encode_batch_topk(x, W, k=2)[1],
     "decode": lambda x, W: fastsae.decode(fastsae.TopKLatents(x[:, :5], _INDICES, 23), W),
-    "select_topk": lambda x, W: fastsae.functional.select_topk(x, k=2).values,
+    "select_topk": lambda x, W: fastsae.ops.select.select_topk(x, k=2).values,
     "match_cosine": lambda x, W: fastsae.match_cosine(x, W, k=2).similarity,
     "spline_code": lambda x, W: fastsae.spline_code(x, W),
     "spline_hash": lambda x, W: fastsae.spline_hash(x, W),
@@ -387,7 +387,7 @@ def _reference_values(name: str) -> Callable[..., Any] | None:
             x, W, b, None, None, torch.arange(0, 23, 2), None, 11, False
         )[0],
         "encode_threshold": lambda x, W, b, b_pre, scale: OPS["encode_threshold"].reference(
-            x, W, b, torch.tensor(0.3, dtype=torch.float64), b_pre, scale, None, None, None
+            x, W, b, b_pre, scale, None, None, torch.tensor(0.3, dtype=torch.float64), None
         )[0],
         "encode_batch_topk": lambda x, W, b, b_pre, scale: OPS["encode_batch_topk"].reference(x, W, b, b_pre, scale, None, None, 3.5)[0],
         "encode_gated": lambda x, W, r_mag, b_pre, b_mag: OPS["encode_gated"].reference(

@@ -246,7 +246,7 @@ def test_explain(rows: list[str]) -> None:
 def test_explain_lists_every_operation_in_order(gradient_rows: list[str]) -> None:
     def step() -> None:
         y = fastsae.decode(*tracked())
-        fastsae.functional.decode_backward(torch.ones_like(y), LATENTS, W)
+        fastsae.ops.decode.decode_backward(torch.ones_like(y), LATENTS, W)
 
     assert [choice.op for choice in explain(step).choices] == ["decode", "decode_dvalues", "decode_dweight"]
     # Nothing is recorded afterwards, nor after an exception.

@@ -65,7 +65,9 @@ VALID: dict[str, dict[str, Any]] = {
 
 
 def call(op: str, **changes: Any) -> Any:
-    return getattr(fastsae, op)(**{**VALID[op], **changes})
+    places = (fastsae, fastsae.codes, fastsae.compare, fastsae.optim, fastsae.ops.decode, fastsae.ops.select)
+    function = next(getattr(place, op) for place in places if hasattr(place, op))
+    return function(**{**VALID[op], **changes})
 
 
 def tensors(op: str) -> list[str]:
@@ -499,7 +501,7 @@ def test_an_index_out_of_range(bad: int, index_dtype: torch.dtype, backend: str 
         latents = RaggedLatents(RAGGED.values, RAGGED.crow, col, F, (4,))
     for run in (
         lambda: fastsae.decode(latents, draw(F, OUT), backend=backend),
-        lambda: fastsae.functional.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
+        lambda: fastsae.ops.decode.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
     ):
         with pytest.raises(IndexError, match=rf"{bad} at \[2(, 1)?\].*0 <= index < {F}"):
             run()
@@ -511,7 +513,7 @@ def test_bad_row_pointers(backend: str | None, crow: list[int]) -> None:
     latents = RaggedLatents(RAGGED.values, torch.tensor(crow), RAGGED.col, F, (4,))
     for run in (
         lambda: fastsae.decode(latents, draw(F, OUT), backend=backend),
-        lambda: fastsae.functional.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
+        lambda: fastsae.ops.decode.decode_backward(draw(ROWS, OUT), latents, draw(F, OUT), backend=backend),
     ):
         with pytest.raises(ValueError, match=r"latents\.crow"):
             run()
@@ -659,7 +661,7 @@ def test_wrong_inputs_leave_no_trace() -> None:
     bad = TopKLatents(LATENTS.values, torch.full_like(LATENTS.indices, F), F)
     before = torch.get_float32_matmul_precision()
     with pytest.raises(IndexError):
-        fastsae.functional.decode_backward(draw(ROWS, OUT), bad, draw(F, OUT), out=out, backend="reference")
+        fastsae.ops.decode.decode_backward(draw(ROWS, OUT), bad, draw(F, OUT), out=out, backend="reference")
     assert bool((out == 7).all())
     assert torch.get_float32_matmul_precision() == before
 

@@ -170,7 +170,7 @@ class Problem:
     """One problem, and the kernels' answers to it beside the oracle's."""
 
     def __init__(self, oracle: ctypes.CDLL, number: int):
-        self.oracle, self.number, self.cases, self.kernels = oracle, number, 0, loader._load()
+        self.oracle, self.number, self.cases, self.kernels = oracle, number, 0, loader.load()
         self.draw = Draw(number)
         self.levels = loader.isa_levels()
         self.said = ""
@@ -236,7 +236,7 @@ class Problem:
         said = f"x {x.shape}, w {w.shape}, type {t}, strides {(x_r, x_d)}, {(w_f, w_d)}, of {count}"
 
         def begin(paths: tuple[str, ...] = tuple(PATHS)) -> tuple[Any, Any, str]:
-            """(arguments, path and threads) of the next call, its name, with the products of its level in `now`."""
+            """(arguments; path, statistics and threads) of the next call, its name, with the products of its level in `now`."""
             fuses = self.level()
             if fuses not in made:
                 made[fuses] = np.empty((rows, count), np.float32)
@@ -245,10 +245,10 @@ class Problem:
             path = draw.choice(paths)
             blob = address(packed) if len(packed) and draw.random() < 0.6 else 0
             arguments = (
-                address(x_at), t, rows, x_r, x_d, address(centre), eps,
-                address(w_at), t, w_f, w_d, d, count, address(chosen), eps, blob,
+                (address(x_at), t, rows, d, x_r, x_d, address(centre), eps),
+                (address(w_at), t, w_f, w_d, d, count, address(chosen), eps, blob),
             )  # fmt: skip
-            return arguments, (PATHS[path], draw.choice((1, 1, 1, 2, 3)), 0), f"{path}{' packed' if blob else ''}, {said}"
+            return arguments, (PATHS[path], 0, draw.choice((1, 1, 1, 2, 3))), f"{path}{' packed' if blob else ''}, {said}"
 
         def ragged(operation: str, name: str, entries: Any, m: int, *want: Array) -> None:
             assert entries.status == -1
@@ -284,7 +284,7 @@ class Problem:
             want, got = [(np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)) for _ in range(2)]
             C.topk(p(self.now), i64(rows), i64(count), p(chosen), p(scale), p(bias), i64(k), int(relu), 0, 0, p(want[0]), p(want[1]))
             status = kernels.encode_topk(
-                *arguments, address(scale), address(bias), k, relu, address(got[0]), address(got[1]), *tail, 0
+                *arguments, address(scale), address(bias), k, relu, address(got[0]), address(got[1]), 0, *tail
             )  # fmt: skip
             assert status == -1
             self.same(f"encode_topk(k={k}, relu={relu})", name, values=(got[0], want[0]), indices=(got[1], want[1]))
@@ -320,12 +320,12 @@ class Problem:
 
     def pair(self, begin: Any, rows: int, n: int) -> None:
         draw, C = self.draw, self.oracle
-        arguments, (_, threads, _), name = begin(("screen",))
+        arguments, (_, _, threads), name = begin(("screen",))
         k_ab, k_ba = draw.randint(1, n), draw.randint(1, min(rows, 8))
         shapes = ((rows, k_ab), (n, k_ba), (rows, 1))
         got = [np.empty(s, t) for s in shapes for t in (np.float32, np.int64)]
         want = [np.empty(s, t) for s in shapes for t in (np.float32, np.int64)]
-        if self.kernels.match_pair(*arguments, k_ab, k_ba, *map(address, got), threads, 0) == self.kernels.UNSUPPORTED:
+        if self.kernels.match_pair(*arguments, k_ab, k_ba, *map(address, got), 0, threads) == self.kernels.UNSUPPORTED:
             return
         back, negated = np.ascontiguousarray(self.now.T), -self.now
         C.topk(p(self.now), i64(rows), i64(n), None, None, None, i64(k_ab), 0, 0, 0, p(want[0]), p(want[1]))
@@ -337,10 +337,11 @@ class Problem:
 
     def enclosed(self, begin: Any, rows: int, n: int, scale: Array | None, bias: Array | None) -> None:
         """Every score lies in the interval that the screen claims for it."""
-        arguments, (_, threads, _), name = begin(("screen",))
+        arguments, (_, _, threads), name = begin(("screen",))
         lo, hi = np.empty((2, rows, n), np.float32)
         bf16 = self.draw.random() < 0.5
-        if not self.kernels.screen_bounds(*arguments, address(scale), address(bias), bf16, address(lo), address(hi), threads):
+        status = self.kernels.screen_bounds(*arguments, address(scale), address(bias), bf16, address(lo), address(hi), threads)
+        if status == self.kernels.UNSUPPORTED:
             return
         with np.errstate(all="ignore"):
             score = self.now if scale is None else self.now * scale
@@ -600,7 +601,7 @@ def test_references_select_as_the_oracle(oracle: ctypes.CDLL) -> None:
         problem.same("encode_batch_topk", f"k={total}", values=(ragged.values, out[0][:found]), col=(ragged.col, out[1][:found]),
                      crow=(ragged.crow, out[2]), min_kept=(min_kept, least[0]))  # fmt: skip
 
-        selected = fastsae.functional.select_topk(torch.from_numpy(now), k=k, relu=relu, backend="reference")
+        selected = fastsae.ops.select.select_topk(torch.from_numpy(now), k=k, relu=relu, backend="reference")
         oracle.topk(p(now), i64(rows), i64(m), None, None, None, i64(k), int(relu), 0, 0, p(values), p(indices))
         problem.same("select_topk", f"k={k}", values=(selected.values + 0.0, values), indices=(selected.indices, indices))
         code = fastsae.spline_code(*tensors, backend="reference")

@@ -40,7 +40,7 @@ def sample(op: str, **wanted: Any) -> tuple:
     words = torch.randint(-(2**63), 2**63 - 1, (9, 2), generator=generator)
     return {
         "encode_topk": (x, W, b, None, None, None, None, 5, wanted.get("relu", False)),
-        "encode_threshold": (x, W, b, torch.full((50,), 2.0), None, None, None, None, wanted.get("bandwidth")),
+        "encode_threshold": (x, W, b, None, None, None, None, torch.full((50,), 2.0), wanted.get("bandwidth")),
         "encode_batch_topk": (x, W, b, None, None, None, None, wanted.get("k", 4.0)),
         "encode_gated": (x, W, b, b / 8 if not integers else b * 0, b.flip(0), None, None),
         "decode": (normal(6, 5), indices, None, W, normal(W.shape[1])),
@@ -387,7 +387,7 @@ def test_straight_through_band(damage: Damage) -> None:
 
 
 def test_a_threshold_is_strict_on_integers() -> None:
-    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), None, torch.tensor(2.0), None, None, None, None, None)
+    args = (torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), None, None, None, None, None, torch.tensor(2.0), None)
     check, flags = OPS["encode_threshold"].check, torch.zeros(0, dtype=torch.uint8)
     check(args, (torch.tensor([3.0]), torch.tensor([2]), torch.tensor([0, 1]), flags))
     with pytest.raises(Mismatch, match="active entries differ"):

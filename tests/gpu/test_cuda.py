@@ -377,7 +377,7 @@ GRAPHED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         ("encode_batch_topk", "decode"),
     ),
     "dweight": (lambda x, W, W_dec: _dweight(x, W), ("decode_dweight",)),
-    "select": (lambda x, W, W_dec: fastsae.functional.select_topk(x, k=16).values, ("select_topk",)),
+    "select": (lambda x, W, W_dec: fastsae.ops.select.select_topk(x, k=16).values, ("select_topk",)),
     "hash": (lambda x, W, W_dec: fastsae.codes.hash_signs(x), ("hash_signs",)),
     "hamming": (
         lambda x, W, W_dec: fastsae.codes.hamming_topk(fastsae.codes.pack_signs(x), fastsae.codes.pack_signs(W), 8).distance,
@@ -436,7 +436,7 @@ def test_gpu_streams_are_respected() -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         z.fill_(1.0)  # after the sleep: a launch on another stream would see zeros
-        latents = fastsae.functional.select_topk(z, k=4, backend="cuda")
+        latents = fastsae.ops.select.select_topk(z, k=4, backend="cuda")
         words = fastsae.codes.pack_signs(z, backend="cuda")
     side.synchronize()
     assert bool((latents.values == 1).all())
@@ -448,7 +448,7 @@ def test_gpu_streams_are_respected() -> None:
 def test_gpu_of_the_tensors_is_used() -> None:
     z = torch.randn(64, 4096, device="cuda:1")
     assert torch.cuda.current_device() == 0
-    latents = fastsae.functional.select_topk(z, k=7, backend="cuda")
+    latents = fastsae.ops.select.select_topk(z, k=7, backend="cuda")
     assert latents.values.device == z.device
     assert torch.equal(latents.indices.cpu(), best(z.cpu(), 7)[1])
     assert torch.cuda.current_device() == 0

@@ -94,7 +94,7 @@ LARGE: dict[str, Callable[[FakeCuda, torch.dtype], Any]] = {
         g.tensor((1, D), t), g.tensor((F, D), t), None, None, None, None, None, F, False
     ),
     "encode_threshold": lambda g, t: encode.encode_threshold(
-        g.tensor((B // 8, D), t), g.tensor((F, D), t), None, g.tensor((F,)), None, None, None, None, 0.1, 1 << 26
+        g.tensor((B // 8, D), t), g.tensor((F, D), t), None, None, None, None, None, g.tensor((F,)), 0.1, 1 << 26
     ),
     "encode_batch_topk": lambda g, t: encode.encode_batch_topk(
         g.tensor((B // 8, D), t), g.tensor((F, D), t), None, None, None, None, None, float(K), 1 << 22

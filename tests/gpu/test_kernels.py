@@ -280,7 +280,7 @@ def test_bad_index(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.decode_dvalues(grad, broken, None, W)
 
     # As on a GPU: no check before the launch.
-    monkeypatch.setattr(kernels, "_check_on_cpu", lambda *args: None)
+    monkeypatch.setattr(kernels, "check_on_cpu", lambda *args: None)
     monkeypatch.setattr(flags, "_flags", {})
     flags.raise_if_set()
     for name in ("decode", "dvalues", "dweight"):
@@ -304,7 +304,7 @@ def test_bad_index(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @usable
 @pytest.mark.parametrize("alone", ["decode", "decode_dvalues", "decode_dweight"])
 def test_each_operation_sets_the_flag(alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_check_on_cpu", lambda *args: None)
+    monkeypatch.setattr(kernels, "check_on_cpu", lambda *args: None)
     monkeypatch.setattr(flags, "_flags", {})
     values, indices, W, grad = torch.ones(1, 2), torch.tensor([[0, 3]]), torch.ones(3, 4), torch.ones(1, 4)
     calls = {
@@ -324,7 +324,7 @@ def test_a_broken_crow_is_refused_and_stays_inside(crow: list[int], monkeypatch:
     args = (torch.ones(4), torch.zeros(4, dtype=torch.int64), torch.tensor(crow), torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"latents.crow must rise from 0 to nnz=4"):
         kernels.decode(*args, None)
-    monkeypatch.setattr(kernels, "_check_on_cpu", lambda *args: None)
+    monkeypatch.setattr(kernels, "check_on_cpu", lambda *args: None)
     assert kernels.decode(*args, None).shape == (3, 4)
 
 

@@ -386,7 +386,7 @@ def _with_handle(x: Tensor, W: Tensor, b_pre: Tensor | None, features: Tensor | 
     """Results of the launchers that read a handle."""
     b, theta = torch.linspace(-1, 1, W.shape[0]).to(x.dtype), torch.linspace(0, 2, W.shape[0])
     yield encode.encode_topk(x, W, b, b_pre, None, features, packed, 5, True)
-    yield encode.encode_threshold(x, W, b, theta, b_pre, theta, features, packed, 0.5)
+    yield encode.encode_threshold(x, W, b, b_pre, theta, features, packed, theta, 0.5)
     yield encode.encode_gated(x, W, b, theta / 4, b, b_pre, packed)
     yield (spline.spline_hash(x, W, b, None, 1, 2, 128, packed),)
 
@@ -475,7 +475,7 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
     x, W, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((20, 20), (130, 20), (130,)))
     calls = (
         lambda x: encode.encode_topk(x, W, b, None, None, None, None, 5, True),
-        lambda x: encode.encode_threshold(x, W, b, W[:, 0] / 2, None, None, None, None, 0.5),
+        lambda x: encode.encode_threshold(x, W, b, None, None, None, None, W[:, 0] / 2, 0.5),
         lambda x: encode.encode_batch_topk(x, W, b, None, None, None, None, 3.3),
         lambda x: (spline.spline_code(x, W, b, None),),
     )

@@ -1,4 +1,4 @@
-"""The bound of the CPU's screen (csrc/cpu/tile.h) against a float64 computation of its proof, term by term, and its sums at their limits.
+"""The bound of the CPU's screen (csrc/cpu/engine/bound.h) against a float64 computation of its proof, term by term; sums at their limits.
 
 A screened product that is 0 shows its half-width as the upper end: rows that cancel in pairs have it for any elements. Every term of E is
 the largest for some rows below, so weakening one of them fails here (tests/mutants.py lists which).
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsae.latents import ScoreInputs
 from fastsae.native import encode as native_encode
 from fastsae.native import loader
 from fastsae.native import match as native_match
@@ -81,7 +82,7 @@ def proof(x: Tensor, W: Tensor, bf16: bool, above: bool = False) -> Tensor:
 
 
 def bounds(x: Tensor, W: Tensor, bf16: bool, **more: Any) -> tuple[Tensor, Tensor]:
-    found = native_encode.screen_bounds(x, W, None, None, None, bf16=bf16, **more)
+    found = native_encode.screen_bounds(ScoreInputs(x, W, **more), bf16=bf16)
     if found is None:
         pytest.skip("this level has no such number")
     return found
@@ -111,7 +112,7 @@ def test_norms_and_losses_of_a_handle(d: int) -> None:
     H = torch.ones(1, 1, dtype=torch.float64)
     while H.shape[0] < n:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    # Signs of the rotation (engine.cpp): those of single elements, whose rotated rows are columns of H times them.
+    # Signs of the rotation (pack.cpp): those of single elements, whose rotated rows are columns of H times them.
     signs = torch.ones(d, dtype=torch.float64)
     for i in range(d):
         h = (i * 0x9E3779B9 + 0x7F4A7C15) & 0xFFFFFFFF
@@ -204,8 +205,8 @@ def test_rows_too_long_for_the_sums_are_not_screened(level: str) -> None:
     with loader.use_isa(level):
         for D, screens in ((LONGEST, True), (LONGEST + 1, False), (70000, False)):
             x, W = torch.ones(1, 1).expand(12, D), torch.ones(1, 1).expand(40, D)
-            assert loader._load().packs(D) is screens
-            assert (native_encode.screen_bounds(x, W, None, None, None) is not None) is screens
+            assert loader.load().packs(D) is screens
+            assert (native_encode.screen_bounds(ScoreInputs(x, W)) is not None) is screens
             stats: dict[str, int] = {}
             values, indices = native_encode.encode_topk(x, W, None, None, None, None, None, 2, False, path="rows", stats=stats)
             assert (stats["screened_rows"] + stats["exact_rows"] > 0) is screens
@@ -253,7 +254,7 @@ def test_steps_that_underflow_together() -> None:
 
 @pytest.mark.parametrize("level", SCREENING)
 def test_what_the_ends_leave_to_ties(level: str) -> None:
-    """Upper ends that equal the cut, scores of both zeros, a band whose edge is rounded: what an interval may not decide."""
+    """Upper ends that equal the threshold, scores of both zeros, a band whose edge is rounded: what an interval may not decide."""
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(20, 40, generator=g), torch.randn(600, 40, generator=g)
     with loader.use_isa(level):
@@ -290,13 +291,13 @@ def test_what_the_ends_leave_to_ties(level: str) -> None:
         # |score - theta| = 2 u < 2.5 u, and theta - 2.5 u rounds to the score.
         theta, band, score = torch.ones(100), 5 * U, torch.full((100,), 1 - 2 * U)
         for path in ("dense", "screen"):
-            _, col, _, flags = native_encode.encode_threshold(x * 0, W, score, theta, None, None, None, None, band, path=path)
+            _, col, _, flags = native_encode.encode_threshold(x * 0, W, score, None, None, None, None, theta, band, path=path)
             assert col.numel() == 2000 and bool((flags == 2).all())
 
 
 @pytest.mark.parametrize("level", SCREENING)
 def test_a_pair_in_one_pass_has_the_bits_of_three(level: str) -> None:
-    """Best of rows, best of columns and lowest of rows, over several blocks: each of the three cuts leaves open what it must."""
+    """Best of rows, best of columns and lowest of rows, over several blocks: each of the three thresholds leaves open what it must."""
     with loader.use_isa(level):
         for seed, (n, k_ab, k_ba) in enumerate([(40, 3, 2), (7, 1, 1), (100, 20, 8), (30, 25, 1)]):
             g = torch.Generator().manual_seed(seed)

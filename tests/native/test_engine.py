@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae.dispatch import OPS
+from fastsae.latents import ScoreInputs
 from fastsae.native import encode as native_encode
 from fastsae.native import loader
 from fastsae.native import match as native_match
@@ -62,7 +63,8 @@ def assert_enclosed(case: Case) -> None:
     for packed in (None, native_encode.pack(case["W"])):
         for bf16 in (False, True):
             for W in (case["W"], case["W"].T.contiguous().T):
-                bounds = native_encode.screen_bounds(case["x"], W, case["b"], case["b_pre"], case["scale"], packed, bf16=bf16)
+                inputs = ScoreInputs(case["x"], W, case["b"], case["b_pre"], case["scale"], packed=packed)
+                bounds = native_encode.screen_bounds(inputs, bf16=bf16)
                 if bounds is None:
                     continue
                 lo, hi = bounds
@@ -83,7 +85,7 @@ def columns(case: Case) -> Case:
     return {**case, "W": case["W"].T.contiguous().T}
 
 
-def verify(case: Case, exact_rows: int | None = None, checked: bool = True, apart: bool = True) -> dict[str, int]:
+def verify(case: Case, exact_rows: int | None = None, checked: bool = True, rowwise: bool = True) -> dict[str, int]:
     """Screened = dense, bit for bit, in both layouts; dense = float64 outside the rounding band; no row of the result was screened out."""
     dense = run(case, "dense")
     if checked:
@@ -100,7 +102,7 @@ def verify(case: Case, exact_rows: int | None = None, checked: bool = True, apar
     same(run(columns(case), "screen"), dense)
     same(run(case, "screen", packed=True), dense)
     same(run(columns(case), "screen", packed=True), dense)
-    for path in ("rows", "blocks") if apart else ():  # all intervals of a row before its first score
+    for path in ("rows", "blocks") if rowwise else ():  # all intervals of a row before its first score
         counts: dict[str, int] = {}
         survived.zero_()
         same(run(case, path, stats=counts, survived=survived), dense)
@@ -112,7 +114,7 @@ def verify(case: Case, exact_rows: int | None = None, checked: bool = True, apar
     assert_enclosed(case)
     for level in SCREENING[:-1]:
         with loader.use_isa(level):
-            for path in ("screen", "rows", "blocks") if apart else ("screen",):
+            for path in ("screen", "rows", "blocks") if rowwise else ("screen",):
                 same(run(case, path), dense)
     assert stats["screened_rows"] + stats["exact_rows"] == rows
     if exact_rows is not None:
@@ -141,7 +143,7 @@ def test_awkward_row_counts(rows: int) -> None:
 def test_more_rows_than_a_chunk() -> None:
     stats = verify(draw(2100, 32, 600, k=5))
     assert stats["exact_rows"] == 0
-    wide = verify(draw(300, 16, 30000, k=3000), apart=False)  # buffers of 64 MiB allow fewer rows at a time
+    wide = verify(draw(300, 16, 30000, k=3000), rowwise=False)  # buffers of 64 MiB allow fewer rows at a time
     assert wide["workspace"] < 200 << 20
 
 
@@ -474,7 +476,7 @@ def test_cuts_screened_equal_dense_on_anything(data: st.DataObject) -> None:
     chosen = data.draw(st.sampled_from([None, torch.randperm(n, generator=g)[: n // 2 + 1]]))
     k = data.draw(st.sampled_from([0.2, 1.0, 7.5, 1e9]))
     calls = [
-        lambda W, words, path: native_encode.encode_threshold(x, W, b, theta, b_pre, scale, chosen, words, band, path=path),
+        lambda W, words, path: native_encode.encode_threshold(x, W, b, b_pre, scale, chosen, words, theta, band, path=path),
         lambda W, words, path: native_encode.encode_batch_topk(x, W, b, b_pre, scale, chosen, words, k, path=path),
         lambda W, words, path: native_encode.encode_gated(
             x, W, theta - 2, theta / 4 if b is None else b, theta if scale is None else scale, b_pre, words, path=path
@@ -506,7 +508,7 @@ def test_half_precision_is_widened_exactly(dtype: torch.dtype) -> None:
 def test_dense_firing_is_not_screened_in_vain() -> None:
     case = draw(64, 128, 8192)
     stats: dict[str, int] = {}
-    inputs = (case["x"], case["W"], None, torch.zeros(()), None, None, None, None, None)
+    inputs = (case["x"], case["W"], None, None, None, None, None, torch.zeros(()), None)
     got = native_encode.encode_threshold(*inputs, stats=stats)
     assert stats["scored"] <= 64 * 8192
     same_entries(got, native_encode.encode_threshold(*inputs, path="dense"))
@@ -544,7 +546,7 @@ def test_a_nan_score_passes_an_infinite_threshold() -> None:
     case["W"][7, 3] = float("nan")
     theta = torch.full((4096,), 30.0).index_fill_(0, torch.tensor([7]), float("inf"))
     for path in ("dense", "screen", "auto"):
-        values, col, crow, _ = native_encode.encode_threshold(case["x"], case["W"], None, theta, None, None, None, None, None, path=path)
+        values, col, crow, _ = native_encode.encode_threshold(case["x"], case["W"], None, None, None, None, None, theta, None, path=path)
         assert bool(values.isnan().all())
         assert torch.equal(col, torch.full((64,), 7))
         assert torch.equal(crow, torch.arange(65))

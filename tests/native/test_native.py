@@ -1,20 +1,25 @@
 """What only the compiled layer can get wrong: every instruction set level, threads, page boundaries, fork, refusals.
 
-The contract suite covers the operations; here the functions of fastsae.native.loader are called directly.
+The contract suite covers the operations; here the functions of fastsae.native.decode are called directly.
 """
 
 from __future__ import annotations
 
+import ast
 import ctypes
+import importlib
 import mmap
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from levels import codes
+from places import ROOT
 
+from fastsae.native import decode as kernels
 from fastsae.native import loader
 
 pytestmark = pytest.mark.skipif(loader.unavailable() is not None, reason=str(loader.unavailable()))
@@ -81,11 +86,11 @@ def test_every_level_matches_float64(level: str, shape: tuple[int, int, int, int
     given = layout(W, how)
     rows = W.double()[indices]  # [B, K, D]
     terms = torch.cat([values.double()[..., None] * rows, b.double().expand(len(values), 1, D)], 1)
-    assert_within_two_ulp(loader.decode(values, indices, None, given, b), terms, 1)
-    assert_within_two_ulp(loader.decode_dvalues(grad, indices.int(), None, given), grad.double()[:, None] * rows, 2)
+    assert_within_two_ulp(kernels.decode(values, indices, None, given, b), terms, 1)
+    assert_within_two_ulp(kernels.decode_dvalues(grad, indices.int(), None, given), grad.double()[:, None] * rows, 2)
 
     out = layout(torch.full((F, D), float("nan"), dtype=dtype), how)
-    loader.decode_dweight(values, indices, None, grad, out)
+    kernels.decode_dweight(values, indices, None, grad, out)
     products = values.double()[..., None] * grad.double()[:, None]
     exact, scale = torch.zeros(2, F, D, dtype=torch.float64)
     exact.index_add_(0, indices.flatten(), products.reshape(indices.numel(), D))
@@ -101,8 +106,12 @@ def test_bits_do_not_depend_on_threads_batch_or_layout(level: str, how: str) -> 
 
     def everything() -> list[torch.Tensor]:
         out = layout(torch.empty_like(W), how)
-        loader.decode_dweight(values, indices, None, grad, out)
-        return [loader.decode(values, indices, None, given, b), loader.decode_dvalues(grad, indices, None, given), out.contiguous()]
+        kernels.decode_dweight(values, indices, None, grad, out)
+        return [
+            kernels.decode(values, indices, None, given, b),
+            kernels.decode_dvalues(grad, indices, None, given),
+            out.contiguous(),
+        ]
 
     before = torch.get_num_threads()
     try:
@@ -116,11 +125,11 @@ def test_bits_do_not_depend_on_threads_batch_or_layout(level: str, how: str) -> 
         assert torch.equal(a, c)
     y, dvalues, dweight = serial
     for part in (slice(0, 1), slice(7, 12), slice(150, 300)):
-        assert torch.equal(loader.decode(values[part], indices[part], None, given, b), y[part])
-        assert torch.equal(loader.decode_dvalues(grad[part], indices[part], None, given), dvalues[part])
-    assert torch.equal(loader.decode(values, indices, None, W, b), y)
+        assert torch.equal(kernels.decode(values[part], indices[part], None, given, b), y[part])
+        assert torch.equal(kernels.decode_dvalues(grad[part], indices[part], None, given), dvalues[part])
+    assert torch.equal(kernels.decode(values, indices, None, W, b), y)
     plain = torch.empty_like(W)
-    loader.decode_dweight(values, indices, None, grad, plain)
+    kernels.decode_dweight(values, indices, None, grad, plain)
     assert torch.equal(plain, dweight)
 
 
@@ -131,11 +140,11 @@ def test_ragged_rows_equal_rows_of_fixed_length(level: str, how: str) -> None:
     lengths = torch.tensor([70, 0, 1, 16, 17, 64, 0, 0, 33, 70, 5, 0])
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     keep = torch.arange(70) < lengths[:, None]
-    y = loader.decode(values[keep], indices[keep], crow, given, b)
-    dvalues = loader.decode_dvalues(grad, indices[keep], crow, given)
-    assert torch.equal(dvalues, loader.decode_dvalues(grad, indices, None, given)[keep])
+    y = kernels.decode(values[keep], indices[keep], crow, given, b)
+    dvalues = kernels.decode_dvalues(grad, indices[keep], crow, given)
+    assert torch.equal(dvalues, kernels.decode_dvalues(grad, indices, None, given)[keep])
     for r, length in enumerate(lengths.tolist()):
-        assert torch.equal(y[r : r + 1], loader.decode(values[r : r + 1, :length], indices[r : r + 1, :length], None, given, b))
+        assert torch.equal(y[r : r + 1], kernels.decode(values[r : r + 1, :length], indices[r : r + 1, :length], None, given, b))
 
 
 def test_avx2_and_avx512_give_the_same_bits() -> None:
@@ -145,7 +154,7 @@ def test_avx2_and_avx512_give_the_same_bits() -> None:
     results = []
     for name in ("avx2", "avx512"):
         with loader.use_isa(name):
-            results.append((loader.decode(values, indices, None, W, b), loader.decode_dvalues(grad, indices, None, W)))
+            results.append((kernels.decode(values, indices, None, W, b), kernels.decode_dvalues(grad, indices, None, W)))
     for a, c in zip(*results, strict=True):
         assert torch.equal(a, c)
 
@@ -153,14 +162,14 @@ def test_avx2_and_avx512_give_the_same_bits() -> None:
 def test_special_values_follow_ieee(level: str) -> None:
     W = torch.tensor([[float("inf"), float("nan"), -0.0], [1e-40, 1.0, -0.0]])
     zero, one = torch.tensor([[0.0]]), torch.tensor([[1.0]])
-    first = loader.decode(zero, torch.tensor([[0]]), None, W, None)
+    first = kernels.decode(zero, torch.tensor([[0]]), None, W, None)
     assert first[0, :2].isnan().all()
     assert first[0, 2] == 0
-    assert torch.equal(loader.decode(one, torch.tensor([[1]]), None, W, None), W[1:])  # denormals survive
+    assert torch.equal(kernels.decode(one, torch.tensor([[1]]), None, W, None), W[1:])  # denormals survive
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.tensor([65504.0, 65520.0, float("nan"), float("-inf"), 2.0**-24, 3e-8, 1.00390625, 2049.0])
         ones = torch.ones(1, 1, dtype=dtype)
-        got = loader.decode(ones, torch.zeros(1, 1, dtype=torch.int64), None, torch.zeros(1, 8, dtype=dtype), x)[0]
+        got = kernels.decode(ones, torch.zeros(1, 1, dtype=torch.int64), None, torch.zeros(1, 8, dtype=dtype), x)[0]
         assert torch.equal(got.isnan(), x.isnan())
         assert torch.equal(got.nan_to_num(9.0), x.to(dtype).nan_to_num(9.0))  # rounds as torch does
 
@@ -196,22 +205,22 @@ def test_nothing_beyond_a_tensor_is_touched(level: str, dtype: torch.dtype, D: i
     indices[-1, -1] = F - 1
     v, i, g, bias = guard(values), guard(indices), guard(grad), guard(b)
     for given, out in ((guard(W), guard(W)), (guard(W.t()).t(), guard(W.t()).t())):
-        assert torch.equal(loader.decode(v, i, None, given, bias), loader.decode(values, indices, None, given.clone(), b))
-        loader.decode_dvalues(g, guard(indices.int()), None, given)
-        loader.decode_dweight(v, i, None, g, out)
+        assert torch.equal(kernels.decode(v, i, None, given, bias), kernels.decode(values, indices, None, given.clone(), b))
+        kernels.decode_dvalues(g, guard(indices.int()), None, given)
+        kernels.decode_dweight(v, i, None, g, out)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_a_forked_child_of_a_threaded_parent_finishes() -> None:
     code = """
 import os, torch
-from fastsae.native import loader
+from fastsae.native import decode as kernels
 torch.set_num_threads(2)
 v, i, W = torch.randn(512, 32), torch.randint(0, 4096, (512, 32)), torch.randn(4096, 256)
-y = loader.decode(v, i, None, W, None)
+y = kernels.decode(v, i, None, W, None)
 child = os.fork()
 if child == 0:
-    same = loader.decode(v, i, None, W, None).numpy().tobytes() == y.numpy().tobytes()  # torch.equal itself would hang here
+    same = kernels.decode(v, i, None, W, None).numpy().tobytes() == y.numpy().tobytes()  # torch.equal itself would hang here
     os._exit(0 if same else 3)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -224,46 +233,46 @@ def test_bad_indices_are_named_before_anything_is_read() -> None:
         wrong = indices.clone()
         wrong[2, 1] = bad
         for call in (
-            lambda i: loader.decode(values, i, None, W, b),
-            lambda i: loader.decode_dvalues(grad, i, None, W),
-            lambda i: loader.decode_dweight(values, i, None, grad, torch.empty_like(W)),
+            lambda i: kernels.decode(values, i, None, W, b),
+            lambda i: kernels.decode_dvalues(grad, i, None, W),
+            lambda i: kernels.decode_dweight(values, i, None, grad, torch.empty_like(W)),
         ):
             with pytest.raises(IndexError, match=rf"latents\.indices: {bad} at \[2, 1\] .* 10 features \(valid: 0 <= index < 10\)"):
                 call(wrong)
     for crow in ([0, 2, 1, 12], [1, 2, 3, 12], [0, 1, 2, 11], [0, 1, 13, 12]):
         with pytest.raises(ValueError, match=r"latents\.crow"):
-            loader.decode(values.flatten(), indices.flatten(), torch.tensor(crow), W, b)
+            kernels.decode(values.flatten(), indices.flatten(), torch.tensor(crow), W, b)
 
 
 def test_refusals_give_the_reason() -> None:
     values, indices, W, b, grad = draw((4, 8, 10, 3), torch.float32)
-    assert loader.refuses_decode(values, indices, None, W, b) is None
-    double = loader.refuses_decode(values.double(), indices, None, W.double(), None)
+    assert kernels.refuses_decode(values, indices, None, W, b) is None
+    double = kernels.refuses_decode(values.double(), indices, None, W.double(), None)
     assert double == "dtype float64 (supported: float32, bfloat16, float16)"
-    assert "mixed dtypes" in str(loader.refuses_decode_dvalues(grad.half(), indices, None, W))
-    assert "device meta" in str(loader.refuses_decode_dweight(values.to("meta"), indices, None, grad, W))
-    assert "index dtype int16" in str(loader.refuses_decode(values, indices.short(), None, W, b))
+    assert "mixed dtypes" in str(kernels.refuses_decode_dvalues(grad.half(), indices, None, W))
+    assert "device meta" in str(kernels.refuses_decode_dweight(values.to("meta"), indices, None, grad, W))
+    assert "index dtype int16" in str(kernels.refuses_decode(values, indices.short(), None, W, b))
 
 
 def test_inputs_may_lie_anyhow(level: str) -> None:
     values, indices, W, b, grad = draw((6, 40, 30, 5), torch.float32)
-    y = loader.decode(values, indices, None, W, b)
-    assert torch.equal(loader.decode(values.t().contiguous().t(), indices.t().contiguous().t(), None, W, b), y)
-    assert torch.equal(loader.decode(values, indices, None, W, torch.stack([b, b], 1)[:, 0]), y)
+    y = kernels.decode(values, indices, None, W, b)
+    assert torch.equal(kernels.decode(values.t().contiguous().t(), indices.t().contiguous().t(), None, W, b), y)
+    assert torch.equal(kernels.decode(values, indices, None, W, torch.stack([b, b], 1)[:, 0]), y)
     one = grad[:1, :1].expand(6, 40)
-    assert torch.equal(loader.decode_dvalues(one, indices, None, W), loader.decode_dvalues(one.clone(), indices, None, W))
+    assert torch.equal(kernels.decode_dvalues(one, indices, None, W), kernels.decode_dvalues(one.clone(), indices, None, W))
     repeated = W[:1].expand(30, 40)  # stride 0
-    assert torch.equal(loader.decode(values, indices, None, repeated, b), loader.decode(values, indices, None, repeated.clone(), b))
+    assert torch.equal(kernels.decode(values, indices, None, repeated, b), kernels.decode(values, indices, None, repeated.clone(), b))
     column = W[:, :1].expand(30, 40)
-    assert torch.equal(loader.decode(values, indices, None, column, b), loader.decode(values, indices, None, column.clone(), b))
+    assert torch.equal(kernels.decode(values, indices, None, column, b), kernels.decode(values, indices, None, column.clone(), b))
 
 
 @pytest.mark.parametrize("how", ["rows", "transposed"])
 def test_untouched_rows_can_be_left(how: str) -> None:
     values, indices, W, _, grad = draw((3, 20, 100, 4), torch.float32)
     out, full = layout(torch.full_like(W, 5.0), how), torch.empty_like(W)
-    loader.decode_dweight(values, indices, None, grad, out, zero_untouched=False)
-    loader.decode_dweight(values, indices, None, grad, full)
+    kernels.decode_dweight(values, indices, None, grad, out, zero_untouched=False)
+    kernels.decode_dweight(values, indices, None, grad, full)
     touched = torch.zeros(100, dtype=torch.bool).index_fill_(0, indices.flatten(), True)
     assert torch.equal(out[touched], full[touched])
     assert (out[~touched] == 5).all()
@@ -287,3 +296,15 @@ def test_an_unknown_level_in_the_environment_is_an_error_on_use() -> None:
     assert run.stdout.strip() == "portable"
     with pytest.raises(ValueError, match="use_isa"), loader.use_isa("avx9"):
         pass
+
+
+def test_the_stubs_are_of_the_extensions() -> None:
+    for name in ("_C", "_cuda"):
+        tree = ast.parse((ROOT / f"fastsae/{name}.pyi").read_text())
+        stubs = {node.name: len(node.args.posonlyargs) for node in tree.body if isinstance(node, ast.FunctionDef)}
+        try:
+            module = importlib.import_module(f"fastsae.{name}")
+        except ImportError:
+            continue  # the CUDA module is not built everywhere
+        functions = {key: value for key, value in vars(module).items() if callable(value) and not isinstance(value, type)}
+        assert stubs == {key: len(re.findall(r"arg\d+:", value.__doc__)) for key, value in functions.items()}

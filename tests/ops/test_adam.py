@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fastsae
 from fastsae.dispatch import OPS
+from fastsae.native import adam as native_adam
+from fastsae.native import decode as native_decode
 from fastsae.native import loader
 from fastsae.optim import RowGradient
 
@@ -217,7 +219,7 @@ def test_many_slots_are_sorted_by_all_threads(ragged: bool) -> None:
         W, m, v = normal(features, width), torch.zeros(features, width), torch.zeros(features, width)
         fastsae.optim.adam_(W, m, v, gradient, step=1, backend="cpu")
         matrix = torch.empty(features, width)
-        loader.decode_dweight(values, indices, crow, gradient.rows, matrix)
+        native_decode.decode_dweight(values, indices, crow, gradient.rows, matrix)
         return W, m, v, matrix
 
     first, *others = everywhere(run)
@@ -244,7 +246,7 @@ def test_slots_give_the_bits_of_the_matrix_that_decode_dweight_writes(level: str
     with loader.use_isa(level):
         gradient = slots("ragged", 5)
         matrix = torch.empty(F, D)
-        loader.decode_dweight(gradient.values, gradient.indices, gradient.crow, gradient.rows, matrix)
+        native_decode.decode_dweight(gradient.values, gradient.indices, gradient.crow, gradient.rows, matrix)
         results = []
         for given in (gradient, matrix):
             W, m, v = normal(F, D), normal(F, D, seed=1), normal(F, D, seed=2).square()
@@ -270,15 +272,15 @@ def test_avx2_and_avx512_give_the_same_bits() -> None:
 def test_refusals_give_the_reason() -> None:
     W, m, v, g = normal(6, 4), normal(6, 4), normal(6, 4), normal(6, 4)
     options = (None, None, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1, False, False)
-    assert loader.refuses_adam(W, m, v, g, *options) is None
-    assert loader.refuses_adam(W.double(), m, v, g, *options) == "dtype float64 of W (supported: float32)"
-    assert loader.refuses_adam(W, m, v.bfloat16(), g, *options) == "dtype bfloat16 of v (supported: float32)"
+    assert native_adam.refuses_adam(W, m, v, g, *options) is None
+    assert native_adam.refuses_adam(W.double(), m, v, g, *options) == "dtype float64 of W (supported: float32)"
+    assert native_adam.refuses_adam(W, m, v.bfloat16(), g, *options) == "dtype bfloat16 of v (supported: float32)"
     other = W.T.contiguous().T
-    assert loader.refuses_adam(other, other, other, g, *options) is None
-    assert loader.refuses_adam(other, m, v, g, *options) == "m with strides (4, 1) (supported: those of W)"
+    assert native_adam.refuses_adam(other, other, other, g, *options) is None
+    assert native_adam.refuses_adam(other, m, v, g, *options) == "m with strides (4, 1) (supported: those of W)"
     spread = torch.empty(12, 8)[::2, ::2]
-    assert loader.refuses_adam(spread, m, v, g, *options) == "W with strides (16, 2) (supported: rows, or their transposed view)"
-    assert loader.refuses_grad_squares(W, g.to("meta"), None, None, None, False) == "device meta of grad (supported: cpu)"
+    assert native_adam.refuses_adam(spread, m, v, g, *options) == "W with strides (16, 2) (supported: rows, or their transposed view)"
+    assert native_adam.refuses_grad_squares(W, g.to("meta"), None, None, None, False) == "device meta of grad (supported: cpu)"
     with pytest.raises(fastsae.BackendError, match="those of W"):
         fastsae.optim.adam_(other, m, v, g, step=1, backend="cpu")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae import RaggedLatents, TopKLatents, decode, reference
-from fastsae.functional import decode_backward
+from fastsae.ops.decode import decode_backward
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

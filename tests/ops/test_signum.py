@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastsae
 from fastsae._core import triton_support
 from fastsae.dispatch import OPS, use_backend
+from fastsae.native import decode as native_decode
 from fastsae.native import loader
 from fastsae.ops import signum
 from fastsae.optim import RowGradient, Signum, warmup_linear_decay
@@ -118,7 +119,7 @@ def test_bits_depend_neither_on_layout_nor_on_threads_nor_on_the_form_of_the_gra
     before, results = torch.get_num_threads(), []
     views: tuple[Callable[[Tensor], Tensor], ...] = (lambda t: t.clone(), lambda t: t.T.contiguous().T)
     with loader.use_isa(level):
-        loader.decode_dweight(gradient.values, gradient.indices, None, gradient.rows, matrix)
+        native_decode.decode_dweight(gradient.values, gradient.indices, None, gradient.rows, matrix)
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

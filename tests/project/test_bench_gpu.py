@@ -17,7 +17,8 @@ from places import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu
+from bench.gpu import rows, table
+from bench.gpu.harness import Bench
 
 CPU = torch.device("cpu")
 
@@ -28,12 +29,14 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> gpu.Bench:
-    return gpu.Bench(CPU, tmp_path, 1.0, True, {"gpu": [], "cpu": "A CPU"})
+def bench(tmp_path: Path) -> Bench:
+    return Bench(CPU, tmp_path, 1.0, True, {"gpu": [], "cpu": "A CPU"})
 
 
 def test_a_table(tmp_path: Path) -> None:
-    assert gpu.run(CPU, tmp_path, {"gpu": [], "cpu": "A CPU"}, minutes=1, quick=True, only=["copy", "encode_fp32", "select", "signs"]) == 0
+    assert (
+        table.run(CPU, tmp_path, {"gpu": [], "cpu": "A CPU"}, minutes=1, quick=True, only=["copy", "encode_fp32", "select", "signs"]) == 0
+    )
     report = stored(tmp_path)
     assert report["copy_bytes_per_second"] > 0
     entries = {entry["op"]: entry for entry in report["results"]}
@@ -52,7 +55,7 @@ def test_a_table(tmp_path: Path) -> None:
     assert plot.stat().st_size > 0
 
 
-def test_a_wrong_result_is_not_timed(bench: gpu.Bench, tmp_path: Path) -> None:
+def test_a_wrong_result_is_not_timed(bench: Bench, tmp_path: Path) -> None:
     def wrong(_: str) -> None:
         raise AssertionError("value 3 differs")
 
@@ -62,7 +65,7 @@ def test_a_wrong_result_is_not_timed(bench: gpu.Bench, tmp_path: Path) -> None:
     assert "value 3 differs" in entry["failures"]["fastsae (cpu)"]
 
 
-def test_a_rival_that_fails_is_named(bench: gpu.Bench, tmp_path: Path) -> None:
+def test_a_rival_that_fails_is_named(bench: Bench, tmp_path: Path) -> None:
     def broken(_: int) -> None:
         raise RuntimeError("out of memory")
 
@@ -72,7 +75,7 @@ def test_a_rival_that_fails_is_named(bench: gpu.Bench, tmp_path: Path) -> None:
     assert list(entry["others"]) == ["third"]
 
 
-def test_verdicts(bench: gpu.Bench) -> None:
+def test_verdicts(bench: Bench) -> None:
     entry = {"ours": {"median": 3.0}, "others": {"floor": {"median": 2.0}}, "of_copy_rate": 0.8}
     assert "MISSED" in bench.verdict(("floor", 1.35, 1.1), entry)["text"]
     assert "must reached" in bench.verdict(("floor", 1.5, 1.1), entry)["text"]
@@ -84,7 +87,7 @@ def test_verdicts(bench: gpu.Bench) -> None:
     assert "MISSED" in bench.verdict(("MiB", 64, 32), entry)["text"]
 
 
-def test_inputs_pass_the_cache(bench: gpu.Bench) -> None:
+def test_inputs_pass_the_cache(bench: Bench) -> None:
     bench.quick = False
     assert bench.sets(1 << 22) * (1 << 22) >= 4 * bench.l2
     assert bench.sets(bench.l2 * 100) == 2
@@ -93,11 +96,13 @@ def test_inputs_pass_the_cache(bench: gpu.Bench) -> None:
 def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch; sys.path.insert(0, '.')\n"
-        "from bench import gpu\n"
+        "from pathlib import Path\n"
+        "from bench.gpu import rows, table\n"
+        "from bench.gpu.rows import Row, codes\n"
         "def die(b): os.kill(os.getpid(), int(sys.argv[2]))\n"
         "def never(b): raise SystemExit(7)\n"
-        "gpu.ROWS = [(gpu.signs, 1), (die, 1), (never, 1)]\n"
-        "sys.exit(gpu.run(torch.device('cpu'), gpu.Path(sys.argv[1]), {'gpu': [], 'cpu': 'A CPU'}, minutes=1, quick=True))"
+        "rows.ROWS[:] = [Row(codes.signs, 1, ''), Row(die, 1, ''), Row(never, 1, '')]\n"
+        "sys.exit(table.run(torch.device('cpu'), Path(sys.argv[1]), {'gpu': [], 'cpu': 'A CPU'}, minutes=1, quick=True))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name, signal, returned in (("TERM", 15, 0), ("KILL", 9, -9)):
@@ -112,21 +117,24 @@ def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
 
 ROWS = """
 import os, sys, time; sys.path.insert(0, '.')
-from bench import gpu
+from bench.gpu import rows
+from bench.gpu.__main__ import main
+from bench.gpu.rows import Row, codes
+from bench.gpu.supervise import supervise
 def hangs(b): time.sleep(100)
-def breaks(b): gpu._clear = broken; raise RuntimeError("an illegal memory access was encountered")
-def broken(b): raise RuntimeError("an illegal memory access was encountered")
+def breaks(b): b.clear = broken; raise RuntimeError("an illegal memory access was encountered")
+def broken(): raise RuntimeError("an illegal memory access was encountered")
 def last(b): b.note("last", "", "measured")
-gpu.ROWS = [(gpu.signs, 1), (breaks, 1), (hangs, 0), (last, 1)]
+rows.ROWS[:] = [Row(codes.signs, 1, ""), Row(breaks, 1, ""), Row(hangs, 0, ""), Row(last, 1, "")]
 """
 
 
 def test_a_row_that_ends_its_process_is_survived(tmp_path: Path) -> None:
     child = tmp_path / "child.py"
-    child.write_text(ROWS + "sys.exit(gpu.main())")
+    child.write_text(ROWS + "sys.exit(main())")
     watcher = f"command = [sys.executable, {str(child)!r}, '--device', 'cpu', '--quick', '--out', {str(tmp_path)!r}]\n"
     done = subprocess.run(
-        [sys.executable, "-c", ROWS + watcher + "sys.exit(gpu.supervise(command, grace=2))"],
+        [sys.executable, "-c", ROWS + watcher + "sys.exit(supervise(command, grace=2))"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -279,13 +287,15 @@ def test_moved_keeps_strides() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_every_row_runs_in_quick_mode(bench: gpu.Bench) -> None:
+def test_every_row_runs_in_quick_mode(bench: Bench) -> None:
     """All but those that the tests above run and torch.compile's."""
-    for row, _ in gpu.ROWS:
-        if row.__name__ not in ("copy", "encode_fp32", "signs", "encode_compiled", "select", "graphs"):
-            row(bench)
-    failed = {entry["op"]: entry["failures"] for entry in bench.entries if any(who.startswith("fastsae") for who in entry["failures"])}
+    for row in rows.ROWS:
+        if row.name not in ("copy", "encode_fp32", "signs", "encode_compiled", "select", "graphs"):
+            row.measure(bench)
+    failed = {
+        entry["op"]: entry["failures"] for entry in bench.report.entries if any(who.startswith("fastsae") for who in entry["failures"])
+    }
     assert not failed
     assert {"decode float32", "decode_dweight bfloat16", "match_cosine", "training step", "hamming_topk"} <= {
-        e["op"] for e in bench.entries
+        e["op"] for e in bench.report.entries
     }

@@ -56,6 +56,12 @@ def test_readme_example_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 5  # two lines of header, a line for each L1
 
 
+def test_readme_example_of_another_library() -> None:
+    names: dict[str, object] = {}
+    exec(compile(next(text for text in EXAMPLES if "entry_points" in text), "README.md", "exec"), names)
+    assert names["reason"] is None or "extension" in str(names["reason"])
+
+
 def test_documents_name_what_exists() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
     for path in re.findall(r"\]\(([^)#:]+)\)", text):

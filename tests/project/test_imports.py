@@ -25,6 +25,7 @@ FLOORS = (
     ("codes", "compare", "formats", "functional", "plots", "polytopes"),
     ("optim", "sae", "superposition", "trainer"),
     ("patch",),
+    ("lm", "store"),
     ("__init__",),
     ("__main__", "demo", "studies"),
 )  # a module imports from its own floor or from those above it in this table, lazily and for types too

@@ -48,7 +48,7 @@ class Stub(nn.Module):
         latents, x_hat = self(x)
         error = x_hat - (x if target is None else target)
         grad = 2 * weight / x.shape[0] * error
-        dvalues = fastsae.functional.decode_backward(grad, latents, self.W_dec).values
+        dvalues = fastsae.ops.decode.decode_backward(grad, latents, self.W_dec).values
         gradients = {
             "W_enc": RowGradient(dvalues, latents.indices, None, x, F),
             "W_dec": RowGradient(latents.values, latents.indices, None, grad, F),
@@ -189,7 +189,7 @@ def test_clipping_reports_the_norm_before_it() -> None:
 
 def test_forms_of_a_gradient_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense, by slots, by tiles (of few rows): the same bits, since a row is a row."""
-    monkeypatch.setattr("fastsae.optim._TILE", 7 * D)
+    monkeypatch.setattr("fastsae.optim.jobs.TILE", 7 * D)
     _, gradients = Stub().step_gradients(normal(B, D))
     of_rows: RowGradient = gradients["W_dec"]
     matrix = torch.empty(F, D)

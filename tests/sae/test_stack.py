@@ -79,7 +79,7 @@ def test_a_member_has_the_bits_of_the_sae_alone(kind: str, way: str) -> None:
 def test_tiles_of_any_size_keep_a_members_bits(elements: int, tile: int, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores kept or computed again, tiles of one and of several members, some members dense and others not."""
     monkeypatch.setattr("fastsae.reference.WORKSPACE_ELEMENTS", elements)
-    monkeypatch.setattr("fastsae.optim._TILE", tile)
+    monkeypatch.setattr("fastsae.optim.jobs.TILE", tile)
     alone = singles("relu_tiles")
     if mixed:
         alone[1].dense = False

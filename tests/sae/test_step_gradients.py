@@ -193,7 +193,7 @@ def test_the_regime_is_chosen_by_measured_density(kind: str) -> None:
         density = float((sae.encode(x).to_dense() != 0).double().mean())
     assert density < tiles.DENSITY
     assert isinstance(sae.step_gradients(x)[1]["W_dec"], RowGradient)
-    assert 0 <= tiles.measured_density(x, sae._cast(x, x)[2]) < tiles.DENSITY
+    assert 0 <= tiles.measured_density(x, sae.step_inputs("", x).weights) < tiles.DENSITY
 
 
 @given(
@@ -410,7 +410,7 @@ def test_tiles_keep_nan_with_zero_gradient(kind: str) -> None:
     with torch.no_grad():
         sae.W_enc[3] = float("nan")
     x = inputs(sae)["x"]
-    made = tiles.TilePass(x, sae._cast(x, x)[2], False)
+    made = tiles.TilePass(x, sae.step_inputs("", x).weights, False)
     nan, rest = torch.arange(F) == 3, torch.arange(F) != 3
     assert bool(made.run.x_hats.isnan().all()) == (kind != "gated")  # a gate that is NaN is shut
     assert bool(made.run.fired[nan]) == (kind != "gated")
@@ -424,10 +424,10 @@ def test_running_threshold_and_silence() -> None:
     sae = build("batchtopk", dtype=torch.float32)
     x = rows(12, D, dtype=torch.float32)
     assert float(sae.running_threshold) == -1
-    first = float(sae._encode(x)[2])  # pyright: ignore[reportArgumentType]
+    first = float(sae.step_inputs("", x).encode(x).min_kept)  # pyright: ignore[reportArgumentType]
     sae.step_gradients(x)
     assert float(sae.running_threshold) == pytest.approx(first)
-    second = float(sae._encode(2 * x)[2])  # pyright: ignore[reportArgumentType]
+    second = float(sae.step_inputs("", x).encode(2 * x).min_kept)  # pyright: ignore[reportArgumentType]
     sae.loss(2 * x)
     assert float(sae.running_threshold) == pytest.approx(first + 0.01 * (second - first))
     sae.step_gradients(torch.full_like(x, -1e9) * 0 + sae.b_dec.detach(), mask=torch.zeros(12).bool())  # nothing kept: +inf, not learnt

@@ -106,12 +106,13 @@ def test_stored_pages_are_those_of_the_stored_runs(tmp_path: Path) -> None:
 
 
 def test_frame_says_what_is_wrong(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"name": "dice"}, "name must be one of coin, got 'dice'"),
         ({"name": "coin", "size": "huge"}, "size must be one of smoke, quick, default, got 'huge'"),
         ({"name": "coin", "seed": -1}, "seed must be at least 0, got -1"),
         ({"name": "coin", "sides": 2}, "unknown parameter 'sides' of coin; known: minutes, throws"),
-    ):
+    )
+    for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
             run_study(**arguments, out=tmp_path)
     with pytest.raises(TypeError, match="got object"):

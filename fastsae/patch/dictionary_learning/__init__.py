@@ -72,7 +72,7 @@ def _now(trainer: Any) -> Mapping[str, str]:
 
 
 def _of_trainer(name: str) -> Adapter:
-    fused = name in _train._STEPS
+    fused = name in _train.STEPS
     by = "slots for latents and gradients; " if fused else "the library's forward and backward; "
     return Adapter(
         _train.TrainerMethods,

@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastsae._core import checks
-from fastsae.dispatch import batching
 from fastsae.latents import Latents
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
-from fastsae.patch._adapter import changed, class_name, tampered, warn_once
-from fastsae.patch.saelens.sae import from_dense, to_dense
+from fastsae.patch._adapter import any_global_hook, changed, class_name, library_way, need_slots, tampered
+from fastsae.patch._slots import from_dense, many_fire, reconstruction, to_dense
 from fastsae.reference import accumulator
-from fastsae.sae import tiles
-from fastsae.sae.losses import Weights, squares
+from fastsae.sae.losses import Weights
 from fastsae.sae.reconstruction import Reconstruction
 
 
@@ -91,7 +88,7 @@ def why_dense(ae: Any) -> str | None:
     """Why the library's own methods have to run, or None."""
     if (reason := changed(ae, "encode", "decode", "forward")) is not None:
         return reason
-    if _has_any_global_hook():
+    if any_global_hook():
         return "a global module hook"
     kind, parts = kind_of(ae), [ae]
     if kind.linear:
@@ -139,22 +136,19 @@ def threshold(ae: Any) -> Tensor:
 
 
 def is_dense(ae: Any, x: Tensor, use_threshold: bool) -> bool:
-    """Whether latents are better formed by torch's product: a sample of them says that more than 1/8 fire."""
+    """Whether latents are better formed by torch's product: more than 1/8 fire."""
     kind = kind_of(ae)
-    by_threshold = kind.activation in ("relu", "jumprelu", "gated") or use_threshold
-    if not by_threshold or x.numel() == 0:
+    if kind.activation not in ("relu", "jumprelu", "gated") and not use_threshold:
         return False
-    if torch.compiler.is_compiling() or batching():  # no looking at numbers then
-        return True
-    gated = kind.activation == "gated"
-    least = x.new_zeros(()) if kind.activation == "relu" else None if gated else threshold(ae)
-    gates = (ae.gate_bias, ae.r_mag, ae.mag_bias) if gated else (None, None, None)
-    b = None if gated else encoder_bias(ae)
-    b_dec = decoder_bias(ae)
-    pre = b_dec if centres(ae) else None
-    w = Weights(encoder(ae), decoder(ae), b_dec, b, pre, None, least, *gates, None, [encoder(ae).shape[0]])
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return tiles.measured_density(x.reshape(-1, x.shape[-1]), w) > tiles.DENSITY
+
+    def weights() -> Weights:
+        gated, b_dec = kind.activation == "gated", decoder_bias(ae)
+        least = x.new_zeros(()) if kind.activation == "relu" else None if gated else threshold(ae)
+        gates = (ae.gate_bias, ae.r_mag, ae.mag_bias) if gated else (None, None, None)
+        b, pre = None if gated else encoder_bias(ae), b_dec if centres(ae) else None
+        return Weights(encoder(ae), decoder(ae), b_dec, b, pre, None, least, *gates, None, [encoder(ae).shape[0]])
+
+    return many_fire(x, weights)
 
 
 def product(ae: Any, latents: Latents) -> Tensor:
@@ -163,26 +157,14 @@ def product(ae: Any, latents: Latents) -> Tensor:
 
 def encode(ae: Any, x: Tensor) -> Latents:
     """``fastsae.encode``: what ``ae.encode(x)`` returns."""
-    if (reason := why_dense(ae)) is not None:
-        raise ValueError(f"encode: {type(ae).__name__} has no sparse latents here: {reason}")
+    need_slots(ae, why_dense(ae))
     return sparse(ae, x, kind_of(ae).activation == "batchtopk")
 
 
 def reconstruct(ae: Any, x: Tensor, target: Tensor | None) -> Reconstruction:
     """``fastsae.reconstruct``."""
     latents = encode(ae, x)
-    x_hat = product(ae, latents)
-    target = x if target is None else target
-    if target.shape != x_hat.shape:
-        raise ValueError(f"reconstruct: target must have shape {list(x_hat.shape)}, got {list(target.shape)}")
-    return Reconstruction(x_hat, latents, squares(x_hat, target).sum(-1))
-
-
-def _library_way(ae: Any) -> bool:
-    reason = why_dense(ae)
-    if reason is not None and not torch.compiler.is_compiling():
-        warn_once(ae, reason)
-    return reason is not None
+    return reconstruction(product(ae, latents), latents, x if target is None else target)
 
 
 # The library's Dictionary begins with ABC: only a class that does too has its layout and can stand in its place.
@@ -195,7 +177,7 @@ class Methods(ABC):  # noqa: B024
 
     def encode(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         use_threshold = kind_of(self).activation == "batchtopk"
-        own = not args and set(options) <= {"use_threshold"} and not _library_way(self)
+        own = not args and set(options) <= {"use_threshold"} and not library_way(self, why_dense(self))
         if own and "use_threshold" in options:
             own, use_threshold = kind_of(self).activation in ("topk", "batchtopk"), bool(options["use_threshold"])
         if own and kind_of(self).activation == "batchtopk" and not use_threshold and x.dim() != 2:
@@ -208,14 +190,20 @@ class Methods(ABC):  # noqa: B024
         # A gradient for dense latents is dense, zeros included.
         plain = bool(args or options) or f.layout is not torch.strided or (torch.is_grad_enabled() and f.requires_grad)
         plain = plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(f.device.type) or f.dtype != decoder(self).dtype
-        latents = None if plain or _library_way(self) else from_dense(f)
+        latents = None if plain or library_way(self, why_dense(self)) else from_dense(f)
         if latents is None:
             return super().decode(f, *args, **options)  # pyright: ignore[reportAttributeAccessIssue]
         return product(self, latents)
 
     def forward(self: Any, x: Tensor, output_features: bool = False, *args: Any, **options: Any) -> Any:
         by_threshold = kind_of(self).activation == "batchtopk"
-        if args or options or torch.is_autocast_enabled(x.device.type) or _library_way(self) or is_dense(self, x, by_threshold):
+        if (
+            args
+            or options
+            or torch.is_autocast_enabled(x.device.type)
+            or library_way(self, why_dense(self))
+            or is_dense(self, x, by_threshold)
+        ):
             return super().forward(x, output_features, *args, **options)  # pyright: ignore[reportAttributeAccessIssue]
         latents = sparse(self, x, by_threshold)
         x_hat = product(self, latents)

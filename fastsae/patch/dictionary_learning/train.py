@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, densify, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
+from fastsae.ops.score_gradients import feature_sums
 from fastsae.patch import _adam
 from fastsae.patch._adapter import changed, tampered, warn_once
 from fastsae.patch.dictionary_learning.sae import (
@@ -35,7 +36,7 @@ from fastsae.patch.dictionary_learning.sae import (
     why_dense,
 )
 from fastsae.reference import running_sums
-from fastsae.sae.step import Slots, _Groups
+from fastsae.sae.step import Groups, Slots
 
 MANY_FIRE = "more than 1/8 of the latents fire: the library's dense forward and backward, our projection and optimiser step"
 OTHER_LOSS = "its loss is not one of slots: the library's forward and backward, our projection and optimiser step"
@@ -97,7 +98,7 @@ def why_not_adam(trainer: Any) -> str | None:
         return "the optimiser constrains other parameters than the decoder"
     if parametrize.is_parametrized(ae) or not all(isinstance(W, nn.Parameter) for W in _matrices(ae)):
         return "a parameter is computed from another"
-    if {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} != {id(p) for p in ae.parameters()}:
+    if not _adam.holds(trainer.optimizer, ae):
         return "the optimiser does not hold the dictionary's parameters (its gradients are clipped together)"
     return None
 
@@ -105,7 +106,7 @@ def why_not_adam(trainer: Any) -> str | None:
 def why_not_fused(trainer: Any, x: Tensor) -> str | None:
     """Why forward and backward of this step are the library's own, or None."""
     ae, name = trainer.ae, type(trainer).__qualname__
-    if name not in _STEPS:
+    if name not in STEPS:
         return OTHER_LOSS
     if (reason := why_dense(ae)) is not None:
         return reason
@@ -146,7 +147,7 @@ class TrainerMethods:
             self.optimizer.zero_grad()
         if reason is None:
             with torch.no_grad():
-                loss, gradients = _STEPS[type(self).__qualname__](self, x, step)
+                loss, gradients = STEPS[type(self).__qualname__](self, x, step)
         else:
             if reason not in BY_DESIGN:
                 warn_once(self, reason)
@@ -237,7 +238,7 @@ class _Backward:
 
     def sums(self, per_slot: Tensor, slots: Slots) -> Tensor:
         """``[F]``: over the slots of each feature."""
-        return _feature_sums(per_slot, slots.indices, slots.crow, self.n_features, self.backend)
+        return feature_sums(per_slot, slots.indices, slots.crow, self.n_features, self.backend)
 
     def into_encoder(self, slots: Slots, dvalues: Tensor, bias: Tensor, stretch: Tensor | None = None) -> None:
         """``stretch [F]``: what multiplies the product in these latents, before the bias."""
@@ -271,7 +272,7 @@ def _top(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]
     if step > trainer.threshold_start_step:
         trainer.update_threshold(values)
     groups, weights = _levels(trainer, back.n_features)
-    grouped = _Groups.of(slots, groups, x.shape[0])
+    grouped = Groups.of(slots, groups, x.shape[0])
     parts = DECODE(grouped.values, grouped.indices, grouped.crow, decoder(ae), None, backend=back.backend)
     x_hats = running_sums(parts.reshape(len(groups), x.shape[0], -1)) + decoder_bias(ae)
     errors = x - x_hats
@@ -329,7 +330,7 @@ def _standard(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     xc = centred(ae, x)
     back = _Backward(ae, xc)
     values, col, crow, _ = ENCODE_THRESHOLD(
-        xc, back.W, encoder_bias(ae), x.new_zeros(()), None, None, None, None, None, backend=preference(None)
+        xc, back.W, encoder_bias(ae), None, None, None, None, x.new_zeros(()), None, backend=preference(None)
     )
     slots = Slots(values, col, crow, ~values.isnan())
     error = x - back.decode(slots) - decoder_bias(ae)
@@ -352,7 +353,7 @@ def _gated(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any
     stretch, preferred = ae.r_mag.detach().exp(), preference(None)
     values, col, crow = ENCODE_GATED(back.xc, back.W, ae.gate_bias, ae.r_mag, ae.mag_bias, None, None, backend=preferred)
     slots = Slots(values, col, crow, ~values.isnan())
-    values, col, crow, _ = ENCODE_THRESHOLD(back.xc, back.W, ae.gate_bias, x.new_zeros(()), None, None, None, None, None, backend=preferred)
+    values, col, crow, _ = ENCODE_THRESHOLD(back.xc, back.W, ae.gate_bias, None, None, None, None, x.new_zeros(()), None, backend=preferred)
     gate = Slots(values, col, crow, ~values.isnan())
     error = x - back.decode(slots) - ae.decoder_bias
     gate_error = x - back.decode(gate) - ae.decoder_bias
@@ -379,7 +380,7 @@ def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     theta = ae.threshold.detach()
     low = theta.clamp_max(0)  # scores above a negative threshold are kept, negative ones too: as scores above 0 of a raised bias
     values, col, crow, flags = ENCODE_THRESHOLD(
-        x, back.W, ae.b_enc - low, theta - low, None, None, None, None, width, backend=preference(None)
+        x, back.W, ae.b_enc - low, None, None, None, None, theta - low, width, backend=preference(None)
     )
     active, band = (flags & 1).bool(), (flags & 2).bool()
     values = torch.where(active, values + low[col], 0)
@@ -403,7 +404,7 @@ def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     return loss, back.result() | {ae.threshold: (-dtheta / width).to(theta.dtype)}
 
 
-_STEPS: dict[str, Callable[[Any, Tensor, int], tuple[Tensor, dict[Tensor, Any]]]] = {
+STEPS: dict[str, Callable[[Any, Tensor, int], tuple[Tensor, dict[Tensor, Any]]]] = {
     "TopKTrainer": _top,
     "BatchTopKTrainer": _top,
     "MatryoshkaBatchTopKTrainer": _top,

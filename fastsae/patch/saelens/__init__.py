@@ -99,14 +99,16 @@ LIBRARY = LIBRARIES["sae_lens"] = Library(
             parts=lambda trainer: {f"trainers[{name!r}]": part for name, part in trainer.trainers.items()},
         ),
         "sae_lens.llm_sae_training_runner.LanguageModelSAETrainingRunner": Adapter(
-            _train.RunnerMethods,
+            None,
             {"run_trainer_with_interruption_handling": "the trainer made in run is accelerated for the run"},
             parts=lambda runner: {"sae": runner.sae},
+            during=("run_trainer_with_interruption_handling",),
         ),
         "sae_lens.multi_sae_training_runner.MultiSAETrainingRunner": Adapter(
-            _train.MultiRunnerMethods,
+            None,
             {"_run_with_interruption_handling": "the trainers made in run are accelerated for the run"},
             parts=lambda runner: {f"saes[{name!r}]": sae for name, sae in runner.saes.items()},
+            during=("_run_with_interruption_handling",),
         ),
     },
     "e235e34e565a 7a5ca6822dd0 e6bb47f9f213 8d388ed67ce6 6f188b664885 20ba9adbaa7e db430324b95a ee8b898e4c53 8da3e941dd9f "

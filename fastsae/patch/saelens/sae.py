@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastsae._core import checks
-from fastsae.dispatch import batching
-from fastsae.latents import Latents, RaggedLatents, TopKLatents
+from fastsae.latents import Latents, TopKLatents
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.packed import PackedWeights
-from fastsae.patch._adapter import changed, class_name, tampered, warn_once
+from fastsae.patch._adapter import any_global_hook, changed, class_name, library_way, need_slots, tampered
+from fastsae.patch._slots import PRODUCT, from_dense, many_fire, reconstruction, to_dense
 from fastsae.reference import accumulator
-from fastsae.sae import tiles
-from fastsae.sae.losses import Weights, features, squares
+from fastsae.sae.losses import Weights, features
 from fastsae.sae.reconstruction import Reconstruction
 
 BEFORE = ("hook_sae_acts_pre",)
@@ -31,9 +29,6 @@ LATENTS = (*BEFORE, "hook_sae_acts_post")
 
 
 _METHODS = ("encode", "decode", "forward", "forward_with_activations", "get_activation_fn")
-
-PRODUCT = 1 / 20
-"""Share of latents from which on torch's product of dense latents and decoder is faster than the slots' (float32, AVX-512, one thread)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def kind_of(sae: Any) -> Kind:
 
 def hooked(sae: Any, names: tuple[str, ...]) -> list[str]:
     """Those of the hook points that have hooks."""
-    if _has_any_global_hook():
+    if any_global_hook():
         return list(names)
     return [name for name in names if tampered(getattr(sae, name))]
 
@@ -136,7 +131,7 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
         latents = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.detach().to(accumulator(sae.W_enc.dtype)))
     elif kind.activation == "jumprelu":
         bandwidth = float(sae.bandwidth) if torch.is_grad_enabled() and sae.threshold.requires_grad else None
-        result = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.to(sae_in.dtype), bandwidth=bandwidth)
+        result: Any = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.to(sae_in.dtype), bandwidth=bandwidth)
         latents = result if bandwidth is None else result[0]
     else:
         scale = scale_of(sae)
@@ -152,19 +147,19 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
 
 
 def is_dense(sae: Any, sae_in: Tensor) -> bool:
-    """Whether latents are better formed by torch's product: a sample of them says that more than 1/8 fire."""
+    """Whether latents are better formed by torch's product: more than 1/8 fire."""
     kind = kind_of(sae)
-    if kind.activation not in ("relu", "jumprelu", "gated") or sae_in.numel() == 0:
+    if kind.activation not in ("relu", "jumprelu", "gated"):
         return False
-    if torch.compiler.is_compiling() or batching():  # no looking at numbers then
-        return True
-    gated = kind.activation == "gated"
-    threshold = None if gated else sae.threshold if kind.activation == "jumprelu" else sae_in.new_zeros(())
-    gates = (sae.b_gate, sae.r_mag, sae.b_mag) if gated else (None, None, None)
-    b_enc = None if gated else sae.b_enc
-    w = Weights(sae.W_enc.T, sae.W_dec, sae.b_dec, b_enc, None, None, threshold, *gates, None, [sae.W_dec.shape[0]])
-    with torch.no_grad(), torch.autocast(sae_in.device.type, enabled=False):
-        return tiles.measured_density(sae_in.reshape(-1, sae_in.shape[-1]), w) > tiles.DENSITY
+
+    def weights() -> Weights:
+        gated = kind.activation == "gated"
+        threshold = None if gated else sae.threshold if kind.activation == "jumprelu" else sae_in.new_zeros(())
+        gates = (sae.b_gate, sae.r_mag, sae.b_mag) if gated else (None, None, None)
+        b_enc = None if gated else sae.b_enc
+        return Weights(sae.W_enc.T, sae.W_dec, sae.b_dec, b_enc, None, None, threshold, *gates, None, [sae.W_dec.shape[0]])
+
+    return many_fire(sae_in, weights)
 
 
 def dense_latents(sae: Any, sae_in: Tensor) -> Tensor:
@@ -196,27 +191,6 @@ def as_asked(sae: Any, latents: Latents) -> Tensor:
     )
 
 
-def to_dense(latents: Latents) -> Tensor:
-    """``[.., F]``; features are unique in a row, so that nothing has to be added."""
-    if isinstance(latents, TopKLatents):
-        out = latents.values.new_zeros(*latents.batch_shape, latents.n_features)
-        return out.scatter_(-1, latents.indices, latents.values)
-    row, feature, values, rows = latents._coordinates()
-    out = latents.values.new_zeros(rows * latents.n_features)
-    return out.scatter_(0, row * latents.n_features + feature, values).reshape(*latents.batch_shape, latents.n_features)
-
-
-def from_dense(acts: Tensor) -> RaggedLatents | None:
-    """The slots of dense latents; None where a sample of rows says that more than 1/20 are not 0, and under vmap."""
-    flat = acts.reshape(-1, acts.shape[-1])
-    sample = flat[:: max(1, flat.shape[0] // 32)]
-    if flat.shape[0] == 0 or batching() or int(torch.count_nonzero(sample)) > PRODUCT * sample.numel():
-        return None
-    row, col = torch.nonzero(flat, as_tuple=True)
-    crow = torch.searchsorted(row, torch.arange(flat.shape[0] + 1, device=flat.device))
-    return RaggedLatents(flat[row, col], crow, col, flat.shape[1], acts.shape[:-1])
-
-
 def share(sae: Any, latents: Latents) -> float:
     """How many of all latents there are."""
     if kind_of(sae).activation in ("topk", "batchtopk"):
@@ -240,9 +214,7 @@ def finish(sae: Any, y: Tensor) -> Tensor:
 
 def encode(sae: Any, x: Tensor, packed: PackedWeights | None = None) -> Latents:
     """``fastsae.encode``."""
-    reason = why_dense(sae, ())
-    if reason is not None:
-        raise ValueError(f"encode: {type(sae).__name__} has no sparse latents here: {reason}")
+    need_slots(sae, why_dense(sae, ()))
     return sparse(sae, sae.process_sae_in(x), packed)
 
 
@@ -254,19 +226,14 @@ def reconstruct(sae: Any, x: Tensor, target: Tensor | None) -> Reconstruction:
     if kind.skip:
         x_hat = x_hat + x @ sae.W_skip.T
     target = x if target is None and not kind.transcoder else target
-    if target is None:
-        return Reconstruction(x_hat, latents, None)  # pyright: ignore[reportArgumentType]
-    if target.shape != x_hat.shape:
-        raise ValueError(f"reconstruct: target must have shape {list(x_hat.shape)}, got {list(target.shape)}")
-    error = squares(x_hat, target)
-    return Reconstruction(x_hat, latents, error.sum((-2, -1) if sae.hook_z_reshaping_mode else -1))
+    return reconstruction(x_hat, latents, target, (-2, -1) if sae.hook_z_reshaping_mode else (-1,))
 
 
 class SAEMethods:
     """``encode``, ``decode`` and ``forward`` of every SAE; the library's own are below it."""
 
     def encode(self: Any, x: Tensor) -> Tensor:
-        if _library_way(self, BEFORE):
+        if library_way(self, why_dense(self)):
             return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
         sae_in = self.process_sae_in(x)
         return self.hook_sae_acts_post(dense_latents(self, sae_in) if is_dense(self, sae_in) else as_asked(self, sparse(self, sae_in)))
@@ -274,17 +241,14 @@ class SAEMethods:
     def decode(self: Any, feature_acts: Tensor) -> Tensor:
         # A gradient for dense latents is dense, zeros included.
         plain = feature_acts.layout is not torch.strided or (torch.is_grad_enabled() and feature_acts.requires_grad)
-        reason = changed(self, *_METHODS)
-        if reason is not None and not torch.compiler.is_compiling():
-            warn_once(self, reason)
-        plain = plain or reason is not None
+        plain = library_way(self, changed(self, *_METHODS)) or plain
         latents = None if plain or torch.compiler.is_compiling() or feature_acts.dtype != self.W_dec.dtype else from_dense(feature_acts)
         if latents is None:
             return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]
         return finish(self, product(self, latents))
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _library_way(self, LATENTS):
+        if library_way(self, why_dense(self, LATENTS)):
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         out = _autoencoded(self, x)[0]
         if self.use_error_term:
@@ -298,12 +262,12 @@ class TranscoderMethods(SAEMethods):
     """The same, and ``forward_with_activations``; a transcoder's input is what its own ``process_sae_in`` says."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _library_way(self, LATENTS):
+        if library_way(self, why_dense(self, LATENTS)):
             return super(SAEMethods, self).forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         return _skipped(self, _autoencoded(self, x)[0], x)
 
     def forward_with_activations(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        if _library_way(self, LATENTS):
+        if library_way(self, why_dense(self, LATENTS)):
             return super().forward_with_activations(x)  # pyright: ignore[reportAttributeAccessIssue]
         out, latents = _autoencoded(self, x)
         acts = latents if isinstance(latents, Tensor) else to_dense(latents)
@@ -312,15 +276,6 @@ class TranscoderMethods(SAEMethods):
 
 def _skipped(sae: Any, y: Tensor, x: Tensor) -> Tensor:
     return y + x @ sae.W_skip.T.to(x.device) if kind_of(sae).skip else y
-
-
-def _library_way(sae: Any, names: tuple[str, ...]) -> bool:
-    reason = why_dense(sae, names)
-    if reason is None:
-        return False
-    if not torch.compiler.is_compiling():
-        warn_once(sae, reason)
-    return True
 
 
 def _autoencoded(sae: Any, x: Tensor) -> tuple[Tensor, Latents | Tensor]:

@@ -23,12 +23,13 @@ from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, total
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK, _feature_sums
-from fastsae.patch import _adam, accelerated
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK
+from fastsae.ops.score_gradients import feature_sums
+from fastsae.patch import _adam
 from fastsae.patch._adapter import changed, warn_once
 from fastsae.patch.saelens.sae import as_asked, hooked, is_dense, is_known, kind_of, other_activation, scale_of
-from fastsae.reference import row_of_slot, running_sums
-from fastsae.sae.step import Slots, _Groups
+from fastsae.reference import running_sums
+from fastsae.sae.step import Groups, Slots
 
 _HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
 _S = TypeVar("_S")
@@ -69,22 +70,6 @@ class TrainerMethods(Generic[_S, _C]):
         return output
 
 
-class RunnerMethods:
-    """``LanguageModelSAETrainingRunner``: it makes its trainer inside ``run``."""
-
-    def run_trainer_with_interruption_handling(self: Any, trainer: Any) -> Any:
-        with accelerated(trainer):
-            return super().run_trainer_with_interruption_handling(trainer)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class MultiRunnerMethods:
-    """``MultiSAETrainingRunner``, likewise."""
-
-    def _run_with_interruption_handling(self: Any, trainer: Any) -> Any:
-        with accelerated(trainer):
-            return super()._run_with_interruption_handling(trainer)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 MANY_FIRE = "more than 1/8 of the latents fire: the library's dense forward and backward, our optimiser step"
 OTHER_LOSS = "its loss is not one of slots: the library's forward and backward, our optimiser step"
 BY_DESIGN = (MANY_FIRE, OTHER_LOSS)
@@ -94,10 +79,8 @@ BY_DESIGN = (MANY_FIRE, OTHER_LOSS)
 def why_not_adam(trainer: Any) -> str | None:
     """Why not even the optimiser's step can be ours, or None."""
     reason = changed(trainer, "_train_step") or _adam.refuses(trainer.optimizer)
-    if reason is None:
-        held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        if held != {id(p) for p in trainer.sae.parameters()}:
-            reason = "the optimiser does not hold the SAE's parameters (its gradients are clipped together)"
+    if reason is None and not _adam.holds(trainer.optimizer, trainer.sae):
+        return "the optimiser does not hold the SAE's parameters (its gradients are clipped together)"
     return reason
 
 
@@ -195,16 +178,18 @@ class _Step:
         self.b = sae.b_enc if scale is None else sae.b_enc * scale
         code = self._code()
         widths = [*_widths(sae), self.n_features]
-        groups = _Groups.of(code.slots._replace(values=code.a), widths, x.shape[0])
+        groups = Groups.of(code.slots._replace(values=code.a), widths, x.shape[0])
         partial = DECODE(groups.values, groups.indices, groups.crow, sae.W_dec, None, backend=self.backend)
         x_hats = running_sums(partial.reshape(len(widths), x.shape[0], -1)) + sae.b_dec
         outs, losses, G = self._errors(x_hats, widths)
-        aux, metrics = {}, {}
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        dl0, aux = None, None
         if jump:
-            aux["l0_loss"], dl0 = self._l0(code)
+            terms["l0_loss"], dl0 = self._l0(code)
         else:
-            aux["auxiliary_reconstruction_loss"], aux_code, aux_grad = self._aux(outs[-1])
-        losses = {"mse_loss": losses[-1], **aux, **{f"inner_mse_loss_{w}": loss for w, loss in zip(widths, losses[:-1])}}
+            terms["auxiliary_reconstruction_loss"], aux = self._aux(outs[-1])
+        losses = {"mse_loss": losses[-1], **terms, **{f"inner_mse_loss_{w}": loss for w, loss in zip(widths, losses[:-1])}}
         if self.kind.activation == "batchtopk":
             metrics["topk_threshold"] = self._move_threshold(code)
 
@@ -213,14 +198,15 @@ class _Step:
         W_dec: list[Gradient] = [RowGradient(groups.values, groups.indices, groups.crow, rows, self.n_features)]
         da = groups.restore(DECODE_DVALUES(rows, groups.indices, groups.crow, sae.W_dec, backend=self.backend), code.a)
         gradients: dict[Tensor, Any] = {}
-        if jump:
+        if dl0 is not None:
             dp, dtheta = self._through_jump(code, da, dl0)
             gradients[sae.threshold] = dtheta.to(sae.threshold.dtype)
         else:
             dp = torch.where(code.slots.passes, da, 0)
         W_enc: list[Gradient] = [self._encoder(code, dp)]
         b_enc = self._sums(code, dp)
-        if not jump and aux_code is not None:
+        if aux is not None:
+            aux_code, aux_grad = aux
             W_dec.append(RowGradient(aux_code.a, aux_code.slots.indices, None, aux_grad, self.n_features))
             dp = DECODE_DVALUES(aux_grad, aux_code.slots.indices, None, sae.W_dec, backend=self.backend)
             W_enc.append(self._encoder(aux_code, dp))
@@ -251,7 +237,7 @@ class _Step:
         if self.kind.activation == "jumprelu":
             theta = sae.threshold.detach().to(self.sae_in.dtype)
             outputs = ENCODE_THRESHOLD(
-                self.sae_in, self.W, self.b, theta, None, None, None, None, float(sae.bandwidth), backend=preferred
+                self.sae_in, self.W, self.b, None, None, None, None, theta, float(sae.bandwidth), backend=preferred
             )  # fmt: skip
             values, col, crow, flags = outputs
             return _Code(Slots(values, col, crow, (flags & 1).bool(), flags), values)
@@ -281,11 +267,11 @@ class _Step:
         (G,) = torch.autograd.grad(torch.stack(losses).sum(), x_hats)
         return [out.detach() for out in outs], [loss.detach() for loss in losses], G
 
-    def _aux(self, x_hat: Tensor) -> tuple[Tensor, _Code | None, Tensor]:
-        """The AuxK term as the library scales it, the dead features' code, and the gradient for what it decodes to."""
+    def _aux(self, x_hat: Tensor) -> tuple[Tensor, tuple[_Code, Tensor] | None]:
+        """The AuxK term as the library scales it; the dead features' code, and the gradient for what it decodes to."""
         sae, n_dead = self.sae, int(self.dead.sum())
         if n_dead == 0:
-            return x_hat.new_tensor(0.0), None, x_hat
+            return x_hat.new_tensor(0.0), None
         most = self.x.shape[1] // 2
         k, share = min(most, n_dead), min(n_dead / most, 1.0)
         residual = self.x - x_hat
@@ -294,7 +280,7 @@ class _Step:
         difference = DECODE(a, indices, None, sae.W_dec, None, backend=self.backend) - residual
         weight = sae.cfg.aux_loss_coefficient * share
         loss = weight * difference.square().sum(-1).mean()
-        return loss, _Code(Slots(values, indices, None, values == values), a), difference * (2 * weight / self.x.shape[0])
+        return loss, (_Code(Slots(values, indices, None, values == values), a), difference * (2 * weight / self.x.shape[0]))
 
     def _l0(self, code: _Code) -> tuple[Tensor, Tensor]:
         """The L0 term and its gradient for the count of each row."""
@@ -315,7 +301,7 @@ class _Step:
         sae, slots = self.sae, code.slots
         assert slots.flags is not None
         theta = sae.threshold.detach().to(da.dtype)[slots.indices]
-        estimate = (theta * da + dl0[row_of_slot(slots.crow, slots.indices)]) / sae.bandwidth
+        estimate = (theta * da + dl0[slots.row_of()]) / sae.bandwidth
         estimate = torch.where((slots.flags & 2).bool(), estimate, 0)
         dp = torch.where(slots.passes, da, 0)
         return dp + estimate if sae.cfg.jumprelu_ste_to_input else dp, -self._sums(code, estimate)
@@ -324,7 +310,7 @@ class _Step:
         return RowGradient(dp, code.slots.indices, code.slots.crow, self.sae_in, self.n_features)
 
     def _sums(self, code: _Code, per_slot: Tensor) -> Tensor:
-        return _feature_sums(per_slot, code.slots.indices, code.slots.crow, self.n_features, self.backend)
+        return feature_sums(per_slot, code.slots.indices, code.slots.crow, self.n_features, self.backend)
 
     def _move_threshold(self, code: _Code) -> Tensor:
         sae, least = self.sae, code.slots.min_kept

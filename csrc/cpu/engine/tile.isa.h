@@ -1,0 +1,351 @@
+// The tile engine: a block of packed feature panels against tiles of packed rows, and what a screen may conclude from it. Only for
+// *.isa.cpp of a level that can screen.
+//
+// A screen is a class with
+//   void panel(const ScreenPanels& p, int panel);           the features of the products to come
+//   void row(int64_t row, __m512 r0, __m512 r1);            screened products of one row with features 0-15 and 16-31 of that panel
+// and gets from Features an interval that contains the score of fastsae.h. It decides what the interval decides and hands the rest to the
+// exact score (Scorer); nothing else may rest on a screened product.
+//
+#pragma once
+#include "cpu/engine/kernels.h"
+#include "vec.isa.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+constexpr int64_t kCacheBytes = int64_t{512} << 10;  // of panels, of a second-level cache of 1 MiB or more
+
+// The features of one panel, as vectors of 16.
+template <bool kScaled>
+struct Features {
+  __m512 norm[2], loss[2], floor[2], scale[2], bias[2];
+  int64_t first;
+  uint32_t exist;  // one bit a feature
+
+  FASTSAE_INLINE void set(const ScreenPanels& p, int panel) {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = static_cast<int64_t>(panel) * kPanelWidth + 16 * h;
+      norm[h] = _mm512_loadu_ps(p.norm + at);
+      loss[h] = _mm512_loadu_ps(p.loss + at);
+      floor[h] = _mm512_loadu_ps(p.floor + at);
+      if (kScaled) scale[h] = _mm512_loadu_ps(p.scale + at);
+      bias[h] = _mm512_loadu_ps(p.bias + at);
+    }
+    first = p.first + static_cast<int64_t>(panel) * kPanelWidth;
+    const int64_t left = p.features - static_cast<int64_t>(panel) * kPanelWidth;
+    exist = left >= kPanelWidth ? ~0u : (1u << left) - 1u;
+  }
+  FASTSAE_INLINE __m512 slack(int h, __m512 a, __m512 c) const {
+    return _mm512_fmadd_ps(a, norm[h], _mm512_fmadd_ps(c, loss[h], floor[h]));
+  }
+  // The bias is 0 where there is none: adding it only turns -0 into +0, which compare equal.
+  FASTSAE_INLINE __m512 score(int h, __m512 r) const {
+    if (kScaled) r = _mm512_mul_ps(r, scale[h]);
+    return _mm512_add_ps(r, bias[h]);
+  }
+  FASTSAE_INLINE __m512 upper(int h, __m512 r, __m512 e) const { return score(h, _mm512_add_ps(r, e)); }
+  FASTSAE_INLINE __m512 lower(int h, __m512 r, __m512 e) const { return score(h, _mm512_sub_ps(r, e)); }
+};
+
+FASTSAE_INLINE uint32_t joined(__mmask16 m0, __mmask16 m1) {
+  return _mm512_mask2int(m0) | (static_cast<uint32_t>(_mm512_mask2int(m1)) << 16);
+}
+
+// Appends the marked features of a panel to a row's undecided ones, with the ends of their intervals.
+template <bool kScaled>
+__attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t mask, const Features<kScaled>& f, __m512 r0, __m512 r1,
+                                      __m512 e0, __m512 e1) {
+  int64_t n = to.n[row];
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int h = 0; h < 2; ++h) {
+    const __mmask16 m = static_cast<__mmask16>(mask >> (16 * h));
+    if (m == 0) continue;
+    const __m512 r = h == 0 ? r0 : r1, e = h == 0 ? e0 : e1;
+    const int64_t at = row * to.stride + n;
+    if (to.lo != nullptr) {
+      _mm512_storeu_ps(to.lo + at, _mm512_maskz_compress_ps(m, f.lower(h, r, e)));
+      _mm512_storeu_ps(to.hi + at, _mm512_maskz_compress_ps(m, f.upper(h, r, e)));
+    }
+    _mm512_storeu_si512(to.id + at,
+                        _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
+    n += __builtin_popcount(m);
+  }
+  to.n[row] = static_cast<int32_t>(n);
+}
+
+// Walks the lines of `Prefetch`, a few at a time.
+struct Prefetcher {
+  const char* at;
+  int64_t segments, lines, stride, line;
+  explicit FASTSAE_INLINE Prefetcher(const Prefetch& a) : at(a.base), segments(a.segments), lines(a.lines), stride(a.stride), line(0) {}
+  FASTSAE_INLINE void some(int n) {
+    for (; n > 0 && segments > 0; --n) {
+      _mm_prefetch(at + line * 64, _MM_HINT_T1);
+      if (++line == lines) {
+        line = 0;
+        at += stride;
+        --segments;
+      }
+    }
+  }
+};
+
+constexpr int64_t kStep = 32;  // words between two prefetches
+
+// c[i][32] = integer products of MR rows and the 32 features of a panel, as fp32.
+template <int MR>
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
+               int quota) {
+  __m512i s0[MR], s1[MR];
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_set1_epi32(start[i]);
+  for (int64_t d = 0; d < words;) {
+    const int64_t stop = at_most(d + kStep, words);
+    prefetcher.some(quota);
+    for (; d < stop; ++d) {
+      const __m512i w0 = _mm512_loadu_si512(w + d * kPanelWidth), w1 = _mm512_loadu_si512(w + d * kPanelWidth + 16);
+      const uint32_t* const xd = x + d * MR;
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; ++i) {
+        const __m512i xi = _mm512_set1_epi32(static_cast<int>(xd[i]));
+        // Not the intrinsic: gcc 12 spills every accumulator around it, which halves the speed.
+        asm("vpdpbusd %2, %1, %0" : "+v"(s0[i]) : "v"(w0), "v"(xi));
+        asm("vpdpbusd %2, %1, %0" : "+v"(s1[i]) : "v"(w1), "v"(xi));
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+    _mm512_store_ps(c + i * kPanelWidth, _mm512_cvtepi32_ps(s0[i]));
+    _mm512_store_ps(c + i * kPanelWidth + 16, _mm512_cvtepi32_ps(s1[i]));
+  }
+}
+
+#ifdef FASTSAE_LEVEL_avx512_bf16
+#define FASTSAE_BF16(...) __VA_ARGS__
+
+// c[i][32] = <x^_i, w^_j> in bf16.
+template <int MR>
+void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& prefetcher, int quota) {
+  __m512 s0[MR], s1[MR];
+  int64_t d = 0;
+  do {
+    const int64_t end = at_most(d + kScreenBlock / 2, words);
+    const bool first = d == 0;
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) s0[i] = s1[i] = _mm512_setzero_ps();
+    while (d < end) {
+      const int64_t stop = at_most(d + kStep, end);
+      prefetcher.some(quota);
+      for (; d < stop; ++d) {
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth), w1 = (__m512bh)_mm512_loadu_si512(w + d * kPanelWidth + 16);
+        const uint32_t* const xd = x + d * MR;
+#pragma GCC unroll 12
+        for (int i = 0; i < MR; ++i) {
+          const __m512bh xi = (__m512bh)_mm512_set1_epi32(static_cast<int>(xd[i]));
+          s0[i] = _mm512_dpbf16_ps(s0[i], xi, w0);
+          s1[i] = _mm512_dpbf16_ps(s1[i], xi, w1);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      float* const to = c + i * kPanelWidth;
+      if (!first) {
+        s0[i] = _mm512_add_ps(_mm512_load_ps(to), s0[i]);
+        s1[i] = _mm512_add_ps(_mm512_load_ps(to + 16), s1[i]);
+      }
+      _mm512_store_ps(to, s0[i]);
+      _mm512_store_ps(to + 16, s1[i]);
+    }
+  } while (d < words);
+}
+
+#else
+#define FASTSAE_BF16(...) \
+  {                       \
+  }
+#endif
+
+// c[i][32] = the exact products, for rows of at most kLongestExact elements: one a lane, folded 8, 4, 2, 1 as a score is.
+template <int kLength>
+FASTSAE_INLINE void short_products(const float* x, const float* w, int64_t d, int height, float* c) {
+  for (int h = 0; h < 2; ++h) {
+    __m512 wv[kLength];
+    for (int l = 0; l < kLength; ++l) wv[l] = l < d ? _mm512_loadu_ps(w + l * kPanelWidth + 16 * h) : _mm512_setzero_ps();
+    for (int i = 0; i < height; ++i) {
+      __m512 p[kLength];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLength; ++l) p[l] = l < d ? _mm512_mul_ps(_mm512_set1_ps(x[l * height + i]), wv[l]) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int n = kLength / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < n; ++l) p[l] = _mm512_add_ps(p[l], p[l + n]);
+      _mm512_store_ps(c + i * kPanelWidth + 16 * h, p[0]);
+    }
+  }
+}
+
+template <int>
+void tile_exact(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int height, float* c, Prefetcher&, int) {
+  const float* const xf = reinterpret_cast<const float*>(x);
+  const float* const wf = reinterpret_cast<const float*>(w);
+  if (words <= 2)
+    short_products<2>(xf, wf, words, height, c);
+  else if (words <= 4)
+    short_products<4>(xf, wf, words, height, c);
+  else if (words <= 8)
+    short_products<8>(xf, wf, words, height, c);
+  else
+    short_products<16>(xf, wf, words, height, c);
+}
+
+using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int32_t*, int, float*, Prefetcher&, int);
+#define FASTSAE_TILES(tile) \
+  {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
+constexpr TileKernel kTileKernels[kScreenFormats][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
+                                                                    FASTSAE_TILES(tile_exact)};
+#undef FASTSAE_TILES
+
+// All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
+// panels; of a larger block, a panel stays there for all tiles.
+template <ScreenFormat kFormat, class Screen>
+void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, Screen& screen) {
+  alignas(64) float c[kTileRows * kPanelWidth];
+  Prefetcher prefetcher(next);
+  const int64_t steps = ceil_div(x.words, kStep) * p.panels * x.tiles;
+  const int quota = next.segments == 0 ? 0 : static_cast<int>(next.segments * next.lines / (steps > 0 ? steps : 1)) + 1;
+  const auto one = [&](int t, int panel) {
+    const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
+    const int height = static_cast<int>(r1 - r0);
+    kTileKernels[static_cast<int>(kFormat)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
+                                                    height, c, prefetcher, quota);
+    screen.panel(p, panel);
+    __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
+    if (kFormat == ScreenFormat::int8) {
+      unit0 = _mm512_loadu_ps(p.unit + panel * kPanelWidth);
+      unit1 = _mm512_loadu_ps(p.unit + panel * kPanelWidth + 16);
+    }
+    for (int i = 0; i < height; ++i) {
+      __m512 r0v = _mm512_load_ps(c + i * kPanelWidth), r1v = _mm512_load_ps(c + i * kPanelWidth + 16);
+      if (kFormat == ScreenFormat::int8) {
+        const __m512 step = _mm512_set1_ps(x.unit[r0 + i]);
+        r0v = _mm512_mul_ps(r0v, _mm512_mul_ps(step, unit0));
+        r1v = _mm512_mul_ps(r1v, _mm512_mul_ps(step, unit1));
+      }
+      screen.row(r0 + i, r0v, r1v);
+    }
+  };
+  if (x.words * kPanelWidth * 4 * p.panels <= kCacheBytes) {
+    for (int t = 0; t < x.tiles; ++t)
+      for (int panel = 0; panel < p.panels; ++panel) one(t, panel);
+  } else {
+    for (int panel = 0; panel < p.panels; ++panel)
+      for (int t = 0; t < x.tiles; ++t) one(t, panel);
+  }
+}
+
+// The same with the screen that takes a scale into account, or not: S{args...}.
+template <template <bool> class S, ScreenFormat kFormat, class... Args>
+FASTSAE_INLINE void run_scaled(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, const Args&... args) {
+  const auto run = [&](auto screen) { run_block<kFormat>(x, p, next, screen); };
+  if (p.scale != nullptr)
+    run(S<true>{args...});
+  else
+    run(S<false>{args...});
+}
+
+// The exact products of a block's undecided features, while its weights are in the cache, written over `hi`.
+template <class T>
+struct Scorer {
+  const ScoreJob& job;
+  const Undecided& at;
+  static constexpr int kAtOnce = 4;
+  const float* x[kAtOnce] = {};
+  const T* w[kAtOnce] = {};
+  int64_t place[kAtOnce] = {};
+  int held = 0;
+
+  FASTSAE_INLINE Scorer(const ScoreJob& job, const Undecided& at) : job(job), at(at) {}
+
+  // Independent products, mostly of one row: one chain alone would wait for its own last addition.
+  template <bool kSameRow>
+  FASTSAE_INLINE void score() {
+    constexpr int N = kAtOnce;
+    Vec sum[N], total[N];
+    int64_t i = 0;
+    do {
+      const int64_t end = at_most(i + kScoreBlock, job.d);
+      const bool first = i == 0;
+#pragma GCC unroll 8
+      for (int a = 0; a < N; ++a) sum[a] = zero();
+      for (; i + kLanes <= end; i += kLanes) {
+        const Vec one = load(x[0] + i);
+#pragma GCC unroll 8
+        for (int a = 0; a < N; ++a) sum[a] = fma(kSameRow ? one : load(x[a] + i), load(w[a] + i), sum[a]);
+      }
+      if (i < end) {
+        const int n = static_cast<int>(end - i);
+        for (int a = 0; a < N; ++a) sum[a] = fma(load_part(x[a] + i, n), load_part(w[a] + i, n), sum[a]);
+        i = end;
+      }
+      for (int a = 0; a < N; ++a) total[a] = first ? sum[a] : add(total[a], sum[a]);
+    } while (i < job.d);
+    for (int a = 0; a < N; ++a) at.hi[place[a]] = reduce(total[a]);
+  }
+
+  FASTSAE_INLINE const T* feature(int64_t id) const {
+    return static_cast<const T*>(job.w) + (job.list != nullptr ? job.list[id] : id) * job.stride_f;
+  }
+
+  FASTSAE_INLINE void add_entry(int64_t row, int64_t position) {
+    place[held] = position;
+    x[held] = job.xc + row * job.padded;
+    w[held] = feature(at.id[position] + job.first);
+    if (++held == kAtOnce) {
+      if (x[0] == x[kAtOnce - 1])
+        score<true>();
+      else
+        score<false>();
+      held = 0;
+    }
+  }
+
+  // Entries [0, n) of a row.
+  FASTSAE_INLINE void row(int64_t row) {
+    const int64_t base = row * at.stride, n = at.n[row];
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + 2 * kAtOnce < n) {
+        const char* const later = reinterpret_cast<const char*>(feature(at.id[base + i + 2 * kAtOnce] + job.first));
+        for (int line = 0; line < 4; ++line) _mm_prefetch(later + 64 * line, _MM_HINT_T0);
+      }
+      add_entry(row, base + i);
+    }
+  }
+
+  FASTSAE_INLINE void finish() {
+    if (held == 0) return;
+    for (int a = held; a < kAtOnce; ++a) {  // the last one again, to the same place
+      place[a] = place[held - 1];
+      x[a] = x[held - 1];
+      w[a] = w[held - 1];
+    }
+    score<false>();
+    held = 0;
+  }
+};
+
+// Calls body(scorer) with the scorer of the weights' type.
+template <class Body>
+FASTSAE_INLINE void with_scorer(const ScoreJob& job, const Undecided& at, const Body& body) {
+  with_type(job.t, [&](auto type) {
+    Scorer<decltype(type)> scorer(job, at);
+    body(scorer);
+  });
+}
+
+}  // namespace
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

@@ -1,0 +1,294 @@
+"""How good a dictionary of a model is: reconstruction, sparsity, and what the model loses where the dictionary takes a module's place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastsae._core import checks
+from fastsae.lm.harvesting import evaluating, kept_positions, shown_progress
+from fastsae.lm.hooks import call, find, first_tensor, watch
+from fastsae.patch import reconstruct, report
+from fastsae.plots import feature_density
+from fastsae.sae import SAE
+from fastsae.store.latents import entries_of
+
+_DENSE = 0.1
+"""A feature that fires on more than this share of the tokens is dense."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What ``evaluate`` measured.
+
+    Attributes:
+        values: by name, see ``evaluate``. errors: their standard errors over sequences, where there is one.
+        density: ``[F]`` float64, the share of the tokens on which each feature fires. fired: ``[F]`` int64, on how many.
+        sequences: ``[F]`` int64, in how many sequences each feature fires.
+        tokens: tokens that counted.
+    """
+
+    values: dict[str, float]
+    errors: dict[str, float]
+    density: Tensor
+    fired: Tensor
+    sequences: Tensor
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Values, errors and the number of tokens, as JSON holds them."""
+        return {"tokens": self.tokens, "values": self.values, "errors": self.errors}
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"{self.tokens} tokens"]
+        for name, value in self.values.items():
+            error = f"  ± {self.errors[name]:.2g}" if name in self.errors else ""
+            lines.append(f"{name:<28} {value:12.6g}{error}")
+        return "\n".join(lines)
+
+    def histogram(self, bins: int = 50) -> tuple[Tensor, Tensor]:
+        """(edges ``[bins + 1]``, counts ``[bins]``): features by log10 of their density, from one token in all to every one; the dead ones
+        are left out."""
+        edges = torch.linspace(
+            -math.log10(max(self.tokens, 2)), 0, checks.integer("histogram", "bins", bins, 1) + 1, dtype=torch.float64, device="cpu"
+        )
+        return edges, torch.histogram(self.density[self.density > 0].log10().clamp_max(0), edges).hist.long()
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the densities. Needs matplotlib (extra ``plot``)."""
+        feature_density({"dictionary": self.fired}, self.tokens, path)
+
+
+class _Means:
+    """Token-weighted means of several values a token, with their standard errors over sequences."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[Tensor]] = {}
+        self.counts: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, keep: Tensor) -> None:
+        """``values [sequences, positions]``, of which ``keep`` counts."""
+        self.sums.setdefault(name, []).append(torch.where(keep, values.double(), 0.0).sum(1).cpu())
+        self.counts.setdefault(name, []).append(keep.sum(1).double().cpu())
+
+    def of(self, name: str) -> tuple[Tensor, Tensor]:
+        """(sum, count) of each sequence."""
+        return torch.cat(self.sums[name]), torch.cat(self.counts[name])
+
+    def ratio(self, over: Tensor, under: Tensor) -> tuple[float, float]:
+        """``sum(over) / sum(under)`` of numbers a sequence, and its standard error by linearisation."""
+        value = float(over.sum() / under.sum())
+        n = len(over)
+        if n < 2:
+            return value, math.nan
+        return value, float((over - value * under).square().sum().mul(n / (n - 1)).sqrt() / under.sum().abs())
+
+
+def evaluate(
+    sae: Any,
+    model: nn.Module,
+    tokens: Tensor,
+    hook: str,
+    *,
+    mask: Tensor | None = None,
+    ignore: Iterable[int] = (),
+    ablations: Sequence[str] = ("zero",),
+    batch: int = 8,
+    progress: bool = True,
+) -> Evaluation:
+    """Measures a dictionary on a model's own activations and in the model's place.
+
+    Args:
+        sae: an ``SAE`` or transcoder of this library, or of SAELens, sparsify or dictionary_learning.
+        model: a language model whose output is logits ``[batch, context, vocabulary]``, or an object or tuple that holds them first.
+        tokens, mask, ignore, batch, progress: as in ``fastsae.lm.harvest``. Padding and ignored tokens are neither replaced nor counted.
+        hook: the module, as in ``fastsae.lm.splice``.
+        ablations: what the loss is compared to: "zero" (the module gives 0 at every position) and "mean" (its mean over the tokens that
+            count, which costs a pass more, up to the module).
+
+    Returns: ``Evaluation``. Its values, means over tokens unless said otherwise:
+
+    ================================  ============================================================================================
+    ``fvu``, ``explained_variance``   squared error over the variance about the mean of all tokens; 1 minus it (SAELens)
+    ``mse``, ``cosine``               squared error summed over dimensions; cosine of activation and reconstruction
+    ``l2_ratio``                      norm of the reconstruction over the activation's
+    ``reconstruction_bias``           mean squared norm of the reconstruction over the mean of its product with the activation
+                                      (Rajamanoharan et al. 2024, equation 10), over all tokens (SAELens averages it over batches)
+    ``l0``, ``l1``                    latents that are not 0; sum of their magnitudes
+    ``dead``, ``dense``               features (a count) that never fire; that fire on more than a tenth of the tokens
+    ``ce_clean``, ``ce_spliced``      cross-entropy of the next token in nats: of the model; with the reconstruction in the module's place
+    ``ce_zero``, ``ce_mean``          with the module ablated
+    ``ce_recovered``                  ``(ce_zero - ce_spliced) / (ce_zero - ce_clean)``; ``ce_recovered_mean`` against ``ce_mean``
+    ``kl_spliced``, ``kl_zero``, ..   KL(model || changed model) in nats; ``kl_recovered``: ``1 - kl_spliced / kl_zero``
+    ================================  ============================================================================================
+
+    Each batch costs one forward call of the model, one with the reconstruction, and one an ablation. No dense latents are formed.
+
+    Raises: TypeError, ValueError: as ``splice``; no position counts.
+    """
+    op = "evaluate"
+    (point,) = find(op, model, hook)
+    if not isinstance(sae, SAE):
+        report(sae)  # TypeError of what no adapter knows
+    ablations = list(ablations)
+    if unknown := [name for name in ablations if name not in ("zero", "mean")]:
+        raise ValueError(f"{op}: ablations must be of zero and mean, got {unknown[0]!r}")
+    keep, real = kept_positions(op, tokens, mask, ignore)
+    if not bool(keep.any()):
+        raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
+    batch = checks.integer(op, "batch", batch, 1)
+    state = _State(sae, point.is_input or not getattr(sae, "transcoder", False))
+    with torch.no_grad(), evaluating(model), contextlib.ExitStack() as stack:
+        device = next(model.parameters(), tokens).device
+        stack.callback(point.module.register_forward_pre_hook(state.read, with_kwargs=True).remove)
+        stack.callback(watch(point, state.at_hook).remove)
+        starts = range(0, len(tokens), batch)
+
+        def parts(shown: str) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:
+            for start in shown_progress(starts, shown if progress else ""):
+                part = slice(start, start + batch)
+                yield tokens[part].to(device), None if real is None else real[part].to(device), keep[part].to(device)
+
+        if "mean" in ablations:
+            total, count = None, 0
+            for ids, padding, kept in parts("mean"):
+                state.replace = None
+                call(model, ids, padding)
+                rows = state.seen()[1][kept].double()
+                total, count = rows.sum(0) if total is None else total + rows.sum(0), count + len(rows)
+            state.mean = None if total is None else total / count
+        for ids, padding, kept in parts("evaluate"):
+            state.replace = None
+            clean = _logits(call(model, ids, padding))
+            state.measure(kept)
+            state.model_loss("clean", None, clean, clean, ids, kept)
+            for name in ("spliced", *ablations):
+                state.replace = name
+                state.model_loss(name, clean, clean, _logits(call(model, ids, padding)), ids, kept)
+    return state.result(ablations)
+
+
+def _logits(output: Any) -> Tensor:
+    return (output.logits if hasattr(output, "logits") else first_tensor(output)).float()
+
+
+class _State:
+    """One evaluation: what the hook sees and gives, and the sums."""
+
+    def __init__(self, sae: Any, same: bool):
+        self.sae, self.same = sae, same
+        self.replace: str | None = None
+        self.means = _Means()
+        self.mean: Tensor | None = None
+        self.fired: Tensor | None = None
+        self.sequences: Tensor | None = None
+        self.sum_y: Tensor | None = None
+        self._input: Tensor | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._x_hat: Tensor | None = None
+        self._kept: Tensor | None = None
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input = first_tensor(args if args else kwargs)
+
+    def at_hook(self, y: Tensor) -> Tensor | None:
+        if self.replace is None:
+            self._seen = (y if self.same else self.input(), y)
+            return None
+        if self.replace == "spliced":
+            assert self._x_hat is not None and self._kept is not None
+            return torch.where(self._kept[..., None], self._x_hat, y)
+        return torch.zeros_like(y) if self.replace == "zero" or self.mean is None else self.mean.to(y.dtype).expand_as(y)
+
+    def input(self) -> Tensor:
+        assert self._input is not None
+        return self._input
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """(what the dictionary reads, what it stands for) of the last clean call."""
+        assert self._seen is not None, "the model did not call the module"
+        return self._seen
+
+    def measure(self, kept: Tensor) -> None:
+        """Reconstruction and sparsity of the last clean call."""
+        x, y = self.seen()
+        found = reconstruct(self.sae, x, target=y) if not self.same else reconstruct(self.sae, x)
+        latents = found.latents
+        assert latents is not None
+        self._x_hat, self._kept = found.x_hat.to(y.dtype), kept
+        wide, x_hat = y.float(), found.x_hat.float()
+        norm, norm_hat, product = wide.norm(dim=-1), x_hat.norm(dim=-1), (wide * x_hat).sum(-1)
+        add = self.means.add
+        add("mse", (wide - x_hat).square().sum(-1), kept)
+        add("square", wide.square().sum(-1), kept)
+        add("cosine", product / (norm * norm_hat), kept)
+        add("l2_ratio", norm_hat / norm.masked_fill(norm < 1e-4, 1), kept)
+        add("square_hat", norm_hat.square(), kept)
+        add("product", product, kept)
+        row, feature, values = entries_of(latents)
+        active = (values != 0) & kept.flatten()[row]
+        row, feature = row[active], feature[active].cpu()
+        counts = torch.bincount(row, minlength=kept.numel())
+        add("l0", counts.view_as(kept), kept)
+        size = torch.zeros(kept.numel(), dtype=torch.float64, device=kept.device).index_add_(0, row, values[active].abs().double())
+        add("l1", size.view_as(kept), kept)
+        fired = torch.bincount(feature, minlength=latents.n_features)
+        pairs = (row.cpu() // kept.shape[1] * latents.n_features + feature).unique() % latents.n_features
+        sequences = torch.bincount(pairs, minlength=latents.n_features)
+        total = y[kept].double().sum(0).cpu()
+        self.fired = fired if self.fired is None else self.fired + fired
+        self.sequences = sequences if self.sequences is None else self.sequences + sequences
+        self.sum_y = total if self.sum_y is None else self.sum_y + total
+
+    def model_loss(self, name: str, compared: Tensor | None, clean: Tensor, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
+        """Cross-entropy of the next token where this one counts, and the divergence from the clean model."""
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().long(), reduction="none")
+        self.means.add(f"ce_{name}", loss.view(len(ids), -1), kept[:, :-1])
+        if compared is not None:
+            divergence = functional.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)
+            self.means.add(f"kl_{name}", divergence, kept)
+
+    def result(self, ablations: Sequence[str]) -> Evaluation:
+        m = self.means
+        values: dict[str, float] = {}
+        errors: dict[str, float] = {}
+
+        def put(name: str, over: Tensor, under: Tensor, less: bool = False) -> None:
+            value, error = m.ratio(over, under)
+            values[name], errors[name] = 1 - value if less else value, error
+
+        squares, counts = m.of("square")
+        residual, _ = m.of("mse")
+        assert self.sum_y is not None and self.fired is not None and self.sequences is not None
+        tokens = int(counts.sum())
+        variance = squares - counts * (self.sum_y.square().sum() / tokens**2)
+        put("fvu", residual, variance)
+        put("explained_variance", residual, variance, less=True)
+        for name in ("mse", "cosine", "l2_ratio", "l0", "l1"):
+            put(name, *m.of(name))
+            if name == "l2_ratio":
+                put("reconstruction_bias", m.of("square_hat")[0], m.of("product")[0])
+        density = self.fired.double() / tokens
+        values |= {"dead": int((self.fired == 0).sum()), "dense": int((density > _DENSE).sum())}
+        for name in ("clean", "spliced", *ablations):
+            put(f"ce_{name}", *m.of(f"ce_{name}"))
+        for name in ("spliced", *ablations):
+            put(f"kl_{name}", *m.of(f"kl_{name}"))
+        for name in ablations:
+            ending = "" if name == "zero" else f"_{name}"
+            ablated, spliced = m.of(f"ce_{name}")[0], m.of("ce_spliced")[0]
+            put(f"ce_recovered{ending}", ablated - spliced, ablated - m.of("ce_clean")[0])
+            put(f"kl_recovered{ending}", m.of("kl_spliced")[0], m.of(f"kl_{name}")[0], less=True)
+        return Evaluation(values, errors, density, self.fired, self.sequences, tokens)

@@ -1,0 +1,103 @@
+"""What an optimiser's step is made of: the parameters by name, and for each a job of checked views and a gradient of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsae._core import checks
+from fastsae.gradients import TiledGradient, norm
+from fastsae.ops.adam import DTYPES, GRAD_SQUARES, checked_gradient
+
+TILE = 1 << 21  # elements of a TiledGradient that exist at a time
+
+Pieces = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # grad, values, indices, crow
+
+
+def rows_at_a_time(width: int) -> int:
+    """Rows of a TiledGradient that exist at a time."""
+    return max(1, TILE // max(width, 1))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One parameter of one step, or a member's part of it, checked: ``[rows, D]`` views (the weights first) and the gradient."""
+
+    op: str
+    name: str
+    views: tuple[Tensor, ...]
+    gradient: TiledGradient | Pieces
+    unit: bool
+    member: int = 0
+
+    def size(self) -> Tensor:
+        """``[]``: at least the gradient's norm."""
+        if isinstance(self.gradient, TiledGradient):
+            known = self.gradient.size
+            return torch.stack(self.squares()).sum().sqrt() if known is None else known
+        grad, values, *_ = self.gradient
+        return norm(grad) if values is None else norm(values) * norm(grad)
+
+    def squares(self) -> list[Tensor]:
+        """Sums of the squares of the gradient's elements, by ranges."""
+        return [GRAD_SQUARES(views[0], *tile, self.unit) for views, tile in self.tiles()]
+
+    def tiles(self) -> Iterator[tuple[tuple[Tensor, ...], Pieces]]:
+        """Ranges of rows of the views, and the gradient of each."""
+        W = self.views[0]
+        if not isinstance(self.gradient, TiledGradient):
+            yield self.views, self.gradient
+            return
+        height = rows_at_a_time(W.shape[1])
+        height = max(height - height % self.gradient.block, self.gradient.block)
+        for start in range(0, W.shape[0], height):
+            part = slice(start, min(start + height, W.shape[0]))
+            yield (
+                tuple(view[part] for view in self.views),
+                checked_gradient(
+                    self.op, f"gradient of {self.name}", self.gradient.compute(part).to(W.dtype), W[part]
+                ),  # of autocast: narrower
+            )
+
+
+def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pieces:
+    """The gradient of one matrix."""
+    if isinstance(gradient, TiledGradient):
+        if gradient.n_features != W.shape[0]:
+            raise ValueError(f"{op}: {what}.n_features must be the {W.shape[0]} rows of the weights, got {gradient.n_features}")
+        return gradient
+    if isinstance(gradient, Tensor):
+        return gradient.reshape(W.shape), None, None, None
+    return checked_gradient(op, what, gradient, W)
+
+
+def matrix(p: Tensor) -> Tensor:
+    """``[rows, D]`` on the same memory; a vector or number is one row."""
+    return p.detach().flatten(0, -2) if p.dim() > 1 else p.detach().view(1, p.numel())
+
+
+def named_parameters(op: str, params: Any) -> dict[str, Tensor]:
+    """Checked parameters by name."""
+    if isinstance(params, Mapping) or not isinstance(params, (nn.Module, Iterable)):
+        raise TypeError(f"{op}: params must be a module or named parameters, got {type(params).__name__}")
+    parameters: dict[str, Tensor] = {}
+    for entry in params.named_parameters() if isinstance(params, nn.Module) else params:
+        if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise TypeError(f"{op}: params must be a module or pairs of name and parameter, got {type(entry).__name__}")
+        name, p = entry
+        checks.tensor(op, name, p, DTYPES)
+        if name in parameters:
+            raise ValueError(f"{op}: {name!r} is given twice")
+        if other := next((known for known, q in parameters.items() if q is p), None):
+            raise ValueError(f"{op}: {name!r} and {other!r} are the same parameter")
+        if p.dim() != 2 and not p.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous or a matrix, got {list(p.shape)} with strides {list(p.stride())}")
+        checks.writable(op, name, p)
+        parameters[name] = p
+    if not parameters:
+        raise ValueError(f"{op}: there are no parameters")
+    return parameters

@@ -1,0 +1,301 @@
+"""What the optimisers of fused steps share: parameters and their state, the forms of a gradient, steps that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastsae._core import checks, finite, flags, processes
+from fastsae.gradients import Gradient, StackedGradient, TiledGradient
+from fastsae.ops.adam import DTYPES
+from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time
+from fastsae.sae.losses import Metrics
+
+
+@dataclass
+class State:
+    step: int
+    buffers: tuple[Tensor, ...]  # of the parameter's shape
+
+
+class Optimiser:
+    """What the optimisers share: parameters and their state, the forms of a gradient, the rate of a step."""
+
+    _OPTIONS: tuple[str, ...]
+    _BUFFERS: tuple[str, ...]
+    _SUMS: tuple[str, ...] = ()  # lists that count over steps
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[tuple[str, Tensor]],
+        lr: float | Sequence[float],
+        schedule: Callable[[int], float] | None,
+        unit_rows: Sequence[str] | None,
+        on_nonfinite: Literal["raise", "skip"],
+    ):
+        op = f"optim.{type(self).__name__}"
+        self.on_nonfinite = on_nonfinite
+        self.skipped = 0
+        self.module = params if isinstance(params, nn.Module) else None
+        self.members: int | None = getattr(params, "n_dictionaries", None)
+        self.parameters = named_parameters(op, params)
+        self.lr: float | Sequence[float] = list(lr) if isinstance(lr, (tuple, list)) else lr
+        self._check_options(op)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"{op}: schedule must be callable, got {type(schedule).__name__}")
+        unit_rows = tuple(getattr(params, "unit_rows", ()) if unit_rows is None else unit_rows)
+        for name in unit_rows:
+            if name not in self.parameters or self.parameters[name].dim() < 2:
+                matrices = [name for name, p in self.parameters.items() if p.dim() >= 2]
+                raise ValueError(f"{op}: unit_rows must name matrices among {matrices}, got {name!r}")
+        self.schedule, self.unit_rows = schedule, unit_rows
+        self.steps = 0
+        self._states: dict[str, State] = {}
+        self._flag: Tensor | None = None  # on a GPU: whether a step was refused, and the steps taken before it
+        self._log: list[Any] = []  # the counters before each step since that was read
+
+    def step(self, x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Metrics:
+        """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
+
+        Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them.
+
+        Raises: what ``step_gradients`` and ``apply`` raise; the module's buffers are then as before, too. RuntimeError: in a process group
+        of several processes, whose models would not be one.
+        """
+        kind = type(self).__name__
+        if x is None:
+            raise TypeError(f"{kind}.step: x must be given, the rows of a fused step; after loss.backward() it is {kind}.apply()")
+        step_gradients = getattr(self.module, "step_gradients", None)
+        if self.module is None or step_gradients is None:
+            raise TypeError(
+                f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
+            )
+        processes.refuse(
+            f"{kind}.step",
+            "each would train a model of its own. For one model: wrap a module whose forward returns sae.loss(x).loss in "
+            f"DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in each: "
+            f"{kind}.apply(sae.step_gradients(x)[1]), or train before the group is made",
+        )
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        try:
+            metrics, gradients = step_gradients(x, target=target, mask=mask, **loss_options)
+            refused = self._apply(gradients, getattr(metrics, "loss", None), (x, target, mask))
+        except BaseException:
+            _restore(buffers, True)
+            raise
+        _restore(buffers, refused)
+        return metrics
+
+    def apply(self, gradients: Mapping[str, Gradient | None] | None = None) -> None:
+        """One step from gradients by parameter name; None: from the ``grad`` of each parameter, as after ``backward()``.
+
+        Args:
+            gradients: of a parameter, its shape: a tensor; of a matrix ``[F, D]``, or ``[E, F, D]`` taken as ``[E * F, D]``, also a
+                ``RowGradient`` or a ``TiledGradient``; for ``SAEs`` also a ``StackedGradient``.
+
+        Raises:
+            TypeError, ValueError: an unknown name, a wrong type, shape, dtype or device, a parameter that has changed since its first
+                step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
+                FloatingPointError: a gradient that is not finite, see ``on_nonfinite``: nothing has been written.
+        """
+        self._apply(gradients)
+
+    @torch.no_grad()
+    def _apply(
+        self, gradients: Mapping[str, Gradient | None] | None, loss: Tensor | None = None, batch: tuple[Tensor | None, ...] = ()
+    ) -> bool | Tensor:
+        """Whether the step was refused: nothing was written then."""
+        op = f"{type(self).__name__}.apply"
+        self._check_ready(op)
+        self._check_options(op)
+        if len(self._log) >= 1000:
+            self.settle()
+        jobs, states = self._jobs(op, {name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
+        schedule = 1.0 if self.schedule is None else float(self.schedule(self.steps))
+        rates = [lr * schedule for lr in (self.lr if isinstance(self.lr, Sequence) else [self.lr])]
+        for lr in rates:
+            if not 0 <= lr < float("inf"):
+                raise ValueError(f"{op}: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
+        norms = self._norms(jobs)
+        sizes = [job.size() for job in jobs] if norms is None else [*norms]
+        if isinstance(loss, Tensor):
+            sizes.append((loss - loss).abs().sum())  # 0, or NaN
+        taken = finite.finite(sizes)
+        if isinstance(taken, Tensor) and self.on_nonfinite == "skip":
+            taken = bool(taken)
+        if taken is False:
+            if self.on_nonfinite == "raise" or finite.spoilt(self.parameters):
+                raise FloatingPointError(self._refusal("step" if batch else "apply", *batch))
+            self.skipped += 1
+            return True
+        factors = self._factors(norms)
+        refused = False if taken is True else self._deferred(taken)
+        if refused is not False:
+            factors = [torch.where(refused, torch.nan, f) for f in factors or [refused.new_ones((), dtype=torch.float32)]]
+            factors = factors if len(factors) > 1 else factors * (self.members or 1)
+        self._states.update(states)
+        self.steps += 1
+        for name in {job.name for job in jobs}:
+            self._states[name].step += 1
+        self._move(jobs, rates if len(rates) > 1 else rates * (self.members or 1), factors)
+        return refused
+
+    def _refusal(self, method: str, *batch: Tensor | None) -> str:
+        return (
+            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {finite.culprit(self.parameters, *batch)}. "
+            "Nothing has been changed; on_nonfinite='skip' leaves such batches out and counts them"
+        )
+
+    def _deferred(self, taken: Tensor) -> Tensor:
+        """On a GPU, whose host does not wait: whether this step, or one since the last ``settle``, is refused; no step is taken from the
+        first such one on."""
+        if self._flag is None:
+            self._flag = torch.zeros(2, dtype=torch.int32, device=taken.device)
+            flags.watch(self)
+        self._log.append((self.steps, {name: s.step for name, s in self._states.items()}, [list(getattr(self, n)) for n in self._SUMS]))
+        bad, count = self._flag[0], self._flag[1]
+        bad.logical_or_(taken.logical_not())
+        count.add_(bad == 0)
+        return bad != 0
+
+    def settle(self) -> None:
+        """FloatingPointError where a step on a GPU was refused since the last call, which this waits for; counters are then those before
+        it, as weights, moments and buffers are."""
+        log, self._log = self._log, []
+        if not log or self._flag is None:
+            return
+        bad, count = self._flag.tolist()
+        self._flag.zero_()
+        if bad:
+            self.steps, steps, sums = log[count]
+            self._states = {name: State(step, self._states[name].buffers) for name, step in steps.items()}
+            for name, value in zip(self._SUMS, sums):
+                setattr(self, name, value)
+            raise FloatingPointError(f"{self._refusal('step')}. {len(log) - count - 1} steps after it were not taken either")
+
+    def _move(self, jobs: Sequence[Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
+        """The step itself; ``rates`` and ``factors`` by member."""
+        raise NotImplementedError
+
+    def _fresh(self, p: Tensor) -> tuple[Tensor, ...]:
+        """The buffers of a parameter before its first step."""
+        raise NotImplementedError
+
+    def _check_ready(self, op: str) -> None:
+        """RuntimeError where the parameters are not those that a step is taken from."""
+
+    def _check_options(self, op: str) -> None:
+        for name in self._OPTIONS:  # a checkpoint holds no NumPy numbers
+            value = getattr(self, name, None)
+            setattr(self, name, type(value)(map(checks.plain, value)) if isinstance(value, (tuple, list)) else checks.plain(value))
+        lr = self.lr
+        finite.policy(op, self.on_nonfinite)
+        if isinstance(lr, (tuple, list)) and len(lr) != (self.members or 1):
+            raise ValueError(f"{op}: lr must be a number, or one for each of {self.members or 1} dictionaries, got {len(lr)}")
+
+    def _norms(self, jobs: Sequence[Job]) -> list[Tensor] | None:
+        """The gradient's norm, or each member's, where it is needed; else None."""
+        return None
+
+    def _factors(self, norms: list[Tensor] | None) -> list[Tensor] | None:
+        """Factors of the gradients, or None."""
+        return None
+
+    def _jobs(self, op: str, gradients: Mapping[str, Gradient | None]) -> tuple[list[Job], dict[str, State]]:
+        """The parameters to step, everything checked, and their state, made where it is new."""
+        if unknown := [name for name in gradients if name not in self.parameters]:
+            raise ValueError(f"{op}: unknown parameter {unknown[0]!r}; known: {', '.join(self.parameters)}")
+        jobs, fresh = [], {}
+        for name, gradient in gradients.items():
+            p = self.parameters[name]
+            if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
+                continue
+            checks.tensor(op, name, p, DTYPES)
+            if self.module is not None and getattr(self.module, name, p) is not p:
+                raise ValueError(f"{op}: {name} of the module is another parameter now: make the optimiser after changing a module")
+            state = self._states.get(name) or State(0, self._fresh(p))
+            for what in ("dtype", "device", "shape"):
+                was, now = getattr(state.buffers[0], what), getattr(p, what)
+                if was != now:
+                    error = ValueError if what == "shape" else TypeError
+                    raise error(f"{op}: {name} was {was} at its first step and is {now} now: make the optimiser after changing a module")
+            fresh[name] = state
+            what, unit = f"gradient of {name}", name in self.unit_rows
+            if isinstance(gradient, Tensor):
+                checks.tensor(op, what, gradient, (p.dtype,), p)
+                checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
+            if isinstance(gradient, StackedGradient):
+                if self.members is None or gradient.n != self.members:
+                    raise ValueError(f"{op}: {what} has {gradient.n} members, the module {self.members or 'is no stack'}")
+                joint = gradient.joint
+                fits = not isinstance(joint, TiledGradient) or joint.block <= rows_at_a_time(p.shape[-1])
+                if joint is not None and fits and not self._by_member:
+                    gradient = joint
+            stacks = (p.detach(), *state.buffers)
+            if self.members is not None and (self._by_member or isinstance(gradient, StackedGradient)):
+                of = gradient.part if isinstance(gradient, StackedGradient) else gradient.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
+                parts = ((*(t[e] for t in stacks), of(e), e) for e in range(self.members))
+            else:
+                parts = ((*stacks, gradient, 0),)
+            for *each, g, e in parts:
+                views = tuple(map(matrix, each))
+                jobs.append(Job(op, name, views, checked(op, what, g, views[0]), unit, e))
+        jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
+        return jobs, fresh
+
+    @property
+    def _by_member(self) -> bool:
+        """Whether the members of a stack differ in their step."""
+        return self.members is not None and isinstance(self.lr, Sequence) and len(set(self.lr)) > 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """``steps``, the options, and ``state``: step and moments by parameter name. A schedule is a function and not in it."""
+        self.settle()
+        state = {name: {"step": s.step, **dict(zip(self._BUFFERS, s.buffers))} for name, s in self._states.items()}
+        return {"steps": self.steps, **{name: getattr(self, name) for name in self._OPTIONS}, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what ``state_dict`` gave, options included; the next step gives the bits it would have given there."""
+        kind = type(self).__name__
+        op = f"{kind}.load_state_dict"
+        if missing := [name for name in ("steps", *self._OPTIONS, "state") if name not in state_dict]:
+            raise ValueError(f"{op}: not a state of fastsae.optim.{kind}: {missing[0]!r} is missing")
+        states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
+        steps = checks.integer(op, "steps", state_dict["steps"], 0)
+        before = {name: getattr(self, name) for name in self._OPTIONS}
+        for name in self._OPTIONS:
+            setattr(self, name, state_dict[name])
+        try:
+            self._check_options(op)
+        except (TypeError, ValueError):
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
+        self._states, self.steps, self._log = states, steps, []
+        if self._flag is not None:
+            self._flag.zero_()
+
+    def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> State:
+        if name not in self.parameters:
+            raise ValueError(f"{op}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")
+        p = self.parameters[name]
+        buffers = []
+        for key in self._BUFFERS:
+            buffer = checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype,))
+            checks.shape(op, f"{key} of {name}", buffer, tuple(p.shape), str(list(p.shape)))
+            buffers.append(torch.zeros_like(p).copy_(buffer))
+        return State(int(entry["step"]), tuple(buffers))
+
+
+@torch.no_grad()
+def _restore(buffers: Iterable[tuple[Tensor, Tensor]], refused: bool | Tensor) -> None:
+    """Puts back what buffers held, where ``refused``; a GPU's answer is not waited for."""
+    if refused is False:
+        return
+    for buffer, before in buffers:
+        buffer.copy_(before if refused is True else torch.where(refused, before, buffer))

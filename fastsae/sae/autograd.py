@@ -1,0 +1,66 @@
+"""The loss through autograd: ``SAE.loss``. ``step`` has the same numbers and the gradients by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae.ops.decode import decode
+from fastsae.ops.encode import encode_threshold, encode_topk
+from fastsae.reference import accumulator
+from fastsae.sae import tiles
+from fastsae.sae.activations import Gated
+from fastsae.sae.inputs import Inputs
+from fastsae.sae.losses import AuxK, Loss, Pass, aux_denominator, combine, dead_share, features, fired, quotient, squares
+
+
+def loss(inputs: Inputs) -> Loss:
+    if inputs.dense:
+        with inputs.autocast_off:
+            run = tiles.forward(*inputs.cast, bool(inputs.terms.l1))
+        run = run if inputs.terms.l0 else run._replace(counted=None)
+    else:
+        run = _forward(inputs)
+    dead = inputs.observe(run)
+    term = None if inputs.terms.aux is None else _aux(inputs, run.x_hats[-1], dead, inputs.terms.aux)
+    return combine(run, inputs.target, inputs.terms, inputs.objective, term)
+
+
+def _forward(inputs: Inputs) -> Pass:
+    """The pass over latents."""
+    x, w, terms = inputs.x, inputs.weights, inputs.terms
+    latents, counted, min_kept = inputs.encode(x)
+    penalised, frozen = latents, None
+    if isinstance(inputs.activation, Gated):
+        penalised = encode_threshold(x, w.W_enc, w.b_gate, b_pre=w.b_pre)
+        frozen = decode(penalised, w.W_dec.detach(), w.b_dec.detach())
+    magnitude = None
+    if terms.l1:
+        norms = torch.linalg.vector_norm(w.W_dec, dim=1)
+        feature = features(penalised)
+        # Of the two gathers, the one whose backward adds in a fixed order on this device.
+        weights = norms[feature] if norms.is_cuda else norms.index_select(0, feature.flatten()).view_as(feature)
+        magnitude = (penalised.values.abs() * weights).sum()
+    values = latents.values.detach()
+    return Pass(
+        decode(latents, w.W_dec, w.b_dec, x=None if w.skip is None else x, skip=w.skip, prefixes=w.prefixes),
+        frozen,
+        magnitude,
+        counted.sum() if counted is not None and terms.l0 else None,
+        (values != 0).sum(),
+        fired(features(latents), values, w.W_enc.shape[0]),
+        min_kept,
+    )
+
+
+def _aux(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | None:
+    """The AuxK term before its coefficient. Waits for the number of dead features."""
+    x, w = inputs.x, inputs.weights
+    k, share = dead_share(aux, x.shape[1], int(dead.sum()))
+    if k == 0 or x.shape[0] == 0:
+        return None
+    latents = encode_topk(x, w.W_enc, w.b_enc, k=k, b_pre=w.b_pre, features=dead, relu=aux.relu)
+    e_hat = decode(latents, w.W_dec, w.b_dec if aux.bias else None)
+    wide = accumulator(x_hat.dtype)
+    residual = (inputs.target.to(wide) - x_hat.to(wide)).detach()
+    return share * quotient(squares(e_hat.to(wide), residual).sum(), aux_denominator(aux, residual, inputs.target))
