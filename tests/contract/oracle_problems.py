@@ -6,13 +6,10 @@ import ctypes
 import os
 import random
 import shutil
-import subprocess
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from places import TESTS
 
 import fastsae
 from fastsae.native import loader
@@ -22,21 +19,6 @@ PATHS = {"dense": 1, "screen": 2, "rows": 3, "blocks": 4, "auto": 0}
 F32, BF16, F16 = 0, 1, 2
 inf, nan = np.float32(np.inf), np.float32(np.nan)
 Array = np.ndarray[Any, Any]
-
-
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    assert CC is not None
-    library = tmp_path_factory.mktemp("oracle") / "oracle.so"
-    command = [CC, "-O2", "-ffp-contract=off", "-shared", "-fPIC", str(TESTS / "contract" / "oracle.c")]
-    # With the CPU's own FMA fmaf() is an instruction; the bits are the same without.
-    done = subprocess.run([*command, "-march=native", "-o", str(library), "-lm"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        subprocess.run([*command, "-o", str(library), "-lm"], check=True)
-    lib = ctypes.CDLL(str(library))
-    lib.threshold.restype = lib.gated.restype = lib.batch_topk.restype = ctypes.c_int64
-    lib.grad_squares.restype = ctypes.c_float
-    return lib
 
 
 SIZE = 1 << 16
@@ -189,6 +171,7 @@ class Problem:
     # ---- encoders, codes, matches
 
     def engine(self) -> None:
+        # Longer than 80 lines: one problem goes through every entry of the engine, and what is drawn for it is drawn once.
         draw, C, kernels = self.draw, self.oracle, self.kernels
         t = draw.choice((F32, F32, BF16, F16))
         rows = draw.size(most=14, edges=(1, 12, 13, 25, 26))

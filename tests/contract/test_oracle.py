@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle_problems import CC, POOLS, SIZE, Draw, Problem, i64, inf, nan, p
+from places import TESTS
 
 import fastsae
 from fastsae.native import loader
@@ -24,6 +26,21 @@ pytestmark = [
 ]
 CASES = {"deep": 1_000_000, "ci": 20_000}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 4_000)
 PARTS = 8
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    assert CC is not None
+    library = tmp_path_factory.mktemp("oracle") / "oracle.so"
+    command = [CC, "-O2", "-ffp-contract=off", "-shared", "-fPIC", str(TESTS / "contract" / "oracle.c")]
+    # With the CPU's own FMA fmaf() is an instruction; the bits are the same without.
+    done = subprocess.run([*command, "-march=native", "-o", str(library), "-lm"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        subprocess.run([*command, "-o", str(library), "-lm"], check=True)
+    lib = ctypes.CDLL(str(library))
+    lib.threshold.restype = lib.gated.restype = lib.batch_topk.restype = ctypes.c_int64
+    lib.grad_squares.restype = ctypes.c_float
+    return lib
 
 
 # ---------------------------------------------------------------- comparing
