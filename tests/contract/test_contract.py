@@ -479,6 +479,7 @@ def test_codes_compile_without_graph_breaks(name: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
     function, inputs = PUBLIC["reconstruct"]

@@ -290,6 +290,7 @@ TOGETHER = """
 """
 
 
+@pytest.mark.slow
 def test_several_writers_some_killed_and_a_reader(tmp_path: Path) -> None:
     done = child(TOGETHER, tmp_path, 3000 if DEEP else 40)
     assert done.returncode == 0, done.stderr

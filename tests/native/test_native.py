@@ -278,6 +278,7 @@ def test_untouched_rows_can_be_left(how: str) -> None:
     assert (out[~touched] == 5).all()
 
 
+@pytest.mark.slow
 def test_an_unknown_level_in_the_environment_is_an_error_on_use() -> None:
     code = "from fastsae.native import loader; assert loader.unavailable() is None; loader.isa()"
     for name in ("avx9", "AVX2"):
