@@ -7,12 +7,10 @@ PIP    := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 TORCH  := torch==2.13.0
 # Two of the six architectures: the rest costs minutes of compiling and is checked by tests/gpu/test_cuda.py. A release builds them all.
 export FASTSAE_CUDA_ARCHS ?= 80,90
-# Compilers and interpreters of one thread: apart, so that nothing that uses all cores runs beside them.
-COMPILED := tests/gpu/test_kernels.py tests/gpu/test_tiles.py tests/gpu/test_cuda.py
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-fast lint verify demo bench gpu gpu-sanitize peers test-peers sanitize deep deep-peers clean
+.PHONY: help build test test-fast smoke-verify smoke-bench smoke-demo lint verify demo bench gpu gpu-sanitize peers test-peers sanitize deep deep-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -37,17 +35,22 @@ $(VENV)/demo.stamp: $(VENV)/build.stamp
 
 build: $(VENV)/build.stamp ## a virtual environment with the package in it
 
-test: $(VENV)/dev.stamp lint ## everything CI runs: lint, contract, interpreter, ahead-of-time, install, smoke runs
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests $(addprefix --ignore=,$(COMPILED))
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(COMPILED)
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests/contract/test_contract.py -k triton
+test: $(VENV)/dev.stamp ## everything CI runs: lint, contract, interpreter, ahead-of-time, install, smoke runs
+	$(MAKE) --no-print-directory -j 2 --output-sync=target lint smoke-verify smoke-bench smoke-demo
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests
+
+smoke-verify: $(VENV)/dev.stamp # these three and lint use one core each: two at a time
 	$(BIN)/fastsae info
 	$(BIN)/fastsae verify --no-timing > /dev/null
+
+smoke-bench: $(VENV)/dev.stamp
 	$(BIN)/fastsae bench --quick --out build/bench-smoke > /dev/null
+
+smoke-demo: $(VENV)/dev.stamp
 	$(BIN)/fastsae demo --smoke --out build/demo-smoke
 
-test-fast: $(VENV)/dev.stamp ## the contract suite and the operations' own tests, without builds and compilations
-	$(BIN)/python -m pytest -q tests -m "not slow"
+test-fast: $(VENV)/dev.stamp ## the contract suite and the operations' own tests, without builds and compilations, in 3 minutes
+	$(BIN)/python -m pytest -q -n 2 tests -m "not slow"
 
 lint: $(VENV)/dev.stamp ## ruff and pyright
 	$(BIN)/ruff check .
@@ -78,7 +81,7 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	@touch $@
 
 test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
-	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q $(wildcard tests/interop/test_patch_*.py tests/interop/test_*_peers.py)
+	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(wildcard tests/interop/test_patch_*.py tests/interop/test_*_peers.py)
 
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh
@@ -87,10 +90,10 @@ deep: $(VENV)/dev.stamp ## many more drawn inputs than CI: a million cases of th
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 tests/contract/test_oracle.py
 	$(BIN)/python tests/mutate.py
 	$(BIN)/python tests/fuzz_files.py 300
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/interop/test_files.py tests/ops/test_packed.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/interop/test_files.py tests/interop/test_checkpoints.py tests/ops/test_packed.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_settings.py -k "settings_change or restored"
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/sae/test_nonfinite.py tests/sae/test_trainer.py -k "drawn or number_of_threads"
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/ops/test_match.py -k drawn_files
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/ops/test_match_inputs.py -k drawn_files
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_contract.py tests/native/test_engine.py -k "drawn or anything"
 	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py -k chip
 

@@ -63,6 +63,12 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-
 FAILURES = (CCompilerError, ExecError, PlatformError, OSError)
 
 
+def _run_compiler(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CCompilerError(f"{' '.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
+
+
 def included(source: str) -> set[str]:
     """`source` and every file of csrc that it includes."""
     files, new = set(), {source}
@@ -175,40 +181,30 @@ class BuildExt(build_ext):
             targets.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")
         self.info["cuda"].update(nvcc=" ".join(version), archs=wanted)
         out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / "cuda"
-        objects = []
+        include = str(Path(nvcc).resolve().parent.parent / "include")
+        toolkit = [path for path in (include, *([str(Path(home) / "include")] if home else [])) if Path(path).is_dir()]
+        bind = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+        bind += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"], *toolkit)]
 
         def compile_one(source: str) -> str:
             target = out / (os.path.basename(source) + ".o")
             stamp = target.with_suffix(".command")
-            command = [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", str(target)]
+            command = [nvcc, *([*CUDA_FLAGS, *targets] if source.endswith(".cu") else bind), "-c", source, "-o", str(target)]
             said = json.dumps([version, command])
             newest = max(map(os.path.getmtime, included(source)))
             if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 stamp.unlink(missing_ok=True)
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise CCompilerError(f"{' '.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
+                _run_compiler(command)
                 stamp.write_text(said)
             return str(target)
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             # The sort first: it takes longest.
-            objects = list(pool.map(compile_one, sorted((s for s in ext.sources if s.endswith(".cu")), key=lambda s: "sort" not in s)))
-        include = str(Path(nvcc).resolve().parent.parent / "include")
-        toolkit = [path for path in (include, *([str(Path(home) / "include")] if home else [])) if Path(path).is_dir()]
-        bind = str(out / "bind.o")
-        command = [nvcc, "-std=c++17", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
-        command += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"], *toolkit)]
+            objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda s: "sort" not in s)))
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        for step in (
-            [*command, "-c", "csrc/cuda/bind.cpp", "-o", bind],
-            [nvcc, "-shared", "--cudart=static", "--no-device-link", *objects, bind, "-o", target],
-        ):
-            done = subprocess.run(step, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise CCompilerError(f"{' '.join(step)}: {(done.stdout + done.stderr)[-2000:]}")
+        _run_compiler([nvcc, "-shared", "--cudart=static", "--no-device-link", *objects, "-o", target])
 
     def _compile_all(self, jobs: list[tuple[str, str, list[str]]], macros: list[tuple[str, str]], python: Sequence[str] = ()) -> list[str]:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

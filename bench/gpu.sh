@@ -78,7 +78,7 @@ for part in $parts; do
       step 60 "$python" -m fastsae info
       ;;
     verify)
-      step 90 "${pytest[@]}" tests/gpu/test_cuda.py tests/gpu/test_kernels.py tests/gpu/test_tiles.py -k gpu
+      step 90 "${pytest[@]}" tests/gpu/test_cuda.py tests/gpu/test_kernels.py tests/gpu/test_tiles*.py -k gpu
       step 100 "${pytest[@]}" tests/contract/test_contract.py -k "cuda: and meets and (float32 or bfloat16)"
       ;;
     contract) # not among the default parts, whose time it would take

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import triton
+from places import ROOT
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -161,6 +162,7 @@ def _is_constant(value: str, made: dict[str, Any]) -> bool:
 
 
 def compile_launch(launch: Launch, capability: int) -> Usage:
-    source = _source(launch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    # Triton's key holds its version, the kernel's source and the options: what another test or an earlier run compiled is the same.
+    with mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton")}):
+        compiled = triton.compile(_source(launch), target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     return Usage(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)

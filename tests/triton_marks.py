@@ -20,8 +20,8 @@ usable = pytest.mark.skipif(
 )
 
 
-def passes_in_the_interpreter(path: str) -> None:
+def passes_in_the_interpreter(path: str, *options: str) -> None:
     """The tests of a file in a process of its own, where Triton interprets its kernels."""
-    command = [sys.executable, "-m", "pytest", path, "-q", "-m", "", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", path, "-q", "-m", "", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 /* What every native operation computes, once more: from SPEC and csrc/fastsae.h alone, one loop a sentence, in the documented order of
  * summation, so that results can be compared bit for bit. It shares no code with the kernels and is built without their flags. Inputs are
- * fp32 (widened by the caller), plain and contiguous; a function of a Python test calls each (tests/test_oracle.py). */
+ * fp32 (widened by the caller), plain and contiguous; a function of a Python test calls each (tests/contract/oracle_problems.py). */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

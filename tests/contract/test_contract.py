@@ -8,6 +8,7 @@ NaN, infinities and denormals. For each public operation: first and second deriv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import has_code
 from surroundings import PRECISIONS, SETTINGS, surroundings
 from torch import Tensor
 
@@ -35,6 +37,11 @@ def _rows() -> Iterator[Any]:
             for row in op.rows:
                 for name, context in variants(row, device):
                     yield pytest.param(op, row, context, device, id=f"{op.name}-{name}-{device}")
+
+
+def _rows_to_draw_for() -> Iterator[Any]:
+    """Each code once: the draws are the same at every level."""
+    return (parameter for parameter in _rows() if has_code(parameter.values[0].name, parameter.id))
 
 
 def _cases() -> Iterator[Any]:
@@ -103,17 +110,23 @@ def test_bits_do_not_depend_on_the_batch(op: Op, row: Row, context: Context, dev
                     assert _same_bits(a, b[part])
 
 
+_OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 @pytest.mark.parametrize(("op", "row", "context", "device"), list(_rows()))
-def test_opcheck(op: Op, row: Row, context: Context, device: torch.device) -> None:
+def test_opcheck(op: Op, row: Row, context: Context, device: torch.device, request: pytest.FixtureRequest) -> None:
+    # Fake tensors, autograd and compiled calls know no instruction set: once a row. What a kernel does to its arguments, at each.
+    level = re.search(r"-cpu\[(\w+)\]-", request.node.name)
+    tests = _OPCHECKS if level is None or level[1] == "portable" else _OPCHECKS[:1]
     with context():
         samples = _samples(op, row, device, op.dtypes[0])
         for args in (samples[0], samples[len(samples) // 2], samples[-1]):
             # Equal results are compared by test_meets_specification; opcheck's allclose knows no NaN == NaN.
             if not any(isinstance(arg, Tensor) and arg.is_floating_point() and bool(arg.isnan().any()) for arg in args):
-                torch.library.opcheck(getattr(torch.ops.fastsae, op.name).default, args, {"backend": row.backend})
+                torch.library.opcheck(getattr(torch.ops.fastsae, op.name).default, args, {"backend": row.backend}, test_utils=tests)
 
 
-@pytest.mark.parametrize(("op", "row", "context", "device"), list(_rows()))
+@pytest.mark.parametrize(("op", "row", "context", "device"), list(_rows_to_draw_for()))
 @given(seed=st.integers(0, 2**31 - 1), data=st.data())
 def test_drawn_inputs(op: Op, row: Row, context: Context, device: torch.device, seed: int, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(op.dtypes))
@@ -134,7 +147,7 @@ _CHOSEN = st.lists(st.sampled_from(sorted(SETTINGS)), min_size=1, max_size=3, un
 )
 
 
-@pytest.mark.parametrize(("op", "row", "context", "device"), list(_rows()))
+@pytest.mark.parametrize(("op", "row", "context", "device"), list(_rows_to_draw_for()))
 @settings(max_examples=max(3, settings().max_examples // 6))
 @given(seed=st.integers(0, 3), names=_CHOSEN, data=st.data())
 def test_drawn_surroundings_change_nothing(
@@ -466,6 +479,7 @@ def test_codes_compile_without_graph_breaks(name: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
     function, inputs = PUBLIC["reconstruct"]

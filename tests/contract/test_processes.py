@@ -129,6 +129,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_group(tmp_path: Path) -> None:
     both(SCRIPT, tmp_path)
 

@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -370,7 +369,7 @@ def test_the_folder_is_no_package_of_its_own() -> None:
 
 
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list]]:
+def launches() -> dict[str, list]:
     """Every launch of realistic calls, without repeats: by dtype for the usual shape, and "unusual" ones."""
     import aot
 
@@ -378,12 +377,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, lis
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found[str(dtype).removeprefix("torch.")] = _record(aot, dtype, ("fixed", "turned", "int32"))
     found["unusual"] = [launch for dtype in (torch.float32, torch.bfloat16) for launch in _record(aot, dtype, ("ragged", "odd", "strided"))]
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    yield found
-    os.environ.pop("TRITON_CACHE_DIR")
-    if before is not None:
-        os.environ["TRITON_CACHE_DIR"] = before
+    return found
 
 
 def _record(aot: ModuleType, dtype: torch.dtype, forms: tuple[str, ...]) -> list:

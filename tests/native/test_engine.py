@@ -2,124 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from engine_cases import CHECK, SCREENING, SCREENS, Case, arguments, assert_enclosed, columns, draw, run, same, verify
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae.dispatch import OPS
-from fastsae.latents import ScoreInputs
 from fastsae.native import encode as native_encode
 from fastsae.native import loader
 from fastsae.native import match as native_match
 from fastsae.native import spline as native_spline
 
-CHECK = OPS["encode_topk"].check
-SCREENING = [level for level in ("avx512_vnni", "avx512_bf16") if level in loader.isa_levels()]
-SCREENS = bool(SCREENING)
 pytestmark = pytest.mark.skipif(loader.unavailable() is not None, reason=str(loader.unavailable()))
 needs_screen = pytest.mark.skipif(not SCREENS, reason="no level with dot products of 8-bit integers here")
-
-Case = dict[str, Any]
-
-
-def draw(rows: int, d: int, features: int, seed: int = 0, **more: Any) -> Case:
-    g = torch.Generator().manual_seed(seed)
-    W = torch.randn(features, d, generator=g)
-    case = {
-        "x": torch.randn(rows, d, generator=g),
-        "W": W / W.norm(dim=1, keepdim=True),
-        "b": None,
-        "b_pre": None,
-        "scale": None,
-        "k": 16,
-        "relu": False,
-    }
-    return {**case, **more}
-
-
-def run(case: Case, path: str, packed: bool = False, **more: Any) -> tuple[Tensor, Tensor]:
-    words = native_encode.pack(case["W"]) if packed else None
-    names = ("x", "W", "b", "b_pre", "scale", "features")
-    return native_encode.encode_topk(*(case.get(name) for name in names), words, case["k"], case["relu"], path=path, **more)  # pyright: ignore[reportArgumentType]
-
-
-def arguments(case: Case) -> tuple[Any, ...]:
-    return (case["x"], case["W"], case["b"], case["b_pre"], case["scale"], None, None, case["k"], case["relu"])
-
-
-def assert_enclosed(case: Case) -> None:
-    """Every score lies in the interval that the screen claims for it, packed or not, for both numbers: the superset property."""
-    n = case["W"].shape[0]
-    scores = torch.empty(case["x"].shape[0], n)
-    every = {**case, "k": n, "relu": False}
-    values, indices = run(every, "dense")
-    scores.scatter_(1, indices, values)
-    for packed in (None, native_encode.pack(case["W"])):
-        for bf16 in (False, True):
-            for W in (case["W"], case["W"].T.contiguous().T):
-                inputs = ScoreInputs(case["x"], W, case["b"], case["b_pre"], case["scale"], packed=packed)
-                bounds = native_encode.screen_bounds(inputs, bf16=bf16)
-                if bounds is None:
-                    continue
-                lo, hi = bounds
-                # An end that is NaN decides nothing. A score that is NaN must not be excluded from above.
-                above, below = scores > hi, scores < lo
-                assert not bool(above.any()), f"a score above its interval: {scores[above][0]} > {hi[above][0]}"
-                assert not bool(below.any()), f"a score below its interval: {scores[below][0]} < {lo[below][0]}"
-                lost = scores.isnan() & (hi < float("inf"))
-                assert not bool(lost.any()), f"a NaN score under {hi[lost][0]}"
-
-
-def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
-    assert torch.equal(a[1], b[1])
-    assert torch.equal(a[0].view(torch.int32), b[0].view(torch.int32))
-
-
-def columns(case: Case) -> Case:
-    return {**case, "W": case["W"].T.contiguous().T}
-
-
-def verify(case: Case, exact_rows: int | None = None, checked: bool = True, rowwise: bool = True) -> dict[str, int]:
-    """Screened = dense, bit for bit, in both layouts; dense = float64 outside the rounding band; no row of the result was screened out."""
-    dense = run(case, "dense")
-    if checked:
-        CHECK(arguments(case), dense)
-    same(run(columns(case), "dense"), dense)
-    if not SCREENS:
-        return {}
-    rows, features = case["x"].shape[0], case["W"].shape[0]
-    stats: dict[str, int] = {}
-    survived = torch.zeros(rows, features, dtype=torch.uint8)
-    screened = run(case, "screen", stats=stats, survived=survived)
-    same(screened, dense)
-    assert bool(survived.gather(1, dense[1]).all()), "a feature of the top k was screened out"
-    same(run(columns(case), "screen"), dense)
-    same(run(case, "screen", packed=True), dense)
-    same(run(columns(case), "screen", packed=True), dense)
-    for path in ("rows", "blocks") if rowwise else ():  # all intervals of a row before its first score
-        counts: dict[str, int] = {}
-        survived.zero_()
-        same(run(case, path, stats=counts, survived=survived), dense)
-        assert bool(survived.gather(1, dense[1]).all()), f"{path}: a feature of the top k was screened out"
-        assert counts["screened_rows"] + counts["exact_rows"] == rows
-        assert exact_rows is None or counts["exact_rows"] == exact_rows, path
-        same(run(case, path, packed=True), dense)
-        same(run(columns(case), path, packed=True), dense)
-    assert_enclosed(case)
-    for level in SCREENING[:-1]:
-        with loader.use_isa(level):
-            for path in ("screen", "rows", "blocks") if rowwise else ("screen",):
-                same(run(case, path), dense)
-    assert stats["screened_rows"] + stats["exact_rows"] == rows
-    if exact_rows is not None:
-        assert stats["exact_rows"] == exact_rows
-    return stats
 
 
 @pytest.mark.parametrize("d", [1, 2, 15, 31, 32, 33, 130, 513, 1023, 4097])
@@ -203,136 +100,6 @@ def test_rows_that_screening_cannot_tell_apart_are_left_to_the_exact_path() -> N
         stats: dict[str, int] = {}
         same(run(case, path, stats=stats), run(case, "dense"))
         assert 500 <= stats["exact_rows"] <= 700
-
-
-def heavy_norms(case: Case) -> None:
-    case["W"] *= torch.exp(3 * torch.rand(case["W"].shape[0], 1, generator=torch.Generator().manual_seed(5)))
-
-
-def one_loud_feature(case: Case) -> None:
-    case["W"][777] *= 20
-
-
-def outlier_dimensions(case: Case) -> None:
-    case["x"][:, 3:9] *= 20
-
-
-def planted(case: Case) -> None:
-    g = torch.Generator().manual_seed(6)
-    chosen = torch.randint(case["W"].shape[0], (case["x"].shape[0], 12), generator=g)
-    case["x"] = (case["W"][chosen] * torch.rand(*chosen.shape, 1, generator=g)).sum(1)
-
-
-def one_huge_element(case: Case) -> None:
-    case["x"][5, 17] = 1e6
-
-
-def negative_only(case: Case) -> None:
-    case["W"] = -case["W"].abs()
-    case["x"] = case["x"].abs()
-
-
-def cancelling_columns(case: Case) -> None:
-    half = case["W"].shape[1] // 2
-    case["x"][:, half : 2 * half] = case["x"][:, :half] * 1000
-    case["x"][:, :half] *= 1000
-    case["W"][:, half : 2 * half] = -case["W"][:, :half] + 1e-4 * case["W"][:, half : 2 * half]
-
-
-def small_weights(case: Case) -> None:
-    case["W"] *= 1e-12
-
-
-def one_nan_in_x(case: Case) -> None:
-    case["x"][4, 2] = float("nan")
-    case["x"][6, 0] = float("inf")
-    case["x"][7, 1] = -float("inf")
-
-
-def broken_features(case: Case) -> None:
-    case["W"][7, 2] = float("nan")
-    case["W"][1500, 0] = float("inf")
-    case["W"][2999, 3] = -float("inf")
-    case["W"][31, 1] = 3e37
-    case["b"] = (
-        torch.zeros(case["W"].shape[0])
-        .index_fill_(0, torch.tensor([40, 50]), float("inf"))
-        .index_fill_(0, torch.tensor([60]), float("nan"))
-    )
-    case["b"][70:90] = -float("inf")
-
-
-def broken_scale(case: Case) -> None:
-    case["scale"] = torch.ones(case["W"].shape[0])
-    case["scale"][10], case["scale"][20], case["scale"][30], case["scale"][40] = float("nan"), float("inf"), -float("inf"), 1e38
-    case["b"] = torch.full((case["W"].shape[0],), -float("inf")).index_fill_(0, torch.arange(15, 2500), 0.25)
-
-
-SCREENED = [heavy_norms, one_loud_feature, outlier_dimensions, planted, one_huge_element, negative_only, small_weights, broken_features]
-
-
-@pytest.mark.parametrize("spoil", SCREENED, ids=lambda f: f.__name__)
-def test_hard_inputs_stay_screened(spoil: Callable[[Case], None]) -> None:
-    case = draw(40, 200, 3000)
-    spoil(case)
-    verify(case, exact_rows=0)
-
-
-@pytest.mark.parametrize("spoil", [cancelling_columns, broken_scale], ids=lambda f: f.__name__)
-def test_hard_inputs(spoil: Callable[[Case], None]) -> None:
-    case = draw(40, 200, 3000)
-    spoil(case)
-    verify(case)
-
-
-def test_rows_that_are_not_finite_take_the_exact_path() -> None:
-    case = draw(40, 200, 3000)
-    one_nan_in_x(case)
-    verify(case, exact_rows=3)
-
-
-@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38, 1e-30, 1e-20, 1e15, 1e19, 1e30, 1e37])
-@pytest.mark.parametrize("where", ["x", "W", "both"])
-def test_tiny_and_huge(size: float, where: str) -> None:
-    case = draw(9, 100, 2000)
-    if where in ("x", "both"):
-        case["x"] *= size
-    if where in ("W", "both"):
-        case["W"] *= size
-    case["x"][3] = torch.randn(100, generator=torch.Generator().manual_seed(1))
-    verify(case, checked=where != "both" or size < 1e19)  # beyond, float32 overflows and float64 does not
-
-
-@needs_screen
-def test_undecided_rows_overflow_to_the_exact_path() -> None:
-    case = draw(30, 64, 4000)
-    case["x"][::3] = 0
-    verify(case, exact_rows=10)
-    flat = draw(30, 64, 4000)
-    flat["W"][:] = flat["W"][0]
-    verify(flat, exact_rows=30)
-    integers = draw(30, 16, 5000)
-    integers["x"], integers["W"] = integers["x"].round(), (integers["W"] * 4).round()
-    verify(integers)
-
-
-@pytest.mark.parametrize("distance", [1, 16, 32, 1000, 1999])
-def test_duplicates_far_apart_take_the_lower_index(distance: int) -> None:
-    case = draw(24, 80, 4000, k=20)
-    best = run(case, "dense")[1][:, :3].flatten()
-    for f in best.tolist():
-        case["W"][(f + distance) % 4000] = case["W"][f]
-    verify(case)
-
-
-def test_zero_scores_tie_whatever_their_sign() -> None:
-    case = draw(6, 24, 1500, k=40)
-    case["W"][100:700] = 0
-    case["W"][300:500] = -0.0
-    case["b"] = torch.full((1500,), -50.0)
-    case["b"][100:700] = torch.where(torch.rand(600, generator=torch.Generator().manual_seed(0)) < 0.5, 0.0, -0.0)
-    verify(case)
-    assert torch.equal(run(case, "dense")[1][0], torch.arange(100, 140))
 
 
 @pytest.mark.parametrize("path", ["dense", "screen", "rows", "blocks", "auto"])

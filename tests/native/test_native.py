@@ -16,6 +16,7 @@ import sys
 
 import pytest
 import torch
+from levels import codes
 from places import ROOT
 
 from fastsae.native import decode as kernels
@@ -69,7 +70,7 @@ def assert_within_two_ulp(got: torch.Tensor, terms: torch.Tensor, dim: int) -> N
     assert (error <= 0).all(), f"{error.max().item():.3g} beyond 2 ulp"  # false for NaN
 
 
-@pytest.fixture(params=loader.isa_levels() or ["none"])
+@pytest.fixture(params=codes() or ["none"])
 def level(request: pytest.FixtureRequest):
     with loader.use_isa(request.param):
         assert loader.isa() == request.param  # the level that is reported is the level that runs
@@ -277,6 +278,7 @@ def test_untouched_rows_can_be_left(how: str) -> None:
     assert (out[~touched] == 5).all()
 
 
+@pytest.mark.slow
 def test_an_unknown_level_in_the_environment_is_an_error_on_use() -> None:
     code = "from fastsae.native import loader; assert loader.unavailable() is None; loader.isa()"
     for name in ("avx9", "AVX2"):

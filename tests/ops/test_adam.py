@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from levels import codes
 from torch import Tensor
 
 import fastsae
@@ -20,7 +21,7 @@ LR = 1e-2
 B, D, F, K = 40, 37, 61, 5
 
 
-@pytest.fixture(params=["reference", *(loader.isa_levels() if loader.unavailable() is None else [])])
+@pytest.fixture(params=["reference", *codes()])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The reference, and the C++ row at every level."""
     if request.param == "reference":
@@ -240,7 +241,7 @@ def test_a_bias_is_split_over_threads_too() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("level", loader.isa_levels() if loader.unavailable() is None else [])
+@pytest.mark.parametrize("level", codes())
 def test_slots_give_the_bits_of_the_matrix_that_decode_dweight_writes(level: str) -> None:
     with loader.use_isa(level):
         gradient = slots("ragged", 5)
@@ -285,7 +286,7 @@ def test_refusals_give_the_reason() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("level", loader.isa_levels() if loader.unavailable() is None else [])
+@pytest.mark.parametrize("level", codes())
 @pytest.mark.parametrize("kind", ["ragged", "hot", "dense", "dense rows"])
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_a_transposed_view_gives_the_bits_of_the_rows(level: str, kind: str, unit_rows: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import codes
 from torch import Tensor
 
 import fastsae
@@ -110,7 +111,7 @@ def test_more_codes_than_one_tile_of_the_default_workspace() -> None:
 native_only = pytest.mark.skipif(loader.unavailable() is not None, reason=str(loader.unavailable()))
 
 
-@pytest.fixture(params=loader.isa_levels() or ["none"])
+@pytest.fixture(params=codes() or ["none"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     with loader.use_isa(request.param):
         yield request.param

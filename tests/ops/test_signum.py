@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from levels import codes
 from torch import Tensor, nn
 
 import fastsae
@@ -20,7 +21,7 @@ from fastsae.native import loader
 from fastsae.ops import signum
 from fastsae.optim import RowGradient, Signum, warmup_linear_decay
 
-LEVELS = loader.isa_levels() if loader.unavailable() is None else []
+LEVELS = codes()
 needs_native = pytest.mark.skipif(not LEVELS, reason=f"no C++ kernels: {loader.unavailable()}")
 
 

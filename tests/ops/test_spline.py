@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import codes
 from torch import Tensor
 
 import fastsae
@@ -400,7 +401,7 @@ def test_signs_are_those_of_float64_outside_the_rounding_band(backend: str) -> N
 native_only = pytest.mark.skipif(loader.unavailable() is not None, reason=str(loader.unavailable()))
 
 
-@pytest.fixture(params=loader.isa_levels() or ["none"])
+@pytest.fixture(params=codes() or ["none"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     with loader.use_isa(request.param):
         yield request.param

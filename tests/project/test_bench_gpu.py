@@ -93,6 +93,7 @@ def test_inputs_pass_the_cache(bench: Bench) -> None:
     assert bench.sets(bench.l2 * 100) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch; sys.path.insert(0, '.')\n"
@@ -129,6 +130,7 @@ rows.ROWS[:] = [Row(codes.signs, 1, ""), Row(breaks, 1, ""), Row(hangs, 0, ""), 
 """
 
 
+@pytest.mark.slow
 def test_a_row_that_ends_its_process_is_survived(tmp_path: Path) -> None:
     child = tmp_path / "child.py"
     child.write_text(ROWS + "sys.exit(main())")
@@ -156,6 +158,7 @@ def test_a_row_that_ends_its_process_is_survived(tmp_path: Path) -> None:
     ],
     ids=["command", "script"],
 )
+@pytest.mark.slow
 def test_says_that_there_is_no_gpu(command: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -210,6 +213,7 @@ def test_the_script_builds_in_place_where_pip_fails(tmp_path: Path) -> None:
     assert (tmp_path / "fastsae" / "kernels").resolve() == tmp_path / "kernels"
 
 
+@pytest.mark.slow
 def test_the_script_keeps_its_time(tmp_path: Path) -> None:
     code, log, _ = run_script(tmp_path, "build tune", seconds=6, sleep=30)
     assert code == 1
@@ -287,6 +291,7 @@ def test_moved_keeps_strides() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_every_row_runs_in_quick_mode(bench: Bench) -> None:
     """All but those that the tests above run and torch.compile's."""
     for row in rows.ROWS:

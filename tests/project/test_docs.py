@@ -48,6 +48,7 @@ def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -
     assert [line.split()[:2] for line in printed] == [["layer", "seen"], ["layer.mlp.1", "20"], ["all", "20"]]
 
 
+@pytest.mark.slow
 def test_readme_example_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pandas")
     text = next(text for text in EXAMPLES if "sweep(" in text)

@@ -1,4 +1,8 @@
-"""sdist → wheel → a clean environment → import; once with a compiler, once without. Builds never see torch."""
+"""sdist → wheel → a clean environment → import; once with a compiler, once without. Builds never see torch.
+
+The wheel compiles the sdist's portable code, bindings and what belongs to no instruction set; objects of higher sets are the checkout's own
+where setup.py finds them made by the same command from files as old, as `make build` compiled them from nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import os
 import shutil
 import site
 import subprocess
+import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -41,23 +47,19 @@ def run(*command: object, **kwargs: object) -> str:
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that holds setuptools and pybind11, and in which importing torch is an error."""
     home = tmp_path_factory.mktemp("builder")
-    venv.create(home, with_pip=True, symlinks=True)
+    venv.create(home, symlinks=True)
     python = home / "bin" / "python"
     packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
     # Links to the running environment's copies: nothing is downloaded.
     import pybind11
     import setuptools
 
-    for module in (setuptools, pybind11):
-        source = Path(module.__file__).parent
-        target = packages / source.name
-        if target.exists():
-            shutil.rmtree(target)
-        target.symlink_to(source)
-    for extra in ("_distutils_hack", "pkg_resources"):
-        source = Path(setuptools.__file__).parent.parent / extra
-        if source.exists() and not (packages / extra).exists():
-            (packages / extra).symlink_to(source)
+    beside = Path(setuptools.__file__).parent.parent
+    links = [Path(pybind11.__file__).parent]
+    for pattern in ("setuptools", "setuptools-*.dist-info", "_distutils_hack", "distutils-precedence.pth", "pkg_resources"):
+        links += beside.glob(pattern)
+    for source in links:
+        (packages / source.name).symlink_to(source)
     (packages / "torch.py").write_text("raise RuntimeError('the build imported torch')\n")
     return python
 
@@ -78,6 +80,9 @@ def wheel_from(sdist: Path, builder: Path, folder: Path, environment: dict[str, 
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "source", filter="data")
     (source,) = (folder / "source").iterdir()
+    objects = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}"
+    for level in (ROOT / objects).glob("avx*"):
+        shutil.copytree(level, source / objects / level.name)
     out = folder / "wheel"
     out.mkdir()
     code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
@@ -89,10 +94,10 @@ def wheel_from(sdist: Path, builder: Path, folder: Path, environment: dict[str, 
 def report_from(wheel: Path, folder: Path) -> dict:
     """Installs the wheel in a fresh environment that sees the running one's torch, and imports it there."""
     home = folder / "clean"
-    venv.create(home, with_pip=True, symlinks=True)
+    venv.create(home, symlinks=True)
     python = home / "bin" / "python"
     packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     # After the own packages on the path, and without its .pth files, so that an editable install of the checkout stays out.
     (packages / "outer.pth").write_text("\n".join(p for p in [*site.getsitepackages(), site.getusersitepackages()] if Path(p).is_dir()))
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTSAE_ISA")}
@@ -103,11 +108,12 @@ def report_from(wheel: Path, folder: Path) -> dict:
 
 def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
-        names = {n.partition("/")[2] for n in archive.getnames()}
-    for pattern in ("csrc/**/*.h", "csrc/**/*.cu", "csrc/**/*.cpp", "fastsae/**/*.py", "kernels/**/*.py"):
-        for file in ROOT.glob(pattern):
-            assert str(file.relative_to(ROOT)) in names
-    assert {"pyproject.toml", "setup.py", "fastsae/py.typed"} <= names
+        members = {m.name.partition("/")[2]: m for m in archive.getmembers() if m.isfile()}
+        for pattern in ("csrc/**/*.h", "csrc/**/*.cu", "csrc/**/*.cpp", "fastsae/**/*.py", "kernels/**/*.py"):
+            for file in ROOT.glob(pattern):
+                held = archive.extractfile(members[str(file.relative_to(ROOT))])
+                assert held is not None and held.read() == file.read_bytes()
+    assert {"pyproject.toml", "setup.py", "fastsae/py.typed"} <= members.keys()
 
 
 def test_with_a_compiler(sdist: Path, builder: Path, tmp_path: Path) -> None:

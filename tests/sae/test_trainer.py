@@ -337,6 +337,7 @@ SAVING = """
 """
 
 
+@pytest.mark.slow
 def test_a_kill_during_a_save_leaves_a_checkpoint(tmp_path: Path) -> None:
     path, draw = tmp_path / "x.pt", random.Random(0)
     for _ in range(3):

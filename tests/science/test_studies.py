@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.mark.parametrize("name", names())
+@pytest.mark.slow
 def test_study_runs_in_its_smallest_size(name: str, tmp_path: Path) -> None:
     assert main(["study", name, "--smoke", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / f"{name}.json").read_text())

@@ -535,6 +535,7 @@ def test_runs_keep_dictionaries_and_snapshots_and_are_reproducible() -> None:
     torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(12), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_dictionaries_that_train_together_have_the_bits_of_each_alone() -> None:
     """Also where one ends before the others, in the middle of a window or not."""
     data = SuperpositionData(16, 12, mean_active=1.5, seed=0)

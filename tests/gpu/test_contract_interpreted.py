@@ -1,0 +1,16 @@
+"""The contract suite of the Triton rows, in the interpreter: two processes, so that two workers share it."""
+
+from __future__ import annotations
+
+import pytest
+from places import TESTS
+from triton_marks import compiled, passes_in_the_interpreter
+
+pytest.importorskip("triton")
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["drawn", "not drawn"])
+def test_the_contract_suite(part: str) -> None:
+    passes_in_the_interpreter(str(TESTS / "contract" / "test_contract.py"), "-k", f"triton and {part}")
