@@ -86,6 +86,7 @@ def select_kernel(
 
     FLAG: lists the buckets all of whose emitted entries were kept: only they can hide a member. Each holds n / n_buckets kept entries
     of k, which bounds their number. MAPPED: also writes the place of each in the list, and marks the tile that it belongs to."""
+    # Longer than 80 lines: one kernel, whose parts share what is in registers.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     if ONLY:

@@ -6,9 +6,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,36 +148,50 @@ def evaluate(
     keep, real = kept_positions(op, tokens, mask, ignore)
     if not bool(keep.any()):
         raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
-    batch = checks.integer(op, "batch", batch, 1)
     state = _State(sae, point.is_input or not getattr(sae, "transcoder", False))
     with torch.no_grad(), evaluating(model), contextlib.ExitStack() as stack:
-        device = next(model.parameters(), tokens).device
         stack.callback(point.module.register_forward_pre_hook(state.read, with_kwargs=True).remove)
         stack.callback(watch(point, state.at_hook).remove)
-        starts = range(0, len(tokens), batch)
-
-        def parts(shown: str) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:
-            for start in shown_progress(starts, shown if progress else ""):
-                part = slice(start, start + batch)
-                yield tokens[part].to(device), None if real is None else real[part].to(device), keep[part].to(device)
-
+        parts = _Parts(model, tokens, real, keep, checks.integer(op, "batch", batch, 1), progress)
         if "mean" in ablations:
-            total, count = None, 0
-            for ids, padding, kept in parts("mean"):
-                state.replace = None
-                call(model, ids, padding)
-                rows = state.seen()[1][kept].double()
-                total, count = rows.sum(0) if total is None else total + rows.sum(0), count + len(rows)
-            state.mean = None if total is None else total / count
-        for ids, padding, kept in parts("evaluate"):
+            state.mean = _mean(model, state, parts)
+        for ids, padding, kept in parts.shown("evaluate"):
             state.replace = None
             clean = _logits(call(model, ids, padding))
             state.measure(kept)
-            state.model_loss("clean", None, clean, clean, ids, kept)
+            state.model_loss("clean", None, clean, ids, kept)
             for name in ("spliced", *ablations):
                 state.replace = name
-                state.model_loss(name, clean, clean, _logits(call(model, ids, padding)), ids, kept)
+                state.model_loss(name, clean, _logits(call(model, ids, padding)), ids, kept)
     return state.result(ablations)
+
+
+class _Parts(NamedTuple):
+    """The sequences, a batch at a time."""
+
+    model: nn.Module
+    tokens: Tensor
+    real: Tensor | None
+    keep: Tensor
+    batch: int
+    progress: bool
+
+    def shown(self, name: str) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """(ids, positions that are no padding or None, positions that count), on the model's device."""
+        device = next(self.model.parameters(), self.tokens).device
+        for start in shown_progress(range(0, len(self.tokens), self.batch), name if self.progress else ""):
+            part = slice(start, start + self.batch)
+            yield self.tokens[part].to(device), None if self.real is None else self.real[part].to(device), self.keep[part].to(device)
+
+
+def _mean(model: nn.Module, state: _State, parts: _Parts) -> Tensor:
+    """Of what the module gives, over the tokens that count."""
+    total, count = torch.zeros((), dtype=torch.float64, device=parts.tokens.device), 0
+    for ids, padding, kept in parts.shown("mean"):
+        call(model, ids, padding)
+        rows = state.seen()[1][kept].double()
+        total, count = total.to(rows.device) + rows.sum(0), count + len(rows)
+    return total / count
 
 
 def _logits(output: Any) -> Tensor:
@@ -252,11 +266,11 @@ class _State:
         self.sequences = sequences if self.sequences is None else self.sequences + sequences
         self.sum_y = total if self.sum_y is None else self.sum_y + total
 
-    def model_loss(self, name: str, compared: Tensor | None, clean: Tensor, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
+    def model_loss(self, name: str, clean: Tensor | None, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
         """Cross-entropy of the next token where this one counts, and the divergence from the clean model."""
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().long(), reduction="none")
         self.means.add(f"ce_{name}", loss.view(len(ids), -1), kept[:, :-1])
-        if compared is not None:
+        if clean is not None:
             divergence = functional.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)
             self.means.add(f"kl_{name}", divergence, kept)
 

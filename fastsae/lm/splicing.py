@@ -167,13 +167,19 @@ class _Through(torch.autograd.Function):
         return grad, grad
 
 
+def numbers(edit: Edit) -> Tensor:
+    """Of the features of a checked edit."""
+    assert isinstance(edit.features, Tensor)
+    return edit.features
+
+
 def _change(sae: SAE, latents: Latents, batch: torch.Size, edits: list[Edit]) -> tuple[Tensor, Tensor]:
     """(decode(z' - z) over the edited features ``[*batch, d_out]``, the rows where a latent changed ``[*batch]``)."""
-    features = torch.cat([torch.as_tensor(one.features) for one in edits]).unique()
+    features = torch.cat([numbers(one) for one in edits]).unique()
     old = _of_features(latents, features)
     new = old
     for one in edits:
-        at = torch.searchsorted(features, torch.as_tensor(one.features))
+        at = torch.searchsorted(features, numbers(one))
         edited = new.index_copy(-1, at, one.new(new[..., at]))
         new = edited if one.where is None else torch.where(one.where.to(old.device).expand(batch)[..., None], edited, new)
     step = new - old

@@ -316,7 +316,9 @@ class LatentStore:
             from scipy.sparse import csr_matrix
         except ImportError as error:
             raise ImportError("LatentStore.cooccurrence needs SciPy: pip install 'fastsae-kernels[studies]'") from error
-        chosen = torch.arange(self.n_features, device="cpu") if features is None else torch.as_tensor(features, dtype=torch.int64).cpu()
+        chosen = (
+            torch.arange(self.n_features, device="cpu") if features is None else torch.as_tensor(features, dtype=torch.int64, device="cpu")
+        )
         number = torch.full((self.n_features,), -1, dtype=torch.int64, device="cpu")
         number[chosen] = torch.arange(len(chosen), device="cpu")
         total: Any = csr_matrix((len(chosen), len(chosen)), dtype=np.int64)
