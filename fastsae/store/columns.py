@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,15 +30,18 @@ class Shard:
     columns: Mapping[str, Tensor]
     offsets: Mapping[str, int]
 
-    def need(self, name: str, start: int, stop: int) -> None:
-        """Asks the system to read rows of a column soon; returns at once."""
-        if hasattr(os, "posix_fadvise"):
-            size = self.columns[name][:1].nbytes
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, self.offsets[name] + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Rows of a column into ``out``; from the file, since every page that is mapped anew costs more than it is read in."""
+        if name not in self.offsets:
+            out.copy_(self.columns[name][start:stop])
+            return
+        into, size = memoryview(out.view(torch.uint8).numpy().reshape(-1)), self.columns[name][:1].nbytes
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offsets[name] + start * size)
+            while into.nbytes:
+                if not (read := file.readinto(into)):
+                    raise ValueError(f"{self.path} is damaged: it ends inside of {name}")
+                into = into[read:]
 
 
 def map_safetensors(path: Path, *, same_rows: bool = True) -> Shard:

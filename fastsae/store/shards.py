@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -142,7 +141,7 @@ class ActivationShards:
             start: number of the first batch, to go on where another iterator stopped.
             columns: which; None: all.
             window: blocks mixed with each other. A block is at most 4 MiB of neighbouring rows of the widest column; all blocks are
-                permuted, then the rows of each ``window`` of them. More mix better, and read the disk in smaller pieces.
+                permuted, then the rows of each ``window`` of them. Three windows are held in memory; every rank reads all of them.
             ahead: batches that are made ready while the caller works.
         """
         op = "ActivationShards.iterate"
@@ -152,11 +151,9 @@ class ActivationShards:
         start = checks.integer(op, "start", start, 0)
         ahead = checks.integer(op, "ahead", ahead, 0)
         names = self.checked_names(op, columns)
-        order = _Order(
-            self, checks.integer(op, "seed", seed, 0), checks.integer(op, "epoch", epoch, 0), checks.integer(op, "window", window, 1)
-        )
-        numbers = range(start, self.rows // batch)
-        return _ahead(ahead, numbers, lambda number: order.rows(number * batch, batch, rank, ranks, names))
+        seed, epoch = checks.integer(op, "seed", seed, 0), checks.integer(op, "epoch", epoch, 0)
+        order = _Order(self, seed, epoch, checks.integer(op, "window", window, 1), names)
+        return _ahead(ahead, range(start, self.rows // batch), lambda pool, n: order.rows(pool, n * batch, batch, rank, ranks))
 
     def batches(self, size: int, x: str | None = None, target: str | None = None, mask: str | None = None, **options: Any) -> ShardBatches:
         """Endless batches for a ``Trainer``, whose position a checkpoint keeps.
@@ -182,60 +179,65 @@ class ActivationShards:
 class _Order:
     """The order of one pass: blocks permuted, then the rows of each window of them."""
 
-    def __init__(self, store: ActivationShards, seed: int, epoch: int, window: int):
-        self.shards, self.seed = store.shards, stream_seed(seed, epoch)
+    def __init__(self, store: ActivationShards, seed: int, epoch: int, window: int, names: Sequence[str]):
+        self.shards, self.names, self.seed = store.shards, names, stream_seed(seed, epoch)
         order = torch.randperm(len(store.blocks), generator=torch.Generator().manual_seed(self.seed), device="cpu").tolist()
         blocks = [store.blocks[at] for at in order]
         self.windows = [sorted(blocks[at : at + window]) for at in range(0, len(blocks), window)]
-        self.ends = torch.tensor([sum(stop - first for _, first, stop in w) for w in self.windows], dtype=torch.int64, device="cpu").cumsum(
-            0
-        )
-        self.mixed = lru_cache(maxsize=2)(self._mixed)
-        self.asked = -1
+        sizes = [sum(stop - first for _, first, stop in blocks) for blocks in self.windows]
+        self.ends = torch.tensor(sizes, dtype=torch.int64, device="cpu").cumsum(0)
+        self.loaded: dict[int, Future[_Window]] = {}
+        self.spare: list[dict[str, Tensor]] = []  # buffers whose pages are there: fresh ones cost more than the reading
 
-    def _mixed(self, number: int) -> tuple[Tensor, Tensor]:
-        """Of a window: its rows in the order of the pass, and where each of its blocks begins among them."""
-        sizes = torch.tensor([0, *(stop - first for _, first, stop in self.windows[number])], dtype=torch.int64, device="cpu")
-        begins = sizes.cumsum(0)
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, number))
-        return torch.randperm(int(begins[-1]), generator=generator, device="cpu"), begins
-
-    def rows(self, start: int, count: int, rank: int, ranks: int, names: Sequence[str]) -> dict[str, Tensor]:
+    def rows(self, readers: ThreadPoolExecutor, start: int, count: int, rank: int, ranks: int) -> dict[str, Tensor]:
         """Rows ``start`` to ``start + count`` of the pass, of them the share of a rank."""
-        pieces: list[tuple[Shard, Tensor]] = []  # in the order of the result
-        at = start
-        while at < start + count:
-            number = int(torch.searchsorted(self.ends, at, right=True))
-            self._ask(number, names)
-            self._ask(number + 1, names)
-            begin = int(self.ends[number - 1]) if number else 0
-            stop = min(start + count, int(self.ends[number]))
-            order, begins = self.mixed(number)
-            chosen = order[at - begin : stop - begin].sort().values  # neighbours on the disk follow each other
-            edges = torch.searchsorted(chosen, begins).tolist()
-            for (which, first, _), low, a, b in zip(self.windows[number], begins.tolist(), edges, edges[1:]):
-                if a < b:
-                    pieces.append((self.shards[which], chosen[a:b] - low + first))
-            at = stop
         low, high = count * rank // ranks, count * (rank + 1) // ranks
-        result = {name: self.shards[0].columns[name].new_empty((high - low, *self.shards[0].columns[name].shape[1:])) for name in names}
-        at = 0
-        for shard, rows in pieces:
-            a, b = max(low - at, 0), min(high - at, len(rows))
+        likes = {name: self.shards[0].columns[name] for name in self.names}
+        result = {name: like.new_empty((high - low, *like.shape[1:])) for name, like in likes.items()}
+        at = 0  # of the result
+        while at < count:
+            number = int(torch.searchsorted(self.ends, start + at, right=True))
+            begin = int(self.ends[number - 1]) if number else 0
+            stop = min(count, int(self.ends[number]) - start)
+            window = self.window(readers, number)
+            # By NumPy: torch would start all its threads, which the caller's step needs. Sorted: neighbours follow each other.
+            chosen = np.sort(window.order[start + at - begin : start + stop - begin].numpy())
+            a, b = max(low, at), min(high, stop)
             if a < b:
-                for name in names:  # by NumPy: torch would start all its threads, which the caller's step needs
-                    np.take(_bytes(shard.columns[name]), rows[a:b].numpy(), 0, _bytes(result[name][at + a - low : at + b - low]), "clip")
-            at += len(rows)
+                for name in self.names:
+                    np.take(_bytes(window.columns[name]), chosen[a - at : b - at], 0, _bytes(result[name][a - low : b - low]), "clip")
+            at = stop
         return result
 
-    def _ask(self, number: int, names: Sequence[str]) -> None:
-        """The system reads a window while the one before it is used."""
-        if self.asked < number < len(self.windows):
-            self.asked = number
-            for which, first, stop in self.windows[number]:
-                for name in names:
-                    if self.shards[which].offsets.get(name):
-                        self.shards[which].need(name, first, stop)
+    def window(self, readers: ThreadPoolExecutor, number: int) -> _Window:
+        """A window in memory; the next one is read while it is used."""
+        for old in [known for known in self.loaded if known < number]:
+            self.spare.append(self.loaded.pop(old).result().columns)
+        for wanted in range(number, min(number + 2, len(self.windows))):
+            if wanted not in self.loaded:
+                self.loaded[wanted] = readers.submit(self.read, wanted, self.spare.pop() if self.spare else {})
+        return self.loaded[number].result()
+
+    def read(self, number: int, buffers: dict[str, Tensor]) -> _Window:
+        blocks = self.windows[number]
+        rows = sum(stop - first for _, first, stop in blocks)
+        columns: dict[str, Tensor] = {}
+        for name in self.names:
+            like, have = self.shards[0].columns[name], buffers.get(name)
+            columns[name] = like.new_empty((rows, *like.shape[1:])) if have is None or len(have) < rows else have
+            at = 0
+            for which, first, stop in blocks:
+                self.shards[which].read(name, first, stop, columns[name][at : at + stop - first])
+                at += stop - first
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, number))
+        return _Window(columns, torch.randperm(rows, generator=generator, device="cpu"))
+
+
+class _Window(NamedTuple):
+    """Rows of some blocks, and the order in which the pass has them."""
+
+    columns: dict[str, Tensor]
+    order: Tensor
 
 
 def _bytes(column: Tensor) -> Any:
@@ -243,15 +245,13 @@ def _bytes(column: Tensor) -> Any:
     return column.reshape(column.shape[0], -1).view(torch.uint8).numpy()
 
 
-def _ahead(ahead: int, numbers: range, make: Any) -> Iterator[dict[str, Tensor]]:
-    if ahead == 0:
-        yield from map(make, numbers)
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="fastsae-store") as pool:
+def _ahead(ahead: int, numbers: range, make: Callable[[ThreadPoolExecutor, int], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """What ``make`` gives for each number, made in a thread of its own, and in another what it reads."""
+    with ThreadPoolExecutor(1, "fastsae-read") as readers, ThreadPoolExecutor(1, "fastsae-batches") as makers:
         waiting: collections.deque[Future[dict[str, Tensor]]] = collections.deque()
         try:
             for number in numbers:
-                waiting.append(pool.submit(make, number))
+                waiting.append(makers.submit(make, readers, number))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
