@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +41,7 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 class Launch:
     """One launch as Triton's own launcher would specialise it: types, constants, 16-byte alignment, options."""
 
-    kernel: JITFunction
+    kernel: JITFunction[Any]
     grid: tuple[int, ...]
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -90,18 +90,18 @@ class Usage:
 
 
 @contextmanager
-def record() -> Iterator[list[Launch]]:
+def record() -> Generator[list[Launch], None, None]:
     """Collects launches instead of running them."""
     launches: list[Launch] = []
 
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(_specialise(self, grid, args, kwargs))
 
     with mock.patch.object(JITFunction, "run", run):
         yield launches
 
 
-def _specialise(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
+def _specialise(kernel: JITFunction[Any], grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     options = tuple((key, kwargs.pop(key)) for key in _OPTIONS if key in kwargs)
     bound = kernel.signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -139,7 +139,7 @@ def narrow_products(launch: Launch) -> set[str]:
     ir.load_dialects(context)
     backend.load_dialects(context)
     options = backend.parse_options(dict(launch.options))
-    generators = backend.get_codegen_implementation(options)
+    generators = backend.get_codegen_implementation(options)  # pyright: ignore[reportAttributeAccessIssue]  (every backend has it)
     code = str(_source(launch).make_ir(target, options, generators, backend.get_module_map(), context))
     found, function, made = set(), "", {}
     for line in code.splitlines():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +100,7 @@ class FakeCuda:
 
     # -- what the library asks
 
-    def _launch(self, kernel: Any, args: tuple, grid: Any, kwargs: dict[str, Any]) -> None:
+    def _launch(self, kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> None:
         names = [param.name for param in kernel.params]
         options = {key: value for key, value in kwargs.items() if key not in names}
         bound = kernel.signature.bind(*args, **{key: value for key, value in kwargs.items() if key in names})
@@ -151,12 +151,12 @@ class FakeCuda:
         return Module()
 
     @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _entered(self) -> Generator[None, None, None]:
         gpu = self
 
         class Device:
             def __init__(self, device: Any):
-                self.index = torch.device(device).index if not isinstance(device, int) else device
+                self.index: int | None = torch.device(device).index if not isinstance(device, int) else device
 
             def __enter__(self) -> None:
                 self.before, gpu.current = gpu.current, gpu.current if self.index is None else self.index
@@ -245,7 +245,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, name, gpu = kwargs or {}, func._schema.name.removeprefix("aten::"), self.gpu
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         tensors += [t for a in args if isinstance(a, (list, tuple)) for t in a if isinstance(t, Tensor)]
@@ -276,7 +276,7 @@ class _Host(TorchFunctionMode):
         super().__init__()
         self.gpu = gpu
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         t = args[0] if args and isinstance(args[0], Tensor) else None
         if t is None or t.device.type != "cuda":

@@ -30,7 +30,7 @@ class Fence:
         region = mmap.mmap(-1, (pages + 2) * PAGE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(region))
         for guard in (start, start + (pages + 1) * PAGE):
-            assert self.libc.mprotect(ctypes.c_void_p(guard), PAGE, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
+            assert self.libc.mprotect(ctypes.c_void_p(guard), PAGE, getattr(mmap, "PROT_NONE", 0)) == 0
         self.maps.append((region, start, pages))
         if span == 0:
             return value

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import pytest
@@ -66,7 +66,7 @@ def second_derivatives(module: Any, function: Any, x: Tensor) -> list[Tensor]:
     """The gradients of a penalty on all first gradients of ``function(module, x)``: of x and of every parameter."""
     leaves = [x.clone().requires_grad_(), *module.parameters()]
     first = torch.autograd.grad(function(module, leaves[0]).square().sum(), leaves, create_graph=True, allow_unused=True)
-    penalty = torch.stack([g.square().sum() for g in first if g is not None]).sum()
+    penalty = torch.stack([g.square().sum() for g in cast("tuple[Tensor | None, ...]", first) if g is not None]).sum()
     return list(torch.autograd.grad(penalty, leaves, materialize_grads=True))
 
 
@@ -113,7 +113,8 @@ def same_call(
     mode = data.draw(st.sampled_from(sorted(MODES)))
     x = torch.randn(*data.draw(st.sampled_from(ranks)), width, generator=torch.Generator().manual_seed(3)).to(dtype)
     x = VIEWS[data.draw(st.sampled_from(sorted(VIEWS)))](x)
-    mine.to(dtype=dtype), theirs.to(dtype=dtype)
+    mine.to(dtype=dtype)
+    theirs.to(dtype=dtype)
     with MODES[mode]():
         got, expected = (call(obj, x.clone() if mode == "inference" else x) for obj in (mine, theirs))
         assert described(got) == described(expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -37,13 +37,14 @@ def present() -> tuple[Any, ...]:
     return (
         torch.get_default_device(), torch.get_default_dtype(), precision(), torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # pyright: ignore[reportAttributeAccessIssue]  (a property of the module)
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_anomaly_enabled(),
     )  # fmt: skip
 
 
 @contextmanager
-def _set(setter: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None]:
+def _set(setter: Callable[[Any], Any], value: Any, before: Any) -> Generator[None, None, None]:
     setter(value)
     try:
         yield
@@ -52,7 +53,7 @@ def _set(setter: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None
 
 
 @contextmanager
-def _precise(*settings: Callable[[], Any]) -> Iterator[None]:
+def _precise(*settings: Callable[[], Any]) -> Generator[None, None, None]:
     try:
         for setting in settings:
             setting()
@@ -112,7 +113,7 @@ GRADLESS = ("inference", "no grad")
 
 
 @contextmanager
-def surroundings(names: Iterable[str]) -> Iterator[None]:
+def surroundings(names: Iterable[str]) -> Generator[None, None, None]:
     """All of these settings; at the end they must be what they were."""
     chosen = list(names)
     if sum(name in PRECISIONS for name in chosen) > 1:

@@ -136,6 +136,8 @@ class Draw(random.Random):
 class Problem:
     """One problem, and the kernels' answers to it beside the oracle's."""
 
+    now: Array  # the products of the present level
+
     def __init__(self, oracle: ctypes.CDLL, number: int):
         self.oracle, self.number, self.cases, self.kernels = oracle, number, 0, loader.load()
         self.draw = Draw(number)

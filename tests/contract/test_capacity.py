@@ -6,11 +6,12 @@ The contract suite checks results with a capacity on every backend (samples of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from triton_marks import compiled, interpreted, passes_in_the_interpreter, usable
 
 import fastsae
@@ -99,8 +100,8 @@ def test_views_of_padded_latents(rows: slice) -> None:
         assert torch.equal(a.values(), b.values())
         assert torch.equal(a.to_dense(), b.to_dense())
     assert torch.equal(padded.rows(rows).values, plain.rows(rows).values)
-    leaves, spec = torch.utils._pytree.tree_flatten(padded)
-    assert torch.utils._pytree.tree_unflatten(leaves, spec).padded
+    leaves, spec = pytree.tree_flatten(padded)
+    assert pytree.tree_unflatten(leaves, spec).padded
     assert fastsae.encode_threshold(X.reshape(3, 3, D), W, capacity=ROOM).trim().batch_shape == (3, 3)
 
 
@@ -165,8 +166,8 @@ def test_compiles_with_fixed_shapes(name: str) -> None:
     torch._dynamo.reset()
     fast = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=False)
     for leaves, other in ((inputs(), inputs()),):
-        want = torch.autograd.grad(run(*leaves), leaves, allow_unused=True)
-        got = torch.autograd.grad(fast(*other), other, allow_unused=True)
+        want = cast("tuple[Tensor | None, ...]", torch.autograd.grad(run(*leaves), leaves, allow_unused=True))
+        got = cast("tuple[Tensor | None, ...]", torch.autograd.grad(fast(*other), other, allow_unused=True))
         for a, b in zip(want, got, strict=True):
             assert (a is None) == (b is None)
             if a is not None and b is not None:

@@ -50,7 +50,7 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(*parameter.values, dtype, id=f"{parameter.id}-{str(dtype).removeprefix('torch.')}")
 
 
-def _samples(op: Op, row: Row, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[tuple]:
+def _samples(op: Op, row: Row, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[tuple[Any, ...]]:
     """The samples that the row accepts; skips with its own reason where it accepts none."""
     everything = list(op.samples(device, dtype, torch.Generator().manual_seed(seed)))
     accepted = [args for args in everything if row.reason(args) is None and affordable(row, device, args)]
@@ -59,7 +59,7 @@ def _samples(op: Op, row: Row, device: torch.device, dtype: torch.dtype, seed: i
     return accepted
 
 
-def _copies(args: tuple) -> list[Any]:
+def _copies(args: tuple[Any, ...]) -> list[Any]:
     return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
 
@@ -173,7 +173,7 @@ def _subnormal(arg: Any) -> bool:
 
 
 @cache
-def _drawn(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> list[tuple]:
+def _drawn(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> list[tuple[Any, ...]]:
     return list(OPS[name].samples(device, dtype, torch.Generator().manual_seed(seed)))
 
 

@@ -224,7 +224,8 @@ def double(value: Any) -> Any:
 )
 def test_the_reasons_are_those_of_the_table(op: str) -> None:
     args, options = tuple(map(double, CALLS[op][0])), {name: double(value) for name, value in CALLS[op][1].items()}
-    options.pop("features", None), options.pop("neurons", None)
+    options.pop("features", None)
+    options.pop("neurons", None)
     with pytest.raises(fastsae.BackendError) as refused:
         getattr(F, op)(*args, **options, backend="cpu")
     lines = [line.split(maxsplit=1) for line in str(refused.value).splitlines()[2:-1]]

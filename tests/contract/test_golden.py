@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastsae  # noqa: F401  # registers the operations
+import fastsae  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers the operations
 from fastsae.dispatch import OPS, Op, Row
 from fastsae.native.loader import isa_levels, unavailable, use_isa
 from fastsae.verify import call
@@ -52,17 +52,17 @@ def key_of(op: Op, dtype: torch.dtype) -> str:
 
 
 @lru_cache(maxsize=4)  # the levels of an operation follow each other
-def samples_of(name: str, dtype: torch.dtype) -> list[tuple]:
+def samples_of(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return list(OPS[name].samples(CPU, dtype, torch.Generator().manual_seed(0)))
 
 
-def digest_of(op: Op, samples: list[tuple]) -> str:
+def digest_of(op: Op, samples: list[tuple[Any, ...]]) -> str:
     """Whatever the order of arguments; without what is only written and the packed words, whose padding holds anything."""
     left_out = {*op.mutates, *(op.handle or ())[1:]}
     return digest(*(sorted(digest(value) for position, value in enumerate(args) if position not in left_out) for args in samples))
 
 
-def result_of(op: Op, row: Row, samples: list[tuple]) -> str:
+def result_of(op: Op, row: Row, samples: list[tuple[Any, ...]]) -> str:
     found = []
     for args in samples:
         if row.reason(args) is None:

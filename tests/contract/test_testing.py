@@ -21,11 +21,11 @@ from fastsae.verify import call
 CPU = torch.device("cpu")
 
 
-def run(op: Op, args: tuple) -> Any:
+def run(op: Op, args: tuple[Any, ...]) -> Any:
     return call(op, op.rows[-1], args)
 
 
-def sample(op: str, **wanted: Any) -> tuple:
+def sample(op: str, **wanted: Any) -> tuple[Any, ...]:
     """Arguments of ``op`` in float32 by hand, large enough for every damage."""
     generator = torch.Generator().manual_seed(0)
 
@@ -63,16 +63,16 @@ def sample(op: str, **wanted: Any) -> tuple:
     }[op]
 
 
-Damage = Callable[[tuple, list[Tensor]], None]
+Damage = Callable[[tuple[Any, ...], list[Tensor]], None]
 
 
-def results(op: str, **wanted: Any) -> tuple[tuple, list[Tensor]]:
+def results(op: str, **wanted: Any) -> tuple[tuple[Any, ...], list[Tensor]]:
     args = sample(op, **wanted)
     result = run(OPS[op], args)
     return args, [t.clone() for t in ((result,) if isinstance(result, Tensor) else result)]
 
 
-def verdict(op: str, args: tuple, tensors: list[Tensor]) -> float:
+def verdict(op: str, args: tuple[Any, ...], tensors: list[Tensor]) -> float:
     return OPS[op].check(args, tensors[0] if len(tensors) == 1 else tuple(tensors))
 
 
@@ -108,7 +108,7 @@ RESULTS = list(every_result())
 
 @pytest.mark.parametrize(("name", "position"), RESULTS)
 def test_another_dtype(name: str, position: int) -> None:
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         t = tensors[position]
         tensors[position] = t.double() if t.is_floating_point() else t.to(torch.int32 if t.dtype is torch.int64 else torch.int64)
 
@@ -117,10 +117,10 @@ def test_another_dtype(name: str, position: int) -> None:
 
 @pytest.mark.parametrize(("name", "position"), RESULTS)
 def test_another_shape(name: str, position: int) -> None:
-    def shorter(args: tuple, tensors: list[Tensor]) -> None:
+    def shorter(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[position] = tensors[position][:-1] if tensors[position].dim() else tensors[position].reshape(1)
 
-    def deeper(args: tuple, tensors: list[Tensor]) -> None:
+    def deeper(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[position] = tensors[position].unsqueeze(0)
 
     for damage in (shorter, deeper):
@@ -130,7 +130,7 @@ def test_another_shape(name: str, position: int) -> None:
 @pytest.mark.parametrize(("name", "position"), RESULTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
 def test_garbage_in_one_element(name: str, position: int, value: float) -> None:
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         flat = tensors[position].reshape(-1)
         # An integer's garbage: beyond every size, or negative.
         flat[flat.shape[0] // 2] = value if flat.is_floating_point() else (2**31 - 1 if value > 0 else -5)
@@ -142,7 +142,7 @@ def test_garbage_in_one_element(name: str, position: int, value: float) -> None:
 # ---------------------------------------------------------------- values
 
 
-def magnitudes(name: str, args: tuple, tensors: list[Tensor]) -> Tensor:
+def magnitudes(name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> Tensor:
     """``sum |terms|`` of each value."""
     if name.startswith("decode"):
         reference = OPS[name].reference
@@ -171,7 +171,7 @@ FLOATING = [name for name in OPS if name.startswith(("encode", "decode", "match"
 def test_a_value_off_by_more_than_rounding(name: str, sign: int) -> None:
     """20 ulp of the sum of magnitudes: over twice any error of the plain computation here, plus two."""
 
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         size = magnitudes(name, args, tensors).reshape(-1)
         at = int(size.argmax())
         tensors[0].reshape(-1)[at] += sign * 20 * torch.finfo(torch.float32).eps * size[at]
@@ -192,23 +192,23 @@ def test_a_rounding_is_allowed(name: str) -> None:
 # ---------------------------------------------------------------- top-k
 
 
-def swap_slots(args: tuple, tensors: list[Tensor]) -> None:
+def swap_slots(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     for t in tensors[:2]:
         t[2, [0, 3]] = t[2, [3, 0]]
 
 
-def swap_indices(args: tuple, tensors: list[Tensor]) -> None:
+def swap_indices(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[1][2, [0, 3]] = tensors[1][2, [3, 0]]
 
 
-def keep_a_rejected(args: tuple, tensors: list[Tensor]) -> None:
+def keep_a_rejected(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     """The best rejected entry in place of the worst kept one, with its own right value."""
     score = args[0] @ args[1].T + args[2]
     order = score[3].argsort(descending=True)
     tensors[0][3, 4], tensors[1][3, 4] = score[3, order[5]], order[5]
 
 
-def repeat_an_index(args: tuple, tensors: list[Tensor]) -> None:
+def repeat_an_index(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[0][1, 1], tensors[1][1, 1] = tensors[0][1, 0].clone(), tensors[1][1, 0].clone()
 
 
@@ -269,17 +269,17 @@ def test_topk_of_a_subset() -> None:
 RAGGED = ["encode_threshold", "encode_batch_topk", "encode_gated"]
 
 
-def drop(args: tuple, tensors: list[Tensor]) -> None:
+def drop(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     """The smallest entry of its row, cleanly: values, column, row pointers (and flags)."""
     at = int(tensors[0].argmax())
     row = int(torch.searchsorted(tensors[2], at, right=True)) - 1
     for i in (0, 1, 3):
-        if len(tensors) > i and tensors[i].shape[:1] == tensors[1].shape and i != 2:
+        if len(tensors) > i and tensors[i].shape[:1] == tensors[1].shape:
             tensors[i] = torch.cat([tensors[i][:at], tensors[i][at + 1 :]])
     tensors[2] = tensors[2] - (torch.arange(7) > row).long()
 
 
-def add(args: tuple, tensors: list[Tensor]) -> None:
+def add(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     """An entry that is not there, cleanly, with value 1, as feature 0 .. of a row that lacks it."""
     row = 1
     start, stop = tensors[2][1:3].tolist()
@@ -295,26 +295,26 @@ def add(args: tuple, tensors: list[Tensor]) -> None:
     tensors[2] = tensors[2] + (torch.arange(7) > row).long()
 
 
-def move_between_rows(args: tuple, tensors: list[Tensor]) -> None:
+def move_between_rows(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[2][2] += 1
 
 
-def descending_columns(args: tuple, tensors: list[Tensor]) -> None:
+def descending_columns(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     start = int(tensors[2][1])
     for t in tensors[:2]:
         t[[start, start + 1]] = t[[start + 1, start]]
 
 
-def repeated_column(args: tuple, tensors: list[Tensor]) -> None:
+def repeated_column(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     start = int(tensors[2][1])
     tensors[1][start + 1] = tensors[1][start]
 
 
-def falling_pointers(args: tuple, tensors: list[Tensor]) -> None:
+def falling_pointers(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[2][[2, 3]] = tensors[2][[3, 2]]
 
 
-def pointers_that_end_early(args: tuple, tensors: list[Tensor]) -> None:
+def pointers_that_end_early(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[2][-1] -= 1
 
 
@@ -333,7 +333,7 @@ def test_batch_topk_full_and_not_full(damage: Damage, k: float) -> None:
 
 
 def test_batch_topk_swaps_a_kept_entry_for_a_smaller_one() -> None:
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         drop(args, tensors)
         add(args, tensors)
 
@@ -343,12 +343,12 @@ def test_batch_topk_swaps_a_kept_entry_for_a_smaller_one() -> None:
 def test_min_kept() -> None:
     for wrong in (float("nan"), float("inf"), 0.0):
 
-        def damage(args: tuple, tensors: list[Tensor], wrong: float = wrong) -> None:
+        def damage(args: tuple[Any, ...], tensors: list[Tensor], wrong: float = wrong) -> None:
             tensors[3] = torch.tensor(wrong)
 
         caught("encode_batch_topk", damage)
 
-    def larger(args: tuple, tensors: list[Tensor]) -> None:
+    def larger(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[3] = tensors[3] * 1.01
 
     caught("encode_batch_topk", larger)
@@ -365,19 +365,19 @@ def test_batch_topk_ties() -> None:
             check(args, (torch.full((3,), 2.0), torch.tensor(col), torch.tensor(crow), torch.tensor(2.0)))
 
 
-def flag_of_an_active_slot(args: tuple, tensors: list[Tensor]) -> None:
+def flag_of_an_active_slot(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[3][int(tensors[0].argmax())] ^= 1
 
 
-def flag_of_the_band(args: tuple, tensors: list[Tensor]) -> None:
+def flag_of_the_band(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[3][int(tensors[0].argmax())] ^= 2
 
 
-def an_unknown_flag(args: tuple, tensors: list[Tensor]) -> None:
+def an_unknown_flag(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[3][0] |= 4
 
 
-def a_value_in_an_inactive_slot(args: tuple, tensors: list[Tensor]) -> None:
+def a_value_in_an_inactive_slot(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     tensors[0][(tensors[3] == 2).nonzero()[0]] = 1e-9
 
 
@@ -424,7 +424,7 @@ def test_decode_drops_or_repeats_a_slot(name: str) -> None:
 
 
 def test_uninitialised_rows_of_a_weight_gradient() -> None:
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         untouched = next(f for f in range(50) if f not in args[1].tolist()[0] and not bool((args[1] == f).any()))
         tensors[0][untouched, 3] = 1e-20
 
@@ -434,11 +434,11 @@ def test_uninitialised_rows_of_a_weight_gradient() -> None:
 # ---------------------------------------------------------------- match
 
 
-def match_swap(args: tuple, tensors: list[Tensor]) -> None:
+def match_swap(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     swap_slots(args, tensors)
 
 
-def match_rejected(args: tuple, tensors: list[Tensor]) -> None:
+def match_rejected(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
     unit = [v / v.norm(dim=1, keepdim=True) for v in args[:2]]
     score = unit[0] @ unit[1].T
     order = score[3].argsort(descending=True)
@@ -452,17 +452,17 @@ def test_match(name: str, damage: Damage) -> None:
 
 
 def test_match_by_magnitude_keeps_the_sign() -> None:
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[0][2, 1] *= -1
 
     caught("match_cosine", damage, absolute=True)
 
 
 def test_most_negative_match() -> None:
-    def another(args: tuple, tensors: list[Tensor]) -> None:
+    def another(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[5][0] = (tensors[5][0] + 1) % 50
 
-    def least(args: tuple, tensors: list[Tensor]) -> None:
+    def least(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[4], tensors[5] = tensors[0][:, 0].clone(), tensors[1][:, 0].clone()
 
     for damage in (another, least):
@@ -478,7 +478,7 @@ def test_one_flipped_bit(name: str, bit: int) -> None:
     if name == "hamming":
         bit %= 32
 
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         t = tensors[0]
         # A sure bit: the row whose score is farthest from 0.
         place = (2, 0) if name != "spline_code" else ((args[0] @ args[1].T + args[2])[:, bit % 50].abs().argmax(), 0)
@@ -489,11 +489,11 @@ def test_one_flipped_bit(name: str, bit: int) -> None:
 
 
 def test_neighbours() -> None:
-    def swap(args: tuple, tensors: list[Tensor]) -> None:
+    def swap(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         for t in tensors:
             t[2, [0, 3]] = t[2, [3, 0]]
 
-    def off_by_one(args: tuple, tensors: list[Tensor]) -> None:
+    def off_by_one(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[0][1, 1] += 1
 
     for damage in (swap, off_by_one):
@@ -504,10 +504,10 @@ def test_neighbours() -> None:
 
 
 def test_counts() -> None:
-    def descending(args: tuple, tensors: list[Tensor]) -> None:
+    def descending(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[0], tensors[1], tensors[2] = tensors[0].flip(0), tensors[0].shape[0] - 1 - tensors[1], tensors[2].flip(0)
 
-    def moved(args: tuple, tensors: list[Tensor]) -> None:
+    def moved(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[2][0] += 1
         tensors[2][1] -= 1
 
@@ -542,7 +542,7 @@ def test_integer_samples_pass_and_their_damage_does_not(name: str) -> None:
     args, tensors = results(name, integers=True)
     assert verdict(name, args, tensors) == 0
 
-    def damage(args: tuple, tensors: list[Tensor]) -> None:
+    def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         tensors[0].reshape(-1)[0] = torch.nextafter(tensors[0].reshape(-1)[0], torch.tensor(1e9))
 
     caught(name, damage, integers=True)

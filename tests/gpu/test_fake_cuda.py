@@ -40,7 +40,7 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
 with_cuda_module = pytest.mark.parametrize("gpu", [{"cuda_module": True}], indirect=True)
 
 
-def expected_syncs(op: Op, args: tuple) -> set[str]:
+def expected_syncs(op: Op, args: tuple[Any, ...]) -> set[str]:
     """What the documentation says that the host waits for."""
     given = dict(zip([argument.name for argument in op._torch_op._schema.arguments], args, strict=False))
     waits = set()
@@ -51,7 +51,7 @@ def expected_syncs(op: Op, args: tuple) -> set[str]:
     return waits
 
 
-def samples(op: Op, every: int) -> list[tuple[torch.dtype, tuple]]:
+def samples(op: Op, every: int) -> list[tuple[torch.dtype, tuple[Any, ...]]]:
     """Some samples of each dtype, with no handle in them: their words are the compiled extension's."""
     found = []
     for dtype in op.dtypes:

@@ -1,3 +1,5 @@
+# pyright: reportMissingParameterType=none
+# (a kernel's parameters get types at a launch)
 """The line on stderr while a Triton kernel compiles: when it comes, what it says, what silences it.
 
 Compiled as at a launch, by a driver that stands for a GPU; nothing is launched.
@@ -41,7 +43,7 @@ class Driver:
 def add_kernel(x, y, n, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     value = tl.load(x + at, mask=at < n)
-    for _ in tl.static_range(8):
+    for _ in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]  (the compiler unrolls it)
         value += tl.load(y + at, mask=at < n)
     tl.store(x + at, value, mask=at < n)
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def computed(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, gr
     }
 
 
-def assert_close(args: tuple, results: dict[str, Tensor], dtype: torch.dtype) -> None:
+def assert_close(args: tuple[Any, ...], results: dict[str, Tensor], dtype: torch.dtype) -> None:
     """One rounding to the dtype, and float32 sums whose chains are at most 16 terms a block, 128 columns a block, and the block sums."""
     double = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     exact = expected(*double)
@@ -84,7 +85,7 @@ def weights(layout: str, n_features: int, D: int, dtype: torch.dtype) -> Tensor:
     return inside.copy_(torch.randn(n_features, D))
 
 
-def inputs(form: str, n_features: int, D: int, dtype: torch.dtype, layout: str, integers: bool = False, seed: int = 0) -> tuple:
+def inputs(form: str, n_features: int, D: int, dtype: torch.dtype, layout: str, integers: bool = False, seed: int = 0) -> tuple[Any, ...]:
     """(values, indices, crow, W, grad) with repeated features, an unused last one, rows of 0, 1, 8, 64, 65 and 130 slots."""
     torch.manual_seed(seed)
     crow = None
@@ -369,7 +370,7 @@ def test_the_folder_is_no_package_of_its_own() -> None:
 
 
 @pytest.fixture(scope="module")
-def launches() -> dict[str, list]:
+def launches() -> dict[str, list[Any]]:
     """Every launch of realistic calls, without repeats: by dtype for the usual shape, and "unusual" ones."""
     import aot
 
@@ -380,7 +381,7 @@ def launches() -> dict[str, list]:
     return found
 
 
-def _record(aot: ModuleType, dtype: torch.dtype, forms: tuple[str, ...]) -> list:
+def _record(aot: ModuleType, dtype: torch.dtype, forms: tuple[str, ...]) -> list[Any]:
     found = {}
     for form in forms:
         n_features, D, rows, k = 512, 771 if form == "odd" else 768, 300, 33 if form == "odd" else 32
@@ -407,7 +408,7 @@ def _record(aot: ModuleType, dtype: torch.dtype, forms: tuple[str, ...]) -> list
 @compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_compiles_within_the_chip(capability: int, launches: dict[str, list]) -> None:
+def test_compiles_within_the_chip(capability: int, launches: dict[str, list[Any]]) -> None:
     """Each dtype with both index dtypes and both layouts of W on every chip; ragged, odd and strided calls on the oldest and on sm_90."""
     import aot
 
@@ -424,7 +425,7 @@ def test_compiles_within_the_chip(capability: int, launches: dict[str, list]) ->
 
 @compiled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_gathers_16_bytes_a_thread(dtype: str, launches: dict[str, list]) -> None:
+def test_gathers_16_bytes_a_thread(dtype: str, launches: dict[str, list[Any]]) -> None:
     import aot
 
     for launch in launches[dtype]:
@@ -435,7 +436,7 @@ def test_gathers_16_bytes_a_thread(dtype: str, launches: dict[str, list]) -> Non
 
 
 @compiled
-def test_grids_fit_the_device(launches: dict[str, list]) -> None:
+def test_grids_fit_the_device(launches: dict[str, list[Any]]) -> None:
     for group in launches.values():
         for launch in group:
             assert 0 < launch.grid[0] < 2**31, launch

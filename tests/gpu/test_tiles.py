@@ -1,3 +1,5 @@
+# pyright: reportMissingParameterType=none
+# (a kernel's parameters get types at a launch)
 """The tile engine's kernels: the proven interval, buckets and their second look, masks, chunks; and every launch for six chips.
 
 The contract suite covers the operations on small inputs, which are written out whole; here the paths for many features run on few, with
@@ -226,7 +228,7 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return seen
 
 
-def _topk_case(kind: str, dtype: torch.dtype) -> tuple:
+def _topk_case(kind: str, dtype: torch.dtype) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(7)
     x, W = torch.randn(4, 24, generator=generator).to(dtype), torch.randn(200, 24, generator=generator).to(dtype)
     b, b_pre, scale, features = torch.randn(200, generator=generator).to(dtype), None, None, None
@@ -255,7 +257,8 @@ def _topk_case(kind: str, dtype: torch.dtype) -> tuple:
 @pytest.mark.parametrize("kind", ["normal", "one bucket", "ties", "zeros", "everything", "special", "integers"])
 def test_buckets(kind: str, dtype: torch.dtype, small_buckets: dict[str, int], poisoned_memory: None) -> None:
     k = 17 if kind == "one bucket" else 6
-    args = (*_topk_case(kind, dtype), k, False)
+    case = _topk_case(kind, dtype)
+    args = (*case, k, False)
     result = encode.encode_topk(*args)
     ENCODE_TOPK.check(args, result)
     if kind == "one bucket":
@@ -263,7 +266,7 @@ def test_buckets(kind: str, dtype: torch.dtype, small_buckets: dict[str, int], p
     if kind in ("ties", "zeros") and dtype is torch.float32:
         assert small_buckets["crowded"] == 4
     if kind == "everything":
-        again = encode.encode_topk(args[0][2:4], *args[1:])
+        again = encode.encode_topk(case[0][2:4], *args[1:])
         assert torch.equal(result[0][2:4], again[0])
         assert torch.equal(result[1][2:4], again[1])
 
@@ -477,7 +480,7 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
         lambda x: encode.encode_batch_topk(x, W, b, None, None, None, None, 3.3),
         lambda x: (spline.spline_code(x, W, b, None),),
     )
-    whole = [call(x) for call in calls]
+    whole: list[tuple[Any, ...]] = [call(x) for call in calls]
     monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 64, 64, 8, 1, parts=2))
     monkeypatch.setattr(_problem, "WORKSPACE", 1)
     monkeypatch.setattr(_problem, "PANEL", 1)

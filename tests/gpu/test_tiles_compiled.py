@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import fastsae
 from fastsae.dispatch import OPS
 from fastsae.kernels import _masks, _problem, _select, _tile, adam, decode, encode, match, signum, spline
+from fastsae.latents import ScoreInputs
 from fastsae.ops.encode import ENCODE_TOPK
 
 # ---------------------------------------------------------------- ahead of time
@@ -25,10 +26,10 @@ def _calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any
     vector, numbers = torch.zeros(24576, dtype=dtype), torch.zeros(24576)
     yield lambda: encode.encode_topk(x, W, None, None, None, None, None, 32, True)
     yield lambda: spline.spline_hash(x, W, vector, None, 0, 5, 128)
-    yield lambda: _ragged(encode.problem(x, W, vector, None, None, None), encode.Rule(_masks.THRESHOLD, numbers), dtype)
+    yield lambda: _ragged(encode.problem(ScoreInputs(x, W, vector, None, None, None)), encode.Rule(_masks.THRESHOLD, numbers), dtype)
+    m, grad = torch.zeros(512, 768), torch.zeros(300, 768)
+    slots = torch.zeros(300, 32), torch.zeros(300, 32, dtype=torch.int64)
     if dtype is torch.float32:
-        m, grad = torch.zeros(512, 768), torch.zeros(300, 768)
-        slots = torch.zeros(300, 32), torch.zeros(300, 32, dtype=torch.int64)
         yield lambda: adam.adam(m, m, m, grad, *slots, None, numbers[0], 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True)
         yield lambda: signum.signum(m, m, grad, *slots, None, 1e-3, 0.95, 0.1, True, True)
         yield lambda: match.match_cosine(x, x, 8, True, True, 1e-8)
@@ -38,8 +39,10 @@ def _calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any
         yield lambda: encode.encode_topk(x, turned, vector, None, vector, subset, None, 32, True)
         yield lambda: encode.encode_topk(x[:, :761], W[:, :761], None, None, None, None, None, 64, True)
         yield lambda: encode.encode_topk(x, W[:1024], None, W[0], None, None, None, 32, True)
-        yield lambda: _ragged(encode.problem(x, W, vector, None, None, None), encode.Rule(_masks.THRESHOLD, numbers, 0.5), dtype)
-        yield lambda: _ragged(encode.problem(x, W, vector, None, vector, None), encode.Rule(_masks.GATED, numbers), dtype)
+        yield lambda: _ragged(
+            encode.problem(ScoreInputs(x, W, vector, None, None, None)), encode.Rule(_masks.THRESHOLD, numbers, 0.5), dtype
+        )
+        yield lambda: _ragged(encode.problem(ScoreInputs(x, W, vector, None, vector, None)), encode.Rule(_masks.GATED, numbers), dtype)
         yield lambda: match.match_cosine(W[:4096], W[:4096], 8, True, True, 1e-8)
         yield lambda: spline.pack_signs(x, None)
         if dtype is torch.float32:
@@ -86,7 +89,7 @@ def test_compiles_within_the_chip(capability: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_tile, "tile_for", lambda device: _tile._TILES[max(known for known in _tile._TILES if known <= version)])
     monkeypatch.setattr(_tile, "programs", lambda device, n_tiles: min(n_tiles, 264))
     full = capability == 90
-    found: dict[tuple, Any] = {}
+    found: dict[tuple[Any, ...], Any] = {}
     for dtype in (torch.bfloat16, torch.float32, *((torch.float16,) if full else ())):
         for call in _calls(dtype, everything=full and dtype is not torch.float16):
             with aot.record() as launches:
@@ -128,8 +131,10 @@ def _strided_calls() -> Iterator[Callable[[], Any]]:
     yield lambda: encode.encode_topk(low_x, low_W, None, None, None, None, None, 4, True)
     yield lambda: encode.encode_topk(x, W, None, x[0], None, None, None, 4, True)
     yield lambda: encode.encode_topk(x, W, None, None, None, None, None, 600, True)
-    yield lambda: _ragged(encode.problem(low_x, low_W, None, None, None, None), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype)
-    yield lambda: _ragged(encode.problem(x, W, None, None, None, None), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype)
+    yield lambda: _ragged(
+        encode.problem(ScoreInputs(low_x, low_W, None, None, None, None)), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype
+    )
+    yield lambda: _ragged(encode.problem(ScoreInputs(x, W, None, None, None, None)), encode.Rule(_masks.THRESHOLD, vector, 0.5), x.dtype)
     yield lambda: spline.hash_signs(x, torch.arange(9), 0, 5, 128)
     yield lambda: match.match_cosine(x, W, 8, True, True, 1e-8)
     yield lambda: decode.decode(*slots, None, W, None)
@@ -146,7 +151,7 @@ def test_no_stride_is_multiplied_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> 
     import aot
 
     monkeypatch.setattr(_tile, "tile_for", lambda device: _tile._TILES[9, 0])
-    found: dict[tuple, Any] = {}
+    found: dict[tuple[Any, ...], Any] = {}
     for call in _strided_calls():
         with aot.record() as launches:
             call()

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -218,13 +218,13 @@ def test_buffers_that_the_earliest_files_do_not_have(tmp_path: Path, poisoned_me
     whole = torch.load(path, weights_only=True)
     torch.save({**whole, "sae": {name: tensor for name, tensor in whole["sae"].items() if name not in ("silent", "scale")}}, path)
     sae = load_checkpoint(path).sae
-    assert not bool(sae.silent.any()) and bool((sae.scale == 1).all())
+    assert not bool(sae.silent.any()) and bool(torch.eq(sae.scale, 1).all())
     assert torch.equal(sae.eval()(rows()).x_hat, made({}, 0).eval()(rows()).x_hat)
 
 
 def test_a_trainer_that_cannot_go_on_is_what_it_was(tmp_path: Path) -> None:
     sae = made({}, 0)
-    good = {"step": 3, "rng": torch.get_rng_state(), "data": Batches(rows(), size=8).state_dict()}
+    good: dict[str, Any] = {"step": 3, "rng": torch.get_rng_state(), "data": Batches(rows(), size=8).state_dict()}
     for extra in (
         {"step": "three"},
         {"step": -1},
@@ -247,11 +247,13 @@ def test_a_trainer_that_cannot_go_on_is_what_it_was(tmp_path: Path) -> None:
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
-    from collections import defaultdict, namedtuple
+    from collections import defaultdict
 
-    point = namedtuple("point", "x")
+    class Point(NamedTuple):
+        x: int
+
     quantised = torch.zeros(2, device="meta")
-    for extra in ({"a": defaultdict(int)}, {"a": point(1)}, {"a": {(1, 2): 3}}, {"a": np.zeros(1)}, {"a": quantised}, {"a": {1}}):
+    for extra in ({"a": defaultdict(int)}, {"a": Point(1)}, {"a": {(1, 2): 3}}, {"a": np.zeros(1)}, {"a": quantised}, {"a": {1}}):
         with pytest.raises(TypeError, match=r"^save_checkpoint: (keys of )?extra.a must be"):
             save_checkpoint(tmp_path / "x.pt", full(1), None, extra)
     assert tree(tmp_path) == []

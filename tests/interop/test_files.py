@@ -16,7 +16,7 @@ import sys
 import tempfile
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ def test_every_failing_call_leaves_the_older_file_and_nothing_else(kind: str, tm
     path = tmp_path / "x"
     write(path, 1)
     before = tree(tmp_path)
+    n = 0
     for n in range(1, 200):
         with pytest.MonkeyPatch.context() as monkeypatch:
             failing = Failing(monkeypatch)
@@ -177,7 +178,7 @@ def test_every_failing_call_leaves_the_older_file_and_nothing_else(kind: str, tm
 
 
 @contextmanager
-def limited(size: int) -> Iterator[None]:
+def limited(size: int) -> Generator[None, None, None]:
     """Files cannot grow beyond a size, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -379,7 +380,7 @@ def files_of(commit: str, folder: Path) -> dict[str, Tensor]:
         archive.extractall(folder)
     expected = safetensors.load_file(folder / "expected.safetensors")
     x = expected["x"]
-    stacks = {"stack": SAEs.load(folder / "stack"), "stack.pt": load_checkpoint(folder / "stack.pt").sae.eval()}
+    stacks: dict[str, Any] = {"stack": SAEs.load(folder / "stack"), "stack.pt": load_checkpoint(folder / "stack.pt").sae.eval()}
     for name in set(expected) - {"x", "resumed"}:
         stem, _, member = name.partition("/")
         if member:

@@ -88,8 +88,8 @@ def trainer_of(kind: type[TopKTrainingSAE], **config: Any) -> Any:
         "feature_sampling_window": 4,
         "dead_feature_window": 2,
     }
-    config = SAETrainerConfig(lr=LR, lr_scheduler_name="constant", **samples, **settings)
-    return sae_lens.SAETrainer(config, sae, iter(()))
+    trains = SAETrainerConfig(lr=LR, lr_scheduler_name="constant", **samples, **settings)
+    return sae_lens.SAETrainer(trains, sae, iter(()))
 
 
 @pytest.mark.parametrize("rescale", [True, False])

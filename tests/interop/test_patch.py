@@ -11,7 +11,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import pytest
 import torch
@@ -153,7 +153,8 @@ def test_methods_are_known_by_their_source(monkeypatch: pytest.MonkeyPatch) -> N
     def wrapped(self: Toy, x: Tensor) -> Tensor:
         return 2 * was(self, x)
 
-    foreign = types.FunctionType(wrapped.__code__, {**globals(), "__name__": "elsewhere"}, closure=wrapped.__closure__)
+    plain = cast("types.FunctionType", wrapped)
+    foreign = types.FunctionType(plain.__code__, {**globals(), "__name__": "elsewhere"}, closure=plain.__closure__)
     foreign.__wrapped__ = was  # pyright: ignore[reportFunctionMemberAccess]
     for other in (wrapped, foreign, torch.nn.Module.train, property(lambda self: 1)):
         monkeypatch.setattr(Toy, "encode", other)
@@ -337,7 +338,7 @@ def test_what_adam_refuses() -> None:
     for _ in range(2):
         torch.optim.lr_scheduler.ConstantLR(scheduled)  # wraps its step
     assert _adam.refuses(scheduled) is None and _adam.refuses(copy.deepcopy(scheduled)) is None
-    scheduled.step = lambda: None
+    scheduled.step = lambda: None  # pyright: ignore[reportAttributeAccessIssue]  (replaced in the instance)
     assert _adam.refuses(scheduled) == "the optimiser's step was replaced in the instance"
     handle = register_optimizer_step_post_hook(lambda *_: None)
     try:

@@ -108,7 +108,8 @@ def test_updates(name: str, sparse: bool) -> None:
         log = mine.loss(rows(), step=9, logging=True)
         same(log.f, theirs.loss(rows(), step=9, logging=True).f, of=1e-3)
     assert fastsae.restore(mine) is mine and type(mine) is TRAINERS[name][0] and type(mine.ae) is type(theirs.ae)
-    mine.update(5, rows()), theirs.update(5, rows())
+    mine.update(5, rows())
+    theirs.update(5, rows())
     for p, q in zip(mine.ae.parameters(), theirs.ae.parameters()):
         assert float((p - q).detach().abs().max()) <= 0.1 * LR
 
@@ -153,7 +154,8 @@ def test_features_that_are_not_unit_get_the_librarys_projection() -> None:
     with torch.no_grad():
         for made in (mine, theirs):
             made.ae.decoder.weight.mul_(1 + torch.arange(F) / 10)
-    mine.update(1, rows()), theirs.update(1, rows())
+    mine.update(1, rows())
+    theirs.update(1, rows())
     same(mine.optimizer.state[mine.ae.decoder.weight]["exp_avg"], theirs.optimizer.state[theirs.ae.decoder.weight]["exp_avg"])
     same(mine.ae.decoder.weight, theirs.ae.decoder.weight, of=1e-3 * LR)
 
@@ -277,7 +279,7 @@ def test_what_needs_the_librarys_own_update_gets_it_and_is_reported(reason: str)
         if reason == "forward":
             made.ae.encoder.forward = lambda x, was=made.ae.encoder.forward: 2 * was(x)
         if reason == "step":
-            made.optimizer.step = lambda: None
+            made.optimizer.step = lambda: None  # pyright: ignore[reportAttributeAccessIssue]  (replaced in the instance)
         if reason == "computed":
             nn.utils.parametrizations.weight_norm(made.ae.decoder)
             made.optimizer = torch.optim.Adam(made.ae.parameters(), lr=LR)
@@ -307,12 +309,10 @@ def test_the_auxk_preset_is_the_librarys(data: st.DataObject) -> None:
     ae = made.ae.double()
     made.num_tokens_since_fired[dead] = made.dead_feature_threshold
     with torch.no_grad():
-        (
-            ae.encoder.weight.copy_(sae.W_enc),
-            ae.encoder.bias.copy_(sae.b_enc),
-            ae.decoder.weight.copy_(sae.W_dec.T),
-            ae.b_dec.copy_(sae.b_dec),
-        )
+        ae.encoder.weight.copy_(sae.W_enc)
+        ae.encoder.bias.copy_(sae.b_enc)
+        ae.decoder.weight.copy_(sae.W_dec.T)
+        ae.b_dec.copy_(sae.b_dec)
     f, _, _, acts = ae.encode(x, return_topk=True)
     loss = 0.5 * made.get_auxiliary_loss((x - ae.decode(f)).detach(), acts)
     if x.shape[0] == 1 and dead.any():  # no variance to divide by: 0 here, the largest float32 there, and no gradient

@@ -276,7 +276,8 @@ def test_parameters_changed_replaced_and_loaded() -> None:
 def test_dtypes_and_devices(name: str) -> None:
     mine, theirs = pair(name, shift=2.5)
     for dtype, of in ((torch.float64, 1e-14), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
-        mine.to(dtype=dtype), theirs.to(dtype=dtype)
+        mine.to(dtype=dtype)
+        theirs.to(dtype=dtype)
         x = rows().to(dtype)
         a, b = mine.encode(x), theirs.encode(x)
         both = (a != 0) & (b != 0)  # the library rounds scores to half precision before it compares them
@@ -440,7 +441,8 @@ def test_real_activations(name: str, hidden: Tensor) -> None:
     mine, theirs = (trainer_of(name, d_in=384, d_sae=1024, trainer={"dead_feature_window": 1}) for _ in range(2))
     fastsae.accelerate(mine)
     for part in x.split(64):
-        mine.step(part), theirs.step(part)
+        mine.step(part)
+        theirs.step(part)
     same_trainers(mine, theirs)
     with torch.no_grad():
         a, b = mine.sae.encode(hidden), theirs.sae.encode(hidden)

@@ -76,9 +76,10 @@ def test_training_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(dense) == (0 if case in BY_SLOTS else 6)
     assert died or case in ("topk, normalised", "standard", "gated", "jumprelu, many fire")
     if case in BY_SLOTS:
-        assert repr(a).startswith("TrainStepOutput(loss=")
+        last = a  # pyright: ignore[reportPossiblyUnboundVariable]  (of six steps)
+        assert repr(last).startswith("TrainStepOutput(loss=")
         with pytest.raises(RuntimeError, match=r"forms no .B, F. pre-activations"):
-            _ = a.hidden_pre
+            _ = last.hidden_pre
 
 
 @pytest.mark.parametrize("case", ["topk", "jumprelu", "gated"])
@@ -235,7 +236,8 @@ def test_methods_are_those_of_the_tested_release(monkeypatch: pytest.MonkeyPatch
         assert not KINDS[name].training or changed(make(name), "training_forward_pass") is None
     mine, theirs = fastsae.accelerate(trainer_of("MatryoshkaBatchTopKTrainingSAE")), trainer_of("MatryoshkaBatchTopKTrainingSAE")
     assert not fastsae.report(mine).now
-    mine.step(rows()), theirs.step(rows())
+    mine.step(rows())
+    theirs.step(rows())
     # What a later version might have: another loss of a class below, reached by super(), seen at the next step.
     was = saes.BatchTopKTrainingSAE.training_forward_pass
 
@@ -265,10 +267,12 @@ def test_frozen_parameters_stay() -> None:
         trainer.sae.W_dec.requires_grad_(False)
     fastsae.accelerate(mine)
     for step in range(3):
-        mine.step(rows(seed=step)), theirs.step(rows(seed=step))
+        mine.step(rows(seed=step))
+        theirs.step(rows(seed=step))
     for p, q in zip(mine.sae.parameters(), theirs.sae.parameters()):
         assert float((p - q).detach().abs().max()) < 1e-6
-    mine.sae.requires_grad_(False), theirs.sae.requires_grad_(False)
+    mine.sae.requires_grad_(False)
+    theirs.sae.requires_grad_(False)
     for trainer in (mine, theirs):
         with pytest.raises(RuntimeError, match="does not require grad"):
             trainer.step(rows())
@@ -283,7 +287,8 @@ def test_a_trainer_of_a_subclass_keeps_its_forward() -> None:
     fastsae.accelerate(trainer)
     assert type(trainer.sae) is Mine and "is not a supported class" in fastsae.report(trainer).left["sae"]
     other = trainer_of("TopKTrainingSAE")
-    trainer.step(rows()), other.step(rows())
+    trainer.step(rows())
+    other.step(rows())
     same_trainers(trainer, other)
 
 
@@ -298,7 +303,8 @@ def test_several_saes_at_once() -> None:
     mine, theirs = multi(), multi()
     mine.cfg.total_training_samples = theirs.cfg.total_training_samples = 5 * ROWS
     assert fastsae.report(fastsae.accelerate(mine)).accelerated
-    mine.fit(), theirs.fit()
+    mine.fit()
+    theirs.fit()
     for name in "ab":
         same_trainers(mine.trainers[name], theirs.trainers[name])
     fastsae.restore(mine)

@@ -254,6 +254,7 @@ def test_only_the_instance_is_patched_copied_saved_and_restored(tmp_path: Path) 
         for target in (coder, other):
             target.encoder.weight.mul_(1.5)
             target.b_dec.data.add_(0.1)
+            assert target.W_dec is not None
             target.W_dec = torch.nn.Parameter(target.W_dec.data.roll(1, 0))
     same(coder(rows()).sae_out, other(rows()).sae_out)
     same(coder.double()(rows().double()).fvu, other.double()(rows().double()).fvu, of=1e-12)

@@ -155,7 +155,7 @@ def test_fit_of_the_real_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from sparsify.trainer import Trainer
     from transformers import GPT2Config, GPT2Model
 
-    class Rows(list):
+    class Rows(list[Any]):
         def select(self, indices: Any) -> Any:
             return Rows(self[i] for i in indices)
 
@@ -213,6 +213,7 @@ def test_the_auxk_preset_is_the_librarys(data: st.DataObject) -> None:
             (coder.W_dec, sae.W_dec),
             (coder.b_dec, sae.b_dec),
         ):
+            assert p is not None
             p.copy_(value)
     variance = torch.tensor(1.0, dtype=torch.float64) if x.shape[0] == 1 else None
     loss = 0.5 * coder(x, dead_mask=dead, total_variance=variance).auxk_loss
@@ -222,6 +223,7 @@ def test_the_auxk_preset_is_the_librarys(data: st.DataObject) -> None:
     torch.testing.assert_close(term, loss.detach(), rtol=1e-9, atol=1e-11)
     if dead.any():
         loss.backward()
+        assert coder.W_dec is not None and coder.encoder.weight.grad is not None
         torch.testing.assert_close(gradients["W_dec"], coder.W_dec.grad, rtol=1e-9, atol=1e-11)
         assert not coder.encoder.weight.grad.any(), "the library's encoder ignores dense scores"
 

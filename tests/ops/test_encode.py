@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import fastsae
 from fastsae import reference
@@ -37,7 +38,7 @@ def same_gradients(ours: Tensor, dense: Tensor, leaves: dict[str, Tensor]) -> No
     got = torch.autograd.grad((ours * weight).sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
     want = torch.autograd.grad((dense * weight).sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
     for name, a, b in zip(leaves, got, want, strict=True):
-        a, b = (torch.zeros_like(leaves[name]) if g is None else g for g in (a, b))
+        a, b = (torch.zeros_like(leaves[name]) if g is None else g for g in cast("tuple[Tensor | None, ...]", (a, b)))
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
@@ -72,7 +73,7 @@ class DenseJumpReLU(torch.autograd.Function):
         return z * (z > theta.clamp_min(0))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  (one result)
         z, theta = ctx.saved_tensors
         inside = ((z - theta).abs() < ctx.width / 2).to(z.dtype)
         return grad * (z > theta.clamp_min(0)), (-(theta / ctx.width) * inside * grad).sum_to_size(theta.shape), None
@@ -88,7 +89,7 @@ class DenseL0(torch.autograd.Function):
         return (z > theta.clamp_min(0)).to(z.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  (one result)
         z, theta = ctx.saved_tensors
         inside = ((z - theta).abs() < ctx.width / 2).to(z.dtype)
         return None, (-(1 / ctx.width) * inside * grad).sum_to_size(theta.shape), None
@@ -314,7 +315,7 @@ def test_integers_give_the_same_bits_whatever_the_tiles(monkeypatch: pytest.Monk
         "batch_topk": lambda: fastsae.encode_batch_topk(x, W, b, k=3.3, features=features),
         "gated": lambda: fastsae.encode_gated(x, W, b_gate=b, r_mag=torch.zeros(90), b_mag=b),
     }
-    leaves = torch.utils._pytree.tree_leaves
+    leaves = pytree.tree_leaves
     with fastsae.use_backend("reference"):
         whole = leaves(functions[name]())
         monkeypatch.setattr(reference, "WORKSPACE_ELEMENTS", elements)
@@ -388,7 +389,7 @@ def test_autocast_equals_rounded_inputs(name: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             expected = fastsae.encode_gated(x.bfloat16(), W.bfloat16(), b_gate=b.bfloat16(), r_mag=b.bfloat16() / 8, b_mag=b.bfloat16())
     assert ours.values.dtype is torch.bfloat16
-    for a, e in zip(torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(expected), strict=True):
+    for a, e in zip(pytree.tree_leaves(ours), pytree.tree_leaves(expected), strict=True):
         assert torch.equal(a, e)
 
 
@@ -413,7 +414,7 @@ def test_matmul_precision_changes_nothing_and_is_restored(name: str) -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    for a, e in zip(torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(expected), strict=True):
+    for a, e in zip(pytree.tree_leaves(ours), pytree.tree_leaves(expected), strict=True):
         assert torch.equal(a, e)
 
 
@@ -422,7 +423,7 @@ def test_a_transposed_view_gives_the_same_result(name: str) -> None:
     x, W, b = torch.randint(-3, 4, (6, 5)).float(), torch.randint(-3, 4, (8, 5)).float(), torch.randint(-1, 2, (8,)).float()
     view = W.T.contiguous().T.requires_grad_()
     ours, expected = ENCODERS[name](x, view, b), ENCODERS[name](x, W, b)
-    for a, e in zip(torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(expected), strict=True):
+    for a, e in zip(pytree.tree_leaves(ours), pytree.tree_leaves(expected), strict=True):
         assert torch.equal(a, e)
     (grad,) = torch.autograd.grad(ours.values.sum(), [view])
     assert grad.stride() == view.stride()

@@ -59,7 +59,7 @@ def test_sparse_forms_are_sorted_and_coalesced(latents: Any, dense: list[list[fl
         assert sparse.to_dense().tolist() == dense
         # Strictly ascending within each row (column): sorted, no duplicates.
         assert all(bool((part.diff() > 0).all()) for part in others.split(pointers.diff().tolist()))
-        torch._validate_compressed_sparse_indices(
+        torch._validate_compressed_sparse_indices(  # pyright: ignore[reportPrivateImportUsage]  (torch has no public one)
             sparse.layout is torch.sparse_csr, pointers, others, *((4, latents.n_features)[:: 1 if sparse is csr else -1]), others.numel()
         )
 

@@ -92,7 +92,7 @@ CHANGES: dict[str, Callable[[nn.Parameter], Any]] = {
     "copy": without_gradients(lambda p: p.copy_(p * 2)),
     "view": without_gradients(lambda p: p.T.mul_(2)),
     "detached": lambda p: p.detach().mul_(2),
-    "foreach": without_gradients(lambda p: torch._foreach_mul_([p], 2.0)),
+    "foreach": without_gradients(lambda p: torch._foreach_mul_([p], 2.0)),  # pyright: ignore[reportPrivateImportUsage]  (torch has no public one)
     "item": without_gradients(lambda p: p.__setitem__((3, slice(2, 4)), 7.0)),
     "init": lambda p: nn.init.normal_(p),
     "inference": inference(lambda p: p.mul_(2)),

@@ -154,9 +154,11 @@ def test_import_time() -> None:
 
 def test_public_names() -> None:
     assert len(set(fastsae.__all__)) == len(fastsae.__all__) <= 45
+    documentation = fastsae.__doc__
+    assert documentation
     for name in fastsae.__all__:
         assert getattr(fastsae, name).__doc__, f"{name} has no documentation"
-        assert name in fastsae.__doc__ or name[0].isupper(), f"the package's documentation does not mention {name}"
+        assert name in documentation or name[0].isupper(), f"the package's documentation does not mention {name}"
 
 
 @pytest.mark.parametrize("module", ["codes", "compare", "functional", "optim", "patch", "polytopes", "sae", "superposition"])

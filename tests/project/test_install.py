@@ -17,6 +17,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import ROOT
@@ -91,7 +92,7 @@ def wheel_from(sdist: Path, builder: Path, folder: Path, environment: dict[str, 
     return made
 
 
-def report_from(wheel: Path, folder: Path) -> dict:
+def report_from(wheel: Path, folder: Path) -> dict[str, Any]:
     """Installs the wheel in a fresh environment that sees the running one's torch, and imports it there."""
     home = folder / "clean"
     venv.create(home, symlinks=True)

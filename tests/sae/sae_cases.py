@@ -26,7 +26,7 @@ each = pytest.mark.parametrize("kind", KINDS)
 def build(kind: str, **options: Any) -> SAE:
     sae = SAE(7, 20, KINDS[kind], seed=3, **options)
     with torch.no_grad():  # biases that matter
-        if sae.b_enc is not None:
+        if "b_enc" in dict(sae.named_parameters()):
             sae.b_enc.copy_(torch.linspace(-0.3, 0.3, 20))
         sae.b_dec.copy_(torch.linspace(-1, 1, 7))
     return sae

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import fastsae
 from fastsae import BatchTopK, Gated, JumpReLU, ReLU, TopK, reconstruct
@@ -50,6 +51,7 @@ def encode_by_hand(activation: Any, x: Tensor, W: Tensor, b: Tensor | None, b_pr
         case JumpReLU(bandwidth=None):
             return fastsae.encode_threshold(x, W, b, threshold=activation.threshold, b_pre=b_pre)
         case JumpReLU():
+            assert activation.bandwidth is not None
             return fastsae.encode_threshold(x, W, b, threshold=activation.threshold, bandwidth=activation.bandwidth, b_pre=b_pre)[0]
         case _:
             return fastsae.encode_gated(x, W, **GATES, b_pre=b_pre)
@@ -62,7 +64,7 @@ def test_is_the_composition(activation: Any) -> None:
     result = reconstruct(**a, b_enc=b_enc, activation=activation)
     latents = encode_by_hand(activation, a["x"], a["W_enc"], b_enc, a["b_pre"])
     x_hat = fastsae.decode(latents, a["W_dec"], a["b_dec"])
-    for got, want in zip(torch.utils._pytree.tree_leaves(result.latents), torch.utils._pytree.tree_leaves(latents), strict=True):
+    for got, want in zip(pytree.tree_leaves(result.latents), pytree.tree_leaves(latents), strict=True):
         assert torch.equal(got, want)
     assert torch.equal(result.x_hat, x_hat)
     torch.testing.assert_close(result.squared_error, (x_hat - a["x"]).square().sum(1))
@@ -98,6 +100,7 @@ def test_scale_reaches_the_encoder() -> None:
     a, scale = arguments(), draw(20, seed=12)
     result = reconstruct(**a, activation=TopK(3), scale=scale)
     latents = fastsae.encode_topk(a["x"], a["W_enc"], k=3, b_pre=a["b_pre"], scale=scale)
+    assert result.latents is not None
     assert torch.equal(result.latents.values, latents.values)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -109,6 +109,7 @@ def test_a_mask_of_ones_and_zeros_is_the_bool_one_wherever_a_mask_is_taken(dtype
         x, sae, saes = rows(4, 3, 7), build("topk"), SAEs([build("topk"), build("topk")])
         opt = Adam(build("topk"), lr=0.1)
         out = [*sae.loss(x, mask=mask), *sae.step_gradients(x, mask=mask)[0], sae.init_from(x, mask=mask).b_dec, *opt.step(x, mask=mask)]
+        assert opt.module is not None
         out += [opt.module.W_dec, *saes.step_gradients(x.flatten(0, 1), mask=mask.flatten())[0]]
         out += saes.step_gradients(x[:2], mask=mask[:2])[0]
         out.append(saes.init_from(x.flatten(0, 1), mask=mask.flatten()).b_dec)
@@ -152,7 +153,7 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
     loss = sae.loss(x)
     assert loss.loss.dtype is wide
     loss.loss.backward()
-    assert sae.W_enc.grad.dtype is dtype
+    assert sae.W_enc.grad is not None and sae.W_enc.grad.dtype is dtype
 
 
 @each
@@ -161,7 +162,8 @@ def test_gradients_reach_every_parameter(kind: str) -> None:
     options = {"l0": 0.1} if getattr(sae.activation, "bandwidth", None) else {}
     sae.loss(rows(400, 7), **options).loss.backward()
     for name, parameter in sae.named_parameters():
-        learns = name != "threshold" or sae.activation.bandwidth is not None
+        learns = name != "threshold" or (isinstance(sae.activation, JumpReLU) and sae.activation.bandwidth is not None)
+        assert parameter.grad is not None, name
         assert bool((parameter.grad != 0).any()) == learns, name
         assert bool(parameter.grad.isfinite().all()), name
 
@@ -214,8 +216,10 @@ def test_removal_of_the_parallel_gradient() -> None:
     sae = SAE(7, 20, TopK(3), seed=1)
     sae.remove_parallel_gradient_()  # nothing to do before a backward
     sae.loss(rows(200, 7)).loss.backward()
+    assert sae.W_dec.grad is not None
     before = sae.W_dec.grad.clone()
     sae.remove_parallel_gradient_()
+    assert sae.W_dec.grad is not None
     torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(20), atol=1e-5, rtol=0)  # float32 sums of 7 terms near 1
     removed = before - sae.W_dec.grad
     torch.testing.assert_close(removed, (before * sae.W_dec).sum(1, keepdim=True) * sae.W_dec, atol=1e-5, rtol=1e-4)
@@ -261,11 +265,8 @@ def test_compiles_without_graph_breaks(kind: str) -> None:
     torch.testing.assert_close(got.x_hat, eager.x_hat)
     assert torch.equal(got.latents.to_dense(), eager.latents.to_dense())
     weights = list(sae.parameters())
-    for g, w in zip(
-        torch.autograd.grad(got.squared_error.sum(), weights, allow_unused=True),
-        torch.autograd.grad(eager.squared_error.sum(), weights, allow_unused=True),
-        strict=True,
-    ):
+    gradients, wanted = (torch.autograd.grad(out.squared_error.sum(), weights, allow_unused=True) for out in (got, eager))
+    for g, w in zip(cast("tuple[Tensor | None, ...]", gradients), wanted, strict=True):
         assert (g is None) == (w is None)
         if g is not None:
             torch.testing.assert_close(g, w)
@@ -394,8 +395,7 @@ def test_packed_encoding_follows_the_weights(stacked: bool, monkeypatch: pytest.
 
     def same(sae: SAE, packings: int) -> None:
         made.clear()
-        for _ in range(2):
-            latents = sae.encode(x)
+        _, latents = (sae.encode(x) for _ in range(2))
         sae.packed = False
         plain = sae.encode(x)
         sae.packed = True

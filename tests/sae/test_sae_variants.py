@@ -27,7 +27,10 @@ def test_variants_in_words(kind: str, name: str) -> None:
         with torch.no_grad():
             bare.b_dec.zero_()
         assert torch.equal(bare.encode(x).to_dense(), code)
-    past = x @ sae.W_skip.T if sae.skip else torch.zeros_like(target)
+    past = torch.zeros_like(target)
+    if sae.skip:
+        assert sae.W_skip is not None
+        past = x @ sae.W_skip.T
     x_hats = [code[:, :size] @ sae.W_dec[:size] + sae.b_dec + past for size in sae.prefixes or [20]]
     torch.testing.assert_close(sae(x).x_hat, x_hats[-1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sae.decode(latents, x), x_hats[-1], rtol=1e-12, atol=1e-12)

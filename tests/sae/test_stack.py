@@ -141,6 +141,7 @@ def test_files(tmp_path: Path) -> None:
 
     path = save_checkpoint(tmp_path / "checkpoint", saes, opt)
     again = load_checkpoint(path).sae
+    assert isinstance(again, SAEs)
     resumed = Adam(again, lr=1.0)
     load_checkpoint(path, again, resumed)
     opt.step(normal(B, D, seed=1))
@@ -187,5 +188,9 @@ def test_a_step_without_rows(activation: Any) -> None:
         assert metrics.loss.tolist() == [0, 0]
         for name, gradient in alone.step_gradients(x.reshape(-1, 7)[:0])[1].items():
             got = gradients[name]
-            got = densify(got.part(1)) if isinstance(got, StackedGradient) else got[1]
+            if isinstance(got, StackedGradient):
+                got = densify(got.part(1))
+            else:
+                assert isinstance(got, torch.Tensor)
+                got = got[1]
             assert torch.equal(got, densify(gradient)), name

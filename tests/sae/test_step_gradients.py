@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -74,15 +74,15 @@ def compare(
     sae: SAE, batch: dict[str, Any], tolerance: dict[str, Any] = EXACT, autocast: bool = False, **options: Any
 ) -> dict[str, Gradient]:
     plain = copy.deepcopy(sae)
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with cast:
+    casting = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with casting:
         want = plain.loss(**batch, **options)
     names = [name for name, _ in plain.named_parameters()]
     expected = torch.autograd.grad(want.loss, list(plain.parameters()), allow_unused=True)
-    with cast:
+    with casting:
         metrics, got = sae.step_gradients(**batch, **options)
     assert list(got) == names
-    for name, gradient, e in zip(names, got.values(), expected, strict=True):
+    for name, gradient, e in zip(names, got.values(), cast("tuple[Tensor | None, ...]", expected), strict=True):
         g = densify(gradient)
         e = torch.zeros_like(g) if e is None else e
         if autocast:

@@ -101,7 +101,11 @@ def test_kinds_of_batches() -> None:
 
 def test_reduce_sees_the_gradients() -> None:
     sae, seen = build(), []
-    Trainer(sae, adam(sae), reduce=lambda parameters: seen.append([p.grad.shape for p in parameters]), progress=False).fit(batches(sae), 2)
+
+    def reduce(parameters: Any) -> None:
+        seen.append([p.grad.shape for p in parameters])
+
+    Trainer(sae, adam(sae), reduce=reduce, progress=False).fit(batches(sae), 2)
     assert seen == [[p.shape for p in sae.parameters()]] * 2
 
 
@@ -133,7 +137,8 @@ def test_order_of_batches() -> None:
     assert not torch.equal(first, other)
     source = Batches(x, size=4, seed=1)
     stream = iter(source)
-    next(stream), next(stream), next(stream)
+    for _ in range(3):
+        next(stream)
     state, expected = source.state_dict(), next(stream)["x"]
     again = Batches(x, size=4, seed=99)
     again.load_state_dict(state)
@@ -299,7 +304,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
 
 class Trap:
     def __reduce__(self) -> Any:
-        return os.system, ("touch executed",)
+        return os.system, ("touch executed",)  # pyright: ignore[reportDeprecated]  (what a trap would call)
 
 
 def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_a_wrong_update_counts_nothing() -> None:
         ({"lg_k": 12.0}, TypeError, "lg_k must be an int, got float"),
     ],
 )
-def test_wrong_arguments(arguments: dict, error: type[Exception], message: str) -> None:
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=rf"^CodeCounter: .*{message}"):
         CodeCounter(**arguments)
 

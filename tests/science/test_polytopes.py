@@ -41,11 +41,11 @@ from fastsae.polytopes import (
 )
 
 
-def walk(widths: Sequence[int], seed: int, slope: float, residual: bool, p: Tensor, q: Tensor) -> list[tuple[float, int, int]]:
+def walk(widths: Sequence[int], seed: int, slope: float, residual: bool, start: Tensor, end: Tensor) -> list[tuple[float, int, int]]:
     """The crossings of one segment, one forward pass a region: masks fix the region, value and slope say where it ends."""
     *hidden, _ = layers([*widths, 3], seed)
     weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in hidden]
-    p, q = p.numpy(), q.numpy()
+    p, q = start.numpy(), end.numpy()
 
     def run(x: np.ndarray, masks: list[np.ndarray] | None, offset: int) -> list[np.ndarray]:
         h, found = x, []
@@ -332,7 +332,7 @@ def test_what_is_no_net() -> None:
         with pytest.raises(error, match=f"^as_net: {message}"):
             as_net(module)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"^as_net: a residual branch must end with its input's width 3, got 4"):
-        as_net(nn.Linear(3, 4), residual=True) and as_net([nn.Linear(3, 3), as_net(nn.Linear(3, 4), residual=True)])
+        _ = as_net(nn.Linear(3, 4), residual=True) and as_net([nn.Linear(3, 3), as_net(nn.Linear(3, 4), residual=True)])
 
 
 NET = relu_net([4, 6, 5], 1)

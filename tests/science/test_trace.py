@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,7 +264,8 @@ class Stumbles(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model, self.act, self.error = model, nn.ReLU(), None
+        self.model, self.act = model, nn.ReLU()
+        self.error: BaseException | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.model(x))
@@ -378,13 +380,14 @@ def test_copies_and_other_ways_of_calling(model: Model) -> None:
 
 
 def test_traces_of_one_model_and_generators(model: Model) -> None:
-    def collect() -> Iterator[dict[str, Tensor]]:
+    def collect() -> Generator[dict[str, Tensor], None, None]:
         with trace(model, "head") as t:
             while True:
                 yield t.pop()
 
     first, second = collect(), collect()
-    next(first), next(second)
+    next(first)
+    next(second)
     model(x(3))
     assert len(next(first)["head.1"]) == len(next(second)["head.1"]) == 3
     first.close()
@@ -493,7 +496,7 @@ def test_nothing_to_trace(model: Model) -> None:
         ({"bits": 32}, ValueError, "bits must be 64 or 128, got 32"),
     ],
 )
-def test_wrong_arguments(model: Model, change: dict, error: type[Exception], message: str) -> None:
+def test_wrong_arguments(model: Model, change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^trace: {message}"):
         trace(**{"model": model, **change})
 
