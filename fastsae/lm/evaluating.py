@@ -111,7 +111,7 @@ def evaluate(
     """Measures a dictionary on a model's own activations and in the model's place.
 
     Args:
-        sae: an ``SAE`` or transcoder of this library, or of SAELens, sparsify or dictionary_learning.
+        sae: an ``SAE`` or transcoder of this library, or of SAELens, sparsify or dictionary_learning; in evaluation mode meanwhile.
         model: a language model whose output is logits ``[batch, context, vocabulary]``, or an object or tuple that holds them first.
         tokens, mask, ignore, batch, progress: as in ``fastsae.lm.harvest``. Padding and ignored tokens are neither replaced nor counted.
         hook: the module, as in ``fastsae.lm.splice``.
@@ -150,6 +150,8 @@ def evaluate(
         raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
     state = _State(sae, point.is_input or not getattr(sae, "transcoder", False))
     with torch.no_grad(), evaluating(model), contextlib.ExitStack() as stack:
+        if isinstance(sae, nn.Module):
+            stack.enter_context(evaluating(sae))
         stack.callback(point.module.register_forward_pre_hook(state.read, with_kwargs=True).remove)
         stack.callback(watch(point, state.at_hook).remove)
         parts = _Parts(model, tokens, real, keep, checks.integer(op, "batch", batch, 1), progress)
