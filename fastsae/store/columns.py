@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Shard:
         if name not in self.offsets:
             out.copy_(self.columns[name][start:stop])
             return
-        into, size = memoryview(out.view(torch.uint8).numpy().reshape(-1)), self.columns[name][:1].nbytes
+        flat: Any = out.view(torch.uint8).numpy().reshape(-1)
+        into, size = memoryview(flat), self.columns[name][:1].nbytes
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offsets[name] + start * size)
             while into.nbytes:
