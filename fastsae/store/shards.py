@@ -21,7 +21,7 @@ from fastsae.store.columns import Shard, digest, map_safetensors
 from fastsae.store.writer import MANIFEST
 
 _BLOCK_BYTES = 4 << 20  # of the widest column, read in one piece
-_WINDOW_BLOCKS = 16
+_WINDOW_BLOCKS = 8  # 32 MiB: larger windows leave the cache, and read half as fast
 
 
 class ActivationShards:
