@@ -68,6 +68,8 @@ def harvest(
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
     ignored = sorted({checks.integer(op, "ignore", token, 0) for token in ignore})
     keep, real = kept_positions(op, tokens, mask, ignored)
+    if not bool(keep.any()):
+        raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
     group = (processes.rank(), processes.ranks()) if processes.grouped() else tuple(int(os.environ.get(n, d)) for n, d in _TORCHRUN)
     ranks = checks.integer(op, "ranks", group[1] if ranks is None else ranks, 1)
     rank = checks.integer(op, "rank", group[0] if rank is None else rank, 0, ranks - 1, "ranks - 1")

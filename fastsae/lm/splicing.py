@@ -22,7 +22,7 @@ class Edit:
     """A change of some features' latents: ``new = (old * scale, or value where given) + add``.
 
     Attributes:
-        features: their numbers, int64 ``[n]`` or a list.
+        features: their numbers, int64 ``[n]`` or a list; none: nothing is edited.
         scale: 0 ablates (the default, where neither ``value`` nor ``add`` is given), 1 leaves them, others scale.
         value: clamps: the latent becomes this one, in rows where it was not active too.
         add: is added, in every row (steering).
@@ -95,9 +95,8 @@ def splice(
     state = Spliced()
     with contextlib.ExitStack() as stack:
         for point in points:
-            _install(
-                stack, state, point, saes[point.name], error, [_checked(op, one, saes[point.name]) for one in edits.get(point.name, ())]
-            )
+            checked = [_checked(op, one, saes[point.name]) for one in edits.get(point.name, ())]
+            _install(stack, state, point, saes[point.name], error, [one for one in checked if numbers(one).numel()])
         yield state
 
 
@@ -167,6 +166,15 @@ class _Through(torch.autograd.Function):
         return grad, grad
 
 
+def _fitting(where: Tensor, batch: torch.Size) -> Tensor:
+    try:
+        return where.expand(batch)
+    except RuntimeError as error:
+        raise ValueError(
+            f"splice: an edit's where must have the hidden states' batch shape {list(batch)}, got {list(where.shape)}"
+        ) from error
+
+
 def numbers(edit: Edit) -> Tensor:
     """Of the features of a checked edit."""
     assert isinstance(edit.features, Tensor)
@@ -181,7 +189,7 @@ def _change(sae: SAE, latents: Latents, batch: torch.Size, edits: list[Edit]) ->
     for one in edits:
         at = torch.searchsorted(features, numbers(one))
         edited = new.index_copy(-1, at, one.new(new[..., at]))
-        new = edited if one.where is None else torch.where(one.where.to(old.device).expand(batch)[..., None], edited, new)
+        new = edited if one.where is None else torch.where(_fitting(one.where.to(old.device), batch)[..., None], edited, new)
     step = new - old
     change = step @ sae.W_dec[features].to(step.dtype)
     return change / sae.scale[1], (step != 0).any(-1)

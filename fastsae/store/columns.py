@@ -62,7 +62,7 @@ def map_safetensors(path: Path, *, same_rows: bool = True) -> Shard:
             }
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or holds other than columns of numbers: {error!r}") from error
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)  # type: ignore[call-arg]
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     columns: dict[str, Tensor] = {}
     for name, (dtype, shape, start, stop) in entries.items():
         count = 1

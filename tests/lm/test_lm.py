@@ -128,6 +128,9 @@ def test_what_cannot_be_harvested_is_named(model: Toy, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             harvest(model, ids(2), hooks, tmp_path / "none", progress=False)
+    for tokens in (ids(0), ids(2)):
+        with pytest.raises(ValueError, match=r"no position counts: mask and ignore leave nothing of \[\d, 7\]"):
+            harvest(model, tokens, "blocks.0", tmp_path / "none", ignore=range(VOCAB), progress=False)
     with pytest.raises(TypeError, match="tokens must have dtype"):
         harvest(model, ids(2).float(), "blocks.0", tmp_path / "none", progress=False)
 
@@ -201,6 +204,25 @@ def test_edits_equal_a_float64_computation(model: Toy, kind: Any, error: Any) ->
     new[..., used[0]] = torch.where(where, new[..., used[0]] - 2, new[..., used[0]])
     y = hidden_after(model, 1).double() if error == "keep" else z @ sae.W_dec.double() + sae.b_dec.double()
     torch.testing.assert_close(got["x"].double(), y + (new - z) @ sae.W_dec.double(), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_odd_edits(model: Toy) -> None:
+    sae, clean = start(), model(ids())
+    with splice(model, {"blocks.1": sae}, edit={"blocks.1": [Edit([]), Edit(torch.empty(0, dtype=torch.int64), add=3.0)]}):
+        assert torch.equal(model(ids()), clean), "nothing is edited"
+    twice = [[Edit([7, 7], add=1.0)], [Edit([7], add=1.0)]]
+    outs: list[Tensor] = []
+    for edits in twice:
+        with splice(model, {"blocks.1": sae}, edit={"blocks.1": edits}):
+            outs.append(model(ids()))
+    assert torch.equal(*outs), "a feature that is named twice is edited once"
+    misfit = Edit([7], where=torch.ones(2, 2, dtype=torch.bool))
+    with (
+        splice(model, {"blocks.1": sae}, edit={"blocks.1": [misfit]}),
+        pytest.raises(ValueError, match=r"where must have the hidden states' batch shape \[11, 7\], got \[2, 2\]"),
+    ):
+        model(ids())
 
 
 @torch.no_grad()
