@@ -10,7 +10,8 @@ Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and th
 Training: optim (Adam, Signum, adam_: exact and fused), Trainer, save_checkpoint, load_checkpoint; fastsae.trainer: data order, schedules.
 Other libraries' objects: accelerate, accelerated, restore, report; encode and reconstruct of any supported SAE.
 Backends: use_backend, explain, check (raises what a GPU has deferred), BackendError; `fastsae info`, `fastsae verify`.
-More, a module each: functional (the operations for other libraries), compare, codes, polytopes, superposition.
+More, a module each: functional (the operations for other libraries), compare, codes, polytopes, superposition,
+    lm (language models), store (activations and latents at rest).
 """
 
 import importlib
@@ -32,7 +33,7 @@ from fastsae.sae.checkpoints import load_checkpoint, save_checkpoint
 from fastsae.trainer import Trainer
 
 if TYPE_CHECKING:  # loaded at their first use, so that an import of fastsae stays short
-    from fastsae import codes, functional, polytopes, superposition
+    from fastsae import codes, functional, lm, polytopes, store, superposition
 
 __all__ = [
     "SAE",
@@ -61,6 +62,7 @@ __all__ = [
     "encode_topk",
     "explain",
     "functional",
+    "lm",
     "load_checkpoint",
     "match",
     "match_cosine",
@@ -74,13 +76,14 @@ __all__ = [
     "save_checkpoint",
     "spline_code",
     "spline_hash",
+    "store",
     "superposition",
     "use_backend",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("codes", "functional", "polytopes", "superposition"):
+    if name in ("codes", "functional", "lm", "polytopes", "store", "superposition"):
         return importlib.import_module(f"fastsae.{name}")
     raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
 
