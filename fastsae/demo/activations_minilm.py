@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import sysconfig
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,35 @@ def missing() -> str | None:
     return next((name for module, name in packages.items() if find_spec(module) is None), None)
 
 
-def text(characters: int) -> str:
-    """Python's language reference (pydoc's topics), followed by the standard library's docstrings where that is too short."""
+def documents(characters: int) -> list[str]:
+    """Python's language reference (pydoc's topics), then, where that is too short, docstrings of the standard library: of its modules, at
+    last of its packages. 2.1 million characters in all with CPython 3.11."""
     parts: list[str] = []
     if find_spec("pydoc_data") is not None:
         from pydoc_data.topics import topics
 
         parts = [topics[name] for name in sorted(topics)]
     length = sum(map(len, parts))
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for path in _sources(Path(sysconfig.get_path("stdlib"))):
         if length >= characters:
             break
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (doc := ast.get_docstring(node)):
                 parts.append(doc)
                 length += len(doc)
-    return "\n\n".join(parts)
+    return parts
+
+
+def text(characters: int) -> str:
+    """``documents`` as one."""
+    return "\n\n".join(documents(characters))
+
+
+def _sources(library: Path) -> Iterator[Path]:
+    yield from sorted(library.glob("*.py"))
+    for path in sorted(library.glob("*/**/*.py")):
+        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(library).parts):
+            yield path
 
 
 def words() -> list[str]:
