@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from fastsae._core import checks
 from fastsae.lm.harvesting import evaluating, kept_positions, shown_progress
-from fastsae.lm.hooks import call, find, first_tensor, watch
-from fastsae.patch import reconstruct, report
+from fastsae.lm.hooks import call, find, first_tensor, plain, watch
+from fastsae.patch import is_transcoder, reconstruct, report
 from fastsae.plots import feature_density
 from fastsae.sae import SAE
 from fastsae.store.latents import entries_of
@@ -98,7 +98,7 @@ class _Means:
 
 def evaluate(
     sae: Any,
-    model: nn.Module,
+    model: Any,
     tokens: Tensor,
     hook: str,
     *,
@@ -141,6 +141,7 @@ def evaluate(
     Raises: TypeError, ValueError: as ``splice``; no position counts.
     """
     op = "evaluate"
+    model = plain(op, model)
     (point,) = find(op, model, hook)
     if not isinstance(sae, SAE):
         report(sae)  # TypeError of what no adapter knows
@@ -150,7 +151,7 @@ def evaluate(
     keep, real = kept_positions(op, tokens, mask, ignore)
     if not bool(keep.any()):
         raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
-    state = _State(sae, point.is_input or not getattr(sae, "transcoder", False))
+    state = _State(sae, point.is_input or not is_transcoder(sae))
     with torch.no_grad(), evaluating(model), contextlib.ExitStack() as stack:
         if isinstance(sae, nn.Module):
             stack.enter_context(evaluating(sae))
