@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastsae._core import checks
 from fastsae.lm.harvesting import evaluating, kept_positions, shown_progress
@@ -24,6 +23,8 @@ from fastsae.store.latents import entries_of
 
 _DENSE = 0.1
 """A feature that fires on more than this share of the tokens is dense."""
+_LOGITS = 1 << 20
+"""Logits that are compared at a time: what is computed of them stays in a cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +163,9 @@ def evaluate(
             state.mean = _mean(model, state, parts)
         for ids, padding, kept in parts.shown("evaluate"):
             state.replace = None
-            clean = _logits(call(model, ids, padding))
+            clean = _logits(call(model, ids, padding)).log_softmax(-1, dtype=torch.float32)
             state.measure(kept)
-            state.model_loss("clean", None, clean, ids, kept)
+            state.means.add("ce_clean", _cross_entropy(clean[:, :-1], ids[:, 1:]), kept[:, :-1])
             for name in ("spliced", *ablations):
                 state.replace = name
                 state.model_loss(name, clean, _logits(call(model, ids, padding)), ids, kept)
@@ -202,7 +203,11 @@ def _mean(model: nn.Module, state: _State, parts: _Parts) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    return (output.logits if hasattr(output, "logits") else first_tensor(output)).float()
+    return output.logits if hasattr(output, "logits") else first_tensor(output)
+
+
+def _cross_entropy(log_q: Tensor, targets: Tensor) -> Tensor:
+    return -log_q.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
 
 
 class _State:
@@ -273,13 +278,17 @@ class _State:
         self.sequences = sequences if self.sequences is None else self.sequences + sequences
         self.sum_y = total if self.sum_y is None else self.sum_y + total
 
-    def model_loss(self, name: str, clean: Tensor | None, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
-        """Cross-entropy of the next token where this one counts, and the divergence from the clean model."""
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().long(), reduction="none")
-        self.means.add(f"ce_{name}", loss.view(len(ids), -1), kept[:, :-1])
-        if clean is not None:
-            divergence = functional.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)
-            self.means.add(f"kl_{name}", divergence, kept)
+    def model_loss(self, name: str, clean: Tensor, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
+        """Cross-entropy of the next token where this one counts, and the divergence from the clean model's log-probabilities."""
+        next_ids = ids.roll(-1, 1)  # what the last position gets does not count
+        rows, step = ids.numel(), max(1, _LOGITS // clean.shape[-1])
+        loss, divergence = clean.new_empty(rows), clean.new_empty(rows)
+        for part in (slice(start, start + step) for start in range(0, rows, step)):
+            log_p, log_q = clean.flatten(0, 1)[part], logits.flatten(0, 1)[part].log_softmax(-1, dtype=torch.float32)
+            loss[part] = _cross_entropy(log_q, next_ids.flatten()[part])
+            divergence[part] = torch.sub(log_p, log_q, out=log_q).mul_(log_p.exp()).sum(-1)
+        self.means.add(f"ce_{name}", loss.view_as(ids)[:, :-1], kept[:, :-1])
+        self.means.add(f"kl_{name}", divergence.view_as(ids), kept)
 
     def result(self, ablations: Sequence[str]) -> Evaluation:
         m = self.means
