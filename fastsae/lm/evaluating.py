@@ -114,7 +114,8 @@ def evaluate(
 
     Args:
         sae: an ``SAE`` or transcoder of this library, or of SAELens, sparsify or dictionary_learning; in evaluation mode meanwhile.
-        model: a language model whose output is logits ``[batch, context, vocabulary]``, or an object or tuple that holds them first.
+        model: a language model whose output is logits ``[batch, context, vocabulary]``, or an object or tuple that holds them first: of
+            Hugging Face, TransformerLens or nnsight.
         tokens, mask, ignore, batch, progress: as in ``fastsae.lm.harvest``. Padding and ignored tokens are neither replaced nor counted.
         hook: the module, as in ``fastsae.lm.splice``.
         ablations: what the loss is compared to: "zero" (the module gives 0 at every position) and "mean" (its mean over the tokens that
@@ -126,7 +127,7 @@ def evaluate(
     ================================  ============================================================================================
     ``fvu``, ``explained_variance``   squared error over the variance about the mean of all tokens; 1 minus it (SAELens)
     ``mse``, ``cosine``               squared error summed over dimensions; cosine of activation and reconstruction
-    ``l2_ratio``                      norm of the reconstruction over the activation's
+    ``l2_in``, ``l2_out``             norms of the activation and of the reconstruction; ``l2_ratio``: of the one over the other
     ``reconstruction_bias``           mean squared norm of the reconstruction over the mean of its product with the activation
                                       (Rajamanoharan et al. 2024, equation 10), over all tokens (SAELens averages it over batches)
     ``l0``, ``l1``                    latents that are not 0; sum of their magnitudes
@@ -138,6 +139,11 @@ def evaluate(
     ================================  ============================================================================================
 
     Each batch costs one forward call of the model, one with the reconstruction, and one an ablation. No dense latents are formed.
+
+    Equal to SAELens 6.54's ``run_evals`` and SAEBench 0.6's core on the same tokens and mask, to float32 rounding, but for what depends
+    there on the batches: both average ``relative_reconstruction_bias`` over them and have an ``explained_variance_legacy`` of each one's
+    variance; SAEBench's ``mse`` is divided by the tokens of the batch. SAEBench's ``explained_variance`` subtracts squares of mean squares,
+    which is no variance: SAELens's is ours. SAEBench keeps special tokens with ``exclude_special_tokens_from_reconstruction``, as here.
 
     Raises: TypeError, ValueError: as ``splice``; no position counts.
     """
@@ -260,6 +266,8 @@ class _State:
         add("mse", (wide - x_hat).square().sum(-1), kept)
         add("square", wide.square().sum(-1), kept)
         add("cosine", product / (norm * norm_hat), kept)
+        add("l2_in", norm, kept)
+        add("l2_out", norm_hat, kept)
         add("l2_ratio", norm_hat / norm.masked_fill(norm < 1e-4, 1), kept)
         add("square_hat", norm_hat.square(), kept)
         add("product", product, kept)
@@ -306,7 +314,7 @@ class _State:
         variance = squares - counts * (self.sum_y.square().sum() / tokens**2)
         put("fvu", residual, variance)
         put("explained_variance", residual, variance, less=True)
-        for name in ("mse", "cosine", "l2_ratio", "l0", "l1"):
+        for name in ("mse", "cosine", "l2_in", "l2_out", "l2_ratio", "l0", "l1"):
             put(name, *m.of(name))
             if name == "l2_ratio":
                 put("reconstruction_bias", m.of("square_hat")[0], m.of("product")[0])
