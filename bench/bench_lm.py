@@ -28,10 +28,9 @@ def peers(core: Any, sae: Any, model: Any, tokens: Tensor) -> dict[str, Callable
     from sae_lens import evals
     from sae_lens.training.activation_scaler import ActivationScaler
 
-    batches = {"batch_size_prompts": BATCH, "n_eval_reconstruction_batches": len(tokens) // BATCH}
-    batches["n_eval_sparsity_variance_batches"] = len(tokens) // BATCH
     names = ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")
-    asked = batches | {f"compute_{name}": True for name in names}
+    asked: dict[str, Any] = {"batch_size_prompts": BATCH, **{f"compute_{name}": True for name in names}}
+    asked |= {f"n_eval_{name}_batches": len(tokens) // BATCH for name in ("reconstruction", "sparsity_variance")}
     scaler, config = ActivationScaler(), evals.EvalConfig(**asked)
     found: dict[str, Callable[[], Any]] = {
         "SAELens run_evals": lambda: evals.run_evals(sae, Tokens(tokens, BATCH), model, scaler, config, exclude_special_tokens=False)  # pyright: ignore[reportArgumentType]
@@ -55,8 +54,15 @@ def test_evaluate(shape: tuple[int, ...], compare: Callable[..., None]) -> None:
 
         core = optional("sae_bench.evals.core.main", "sae-bench")
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_attention_heads": width // 64, "vocab_size": width * 256 // 3}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4, num_key_value_heads=max(width // 192, 1))).to(DEVICE).eval()
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
+        "num_attention_heads": width // 64,
+        "vocab_size": width * 256 // 3,
+    }
+    config = LlamaConfig(**sizes, num_hidden_layers=4, num_key_value_heads=max(width // 192, 1))
+    model: Any = LlamaForCausalLM(config).eval()
+    model.to(DEVICE)
     wrapped: Any = HookedProxyLM(model, None, hook_names=[HOOK])  # pyright: ignore[reportArgumentType]
     tokens = torch.randint(0, sizes["vocab_size"], (rows // CONTEXT, CONTEXT), device=DEVICE)
     sae = fastsae.SAE(width, features, fastsae.TopK(k), seed=0, device=DEVICE).eval()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
-from fastsae.lm.harvesting import evaluating, kept_positions, shown_progress
+from fastsae.lm.harvesting import SeenAll, evaluating, kept_positions, shown_progress
 from fastsae.lm.hooks import call, find, first_tensor, plain, watch
 from fastsae.patch import is_transcoder, reconstruct, report
 from fastsae.plots import feature_density
@@ -119,7 +119,7 @@ def evaluate(
         tokens, mask, ignore, batch, progress: as in ``fastsae.lm.harvest``. Padding and ignored tokens are neither replaced nor counted.
         hook: the module, as in ``fastsae.lm.splice``.
         ablations: what the loss is compared to: "zero" (the module gives 0 at every position) and "mean" (its mean over the tokens that
-            count, which costs a pass more, up to the module).
+            count; that costs a pass more, which ends at the module).
         callback: called after each batch with the ``Evaluation`` so far; a true result ends there, and that one is returned.
 
     Returns: ``Evaluation``. Its values, means over tokens unless said otherwise:
@@ -201,10 +201,13 @@ class _Parts(NamedTuple):
 def _mean(model: nn.Module, state: _State, parts: _Parts) -> Tensor:
     """Of what the module gives, over the tokens that count."""
     total, count = torch.zeros((), dtype=torch.float64, device=parts.tokens.device), 0
+    state.ends = True
     for ids, padding, kept in parts.shown("mean"):
-        call(model, ids, padding)
+        with contextlib.suppress(SeenAll):
+            call(model, ids, padding)
         rows = state.seen()[1][kept].double()
         total, count = total.to(rows.device) + rows.sum(0), count + len(rows)
+    state.ends = False
     return total / count
 
 
@@ -222,6 +225,7 @@ class _State:
     def __init__(self, sae: Any, same: bool):
         self.sae, self.same = sae, same
         self.replace: str | None = None
+        self.ends = False
         self.means = _Means()
         self.mean: Tensor | None = None
         self.fired: Tensor | None = None
@@ -238,6 +242,8 @@ class _State:
     def at_hook(self, y: Tensor) -> Tensor | None:
         if self.replace is None:
             self._seen = (y if self.same else self.input(), y)
+            if self.ends:
+                raise SeenAll
             return None
         if self.replace == "spliced":
             assert self._x_hat is not None and self._kept is not None

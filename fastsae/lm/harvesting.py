@@ -17,7 +17,7 @@ from fastsae.lm.hooks import Point, call, find, plain, watch
 from fastsae.store import ActivationShards, ShardWriter
 
 
-class _SeenAll(Exception):
+class SeenAll(Exception):
     """Every hook point has been reached: the rest of the forward call is not needed."""
 
 
@@ -126,12 +126,12 @@ def _run(model: nn.Module, points: list[Point], ids: Tensor, mask: Tensor | None
         if name not in found:  # of a module that runs several times, the first
             found[name] = hidden if dtype is None else hidden.to(dtype)
         if len(found) == len(points):
-            raise _SeenAll
+            raise SeenAll
 
     with contextlib.ExitStack() as stack:
         for point in points:
             stack.callback(watch(point, lambda hidden, name=point.name: seen(name, hidden)).remove)
-        with contextlib.suppress(_SeenAll):
+        with contextlib.suppress(SeenAll):
             call(model, ids, mask)
     if missing := [point.name for point in points if point.name not in found]:
         raise ValueError(f"harvest: the model did not call {', '.join(missing)}")
