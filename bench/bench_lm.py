@@ -54,17 +54,13 @@ def test_evaluate(shape: tuple[int, ...], compare: Callable[..., None]) -> None:
 
         core = optional("sae_bench.evals.core.main", "sae-bench")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": width,
-        "intermediate_size": width * 8 // 3,
-        "num_attention_heads": width // 64,
-        "vocab_size": width * 256 // 3,
-    }
-    config = LlamaConfig(**sizes, num_hidden_layers=4, num_key_value_heads=max(width // 192, 1))
-    model: Any = LlamaForCausalLM(config).eval()
+    vocabulary, heads = width * 256 // 3, width // 64
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": width * 8 // 3, "vocab_size": vocabulary, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": max(heads // 3, 1)}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     model.to(DEVICE)
     wrapped: Any = HookedProxyLM(model, None, hook_names=[HOOK])  # pyright: ignore[reportArgumentType]
-    tokens = torch.randint(0, sizes["vocab_size"], (rows // CONTEXT, CONTEXT), device=DEVICE)
+    tokens = torch.randint(0, vocabulary, (rows // CONTEXT, CONTEXT), device=DEVICE)
     sae = fastsae.SAE(width, features, fastsae.TopK(k), seed=0, device=DEVICE).eval()
     others = peers(core, fastsae.restore(as_saelens(sae, HOOK, model_name="random")), wrapped, tokens)
 
