@@ -76,7 +76,8 @@ peers: $(VENV)/peers.stamp ## install the peer libraries that some tests and ben
 
 $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(PIP) --no-build-isolation -e '.[peers]'
-	$(PIP) faiss-cpu usearch
+	$(PIP) faiss-cpu usearch tabulate
+	$(PIP) --no-deps sae-bench  # its pins of numpy and datasets are older than the others'; its core needs no more than tabulate
 	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
 	@touch $@
 

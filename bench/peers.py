@@ -45,6 +45,20 @@ class Peer:
     encoder: Callable[[Any], Tensor] | None = None
 
 
+class Tokens:
+    """What the peers' evaluations ask an activation store for."""
+
+    def __init__(self, tokens: Tensor, batch: int):
+        self.tokens, self.context_size, self.store_batch_size_prompts = tokens, tokens.shape[1], batch
+        self.reset_input_dataset()
+
+    def reset_input_dataset(self) -> None:
+        self.parts = iter(self.tokens.split(self.store_batch_size_prompts))
+
+    def get_batch_tokens(self, batch: int) -> Tensor:
+        return next(self.parts)
+
+
 def _saelens_sae(start: Start) -> Any:
     from sae_lens import TopKSAE, TopKSAEConfig
 

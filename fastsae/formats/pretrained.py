@@ -413,9 +413,8 @@ def is_repository(source: Any) -> bool:
 
 def write(folder: str | os.PathLike[str], format: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Any) -> Path:  # noqa: A002
     """Writes an SAE (``config()``, folded tensors) as another library's loader expects it; returns the folder."""
-    writers = {"saelens": _write_saelens, "sparsify": _write_sparsify, "dictionary_learning": _write_dictionary_learning}
     own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    cfg, out = writers[format](dict(config), own, metadata or {})
+    cfg, out = written("SAE.save_pretrained", format, config, own, metadata or {})
     out = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
     folder = Path(folder)
     try:
@@ -430,22 +429,27 @@ def write(folder: str | os.PathLike[str], format: str, config: Mapping[str, Any]
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def _refuse(format: str, why: str) -> ValueError:  # noqa: A002
-    return ValueError(f"SAE.save_pretrained: {format} {why}")
+def written(op: str, format: str, config: Mapping[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Written:  # noqa: A002
+    """(configuration, tensors) of an SAE as another library names them; ValueError that names ``op`` where it has no such SAE."""
+    writers = {"saelens": _write_saelens, "sparsify": _write_sparsify, "dictionary_learning": _write_dictionary_learning}
+    try:
+        return writers[format](dict(config), tensors, metadata)
+    except ValueError as error:
+        raise ValueError(f"{op}: {format} {error}") from None
 
 
 def _write_saelens(config: dict[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Written:
     kind, transcoder = config["activation"], config["transcoder"]
     if kind == "topk" and not config["relu"]:
-        raise _refuse("saelens", "has no top k without ReLU")
+        raise ValueError("has no top k without ReLU")
     if transcoder and config["pre_bias"]:
-        raise _refuse("saelens", "has no transcoder that subtracts b_dec from its input")
+        raise ValueError("has no transcoder that subtracts b_dec from its input")
     if transcoder and kind in ("topk", "gated"):
-        raise _refuse("saelens", f"has no transcoder with the activation {kind!r}")
+        raise ValueError(f"has no transcoder with the activation {kind!r}")
     out = {name: tensor for name, tensor in tensors.items() if name != "running_threshold"}
     if kind == "batchtopk":  # as SAELens saves its own: the threshold of inference
         kind = "jumprelu"
-        out["threshold"] = tensors["running_threshold"].clamp_min(0).to(out["b_enc"].dtype).expand_as(out["b_enc"])
+        out["threshold"] = tensors["running_threshold"].clamp_min(0).to(out["b_enc"].dtype).expand_as(out["b_enc"]).contiguous()
     architecture = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}[kind]
     if transcoder:
         architecture = ("jumprelu_" if kind == "jumprelu" else "") + ("skip_" if config["skip_connection"] else "") + "transcoder"
@@ -469,9 +473,9 @@ def _write_saelens(config: dict[str, Any], tensors: dict[str, Tensor], metadata:
 
 def _write_sparsify(config: dict[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Written:
     if config["activation"] != "topk" or not config["relu"]:
-        raise _refuse("sparsify", f"has top k with ReLU only, the activation is {config['activation']!r}")
+        raise ValueError(f"has top k with ReLU only, the activation is {config['activation']!r}")
     if tensors["W_dec"].shape[1] != config["d_in"]:
-        raise _refuse("sparsify", f"has d_out = d_in only, got d_out={tensors['W_dec'].shape[1]}, d_in={config['d_in']}")
+        raise ValueError(f"has d_out = d_in only, got d_out={tensors['W_dec'].shape[1]}, d_in={config['d_in']}")
     cfg = {
         "activation": "topk",
         "expansion_factor": 32,
@@ -491,11 +495,11 @@ def _write_sparsify(config: dict[str, Any], tensors: dict[str, Tensor], metadata
 def _write_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Written:
     kind = config["activation"]
     if config["skip_connection"] or tensors["W_dec"].shape[1] != config["d_in"]:
-        raise _refuse("dictionary_learning", "has no skip connection and no d_out other than d_in")
+        raise ValueError("has no skip connection and no d_out other than d_in")
     if kind == "topk" and not config["relu"]:
-        raise _refuse("dictionary_learning", "has no top k without ReLU")
+        raise ValueError("has no top k without ReLU")
     if kind == "batchtopk" and int(config["k"]) != config["k"]:
-        raise _refuse("dictionary_learning", f"needs an integer k, got {config['k']}")
+        raise ValueError(f"needs an integer k, got {config['k']}")
     matryoshka = kind == "batchtopk" and config["prefixes"]
     classes = {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE", "jumprelu": "JumpReluAutoEncoder", "gated": "GatedAutoEncoder"}
     name = "MatryoshkaBatchTopKSAE" if matryoshka else classes.get(kind, "AutoEncoder" if config["pre_bias"] else "AutoEncoderNew")

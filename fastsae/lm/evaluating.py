@@ -6,24 +6,25 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastsae._core import checks
-from fastsae.lm.harvesting import evaluating, kept_positions, shown_progress
-from fastsae.lm.hooks import call, find, first_tensor, watch
-from fastsae.patch import reconstruct, report
+from fastsae.lm.harvesting import SeenAll, evaluating, kept_positions, shown_progress
+from fastsae.lm.hooks import call, find, first_tensor, plain, watch
+from fastsae.patch import is_transcoder, reconstruct, report
 from fastsae.plots import feature_density
 from fastsae.sae import SAE
 from fastsae.store.latents import entries_of
 
 _DENSE = 0.1
 """A feature that fires on more than this share of the tokens is dense."""
+_LOGITS = 1 << 20
+"""Logits that are compared at a time: what is computed of them stays in a cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ class _Means:
 
 def evaluate(
     sae: Any,
-    model: nn.Module,
+    model: Any,
     tokens: Tensor,
     hook: str,
     *,
@@ -107,23 +108,26 @@ def evaluate(
     ablations: Sequence[str] = ("zero",),
     batch: int = 8,
     progress: bool = True,
+    callback: Callable[[Evaluation], object] | None = None,
 ) -> Evaluation:
     """Measures a dictionary on a model's own activations and in the model's place.
 
     Args:
         sae: an ``SAE`` or transcoder of this library, or of SAELens, sparsify or dictionary_learning; in evaluation mode meanwhile.
-        model: a language model whose output is logits ``[batch, context, vocabulary]``, or an object or tuple that holds them first.
+        model: a language model whose output is logits ``[batch, context, vocabulary]``, or an object or tuple that holds them first: of
+            Hugging Face, TransformerLens or nnsight.
         tokens, mask, ignore, batch, progress: as in ``fastsae.lm.harvest``. Padding and ignored tokens are neither replaced nor counted.
         hook: the module, as in ``fastsae.lm.splice``.
         ablations: what the loss is compared to: "zero" (the module gives 0 at every position) and "mean" (its mean over the tokens that
-            count, which costs a pass more, up to the module).
+            count; that costs a pass more, which ends at the module).
+        callback: called after each batch with the ``Evaluation`` so far; a true result ends there, and that one is returned.
 
     Returns: ``Evaluation``. Its values, means over tokens unless said otherwise:
 
     ================================  ============================================================================================
     ``fvu``, ``explained_variance``   squared error over the variance about the mean of all tokens; 1 minus it (SAELens)
     ``mse``, ``cosine``               squared error summed over dimensions; cosine of activation and reconstruction
-    ``l2_ratio``                      norm of the reconstruction over the activation's
+    ``l2_in``, ``l2_out``             norms of the activation and of the reconstruction; ``l2_ratio``: of the one over the other
     ``reconstruction_bias``           mean squared norm of the reconstruction over the mean of its product with the activation
                                       (Rajamanoharan et al. 2024, equation 10), over all tokens (SAELens averages it over batches)
     ``l0``, ``l1``                    latents that are not 0; sum of their magnitudes
@@ -136,9 +140,15 @@ def evaluate(
 
     Each batch costs one forward call of the model, one with the reconstruction, and one an ablation. No dense latents are formed.
 
+    Equal to SAELens 6.54's ``run_evals`` and SAEBench 0.6's core on the same tokens and mask, to float32 rounding, but for what depends
+    there on the batches: both average ``relative_reconstruction_bias`` over them and have an ``explained_variance_legacy`` of each one's
+    variance; SAEBench's ``mse`` is divided by the tokens of the batch. SAEBench's ``explained_variance`` subtracts squares of mean squares,
+    which is no variance: SAELens's is ours. SAEBench keeps special tokens with ``exclude_special_tokens_from_reconstruction``, as here.
+
     Raises: TypeError, ValueError: as ``splice``; no position counts.
     """
     op = "evaluate"
+    model = plain(op, model)
     (point,) = find(op, model, hook)
     if not isinstance(sae, SAE):
         report(sae)  # TypeError of what no adapter knows
@@ -148,7 +158,7 @@ def evaluate(
     keep, real = kept_positions(op, tokens, mask, ignore)
     if not bool(keep.any()):
         raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
-    state = _State(sae, point.is_input or not getattr(sae, "transcoder", False))
+    state = _State(sae, point.is_input or not is_transcoder(sae))
     with torch.no_grad(), evaluating(model), contextlib.ExitStack() as stack:
         if isinstance(sae, nn.Module):
             stack.enter_context(evaluating(sae))
@@ -159,12 +169,14 @@ def evaluate(
             state.mean = _mean(model, state, parts)
         for ids, padding, kept in parts.shown("evaluate"):
             state.replace = None
-            clean = _logits(call(model, ids, padding))
+            clean = _logits(call(model, ids, padding)).log_softmax(-1, dtype=torch.float32)
             state.measure(kept)
-            state.model_loss("clean", None, clean, ids, kept)
+            state.means.add("ce_clean", _cross_entropy(clean[:, :-1], ids[:, 1:]), kept[:, :-1])
             for name in ("spliced", *ablations):
                 state.replace = name
                 state.model_loss(name, clean, _logits(call(model, ids, padding)), ids, kept)
+            if callback is not None and callback(state.result(ablations)):
+                break
     return state.result(ablations)
 
 
@@ -189,15 +201,22 @@ class _Parts(NamedTuple):
 def _mean(model: nn.Module, state: _State, parts: _Parts) -> Tensor:
     """Of what the module gives, over the tokens that count."""
     total, count = torch.zeros((), dtype=torch.float64, device=parts.tokens.device), 0
+    state.ends = True
     for ids, padding, kept in parts.shown("mean"):
-        call(model, ids, padding)
+        with contextlib.suppress(SeenAll):
+            call(model, ids, padding)
         rows = state.seen()[1][kept].double()
         total, count = total.to(rows.device) + rows.sum(0), count + len(rows)
+    state.ends = False
     return total / count
 
 
 def _logits(output: Any) -> Tensor:
-    return (output.logits if hasattr(output, "logits") else first_tensor(output)).float()
+    return output.logits if hasattr(output, "logits") else first_tensor(output)
+
+
+def _cross_entropy(log_q: Tensor, targets: Tensor) -> Tensor:
+    return -log_q.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
 
 
 class _State:
@@ -206,6 +225,7 @@ class _State:
     def __init__(self, sae: Any, same: bool):
         self.sae, self.same = sae, same
         self.replace: str | None = None
+        self.ends = False
         self.means = _Means()
         self.mean: Tensor | None = None
         self.fired: Tensor | None = None
@@ -222,6 +242,8 @@ class _State:
     def at_hook(self, y: Tensor) -> Tensor | None:
         if self.replace is None:
             self._seen = (y if self.same else self.input(), y)
+            if self.ends:
+                raise SeenAll
             return None
         if self.replace == "spliced":
             assert self._x_hat is not None and self._kept is not None
@@ -250,6 +272,8 @@ class _State:
         add("mse", (wide - x_hat).square().sum(-1), kept)
         add("square", wide.square().sum(-1), kept)
         add("cosine", product / (norm * norm_hat), kept)
+        add("l2_in", norm, kept)
+        add("l2_out", norm_hat, kept)
         add("l2_ratio", norm_hat / norm.masked_fill(norm < 1e-4, 1), kept)
         add("square_hat", norm_hat.square(), kept)
         add("product", product, kept)
@@ -268,13 +292,17 @@ class _State:
         self.sequences = sequences if self.sequences is None else self.sequences + sequences
         self.sum_y = total if self.sum_y is None else self.sum_y + total
 
-    def model_loss(self, name: str, clean: Tensor | None, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
-        """Cross-entropy of the next token where this one counts, and the divergence from the clean model."""
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().long(), reduction="none")
-        self.means.add(f"ce_{name}", loss.view(len(ids), -1), kept[:, :-1])
-        if clean is not None:
-            divergence = functional.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)
-            self.means.add(f"kl_{name}", divergence, kept)
+    def model_loss(self, name: str, clean: Tensor, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
+        """Cross-entropy of the next token where this one counts, and the divergence from the clean model's log-probabilities."""
+        next_ids = ids.roll(-1, 1)  # what the last position gets does not count
+        rows, step = ids.numel(), max(1, _LOGITS // clean.shape[-1])
+        loss, divergence = clean.new_empty(rows), clean.new_empty(rows)
+        for part in (slice(start, start + step) for start in range(0, rows, step)):
+            log_p, log_q = clean.flatten(0, 1)[part], logits.flatten(0, 1)[part].log_softmax(-1, dtype=torch.float32)
+            loss[part] = _cross_entropy(log_q, next_ids.flatten()[part])
+            divergence[part] = torch.sub(log_p, log_q, out=log_q).mul_(log_p.exp()).sum(-1)
+        self.means.add(f"ce_{name}", loss.view_as(ids)[:, :-1], kept[:, :-1])
+        self.means.add(f"kl_{name}", divergence.view_as(ids), kept)
 
     def result(self, ablations: Sequence[str]) -> Evaluation:
         m = self.means
@@ -292,7 +320,7 @@ class _State:
         variance = squares - counts * (self.sum_y.square().sum() / tokens**2)
         put("fvu", residual, variance)
         put("explained_variance", residual, variance, less=True)
-        for name in ("mse", "cosine", "l2_ratio", "l0", "l1"):
+        for name in ("mse", "cosine", "l2_in", "l2_out", "l2_ratio", "l0", "l1"):
             put(name, *m.of(name))
             if name == "l2_ratio":
                 put("reconstruction_bias", m.of("square_hat")[0], m.of("product")[0])

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, processes
-from fastsae.lm.hooks import Point, call, find, watch
+from fastsae.lm.hooks import Point, call, find, plain, watch
 from fastsae.store import ActivationShards, ShardWriter
 
 
-class _SeenAll(Exception):
+class SeenAll(Exception):
     """Every hook point has been reached: the rest of the forward call is not needed."""
 
 
 def harvest(
-    model: nn.Module,
+    model: Any,
     tokens: Tensor,
     hooks: str | Sequence[str],
     out: str | os.PathLike[str],
@@ -40,8 +40,8 @@ def harvest(
     """Runs a model over tokens and stores what its modules give, a row a token.
 
     Args:
-        model: any module, on any device, called as Hugging Face's (``input_ids=``, ``attention_mask=``) or with the ids alone. It runs in
-            evaluation mode without gradients; each forward call ends when the last hook point was reached.
+        model: any module, or nnsight's wrapper of one, on any device, called as Hugging Face's (``input_ids=``, ``attention_mask=``) or
+            with the ids alone. It runs in evaluation mode without gradients; each forward call ends when the last hook point was reached.
         tokens: ids ``[sequences, context]``, integers.
         hooks: names of modules (``hook_points(model)``): ``"model.layers.3"`` is its output ``[batch, context, D]`` (the first tensor of a
             tuple), ``"model.layers.3:input"`` its first input.
@@ -62,6 +62,7 @@ def harvest(
     not give ``[batch, context, D]`` or that the model never calls.
     """
     op = "harvest"
+    model = plain(op, model)
     points = find(op, model, hooks)
     batch = checks.integer(op, "batch", batch, 1)
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -125,12 +126,12 @@ def _run(model: nn.Module, points: list[Point], ids: Tensor, mask: Tensor | None
         if name not in found:  # of a module that runs several times, the first
             found[name] = hidden if dtype is None else hidden.to(dtype)
         if len(found) == len(points):
-            raise _SeenAll
+            raise SeenAll
 
     with contextlib.ExitStack() as stack:
         for point in points:
             stack.callback(watch(point, lambda hidden, name=point.name: seen(name, hidden)).remove)
-        with contextlib.suppress(_SeenAll):
+        with contextlib.suppress(SeenAll):
             call(model, ids, mask)
     if missing := [point.name for point in points if point.name not in found]:
         raise ValueError(f"harvest: the model did not call {', '.join(missing)}")

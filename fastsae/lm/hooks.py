@@ -18,15 +18,26 @@ class Point(NamedTuple):
     is_input: bool
 
 
-def hook_points(model: nn.Module) -> dict[str, str]:
-    """``{name: class}`` of every module of a model: ``name`` stands for its output, ``name:input`` for its first input."""
-    return {name: type(module).__name__ for name, module in model.named_modules() if name}
-
-
-def find(op: str, model: Any, names: Any) -> list[Point]:
-    """The points of ``names``; TypeError, ValueError (with what there is) where one names nothing."""
+def plain(op: str, model: Any) -> nn.Module:
+    """The torch module: the model itself, or the one that nnsight's ``LanguageModel`` and ``NNsight`` wrap."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+        held = getattr(model, "__dict__", {})
+        module = held.get("_module", held.get("_model"))  # of nnsight since 0.4, and before
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{op}: model must be a torch.nn.Module (or nnsight's wrapper of one), got {type(model).__name__}")
+        model = module
+    return model
+
+
+def hook_points(model: Any) -> dict[str, str]:
+    """``{name: class}`` of every module of a model: ``name`` stands for its output, ``name:input`` for its first input.
+
+    TransformerLens's hook points are modules: ``blocks.3.hook_resid_post``. Of nnsight's models it is the module that they wrap."""
+    return {name: type(module).__name__ for name, module in plain("hook_points", model).named_modules() if name}
+
+
+def find(op: str, model: nn.Module, names: Any) -> list[Point]:
+    """The points of ``names``; ValueError (with what there is) where one names nothing."""
     names = [names] if isinstance(names, str) else list(names)
     modules = dict(model.named_modules(remove_duplicate=False))
     points: list[Point] = []
@@ -92,11 +103,9 @@ def watch(point: Point, seen: Callable[[Tensor], Tensor | None]) -> torch.utils.
 def call(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Any:
     """One forward call over token ids: by Hugging Face's names where the model has them, else by position. No cache is kept."""
     names = inspect.signature(model.forward).parameters
-    if "input_ids" not in names:
-        return model(ids)
-    options: dict[str, Any] = {"input_ids": ids}
+    options: dict[str, Any] = {"input_ids": ids} if "input_ids" in names else {}
     if mask is not None and "attention_mask" in names:
         options["attention_mask"] = mask.to(torch.int64)
     if "use_cache" in names:
         options["use_cache"] = False
-    return model(**options)
+    return model(**options) if "input_ids" in options else model(ids, **options)

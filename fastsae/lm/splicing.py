@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastsae._core import checks
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
-from fastsae.lm.hooks import Point, find, first_tensor, watch
-from fastsae.patch import encode, reconstruct, report
+from fastsae.lm.hooks import Point, find, first_tensor, plain, watch
+from fastsae.patch import decoder, encode, is_transcoder, reconstruct, report
 from fastsae.sae import SAE
 
 
@@ -50,7 +50,7 @@ class Spliced:
 
 @contextlib.contextmanager
 def splice(
-    model: nn.Module,
+    model: Any,
     saes: Mapping[str, Any],
     *,
     error: Literal["keep", "drop"] = "keep",
@@ -59,12 +59,13 @@ def splice(
     """Within the block the named modules give what their dictionaries make of them; afterwards, or after an exception, nothing is left.
 
     Args:
-        model: any module; call or generate with it in the block, eagerly.
+        model: any module, or nnsight's wrapper of one; call, generate or trace with it in the block, eagerly.
         saes: ``{name: sae}``: an ``SAE`` of this library, or of SAELens, sparsify or dictionary_learning. The name of a module stands for
             its output y, ``name:input`` for its input. A transcoder reads the module's input and stands for its output.
+            TransformerLens's hook points are modules: ``blocks.3.hook_resid_post``.
         error: "drop": y becomes the reconstruction x_hat. "keep": what the dictionary misses stays, so that only edits change anything:
             rows without an edited latent keep y bit for bit, others become ``y + decode(z' - z)`` over the latents that changed.
-        edit: ``{name: [Edit, ..]}``, one after the other. Edited dictionaries must be ``SAE`` s of this library.
+        edit: ``{name: [Edit, ..]}``, one after the other.
 
     Yields ``Spliced``: its ``latents[name]`` are those of the last call.
 
@@ -76,7 +77,7 @@ def splice(
     op = "splice"
     if error not in ("keep", "drop"):
         raise ValueError(f"{op}: error must be 'keep' or 'drop', got {error!r}")
-    points = find(op, model, saes)
+    points = find(op, plain(op, model), saes)
     for name, sae in saes.items():
         if not isinstance(sae, SAE):
             try:
@@ -87,34 +88,38 @@ def splice(
     for name, several in edits.items():
         if name not in saes:
             raise ValueError(f"{op}: edit names {name!r}, expected of {', '.join(saes)}")
-        if not isinstance(saes[name], SAE):
-            raise TypeError(f"{op}: the edited dictionary of {name} must be a fastsae.SAE, got {type(saes[name]).__name__}")
         for one in several:
             if not isinstance(one, Edit):
                 raise TypeError(f"{op}: edits must be Edit, got {type(one).__name__}")
     state = Spliced()
     with contextlib.ExitStack() as stack:
         for point in points:
-            checked = [_checked(op, one, saes[point.name]) for one in edits.get(point.name, ())]
-            _install(stack, state, point, saes[point.name], error, [one for one in checked if numbers(one).numel()])
+            sae, several = saes[point.name], edits.get(point.name, ())
+            checked = [_checked(op, one, _decoder(op, point.name, sae)) for one in several]
+            _install(stack, state, point, sae, error, [one for one in checked if numbers(one).numel()])
         yield state
 
 
-def _checked(op: str, one: Edit, sae: SAE) -> Edit:
-    features = torch.as_tensor(one.features, dtype=torch.int64, device=sae.W_dec.device).flatten()
-    if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < len(sae.W_dec):
-        raise ValueError(
-            f"{op}: an edit's features must be in 0 .. {len(sae.W_dec) - 1}, got {int(features.min())} to {int(features.max())}"
-        )
+def _checked(op: str, one: Edit, rows: Tensor) -> Edit:
+    features = torch.as_tensor(one.features, dtype=torch.int64, device=rows.device).flatten()
+    if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < len(rows):
+        raise ValueError(f"{op}: an edit's features must be in 0 .. {len(rows) - 1}, got {int(features.min())} to {int(features.max())}")
     if one.scale is not None and one.value is not None:
         raise ValueError(f"{op}: an edit has scale or value, not both")
     where = None if one.where is None else checks.mask(op, "where", one.where)
     return Edit(features, one.scale, one.value, one.add, where)
 
 
+def _decoder(op: str, name: str, sae: Any) -> Tensor:
+    try:
+        return decoder(sae)
+    except (TypeError, ValueError) as problem:
+        raise type(problem)(f"{op}: the dictionary of {name} cannot be edited: {problem}") from None
+
+
 def _install(stack: contextlib.ExitStack, state: Spliced, point: Point, sae: Any, error: str, edits: list[Edit]) -> None:
     inputs: list[Tensor] = []
-    transcoder = bool(getattr(sae, "transcoder", False)) and not point.is_input
+    transcoder = is_transcoder(sae) and not point.is_input
     if transcoder:
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +153,7 @@ def _spliced(sae: Any, x: Tensor, y: Tensor, error: str, edits: list[Edit]) -> t
     else:
         made = y if x_hat is None else _Through.apply(y, x_hat.to(y.dtype))
     if edits:
-        assert isinstance(sae, SAE) and latents is not None
+        assert latents is not None
         change, changed = _change(sae, latents, y.shape[:-1], edits)
         made = torch.where(changed[..., None], (made.to(change.dtype) + change).to(y.dtype), made.to(y.dtype))
     return made.to(y.dtype), latents
@@ -181,7 +186,7 @@ def numbers(edit: Edit) -> Tensor:
     return edit.features
 
 
-def _change(sae: SAE, latents: Latents, batch: torch.Size, edits: list[Edit]) -> tuple[Tensor, Tensor]:
+def _change(sae: Any, latents: Latents, batch: torch.Size, edits: list[Edit]) -> tuple[Tensor, Tensor]:
     """(decode(z' - z) over the edited features ``[*batch, d_out]``, the rows where a latent changed ``[*batch]``)."""
     features = torch.cat([numbers(one) for one in edits]).unique()
     old = _of_features(latents, features)
@@ -191,8 +196,8 @@ def _change(sae: SAE, latents: Latents, batch: torch.Size, edits: list[Edit]) ->
         edited = new.index_copy(-1, at, one.new(new[..., at]))
         new = edited if one.where is None else torch.where(_fitting(one.where.to(old.device), batch)[..., None], edited, new)
     step = new - old
-    change = step @ sae.W_dec[features].to(step.dtype)
-    return change / sae.scale[1], (step != 0).any(-1)
+    change = step @ decoder(sae)[features].to(step.dtype)
+    return change / sae.scale[1] if isinstance(sae, SAE) else change, (step != 0).any(-1)
 
 
 def _of_features(latents: Latents, features: Tensor) -> Tensor:

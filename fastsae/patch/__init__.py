@@ -4,6 +4,7 @@
     with accelerated(obj): ...      the same for a block
     restore(obj)                    undoes it: the class of before, nothing left behind
     report(obj)                     what is replaced by what, what is left alone and why, what runs densely as things stand
+    as_saelens(sae, hook_name)      an SAE of this library as SAELens's own class, for its evaluation, its models and SAEBench
     encode(sae, x)                  the latents of any supported SAE, sparse; patched or not
     reconstruct(sae, x)             encode and decode of any supported SAE; with tensors it is the operation of that name
 
@@ -31,6 +32,7 @@ from typing import Any, TypeVar, overload
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae.formats import pretrained
 from fastsae.latents import Latents
 from fastsae.packed import PackedWeights
 from fastsae.patch._adapter import BASE, LIBRARIES, STATE, Adapter, Library, State, base_class, class_name
@@ -38,7 +40,7 @@ from fastsae.sae import reconstruction as _operation
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
 
-__all__ = ["Report", "accelerate", "accelerated", "encode", "reconstruct", "report", "restore"]
+__all__ = ["Report", "accelerate", "accelerated", "as_saelens", "encode", "reconstruct", "report", "restore"]
 
 T = TypeVar("T")
 
@@ -211,6 +213,51 @@ def _reconstruct(sae: Any, x: Tensor, *, target: Tensor | None = None) -> Recons
     if adapter.reconstruct is None:
         raise TypeError(f"reconstruct: {type(sae).__name__} is not an SAE with a sparse encoder{_because(adapter)}")
     return adapter.reconstruct(sae, x, target)
+
+
+def as_saelens(sae: SAE[Any], hook_name: str, **metadata: Any) -> Any:
+    """An SAE or transcoder of this library as an object of SAELens's own class, accelerated, in evaluation mode.
+
+    It goes wherever SAELens's do: ``sae_lens.evals.run_evals``, ``HookedSAETransformer.run_with_saes(saes=[..])``, and, as it asks for SAEs
+    of one's own, SAEBench (``load_and_format_sae(release, sae, device)``). Needs sae-lens.
+
+    Args:
+        sae: its parameters are shared, not copied: what changes one in place (``fold_W_dec_norm``) changes the other. A normalisation
+            that is not folded yet is folded into copies.
+        hook_name: where it reads, as the model names it: ``blocks.3.hook_resid_post`` or a module of Hugging Face's model.
+        metadata: further entries of ``cfg.metadata``: ``model_name`` (SAEBench needs it), ``hook_layer``, ``hook_name_out`` (transcoders).
+
+    A BatchTopK becomes, as SAELens saves its own, a JumpReLU at its running threshold.
+
+    Raises: TypeError: not an ``SAE``. ValueError: SAELens has no such one (top k without ReLU or of transcoders). ImportError: no sae-lens.
+    RuntimeError: another version of it than ``accelerate`` takes.
+    """
+    op = "as_saelens"
+    if not isinstance(sae, SAE):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
+        raise TypeError(f"{op}: sae must be a fastsae.SAE, got {type(sae).__name__}")
+    library = importlib.import_module("sae_lens").SAE
+    tensors, config = sae.portable()
+    config, tensors = pretrained.written(op, "saelens", config, tensors, {"hook_name": hook_name, **metadata})
+    kind = config["architecture"]
+    config = library.get_sae_config_class_for_architecture(kind).from_dict(config | {"device": "meta"})
+    made = library.get_sae_class_for_architecture(kind)(config)
+    made.load_state_dict(tensors, assign=True)
+    return accelerate(made.to(device=sae.W_dec.device).eval())
+
+
+def is_transcoder(sae: Any) -> bool:
+    """Whether a dictionary, of this library or a supported one, reads a module's input and stands for its output."""
+    return sae.transcoder if isinstance(sae, SAE) else _lookup("is_transcoder", sae, "sae")[1].transcoder(sae)
+
+
+def decoder(sae: Any) -> Tensor:
+    """``[F, d_out]``, what one unit of each latent adds to the reconstruction; TypeError, ValueError of one that has no such rows."""
+    if isinstance(sae, SAE):
+        return sae.W_dec
+    adapter = _lookup("decoder", sae, "sae")[1]
+    if adapter.decoder is None:
+        raise TypeError(f"{type(sae).__name__} has no decoder that is known here{_because(adapter)}")
+    return adapter.decoder(sae)
 
 
 # ---------------------------------------------------------------- classes

@@ -39,6 +39,8 @@ class Adapter:
         now: ``{method: why}`` of what takes the library's own way as the object stands (a hook that needs dense numbers).
         encode: ``(sae, x) -> Latents``, on an object patched or not. packs: it takes ``packed=`` too, a handle of the encoder's weights.
         reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
+        transcoder: whether it reads a module's input and stands for its output.
+        decoder: ``[F, d_out]``, what one unit of each latent adds to the reconstruction; ValueError where that depends on the row.
     """
 
     mixin: type | None
@@ -49,6 +51,8 @@ class Adapter:
     now: Callable[[Any], Mapping[str, str]] = _nothing
     encode: Callable[..., Latents] | None = None
     reconstruct: Callable[[Any, Tensor, Tensor | None], Reconstruction] | None = None
+    transcoder: Callable[[Any], bool] = lambda sae: False
+    decoder: Callable[[Any], Tensor] | None = None
     packs: bool = False
 
 

@@ -383,6 +383,8 @@ LIBRARY = LIBRARIES["sparsify"] = Library(
             now=_now,
             encode=encode,
             reconstruct=reconstruct,
+            transcoder=lambda coder: coder.cfg.transcode,
+            decoder=lambda coder: coder.W_dec,
         ),
         "sparsify.trainer.Trainer": Adapter(
             None,

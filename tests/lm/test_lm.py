@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, ReLU, TopK
-from fastsae.lm import Edit, evaluate, harvest, harvesting, hook_points, splice, token_windows
+from fastsae.lm import Edit, Evaluation, evaluate, harvest, harvesting, hook_points, splice, token_windows
 from fastsae.store import ActivationShards
 
 VOCAB, D, CONTEXT = 50, 16, 7
@@ -207,6 +208,38 @@ def test_edits_equal_a_float64_computation(model: Toy, kind: Any, error: Any) ->
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("error", ["keep", "drop"])
+def test_several_layers_and_a_transcoder_edited_at_once(model: Toy, error: Any) -> None:
+    sae, transcoder = start(ReLU()), start(ReLU(), d_out=D, skip=True)
+    edits = {"blocks.0": [Edit([3], value=1.5), Edit([4])], "blocks.1.mlp": [Edit([7], add=2.0), Edit([8], scale=-1.0)]}
+    with splice(model, {"blocks.0": sae, "blocks.1.mlp": transcoder}, error=error, edit=edits):
+        got = model(ids())
+    wide: Any = copy.deepcopy(model).double()
+    first, second = copy.deepcopy(sae).double(), copy.deepcopy(transcoder).double()
+    x = wide.blocks[0](wide.embed(ids()))[0]
+    z = first.encode(x).to_dense()
+    new = z.index_fill(-1, torch.tensor([3]), 1.5).index_fill(-1, torch.tensor([4]), 0)
+    x = (x if error == "keep" else first(x).x_hat) + (new - z) @ first.W_dec
+    z = second.encode(x).to_dense()
+    change = 2 * second.W_dec[7] - 2 * z[..., 8:9] * second.W_dec[8]
+    x = x + change + (wide.blocks[1].mlp(x) if error == "keep" else second(x).x_hat)
+    torch.testing.assert_close(got.double(), wide.head(wide.blocks[2](x)[0]), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_call_that_fails_leaves_nothing(model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean, transcoder = model(ids()), start(d_out=D)
+    with monkeypatch.context() as broken:
+        broken.setattr(model.get_submodule("blocks.1.mlp.2"), "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError), splice(model, {"blocks.1.mlp": transcoder}, error="drop"):
+            model(ids())
+    with pytest.raises(ValueError, match=r"SAE\.encode: x must have"), splice(model, {"blocks.1": SAE(D + 1, 40, TopK(4))}):
+        model(ids())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(ids()), clean)
+
+
+@torch.no_grad()
 def test_odd_edits(model: Toy) -> None:
     sae, clean = start(), model(ids())
     with splice(model, {"blocks.1": sae}, edit={"blocks.1": [Edit([]), Edit(torch.empty(0, dtype=torch.int64), add=3.0)]}):
@@ -290,10 +323,11 @@ def test_a_causal_language_model_of_transformers(tmp_path: Path) -> None:
     sae = start()
     with splice(model, {"model.layers.1": sae}):
         assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0), plain)
-    with splice(model, {"model.layers.1": sae}, edit={"model.layers.1": [Edit([feature], add=50.0)]}):
-        steered = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
-        again = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)
-    assert not torch.equal(steered, plain) and torch.equal(steered, again)
+    for edit in (Edit([feature], add=50.0), Edit([feature], value=-40.0), Edit(range(40), scale=-9.0)):
+        with splice(model, {"model.layers.1": sae}, edit={"model.layers.1": [edit]}):
+            steered = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            again = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)
+        assert not torch.equal(steered, plain) and torch.equal(steered, again)
 
 
 # ---------------------------------------------------------------- evaluate
@@ -336,12 +370,25 @@ def test_evaluation_equals_a_dense_float64_computation(model: Toy, kind: Any, tm
 def test_calls_of_an_evaluation(model: Toy) -> None:
     evaluate(start(), model, ids(12), "blocks.1", batch=4, progress=False)
     assert model.calls == 3 * 3, "clean, spliced and ablated"
+    evaluate(start(), model, ids(12), "blocks.1", batch=4, ablations=("zero", "mean"), progress=False)
+    assert model.calls == 3 * 3 + 3 * 4, "the mean's pass ends at the module"
     transcoder = evaluate(start(d_out=D), model, ids(12), "blocks.1.mlp", batch=4, progress=False)
     assert transcoder.values["fvu"] > 0
     with pytest.raises(ValueError, match="no position counts"):
         evaluate(start(), model, ids(2), "blocks.1", ignore=range(VOCAB), progress=False)
     with pytest.raises(ValueError, match="ablations must be of zero and mean, got 'noise'"):
         evaluate(start(), model, ids(2), "blocks.1", ablations=["noise"], progress=False)
+
+
+def test_an_evaluation_reports_and_ends_on_the_way(model: Toy) -> None:
+    def same(one: Evaluation, other: Evaluation) -> bool:
+        return one.as_dict() == other.as_dict() and torch.equal(one.fired, other.fired)
+
+    seen: list[Evaluation] = []
+    whole = evaluate(start(), model, ids(12), "blocks.1", batch=4, progress=False, callback=seen.append)
+    half = evaluate(start(), model, ids(12), "blocks.1", batch=4, progress=False, callback=lambda found: found.tokens > 4 * CONTEXT)
+    assert [found.tokens for found in seen] == [28, 56, 84] and same(seen[2], whole) and same(half, seen[1])
+    assert same(half, evaluate(start(), model, ids(12)[:8], "blocks.1", batch=4, progress=False)), "that of the tokens so far"
 
 
 def test_windows_of_texts() -> None:

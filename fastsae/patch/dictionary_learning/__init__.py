@@ -60,7 +60,15 @@ def _of_sae(kind: _sae.Kind) -> Adapter:
         "forward": "encode and decode by slots",
     }
     leaves = {_MORE[kind.activation]: "asks for dense pre-activations or other latents: the library's own"}
-    return Adapter(_sae.Methods, replaces, leaves, now=lambda ae: dict(_sae.now(ae)), encode=_sae.encode, reconstruct=_sae.reconstruct)
+    return Adapter(
+        _sae.Methods,
+        replaces,
+        leaves,
+        now=lambda ae: dict(_sae.now(ae)),
+        encode=_sae.encode,
+        reconstruct=_sae.reconstruct,
+        decoder=_sae.decoder,
+    )
 
 
 def _now(trainer: Any) -> Mapping[str, str]:

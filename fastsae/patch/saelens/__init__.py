@@ -59,7 +59,15 @@ def _of_sae(kind: _sae.Kind) -> Adapter:
         leaves["encode_with_hidden_pre"] = "it returns dense pre-activations"
     mixin = _sae.TranscoderMethods if kind.transcoder else _sae.SAEMethods
     return Adapter(
-        mixin, replaces, leaves, now=lambda sae: dict(_sae.now(sae)), encode=_sae.encode, reconstruct=_sae.reconstruct, packs=True
+        mixin,
+        replaces,
+        leaves,
+        now=lambda sae: dict(_sae.now(sae)),
+        encode=_sae.encode,
+        reconstruct=_sae.reconstruct,
+        packs=True,
+        transcoder=lambda sae: kind.transcoder,
+        decoder=_sae.decoder,
     )
 
 

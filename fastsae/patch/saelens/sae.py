@@ -206,6 +206,14 @@ def product(sae: Any, latents: Latents) -> Tensor:
     return decode(latents, sae.W_dec) + sae.b_dec
 
 
+def decoder(sae: Any) -> Tensor:
+    """``Adapter.decoder``."""
+    if (norm := sae.cfg.normalize_activations) in ("layer_norm", "constant_norm_rescale"):
+        raise ValueError(f"normalize_activations {norm!r} makes what a latent adds depend on the row")
+    scale = scale_of(sae)
+    return sae.W_dec if scale is None else sae.W_dec / scale.unsqueeze(1)
+
+
 def finish(sae: Any, y: Tensor) -> Tensor:
     """What comes after the product in the library's ``decode``: hook, normalisation undone, heads."""
     y = sae.hook_sae_recons(y)
