@@ -233,7 +233,7 @@ class LatentStore:
         sparse, runs = _scipy_sparse(), self._runs(folder)
         ends = torch.zeros(self.n_features, dtype=torch.int64, device="cpu")
         for run in runs:
-            ends += _read(run, "crow", 1, self.n_features + 1)
+            ends += run.read("crow", 1, self.n_features + 1)
         ranges: list[dict[str, Any]] = []
         start = 0
         while start < self.n_features:
@@ -242,9 +242,9 @@ class LatentStore:
             stop = min(max(stop, start + 1), self.n_features)
             pieces: list[Any] = []
             for run in runs:
-                crow = _read(run, "crow", start, stop + 1)
+                crow = run.read("crow", start, stop + 1)
                 a, b = int(crow[0]), int(crow[-1])
-                parts = _bits(_read(run, "value", a, b)), _read(run, "row", a, b).numpy(), (crow - a).numpy()
+                parts = _bits(run.read("value", a, b)), run.read("row", a, b).numpy(), (crow - a).numpy()
                 pieces.append(sparse.csr_matrix(parts, shape=(stop - start, run.rows)))
             made = sparse.hstack(pieces, format="csr")  # rows ascend within a feature, as they do over the runs
             row, value = torch.from_numpy(made.indices), torch.from_numpy(made.data).view(self.dtype)
@@ -508,13 +508,6 @@ def _scipy_sparse() -> Any:
 def _bits(values: Tensor) -> Any:
     """Values as the integers that their bits are: SciPy moves those of any dtype, and keeps NaN."""
     return values.view({4: torch.int32, 2: torch.int16}[values.itemsize]).numpy()
-
-
-def _read(run: Shard, column: str, start: int, stop: int) -> Tensor:
-    """Rows of a column, read, since mapped pages would stay in memory with the map."""
-    out = torch.empty(stop - start, dtype=run.columns[column].dtype, device="cpu")
-    run.read(column, start, stop, out)
-    return out
 
 
 def _by_token(latents: TopKLatents | RaggedLatents) -> tuple[Tensor, Tensor, Tensor]:
