@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32,
 }  # fmt: skip
 """Of a column, by safetensors' names."""
 
@@ -31,19 +33,27 @@ class Shard:
     columns: Mapping[str, Tensor]
     offsets: Mapping[str, int]
 
-    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        """Rows of a column into ``out``; from the file, since every page that is mapped anew costs more than it is read in."""
-        if name not in self.offsets:
-            out.copy_(self.columns[name][start:stop])
-            return
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a column from the file, in memory of their own: mapped pages would count with the process while the map stands."""
+        out = torch.empty_like(self.columns[name][start:stop])
         flat: Any = out.view(torch.uint8).numpy().reshape(-1)
-        into, size = memoryview(flat), self.columns[name][:1].nbytes
+        into = memoryview(flat)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offsets[name] + start * size)
+            file.seek(self.offsets[name] + start * self.columns[name][:1].nbytes)
             while into.nbytes:
                 if not (read := file.readinto(into)):
                     raise ValueError(f"{self.path} is damaged: it ends inside of {name}")
                 into = into[read:]
+        return out
+
+    def prefetch(self, names: Iterable[str], start: int, stop: int) -> None:
+        """Asks the system to have these rows in memory soon, where it knows of that."""
+        if not self.offsets or not hasattr(os, "posix_fadvise"):
+            return
+        with open(self.path, "rb", buffering=0) as file:
+            for name in names:
+                size = self.columns[name][:1].nbytes
+                os.posix_fadvise(file.fileno(), self.offsets[name] + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
 
 
 def map_safetensors(path: Path, *, same_rows: bool = True) -> Shard:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsae._core import checks, files
 from fastsae.formats.weight_files import read_json
 from fastsae.latents import RaggedLatents, TopKLatents
-from fastsae.store.columns import digest, map_safetensors
+from fastsae.store.columns import Shard, digest, map_safetensors
 
 MANIFEST = "latents.json"
 _MEMORY = 512 << 20
-_ENTRY_BYTES = 40  # of an entry while it is sorted: row, feature, value, the order, and what sorting needs
+_SORTED_BYTES = 16  # of an entry while it is sorted: feature and value as they lie in the file, row and value as they become
+_MERGED_BYTES = 24  # of an entry of a range of features: row and value in its run, beside the other runs', and merged
+_DELPHI_TOKENS = 1 << 16  # read from delphi's files at a time
+_PAIR_BYTES = 24  # of a pair of features that fire on one token, while pairs are counted
 
 
 class Examples(NamedTuple):
@@ -111,14 +117,8 @@ class LatentWriter:
         if latents.batch_shape != tokens.shape or latents.n_features != self.n_features:
             got = f"{list(latents.batch_shape)} of {latents.n_features}"
             raise ValueError(f"{op}: latents must be of {list(tokens.shape)} tokens and {self.n_features} features, got {got}")
-        row, feature, value = entries_of(latents)
-        keep = (value != 0).nonzero().flatten()
-        row, feature, value = (t.detach()[keep].cpu() for t in (row, feature, value))
-        if not bool((row[1:] >= row[:-1]).all()):
-            raise AssertionError("an encoder's slots are in the order of rows")
-        counts = torch.bincount(row, minlength=tokens.numel())
-        order = (row * self.n_features + feature).argsort()  # ascending features within a token
-        self._pending.append((counts, feature[order].to(torch.int32), value[order].to(self.dtype), tokens.flatten().to("cpu", torch.int32)))
+        counts, feature, value = (t.cpu() for t in _by_token(latents))
+        self._pending.append((counts, feature, value.to(self.dtype), tokens.flatten().to("cpu", torch.int32)))
         if sum(len(part[0]) for part in self._pending) >= self._most * self.context:
             self.close()
 
@@ -165,6 +165,7 @@ class LatentStore:
             raise FileNotFoundError(f"LatentStore: {self.folder} holds no {MANIFEST}")
         facts: dict[str, Any] = {}
         self._parts: list[dict[str, Any]] = []
+        self._ranges: list[dict[str, Any]] | None = None
         for number, path in enumerate(manifests):
             found = read_json(path)
             try:
@@ -176,6 +177,7 @@ class LatentStore:
                 raise ValueError(f"LatentStore: {path} holds {own}, {manifests[0]} {facts}")
             facts = own
         self.n_features, self.context = int(facts["n_features"]), int(facts["context"])
+        self.dtype = {"float32": torch.float32, "float16": torch.float16}[facts["dtype"]]
         self.about: dict[str, Any] = facts["about"]
         for part in self._parts:
             path = self.folder / str(part["file"])
@@ -199,76 +201,90 @@ class LatentStore:
     def parts(self) -> Iterator[tuple[int, RaggedLatents, Tensor]]:
         """By token: (first row, latents ``[sequences, context]``, tokens of that shape) of each part, in memory one after the other."""
         first = 0
-        for part in self._parts:
-            columns = map_safetensors(self.folder / part["file"], same_rows=False).columns
-            shape = (int(part["sequences"]), self.context)
+        for number, part in enumerate(self._parts):
+            columns, shape = self._columns(number), (int(part["sequences"]), self.context)
             latents = RaggedLatents(columns["value"], columns["crow"], columns["feature"], self.n_features, shape)
             yield first, latents, columns["token"].view(shape)
             first += shape[0] * self.context
+
+    def _columns(self, part: int) -> Mapping[str, Tensor]:
+        return map_safetensors(self.folder / self._parts[part]["file"], same_rows=False).columns
 
     # ------------------------------------------------------------ by feature
 
     def _by_feature(self) -> list[dict[str, Any]]:
         """The ranges of features on disk, made where they are missing or of other parts."""
+        if self._ranges is not None:
+            return self._ranges
         path, made_of = self.folder / "by_feature" / _INDEX, [part["sha256"] for part in self._parts]
         if path.exists():
             found = read_json(path)
             if found.get("made_of") == made_of:
+                self._ranges = found["ranges"]
                 return found["ranges"]
         shutil.rmtree(path.parent, ignore_errors=True)
         path.parent.mkdir()
-        ranges = self._merge(path.parent)
-        files.replace_text(path, json.dumps({"made_of": made_of, "ranges": ranges}, indent=1) + "\n")
-        return ranges
+        self._ranges = self._merge(path.parent)
+        files.replace_text(path, json.dumps({"made_of": made_of, "ranges": self._ranges}, indent=1) + "\n")
+        return self._ranges
 
     def _merge(self, folder: Path) -> list[dict[str, Any]]:
-        """Parts sorted by feature one by one (runs), then a range of features of all runs at a time."""
-        counts = torch.zeros(self.n_features, dtype=torch.int64, device="cpu")
-        ends: list[Tensor] = []
-        runs: list[Path] = []
-        for first, latents, _ in self.parts():
-            order = latents.col.argsort(stable=True)
-            own = torch.bincount(latents.col.long(), minlength=self.n_features)
-            counts += own
-            ends.append(torch.nn.functional.pad(own.cumsum(0), (1, 0)))
-            rows = torch.repeat_interleave(latents.crow.diff())[order] + first
-            runs.append(folder / f"run-{len(runs):06d}.safetensors")
-            _save(runs[-1], {"feature": latents.col[order], "value": latents.values[order], "row": rows})
-        total = counts.cumsum(0)
+        """Tokens transposed some at a time (runs), then a range of features of all runs at a time."""
+        sparse, runs = _scipy_sparse(), self._runs(folder)
+        ends = torch.zeros(self.n_features, dtype=torch.int64, device="cpu")
+        for run in runs:
+            ends += run.read("crow", 1, self.n_features + 1)
         ranges: list[dict[str, Any]] = []
         start = 0
         while start < self.n_features:
-            before = int(total[start - 1]) if start else 0
-            stop = int(torch.searchsorted(total, before + max(self.memory // _ENTRY_BYTES, 1), right=True))
+            before = int(ends[start - 1]) if start else 0
+            stop = int(torch.searchsorted(ends, before + max(self.memory // _MERGED_BYTES, 1), right=True))
             stop = min(max(stop, start + 1), self.n_features)
-            pieces: list[tuple[Tensor, Tensor, Tensor]] = []
-            for run, end in zip(runs, ends):
-                c, a, b = map_safetensors(run).columns, int(end[start]), int(end[stop])
-                pieces.append((c["feature"][a:b], c["row"][a:b], c["value"][a:b]))
-            feature, row, value = (
-                (torch.cat(parts) for parts in zip(*pieces)) if pieces else (torch.empty(0, device="cpu", dtype=torch.int32),) * 3
-            )
-            order = feature.argsort(stable=True)  # rows ascend within a feature, as they do over the runs
-            crow = torch.nn.functional.pad(counts[start:stop].cumsum(0), (1, 0))
-            made = _save(folder / f"{len(ranges):06d}.safetensors", {"crow": crow, "row": row[order], "value": value[order]})
-            ranges.append(made | {"start": start, "stop": stop})
+            pieces: list[Any] = []
+            for run in runs:
+                crow = run.read("crow", start, stop + 1)
+                a, b = int(crow[0]), int(crow[-1])
+                parts = _bits(run.read("value", a, b)), run.read("row", a, b).numpy(), (crow - a).numpy()
+                pieces.append(sparse.csr_matrix(parts, shape=(stop - start, run.rows)))
+            made = sparse.hstack(pieces, format="csr")  # rows ascend within a feature, as they do over the runs
+            row, value = torch.from_numpy(made.indices), torch.from_numpy(made.data).view(self.dtype)
+            columns = {"crow": torch.from_numpy(made.indptr).long(), "row": row, "value": value}
+            ranges.append(_save(folder / f"{len(ranges):06d}.safetensors", columns) | {"start": start, "stop": stop})
             start = stop
         for run in runs:
-            run.unlink()
+            run.path.unlink()
         return ranges
+
+    def _runs(self, folder: Path) -> list[Shard]:
+        """Files of the entries of some tokens each, by feature, then row."""
+        from safetensors.torch import save_file
+
+        sparse = _scipy_sparse()
+        runs: list[Shard] = []
+        for _, latents, tokens in self.parts():
+            step = max(1, self.memory // _SORTED_BYTES * tokens.numel() // max(latents.col.numel(), 1))
+            for start in range(0, tokens.numel(), step):
+                some = latents.rows(slice(start, start + step))
+                shape = (len(some.crow) - 1, self.n_features)
+                columns = _bits(some.values), some.col.numpy(), some.crow.to(torch.int32).numpy()
+                made = sparse.csr_matrix(columns, shape=shape).tocsc()  # a counting sort
+                path = folder / f"run-{len(runs):06d}.safetensors"
+                found = {"crow": made.indptr, "row": made.indices, "value": made.data}
+                save_file({name: torch.from_numpy(column) for name, column in found.items()}, path)  # not synced: a crash starts anew
+                runs.append(replace(map_safetensors(path, same_rows=False), rows=shape[0]))
+        return runs
 
     def occurrences(self, feature: int) -> tuple[Tensor, Tensor]:
         """(rows ascending int64, values) of a feature: on which tokens it fires, and how strongly."""
         feature = checks.integer("LatentStore.occurrences", "feature", feature, 0, self.n_features - 1, "n_features - 1")
-        found = next(entry for entry in self._by_feature() if entry["start"] <= feature < entry["stop"])
-        columns = map_safetensors(self.folder / "by_feature" / found["file"], same_rows=False).columns
-        a, b = columns["crow"][feature - found["start"] :][:2].tolist()
-        return columns["row"][a:b].long(), columns["value"][a:b].clone()
+        entry = next(entry for entry in self._by_feature() if feature < entry["stop"])
+        crow, row, value = self._range(entry)
+        a, b = crow[feature - entry["start"] :][:2].tolist()
+        return row[a:b].long(), value[a:b].clone()
 
     def fired(self) -> Tensor:
         """``[F]`` int64: on how many tokens each feature fires."""
-        crows = (map_safetensors(self.folder / "by_feature" / e["file"], same_rows=False).columns["crow"] for e in self._by_feature())
-        return torch.cat([crow.diff() for crow in crows])
+        return torch.cat([self._range(entry)[0].diff() for entry in self._by_feature()])
 
     def histogram(self, feature: int, bins: int = 50) -> tuple[Tensor, Tensor]:
         """(edges ``[bins + 1]``, counts ``[bins]``) of a feature's values where it fires."""
@@ -284,58 +300,142 @@ class LatentStore:
             feature: its number. k: at most so many. before, after: tokens of context, within the sequence.
             one_a_sequence: of each sequence its largest token only.
         """
-        op = "LatentStore.top"
+        feature = checks.integer("LatentStore.top", "feature", feature, 0, self.n_features - 1, "n_features - 1")
+        return next(self.tops([feature], k, before=before, after=after, one_a_sequence=one_a_sequence))[1]
+
+    def tops(
+        self,
+        features: Tensor | Sequence[int] | None = None,
+        k: int = 20,
+        *,
+        before: int = 16,
+        after: int = 8,
+        one_a_sequence: bool = False,
+    ) -> Iterator[tuple[int, Examples]]:
+        """(feature, ``top`` of it) of many features, ascending, in one pass over them and bounded memory. ``features``: an index or a mask
+        ``[F]``; None: all."""
+        op = "LatentStore.tops"
         k, before, after = checks.integer(op, "k", k, 1), checks.integer(op, "before", before, 0), checks.integer(op, "after", after, 0)
-        rows, values = self.occurrences(feature)
-        order = values.argsort(descending=True, stable=True)
-        if one_a_sequence:
-            sequence, seen = (rows // self.context)[order], set[int]()
-            order = order[[i for i, s in enumerate(sequence.tolist()) if not (s in seen or seen.add(s))][:k]]
-        rows_k = rows[order[:k]]
-        around = rows_k[:, None] + torch.arange(-before, after + 1, device="cpu")
-        inside = around.div(self.context, rounding_mode="floor") == (rows_k // self.context)[:, None]
-        at = torch.searchsorted(rows, around).clamp_(max=max(len(rows) - 1, 0))
-        fires = inside & (rows[at] == around) if len(rows) else inside
-        activations = torch.where(fires, values[at], 0) if len(rows) else torch.zeros(around.shape, device="cpu", dtype=torch.float32)
-        tokens = torch.where(inside, self.tokens(around.clamp(0, self.rows - 1)), -1)
-        return Examples(values[order[:k]], rows_k // self.context, rows_k % self.context, tokens, activations)
+        chosen = checks.sorted_subset(
+            None if features is None else torch.as_tensor(features, device="cpu"), self.n_features, f"{op}: features"
+        )
+        every = torch.arange(self.n_features, device="cpu") if chosen is None else chosen
+        shift = torch.arange(-before, after + 1, device="cpu")
+        most = max(1, self.memory // (64 * k * len(shift)))  # features whose examples are looked up together
+
+        def found() -> Iterator[tuple[int, Examples]]:
+            for entry in self._by_feature():
+                for some in every[(every >= entry["start"]) & (every < entry["stop"])].split(most):
+                    if len(some):
+                        yield from self._tops(entry, some, k, shift, one_a_sequence)
+
+        return found()
+
+    def _tops(self, entry: Mapping[str, Any], features: Tensor, k: int, shift: Tensor, once: bool) -> Iterator[tuple[int, Examples]]:
+        crow, row, value = self._range(entry)
+        begins, ends = (crow[features - entry["start"] + i].tolist() for i in (0, 1))
+        found = [self._largest(row[a:b], value[a:b], k, once).add_(a) for a, b in zip(begins, ends)]
+        lengths, at = [len(some) for some in found], torch.cat(found)
+        rows = row[at].long()
+        around = rows[:, None] + shift
+        inside = around.div(self.context, rounding_mode="floor") == (rows // self.context)[:, None]
+        around.clamp_(0, self.rows - 1)
+        near = around.to(row.dtype)
+        where = [torch.searchsorted(row[a:b], n).clamp_(max=b - a - 1).add_(a) for a, b, n in zip(begins, ends, near.split(lengths))]
+        here = torch.cat(where)
+        activations = torch.where(inside & (row[here] == near), value[here], 0)
+        tokens = torch.where(inside, self.tokens(around), -1)
+        columns = (value[at], rows // self.context, rows % self.context, tokens, activations)
+        for feature, *examples in zip(features.tolist(), *(column.split(lengths) for column in columns)):
+            yield feature, Examples(*examples)
+
+    def _range(self, entry: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(crow, rows, values) of a range of features, mapped."""
+        columns = map_safetensors(self.folder / "by_feature" / entry["file"], same_rows=False).columns
+        return columns["crow"], columns["row"], columns["value"]
+
+    def _largest(self, rows: Tensor, values: Tensor, k: int, one_a_sequence: bool) -> Tensor:
+        """Where the k largest values are, descending, ties in order; of each sequence one where asked."""
+        most = k
+        while True:
+            if most < len(values):
+                kept = (~(values < values.topk(most).values[-1])).nonzero().flatten()  # those that tie with the last one too
+                order = kept[values[kept].argsort(descending=True, stable=True)]
+            else:
+                order = values.argsort(descending=True, stable=True)
+            if not one_a_sequence:
+                return order[:k]
+            sequences = (rows[order] // self.context).numpy()
+            first = np.sort(np.unique(sequences, return_index=True)[1])[:k]
+            if len(first) == k or most >= len(values):
+                return order[torch.from_numpy(first)]
+            most *= 4
 
     def tokens(self, rows: Tensor) -> Tensor:
         """The token ids of rows, of any shape."""
-        result = torch.empty(rows.shape, dtype=torch.int64, device="cpu")
-        for first, _, token in self.parts():
-            here = (rows >= first) & (rows < first + token.numel())
-            result[here] = token.flatten()[rows[here] - first].long()
-        return result
+        wanted, order = rows.flatten().sort()
+        result = torch.empty(wanted.shape, dtype=torch.int64, device="cpu")
+        starts = torch.tensor([0, *(part["sequences"] for part in self._parts)], device="cpu").cumsum(0) * self.context
+        ends = torch.searchsorted(wanted, starts).tolist()
+        for number, (a, b) in enumerate(itertools.pairwise(ends)):
+            if a < b:
+                token = self._columns(number)["token"]
+                result[order[a:b]] = token[wanted[a:b] - starts[number]].long()
+        return result.view(rows.shape)
 
     def cooccurrence(self, features: Tensor | Sequence[int] | None = None) -> Any:
-        """SciPy CSR ``[n, n]`` int64: on how many tokens two features fire together, exactly; the diagonal is ``fired``. ``features``: of
-        which (their order is the result's); None: all, which is large where many pairs meet. Needs SciPy (extra ``studies``)."""
-        try:
-            import numpy as np
-            from scipy.sparse import csr_matrix
-        except ImportError as error:
-            raise ImportError("LatentStore.cooccurrence needs SciPy: pip install 'fastsae-kernels[studies]'") from error
+        """SciPy CSR ``[n, n]`` of integers: on how many tokens two features fire together, exactly; the diagonal is ``fired``.
+
+        Args:
+            features: of which (their order is the result's); None: all.
+
+        Memory: ``memory``, and four times the result, which has 8 bytes for each pair that meets (12 from 2^31 pairs on).
+        """
+        sparse = _scipy_sparse()
         chosen = (
             torch.arange(self.n_features, device="cpu") if features is None else torch.as_tensor(features, dtype=torch.int64, device="cpu")
         )
-        number = torch.full((self.n_features,), -1, dtype=torch.int64, device="cpu")
-        number[chosen] = torch.arange(len(chosen), device="cpu")
-        total: Any = csr_matrix((len(chosen), len(chosen)), dtype=np.int64)
+        number = torch.full((self.n_features,), -1, dtype=torch.int32, device="cpu")
+        number[chosen] = torch.arange(len(chosen), dtype=torch.int32, device="cpu")
+        dtype = np.int32 if self.rows < 2**31 else np.int64
+        sums: list[Any] = [sparse.csr_matrix((len(chosen), len(chosen)), dtype=dtype)]  # of ever fewer pairs
         for _, latents, _ in self.parts():
             column = number[latents.col.long()]
             keep = column >= 0
-            row = torch.repeat_interleave(latents.crow.diff())[keep]
-            ones = np.ones(int(keep.sum()), dtype=np.int64)
-            fires = csr_matrix((ones, (row.numpy(), column[keep].numpy())), shape=(latents.crow.numel() - 1, len(chosen)))
-            total = total + fires.T @ fires
-        return total.tocsr()
+            crow = torch.nn.functional.pad(keep.cumsum(0), (1, 0))[latents.crow]
+            pairs, column, start = crow.diff().square().cumsum(0), column[keep].numpy(), 0
+            while start < len(pairs):
+                before = int(pairs[start - 1]) if start else 0
+                stop = int(torch.searchsorted(pairs, before + self.memory // _PAIR_BYTES, right=True))
+                stop = max(stop, start + 1)
+                own = crow[start : stop + 1]
+                a, b = int(own[0]), int(own[-1])
+                entries = np.ones(b - a, dtype=dtype), column[a:b], (own - a).to(torch.int32).numpy()
+                fires = sparse.csr_matrix(entries, shape=(stop - start, len(chosen)))
+                made = fires.T.tocsr() @ fires
+                while sums and sums[-1].nnz <= made.nnz:
+                    made = made + sums.pop()
+                sums.append(made)
+                start = stop
+        while len(sums) > 1:
+            sums.append(sums.pop() + sums.pop())
+        return sums[0]
+
+    def conditional(self, features: Tensor | Sequence[int] | None = None) -> Any:
+        """SciPy CSR ``[n, n]`` float64: entry (i, j) is the share of the tokens on which i fires where j fires too, P(j | i). Of what
+        ``cooccurrence`` counts; rows of features that never fire are empty."""
+        made = self.cooccurrence(features)
+        fired = made.diagonal()
+        made = made.astype(np.float64)
+        made.data /= np.repeat(fired, np.diff(made.indptr))
+        return made
 
     # ------------------------------------------------------------ delphi
 
     def to_delphi(self, folder: str | os.PathLike[str], module: str, splits: int = 5) -> Path:
         """Writes the cache files of delphi (eai-delphi 0.1.3, ``LatentCache.save_splits``) for a module: the same bytes that it writes for
-        these latents. Values of at most 1e-5 are left out, as it does. Returns the folder ``folder/module``."""
+        these latents. Values of at most 1e-5 are left out, as it does. Returns the folder ``folder/module``. Memory: all tokens, and one
+        split of the features."""
         from safetensors.numpy import save_file
 
         splits = checks.integer("LatentStore.to_delphi", "splits", splits, 1, self.n_features)
@@ -344,32 +444,87 @@ class LatentStore:
         out.mkdir(parents=True, exist_ok=True)
         edges = torch.linspace(0, self.n_features, steps=splits + 1, dtype=torch.float32, device="cpu").long().tolist()
         for start, stop in itertools.pairwise(edges):
-            row, feature, value = self._range(start, stop)
-            keep = value.abs() > 1e-5
-            order = (row[keep] * (stop - start) + feature[keep]).argsort()
-            row, feature, value = row[keep][order], feature[keep][order], value[keep][order]
-            where = torch.stack([row // self.context, row % self.context, feature], 1).numpy()
-            small = not len(where) or (int(where[:, 2].max()) < 2**16 and int(where[:, 0].max()) < 2**16)
-            found = {"locations": where.astype("uint16" if small else "uint32"), "activations": value.half().numpy(), "tokens": tokens}
+            places: list[Any] = []
+            values: list[Tensor] = []
+            for first, latents, _ in self.parts():
+                keep = ((latents.col >= start) & (latents.col < stop) & (latents.values.abs() > 1e-5)).nonzero().flatten()
+                row = torch.repeat_interleave(latents.crow.diff())[keep] + first
+                where = torch.stack([row // self.context, row % self.context, latents.col[keep] - start], 1)
+                places.append(where.numpy().astype("uint32"))
+                values.append(latents.values[keep].half())
+            where = np.concatenate(places)
+            if not len(where) or max(int(where[:, 2].max()), int(where[:, 0].max())) < 2**16:
+                where = where.astype("uint16")
+            found = {"locations": where, "activations": torch.cat(values).numpy(), "tokens": tokens}
             files.replace(out / f"{start}_{stop - 1}.safetensors", lambda part, found=found: save_file(found, part))
         return out
 
-    def _range(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(row, feature - start, value) of a range of features, by feature, then row."""
-        pieces: list[tuple[Tensor, Tensor, Tensor]] = []
-        for entry in self._by_feature():
-            low, high = max(start, entry["start"]), min(stop, entry["stop"])
-            if low < high:
-                columns = map_safetensors(self.folder / "by_feature" / entry["file"], same_rows=False).columns
-                crow = columns["crow"][low - entry["start"] : high - entry["start"] + 1]
-                a, b = int(crow[0]), int(crow[-1])
-                feature = torch.repeat_interleave(crow.diff()) + (low - start)
-                pieces.append((columns["row"][a:b].long(), feature, columns["value"][a:b]))
-        row, feature, value = (torch.cat(parts) for parts in zip(*pieces))
-        return row, feature, value
+    @classmethod
+    def from_delphi(cls, cache: str | os.PathLike[str], folder: str | os.PathLike[str], *, memory: int = _MEMORY) -> LatentStore:
+        """A store in ``folder`` of what lies in delphi's cache files of one module (the folder ``cache``, as ``to_delphi`` returns it).
+
+        Raises: FileNotFoundError: no such files. ValueError: damaged, without tokens, or a split is missing.
+        """
+        splits = sorted((tuple(map(int, path.stem.split("_"))), path) for path in Path(cache).glob("*_*.safetensors"))
+        if not splits:
+            raise FileNotFoundError(f"LatentStore.from_delphi: {cache} holds no cache files of delphi")
+        if (starts := [start for (start, _), _ in splits]) != (expected := [0, *(last + 1 for (_, last), _ in splits[:-1])]):
+            raise ValueError(f"LatentStore.from_delphi: {cache} must hold splits that start at {expected}, got {starts}")
+        found = [map_safetensors(path, same_rows=False).columns for _, path in splits]
+        if missing := [path for (_, path), columns in zip(splits, found) if {"locations", "activations", "tokens"} - set(columns)]:
+            raise ValueError(f"LatentStore.from_delphi: {missing[0]} must hold locations, activations and tokens")
+        tokens, n_features = found[0]["tokens"], splits[-1][0][1] + 1
+        sequences, context = tokens.shape
+        step = max(1, _DELPHI_TOKENS // context)
+        with LatentWriter(folder, n_features, context, {"delphi": Path(cache).name}, dtype=found[0]["activations"].dtype) as writer:
+            for first in range(0, sequences, step):
+                some = tokens[first : first + step]
+                pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+                for start, columns in zip(starts, found):
+                    where = columns["locations"].numpy()
+                    a, b = (bisect.bisect_left(where[:, 0], s) for s in (first, first + len(some)))
+                    sequence, position, feature = torch.from_numpy(where[a:b].astype("int64")).unbind(1)
+                    pieces.append(((sequence - first) * context + position, feature + start, columns["activations"][a:b]))
+                row, feature, value = (torch.cat(parts) for parts in zip(*pieces))
+                if len(row) and not 0 <= int(row.min()) <= int(row.max()) < some.numel():
+                    raise ValueError(f"LatentStore.from_delphi: {cache} is damaged: its locations are not in the order of sequences")
+                order = row.argsort(stable=True)  # splits in the order of their features
+                crow = torch.nn.functional.pad(torch.bincount(row, minlength=some.numel()).cumsum(0), (1, 0))
+                writer.append(RaggedLatents(value[order], crow, feature[order], n_features, tuple(some.shape)), some)
+        return cls(folder, memory=memory)
 
 
 _INDEX = "index.json"
+
+
+def _scipy_sparse() -> Any:
+    try:
+        import scipy.sparse
+    except ImportError as error:
+        raise ImportError("LatentStore by feature needs SciPy: pip install 'fastsae-kernels[store]'") from error
+    return scipy.sparse
+
+
+def _bits(values: Tensor) -> Any:
+    """Values as the integers that their bits are: SciPy moves those of any dtype, and keeps NaN."""
+    return values.view({4: torch.int32, 2: torch.int16}[values.itemsize]).numpy()
+
+
+def _by_token(latents: TopKLatents | RaggedLatents) -> tuple[Tensor, Tensor, Tensor]:
+    """(entries of each token, int32 features, values) of what is not 0, features ascending within a token."""
+    if isinstance(latents, TopKLatents):
+        feature, order = latents.slots.indices.to(torch.int32).sort(1)  # row by row: much quicker than all entries at once
+        value = latents.slots.values.detach().gather(1, order)
+        keep = value != 0
+        return keep.sum(1), feature[keep], value[keep]
+    row, feature, value = entries_of(latents)
+    keep = (value != 0).nonzero().flatten()
+    row, feature, value = (t.detach()[keep] for t in (row, feature, value))
+    key = row * latents.n_features + feature
+    if bool((key[1:] < key[:-1]).any()):
+        order = key.argsort(stable=True)
+        row, feature, value = row[order], feature[order], value[order]
+    return torch.bincount(row, minlength=latents.crow.numel() - 1), feature.to(torch.int32), value
 
 
 def entries_of(latents: TopKLatents | RaggedLatents) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from fastsae.store.columns import Shard, digest, map_safetensors
 from fastsae.store.writer import MANIFEST
 
 _BLOCK_BYTES = 4 << 20  # of the widest column, read in one piece
-_WINDOW_BLOCKS = 8  # 32 MiB: larger windows leave the cache, and read half as fast
+_WINDOW_BLOCKS = 8  # 32 MiB, which the disk is asked for ahead
 
 
 class ActivationShards:
@@ -132,36 +134,38 @@ class ActivationShards:
         columns: Sequence[str] | None = None,
         window: int = _WINDOW_BLOCKS,
         ahead: int = 2,
+        readers: int = 1,
     ) -> Iterator[dict[str, Tensor]]:
         """One pass over all rows, shuffled; ``{name: [rows, ..]}`` a batch, as stored. The rows left over at the end are dropped.
 
         Args:
             batch: rows a batch of all ranks together; rank r of R gets rows ``batch * r // R`` to ``batch * (r + 1) // R`` of it.
-            seed, epoch: decide the order, alone: not the number of ranks, nor ``ahead``.
+            seed, epoch: decide the order, alone: not the number of ranks, nor ``ahead`` or ``readers``.
             start: number of the first batch, to go on where another iterator stopped.
             columns: which; None: all.
             window: blocks mixed with each other. A block is at most 4 MiB of neighbouring rows of the widest column; all blocks are
-                permuted, then the rows of each ``window`` of them. Three windows are held in memory; every rank reads all of them.
-            ahead: batches that are made ready while the caller works.
+                permuted, then the rows of each ``window`` of them. Rows come straight from the files' pages, which the system keeps
+                while it has memory for them; each rank copies its own.
+            ahead: batches that are made ready while the caller works. readers: threads that make them.
         """
         op = "ActivationShards.iterate"
         batch = checks.integer(op, "batch", batch, 1, max(self.rows, 1), f"rows={self.rows}")
         ranks = checks.integer(op, "ranks", ranks, 1)
         rank = checks.integer(op, "rank", rank, 0, ranks - 1, "ranks - 1")
         start = checks.integer(op, "start", start, 0)
-        ahead = checks.integer(op, "ahead", ahead, 0)
+        ahead, readers = checks.integer(op, "ahead", ahead, 0), checks.integer(op, "readers", readers, 1)
         names = self.checked_names(op, columns)
         seed, epoch = checks.integer(op, "seed", seed, 0), checks.integer(op, "epoch", epoch, 0)
         order = _Order(self, seed, epoch, checks.integer(op, "window", window, 1), names)
-        return _ahead(ahead, range(start, self.rows // batch), lambda pool, n: order.rows(pool, n * batch, batch, rank, ranks))
+        return _ahead(ahead, readers, range(start, self.rows // batch), lambda n: order.rows(n * batch, batch, rank, ranks))
 
     def batches(self, size: int, x: str | None = None, target: str | None = None, mask: str | None = None, **options: Any) -> ShardBatches:
         """Endless batches for a ``Trainer``, whose position a checkpoint keeps.
 
         Args:
             size: rows a batch. x, target, mask: columns; x may be left out where there is one column besides those.
-            options: ``seed``, ``rank``, ``ranks``, ``window``, ``ahead`` of ``iterate``. dtype: of x and target, e.g. ``torch.float32``;
-                None: as stored.
+            options: ``seed``, ``rank``, ``ranks``, ``window``, ``ahead``, ``readers`` of ``iterate``.
+            dtype: of x and target, e.g. ``torch.float32``; None: as stored.
         """
         left = [name for name in self.columns if name not in (target, mask)]
         if x is None and len(left) != 1:
@@ -186,10 +190,9 @@ class _Order:
         self.windows = [sorted(blocks[at : at + window]) for at in range(0, len(blocks), window)]
         sizes = [sum(stop - first for _, first, stop in blocks) for blocks in self.windows]
         self.ends = torch.tensor(sizes, dtype=torch.int64, device="cpu").cumsum(0)
-        self.loaded: dict[int, Future[_Window]] = {}
-        self.spare: list[dict[str, Tensor]] = []  # buffers whose pages are there: fresh ones cost more than the reading
+        self.order = functools.lru_cache(8)(self._order)
 
-    def rows(self, readers: ThreadPoolExecutor, start: int, count: int, rank: int, ranks: int) -> dict[str, Tensor]:
+    def rows(self, start: int, count: int, rank: int, ranks: int) -> dict[str, Tensor]:
         """Rows ``start`` to ``start + count`` of the pass, of them the share of a rank."""
         low, high = count * rank // ranks, count * (rank + 1) // ranks
         likes = {name: self.shards[0].columns[name] for name in self.names}
@@ -199,45 +202,32 @@ class _Order:
             number = int(torch.searchsorted(self.ends, start + at, right=True))
             begin = int(self.ends[number - 1]) if number else 0
             stop = min(count, int(self.ends[number]) - start)
-            window = self.window(readers, number)
-            # By NumPy: torch would start all its threads, which the caller's step needs. Sorted: neighbours follow each other.
-            chosen = np.sort(window.order[start + at - begin : start + stop - begin].numpy())
+            chosen = np.sort(self.order(number)[start + at - begin : start + stop - begin])  # neighbours follow each other
             a, b = max(low, at), min(high, stop)
             if a < b:
-                for name in self.names:
-                    np.take(_bytes(window.columns[name]), chosen[a - at : b - at], 0, _bytes(result[name][a - low : b - low]), "clip")
+                self._gather(number, chosen[a - at : b - at], {name: column[a - low : b - low] for name, column in result.items()})
             at = stop
         return result
 
-    def window(self, readers: ThreadPoolExecutor, number: int) -> _Window:
-        """A window in memory; the next one is read while it is used."""
-        for old in [known for known in self.loaded if known < number]:
-            self.spare.append(self.loaded.pop(old).result().columns)
-        for wanted in range(number, min(number + 2, len(self.windows))):
-            if wanted not in self.loaded:
-                self.loaded[wanted] = readers.submit(self.read, wanted, self.spare.pop() if self.spare else {})
-        return self.loaded[number].result()
-
-    def read(self, number: int, buffers: dict[str, Tensor]) -> _Window:
-        blocks = self.windows[number]
-        rows = sum(stop - first for _, first, stop in blocks)
-        columns: dict[str, Tensor] = {}
-        for name in self.names:
-            like, have = self.shards[0].columns[name], buffers.get(name)
-            columns[name] = like.new_empty((rows, *like.shape[1:])) if have is None or len(have) < rows else have
-            at = 0
-            for which, first, stop in blocks:
-                self.shards[which].read(name, first, stop, columns[name][at : at + stop - first])
-                at += stop - first
+    def _order(self, number: int) -> Any:
+        """The order of a window's rows; the disk is asked for the next one meanwhile."""
+        for which, first, stop in itertools.chain(*self.windows[number : number + 2]):
+            self.shards[which].prefetch(self.names, first, stop)
         generator = torch.Generator().manual_seed(stream_seed(self.seed, number))
-        return _Window(columns, torch.randperm(rows, generator=generator, device="cpu"))
+        rows = sum(stop - first for _, first, stop in self.windows[number])
+        return torch.randperm(rows, generator=generator, device="cpu").numpy()
 
-
-class _Window(NamedTuple):
-    """Rows of some blocks, and the order in which the pass has them."""
-
-    columns: dict[str, Tensor]
-    order: Tensor
+    def _gather(self, number: int, chosen: Any, into: Mapping[str, Tensor]) -> None:
+        """Rows of a window, ascending, straight from the files' pages: a copy in between would cost as much again."""
+        begin = done = 0
+        for which, first, stop in self.windows[number]:
+            upto = int(np.searchsorted(chosen, begin + stop - first))
+            if done < upto:
+                for name, out in into.items():
+                    # By NumPy: torch would start all its threads, which the caller's step needs.
+                    block = _bytes(self.shards[which].columns[name][first:stop])
+                    np.take(block, chosen[done:upto] - begin, 0, _bytes(out[done:upto]), "clip")
+            begin, done = begin + stop - first, upto
 
 
 def _bytes(column: Tensor) -> Any:
@@ -245,13 +235,13 @@ def _bytes(column: Tensor) -> Any:
     return column.reshape(column.shape[0], -1).view(torch.uint8).numpy()
 
 
-def _ahead(ahead: int, numbers: range, make: Callable[[ThreadPoolExecutor, int], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """What ``make`` gives for each number, made in a thread of its own, and in another what it reads."""
-    with ThreadPoolExecutor(1, "fastsae-read") as readers, ThreadPoolExecutor(1, "fastsae-batches") as makers:
+def _ahead(ahead: int, readers: int, numbers: range, make: Callable[[int], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """What ``make`` gives for each number, in that order, made in threads of its own."""
+    with ThreadPoolExecutor(readers, "fastsae-batches") as makers:
         waiting: collections.deque[Future[dict[str, Tensor]]] = collections.deque()
         try:
             for number in numbers:
-                waiting.append(makers.submit(make, readers, number))
+                waiting.append(makers.submit(make, number))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
