@@ -94,10 +94,10 @@ class Trainer:
         every: int = 1000,
         progress: bool = True,
     ):
-        if isinstance(sae, SAEs):
-            raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
         if isinstance(sae, torch.nn.Module):
             _, sae = sae_in("Trainer", sae)
+        if isinstance(sae, SAEs):
+            raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
         checks.instance("Trainer", "sae", sae, SAE, "an SAE")
         given: Any = opt
         if isinstance(given, type) or not callable(getattr(given, "step", None)):

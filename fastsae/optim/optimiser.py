@@ -339,6 +339,9 @@ class Optimiser(torch.optim.Optimizer):
         op = f"{kind}.load_state_dict"
         if missing := [name for name in ("steps", *self._OPTIONS, "state") if name not in state_dict]:
             raise ValueError(f"{op}: not a state of fastsae.optim.{kind}: {missing[0]!r} is missing")
+        group = state_dict.get("group", {})
+        if not isinstance(group, Mapping) or {"params", *self.defaults} & set(group):
+            raise ValueError(f"{op}: group must be what a scheduler keeps in param_groups, got {group!r}")
         states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
         steps = checks.integer(op, "steps", state_dict["steps"], 0)
         before = {name: getattr(self, name) for name in self._OPTIONS}
@@ -351,7 +354,7 @@ class Optimiser(torch.optim.Optimizer):
                 setattr(self, name, value)
             raise
         self._states, self.steps, self._log = states, steps, []
-        self.param_groups[0].update(state_dict.get("group", {}))
+        self.param_groups[0].update(group)
         if self._flag is not None:
             self._flag.zero_()
 
