@@ -1,5 +1,8 @@
 """Training loop: small enough to read in one sitting, and to replace by your own."""
 
+# pyright: reportPrivateUsage=false
+# ``fit_all`` takes apart what ``Trainer.fit`` does.
+
 from __future__ import annotations
 
 import contextlib
@@ -94,11 +97,13 @@ class Trainer:
         every: int = 1000,
         progress: bool = True,
     ):
-        if isinstance(sae, torch.nn.Module):
-            _, sae = sae_in("Trainer", sae)
-        if isinstance(sae, SAEs):
+        found: Any = sae
+        if isinstance(found, torch.nn.Module):
+            _, found = sae_in("Trainer", found)
+        if isinstance(found, SAEs):
             raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
-        checks.instance("Trainer", "sae", sae, SAE, "an SAE")
+        checks.instance("Trainer", "sae", found, SAE, "an SAE")
+        self.sae: SAE = found
         given: Any = opt
         if isinstance(given, type) or not callable(getattr(given, "step", None)):
             got = given if isinstance(given, type) else type(given).__name__
@@ -110,18 +115,18 @@ class Trainer:
         for name, value in (("log_every", log_every), ("every", every)):
             checks.integer("Trainer", name, value, 1)
         for name, function in (anneal or {}).items():
-            if not hasattr(sae, name):
+            if not hasattr(self.sae, name):
                 raise ValueError(f"Trainer: anneal must name attributes of the SAE, got {name!r}")
             if not callable(function):
                 raise TypeError(f"Trainer: anneal[{name!r}] must be a function of the step, got {type(function).__name__}")
-        if not _steps_any(opt, sae):
+        if not _steps_any(opt, self.sae):
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         _check_scheduler(scheduler, opt, schedule or getattr(opt, "schedule", None))
         clip = None if clip is None else checks.number("Trainer", "clip", clip)
         self.max_norm = None if max_norm is None else checks.number("Trainer", "max_norm", max_norm)
         self.opt: Any = opt  # of either kind, which ``fused`` tells
         self.scheduler, self.left_out = scheduler, 0
-        self.sae, self.schedule, self.anneal, self.clip, self.reduce = sae, schedule, dict(anneal or {}), clip, reduce
+        self.schedule, self.anneal, self.clip, self.reduce = schedule, dict(anneal or {}), clip, reduce
         self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else file_of("Trainer", checkpoint), every
@@ -410,7 +415,7 @@ def fit_all(
     if columns is not None and set(columns) != set(trainers):
         raise ValueError(f"{op}: columns must name {', '.join(trainers)}, got {', '.join(columns)}")
     for trainer in trainers.values():
-        trainer._begin(op, resume)  # pyright: ignore[reportPrivateUsage] # as all below
+        trainer._begin(op, resume)
         if resume and trainer.checkpoint is not None and trainer.checkpoint.exists():
             trainer.load(trainer.checkpoint)
             trainer._check_alike()

@@ -46,7 +46,7 @@ class Adam(Optimiser):
         >>> metrics = opt.step(x)
     """
 
-    lr, betas, eps, weight_decay = Option(), Option(), Option(), Option()
+    betas, eps, weight_decay = Option(), Option(), Option()
     _OPTIONS = ("lr", "betas", "eps", "weight_decay", "clip")
     _BUFFERS = ("exp_avg", "exp_avg_sq")
 

@@ -61,6 +61,7 @@ class Optimiser(torch.optim.Optimizer):
     ``backward()``. ``state_dict`` is their own.
     """
 
+    lr = Option()
     _OPTIONS: tuple[str, ...]
     _BUFFERS: tuple[str, ...]
     _SUMS: tuple[str, ...] = ()  # lists that count over steps
@@ -103,11 +104,11 @@ class Optimiser(torch.optim.Optimizer):
         self._flag: Tensor | None = None  # on a GPU: whether a step was refused, and the steps taken before it
         self._log: list[Any] = []  # the counters before each step since that was read
 
-    @overload  # pyright: ignore[reportIncompatibleMethodOverride] # torch's takes a closure
+    @overload
     def step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Metrics: ...
     @overload
     def step(self, x: None = None) -> None: ...
-    def step(
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride] # torch's takes a closure
         self, x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any
     ) -> Metrics | None:
         """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
@@ -378,12 +379,12 @@ class Optimiser(torch.optim.Optimizer):
     # ------------------------------------------------------------ what torch expects of an optimiser
 
     @property
-    def state(self) -> dict[Tensor, dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride] # torch's is an attribute
+    def state(self) -> dict[Tensor, dict[str, Any]]:
         """By parameter, as torch's: ``step`` (a copy) and the buffers themselves, which may be written to between steps."""
         return {self.parameters[name]: self._entry(s) for name, s in self._states.items()}
 
     @state.setter
-    def state(self, value: object) -> None:
+    def state(self, value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride] # torch's is an attribute
         """torch's constructor sets an empty one."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class Signum(Optimiser):
         >>> opt.eval()  # before saving or evaluating; opt.train() before the next step
     """
 
-    lr, momentum = Option(), Option()
+    momentum = Option()
     _OPTIONS = ("lr", "momentum", "lr_max", "weight_sum", "training")
     _BUFFERS = ("z",)
     _SUMS = ("lr_max", "weight_sum")

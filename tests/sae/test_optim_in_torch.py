@@ -319,8 +319,8 @@ class Holder(nn.Module):
             setattr(self, name, part)
 
 
-WRAPPERS: dict[str, Callable[[SAE], nn.Module]] = {
-    "compiled": lambda sae: torch.compile(sae, backend="eager"),  # pyright: ignore[reportReturnType]
+WRAPPERS: dict[str, Callable[[SAE], Any]] = {
+    "compiled": lambda sae: torch.compile(sae, backend="eager"),
     "parallel": nn.DataParallel,
     "both": lambda sae: torch.compile(nn.DataParallel(sae), backend="eager"),
     "own": lambda sae: Holder(sae=sae),
