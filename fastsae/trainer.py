@@ -418,6 +418,7 @@ def fit_all(
         trainer._begin(op, resume)
         if resume and trainer.checkpoint is not None and trainer.checkpoint.exists():
             trainer.load(trainer.checkpoint)
+        if resume:
             trainer._check_alike()
     waiting = dict.fromkeys(trainers, 0)  # batches that a trainer has seen already
     if resume:

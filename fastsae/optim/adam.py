@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsae._core import checks
 from fastsae.ops.adam import ADAM, checked_options
-from fastsae.optim.jobs import Job, named_parameters
+from fastsae.optim.jobs import Job, named_parameters, unwrapped
 from fastsae.optim.optimiser import Optimiser, Option
 
 
@@ -139,10 +139,7 @@ class Adam(Optimiser):
             optimizer: with the same options in all its groups, without amsgrad and maximize; a weight decay must be AdamW's.
         """
         op = "Adam.from_torch"
-        if isinstance(params, nn.Module):
-            named: Any = params
-        else:
-            named = list(params)
+        named, _ = unwrapped(op, params if isinstance(params, nn.Module) else list(params))
         names = list(named_parameters(op, named))
         if isinstance(optimizer, torch.optim.Optimizer):
             by_id = {id(p): name for name, p in named_parameters(op, named).items()}

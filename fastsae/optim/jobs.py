@@ -94,6 +94,16 @@ def sae_in(op: str, module: nn.Module) -> tuple[str, nn.Module]:
     return next(((f"{name}.", part) for name, part in found.items()), ("", module))
 
 
+def unwrapped(op: str, params: Any) -> tuple[Any, list[str]]:
+    """(what parameters are taken from: past a wrapper that adds none to an SAE's; names of those with unit rows)."""
+    if not isinstance(params, nn.Module):
+        return params, []
+    prefix, inner = sae_in(op, params)
+    if len(list(inner.parameters())) == len(list(params.parameters())):
+        prefix, params = "", inner
+    return params, [prefix + name for name in getattr(inner, "unit_rows", ())]
+
+
 def named_parameters(op: str, params: Any) -> dict[str, Tensor]:
     """Checked parameters by name."""
     if isinstance(params, Mapping) or not isinstance(params, (nn.Module, Iterable)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastsae._core import checks, finite, flags, processes
 from fastsae.gradients import Gradient, StackedGradient, TiledGradient
-from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time, sae_in
+from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time, unwrapped
 from fastsae.reference import accumulator
 from fastsae.sae.losses import Metrics
 
@@ -77,14 +77,7 @@ class Optimiser(torch.optim.Optimizer):
         op = f"optim.{type(self).__name__}"
         self.on_nonfinite = on_nonfinite
         self.skipped = 0
-        prefix = ""
-        if isinstance(params, nn.Module):
-            prefix, inner = sae_in(op, params)
-            if len(list(inner.parameters())) == len(list(params.parameters())):  # of a wrapper that adds none
-                prefix, params = "", inner
-            rows = [prefix + name for name in getattr(inner, "unit_rows", ())]
-        else:
-            rows = []
+        params, rows = unwrapped(op, params)
         self.module = params if isinstance(params, nn.Module) else None
         self.members: int | None = getattr(params, "n_dictionaries", None)
         self.parameters = named_parameters(op, params)

@@ -337,6 +337,8 @@ def test_wrapped_modules_are_found(name: str) -> None:
     for step in range(2):
         assert torch.equal(a.step(rows(step)).loss, b.step(rows(step)).loss)
     assert same(plain, inner)
+    back = Adam.from_torch(wrapped, b.to_torch())
+    assert back.unit_rows == ("W_dec",) and torch.equal(back.state[inner.W_enc]["exp_avg"], b.state[inner.W_enc]["exp_avg"])
     plain, inner = build(), build()
     Trainer(plain, adam(plain), progress=False).fit(batches(plain), 3)
     wrapped = WRAPPERS[name](inner)
