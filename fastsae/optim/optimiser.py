@@ -280,7 +280,7 @@ class Optimiser(torch.optim.Optimizer):
             fresh[name] = state
             what, unit = f"gradient of {name}", name in self.unit_rows
             if isinstance(gradient, Tensor):
-                checks.tensor(op, what, gradient, (p.dtype, accumulator(p.dtype)), p)
+                checks.tensor(op, what, gradient, checks.beside(p), p)
                 checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
             if isinstance(gradient, StackedGradient):
                 if self.members is None or gradient.n != self.members:
@@ -359,7 +359,7 @@ class Optimiser(torch.optim.Optimizer):
         wide = accumulator(p.dtype)
         held: dict[str, Tensor] = {}
         for key in (*self._BUFFERS, *(("master",) if "master" in entry else ())):
-            buffer = checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype, wide))
+            buffer = checks.tensor(op, f"{key} of {name}", entry[key], checks.beside(p))
             checks.shape(op, f"{key} of {name}", buffer, tuple(p.shape), str(list(p.shape)))
             held[key] = torch.zeros_like(p, dtype=wide).copy_(buffer)
         if "master" in held and p.dtype not in HALF:
