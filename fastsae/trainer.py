@@ -1,5 +1,8 @@
 """Training loop: small enough to read in one sitting, and to replace by your own."""
 
+# pyright: reportPrivateUsage=false
+# ``fit_all`` takes apart what ``Trainer.fit`` does.
+
 from __future__ import annotations
 
 import contextlib
@@ -7,75 +10,23 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fastsae._core import checks, finite, processes
-from fastsae._core.seeds import stream_seed
+from fastsae.batches import Batches, check_batches, chosen, endless, in_roles, without_high_norms
 from fastsae.gradients import norm
+from fastsae.optim.jobs import sae_in
 from fastsae.optim.optimiser import Optimiser
 from fastsae.sae.checkpoints import file_of, restore, save_checkpoint
 from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 
-# ---------------------------------------------------------------- data and schedules
-
-
-class Batches:
-    """Endless batches of stored activations in a seeded order, whose position a checkpoint keeps.
-
-    Args:
-        x: ``[n, D]``. target: ``[n, d_out]``. mask: ``[n]``, bool or 0 and 1. size: rows a batch, at most n.
-        seed: of the order; every pass has another one. The rows left over at the end of a pass are dropped.
-
-    ``load_state_dict`` takes the seed and the position over; ValueError where the number of rows or the size is another, whose batches
-    would not be those that the state goes on with.
-    """
-
-    def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, *, size: int, seed: int = 0):
-        given: dict[str, Any] = {"x": x, "target": target, "mask": mask}
-        given = {name: column for name, column in given.items() if column is not None}
-        for name, column in given.items():
-            if not isinstance(column, Tensor) or column.dim() == 0:
-                got = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
-                raise TypeError(f"Batches: {name} must be a tensor of rows, got {got}")
-        self.columns: dict[str, Tensor] = given
-        size = checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
-        seed = checks.integer("Batches", "seed", seed, 0)
-        if any(column.shape[0] != x.shape[0] for column in self.columns.values()):
-            raise ValueError(f"Batches: x, target and mask must have as many rows, got {[c.shape[0] for c in self.columns.values()]}")
-        self.size, self.seed, self.pass_number, self.position = size, seed, 0, 0
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        n = self.columns["x"].shape[0]
-        while True:
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, self.pass_number))
-            order = torch.randperm(n, generator=generator, device="cpu").to(self.columns["x"].device)
-            while self.position + self.size <= n:
-                rows = order[self.position : self.position + self.size]
-                self.position += self.size
-                yield {name: column[rows] for name, column in self.columns.items()}
-            self.pass_number, self.position = self.pass_number + 1, 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "pass_number": self.pass_number, "position": self.position, **self._order()}
-
-    def _order(self) -> dict[str, int]:
-        return {"rows": self.columns["x"].shape[0], "size": self.size}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        if missing := [name for name in ("seed", "pass_number", "position") if name not in state]:
-            raise ValueError(f"Batches.load_state_dict: the state holds no {missing[0]!r}")
-        for name, ours in self._order().items():
-            if state.get(name, ours) != ours:
-                raise ValueError(f"Batches.load_state_dict: {name} must be {state[name]} as in the state, got {ours}")
-        self.seed, self.pass_number, self.position = (
-            checks.integer("Batches.load_state_dict", name, state[name], 0) for name in ("seed", "pass_number", "position")
-        )
+# ---------------------------------------------------------------- schedules
 
 
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
@@ -98,23 +49,29 @@ class Trainer:
     """Trains an SAE with any torch optimiser, or with a fused one.
 
     Args:
-        sae: the module.
+        sae: the module, or what holds one (``torch.compile(sae)``, ``DataParallel(sae)``), whose steps are taken past the wrapper.
         opt: a torch optimiser over its parameters (the loss goes through autograd, the decoder's rows of ``sae.unit_rows`` stay of norm
             1), or an object with ``step(x, target=, mask=) -> Metrics`` that does all of it.
         schedule: factor of each group's learning rate at a step, e.g. ``fastsae.optim.warmup_linear_decay(500, 8_000, 10_000)``; a fused
             optimiser has its own.
+        scheduler: of ``torch.optim.lr_scheduler``, over ``opt``, in place of a schedule: stepped after every step that was taken, its state
+            is kept in the checkpoint. (ReduceLROnPlateau needs a metric: step it in ``callback``.)
         anneal: attributes of ``sae`` as functions of the step: ``{"k": linear(256, 64, 1000), "l1": ...}``.
         clip: largest norm of all gradients together (torch optimisers).
         reduce: called with the parameters between backward and step, e.g. to average gradients over processes. In a process group of
             several it must be given (``lambda parameters: None`` where each process trains a model of its own); all processes then take
             the same batches, steps and decisions, rank 0 saves, and metrics are those of each process's rows.
+        max_norm: rows of a batch do not count whose norm is above ``max_norm`` times the median of the norms of those that the mask counts
+            (of an even number of them, of the lower of the two in the middle): first tokens and attention sinks, whose norm is tens of
+            times that of others. They are left to the mask, so that a batch keeps its size and they count in nothing; a row of exactly
+            this norm stays. So does one whose norm is not finite, which ``on_nonfinite`` is for. Norms are float32's (float64 stays).
         on_nonfinite: what becomes of a batch whose loss, or whose gradient's norm (or its square), is not finite; a fused optimiser has
             its own. Parameters, optimiser, buffers, attributes under ``anneal`` and counters stay bit for bit what they were. "raise" (the
             default): FloatingPointError with the step and the row. "skip": go on with the next batch, as if this one had not come;
             ``skipped`` counts them, in the metrics and the progress line too. With torch optimisers a GPU's answer is waited for in
             every step.
         callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead,
-            skipped.
+            skipped (batches), left_out (rows that did not count, by mask or ``max_norm``, in all steps so far).
         checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used).
         progress: a tqdm bar where tqdm is installed, else lines on stderr.
 
@@ -124,12 +81,14 @@ class Trainer:
 
     def __init__(
         self,
-        sae: SAE,
+        sae: SAE | torch.nn.Module,
         opt: torch.optim.Optimizer | Fused,
         *,
         schedule: Callable[[int], float] | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         anneal: Mapping[str, Callable[[int], float]] | None = None,
         clip: float | None = None,
+        max_norm: float | None = None,
         reduce: Callable[[list[Tensor]], object] | None = None,
         on_nonfinite: Literal["raise", "skip"] | None = None,
         callback: Callable[[int, dict[str, float]], object] | None = None,
@@ -138,9 +97,13 @@ class Trainer:
         every: int = 1000,
         progress: bool = True,
     ):
-        if isinstance(sae, SAEs):
+        found: Any = sae
+        if isinstance(found, torch.nn.Module):
+            _, found = sae_in("Trainer", found)
+        if isinstance(found, SAEs):
             raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
-        checks.instance("Trainer", "sae", sae, SAE, "an SAE")
+        checks.instance("Trainer", "sae", found, SAE, "an SAE")
+        self.sae: SAE = found
         given: Any = opt
         if isinstance(given, type) or not callable(getattr(given, "step", None)):
             got = given if isinstance(given, type) else type(given).__name__
@@ -152,15 +115,18 @@ class Trainer:
         for name, value in (("log_every", log_every), ("every", every)):
             checks.integer("Trainer", name, value, 1)
         for name, function in (anneal or {}).items():
-            if not hasattr(sae, name):
+            if not hasattr(self.sae, name):
                 raise ValueError(f"Trainer: anneal must name attributes of the SAE, got {name!r}")
             if not callable(function):
                 raise TypeError(f"Trainer: anneal[{name!r}] must be a function of the step, got {type(function).__name__}")
-        if not _steps_any(opt, sae):
+        if not _steps_any(opt, self.sae):
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
+        _check_scheduler(scheduler, opt, schedule or getattr(opt, "schedule", None))
         clip = None if clip is None else checks.number("Trainer", "clip", clip)
+        self.max_norm = None if max_norm is None else checks.number("Trainer", "max_norm", max_norm)
         self.opt: Any = opt  # of either kind, which ``fused`` tells
-        self.sae, self.schedule, self.anneal, self.clip, self.reduce = sae, schedule, dict(anneal or {}), clip, reduce
+        self.scheduler, self.left_out = scheduler, 0
+        self.schedule, self.anneal, self.clip, self.reduce = schedule, dict(anneal or {}), clip, reduce
         self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else file_of("Trainer", checkpoint), every
@@ -186,9 +152,26 @@ class Trainer:
         the last good one. RuntimeError: processes of a group that cannot train one model.
         """
         op = "Trainer.fit"
-        _check_batches(op, batches)
+        check_batches(op, batches)
         if steps is not None:
             steps = checks.integer(op, "steps", steps, 0)
+        self._begin(op, resume)
+        if resume and self.checkpoint is not None and self.checkpoint.exists():
+            self.load(self.checkpoint, batches)
+        if resume:
+            self._check_alike()
+        with _bar(self.progress, steps, self.step) as bar, self._late():
+            for batch in endless(op, batches, steps, lambda: self.step, lambda: self.skipped):
+                before = self.step
+                shown = self._take(op, batch, steps, batches)
+                bar.update(self.step - before)
+                if shown:
+                    bar.show(_summary(self._last))
+            self._end(op, steps, batches)
+        return self._last
+
+    def _begin(self, op: str, resume: bool) -> None:
+        """What comes before the first batch."""
         if resume and self.checkpoint is None:
             raise ValueError(f"{op}: resume needs a file to go on from, Trainer(checkpoint=..)")
         if (alone := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and not processes.grouped():
@@ -196,43 +179,41 @@ class Trainer:
             warnings.warn(
                 f"{op}: WORLD_SIZE is {alone} and there is no process group: each process trains a model of its own{file}. For one model "
                 "call torch.distributed.init_process_group() and give Trainer(reduce=..); otherwise give each process its own file",
-                stacklevel=2,
+                stacklevel=3,
             )
-        if resume and self.checkpoint is not None:
-            if self.checkpoint.exists():
-                self.load(self.checkpoint, batches)
-            self._check_alike()
         self.sae.train()
-        last: dict[str, float] = {}
-        result: dict[str, Tensor] = {}
-        row = 0  # batches skipped, one after the other
-        with _bar(self.progress, steps, self.step) as bar, self._late():
-            for batch in self._stream(batches, steps):
-                skipped = self.skipped
-                metrics = self.train_step(*_columns(batch, self.sae.W_dec.device))
-                row = row + 1 if self.skipped > skipped else 0
-                if row >= _MOST_SKIPPED:
-                    raise FloatingPointError(f"{op}: after step {self.step} {row} batches in a row were not finite and have been skipped")
-                if row:
-                    continue
-                result = metrics
-                self.step += 1
-                final = self.step == steps
-                bar.update()
-                if final or self.step % self.log_every == 0:
-                    last = self._read(result)
-                    bar.show(last)
-                    if self.callback is not None:
-                        self.callback(self.step, last)
-                if self.checkpoint is not None and (final or self.step % self.every == 0):
-                    self.save(self.checkpoint, batches)
-            if steps is None and not result and row:
-                raise FloatingPointError(f"{op}: no step has been taken: none of the {row} batches was finite")
-            if steps is None and result:
-                last = self._read(result)
-                if self.checkpoint is not None:
-                    self.save(self.checkpoint, batches)
-        return last
+        self._last: dict[str, float] = {}
+        self._result: dict[str, Tensor] = {}
+        self._row = 0  # batches skipped, one after the other
+
+    def _take(self, op: str, batch: Any, steps: int | None, batches: Any) -> bool:
+        """A batch, and what is due after it: metrics (True where they have been read), the checkpoint."""
+        skipped = self.skipped
+        result = self.train_step(*in_roles(batch, self.sae.W_dec.device))
+        if self.skipped > skipped:
+            self._row += 1
+            if self._row >= _MOST_SKIPPED:
+                raise FloatingPointError(f"{op}: after step {self.step} {self._row} batches in a row were not finite and have been skipped")
+            return False
+        self._result, self._row = result, 0
+        self.step += 1
+        final = self.step == steps
+        if shown := final or self.step % self.log_every == 0:
+            self._last = self._read(result)
+            if self.callback is not None:
+                self.callback(self.step, self._last)
+        if self.checkpoint is not None and (final or self.step % self.every == 0):
+            self.save(self.checkpoint, batches)
+        return shown
+
+    def _end(self, op: str, steps: int | None, batches: Any) -> None:
+        """What comes after the last batch where their number decided."""
+        if steps is None and not self._result and self._row:
+            raise FloatingPointError(f"{op}: no step has been taken: none of the {self._row} batches was finite")
+        if steps is None and self._result:
+            self._last = self._read(self._result)
+            if self.checkpoint is not None:
+                self.save(self.checkpoint, batches)
 
     @contextlib.contextmanager
     def _late(self) -> Generator[None]:
@@ -252,7 +233,7 @@ class Trainer:
         read = {name: float(value) for name, value in result.items()}
         if self.fused and read["loss"] - read["loss"] != 0:  # of an optimiser that knows no policy
             raise FloatingPointError(f"Trainer.fit: the loss of step {self.step} is {read['loss']}")
-        return {**read, "skipped": self.skipped}
+        return {**read, "skipped": self.skipped, "left_out": int(self.left_out)}
 
     def train_step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
         """One step; the metrics as 0-d tensors. It has not been taken where ``skipped`` counts one more."""
@@ -262,16 +243,23 @@ class Trainer:
                 "each would train a model of its own: give Trainer a torch optimiser and reduce=, which averages the gradients (or does "
                 "nothing, lambda parameters: None, where each process is to train its own)",
             )
+        if self.max_norm is not None:
+            mask = without_high_norms(x, mask, self.max_norm)
         annealed = {name: getattr(self.sae, name) for name in self.anneal}
         skipped = self.skipped
         try:
             for name, value in self.anneal.items():
                 setattr(self.sae, name, value(self.step))
-            if not self.fused:
-                return self._autograd_step(x, target, mask)
-            before = getattr(self.opt, "skipped", 0)
-            metrics = self.opt.step(x, target=target, mask=mask)._asdict()
-            self.skipped += getattr(self.opt, "skipped", 0) - before
+            if self.fused:
+                before = getattr(self.opt, "skipped", 0)
+                metrics = self.opt.step(x, target=target, mask=mask)._asdict()
+                self.skipped += getattr(self.opt, "skipped", 0) - before
+            else:
+                metrics = self._autograd_step(x, target, mask)
+            if skipped == self.skipped and mask is not None:
+                self.left_out = self.left_out + (mask == 0).sum()
+            if skipped == self.skipped and self.scheduler is not None:
+                self.scheduler.step()
             return metrics
         except BaseException:
             skipped = -1
@@ -334,7 +322,9 @@ class Trainer:
             return
         if (reason := finite.spoilt(dict(self.sae.named_parameters()))) is not None:
             raise FloatingPointError(f"Trainer.save: {reason}; {path} has not been touched")
-        extra = {"step": self.step, "rng": torch.get_rng_state(), "skipped": self.skipped}
+        extra = {"step": self.step, "rng": torch.get_rng_state(), "skipped": self.skipped, "left_out": int(self.left_out)}
+        if self.scheduler is not None:
+            extra["scheduler"] = {"class": type(self.scheduler).__name__, "state": self.scheduler.state_dict()}
         if hasattr(batches, "state_dict"):
             extra["data"] = batches.state_dict()
         save_checkpoint(path, self.sae, self.opt, extra)
@@ -352,11 +342,15 @@ class Trainer:
             if missing := [name for name in ("step", "rng") if name not in extra]:
                 raise ValueError(f"Trainer.load: {path} was not written by a Trainer: extra holds no {missing[0]!r}")
             try:
-                for name in ("step", "skipped"):
+                for name in ("step", "skipped", "left_out"):
                     checks.integer("its extra", name, extra.get(name, 0), 0)
+                scheduler = extra.get("scheduler", {"class": None, "state": {}})
+                ours = None if self.scheduler is None else type(self.scheduler).__name__
+                if scheduler["class"] != ours or (self.scheduler and set(scheduler["state"]) != set(self.scheduler.state_dict())):
+                    raise ValueError(f"its scheduler is {scheduler['class']}, the trainer's {ours}")
                 torch.Generator().set_state(extra["rng"])
                 data = dict(extra.get("data", {}))
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"Trainer.load: {path} is damaged or of something else: {error}") from error
             if "data" in extra and hasattr(batches, "load_state_dict"):
                 if not isinstance(batches, Batches):
@@ -368,7 +362,9 @@ class Trainer:
                 batches.load_state_dict({**data, **({"seed": batches.seed} if processes.rank() else {})})
 
         extra = restore(path, self.sae, self.opt, also=also).extra
-        self.step, self.skipped = extra["step"], extra.get("skipped", 0)
+        self.step, self.skipped, self.left_out = extra["step"], extra.get("skipped", 0), extra.get("left_out", 0)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(extra["scheduler"]["state"])
         if processes.rank() == 0:
             torch.set_rng_state(extra["rng"])
 
@@ -380,18 +376,94 @@ class Trainer:
             if len(set(steps)) > 1:
                 raise RuntimeError(f"Trainer.fit: resume must find {self.checkpoint} on all ranks, which are at the steps {steps} now")
 
-    def _stream(self, batches: Iterable[Any], steps: int | None) -> Iterator[Any]:
-        while steps is None or self.step < steps:
-            before = self.step
-            for batch in batches:
-                yield batch
-                if self.step == steps:
-                    return
-            if steps is None:
-                return
-            if self.step == before:
-                more = f" ({self.skipped} that were not finite have been skipped)" if self.skipped else ""
-                raise ValueError(f"Trainer.fit: batches ended after step {self.step} of {steps} and give no more{more}")
+
+def fit_all(
+    trainers: Mapping[str, Trainer],
+    batches: Iterable[Any],
+    steps: int | None = None,
+    *,
+    columns: Mapping[str, str | Mapping[str, str]] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Trains several dictionaries, of any sizes and hook points, in one pass: every batch is read once and goes to all of them.
+
+    Each ends in the bits that ``trainer.fit`` over the same batches gives it alone, with its own optimiser, callback and checkpoint.
+
+    Args:
+        trainers: by name; each with a checkpoint of its own, or none.
+        batches, steps: as in ``Trainer.fit``.
+        columns: of a batch that is a dictionary, what each trainer takes: the name of its x, or ``{"x": .., "target": .., "mask": ..}``;
+            a mask that is not named is the column "mask" where there is one. None: all of the batch, as ``Trainer.fit`` takes it.
+            ``shards.batches(size, ["layer_5", "layer_11"])`` gives such batches.
+        resume: each goes on from its checkpoint where there is one. Files may be of different steps, as after a crash: batches go on where
+            the one furthest behind was, and the others wait until it has come to them. (Batches without a state are the caller's to
+            position there.)
+        progress: one bar for all; the trainers' own are not shown.
+
+    Returns: the metrics of each one's last step.
+
+    Raises: as ``Trainer.fit``; a FloatingPointError says whose step it was. ValueError: no trainers, two of one file, a column that the
+    batch does not have.
+    """
+    op = "fit_all"
+    check_batches(op, batches)
+    steps = None if steps is None else checks.integer(op, "steps", steps, 0)
+    files = [trainer.checkpoint for trainer in trainers.values() if trainer.checkpoint is not None]
+    if not trainers or len(set(files)) < len(files) or len({id(trainer.sae) for trainer in trainers.values()}) < len(trainers):
+        raise ValueError(f"{op}: trainers must be at least one, each of an SAE and a checkpoint of its own, got {', '.join(trainers)}")
+    if columns is not None and set(columns) != set(trainers):
+        raise ValueError(f"{op}: columns must name {', '.join(trainers)}, got {', '.join(columns)}")
+    for trainer in trainers.values():
+        trainer._begin(op, resume)
+        if resume and trainer.checkpoint is not None and trainer.checkpoint.exists():
+            trainer.load(trainer.checkpoint)
+        if resume:
+            trainer._check_alike()
+    waiting = dict.fromkeys(trainers, 0)  # batches that a trainer has seen already
+    if resume:
+        last = min(trainers.values(), key=lambda trainer: trainer.step + trainer.skipped)
+        if last.checkpoint is not None and last.checkpoint.exists():
+            last.load(last.checkpoint, batches)
+        waiting = {name: trainer.step + trainer.skipped - last.step - last.skipped for name, trainer in trainers.items()}
+
+    def done() -> int:
+        return min(trainer.step for trainer in trainers.values())
+
+    def skipped() -> int:
+        return sum(trainer.skipped for trainer in trainers.values())
+
+    with _bar(progress, steps, done()) as bar, contextlib.ExitStack() as late:
+        for trainer in trainers.values():
+            late.enter_context(trainer._late())
+        for batch in endless(op, batches, steps, done, skipped):
+            before, shown = done(), False
+            for name, trainer in trainers.items():
+                waiting[name] -= 1
+                if waiting[name] < 0 and trainer.step != steps:
+                    try:
+                        shown |= trainer._take(op, batch if columns is None else chosen(op, batch, columns[name]), steps, batches)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(f"{op}: {name}: {error}") from error
+            bar.update(done() - before)
+            if shown:
+                bar.show("; ".join(f"{name}: {_summary(trainer._last)}" for name, trainer in trainers.items() if trainer._last))
+        for trainer in trainers.values():
+            trainer._end(op, steps, batches)
+    return {name: trainer._last for name, trainer in trainers.items()}
+
+
+def _check_scheduler(scheduler: Any, opt: Any, schedule: object) -> None:
+    if scheduler is None:
+        return
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError("Trainer: scheduler must step without a metric: step ReduceLROnPlateau in callback=")
+    if not all(callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")):
+        raise TypeError(f"Trainer: scheduler must be one of torch.optim.lr_scheduler, got {type(scheduler).__name__}")
+    if getattr(scheduler, "optimizer", opt) is not opt:
+        raise ValueError("Trainer: scheduler must be over opt, got one over another optimiser")
+    if schedule is not None:
+        raise ValueError("Trainer: schedule and scheduler must not both be given")
 
 
 def _steps_any(opt: Any, sae: SAE) -> bool:
@@ -407,21 +479,10 @@ def _steps_any(opt: Any, sae: SAE) -> bool:
     return any(id(p) in ours for p in held)
 
 
-def _check_batches(op: str, batches: Any) -> None:
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        hint = f"{list(batches.shape)}, which iterates over rows: Batches(x, size=..)" if isinstance(batches, Tensor) else ""
-        raise TypeError(f"{op}: batches must be an iterable of batches, got {type(batches).__name__} {hint}".rstrip())
-
-
-def _columns(batch: Any, device: torch.device) -> tuple[Any, ...]:
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    elif isinstance(batch, Mapping) and "x" in batch and not set(batch) - {"x", "target", "mask"}:
-        batch = (batch["x"], batch.get("target"), batch.get("mask"))
-    elif not isinstance(batch, (tuple, list)) or not 1 <= len(batch) <= 3:
-        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise TypeError(f"Trainer.fit: a batch must be x, (x, target), (x, target, mask) or a dict of these names, got {got}")
-    return tuple(None if column is None else column.to(device, non_blocking=True) for column in batch)
+def _summary(metrics: dict[str, float]) -> str:
+    text = f"FVU {metrics['fvu']:.3f}, L0 {metrics['l0']:.1f}, dead {metrics['dead']:.0f}"
+    text += f", {metrics['skipped']:.0f} skipped" if metrics["skipped"] else ""
+    return text + (f", {metrics['left_out']:.0f} rows left out" if metrics["left_out"] else "")
 
 
 class _bar:  # noqa: N801 (used as a function)
@@ -437,14 +498,12 @@ class _bar:  # noqa: N801 (used as a function)
             except ImportError:
                 pass
 
-    def update(self) -> None:
-        self.step += 1
+    def update(self, steps: int) -> None:
+        self.step += steps
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(steps)
 
-    def show(self, metrics: dict[str, float]) -> None:
-        text = f"FVU {metrics['fvu']:.3f}, L0 {metrics['l0']:.1f}, dead {metrics['dead']:.0f}"
-        text += f", {metrics['skipped']:.0f} skipped" if metrics["skipped"] else ""
+    def show(self, text: str) -> None:
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
         elif self.wanted:

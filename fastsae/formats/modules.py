@@ -21,6 +21,7 @@ class Module(Protocol):
     d_sae: int
     d_out: int
     tied: bool
+    silent: Tensor
     W_enc: nn.Parameter
     W_dec: nn.Parameter
 
@@ -40,6 +41,8 @@ M = TypeVar("M", bound=Module)
 def contents(sae: Module, folder: Path, **more: Any) -> dict[Path, files.Fill]:
     """What fills the files of ``save``; ``more`` as in ``weight_files.contents``."""
     tensors, config = sae.portable()
+    if bool(sae.silent.any()):  # as text: other readers expect no more tensors than they know
+        more["silent"] = sae.silent.tolist()
     names = {ours: theirs for theirs, ours in pretrained.NAMES.items()}
     tensors = {names.get(name, name): tensor.contiguous().cpu() for name, tensor in tensors.items()}
     return weight_files.contents(folder, "fastsae", tensors, config, **more)
@@ -127,7 +130,7 @@ def from_pretrained(
 
 def _made(kind: type[M], loaded: pretrained.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> M:
     """The module, in evaluation mode, that has these tensors as its parameters, without a copy where dtype and device are theirs."""
-    config, tensors, _ = loaded
+    config, tensors, more = loaded
     exact = ("running_threshold",)
     try:
         dtype = dtype or tensors["W_dec"].dtype
@@ -137,7 +140,10 @@ def _made(kind: type[M], loaded: pretrained.Loaded, dtype: torch.dtype | None, d
         W = tensors["W_dec"]
         if W.dim() != 2 or tuple(W.shape) != (sae.d_sae, sae.d_out):
             raise ValueError(f"W_dec must have shape [F={sae.d_sae}, {sae.d_out}], got {list(W.shape)}")
-        state = {"silent": W.new_zeros(sae.d_sae, dtype=torch.int64), "scale": W.new_ones(2, dtype=torch.float32)}
+        silent = W.new_tensor(more.get("silent", [0] * sae.d_sae), dtype=torch.int64)
+        if bool((silent < 0).any()):
+            raise ValueError(f"silent must be numbers of tokens, got {int(silent.min())}")
+        state = {"silent": silent, "scale": W.new_ones(2, dtype=torch.float32)}
         if "running_threshold" in dict(sae.named_buffers()) and "running_threshold" not in tensors:
             raise ValueError("running_threshold is missing, above which evaluation keeps scores")
         sae.load_state_dict({**state, **tensors}, assign=True)

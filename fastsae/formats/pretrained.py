@@ -381,12 +381,18 @@ def read(source: str | os.PathLike[str], format: str | None, options: Options) -
 # ---------------------------------------------------------------- the Hub
 
 
-def fetch(repository: str, subfolder: str | None, revision: str | None, format: str | None) -> Path:  # noqa: A002
-    """The folder of a Hub repository, downloaded (into huggingface_hub's cache): the weights and configurations of known names only."""
-    op = "SAE.from_pretrained"
+def check_subfolder(op: str, subfolder: str | None) -> list[str]:
+    """The parts of a path inside a repository; ValueError where it is none."""
     parts = (subfolder or "").split("/")
     if subfolder is not None and any(part in ("", ".", "..") or "\\" in part or ":" in part or "*" in part for part in parts):
         raise ValueError(f"{op}: subfolder must be a relative path inside the repository, got {subfolder!r}")
+    return parts
+
+
+def fetch(repository: str, subfolder: str | None, revision: str | None, format: str | None) -> Path:  # noqa: A002
+    """The folder of a Hub repository, downloaded (into huggingface_hub's cache): the weights and configurations of known names only."""
+    op = "SAE.from_pretrained"
+    parts = check_subfolder(op, subfolder)
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

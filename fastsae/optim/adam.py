@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastsae._core import checks
 from fastsae.ops.adam import ADAM, checked_options
-from fastsae.optim.jobs import Job, named_parameters
-from fastsae.optim.optimiser import Optimiser
+from fastsae.optim.jobs import Job, named_parameters, unwrapped
+from fastsae.optim.optimiser import Optimiser, Option
 
 
 class Adam(Optimiser):
@@ -22,11 +22,16 @@ class Adam(Optimiser):
     whose gradient is missing or None, or that is frozen (``requires_grad`` False), keeps its value, moments and step, as in torch.
 
     Args:
-        params: a module (an ``SAE``, or ``SAEs``), or named parameters such as ``module.named_parameters()``; float32 or float64.
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; may be set between steps. For ``SAEs`` lr may be a list, one a member.
+        params: a module (an ``SAE``, or ``SAEs``; or what holds one SAE, as ``torch.compile(sae)`` does), or named parameters such as
+            ``module.named_parameters()``. Those in half precision get a float32 master copy beside their moments, which steps move and
+            they are rounded from: the bits of a float32 optimiser with these gradients, for 14 bytes a parameter. What else is written
+            to such a parameter between steps is taken over, but not what goes past torch's version counter (``.data``).
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; may be set between steps, also in ``param_groups[0]``. For ``SAEs`` lr
+            may be a list, one a member.
         clip: largest global norm of the gradient, or None; of each member's for ``SAEs``. ``grad_norm`` then holds that of the last step,
             before clipping: ``[]``, or ``[E]``.
-        schedule: ``schedule(number of steps done)`` is a factor of ``lr``, e.g. ``warmup_linear_decay``; None: 1.
+        schedule: ``schedule(number of steps done)`` is a factor of ``lr``, e.g. ``warmup_linear_decay``; None: 1. One of
+            ``torch.optim.lr_scheduler``, stepped after each step, does the same; either, not both.
         unit_rows: names of matrices whose rows keep norm 1; None: what the module says in its attribute ``unit_rows``, or none.
         on_nonfinite: what becomes of a step whose loss is not finite, or whose gradient's norm is not or is so large (2^60 in float32, and
             with ``clip``, whose norm is float32's) that its square soon would not be; without ``clip`` a bound of the norm is looked at
@@ -41,6 +46,7 @@ class Adam(Optimiser):
         >>> metrics = opt.step(x)
     """
 
+    betas, eps, weight_decay = Option(), Option(), Option()
     _OPTIONS = ("lr", "betas", "eps", "weight_decay", "clip")
     _BUFFERS = ("exp_avg", "exp_avg_sq")
 
@@ -58,9 +64,8 @@ class Adam(Optimiser):
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ):
         op = "optim.Adam"
-        self.betas: tuple[float, float] = betas
-        self.eps, self.weight_decay = eps, weight_decay
-        super().__init__(params, lr, schedule, unit_rows, on_nonfinite)
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options, schedule, unit_rows, on_nonfinite)
         if clip is not None:
             clip = checks.number(op, "clip", clip)
         self.clip = clip
@@ -100,8 +105,8 @@ class Adam(Optimiser):
     def to_torch(self, **options: Any) -> torch.optim.Adam:
         """A ``torch.optim.Adam`` (``AdamW`` with a weight decay) over the same parameters with a copy of this state.
 
-        It has no clipping, schedule or unit rows of its own. ``options`` go to its constructor, e.g. ``fused=True``. ValueError where the
-        members of a stack have rates of their own: it knows one for a parameter.
+        It has no clipping, schedule or unit rows of its own, and its moments have the parameters' dtype. ``options`` go to its constructor,
+        e.g. ``fused=True``. ValueError where the members of a stack have rates of their own: it knows one for a parameter.
         """
         if isinstance(self.lr, Sequence):
             raise ValueError(f"Adam.to_torch: lr must be one number, got {self.lr}")
@@ -134,10 +139,7 @@ class Adam(Optimiser):
             optimizer: with the same options in all its groups, without amsgrad and maximize; a weight decay must be AdamW's.
         """
         op = "Adam.from_torch"
-        if isinstance(params, nn.Module):
-            named: Any = params
-        else:
-            named = list(params)
+        named, _ = unwrapped(op, params if isinstance(params, nn.Module) else list(params))
         names = list(named_parameters(op, named))
         if isinstance(optimizer, torch.optim.Optimizer):
             by_id = {id(p): name for name, p in named_parameters(op, named).items()}

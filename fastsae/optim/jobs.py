@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastsae._core import checks
 from fastsae.gradients import TiledGradient, norm
-from fastsae.ops.adam import DTYPES, GRAD_SQUARES, checked_gradient
+from fastsae.ops.adam import GRAD_SQUARES, checked_gradient
 
 TILE = 1 << 21  # elements of a TiledGradient that exist at a time
 
@@ -71,13 +71,37 @@ def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pie
             raise ValueError(f"{op}: {what}.n_features must be the {W.shape[0]} rows of the weights, got {gradient.n_features}")
         return gradient
     if isinstance(gradient, Tensor):
-        return gradient.reshape(W.shape), None, None, None
+        gradient = gradient.reshape(W.shape)
+        if gradient.dtype is not W.dtype:  # of half precision: widened a range at a time
+            return TiledGradient(gradient.__getitem__, W.shape[0], size=norm(gradient))
+        return gradient, None, None, None
     return checked_gradient(op, what, gradient, W)
 
 
 def matrix(p: Tensor) -> Tensor:
     """``[rows, D]`` on the same memory; a vector or number is one row."""
     return p.detach().flatten(0, -2) if p.dim() > 1 else p.detach().view(1, p.numel())
+
+
+def sae_in(op: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """(prefix of its names, the one SAE) that a module is or holds, as torch.compile's, DataParallel's or one's own does; the module itself
+    where it holds none. ValueError: several."""
+    if hasattr(type(module), "step_gradients"):
+        return "", module
+    found = {name: part for name, part in module.named_modules() if hasattr(type(part), "step_gradients")}
+    if len(found) > 1:
+        raise ValueError(f"{op}: {type(module).__name__} must hold one SAE, got {', '.join(found)}: each needs an optimiser of its own")
+    return next(((f"{name}.", part) for name, part in found.items()), ("", module))
+
+
+def unwrapped(op: str, params: Any) -> tuple[Any, list[str]]:
+    """(what parameters are taken from: past a wrapper that adds none to an SAE's; names of those with unit rows)."""
+    if not isinstance(params, nn.Module):
+        return params, []
+    prefix, inner = sae_in(op, params)
+    if len(list(inner.parameters())) == len(list(params.parameters())):
+        prefix, params = "", inner
+    return params, [prefix + name for name in getattr(inner, "unit_rows", ())]
 
 
 def named_parameters(op: str, params: Any) -> dict[str, Tensor]:
@@ -89,7 +113,7 @@ def named_parameters(op: str, params: Any) -> dict[str, Tensor]:
         if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], str):
             raise TypeError(f"{op}: params must be a module or pairs of name and parameter, got {type(entry).__name__}")
         name, p = entry
-        checks.tensor(op, name, p, DTYPES)
+        checks.tensor(op, name, p)
         if name in parameters:
             raise ValueError(f"{op}: {name!r} is given twice")
         if other := next((known for known, q in parameters.items() if q is p), None):

@@ -3,28 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, finite, flags, processes
 from fastsae.gradients import Gradient, StackedGradient, TiledGradient
-from fastsae.ops.adam import DTYPES
-from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time
+from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time, unwrapped
+from fastsae.reference import accumulator
 from fastsae.sae.losses import Metrics
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass
 class State:
     step: int
-    buffers: tuple[Tensor, ...]  # of the parameter's shape
+    buffers: tuple[Tensor, ...]  # of the parameter's shape, in float32 for a parameter in half precision
+    dtype: torch.dtype  # of the parameter
+    master: Tensor | None = None  # what a parameter in half precision is rounded from
+    version: int = -1  # of the parameter when it was
+
+    def weights(self, p: Tensor) -> Tensor:
+        """What a step moves: p, or its master copy, which takes over what others have written to p since."""
+        if self.master is None:
+            return p.detach()
+        if self.version != p._version:
+            self.master.copy_(torch.where(self.master.to(p.dtype) == p, self.master, p))
+        return self.master
+
+    def round_to(self, p: Tensor) -> None:
+        if self.master is not None:
+            p.detach().copy_(self.master)
+            self.version = p._version
 
 
-class Optimiser:
-    """What the optimisers share: parameters and their state, the forms of a gradient, the rate of a step."""
+class Option:
+    """An attribute that is an entry of ``param_groups[0]``, where torch's schedulers write to it."""
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, opt: Any, owner: type | None = None) -> Any:
+        return self if opt is None else opt.param_groups[0][self.name]
+
+    def __set__(self, opt: Any, value: Any) -> None:
+        opt.param_groups[0][self.name] = value
+
+
+class Optimiser(torch.optim.Optimizer):
+    """What the optimisers share: parameters and their state, the forms of a gradient, the rate of a step.
+
+    To torch they are optimisers with one group of parameters: ``param_groups[0]["lr"]`` (and betas, ..) may be read and set,
+    ``torch.optim.lr_scheduler`` takes them (one rate for all members of ``SAEs``), and ``torch.amp.GradScaler`` where gradients come from
+    ``backward()``. ``state_dict`` is their own.
+    """
+
+    lr = Option()
     _OPTIONS: tuple[str, ...]
     _BUFFERS: tuple[str, ...]
     _SUMS: tuple[str, ...] = ()  # lists that count over steps
@@ -32,7 +69,7 @@ class Optimiser:
     def __init__(
         self,
         params: nn.Module | Iterable[tuple[str, Tensor]],
-        lr: float | Sequence[float],
+        options: dict[str, Any],
         schedule: Callable[[int], float] | None,
         unit_rows: Sequence[str] | None,
         on_nonfinite: Literal["raise", "skip"],
@@ -40,14 +77,16 @@ class Optimiser:
         op = f"optim.{type(self).__name__}"
         self.on_nonfinite = on_nonfinite
         self.skipped = 0
+        params, rows = unwrapped(op, params)
         self.module = params if isinstance(params, nn.Module) else None
         self.members: int | None = getattr(params, "n_dictionaries", None)
         self.parameters = named_parameters(op, params)
-        self.lr: float | Sequence[float] = list(lr) if isinstance(lr, (tuple, list)) else lr
+        lr = options["lr"]
+        super().__init__(list(self.parameters.values()), {**options, "lr": list(lr) if isinstance(lr, (tuple, list)) else lr})
         self._check_options(op)
         if schedule is not None and not callable(schedule):
             raise TypeError(f"{op}: schedule must be callable, got {type(schedule).__name__}")
-        unit_rows = tuple(getattr(params, "unit_rows", ()) if unit_rows is None else unit_rows)
+        unit_rows = tuple(rows if unit_rows is None else unit_rows)
         for name in unit_rows:
             if name not in self.parameters or self.parameters[name].dim() < 2:
                 matrices = [name for name, p in self.parameters.items() if p.dim() >= 2]
@@ -58,17 +97,27 @@ class Optimiser:
         self._flag: Tensor | None = None  # on a GPU: whether a step was refused, and the steps taken before it
         self._log: list[Any] = []  # the counters before each step since that was read
 
-    def step(self, x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Metrics:
+    @overload
+    def step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any) -> Metrics: ...
+    @overload
+    def step(self, x: None = None) -> None: ...
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride] # torch's takes a closure
+        self, x: Tensor | None = None, target: Tensor | None = None, mask: Tensor | None = None, **loss_options: Any
+    ) -> Metrics | None:
         """One training step on ``x``: ``module.step_gradients(x, target=, mask=, **loss_options)``, then ``apply``.
 
-        Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them.
+        Without ``x``, after ``loss.backward()``, it is ``apply()``, as torch's are called.
+
+        Returns: the metrics of ``step_gradients``: tensors, nothing has waited for them. None without ``x``.
 
         Raises: what ``step_gradients`` and ``apply`` raise; the module's buffers are then as before, too. RuntimeError: in a process group
-        of several processes, whose models would not be one.
+        of several processes, whose models would not be one. TypeError: neither ``x`` nor gradients.
         """
         kind = type(self).__name__
         if x is None:
-            raise TypeError(f"{kind}.step: x must be given, the rows of a fused step; after loss.backward() it is {kind}.apply()")
+            if not self._has_gradients():
+                raise TypeError(f"{kind}.step: x must be given, the rows of a fused step, or gradients, by loss.backward() before it")
+            return self.apply()
         step_gradients = getattr(self.module, "step_gradients", None)
         if self.module is None or step_gradients is None:
             raise TypeError(
@@ -110,6 +159,7 @@ class Optimiser:
     ) -> bool | Tensor:
         """Whether the step was refused: nothing was written then."""
         op = f"{type(self).__name__}.apply"
+        self._opt_called = True  # which a scheduler of torch looks at
         self._check_ready(op)
         self._check_options(op)
         if len(self._log) >= 1000:
@@ -139,9 +189,12 @@ class Optimiser:
             factors = factors if len(factors) > 1 else factors * (self.members or 1)
         self._states.update(states)
         self.steps += 1
-        for name in {job.name for job in jobs}:
+        stepped = dict.fromkeys(job.name for job in jobs)
+        for name in stepped:
             self._states[name].step += 1
         self._move(jobs, rates if len(rates) > 1 else rates * (self.members or 1), factors)
+        for name in stepped:
+            self._states[name].round_to(self.parameters[name])
         return refused
 
     def _refusal(self, method: str, *batch: Tensor | None) -> str:
@@ -172,7 +225,7 @@ class Optimiser:
         self._flag.zero_()
         if bad:
             self.steps, steps, sums = log[count]
-            self._states = {name: State(step, self._states[name].buffers) for name, step in steps.items()}
+            self._states = {name: replace(self._states[name], step=step) for name, step in steps.items()}
             for name, value in zip(self._SUMS, sums):
                 setattr(self, name, value)
             raise FloatingPointError(f"{self._refusal('step')}. {len(log) - count - 1} steps after it were not taken either")
@@ -214,19 +267,20 @@ class Optimiser:
             p = self.parameters[name]
             if gradient is None or (isinstance(p, nn.Parameter) and not p.requires_grad):
                 continue
-            checks.tensor(op, name, p, DTYPES)
+            checks.tensor(op, name, p)
             if self.module is not None and getattr(self.module, name, p) is not p:
                 raise ValueError(f"{op}: {name} of the module is another parameter now: make the optimiser after changing a module")
-            state = self._states.get(name) or State(0, self._fresh(p))
-            for what in ("dtype", "device", "shape"):
-                was, now = getattr(state.buffers[0], what), getattr(p, what)
+            state = self._states.get(name) or self._first_state(p)
+            was_of = {"dtype": state.dtype, "device": state.buffers[0].device, "shape": state.buffers[0].shape}
+            for what, was in was_of.items():
+                now = getattr(p, what)
                 if was != now:
                     error = ValueError if what == "shape" else TypeError
                     raise error(f"{op}: {name} was {was} at its first step and is {now} now: make the optimiser after changing a module")
             fresh[name] = state
             what, unit = f"gradient of {name}", name in self.unit_rows
             if isinstance(gradient, Tensor):
-                checks.tensor(op, what, gradient, (p.dtype,), p)
+                checks.tensor(op, what, gradient, checks.beside(p), p)
                 checks.shape(op, what, gradient, tuple(p.shape), str(list(p.shape)))
             if isinstance(gradient, StackedGradient):
                 if self.members is None or gradient.n != self.members:
@@ -235,7 +289,7 @@ class Optimiser:
                 fits = not isinstance(joint, TiledGradient) or joint.block <= rows_at_a_time(p.shape[-1])
                 if joint is not None and fits and not self._by_member:
                     gradient = joint
-            stacks = (p.detach(), *state.buffers)
+            stacks = (state.weights(p), *state.buffers)
             if self.members is not None and (self._by_member or isinstance(gradient, StackedGradient)):
                 of = gradient.part if isinstance(gradient, StackedGradient) else gradient.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
                 parts = ((*(t[e] for t in stacks), of(e), e) for e in range(self.members))
@@ -247,16 +301,30 @@ class Optimiser:
         jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
         return jobs, fresh
 
+    def _first_state(self, p: Tensor) -> State:
+        master = p.detach().to(torch.float32) if p.dtype in HALF else None
+        return State(0, self._fresh(p if master is None else master), p.dtype, master)
+
     @property
     def _by_member(self) -> bool:
         """Whether the members of a stack differ in their step."""
         return self.members is not None and isinstance(self.lr, Sequence) and len(set(self.lr)) > 1
 
     def state_dict(self) -> dict[str, Any]:
-        """``steps``, the options, and ``state``: step and moments by parameter name. A schedule is a function and not in it."""
+        """``steps``, the options, and ``state``: step, moments and master copy by parameter name. A schedule is a function and not in it;
+        ``group`` is what a scheduler of torch keeps in ``param_groups``."""
         self.settle()
-        state = {name: {"step": s.step, **dict(zip(self._BUFFERS, s.buffers))} for name, s in self._states.items()}
-        return {"steps": self.steps, **{name: getattr(self, name) for name in self._OPTIONS}, "state": state}
+        state = {name: self._entry(s) for name, s in self._states.items()}
+        group = {name: value for name, value in self.param_groups[0].items() if name not in self.defaults and name != "params"}
+        return {
+            "steps": self.steps,
+            **{name: getattr(self, name) for name in self._OPTIONS},
+            "state": state,
+            **({"group": group} if group else {}),
+        }
+
+    def _entry(self, s: State) -> dict[str, Any]:
+        return {"step": s.step, **dict(zip(self._BUFFERS, s.buffers)), **({} if s.master is None else {"master": s.master})}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -265,6 +333,9 @@ class Optimiser:
         op = f"{kind}.load_state_dict"
         if missing := [name for name in ("steps", *self._OPTIONS, "state") if name not in state_dict]:
             raise ValueError(f"{op}: not a state of fastsae.optim.{kind}: {missing[0]!r} is missing")
+        group = state_dict.get("group", {})
+        if not isinstance(group, Mapping) or {"params", *self.defaults} & set(group):
+            raise ValueError(f"{op}: group must be what a scheduler keeps in param_groups, got {group!r}")
         states = {name: self._checked_state(op, name, entry) for name, entry in state_dict["state"].items()}
         steps = checks.integer(op, "steps", state_dict["steps"], 0)
         before = {name: getattr(self, name) for name in self._OPTIONS}
@@ -277,6 +348,7 @@ class Optimiser:
                 setattr(self, name, value)
             raise
         self._states, self.steps, self._log = states, steps, []
+        self.param_groups[0].update(group)
         if self._flag is not None:
             self._flag.zero_()
 
@@ -284,12 +356,55 @@ class Optimiser:
         if name not in self.parameters:
             raise ValueError(f"{op}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")
         p = self.parameters[name]
-        buffers = []
-        for key in self._BUFFERS:
-            buffer = checks.tensor(op, f"{key} of {name}", entry[key], (p.dtype,))
+        wide = accumulator(p.dtype)
+        held: dict[str, Tensor] = {}
+        for key in (*self._BUFFERS, *(("master",) if "master" in entry else ())):
+            buffer = checks.tensor(op, f"{key} of {name}", entry[key], checks.beside(p))
             checks.shape(op, f"{key} of {name}", buffer, tuple(p.shape), str(list(p.shape)))
-            buffers.append(torch.zeros_like(p).copy_(buffer))
-        return State(int(entry["step"]), tuple(buffers))
+            held[key] = torch.zeros_like(p, dtype=wide).copy_(buffer)
+        if "master" in held and p.dtype not in HALF:
+            raise TypeError(f"{op}: {name} must have a half-precision dtype, whose master copy the state holds, got {p.dtype}")
+        state = self._first_state(p)
+        return replace(
+            state, step=int(entry["step"]), buffers=tuple(held[key] for key in self._BUFFERS), master=held.get("master", state.master)
+        )
+
+    # ------------------------------------------------------------ what torch expects of an optimiser
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        """By parameter, as torch's: ``step`` (a copy) and the buffers themselves, which may be written to between steps."""
+        return {self.parameters[name]: self._entry(s) for name, s in self._states.items()}
+
+    @state.setter
+    def state(self, value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride] # torch's is an attribute
+        """torch's constructor sets an empty one."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """NotImplementedError: there is one group, made by the constructor."""
+        if self.param_groups:
+            raise NotImplementedError(
+                f"{type(self).__name__}.add_param_group: parameters are stepped by name, in one group (a module's steps and clip need all "
+                "of them): name all in the constructor, or make an optimiser for those of another rate"
+            )
+        self.param_groups.append({**self.defaults, **param_group})
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.parameters.values())
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler.step asks first, and nobody else: RuntimeError where there is nothing to unscale."""
+        if not self._has_gradients():
+            raise RuntimeError(
+                "GradScaler.step: there are no gradients, by scaler.scale(loss).backward(). A fused step forms its own, whose sums are in "
+                f"float32 and need no scale: call {type(self).__name__}.step(x) without the scaler"
+            )
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it, for copies and pickles; a scheduler's wrapper around ``step`` stays with the scheduler."""
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
 
 @torch.no_grad()

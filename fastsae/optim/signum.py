@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsae._core import checks
 from fastsae.ops.signum import SIGNUM
 from fastsae.optim.jobs import Job
-from fastsae.optim.optimiser import Optimiser
+from fastsae.optim.optimiser import Optimiser, Option
 
 
 class Signum(Optimiser):
@@ -27,7 +27,7 @@ class Signum(Optimiser):
     that is frozen, keeps its value and z; a feature that no token touched has gradient 0: its z stays and its y moves towards z.
 
     Args:
-        params: a module (an ``SAE``, or ``SAEs``), or named parameters such as ``module.named_parameters()``; float32 or float64.
+        params: as in ``Adam``; the master copy of a parameter in half precision holds y (x in ``eval()``).
         lr: of one step, the size by which each element of z moves; for ``SAEs`` it may be a list, one a member.
         momentum: above 0, at most 1. schedule, unit_rows, on_nonfinite: as in ``Adam``; a warm-up is the schedule that makes sense.
 
@@ -39,6 +39,7 @@ class Signum(Optimiser):
         >>> opt.eval()  # before saving or evaluating; opt.train() before the next step
     """
 
+    momentum = Option()
     _OPTIONS = ("lr", "momentum", "lr_max", "weight_sum", "training")
     _BUFFERS = ("z",)
     _SUMS = ("lr_max", "weight_sum")
@@ -53,9 +54,8 @@ class Signum(Optimiser):
         unit_rows: Sequence[str] | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ):
-        self.momentum = momentum
         self.training = True
-        super().__init__(params, lr, schedule, unit_rows, on_nonfinite)
+        super().__init__(params, {"lr": lr, "momentum": momentum}, schedule, unit_rows, on_nonfinite)
         self.lr_max = [0.0] * (self.members or 1)
         self.weight_sum = [0.0] * (self.members or 1)
 
@@ -78,7 +78,8 @@ class Signum(Optimiser):
             return
         self.training = training
         for name, state in self._states.items():
-            self.parameters[name].detach().lerp_(state.buffers[0], share)
+            state.weights(self.parameters[name]).lerp_(state.buffers[0], share)
+            state.round_to(self.parameters[name])
 
     def _move(self, jobs: Sequence[Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
         shares = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -60,7 +60,7 @@ def save_checkpoint(
 
 def _stepped(sae: SAE | SAEs, opt: object) -> dict[str, Any] | None:
     """What a torch optimiser's state does not say: its class, and the names of the parameters that it numbers."""
-    if not isinstance(opt, torch.optim.Optimizer):
+    if not isinstance(opt, torch.optim.Optimizer) or isinstance(getattr(opt, "parameters", None), Mapping):  # by name: ours
         return None
     names = {id(p): name for name, p in sae.named_parameters()}
     return {"class": type(opt).__name__, "names": [[names.get(id(p), "") for p in group["params"]] for group in opt.param_groups]}
@@ -228,10 +228,10 @@ def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Stateful)
 def _plain(name: str, value: Any) -> Any:
     """What ``torch.load(weights_only=True)`` reads back: of these types exactly, and keys that are numbers or text."""
     value = checks.plain(value)  # a schedule's rate, of NumPy's cosine
-    if type(value) in (dict, OrderedDict):
+    if type(value) in (dict, OrderedDict, Counter):  # the last: a scheduler's milestones
         if wrong := [key for key in value if type(key) not in (bool, int, float, str)]:
             raise TypeError(f"save_checkpoint: keys of {name} must be numbers or text, got {type(wrong[0]).__name__}")
-        return type(value)((key, _plain(f"{name}.{key}", item)) for key, item in value.items())
+        return type(value)({key: _plain(f"{name}.{key}", item) for key, item in value.items()})
     if type(value) in (list, tuple, torch.Size):
         return type(value)(_plain(f"{name}.{index}", item) for index, item in enumerate(value))
     if isinstance(value, Tensor):

@@ -21,6 +21,7 @@ from fastsae.reference import accumulator
 from fastsae.sae import autograd, init
 from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, Kind, L, ReLU, TopK, checked, with_k
 from fastsae.sae.config import arguments, to_json
+from fastsae.sae.hub import Published
 from fastsae.sae.inputs import Encoded, Inputs, autocast_off, cast, check_x, checked_rows, checked_terms, is_dense
 from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Weights, squares
 from fastsae.sae.packing import Packing
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class SAE(Packing, Wrapped, Generic[L]):
+class SAE(Packing, Wrapped, Published, Generic[L]):
     """Sparse autoencoder: ``latents = activation(W_enc (x - b_dec) + b_enc)``, ``x_hat = W_dec^T latents + b_dec``.
 
     With ``d_out`` it is a transcoder: it reconstructs a ``target`` from ``x``, ``b_dec [d_out]`` is not subtracted from ``x``, and ``skip``
@@ -476,8 +477,9 @@ class SAE(Packing, Wrapped, Generic[L]):
         Needs safetensors.
 
         ``sae.safetensors`` holds checksums and the configuration too, which is what ``load`` takes: a reader gets the older module or the
-        new one, whole, also where a save was interrupted; ``cfg.json`` is for other readers. Training state (optimiser, silent features,
-        unfolded normalisation) is what ``save_checkpoint`` keeps. OSError that names the file where it could not be written.
+        new one, whole, also where a save was interrupted; ``cfg.json`` is for other readers. What evaluation needs is kept: the running
+        threshold, and the silent counts, by which features are dead. Training state (optimiser, unfolded normalisation) is what
+        ``save_checkpoint`` keeps. OSError that names the file where it could not be written.
         """
         return modules.save(self, folder)
 
@@ -565,8 +567,8 @@ class SAE(Packing, Wrapped, Generic[L]):
                 from this module's, ``b_dec`` moves into or out of the encoder's bias (the same scores up to rounding).
             metadata: JSON values to write beside: SAELens's ``metadata`` (``model_name``, ``hook_name`` ..), else an entry of its own.
 
-        Files hold what inference needs: loss options, k annealing and optimisers stay behind. What a format cannot say raises ValueError
-        that names it.
+        Files of other formats hold what inference needs: loss options, silent counts and optimisers stay behind. What a format cannot say
+        raises ValueError that names it.
         """
         return modules.save_pretrained(self, folder, format, metadata)
 

@@ -159,18 +159,27 @@ class ActivationShards:
         order = _Order(self, seed, epoch, checks.integer(op, "window", window, 1), names)
         return _ahead(ahead, readers, range(start, self.rows // batch), lambda n: order.rows(n * batch, batch, rank, ranks))
 
-    def batches(self, size: int, x: str | None = None, target: str | None = None, mask: str | None = None, **options: Any) -> ShardBatches:
+    def batches(
+        self, size: int, x: str | Sequence[str] | None = None, target: str | None = None, mask: str | None = None, **options: Any
+    ) -> ShardBatches:
         """Endless batches for a ``Trainer``, whose position a checkpoint keeps.
 
         Args:
-            size: rows a batch. x, target, mask: columns; x may be left out where there is one column besides those.
-            options: ``seed``, ``rank``, ``ranks``, ``window``, ``ahead``, ``readers`` of ``iterate``.
-            dtype: of x and target, e.g. ``torch.float32``; None: as stored.
+            size: rows a batch. x, target, mask: columns; x may be left out where there is one column besides those. Several x: a batch
+                holds each by its own name, beside "mask", for ``fastsae.trainer.fit_all``.
+            options: ``seed``, ``rank``, ``ranks``, ``window``, ``ahead``, ``readers`` of ``iterate``. dtype: of x and target, e.g.
+                ``torch.float32``; None: as stored. ignore: ``{"position": 0, "token": [1, 2]}``, rows that do not count (their mask is
+                False), though a batch keeps its size: where the column of integers holds that value, or one of these.
         """
         left = [name for name in self.columns if name not in (target, mask)]
         if x is None and len(left) != 1:
             raise ValueError(f"ActivationShards.batches: x must name one of the columns {', '.join(left)}")
-        given = {"x": x or left[0], "target": target, "mask": mask}
+        if x is None or isinstance(x, str):
+            given = {"x": x or left[0], "target": target, "mask": mask}
+        else:
+            given = {**{name: name for name in x}, "mask": mask}
+            if target is not None or not x or "mask" in x:
+                raise ValueError(f"ActivationShards.batches: several x go without target, and none may be named mask, got {list(x)}")
         return ShardBatches(self, size, {role: name for role, name in given.items() if name is not None}, **options)
 
     def checked_names(self, op: str, columns: Sequence[str] | None) -> list[str]:
@@ -262,24 +271,36 @@ class ShardBatches:
         *,
         seed: int = 0,
         dtype: torch.dtype | None = None,
+        ignore: Mapping[str, int | Sequence[int]] | None = None,
         **options: Any,
     ):
+        op = "ActivationShards.batches"
         self.store, self.roles, self.dtype, self.options = store, dict(roles), dtype, options
-        self.size = checks.integer("ActivationShards.batches", "size", size, 1, max(len(store), 1), f"rows={len(store)}")
-        self.seed = checks.integer("ActivationShards.batches", "seed", seed, 0)
+        self.size = checks.integer(op, "size", size, 1, max(len(store), 1), f"rows={len(store)}")
+        self.seed = checks.integer(op, "seed", seed, 0)
         self.pass_number, self.position = 0, 0
-        store.checked_names("ActivationShards.batches", list(roles.values()))
+        store.checked_names(op, [*roles.values(), *(ignore or {})])
+        self.ignore: dict[str, Tensor] = {}
+        for name, values in (ignore or {}).items():
+            kind, shape = store.columns[name]
+            if kind.is_floating_point or shape:
+                raise ValueError(f"{op}: ignore must name columns of integers, one a row, got {name!r}, {kind} {list(shape)}")
+            numbers = [values] if isinstance(values, int) else [checks.integer(op, f"ignore[{name!r}]", v, -(2**63)) for v in values]
+            self.ignore[name] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            names = list(dict.fromkeys(self.roles.values()))
+            names = list(dict.fromkeys([*self.roles.values(), *self.ignore]))
             for columns in self.store.iterate(
                 self.size, seed=self.seed, epoch=self.pass_number, start=self.position, columns=names, **self.options
             ):
                 self.position += 1
                 batch = {role: columns[name] for role, name in self.roles.items()}
                 if self.dtype is not None:
-                    batch |= {role: batch[role].to(self.dtype) for role in ("x", "target") if role in batch}
+                    batch |= {role: column.to(self.dtype) for role, column in batch.items() if role != "mask"}
+                for name, values in self.ignore.items():
+                    kept = ~torch.isin(columns[name].to(torch.int64), values)
+                    batch["mask"] = kept & checks.mask("ShardBatches", "mask", batch["mask"]) if "mask" in batch else kept
                 yield batch
             self.pass_number, self.position = self.pass_number + 1, 0
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("dispatch", "gradients", "packed", "reference", "testing", "verify"),
     ("ops",),
     ("codes", "compare", "formats", "functional", "plots", "polytopes"),
-    ("optim", "sae", "superposition", "trainer"),
+    ("batches", "optim", "sae", "superposition", "trainer"),
     ("patch",),
     ("lm", "store"),
     ("__init__",),

@@ -416,7 +416,7 @@ def test_warmup_linear_decay() -> None:
         ({"W": normal(2, 2)}, {}, TypeError, "params must be a module or named parameters, got dict"),
         ([], {}, ValueError, "there are no parameters"),
         ([("W", normal(2, 2)), ("W", normal(2, 2))], {}, ValueError, "'W' is given twice"),
-        ([("W", normal(2, 2).bfloat16())], {}, TypeError, "W must have dtype float32, float64, got bfloat16"),
+        ([("W", normal(2, 2).int())], {}, TypeError, "W must have dtype float32, bfloat16, float16, float64, got int32"),
         ([("W", normal(1, 2).expand(2, 2))], {}, ValueError, "W must not be an expanded tensor"),
         ([("W", normal(2, 3, 4).transpose(0, 1))], {}, ValueError, r"W must be contiguous or a matrix, got \[3, 2, 4\]"),
         ([("W", normal(2, 2))], {"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
@@ -479,7 +479,7 @@ def test_a_module_that_has_changed() -> None:
     with pytest.raises(TypeError, match=r"^Adam.apply: W_enc was torch.float32 at its first step and is torch.float64 now"):
         opt.apply({"W_enc": normal(F, D).double()})
     stub.half()
-    with pytest.raises(TypeError, match=r"^Adam.apply: W_enc must have dtype float32, float64, got float16"):
+    with pytest.raises(TypeError, match=r"^Adam.apply: W_enc was torch.float32 at its first step and is torch.float16 now"):
         opt.apply({"W_enc": normal(F, D).half()})
 
 
@@ -488,7 +488,7 @@ def test_a_step_needs_a_module_that_knows_its_gradients() -> None:
         with pytest.raises(TypeError, match=rf"Adam.step: needs a module with step_gradients, got {kind}"):
             Adam(params).step(normal(2, 2))
     for opt in (Adam(nn.Linear(2, 2)), Signum(nn.Linear(2, 2))):
-        with pytest.raises(TypeError, match=rf"^{type(opt).__name__}.step: x must be given.*after loss.backward\(\) it is .*apply\(\)"):
+        with pytest.raises(TypeError, match=rf"^{type(opt).__name__}.step: x must be given.*or gradients, by loss.backward\(\)"):
             opt.step()
 
 

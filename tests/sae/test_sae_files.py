@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+import sys
+import tempfile
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from sae_cases import build, build_variant, each, rows, variant
 
-from fastsae import SAE, AuxK, TopK
+from fastsae import SAE, AuxK, BatchTopK, ReLU, SAEs, TopK
 
 # ---------------------------------------------------------------- files
 
@@ -136,3 +141,93 @@ def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         SAE(7, 20, TopK(3), seed=1).save(folder)
     assert torch.equal(SAE.load(folder).W_dec, sae.W_dec)
+
+
+# ---------------------------------------------------------------- what evaluation needs, and the Hub
+
+
+def test_silent_counts_and_the_running_threshold_are_kept(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    members = [SAE(8, 32, BatchTopK(2), dead_after=20, seed=seed) for seed in range(2)]
+    for sae in members:
+        for step in range(3):
+            sae.loss(rows(10, 8, seed=step))
+    for of, again in (
+        (members[0], SAE.load(members[0].save(tmp_path / "a"))),
+        (members[0], SAE.from_pretrained(members[0].save_pretrained(tmp_path / "b"), dtype=torch.bfloat16)),
+        (members[1], SAEs.load(SAEs(copy.deepcopy(members)).save(tmp_path / "c"))[1]),
+    ):
+        assert 0 < int(of.dead_features.sum()) < 32
+        assert torch.equal(again.silent, of.silent) and again.silent.dtype is torch.int64
+        assert torch.equal(again.dead_features, of.dead_features)
+        assert torch.equal(again.running_threshold, of.running_threshold) and float(again.running_threshold) > 0
+
+
+class FakeApi:
+    """huggingface_hub.HfApi, of which nothing leaves the machine."""
+
+    calls: ClassVar[list[tuple[str, Any]]] = []
+    readme = False
+
+    def __init__(self, token: Any = None):
+        self.calls.append(("token", token))
+
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
+        self.calls.append(("create", (repo_id, private, exist_ok)))
+        return types.SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def file_exists(self, repo_id: str, filename: str, *, revision: str | None) -> bool:
+        return self.readme
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, revision: str | None, commit_message: str) -> Any:
+        copied = Path(tempfile.mkdtemp(dir=self.calls[0][1]))
+        shutil.copytree(folder_path, copied, dirs_exist_ok=True)
+        self.calls.append(("upload", (repo_id, copied, revision, commit_message)))
+        return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeApi]:
+    pytest.importorskip("safetensors")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=FakeApi))
+    FakeApi.calls[:] = [("folder", tmp_path)]
+    return FakeApi
+
+
+def test_push_to_hub(hub: type[FakeApi], monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = SAE(8, 32, TopK(3), seed=0)
+    assert sae.push_to_hub("dictionary", private=True, token="secret", revision="pr") == "https://hub/me/dictionary/commit/1"
+    (_, token), (_, created), (_, (repository, folder, revision, message)) = hub.calls[1:]
+    assert (token, created, repository, revision) == ("secret", ("dictionary", True, True), "me/dictionary", "pr") and message
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "cfg.json", "sae.safetensors"]
+    x = rows(6, 8)
+    assert torch.equal(SAE.from_pretrained(folder)(x).x_hat, sae.eval()(x).x_hat)
+    card = (folder / "README.md").read_text()
+    assert 'SAE.from_pretrained("me/dictionary")' in card and "secret" not in card and card.startswith("---\ntags:\n- sparse-autoencoder")
+
+    monkeypatch.setattr(hub, "readme", True)  # what somebody has written stays
+    sae.push_to_hub("us/many", format="saelens", subfolder="layers/5", metadata={"model_name": "m"})
+    folder = hub.calls[-1][1][1]
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+        "layers/5/cfg.json",
+        "layers/5/sae_weights.safetensors",
+    ]
+    sae.push_to_hub("us/many", card="# Ours\n")
+    assert (hub.calls[-1][1][1] / "README.md").read_text() == "# Ours\n"
+
+
+def test_push_to_hub_refuses_before_it_uploads(hub: type[FakeApi], monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = SAE(8, 32, ReLU(), seed=0)
+    for call, error, message in (
+        (lambda: sae.push_to_hub(3), TypeError, "SAE.push_to_hub: repo_id must be the name of a repository, got int"),  # pyright: ignore
+        (lambda: sae.push_to_hub("a/b", subfolder="../c"), ValueError, "SAE.push_to_hub: subfolder must be a relative path"),
+        (lambda: sae.push_to_hub("a/b", format="sparsify"), ValueError, "sparsify"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert len(hub.calls) == 1
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        ImportError, match=r"SAE.push_to_hub: writing to the Hub needs huggingface_hub: pip install 'fastsae-kernels\[hub\]'"
+    ):
+        sae.push_to_hub("a/b")

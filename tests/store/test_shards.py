@@ -20,6 +20,7 @@ from fastsae import Trainer
 from fastsae.store import ActivationShards, ShardWriter, open_activations
 from fastsae.store import shards as module
 from fastsae.store.columns import Shard
+from fastsae.trainer import fit_all
 
 pytest.importorskip("safetensors", reason="safetensors is not installed (extra [store])")
 
@@ -269,3 +270,51 @@ def test_saelens_caches(tmp_path: Path) -> None:
     assert store.about == {"context_size": 5} and len(store) == 40
     found = store.read(0, 40)
     assert torch.equal(found["blocks.0"], x.view(40, D)) and torch.equal(found["token_ids"].view(8, 5), token)
+
+
+# ---------------------------------------------------------------- rows that do not count, several columns
+
+
+def test_rows_are_left_out_by_a_stored_column(folder: Path) -> None:
+    store = ActivationShards(folder)
+    gone = [3, 500, 501]
+    found = store.batches(50, x="mlp.3", mask="mask", ignore={"token": gone}, seed=2, ahead=0)
+    plain = store.iterate(50, seed=2)
+    for batch, columns in zip(found, plain):
+        assert set(batch) == {"x", "mask"} and batch["mask"].dtype is torch.bool
+        expected = [bool(counts) and token not in gone for counts, token in zip(columns["mask"], columns["token"].tolist())]
+        assert batch["mask"].tolist() == expected and torch.equal(batch["x"], columns["mlp.3"])
+    alone = next(iter(store.batches(N, x="mlp.3", ignore={"token": 7, "mask": 0}, ahead=0)))  # no mask given: one is made
+    assert int(alone["mask"].sum()) == int(store.read(0, N)["mask"].sum()) - int(store.read(7, 8)["mask"])
+    assert next(iter(store.batches(N, x="mlp.3", ignore={"token": []}, ahead=0)))["mask"].all()
+    for ignore, error, message in (
+        ({"position": 0}, ValueError, "columns must be of .*, got 'position'"),
+        ({"mlp.3": 0}, ValueError, r"ignore must name columns of integers, one a row, got 'mlp.3', torch.bfloat16 \[6\]"),
+        ({"token": [0.5]}, TypeError, r"ignore\['token'\] must be an int, got float"),
+    ):
+        with pytest.raises(error, match=f"^ActivationShards.batches: {message}"):
+            store.batches(4, x="mlp.3", ignore=ignore)
+
+
+def test_one_pass_feeds_several_dictionaries(tmp_path: Path, small_blocks: None) -> None:
+    with ShardWriter(tmp_path / "store", rows_a_shard=60) as writer:
+        writer.append(
+            {"layer 1": data().bfloat16(), "layer 2": data(seed=1).bfloat16(), "position": torch.arange(200, dtype=torch.int32) % 8}
+        )
+    store = ActivationShards(tmp_path / "store")
+    hooks = {"a": "layer 1", "b": "layer 2", "c": "layer 2"}
+
+    def trainer(name: str) -> Trainer:
+        sae = build("relu" if name == "c" else "topk")
+        return Trainer(sae, adam(sae), progress=False)
+
+    options: dict[str, Any] = {"seed": 3, "dtype": torch.float32, "ignore": {"position": 0}}
+    together = {name: trainer(name) for name in hooks}
+    found = fit_all(together, store.batches(20, ["layer 1", "layer 2"], **options), 12, columns=hooks, progress=False)
+    for name, hook in hooks.items():
+        alone = trainer(name)
+        assert alone.fit(store.batches(20, hook, **options), 12) == found[name] and same(alone.sae, together[name].sae)
+        assert found[name]["left_out"] > 20
+    for x, target in (([], None), (["layer 1"], "layer 2")):
+        with pytest.raises(ValueError, match=r"^ActivationShards.batches: several x go without target, and none may be named mask"):
+            store.batches(4, x, target)

@@ -1,0 +1,104 @@
+"""An SAE on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastsae.formats import pretrained
+
+_CARD = """---
+tags:
+- sparse-autoencoder
+- interpretability
+---
+
+# {name}
+
+A sparse autoencoder in the format `{format}`: {about}.
+
+```python
+from fastsae import SAE
+
+sae = SAE.from_pretrained("{repository}"{subfolder})
+latents = sae.encode(x)  # x [.., {d_in}]
+x_hat = sae.decode(latents{skip})
+```
+"""
+
+
+class Published(nn.Module):
+    """A module with ``save_pretrained`` that can be uploaded."""
+
+    d_in: int
+    skip: bool
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        format: pretrained.Writable = "fastsae",  # noqa: A002
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Path:
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        format: pretrained.Writable = "fastsae",  # noqa: A002
+        subfolder: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        card: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a sparse autoencoder",
+    ) -> str:
+        """Uploads what ``save_pretrained`` writes, and a model card, to a repository, which is made where there is none. Needs
+        huggingface_hub.
+
+        Args:
+            repo_id: ``"owner/name"``, or ``"name"`` of one's own. subfolder: path inside the repository, e.g. ``"layers.5.mlp"``.
+            format, metadata: as in ``save_pretrained``.
+            card: text of ``README.md``; None: one of the configuration and how to load it, unless the repository has a README already.
+            private: whether a repository that is made is private; None: as the account's settings say.
+            token: of the Hub; None: the one that is logged in.
+            revision: branch to commit to; None: main.
+
+        Returns: the address of the commit.
+
+        Raises: ImportError: huggingface_hub is not installed. ValueError: as ``save_pretrained``, before anything is uploaded; a subfolder
+        outside of the repository. What huggingface_hub raises where the Hub refuses.
+        """
+        op = "SAE.push_to_hub"
+        if not isinstance(repo_id, str):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may have no type checker
+            raise TypeError(f"{op}: repo_id must be the name of a repository, got {type(repo_id).__name__}")
+        pretrained.check_subfolder(op, subfolder)
+        try:
+            from huggingface_hub import HfApi
+        except ImportError as error:
+            raise ImportError(f"{op}: writing to the Hub needs huggingface_hub: pip install 'fastsae-kernels[hub]'") from error
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save_pretrained(folder / (subfolder or ""), format=format, metadata=metadata)
+            api = HfApi(token=token)
+            repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if card is not None or not api.file_exists(repository, "README.md", revision=revision):
+                text = card or _CARD.format(
+                    name=repository.rpartition("/")[2],
+                    format=format,
+                    about=self.extra_repr(),
+                    repository=repository,
+                    subfolder=f', subfolder="{subfolder}"' if subfolder else "",
+                    d_in=self.d_in,
+                    skip=", x" if self.skip else "",
+                )
+                (folder / "README.md").write_text(text, encoding="utf-8")
+            done = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message)
+        return str(done.commit_url)
