@@ -1,0 +1,93 @@
+"""``fastsae eval``: what a dictionary reconstructs of a module's activations, and what the model loses with it in the module's place."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastsae import plots
+from fastsae._core import files
+from fastsae.commands import _language
+from fastsae.lm import Evaluation, evaluate
+
+REFUSED = (TypeError, ValueError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sae", metavar="SAE", help="what SAE.from_pretrained reads, of this library or another, or a checkpoint")
+    _language.add_arguments(parser, batch=8)
+    parser.add_argument("--hook", required=True, metavar="MODULE", help="the module that the dictionary stands for")
+    parser.add_argument("--ablations", default="zero", help="what the loss is compared to: zero, mean, or both with a comma (default: zero)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for evaluation.json, written as it goes, and density.png")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        plots.figure()  # an ImportError now, not after the evaluation
+        options.out.mkdir(parents=True, exist_ok=True)
+    sae = _language.dictionary_of(options.sae).to(options.device)
+    model = _language.model_of(options, logits=True)
+    tokens, ignored = _language.windows_of(options, _language.tokenizer_of(options.model, options.gguf))
+    facts = {"sae": options.sae, "model": options.model, "hook": options.hook, "windows": list(tokens.shape), "ignore": ignored}
+    so_far = _SoFar(facts, tokens.numel(), options.out)
+    try:
+        found = evaluate(
+            sae,
+            model,
+            tokens,
+            options.hook,
+            ignore=ignored,
+            ablations=options.ablations.split(","),
+            batch=options.batch,
+            callback=so_far,
+            progress=False,
+        )
+    except KeyboardInterrupt:
+        found = so_far.last
+        if found is None:
+            raise
+        print("\nfastsae eval: interrupted; these are the numbers so far", file=sys.stderr)
+    finally:
+        so_far.close()
+    partial = found is so_far.last
+    report = so_far.write(found, partial)
+    if options.out is not None:
+        found.plot(options.out / "density.png")
+    print(json.dumps(report, indent=1) if options.json else found)
+    return 130 if partial else 0
+
+
+class _SoFar:
+    """The numbers of a run that goes on: on a bar where tqdm is installed, in the folder's JSON, and for an interrupt."""
+
+    def __init__(self, facts: dict[str, Any], total: int, out: Path | None):
+        self.facts, self.out, self.last, self.bar = facts, out, None, None
+        self.last: Evaluation | None
+        try:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, unit=" tokens", desc="eval", mininterval=0.5)
+        except ImportError:
+            pass
+
+    def __call__(self, found: Evaluation, sequences: int) -> None:
+        self.last = found
+        if self.bar is not None:
+            value = found.values
+            recovered = [f"{name} {value[name]:.4f}" for name in ("ce_recovered", "ce_recovered_mean") if name in value]
+            self.bar.set_postfix_str(", ".join([f"fvu {value['fvu']:.4f}", f"l0 {value['l0']:.1f}", *recovered]), refresh=False)
+            self.bar.update(sequences * self.facts["windows"][1] - self.bar.n)
+        self.write(found, True)
+
+    def write(self, found: Evaluation, partial: bool) -> dict[str, Any]:
+        report = {**self.facts, "partial": partial, **found.as_dict()}
+        if self.out is not None:
+            files.replace_text(self.out / "evaluation.json", json.dumps(report, indent=1) + "\n")
+        return report
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
