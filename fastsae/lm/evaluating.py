@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,6 +107,7 @@ def evaluate(
     ablations: Sequence[str] = ("zero",),
     batch: int = 8,
     progress: bool = True,
+    callback: Callable[[Evaluation], object] | None = None,
 ) -> Evaluation:
     """Measures a dictionary on a model's own activations and in the model's place.
 
@@ -117,6 +118,7 @@ def evaluate(
         hook: the module, as in ``fastsae.lm.splice``.
         ablations: what the loss is compared to: "zero" (the module gives 0 at every position) and "mean" (its mean over the tokens that
             count, which costs a pass more, up to the module).
+        callback: called after each batch with the ``Evaluation`` so far; a true result ends there, and that one is returned.
 
     Returns: ``Evaluation``. Its values, means over tokens unless said otherwise:
 
@@ -165,6 +167,8 @@ def evaluate(
             for name in ("spliced", *ablations):
                 state.replace = name
                 state.model_loss(name, clean, _logits(call(model, ids, padding)), ids, kept)
+            if callback is not None and callback(state.result(ablations)):
+                break
     return state.result(ablations)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, BatchTopK, JumpReLU, ReLU, TopK
-from fastsae.lm import Edit, evaluate, harvest, harvesting, hook_points, splice, token_windows
+from fastsae.lm import Edit, Evaluation, evaluate, harvest, harvesting, hook_points, splice, token_windows
 from fastsae.store import ActivationShards
 
 VOCAB, D, CONTEXT = 50, 16, 7
@@ -342,6 +342,17 @@ def test_calls_of_an_evaluation(model: Toy) -> None:
         evaluate(start(), model, ids(2), "blocks.1", ignore=range(VOCAB), progress=False)
     with pytest.raises(ValueError, match="ablations must be of zero and mean, got 'noise'"):
         evaluate(start(), model, ids(2), "blocks.1", ablations=["noise"], progress=False)
+
+
+def test_an_evaluation_reports_and_ends_on_the_way(model: Toy) -> None:
+    def same(one: Evaluation, other: Evaluation) -> bool:
+        return one.as_dict() == other.as_dict() and torch.equal(one.fired, other.fired)
+
+    seen: list[Evaluation] = []
+    whole = evaluate(start(), model, ids(12), "blocks.1", batch=4, progress=False, callback=seen.append)
+    half = evaluate(start(), model, ids(12), "blocks.1", batch=4, progress=False, callback=lambda found: found.tokens > 4 * CONTEXT)
+    assert [found.tokens for found in seen] == [28, 56, 84] and same(seen[2], whole) and same(half, seen[1])
+    assert same(half, evaluate(start(), model, ids(12)[:8], "blocks.1", batch=4, progress=False)), "that of the tokens so far"
 
 
 def test_windows_of_texts() -> None:
