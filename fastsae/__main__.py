@@ -1,4 +1,4 @@
-"""Command line: ``fastsae COMMAND`` (also ``python -m fastsae``); ``fastsae --help`` lists the commands, which are in ``fastsae/commands``."""
+"""Command line: ``fastsae COMMAND`` (also ``python -m fastsae``): the parser, exit codes, errors. Commands are in ``fastsae/commands``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastsae {options.command}: {str(error).removeprefix(f'{options.command}: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"\nfastsae {options.command}: interrupted{error and f'; {error}'}", file=sys.stderr)
+        kept = f"; {error}" if str(error) else ""
+        print(f"\nfastsae {options.command}: interrupted{kept}", file=sys.stderr)
         return 130
 
 

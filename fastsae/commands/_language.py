@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("model", metavar="MODEL", help="name or folder of a Hugging Face model")
     known = ", ".join(_ENDINGS)
     parser.add_argument(
-        "text", nargs="*", type=Path, metavar="TEXT", help=f'files, folders of files ({known} with "text"), or a folder of `fastsae harvest`'
+        "text",
+        nargs="*",
+        type=Path,
+        metavar="TEXT",
+        help=f'files or folders ({known} with "text"), or a folder of `fastsae harvest`',
     )
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="name (and configuration) of a data set instead, its column text")
     parser.add_argument("--split", default="train", help="of the data set (default: train)")
@@ -44,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser, batch: int) -> None:
     special.add_argument("--ignore-special", action="store_true", help="leave BOS and other special tokens out (the default)")
     special.add_argument("--keep-special", action="store_true", help="count them as any other token")
     parser.add_argument("--model-dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model (default: cuda if it is there)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model (default: cuda where there is one)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
@@ -159,15 +165,20 @@ def _of_dataset(names: list[str], split: str) -> Iterator[str]:
 
 def dictionary_of(source: str) -> SAE:
     """What ``SAE.from_pretrained`` reads, or a checkpoint; in evaluation mode."""
-    path = Path(source)
-    if path.is_file() and path.suffix in (".pt", ".pth"):
-        content, _ = weight_files.load(path)
-        if isinstance(content, dict) and {"config", "sae", "extra"} <= content.keys():
-            sae = load_checkpoint(path).sae
-            if not isinstance(sae, SAE):
-                raise ValueError(f"{path} must hold one dictionary, got a stack of {len(sae)}")
-            return sae.eval()
-    return SAE.from_pretrained(source)
+    if not is_checkpoint(Path(source)):
+        return SAE.from_pretrained(source)
+    sae = load_checkpoint(source).sae
+    if not isinstance(sae, SAE):
+        raise ValueError(f"{source} must hold one dictionary, got a stack of {len(sae)}")
+    return sae.eval()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``save_checkpoint`` wrote it."""
+    if not path.is_file() or path.suffix not in (".pt", ".pth"):
+        return False
+    content, _ = weight_files.load(path)
+    return isinstance(content, dict) and {"config", "sae", "extra"} <= content.keys()
 
 
 def digest_of(sae: SAE) -> str:
