@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, batch: int) -> None:
     special.add_argument("--ignore-special", action="store_true", help="leave BOS and other special tokens out (the default)")
     special.add_argument("--keep-special", action="store_true", help="count them as any other token")
     parser.add_argument("--model-dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: float32")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model (default: cuda where there is one)"
-    )
+    parser.add_argument("--device", help="of the model (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
@@ -71,7 +69,8 @@ def model_of(options: argparse.Namespace, *, logits: bool) -> Any:
             made_for = transformers.AutoConfig.from_pretrained(options.model).architectures or ["ForCausalLM"]
             if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for):
                 kind = transformers.AutoModel
-        return kind.from_pretrained(options.model, dtype=getattr(torch, options.model_dtype), **file).to(options.device)
+        model = kind.from_pretrained(options.model, dtype=getattr(torch, options.model_dtype), **file)
+    return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _file(gguf: str | None) -> dict[str, str]:

@@ -31,14 +31,14 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         plots.figure()  # an ImportError now, not after the evaluation
         options.out.mkdir(parents=True, exist_ok=True)
-    sae = _language.dictionary_of(options.sae).to(options.device)
+    sae = _language.dictionary_of(options.sae)
     model = _language.model_of(options, logits=True)
     tokens, ignored = _language.windows_of(options, _language.tokenizer_of(options.model, options.gguf))
     facts = {"sae": options.sae, "model": options.model, "hook": options.hook, "windows": list(tokens.shape), "ignore": ignored}
     so_far, partial = _SoFar(facts, -(-len(tokens) // max(options.batch, 1)), options.out), False
     try:
         found = evaluate(
-            sae,
+            sae.to(next(model.parameters()).device),
             model,
             tokens,
             options.hook,
@@ -56,9 +56,9 @@ def run(options: argparse.Namespace) -> int:
     finally:
         so_far.close()
     report = so_far.write(found, partial=partial)
+    print(json.dumps(report, indent=1) if options.json else found)
     if options.out is not None:
         found.plot(options.out / "density.png")
-    print(json.dumps(report, indent=1) if options.json else found)
     return 130 if partial else 0
 
 

@@ -66,7 +66,7 @@ def _build(options: argparse.Namespace) -> int:
     column = _column(shards, options.column, sae)
     tokens, rows = _grid(shards)
     about = {name: shards.about[name] for name in ("model", "gguf", "tokens") if name in shards.about}
-    about |= {"hook": column, "sae": options.sae, "weights": _language.digest_of(sae)}
+    about |= {"hook": column, "sae": options.sae, "weights": _language.digest_of(sae), "counted": len(rows)}
     dtype = getattr(torch, options.dtype)
     step = max(1, _ROWS // tokens.shape[1])
     try:
@@ -138,17 +138,23 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _counted(store: LatentStore) -> int:
+    """Tokens that could fire: without the special ones that a harvest has left out."""
+    return int(store.about.get("counted", store.rows))
+
+
 def _overview(store: LatentStore, options: argparse.Namespace) -> dict[str, Any]:
     fired = store.fired()
-    density = fired.double() / max(store.rows, 1)
+    counted = _counted(store)
+    density = fired.double() / max(counted, 1)
     often = fired.argsort(descending=True, stable=True)[: max(options.top, 0)].tolist()
     dead, dense = ((mask).nonzero().flatten().tolist() for mask in (fired == 0, density > _DENSE))
-    report = {"tokens": store.rows, "entries": store.entries, "features": store.n_features, "dead": dead, "dense": dense}
+    report = {"tokens": counted, "entries": store.entries, "features": store.n_features, "dead": dead, "dense": dense}
     report |= {"most_frequent": [{"feature": f, "fired": int(fired[f]), "density": float(density[f])} for f in often], "about": store.about}
     if options.plot:
-        plots.feature_density({str(options.store): fired}, store.rows, options.plot)
+        plots.feature_density({str(options.store): fired}, counted, options.plot)
     if not options.json:
-        print(f"{store.rows} tokens, {store.entries} latents, {store.n_features} features")
+        print(f"{counted} tokens, {store.entries} latents, {store.n_features} features")
         print(f"dead     {len(dead)} never fire")
         print(f"dense    {len(dense)} fire on more than {_DENSE:.0%} of the tokens")
         print("feature     fired  density")
@@ -158,16 +164,16 @@ def _overview(store: LatentStore, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _feature(store: LatentStore, options: argparse.Namespace) -> dict[str, Any]:
-    _, values = store.occurrences(options.feature)
+    counted, (_, values) = _counted(store), store.occurrences(options.feature)
     found = store.top(options.feature, options.top, one_a_sequence=True)
     edges, counts = store.histogram(options.feature, 12)
     examples = _examples(found, None if options.tokeniser is None else _language.tokenizer_of(options.tokeniser, options.gguf))
-    report: dict[str, Any] = {"feature": options.feature, "fired": len(values), "density": len(values) / max(store.rows, 1)}
+    report: dict[str, Any] = {"feature": options.feature, "fired": len(values), "density": len(values) / max(counted, 1)}
     report |= {"histogram": {"edges": edges.tolist(), "counts": counts.tolist()}, "examples": examples, "about": store.about}
     if options.plot:
         plots.values_of_feature(edges, counts, options.feature, options.plot)
     if not options.json:
-        print(f"feature {options.feature}: fires on {len(values)} of {store.rows} tokens ({report['density']:.3%})")
+        print(f"feature {options.feature}: fires on {len(values)} of {counted} tokens ({report['density']:.3%})")
         for low, count in zip(edges.tolist(), counts.tolist()) if len(values) else ():
             print(f"{low:>10.4g}  {'█' * -(-40 * count // max(int(counts.max()), 1)):<40}  {count}")
         for one in examples:
