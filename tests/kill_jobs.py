@@ -52,9 +52,12 @@ def prepare(folder: Path) -> None:
 
 def small() -> None:
     """Shards and parts of a few rows, so that a short run writes several."""
-    vars(fastsae.commands.harvest)["_ROWS_A_SHARD"] = 90
-    vars(fastsae.commands.latents)["_ROWS"] = 30
-    vars(fastsae.commands.latents)["LatentWriter"] = functools.partial(LatentWriter, tokens_a_part=100)
+    for module, name, value in (
+        (fastsae.commands.harvest, "_ROWS_A_SHARD", 90),
+        (fastsae.commands.latents, "_ROWS", 30),
+        (fastsae.commands.latents, "LatentWriter", functools.partial(LatentWriter, tokens_a_part=100)),
+    ):
+        setattr(module, name, value)
     sys.modules["transformers"] = transformers()
 
 

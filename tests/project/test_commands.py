@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toy_language import WIDTH, Letters, Model, transformers
@@ -271,7 +272,8 @@ def test_mmcs_of_saelens_sparsities(work: Path, capsys: pytest.CaptureFixture[st
         (["eval", "wide", *EVAL[2:]], "x must have shape"),
         ([*EVAL, "--ablations", "noise"], "ablations must be of zero and mean, got 'noise'"),
         ([*EVAL[:5], "layers.7"], "hook 'layers.7' must be the name"),
-        (["latents", "build", "sae", "sae", "--out", "s"], "lacks position, sequence, token"),
+        (["latents", "build", "sae", "sae", "--out", "s"], "must hold columns of equally many rows"),
+        (["latents", "build", "sae", "x.npy", "--out", "s"], "x.npy must be what a harvest writes, and lacks position, sequence, token"),
         (["latents", "build", "sae", "nothing", "--out", "s"], "nothing is neither a file nor a folder"),
         (["latents", "show", "sae"], "latents: LatentStore: sae holds no latents.json"),
     ],
@@ -279,6 +281,7 @@ def test_mmcs_of_saelens_sparsities(work: Path, capsys: pytest.CaptureFixture[st
 def test_wrong_input(arguments: list[str], message: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "bad.jsonl").write_text('{"text": "x"}\n["text"]\n')
     (work / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    np.save(work / "x.npy", np.zeros((5, WIDTH), np.float32))
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"fastsae {arguments[0]}: ") and message in error
@@ -301,7 +304,7 @@ def test_wrong_input_after_a_harvest(work: Path, capsys: pytest.CaptureFixture[s
         assert main(arguments) == 2
         assert message in capsys.readouterr().err, arguments
     manifest = json.loads((work / "acts/activations.json").read_text())
-    manifest["about"]["ignore"] = [1]
+    manifest["about"]["ignore"] = []
     (work / "acts/activations.json").write_text(json.dumps(manifest))
     assert main([*build[:5], "again", *build[6:]]) == 2 and "must hold a finished harvest of" in capsys.readouterr().err
 
