@@ -99,6 +99,14 @@ def feature_density(fired: Mapping[str, Tensor], samples: int, path: str | os.Pa
     _finish(canvas, axes, path)
 
 
+def values_of_feature(edges: Tensor, counts: Tensor, feature: int, path: str | os.PathLike[str]) -> None:
+    """How strongly a feature fires where it does: ``counts [bins]`` of its values between ``edges [bins + 1]``."""
+    canvas, axes = figure(figsize=(7, 4))
+    axes.stairs(counts.numpy(), edges.numpy(), fill=True, alpha=0.6)
+    axes.set(xlabel="value", ylabel="tokens", title=f"Feature {feature}: {int(counts.sum())} tokens")
+    _finish(canvas, axes, path)
+
+
 def code_distances(same: Tensor, different: Tensor, kind: str, path: str | os.PathLike[str]) -> None:
     """Distributions of Hamming distances of pairs of the same and of different kind.
 

@@ -39,9 +39,9 @@ def token_windows(
                 raise TypeError(f"{op}: texts must be ids where no tokenizer is given, got a text")
             text = tokenizer(text, add_special_tokens=False)["input_ids"]
         left += [int(token) for token in text] + ([] if eos is None else [int(eos)])
-        while len(left) >= width and (most is None or len(windows) < most):
-            windows.append(([] if bos is None else [int(bos)]) + left[:width])
-            left = left[width:]
+        count = len(left) // width if most is None else min(len(left) // width, most - len(windows))
+        windows += [([] if bos is None else [int(bos)]) + left[i * width : (i + 1) * width] for i in range(count)]
+        left = left[count * width :]
         if most is not None and len(windows) >= most:
             break
     if not windows:

@@ -266,7 +266,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """``fastsae study``."""
     if options.pages is None and options.name is None:
         print(f"{'study':<13} {'minutes (quick)':<16} question")

@@ -349,7 +349,7 @@ def test_commands_with_a_wrong_request(monkeypatch: pytest.MonkeyPatch, capsys: 
     def interrupt(_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsae.__main__.info", interrupt)
+    monkeypatch.setattr("fastsae.commands.info.run", interrupt)
     assert main(["info"]) == 130
     assert "fastsae info: interrupted" in capsys.readouterr().err
 

@@ -27,7 +27,7 @@ FLOORS = (
     ("patch",),
     ("lm", "store"),
     ("__init__",),
-    ("__main__", "demo", "studies"),
+    ("__main__", "commands", "demo", "studies"),
 )  # a module imports from its own floor or from those above it in this table, lazily and for types too
 HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
