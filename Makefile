@@ -76,8 +76,9 @@ peers: $(VENV)/peers.stamp ## install the peer libraries that some tests and ben
 
 $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(PIP) --no-build-isolation -e '.[peers]'
-	$(PIP) faiss-cpu usearch tabulate
+	$(PIP) faiss-cpu usearch tabulate sentence-transformers lxml orjson pycryptodomex simple-parsing
 	$(PIP) --no-deps sae-bench  # its pins of numpy and datasets are older than the others'; its core needs no more than tabulate
+	$(PIP) --no-deps eai-delphi==0.1.3 asyncer blobfile  # without vllm and bitsandbytes, which its cache does not need
 	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
 	@touch $@
 

@@ -26,6 +26,7 @@ MANIFEST = "latents.json"
 _MEMORY = 512 << 20
 _SORTED_BYTES = 16  # of an entry while it is sorted: feature and value as they lie in the file, row and value as they become
 _MERGED_BYTES = 24  # of an entry of a range of features: row and value in its run, beside the other runs', and merged
+_FEW = 4096  # entries of a feature that are sorted without selecting first
 _DELPHI_TOKENS = 1 << 16  # read from delphi's files at a time
 _PAIR_BYTES = 24  # of a pair of features that fire on one token, while pairs are counted
 
@@ -321,7 +322,7 @@ class LatentStore:
         )
         every = torch.arange(self.n_features, device="cpu") if chosen is None else chosen
         shift = torch.arange(-before, after + 1, device="cpu")
-        most = max(1, self.memory // (64 * k * len(shift)))  # features whose examples are looked up together
+        most = max(1, self.memory // (256 * self._candidates(k, one_a_sequence) + 128 * k * len(shift)))  # features at a time
 
         def found() -> Iterator[tuple[int, Examples]]:
             for entry in self._by_feature():
@@ -334,8 +335,7 @@ class LatentStore:
     def _tops(self, entry: Mapping[str, Any], features: Tensor, k: int, shift: Tensor, once: bool) -> Iterator[tuple[int, Examples]]:
         crow, row, value = self._range(entry)
         begins, ends = (crow[features - entry["start"] + i].tolist() for i in (0, 1))
-        found = [self._largest(row[a:b], value[a:b], k, once).add_(a) for a, b in zip(begins, ends)]
-        lengths, at = [len(some) for some in found], torch.cat(found)
+        at, lengths = self._largest(row, value, list(zip(begins, ends)), k, once)
         rows = row[at].long()
         around = rows[:, None] + shift
         inside = around.div(self.context, rounding_mode="floor") == (rows // self.context)[:, None]
@@ -354,22 +354,33 @@ class LatentStore:
         columns = map_safetensors(self.folder / "by_feature" / entry["file"], same_rows=False).columns
         return columns["crow"], columns["row"], columns["value"]
 
-    def _largest(self, rows: Tensor, values: Tensor, k: int, one_a_sequence: bool) -> Tensor:
-        """Where the k largest values are, descending, ties in order; of each sequence one where asked."""
-        most = k
-        while True:
-            if most < len(values):
-                kept = (~(values < values.topk(most).values[-1])).nonzero().flatten()  # those that tie with the last one too
-                order = kept[values[kept].argsort(descending=True, stable=True)]
-            else:
-                order = values.argsort(descending=True, stable=True)
-            if not one_a_sequence:
-                return order[:k]
-            sequences = (rows[order] // self.context).numpy()
-            first = np.sort(np.unique(sequences, return_index=True)[1])[:k]
-            if len(first) == k or most >= len(values):
-                return order[torch.from_numpy(first)]
-            most *= 4
+    def _largest(self, row: Tensor, value: Tensor, pieces: list[tuple[int, int]], k: int, once: bool) -> tuple[Tensor, list[int]]:
+        """Where in the columns the k largest values of each piece lie, descending, ties in order; and how many of each. All pieces at once,
+        after the largest of those that have many: as many as hold k, or k sequences."""
+        most = self._candidates(k, once)
+        candidates: list[Tensor] = []
+        for a, b in pieces:
+            at = torch.arange(a, b, device="cpu")
+            if b - a > most:
+                values = value[a:b]
+                at = at[~(values < values.topk(most).values[-1])]  # those that tie with the last one too
+            candidates.append(at)
+        at = torch.cat(candidates)
+        sizes = torch.tensor([len(some) for some in candidates], device="cpu")
+        piece = torch.arange(len(pieces), dtype=torch.int32, device="cpu").repeat_interleave(sizes)
+        order = value[at].argsort(descending=True, stable=True)
+        order = order[piece[order].argsort(stable=True)]
+        at, piece = at[order], piece[order].long()
+        if once:
+            _, first = np.unique((piece * self.sequences + row[at] // self.context).numpy(), return_index=True)
+            first = torch.from_numpy(first).sort().values
+            at, piece = at[first], piece[first]
+        counts = torch.bincount(piece, minlength=len(pieces))
+        keep = torch.arange(len(at), device="cpu") - (counts.cumsum(0) - counts)[piece] < k
+        return at[keep], counts.clamp(max=k).tolist()
+
+    def _candidates(self, k: int, once: bool) -> int:
+        return max(_FEW, k * self.context if once else k)
 
     def tokens(self, rows: Tensor) -> Tensor:
         """The token ids of rows, of any shape."""

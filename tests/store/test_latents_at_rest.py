@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae import SAE, JumpReLU, TopK
+from fastsae.latents import TopKLatents
 from fastsae.store import LatentStore, LatentWriter
 
 pytest.importorskip("safetensors", reason="safetensors is not installed (extra [store])")
@@ -18,7 +19,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed (extra [
 F, CONTEXT, N = 60, 9, 41
 
 
-def stored(folder: Path, kind: Any, memory: int = 3000, **options: Any) -> tuple[LatentStore, Tensor, Tensor]:
+def stored(folder: Path, kind: Any, memory: int = 9000, **options: Any) -> tuple[LatentStore, Tensor, Tensor]:
     """(store, dense ``[N, CONTEXT, F]``, tokens)."""
     sae = SAE(12, F, kind, seed=0).eval()
     generator = torch.Generator().manual_seed(1)
@@ -73,13 +74,43 @@ def test_top_examples(kind: Any, tmp_path: Path) -> None:
         assert torch.equal(once.values, dense[..., feature].max(1).values.sort(descending=True).values[: len(once.values)])
 
 
+def test_top_examples_of_many_features_in_one_pass(tmp_path: Path) -> None:
+    store, _dense, _ = stored(tmp_path, TopK(4))
+    for chosen in (None, [40, 3, 3, 17], torch.arange(F) % 7 == 0, []):
+        for once in (False, True):
+            found = list(store.tops(chosen, 3, before=2, after=2, one_a_sequence=once))
+            mask = torch.arange(F) % 7 == 0
+            expected = (
+                list(range(F))
+                if chosen is None
+                else mask.nonzero().flatten().tolist()
+                if isinstance(chosen, Tensor)
+                else sorted(set(chosen))
+            )
+            assert [feature for feature, _ in found] == expected
+            for feature, examples in found:
+                one = store.top(feature, 3, before=2, after=2, one_a_sequence=once)
+                assert all(torch.equal(a, b) for a, b in zip(examples, one))
+    tied = LatentWriter(tmp_path / "tied", 2, 3)
+    tied.append(TopKLatents(torch.ones(5, 3, 1), torch.zeros(5, 3, 1, dtype=torch.int64), 2), torch.zeros(5, 3, dtype=torch.int32))
+    tied.close()
+    (_, most), (_, none) = LatentStore(tmp_path / "tied").tops(k=4, one_a_sequence=True)
+    assert most.sequence.tolist() == [0, 1, 2, 3] and most.position.tolist() == [0] * 4, "equal values: the earlier token"
+    assert [len(column) for column in none] == [0] * 5
+    with pytest.raises(IndexError, match="features holds 60, expected 0 <= index < 60"):
+        store.tops([1, F])
+
+
 @each
 def test_cooccurrence_is_exact(kind: Any, tmp_path: Path) -> None:
     store, dense, _ = stored(tmp_path, kind)
     fires = (dense.view(-1, F) != 0).long()
     assert np.array_equal(store.cooccurrence().toarray(), (fires.T @ fires).numpy())
     some = [5, 2, 40]
-    assert np.array_equal(store.cooccurrence(some).toarray(), (fires[:, some].T @ fires[:, some]).numpy())
+    both = (fires[:, some].T @ fires[:, some]).numpy()
+    assert np.array_equal(store.cooccurrence(some).toarray(), both)
+    fired = np.maximum(np.diagonal(both), 1)[:, None]
+    assert np.array_equal(store.conditional(some).toarray(), both / fired), "P(j fires | i fires)"
 
 
 def delphis(dense: Tensor, tokens: Tensor, splits: int) -> dict[str, dict[str, np.ndarray]]:
@@ -105,6 +136,16 @@ def test_delphis_cache_files(kind: Any, tmp_path: Path) -> None:
     for name, columns in expected.items():
         save_file(columns, tmp_path / "theirs")
         assert (folder / name).read_bytes() == (tmp_path / "theirs").read_bytes()
+    back = LatentStore.from_delphi(folder, tmp_path / "back")
+    assert (back.n_features, back.context, back.sequences) == (F, CONTEXT, N)
+    whole = torch.cat([latents.to_dense() for _, latents, _ in back.parts()])
+    kept = torch.where(dense.abs() > 1e-5, dense, 0).half()
+    assert torch.equal(whole, kept) and torch.equal(back.tokens(torch.arange(N * CONTEXT)).view(N, CONTEXT), tokens)
+    with pytest.raises(FileNotFoundError, match="holds no cache files of delphi"):
+        LatentStore.from_delphi(tmp_path / "none", tmp_path / "again")
+    (folder / "15_29.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"must hold splits that start at \[0, 15, 45\], got \[0, 30, 45\]"):
+        LatentStore.from_delphi(folder, tmp_path / "again")
 
 
 def test_a_run_goes_on_and_writers_share(tmp_path: Path) -> None:
