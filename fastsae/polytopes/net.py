@@ -259,7 +259,7 @@ def _shapes(stages: Iterable[Stage]) -> tuple[int | None, int | None, tuple[int,
                 raise ValueError(f"as_net: a residual branch must end with its input's width {start}, got {width}")
             continue
         elif isinstance(stage, Times):
-            if (saved.pop(), width) != (stage.W.shape[1], stage.W.shape[0]):
+            if (saved.pop() or first, width) != (stage.W.shape[1], stage.W.shape[0]):
                 raise ValueError(f"mlp_block: the up projection must be like the gate's, [{width}, ..], got {list(stage.W.shape)}")
             continue
         if expected is not None:

@@ -60,9 +60,7 @@ def case(name: str) -> tuple[Any, Run, Run | None, Run | None]:
     nets: dict[str, Any] = {
         "mlp": lambda: relu_net([D, 70], 1),
         "narrow": lambda: relu_net([D, 9], 1),
-        "leaky": lambda: as_net(
-            [linear(draw(300, D), draw(300)), nn.LeakyReLU(-0.3), linear(draw(D, 300) * 0.1, draw(D))], residual=True
-        ),
+        "leaky": lambda: as_net([linear(draw(300, D), draw(300)), nn.LeakyReLU(-0.3), linear(draw(D, 300) * 0.1, draw(D))], residual=True),
         "deep": lambda: relu_net([D, 20, 20], 2, residual=True),
         "conv": lambda: as_net([nn.Conv2d(1, 3, 2).double(), nn.ReLU(), nn.Flatten(), linear(draw(2, 6))], input_shape=(1, 2, 3)),
         "gelu": lambda: as_net([nn.LayerNorm(D).double(), linear(draw(40, D), draw(40)), nn.GELU()]),
@@ -215,7 +213,11 @@ X = draw(N, D)
         ({"radius": -1.0}, ValueError, "radius must be a finite number above 0"),
         ({"net": relu_net([D, 7, 7], 1)}, ValueError, "radius must be given for a net that is not a single affine layer, got Net"),
         ({"net": case("geglu")[0]}, ValueError, "radius must be given for a net that is not"),
-        ({"net": case("swiglu")[0], "map_change": 1.0}, ValueError, "net must be affine in its regions, got a SwiGLU MLP, which multiplies"),
+        (
+            {"net": case("swiglu")[0], "map_change": 1.0},
+            ValueError,
+            "net must be affine in its regions, got a SwiGLU MLP, which multiplies",
+        ),
         ({"net": case("geglu")[0], "output_change": 1.0}, ValueError, "net must be affine in its regions, got a GeGLU MLP"),
         ({"net": case("gelu")[0], "output_change": 1.0}, ValueError, "net must hold no normalisation"),
         ({"net": as_net([linear(draw(4, D)), nn.GELU()]), "map_change": 1.0}, ValueError, "net must have ReLU and LeakyReLU layers alone"),
