@@ -74,7 +74,7 @@ class _Layer(NamedTuple):
     def rates(self) -> Tensor:
         """``-1 / z``: times s it is 1 / t. A neuron at 0 is off, and on at once where it rises."""
         most = torch.finfo(torch.float64).max
-        return torch.where(self.z == 0, most, (-1 / self.z).clamp(-most, most))
+        return self.z.reciprocal().neg_().masked_fill_(self.z == 0, most).clamp_(-most, most)
 
 
 def _distance(rate: Tensor) -> Tensor:

@@ -48,11 +48,12 @@ def test_a_gated_block_is_its_layer(gemma: bool, bias: bool) -> None:
         mlp_block(model, 1, norm=False)
 
 
-@pytest.mark.parametrize(("gemma", "bias"), GATES)
+@pytest.mark.parametrize(("gemma", "bias"), [(False, False), (True, True)])
 @torch.no_grad()
 def test_a_million_samples_find_no_other_crossing(gemma: bool, bias: bool) -> None:
-    net = mlp_block(gated_model(D, H, gemma, bias), 0)
-    p, q = 3 * draw(2, 1, D, seed=8)
+    d, h = 8, 40
+    net = mlp_block(gated_model(d, h, gemma, bias), 0)
+    p, q = 3 * draw(2, 1, d, seed=8)
     found = crossings(net, p, q)
     samples, on, between = 10**6, None, []
     for part in torch.arange(samples + 1, dtype=torch.float64).split(50_000):
@@ -63,7 +64,7 @@ def test_a_million_samples_find_no_other_crossing(gemma: bool, bias: bool) -> No
         between.append(torch.stack([step + part[0].long() - int(on is not None), neuron]))
         on = z[-1:]
     step, neuron = torch.cat(between, 1)
-    assert found.neuron.equal(neuron) and found.t.shape[0] > H // 4
+    assert found.neuron.equal(neuron) and found.t.shape[0] > h // 4
     assert bool(((found.t * samples - step >= -1e-6) & (found.t * samples - step <= 1 + 1e-6)).all())
     assert found.hash[-1:].equal(hash_signs(net.preactivations(q)[0]))
 
