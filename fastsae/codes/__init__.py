@@ -5,11 +5,11 @@ spline_keys, combine_hashes          the keys of a layer's neurons; the hash of 
 near_zero_counts                     how many bits lie within rounding of 0
 hamming, hamming_topk                distances of codes; boundary_density: by the distance of inputs; neighbour_graph: of a point cloud
 count_codes, CodeCounter             distinct codes of a batch (``UniqueCodes``), of a stream (``CodeTable`` of ``CodeCount``)
-trace(model, layers)                 codes while a model runs (``Trace``)
+trace(model, layers)                 codes while a model runs (``Trace``); trace_points(model): the layers that it can name
 """
 
 from fastsae.codes.counters import CodeCount, CodeCounter, CodeTable
-from fastsae.codes.tracing import Trace, trace
+from fastsae.codes.tracing import Trace, trace, trace_points
 from fastsae.ops.count import UniqueCodes, count_codes
 from fastsae.ops.hamming import BoundaryDensity, Neighbours, boundary_density, hamming, hamming_topk, neighbour_graph
 from fastsae.ops.spline import (
@@ -45,4 +45,5 @@ __all__ = [
     "spline_hash",
     "spline_keys",
     "trace",
+    "trace_points",
 ]

@@ -36,6 +36,18 @@ def _all_names(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules(remove_duplicate=False))  # a shared activation has a name at each place
 
 
+def trace_points(model: nn.Module) -> dict[str, str]:
+    """``{name: class}`` of every activation module of a model, in its order: what ``trace(model, layers)`` can name.
+
+    A module that several layers share has a name at each of its places. A gated MLP's activation is its gate's.
+
+    Raises: TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
+        raise TypeError(f"trace_points: model must be a torch.nn.Module, got {type(model).__name__}")
+    return {name: type(module).__name__ for name, module in _all_names(model) if _is_activation(module)}
+
+
 def _find(model: nn.Module, layers: Any) -> dict[str, nn.Module]:
     """The activation modules that ``layers`` names, or that lie in a block it names, each once; ValueError where one names nothing."""
     modules = _all_names(model)
@@ -69,7 +81,11 @@ def _nothing(blocks: list[str], activations: list[str]) -> str:
     advice = "an activation that is called as a function (F.relu) cannot be traced: make it a module, or use hash_signs on its input"
     if not activations:
         return f"{matched or 'matches nothing'}; the model has no activation module; {advice}"
-    shown = ", ".join(activations[:40]) + (f", .. ({len(activations)} in all)" if len(activations) > 40 else "")
+    alike: dict[str, list[str]] = {}  # layers that differ in their numbers are told by the pattern for all of them
+    for name in activations:
+        alike.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(name)
+    kinds = [names[0] if len(names) == 1 else f"{pattern} ({len(names)} layers)" for pattern, names in alike.items()]
+    shown = ", ".join(kinds[:40]) + (f", .. ({len(kinds)} in all)" if len(kinds) > 40 else "")
     return f"{matched or 'matches nothing'}; it could match: {shown}; {advice}"
 
 

@@ -2,6 +2,7 @@
 
 net = fastsae.polytopes.as_net(torch.nn.Sequential(...))       # or fastsae.polytopes.mlp_block(model, layer) of a transformer
 crossings, shell, local_complexity                   boundaries on segments, on rays, around points
+validity                                             how far points can be pushed along directions before region, map or output change
 affine_map, soft_affine_map                          the map of a region; the average over regions by probability
 frobenius_distance, frobenius_pairs, frobenius_topk, boundary_norms      how far maps are apart, without forming them
 soft_code, expected_hamming                          codes of smooth activations
@@ -18,7 +19,9 @@ from fastsae.polytopes.affine import (
     soft_affine_map,
 )
 from fastsae.polytopes.boundaries import Crossings, Shell, crossings, local_complexity, shell
-from fastsae.polytopes.net import Net, as_net, mlp_block
+from fastsae.polytopes.modules import as_net, mlp_block
+from fastsae.polytopes.net import Net
+from fastsae.polytopes.rays import Validity, validity
 from fastsae.polytopes.soft import expected_hamming, soft_code
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "NearestAffine",
     "Net",
     "Shell",
+    "Validity",
     "affine_map",
     "as_net",
     "boundary_norms",
@@ -39,4 +43,5 @@ __all__ = [
     "shell",
     "soft_affine_map",
     "soft_code",
+    "validity",
 ]

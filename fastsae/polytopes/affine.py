@@ -11,17 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastsae._core import checks
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.hamming import Neighbours
 from fastsae.ops.spline import unpack_bits
-from fastsae.polytopes.net import PIECEWISE, Activation, Add, Affine, Mlp, Net, Norm, Save, check_net, check_points, full_products, one_mlp
+from fastsae.polytopes.net import (
+    PIECEWISE,
+    Activation,
+    Add,
+    Affine,
+    Mlp,
+    Net,
+    Norm,
+    Operator,
+    Save,
+    check_net,
+    check_points,
+    full_products,
+    one_mlp,
+    refuse_gated,
+)
 from fastsae.polytopes.soft import unit_pieces
 from fastsae.reference import accumulator, chunks, product
 
 # ---------------------------------------------------------------- maps
+
+_NO_NORM = "net must hold no normalisation (it is not affine on a region; mlp_block(norm=False))"
 
 
 def _map(op: str, net: Net, x: Tensor, pieces: Any) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -37,13 +53,15 @@ def _map(op: str, net: Net, x: Tensor, pieces: Any) -> tuple[Tensor, Tensor, lis
     layers: list[tuple[Tensor, Tensor]] = []
     for stage in net.stages:
         if isinstance(stage, Affine):
-            A, c, h = stage.W @ A, F.linear(c, stage.W, stage.b), F.linear(h, stage.W, stage.b)
+            A, c, h = stage.W @ A, stage(c), stage(h)
+        elif isinstance(stage, Operator):
+            A, c, h = stage.linear(A.mT).mT, stage(c), stage(h)
         elif isinstance(stage, Activation):
             slope, intercept = pieces(h, stage)
             layers.append((slope, A.norm(dim=2)))
             A, c, h = slope.unsqueeze(2) * A, slope * c + intercept, slope * h + intercept
         elif isinstance(stage, Norm):
-            raise ValueError(f"{op}: net must hold no normalisation (it is not affine on a region; mlp_block(norm=False)), got {net!r}")
+            raise ValueError(f"{op}: {_NO_NORM}, got {net!r}")
         elif isinstance(stage, Save):
             saved.append((A, c, h))
         else:
@@ -54,6 +72,7 @@ def _map(op: str, net: Net, x: Tensor, pieces: Any) -> tuple[Tensor, Tensor, lis
 def _map_inputs(op: str, net: Any, x: Any) -> tuple[Net, Tensor]:
     """The net and x in the dtype of sums."""
     net = check_net(op, net)
+    refuse_gated(op, net)
     check_points(op, "x", x, net, same=True)
     wide = accumulator(x.dtype)
     return net.to(wide), x.detach().to(wide)
@@ -75,7 +94,7 @@ def affine_map(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     op = "affine_map"
     wide, rows = _map_inputs(op, net, x)
-    _piecewise(op, wide)
+    refuse_curved(op, wide)
     A, c, _ = _map(op, wide, rows.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, None))
     return A.reshape(*x.shape[:-1], *A.shape[1:]).to(x.dtype), c.reshape(*x.shape[:-1], c.shape[1]).to(x.dtype)
 
@@ -263,7 +282,7 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
         return [M.diagonal().clamp_min(0).sqrt()]
     dtype = getattr(x, "dtype", None)
     net, x = _map_inputs(op, net, x)
-    _piecewise(op, net)
+    refuse_curved(op, net)
     if x.dim() != 2:
         raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
     result = [x.new_empty(x.shape[0], width) for width in net.widths]
@@ -273,8 +292,8 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
         saved: list[Tensor] = []
         layer = len(layers)
         for stage in reversed(net.stages):
-            if isinstance(stage, Affine):
-                G = G @ stage.W
+            if isinstance(stage, (Affine, Operator)):
+                G = stage.pulled(G)
             elif isinstance(stage, Activation):
                 layer -= 1
                 slope, row_norms = layers[layer]
@@ -287,7 +306,11 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
     return [norms.to(dtype) for norms in result]
 
 
-def _piecewise(op: str, net: Net) -> None:
+def refuse_curved(op: str, net: Net) -> None:
+    """ValueError where a region has no affine map."""
+    refuse_gated(op, net)
+    if any(isinstance(stage, Norm) for stage in net.stages):
+        raise ValueError(f"{op}: {_NO_NORM}, got {net!r}")
     smooth = next((s.kind for s in net.stages if isinstance(s, Activation) and s.kind not in PIECEWISE), None)
     if smooth is not None:
         raise ValueError(f"{op}: net must have ReLU and LeakyReLU layers alone (soft_affine_map takes smooth ones), got {smooth}")

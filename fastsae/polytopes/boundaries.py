@@ -26,12 +26,16 @@ from fastsae.polytopes.net import (
     Affine,
     Net,
     Norm,
+    Operator,
     Save,
     Stage,
+    Times,
     activate,
     check_net,
     check_points,
     full_products,
+    linear_signs,
+    one_layer,
 )
 
 _BLOCK = 1 << 17
@@ -87,14 +91,13 @@ class _Block(NamedTuple):
     scale: tuple[Tensor, Tensor] | None = None
 
 
-def _exact_stages(op: str, net: Net) -> Sequence[Stage]:
-    """The stages up to the last activation; ValueError where positions have no closed form."""
+def _exact_stages(op: str, net: Net) -> None:
+    """ValueError where positions have no closed form."""
     last = max(i for i, stage in enumerate(net.stages) if isinstance(stage, Activation))
-    stages = net.stages[: last + 1]
     state, why = "linear", ""
     saved: list[str] = []
     layer = 0
-    for stage in stages:
+    for stage in net.stages[: last + 1]:
         if isinstance(stage, Activation):
             if state == "curved":
                 raise ValueError(f"{op}: layer {layer} has no closed form: its input is not piecewise affine ({why}), got {net!r}")
@@ -108,26 +111,27 @@ def _exact_stages(op: str, net: Net) -> Sequence[Stage]:
             saved.append(state)
         elif isinstance(stage, Add) and (saved.pop() != "linear" or state != "linear"):
             state, why = "curved", "it follows a residual sum with a normalised branch"
-    return stages
+        elif isinstance(stage, Times):
+            saved.pop()
+            state, why = "curved", "it follows a product of two branches"
 
 
 def _walk(block: _Block, stages: Sequence[Stage], columns: Mapping[Affine, Tensor], layer: int, found: list[tuple[Tensor, ...]]) -> None:
     """Takes a block through the stages; ``found`` gets (segment, t, layer, neuron) of its crossings."""
     for place, stage in enumerate(stages):
         h = block.h
-        if isinstance(stage, Affine):
+        if isinstance(stage, (Affine, Operator)):
             if block.scale is not None:
-                bias = F.linear(block.scale[1], stage.W, stage.b)
-                block = block._replace(h=h @ stage.W.T, scale=(block.scale[0], bias))
+                block = block._replace(h=stage.linear(h), scale=(block.scale[0], stage(block.scale[1])))
             else:
-                block = block._replace(h=F.linear(h, stage.W, stage.b))
+                block = block._replace(h=stage(h))
         elif isinstance(stage, Norm):
             block = _normalised(block, stage)
         elif isinstance(stage, Save):
             block = block._replace(saved=(*block.saved, h))
         elif isinstance(stage, Add):
             block = block._replace(h=h + block.saved[-1], saved=block.saved[:-1])
-        else:
+        elif isinstance(stage, Activation):
             crossed = _straight(block) if block.scale is None else _curved(block)
             piece, neuron, t, u = crossed
             found.append((block.segment[piece], t, torch.full_like(piece, layer), neuron))
@@ -135,7 +139,7 @@ def _walk(block: _Block, stages: Sequence[Stage], columns: Mapping[Affine, Tenso
             if not rest:
                 return
             block, rest = _extended(block, stage, rest, columns, piece, neuron, t, u)
-            width = max(block.h.shape[1], *(s.W.shape[0] for s in rest if isinstance(s, Affine)), 1)
+            width = max(block.h.shape[1], *(s.sizes[1] for s in rest if isinstance(s, (Affine, Operator))), 1)
             for part in _parts(block, max(_BLOCK // width, 16)):
                 _walk(part, rest, columns, layer + 1, found)
             return
@@ -237,7 +241,7 @@ def _normalised(block: _Block, norm: Norm) -> _Block:
     before, step = h[:-1], h[1:] - h[:-1]
     moments = torch.stack([before.square().mean(1) + norm.eps, (before * step).mean(1), step.square().mean(1)], 1)
     bias = h.new_zeros(h.shape[1]) if norm.bias is None else norm.bias
-    return block._replace(h=h if norm.weight is None else h * norm.weight, scale=(moments, bias))
+    return block._replace(h=norm.scaled(h), scale=(moments, bias))
 
 
 def _curved(block: _Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -340,8 +344,8 @@ def crossings(net: Net, p: Tensor, q: Tensor, *, seed: int = 0, bits: int = 64) 
     op = "crossings"
     _, seed, bits = checked_key(op, 0, seed, bits)
     net, p, q = _segments(op, net, p, q)
-    stages = _exact_stages(op, net)
-    wide = Net(stages).to(torch.float64)
+    _exact_stages(op, net)
+    wide = linear_signs(net)
     columns = {stage: stage.W.T.contiguous() for stage in wide.stages if isinstance(stage, Affine)}
     found: list[tuple[Tensor, ...]] = []
     start = [p.new_empty((0, bits // 64) if bits == 128 else 0, dtype=torch.int64)]
@@ -403,6 +407,17 @@ class Shell(NamedTuple):
     start: Tensor
 
 
+def unit_directions(op: str, directions: Tensor) -> Tensor:
+    """Directions at length 1 in float64."""
+    if directions.dim() != 2:
+        raise ValueError(f"{op}: directions must have shape [M, d_in={directions.shape[-1]}], got {list(directions.shape)}")
+    unit = directions.detach().double()
+    length = unit.norm(dim=1, keepdim=True)
+    if not bool((length.isfinite() & (length > 0)).all()):
+        raise ValueError(f"{op}: directions must be finite and of a length above 0, got {float(length.min()):g} .. {float(length.max()):g}")
+    return unit / length
+
+
 @torch.no_grad()
 def shell(
     net: Net, directions: Tensor, radius: float | None = None, *, origin: Tensor | None = None, seed: int = 0, bits: int = 64
@@ -425,13 +440,7 @@ def shell(
     net = check_net(op, net)
     check_points(op, "directions", directions, net)
     _, seed, bits = checked_key(op, 0, seed, bits)
-    if directions.dim() != 2:
-        raise ValueError(f"{op}: directions must have shape [R, d_in={net.d_in}], got {list(directions.shape)}")
-    unit = directions.detach().double()
-    length = unit.norm(dim=1, keepdim=True)
-    if not bool((length.isfinite() & (length > 0)).all()):
-        raise ValueError(f"{op}: directions must be finite and of a length above 0, got {float(length.min()):g} .. {float(length.max()):g}")
-    unit = unit / length
+    unit = unit_directions(op, directions)
     if origin is None:
         start = torch.zeros_like(unit)
     else:
@@ -443,10 +452,9 @@ def shell(
         radius = checks.number(op, "radius", radius)
         found = crossings(net, start, start + radius * unit, seed=seed, bits=bits)
         return Shell(radius * found.t, *found[1:])
-    stages = net.stages
-    if len(net.widths) != 1 or not all(isinstance(stage, (Affine, Activation, Save, Add)) for stage in stages):
+    wide = linear_signs(net)
+    if not one_layer(wide):
         raise ValueError(f"{op}: radius must be given for a net that is not a single affine layer, got {net!r}")
-    wide = Net(stages).to(torch.float64)
     found, starts = [], [unit.new_empty((0, bits // 64) if bits == 128 else 0, dtype=torch.int64)]
     zero = wide.preactivations(torch.zeros_like(unit[:1]))[0] if unit.shape[0] else unit.new_empty(0, net.widths[0])
     for rows in (slice(i, i + max(1, _FIRST // net.widths[0])) for i in range(0, unit.shape[0], max(1, _FIRST // net.widths[0]))):

@@ -1,18 +1,19 @@
 """Networks as the polytope functions see them: affine maps, activations, normalisations and residual branches, in order.
 
 A ``Net`` is a flat tuple of stages and holds the module's own parameters, not copies: a change of the weights is seen by the next call.
-Modules are recognised by what they are (PyTorch) or by their names (Hugging Face, which is not imported).
+``modules.py`` makes them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastsae._core import checks
@@ -23,6 +24,8 @@ GATES = ("gelu", "gelu_tanh", "silu", "quick_gelu")
 """Activations ``z * q(z)`` with a gate q between 0 and 1."""
 ASSIGNMENTS = ("sigmoid", "tanh", "softmax")
 """Activations that are soft assignments to constants."""
+_DENSE = 1 << 22
+"""Most elements of a convolution or a pooling as a matrix, 32 MiB in float64; a larger one is applied as an operator."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,50 @@ class Affine:
 
     W: Tensor
     b: Tensor | None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.W, self.b)
+
+    def linear(self, h: Tensor) -> Tensor:
+        """Without the bias."""
+        return h @ self.W.T
+
+    def pulled(self, G: Tensor) -> Tensor:
+        """``G W`` for rows of functionals on the output."""
+        return G @ self.W
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(inputs, outputs)."""
+        return self.W.shape[1], self.W.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """An affine layer over images that is applied, not held as a matrix: ``run(h [n, *into], *tensors)`` of shape ``[n, *out]``.
+
+    Attributes:
+        dense: whether a matrix is as good where it is small (``_DENSE``). into: empty until the shape of the images is known.
+    """
+
+    run: Callable[..., Tensor]
+    tensors: tuple[Tensor | None, ...] = ()
+    dense: bool = True
+    into: tuple[int, ...] = ()
+    out: tuple[int, ...] = ()
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.run(h.reshape(-1, *self.into), *self.tensors).reshape(*h.shape[:-1], prod(self.out))
+
+    def linear(self, h: Tensor) -> Tensor:
+        return self(h) - self(h.new_zeros(1, h.shape[-1]))
+
+    def pulled(self, G: Tensor) -> Tensor:
+        return torch.func.vjp(self, G.new_zeros(*G.shape[:-1], prod(self.into)))[1](G)[0]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return prod(self.into), prod(self.out)
 
 
 @dataclass(frozen=True)
@@ -43,12 +90,16 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """LayerNorm (``centred``) or RMSNorm: ``weight * h / sqrt(mean(h^2) + eps) + bias``."""
+    """LayerNorm (``centred``) or RMSNorm: ``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``; Gemma's offset is 1."""
 
     centred: bool
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    offset: float = 0.0
+
+    def scaled(self, h: Tensor) -> Tensor:
+        return h if self.weight is None else h * (self.weight + self.offset)
 
 
 @dataclass(frozen=True)
@@ -61,7 +112,15 @@ class Add:
     """The end of a residual branch."""
 
 
-Stage = Affine | Activation | Norm | Save | Add
+@dataclass(frozen=True, eq=False)
+class Times:
+    """The end of a gated MLP's two branches: ``h -> h * (s W^T + b)``, s what came at the matching ``Save``."""
+
+    W: Tensor
+    b: Tensor | None
+
+
+Stage = Affine | Operator | Activation | Norm | Save | Add | Times
 
 
 def activate(z: Tensor, act: Activation) -> Tensor:
@@ -86,7 +145,7 @@ def normalise(h: Tensor, norm: Norm) -> Tensor:
     if norm.centred:
         h = h - h.mean(-1, keepdim=True)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.eps)
-    h = h if norm.weight is None else h * norm.weight
+    h = norm.scaled(h)
     return h if norm.bias is None else h + norm.bias
 
 
@@ -117,8 +176,8 @@ class Net:
         last = max((i for i, stage in enumerate(self.stages) if isinstance(stage, Activation)), default=-1)
         h, saved = x, []
         for i, stage in enumerate(self.stages):
-            if isinstance(stage, Affine):
-                h = F.linear(h, stage.W, stage.b)
+            if isinstance(stage, (Affine, Operator)):
+                h = stage(h)
             elif isinstance(stage, Activation):
                 if found is not None:
                     found.append(h)
@@ -129,45 +188,54 @@ class Net:
                 h = normalise(h, stage)
             elif isinstance(stage, Save):
                 saved.append(h)
+            elif isinstance(stage, Times):
+                h = h * F.linear(saved.pop(), stage.W, stage.b)
             else:
                 h = h + saved.pop()
         return h
 
     def to(self, dtype: torch.dtype) -> Net:
-        """The same network with its parameters detached and converted (float64: widened exactly)."""
+        """The same network with its parameters detached and converted (float64: widened exactly); small operators as matrices."""
 
         def cast(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.detach().to(dtype)
 
         stages: list[Stage] = []
         for stage in self.stages:
-            if isinstance(stage, Affine):
-                stages.append(Affine(stage.W.detach().to(dtype), cast(stage.b)))
+            if isinstance(stage, (Affine, Times)):
+                stages.append(type(stage)(stage.W.detach().to(dtype), cast(stage.b)))
             elif isinstance(stage, Norm):
-                stages.append(Norm(stage.centred, cast(stage.weight), cast(stage.bias), stage.eps))
+                stages.append(replace(stage, weight=cast(stage.weight), bias=cast(stage.bias)))
+            elif isinstance(stage, Operator):
+                made = replace(stage, tensors=tuple(map(cast, stage.tensors)))
+                unit = torch.eye(stage.sizes[0], dtype=dtype, device=self.device) if stage.dense and prod(stage.sizes) <= _DENSE else None
+                stages.append(made if unit is None else Affine(made.linear(unit).T.contiguous(), made(torch.zeros_like(unit[0]))))
             else:
                 stages.append(stage)
         return Net(stages)
 
+    def _tensors(self) -> Iterable[Tensor]:
+        for stage in self.stages:
+            fields = stage.tensors if isinstance(stage, Operator) else vars(stage).values()
+            yield from (field for field in fields if isinstance(field, Tensor))
+
     @property
     def device(self) -> torch.device:
-        tensors = (t for stage in self.stages for t in vars(stage).values() if isinstance(t, Tensor))
-        return next((t.device for t in tensors), torch.device("cpu"))
+        return next((t.device for t in self._tensors()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        tensors = (t for stage in self.stages for t in vars(stage).values() if isinstance(t, Tensor))
-        return next((t.dtype for t in tensors), torch.float32)
+        return next((t.dtype for t in self._tensors()), torch.float32)
 
     def __repr__(self) -> str:
         def show(stage: Stage) -> str:
-            if isinstance(stage, Affine):
-                return f"{stage.W.shape[1]}→{stage.W.shape[0]}"
+            if isinstance(stage, (Affine, Operator)):
+                return f"{stage.sizes[0]}→{stage.sizes[1]}" if isinstance(stage, Affine) else f"{stage.into}→{stage.out}"
             if isinstance(stage, Activation):
                 return stage.kind
             if isinstance(stage, Norm):
                 return "layer_norm" if stage.centred else "rms_norm"
-            return "(" if isinstance(stage, Save) else "+)"
+            return "(" if isinstance(stage, Save) else "*)" if isinstance(stage, Times) else "+)"
 
         return f"Net({' '.join(map(show, self.stages))})"
 
@@ -180,8 +248,8 @@ def _shapes(stages: Iterable[Stage]) -> tuple[int | None, int | None, tuple[int,
     saved: list[int | None] = []
     for stage in stages:
         expected = None
-        if isinstance(stage, Affine):
-            expected = stage.W.shape[1]
+        if isinstance(stage, (Affine, Operator)):
+            expected = stage.sizes[0]
         elif isinstance(stage, Norm):
             given = stage.weight if stage.weight is not None else stage.bias
             expected = None if given is None else given.shape[0]
@@ -189,6 +257,10 @@ def _shapes(stages: Iterable[Stage]) -> tuple[int | None, int | None, tuple[int,
             start = saved.pop()
             if start is not None and start != width:
                 raise ValueError(f"as_net: a residual branch must end with its input's width {start}, got {width}")
+            continue
+        elif isinstance(stage, Times):
+            if (saved.pop() or first, width) != (stage.W.shape[1], stage.W.shape[0]):
+                raise ValueError(f"mlp_block: the up projection must be like the gate's, [{width}, ..], got {list(stage.W.shape)}")
             continue
         if expected is not None:
             if width is not None and expected != width:
@@ -201,185 +273,9 @@ def _shapes(stages: Iterable[Stage]) -> tuple[int | None, int | None, tuple[int,
             if width is None:
                 raise ValueError("as_net: an activation must follow a Linear layer (its number of neurons is unknown)")
             widths.append(width)
-        if isinstance(stage, Affine):
-            width = stage.W.shape[0]
+        if isinstance(stage, (Affine, Operator)):
+            width = stage.sizes[1]
     return first, width, tuple(widths)
-
-
-# ---------------------------------------------------------------- from modules
-
-_HF_ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "AccurateGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "QuickGELUActivation": "quick_gelu",
-    "SiLUActivation": "silu",
-}
-_IGNORED = (nn.Identity, nn.Dropout)
-_KNOWN = "Linear, ReLU, LeakyReLU, GELU, SiLU, Sigmoid, Tanh, Softmax, LayerNorm, RMSNorm, Sequential"
-
-
-def _hf(module: nn.Module) -> str:
-    """The class name of a Hugging Face module, or an empty string."""
-    return type(module).__name__ if type(module).__module__.startswith("transformers.") else ""
-
-
-def _activation(op: str, module: nn.Module) -> Activation | None:
-    if isinstance(module, nn.ReLU):
-        return Activation("relu")
-    if isinstance(module, nn.LeakyReLU):
-        return Activation("leaky_relu", float(module.negative_slope))
-    if isinstance(module, nn.GELU):
-        return Activation("gelu" if module.approximate == "none" else "gelu_tanh")
-    if isinstance(module, nn.SiLU):
-        return Activation("silu")
-    if isinstance(module, nn.Sigmoid):
-        return Activation("sigmoid")
-    if isinstance(module, nn.Tanh):
-        return Activation("tanh")
-    if isinstance(module, nn.Softmax):
-        if module.dim != -1:
-            raise ValueError(f"{op}: Softmax must be over the neurons (dim=-1), got dim={module.dim}")
-        return Activation("softmax")
-    kind = _HF_ACTIVATIONS.get(_hf(module))
-    return None if kind is None else Activation(kind)
-
-
-def _stages(op: str, module: Any) -> list[Stage]:
-    if isinstance(module, Net):
-        return list(module.stages)
-    if isinstance(module, (nn.Sequential, list, tuple)):
-        return [stage for part in module for stage in _stages(op, part)]
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{op}: module must be a torch.nn.Module, a Net or a list of them, got {type(module).__name__}")
-    act = _activation(op, module)
-    if act is not None:
-        return [act]
-    if isinstance(module, nn.Linear):
-        return [Affine(module.weight, module.bias)]
-    if _hf(module) == "Conv1D":
-        parameters: Any = module  # of transposed weights
-        return [Affine(parameters.weight.T, parameters.bias)]
-    if isinstance(module, nn.LayerNorm):
-        if len(module.normalized_shape) != 1:
-            raise ValueError(f"{op}: LayerNorm must be over the last dimension alone, got normalized_shape={module.normalized_shape}")
-        return [Norm(True, module.weight, module.bias, float(module.eps))]
-    if isinstance(module, nn.RMSNorm):
-        if len(module.normalized_shape) != 1:
-            raise ValueError(f"{op}: RMSNorm must be over the last dimension alone, got normalized_shape={module.normalized_shape}")
-        weight: Any = module.weight
-        eps = torch.finfo(torch.float32 if weight is None else weight.dtype).eps if module.eps is None else module.eps
-        return [Norm(False, weight, None, float(eps))]
-    if isinstance(module, _IGNORED):
-        return []
-    if _is_gated(module):
-        raise ValueError(f"{op}: {_gated_name(module)} ({type(module).__name__}) multiplies two branches and has no piecewise affine form")
-    raise ValueError(
-        f"{op}: {type(module).__name__} is not supported; supported: {_KNOWN}, and a list of such parts of a module of your own"
-    )
-
-
-def as_net(module: nn.Module | Net | Sequence[nn.Module | Net], *, residual: bool = False) -> Net:
-    """What the polytope functions take, from modules.
-
-    Args:
-        module: ``torch.nn.Sequential`` (nested ones too), one module, or a list of modules and nets that run one after the other. Known are
-            Linear (and Hugging Face's Conv1D), ReLU, LeakyReLU, GELU, SiLU, Sigmoid, Tanh, Softmax(-1), LayerNorm, RMSNorm; Identity and
-            Dropout do nothing (as in evaluation).
-        residual: the net is ``x + module(x)``.
-
-    Returns:
-        A ``Net`` over the modules' own parameters.
-
-    A transformer's MLP with its norm and residual is ``mlp_block(model, layer)``.
-
-    Raises: TypeError: not a module. ValueError: a module that is not supported, by name (SwiGLU and GeGLU multiply two branches), or widths
-        that do not fit.
-    """
-    op = "as_net"
-    checks.flag(op, "residual", residual)
-    stages = _stages(op, module)
-    return Net([Save(), *stages, Add()] if residual else stages)
-
-
-# ---------------------------------------------------------------- the MLP of a transformer
-
-
-def _is_gated(module: nn.Module) -> bool:
-    names = set(dict(module.named_children()))
-    return "gate_proj" in names or "gate_up_proj" in names or {"wi_0", "wi_1"} <= names or {"w1", "w2", "w3"} <= names
-
-
-def _gated_name(module: nn.Module) -> str:
-    acts = [child for child in module.modules() if _activation("mlp_block", child) is not None or isinstance(child, nn.SiLU)]
-    kinds = {act.kind for child in acts if (act := _activation("mlp_block", child)) is not None}
-    return "SwiGLU" if "silu" in kinds else "GeGLU" if kinds & {"gelu", "gelu_tanh"} else "a gated MLP"
-
-
-def _blocks(op: str, model: nn.Module) -> Sequence[nn.Module]:
-    """The transformer's layers: its longest ``ModuleList``."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ValueError(f"{op}: model must be a transformer with a ModuleList of layers, got {type(model).__name__}")
-    return max(lists, key=len)  # pyright: ignore[reportReturnType]
-
-
-def _parts(op: str, block: nn.Module) -> tuple[nn.Module | None, nn.Module, Any, nn.Module]:
-    """(norm before, first matrix, activation, second matrix) of a Hugging Face layer."""
-    children = dict(block.named_children())
-    mlp = children.get("mlp")
-    if "intermediate" in children and "output" in children:  # BERT and its relatives: the norm follows the residual sum
-        first = children["intermediate"]
-        return None, first.dense, first.intermediate_act_fn, children["output"].dense  # pyright: ignore[reportReturnType]
-    for module in (mlp, block):
-        if module is not None and _is_gated(module):
-            raise ValueError(
-                f"{op}: {_gated_name(module)} ({type(module).__name__}) multiplies two branches and has no piecewise affine form"
-            )
-    if mlp is not None and hasattr(mlp, "c_fc"):  # GPT-2
-        return children.get("ln_2"), mlp.c_fc, mlp.act, mlp.c_proj  # pyright: ignore[reportReturnType]
-    if mlp is not None and hasattr(mlp, "dense_h_to_4h"):  # GPT-NeoX (Pythia)
-        return children.get("post_attention_layernorm"), mlp.dense_h_to_4h, mlp.act, mlp.dense_4h_to_h  # pyright: ignore[reportReturnType]
-    shown = ", ".join(children)
-    raise ValueError(f"{op}: the MLP of {type(block).__name__} is not known (BERT, GPT-2 and GPT-NeoX layers are), it has {shown}")
-
-
-def mlp_block(model: nn.Module, layer: int, *, norm: bool = True, residual: bool = True) -> Net:
-    """The MLP of a transformer's layer, as a function of the residual stream: ``x + W_out act(W_in norm(x) + b_in) + b_out``.
-
-    Args:
-        model: a Hugging Face model of the BERT, GPT-2 or GPT-NeoX (Pythia) kind. layer: 0 .. layers - 1.
-        norm: with the LayerNorm before the MLP, where the model has one there (BERT normalises after the sum: its MLP gets the sum's
-            normalised output, which is x, and the norm after the MLP is left out). False: a function of the normalised input.
-        residual: with the skip connection. Not with ``norm=False`` in a model that normalises before the MLP: the skip starts before it.
-
-    Returns:
-        A ``Net`` over the model's own parameters. Dropout is left out, as in evaluation.
-
-    Raises: TypeError: not a module. ValueError: layer out of range; an MLP that is not known; SwiGLU and GeGLU, by name.
-    """
-    op = "mlp_block"
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
-    blocks = _blocks(op, model)
-    layer = checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")
-    checks.flag(op, "norm", norm)
-    checks.flag(op, "residual", residual)
-    before, first, act, second = _parts(op, blocks[layer])
-    if before is not None and residual and not norm:
-        raise ValueError(
-            f"{op}: residual must be False with norm=False: the skip connection starts before the norm of {type(model).__name__}"
-        )
-    known = _activation(op, act) if isinstance(act, nn.Module) else None
-    if known is None:
-        raise ValueError(f"{op}: the activation {type(act).__name__} is not supported")
-    stages = [*_stages(op, first), known, *_stages(op, second)]
-    if before is not None and norm:
-        stages = [*_stages(op, before), *stages]
-    return Net([Save(), *stages, Add()] if residual else stages)
 
 
 # ---------------------------------------------------------------- shared by what asks nets
@@ -408,6 +304,35 @@ def check_net(op: str, net: Any) -> Net:
     return net
 
 
+def refuse_gated(op: str, net: Net) -> None:
+    """ValueError where the net multiplies two branches, for what asks for an affine map."""
+    last = ""
+    for stage in net.stages:
+        last = stage.kind if isinstance(stage, Activation) else last
+        if isinstance(stage, Times):
+            name = "SwiGLU" if last == "silu" else "GeGLU" if last.startswith("gelu") else "gated"
+            raise ValueError(f"{op}: net must be affine in its regions, got a {name} MLP, which multiplies two branches: {net!r}")
+
+
+def linear_signs(net: Net) -> Net:
+    """The net up to its last activation, in float64; a normalisation before that one's layer, both without bias, becomes the affine map
+    whose signs are the same: it divides all neurons of a point by one number."""
+    last = max((i for i, stage in enumerate(net.stages) if isinstance(stage, Activation)), default=-1)
+    stages = list(Net(net.stages[: last + 1]).to(torch.float64).stages)
+    bare = [i for i, stage in enumerate(stages) if not isinstance(stage, Save)][-3:]
+    norm, layer = (stages[bare[0]], stages[bare[1]]) if len(bare) == 3 else (None, None)
+    if isinstance(norm, Norm) and norm.bias is None and isinstance(layer, Affine) and layer.b is None:
+        W = norm.scaled(layer.W)
+        stages[bare[1]] = Affine(W - W.mean(1, keepdim=True) if norm.centred else W, None)
+        del stages[bare[0]]
+    return Net(stages)
+
+
+def one_layer(net: Net) -> bool:
+    """One activation layer, of an affine input."""
+    return len(net.widths) == 1 and all(isinstance(stage, (Affine, Operator, Activation, Save, Add)) for stage in net.stages)
+
+
 def check_points(op: str, name: str, x: Any, net: Net, like: Tensor | None = None, same: bool = False) -> Tensor:
     """``x [.., d_in]`` floating on the net's device, and of its dtype where ``same``."""
     checks.tensor(op, name, x, (net.dtype,) if same else checks.FLOATS, like)
@@ -432,6 +357,7 @@ class Mlp:
 
 def one_mlp(op: str, net: Net) -> Mlp:
     """The net as one MLP; a preceding normalisation is left out (the maps are those of the normalised input). ValueError otherwise."""
+    refuse_gated(op, net)
     stages = list(net.stages)
     residual = bool(stages) and isinstance(stages[0], Save) and isinstance(stages[-1], Add)
     if residual:

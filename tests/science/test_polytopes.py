@@ -320,7 +320,7 @@ class Gated(nn.Module):
 def test_what_is_no_net() -> None:
     for module, error, message in (
         (3, TypeError, "module must be a torch.nn.Module, a Net or a list of them, got int"),
-        (nn.Conv2d(1, 2, 3), ValueError, "Conv2d is not supported; supported: Linear, ReLU"),
+        (nn.Conv3d(1, 2, 3), ValueError, "Conv3d is not supported; supported: Linear, ReLU"),
         ([nn.Linear(3, 4), nn.ReLU6()], ValueError, "ReLU6 is not supported.* and a list of such parts of a module of your own"),
         (Gated(nn.SiLU()), ValueError, "SwiGLU .* multiplies two branches"),
         (Gated(nn.GELU("tanh")), ValueError, "GeGLU .* multiplies two branches"),
@@ -437,8 +437,8 @@ def test_mlp_block_of_what_is_no_transformer() -> None:
 
 
 HUGGING_FACE = """
-import torch, fastsae
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel
+import torch, fastsae, transformers
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, GPTNeoXConfig, GPTNeoXModel
 torch.manual_seed(0)
 small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
 x = torch.randn(5, 16, dtype=torch.float64)
@@ -463,11 +463,24 @@ for make, config, expected in (
             raise SystemExit("not refused")
         except ValueError as error:
             assert "the skip connection starts before the norm" in str(error)
-try:
-    fastsae.polytopes.mlp_block(LlamaModel(LlamaConfig(**small, num_key_value_heads=2)), 0)
-    raise SystemExit("not refused")
-except ValueError as error:
-    assert "SwiGLU (LlamaMLP)" in str(error), error
+small.update(num_key_value_heads=2, pad_token_id=0)
+for kind, more in (
+    ("Llama", {}), ("Llama", {"mlp_bias": True}), ("Mistral", {}), ("Qwen2", {}), ("Qwen3", {}), ("SmolLM3", {}),
+    ("Gemma", {"head_dim": 8}), ("Gemma2", {"head_dim": 8}), ("Gemma3Text", {"head_dim": 8}),
+):
+    config = getattr(transformers, f"{kind}Config")(**small, **more)
+    model = getattr(transformers, f"{kind}Model")(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layer, net = model.layers[1], fastsae.polytopes.mlp_block(model, 1)
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        wanted = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
+    else:
+        wanted = x + layer.mlp(layer.post_attention_layernorm(x))
+    torch.testing.assert_close(net(x), wanted, rtol=1e-5, atol=1e-5)  # these norms compute in float32
+    found = fastsae.polytopes.crossings(net, x, x.flip(0))
+    before, after = (fastsae.codes.pack_signs(net.preactivations(v)[0]) for v in (x, x.flip(0)))
+    assert bool((found.counts >= fastsae.codes.boundary_density(before, after).pairs).all())
 print("fine")
 """
 

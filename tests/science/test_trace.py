@@ -469,9 +469,11 @@ def test_combine_hashes() -> None:
 
 
 def test_nothing_to_trace(model: Model) -> None:
-    with pytest.raises(ValueError, match=r"^trace: '\*.attention' matches nothing; it could match: layers.0.mlp.act, .*head.1; .*F.relu"):
+    with pytest.raises(
+        ValueError, match=r"^trace: '\*.attention' matches nothing; it could match: layers\.\*\.mlp\.act \(3 layers\), head.1; .*F.relu"
+    ):
         trace(model, "*.attention")
-    with pytest.raises(ValueError, match=r"'head.0' matches head.0, without an activation module in it; it could match: layers.0"):
+    with pytest.raises(ValueError, match=r"'head.0' matches head.0, without an activation module in it; it could match: layers\.\*"):
         trace(model, ["*.mlp", "head.0"])
     with pytest.raises(ValueError, match=r"^trace: the callable matches nothing; it could match"):
         trace(model, lambda name, module: False)
