@@ -383,9 +383,9 @@ def encode_topk(
         unique in a row, in numbers of the whole dictionary.
 
     The selection is exact under the score, whose sums are in float32 (float64 stays); equal scores (with ``absolute`` equal magnitudes,
-    so that s and -s tie): lower index first, -0 == +0; NaN ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through kept entries, with ``relu`` only where the value is above
-    0, never through NaN. Deterministic. Memory beyond the output, whatever ``B`` and ``F``: temporaries of 64 MiB each in the
-    reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels (of small dictionaries all, at most
+    so that s and -s tie): lower index first, -0 == +0; NaN ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through
+    kept entries, with ``relu`` only where the value is above 0, never through NaN. Deterministic. Memory beyond the output, whatever
+    ``B`` and ``F``: temporaries of 64 MiB each in the reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels (of small dictionaries all, at most
     about 6 MiB) and candidate buffers (there 8 MiB), kept for reuse (``csrc/fastsae.h`` states the bytes; 3 MB at B = 256, D = 768,
     F = 24576, k = 32); in the Triton row chunks of rows with 128 MiB of
     candidates and, for float32 sums, 32 MiB of rounded features and 12 bytes a feature. There the host waits for nothing but the number
