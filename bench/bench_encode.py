@@ -65,6 +65,28 @@ def test_encode_topk(shape: tuple[int, int, int, int], layout: str, packed: bool
     topk(compare, layout, shape, normal(rows, width), W.T.contiguous().T if layout == "DF" else W, packed)
 
 
+@pytest.mark.seconds(15)
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
+def test_by_magnitude(packed: bool, compare: Callable[..., None]) -> None:
+    rows, width, features, k = SHAPES[0]
+    x, W, b = normal(rows, width), unit_rows(features, width), normal(features) / 10
+    weights = fastsae.pack(W) if packed else W
+
+    def ours() -> fastsae.TopKLatents:
+        return fastsae.encode_topk(x, weights, b, k=k, absolute=True)
+
+    def verify() -> None:
+        few = ours().rows(slice(0, 8))
+        OPS["encode_topk"].check((x[:8], W, b, None, None, None, None, k, False, True), (few.values, few.indices))
+
+    def theirs() -> torch.Tensor:
+        z = torch.nn.functional.linear(x, W, b)
+        return z.gather(1, z.abs().topk(k).indices)
+
+    others = {"torch linear+abs+topk+gather": theirs, "ours, by score": lambda: fastsae.encode_topk(x, weights, b, k=k)}
+    compare(f"encode_topk by magnitude{' packed' if packed else ''}", name(SHAPES[0]), ours, others, verify)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["raw", "packed"])
 @pytest.mark.parametrize("shape", SMALL, ids=name)
 def test_small_batch(shape: tuple[int, int, int, int], packed: bool, compare: Callable[..., None]) -> None:

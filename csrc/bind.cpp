@@ -87,10 +87,10 @@ PYBIND11_MODULE(_C, m) {
     return pack({pointer<const void>(w), static_cast<Dtype>(w_type), stride_f, stride_d, d, features, nullptr, 0, nullptr},
                 pointer<std::uint32_t>(packed), threads);
   });
-  m.def("encode_topk", [](const X& x, const W& w, address scale, address bias, i64 k, bool relu, address values, address indices,
-                          address survived, int path, address stats, int threads) {
+  m.def("encode_topk", [](const X& x, const W& w, address scale, address bias, i64 k, bool relu, bool absolute, address values,
+                          address indices, address survived, int path, address stats, int threads) {
     py::gil_scoped_release release;
-    return encode_topk(activations(x, w), weights(w), pointer<const float>(scale), pointer<const float>(bias), k, relu,
+    return encode_topk(activations(x, w), weights(w), pointer<const float>(scale), pointer<const float>(bias), k, relu, absolute,
                        pointer<float>(values), pointer<i64>(indices), static_cast<EncodePath>(path), threads, pointer<EncodeStats>(stats),
                        pointer<std::uint8_t>(survived));
   });

@@ -134,15 +134,16 @@ struct EncodeStats {      // for tests and benches
   int64_t workspace;      // bytes, the largest at a time
 };
 
-// encode_topk: the k largest scores of each row, descending; equal scores (-0 == +0): lower feature first; NaN above +inf.
+// encode_topk: the k largest scores of each row, descending; equal scores (-0 == +0): lower feature first; NaN above +inf. `absolute`: the
+// k of the largest magnitude, by it, with their signs (s and -s are equal); for fewer than 2^30 features.
 //
 // values [rows, k] and indices [rows, k] are contiguous; `relu` clamps values at 0 after the selection (NaN stays). A NaN is returned as
 // the quiet NaN, -0 as +0. Workspace: that of the engine, and 8 * (4k + 272) bytes a row of the chunk; dense: 4 d a row of the chunk, and
 // T * 8 * min(2k + 64, features) a row within 64 MiB (or for one row). rows: features * (d + 32) bytes (not with a handle: 32 each), and a
 // thread at most 256 KiB (or 12 rows) of upper ends, 4 bytes a feature and row, 5 d a row and 24 bytes a feature. blocks: that of the
 // engine, 8 MiB (or 12 rows) of upper ends, and 24 bytes a feature and thread.
-int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, float* values,
-                    int64_t* indices, EncodePath path, int threads, EncodeStats* stats,
+int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, bool absolute,
+                    float* values, int64_t* indices, EncodePath path, int threads, EncodeStats* stats,
                     uint8_t* survived);  // the last two may be null; survived [rows, features] is or-ed
 
 // What an encoder with any number of latents a row keeps: owned here until it is copied out, because its size is known only then.

@@ -34,7 +34,8 @@ def decode_dweight(
 ) -> int: ...
 def pack(w: int, w_type: int, stride_f: int, stride_d: int, d: int, features: int, packed: int, threads: int, /) -> int: ...
 def encode_topk(
-    x: X, w: W, scale: int, bias: int, k: int, relu: bool, values: int, indices: int, survived: int, path: int, stats: int, threads: int, /,
+    x: X, w: W, scale: int, bias: int, k: int, relu: bool, absolute: bool, values: int, indices: int, survived: int, path: int, stats: int,
+    threads: int, /,
 ) -> int: ...
 def encode_threshold(
     x: X, w: W, scale: int, bias: int, threshold: int, half_band: float, path: int, stats: int, threads: int, /,

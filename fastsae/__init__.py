@@ -5,8 +5,8 @@ Operations (each with a PyTorch reference that every backend is verified against
     match_cosine, match, mmcs: two dictionaries
     spline_code, spline_hash: which neurons are on
 Latents: TopKLatents, RaggedLatents. PackedWeights: what pack returns.
-Modules: SAE with the activations TopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK; SAEs, several of one size that
-    train in one call.
+Modules: SAE with the activations TopK, AbsTopK, BatchTopK, JumpReLU, ReLU, Gated, and the dead-feature loss AuxK; SAEs, several of one
+    size that train in one call.
 Training: optim (Adam, Signum, adam_: exact and fused), Trainer, save_checkpoint, load_checkpoint; fastsae.trainer: data order, schedules.
 Other libraries' objects: accelerate, accelerated, restore, report; encode and reconstruct of any supported SAE.
 Backends: use_backend, explain, check (raises what a GPU has deferred), BackendError; `fastsae info`, `fastsae verify`.
@@ -28,7 +28,7 @@ from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold
 from fastsae.ops.spline import spline_code, spline_hash
 from fastsae.packed import PackedWeights, pack
 from fastsae.patch import accelerate, accelerated, encode, reconstruct, report, restore
-from fastsae.sae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK
+from fastsae.sae import SAE, AbsTopK, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK
 from fastsae.sae.checkpoints import load_checkpoint, save_checkpoint
 from fastsae.trainer import Trainer
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # loaded at their first use, so that an import of fastsae sta
 
 __all__ = [
     "SAE",
+    "AbsTopK",
     "AuxK",
     "BackendError",
     "BatchTopK",

@@ -100,14 +100,14 @@ def encode_topk(
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
     features: Tensor | None = None,
-    relu: bool = True,
+    relu: bool | None = None,
+    absolute: bool = False,
     index_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``fastsae.encode_topk`` as ``(values [.., k], indices [.., k])``. ``scale`` leaves the bias alone: multiply it yourself."""
-    latents = _encode.encode_topk(
-        x, W_enc, b_enc, k=k, b_pre=b_pre, scale=scale, features=features, relu=relu, index_dtype=index_dtype, backend=backend
-    )
+    options: dict[str, Any] = {"relu": relu, "absolute": absolute, "index_dtype": index_dtype, "backend": backend}
+    latents = _encode.encode_topk(x, W_enc, b_enc, k=k, b_pre=b_pre, scale=scale, features=features, **options)
     return latents.values, latents.indices
 
 

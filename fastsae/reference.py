@@ -120,8 +120,11 @@ def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None = None)
     return result if b is None else result + b
 
 
-def select_rows(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf."""
+def select_rows(s: Tensor, k: int, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf; ``absolute``: by magnitude."""
+    if absolute:
+        indices = select_rows(s.abs(), k)[1]
+        return s.gather(1, indices), indices
     n = s.shape[1]
     values, indices = s.topk(min(k + 1, n), dim=1)
     # torch.topk leaves open which of equal values it takes and in what order; a stable sort does not.
@@ -138,11 +141,11 @@ def select_rows(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k], indices[:, :k]
 
 
-def merge_rows(values: list[Tensor], indices: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of candidates whose earlier entries have the lower indices."""
+def merge_rows(values: list[Tensor], indices: list[Tensor], k: int, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """The k best (``absolute``: by magnitude) of candidates of which, among equals, those of lower index come first."""
     v, i = torch.cat(values, 1), torch.cat(indices, 1)
-    v, order = v.sort(dim=1, descending=True, stable=True)
-    return v[:, :k], i.gather(1, order[:, :k])
+    order = (v.abs() if absolute else v).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return v.gather(1, order), i.gather(1, order)
 
 
 def triton_refuses(*args: object) -> str | None:

@@ -7,7 +7,7 @@ two units in the last place of the sum of magnitudes. Selections may differ from
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -182,6 +182,15 @@ def _local(indices: Tensor, chosen: Tensor | None, n: int) -> Tensor:
 def _expect(condition: Tensor, what: str) -> None:
     if not bool(condition.all()):
         raise Mismatch(f"{what}: row {int((~condition).nonzero()[0][0])}")
+
+
+def by_magnitude(score: Score, result: tuple[Tensor, Tensor]) -> tuple[Score, tuple[Tensor, Tensor]]:
+    """Scores and a top-k of them as magnitudes, for ``check_topk``; Mismatch where a kept value has not the sign of its score."""
+    values, indices = result
+    if values.shape == indices.shape and values.shape[0] == score.exact.shape[0]:
+        kept, tolerance = (t.gather(1, indices) for t in (score.exact, score.tolerance))
+        _expect(~((values.double() * kept < 0) & (kept.abs() > tolerance)), "the sign of a value selected by magnitude differs")
+    return replace(score, exact=score.exact.abs()), (values.abs(), indices)
 
 
 def check_topk(score: Score, chosen: Tensor | None, k: int, relu: bool, result: tuple[Tensor, Tensor], dtype: torch.dtype) -> float:

@@ -42,7 +42,8 @@ class Problem:
 
     @property
     def direct(self) -> bool:
-        return self.x.dtype is not torch.float32 and self.centre is None
+        # Of a magnitude the sign comes from the exact product.
+        return self.x.dtype is not torch.float32 and self.centre is None and not self.magnitude
 
     def rows(self, part: slice) -> Problem:
         return replace(self, x=self.x[part], first_row=self.first_row + part.start)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae._core.jit import kernel
-from fastsae.kernels._tile import interpreting, unordered
+from fastsae.kernels._tile import affine, exact, interpreting, on, unordered
 
 MOST_KEPT = 512  # a row; the ranks of more are found by sorting
 _SIZE = 4096  # candidates of a program at a time
@@ -199,6 +199,23 @@ def rank_kernel(
     tl.store(indices + (rows * k)[:, None] + rank, feature, mask=mask)
 
 
+@kernel(do_not_specialize=["k", "D"])
+def score_kernel(
+    x, W, centre, scale, bias, indices, values, k, D, x_r, x_d, W_f, W_d,
+    CENTRED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """values[row, s] = the exact score of a row and the feature that indices[row, s] names."""
+    n_parts = tl.cdiv(k, COLUMNS)
+    row = (tl.program_id(0) // n_parts).to(tl.int64)
+    slot = tl.program_id(0) % n_parts * COLUMNS + tl.arange(0, COLUMNS)
+    mask = slot < k
+    f = tl.load(indices + row * k + slot, mask=mask, other=0)
+    x_at = x + (row * x_r + tl.zeros((1,), tl.int64))
+    total = exact(x_at, (W + f * W_f)[None, :], centre, D, x_d, W_d, mask[None, :], CENTRED, 1, COLUMNS)
+    score = tl.reshape(affine(total, scale, bias, f, mask, SCALED, BIASED), (COLUMNS,))
+    tl.store(values + row * k + slot, score.to(values.dtype.element_ty), mask=mask)
+
+
 # ---------------------------------------------------------------- launchers
 
 
@@ -246,6 +263,21 @@ def rank(keys: Tensor, ids: Tensor, chosen: Tensor | None, values: Tensor, indic
         num_warps=4,
         enable_fp_fusion=False,
     )
+
+
+def with_signs(
+    x: Tensor, W: Tensor, centre: Tensor | None, scale: Tensor | None, bias: Tensor | None, indices: Tensor, values: Tensor
+) -> None:
+    """The scores of what was selected by magnitude, into values [rows, k]; ``scale`` and ``bias`` of all features."""
+    rows, k = indices.shape
+    width = min(64, triton.next_power_of_2(max(k, 1))) if interpreting() else 16
+    if values.numel():
+        with on(x.device):
+            score_kernel[(rows * triton.cdiv(k, width),)](
+                x, W, centre, scale, bias, indices, values, k, W.shape[1], *x.stride(), *W.stride(),
+                CENTRED=centre is not None, SCALED=scale is not None, BIASED=bias is not None, COLUMNS=width,
+                num_warps=2, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 def sort(keys: Tensor, k: int, chosen: Tensor | None, values: Tensor, indices: Tensor, *, relu: bool) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -486,14 +486,16 @@ def _rescore(
 
 
 @of_inputs
-def encode_topk(inputs: ScoreInputs, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+def encode_topk(inputs: ScoreInputs, k: int, relu: bool, absolute: bool = False) -> tuple[Tensor, Tensor]:
     """(values [rows, k] in the dtype of x, indices [rows, k] int64); the contract is fastsae.ops.encode's."""
-    p, x = problem(inputs), inputs.x
+    p, x = replace(problem(inputs), magnitude=absolute), inputs.x
     if k > p.n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({p.n}), got {k}")
     values = torch.empty((x.shape[0], k), dtype=x.dtype, device=x.device)
     indices = torch.empty((x.shape[0], k), dtype=torch.int64, device=x.device)
     topk(p, k, values, indices, relu=relu)
+    if absolute:
+        _select.with_signs(x, inputs.W, p.centre, _tile.wide(inputs.scale), _tile.wide(inputs.b), indices, values)
     return values, indices
 
 

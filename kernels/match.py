@@ -28,7 +28,7 @@ from fastsae._core.jit import kernel
 from fastsae._core.norms import unit_rows
 from fastsae.kernels import _select, _tile, encode
 from fastsae.kernels._problem import WORKSPACE, Problem, rounded
-from fastsae.kernels._tile import Tile, cells, exact, interval, n_tiles, products, upper_key
+from fastsae.kernels._tile import Tile, cells, interval, n_tiles, products, upper_key
 from fastsae.kernels.encode import Buckets, emit, emit_rows, topk
 
 _BLOCKS = (8192, 32768), (8192, 16384), (8192, 8192)  # rows and columns of a block of one pass, at most; the first that has plans
@@ -81,19 +81,6 @@ def pair_kernel(
         )  # fmt: skip
 
 
-@kernel(do_not_specialize=["k", "D"])
-def similarity_kernel(x, W, indices, values, k, D, x_r, x_d, W_f, W_d, COLUMNS: tl.constexpr):
-    """values[row, s] = the exact product of a row and the feature that indices[row, s] names."""
-    n_parts = tl.cdiv(k, COLUMNS)
-    row = (tl.program_id(0) // n_parts).to(tl.int64)
-    slot = tl.program_id(0) % n_parts * COLUMNS + tl.arange(0, COLUMNS)
-    mask = slot < k
-    f = tl.load(indices + row * k + slot, mask=mask, other=0)
-    x_at = x + (row * x_r + tl.zeros((1,), tl.int64))
-    total = exact(x_at, (W + f * W_f)[None, :], x, D, x_d, W_d, mask[None, :], False, 1, COLUMNS)
-    tl.store(values + row * k + slot, tl.reshape(total, (COLUMNS,)), mask=mask)
-
-
 # ---------------------------------------------------------------- launchers
 
 
@@ -109,12 +96,8 @@ def _best(
     indices = torch.empty((a.shape[0], k), dtype=torch.int64, device=a.device)
     scale = values.new_full((b.shape[0],), -1.0) if negative else None
     topk(Problem(a, b, None, scale, None, None, _tile.tile_for(a.device), absolute, exclude_self), k, values, indices, relu=False)
-    if absolute and values.numel():
-        width = min(64, triton.next_power_of_2(k)) if _tile.interpreting() else 16
-        with _tile.on(a.device):
-            similarity_kernel[(a.shape[0] * triton.cdiv(k, width),)](
-                a, b, indices, values, k, a.shape[1], *a.stride(), *b.stride(), COLUMNS=width, num_warps=2, enable_fp_fusion=False
-            )
+    if absolute:
+        _select.with_signs(a, b, None, None, None, indices, values)
     return values, indices
 
 

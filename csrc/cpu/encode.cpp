@@ -270,13 +270,21 @@ int64_t run_entries(const Problem& p, EncodePath path, Driver& driver) {
 
 }  // namespace
 
-int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, float* values,
-                    int64_t* indices, EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
+int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, bool absolute,
+                    float* values, int64_t* indices, EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
   if (stats != nullptr) *stats = {};
   if (x.rows == 0 || k == 0) return kOk;
   const EncodeKernels* const screens = encode_kernels();
-  const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads, .stats = stats};
-  const TopkOutput out{.k = k, .relu = relu, .values = values, .indices = indices, .list = w.list, .survived = survived};
+  const Problem p{.kernels = engine_kernels(),
+                  .x = x,
+                  .w = w,
+                  .scale = scale,
+                  .bias = bias,
+                  .threads = threads,
+                  .stats = stats,
+                  .absolute = absolute};
+  const TopkOutput out{
+      .k = k, .relu = relu, .values = values, .indices = indices, .list = w.list, .absolute = absolute, .survived = survived};
   PlanRequest request = encode_request(w, path);
   request.least_features = std::max(request.least_features, 32 * k);
   request.rowwise_k = k;
@@ -285,7 +293,7 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   if (plan.path == EncodePath::dense) return dense_topk_all(p, out);
   if (plan.path == EncodePath::rows) return rowwise_topk(*screens, p, out, plan);
   if (plan.path == EncodePath::blocks) return run_engine(p, plan, *std::unique_ptr<RowwiseDriver>(new RowwiseDriver{*screens, p, out}));
-  TopkDriver driver{*screens, screens->screen_topk, p, out};
+  TopkDriver driver{*screens, absolute ? screens->screen_topk_absolute : screens->screen_topk, p, out};
   return run_engine(p, plan, driver);
 }
 

@@ -33,6 +33,7 @@ struct RowwiseTopk {
   // Of one row at a time, [features + 32] each: what may be among the best, and what is looked at when some of it has been scored.
   Undecided open{}, later{};
   int64_t* scored = nullptr;  // counts scores
+  bool absolute = false;      // by magnitude: ends are of it, and a scored feature is numbered 2 * feature + sign
 };
 
 // What an entry must be able to exceed: the threshold of its feature (strictly), one for all, or 0 twice (score, and product + extra).
@@ -40,6 +41,7 @@ enum class ThresholdKind : int { per_feature, shared, gate };
 
 struct EncodeKernels {
   void (*screen_topk)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);
+  void (*screen_topk_absolute)(const ScreenRows&, const ScreenPanels&, const Prefetch&, const ScoreJob&, const TopkBuffer&);  // by magnitude
   // Drops the kept entries of a row that cannot be in its top k; how many are left.
   int64_t (*finish_topk)(const TopkBuffer&, int64_t row);
   // `tau`: bits of the one for ThresholdKind::shared.

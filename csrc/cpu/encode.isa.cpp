@@ -12,11 +12,12 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-template <bool kScaled>
+// F: Features, or Magnitudes to select by these.
+template <class F>
 struct TopkScreen {
   const TopkBuffer& buffer;
   const ScreenRows& rows;
-  Features<kScaled> f{};
+  F f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
@@ -32,20 +33,29 @@ struct TopkScreen {
   }
 };
 
+template <bool kScaled>
+using ScoreScreen = TopkScreen<Features<kScaled>>;
+template <bool kScaled>
+using MagnitudeScreen = TopkScreen<Magnitudes<kScaled>>;
+
+template <bool kAbsolute>
 void screen_topk(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const ScoreJob& job, const TopkBuffer& buffer) {
   if (all_exact(buffer, rows.rows)) return;
   *buffer.seen += panels.features;
-  run_scaled<TopkScreen, ScreenFormat::int8>(rows, panels, next, buffer, rows);
-  rescore<false>(rows, panels, job, buffer);
+  if constexpr (kAbsolute)
+    run_scaled<MagnitudeScreen, ScreenFormat::int8>(rows, panels, next, buffer, rows);
+  else
+    run_scaled<ScoreScreen, ScreenFormat::int8>(rows, panels, next, buffer, rows);
+  rescore<kAbsolute>(rows, panels, job, buffer);
 }
 
 // ---- a top-k of few rows against all features ----
 
-template <bool kScaled>
+template <class F>
 struct RowwiseScreen {
   const RowwiseTopk& to;
   const ScreenRows& rows;
-  Features<kScaled> f{};
+  F f{};
   int64_t at = 0, group = 0;
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
@@ -75,16 +85,25 @@ struct RowwiseScreen {
   }
 };
 
+template <bool kScaled>
+using RowwiseScores = RowwiseScreen<Features<kScaled>>;
+template <bool kScaled>
+using RowwiseMagnitudes = RowwiseScreen<Magnitudes<kScaled>>;
+
 void screen_rowwise(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const RowwiseTopk& to) {
   const int64_t lows = ceil_div(panels.panels, to.panels) * 16;
   for (int64_t r = 0; r < rows.rows; ++r)
     for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
-  run_scaled<RowwiseScreen, ScreenFormat::int8>(rows, panels, next, to, rows);
+  if (to.absolute)
+    run_scaled<RowwiseMagnitudes, ScreenFormat::int8>(rows, panels, next, to, rows);
+  else
+    run_scaled<RowwiseScores, ScreenFormat::int8>(rows, panels, next, to, rows);
 }
 
-// Entries [from, to) of `open`, of one row: their scores over their upper ends.
+// Entries [from, to) of `open`, of one row: their scores over their upper ends; `absolute`: as to_scores has them.
 template <class S>
-FASTSAE_INLINE void score_entries(S& scorer, const ScreenPanels& p, const Undecided& open, int64_t row, int64_t from, int64_t to) {
+FASTSAE_INLINE void score_entries(S& scorer, const ScreenPanels& p, const Undecided& open, int64_t row, int64_t from, int64_t to,
+                                  bool absolute) {
   constexpr int64_t kAhead = 8;
   for (int64_t i = from; i < to; ++i) {
     if (i + kAhead < to) {
@@ -94,12 +113,10 @@ FASTSAE_INLINE void score_entries(S& scorer, const ScreenPanels& p, const Undeci
     scorer.add_entry(row, i);
   }
   scorer.finish();
-  for (int64_t i = from; i < to; ++i) {
-    const int64_t at = open.id[i] - p.first;
-    float score = open.hi[i];
-    if (p.scale != nullptr) score = score * p.scale[at];
-    open.hi[i] = score + p.bias[at];
-  }
+  if (absolute)
+    to_scores<true>(open, p, from, to);
+  else
+    to_scores<false>(open, p, from, to);
 }
 
 // How many features of a row have an upper end that is not below tau; they and their ends to `open`.
@@ -171,7 +188,7 @@ int64_t rescore_row(const ScreenPanels& p, const ScoreJob& job, const RowwiseTop
   if ((n - some) * job.d > kWorth) scored = postpone(kth_largest(open.hi, n, some, some + some / 8), open, n, to.later);
   if (scored > limit) return -1;
   with_scorer(job, open, [&](auto& scorer) {
-    score_entries(scorer, p, open, row, 0, scored);
+    score_entries(scorer, p, open, row, 0, scored, to.absolute);
     if (scored == n) return;
     const float tau = scored >= k ? kth_largest(open.hi, scored, k, k) : floor;
     const int64_t more = keep_above(tau, to.later.hi, to.later.id, nullptr, n - scored, open.hi + scored, open.id + scored, nullptr);
@@ -179,7 +196,7 @@ int64_t rescore_row(const ScreenPanels& p, const ScoreJob& job, const RowwiseTop
       scored = -1;
       return;
     }
-    score_entries(scorer, p, open, row, scored, scored + more);
+    score_entries(scorer, p, open, row, scored, scored + more, to.absolute);
     scored += more;
   });
   if (scored < 0) return -1;
@@ -294,8 +311,8 @@ void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& pan
 
 }  // namespace
 
-const EncodeKernels encode_kernels = {screen_topk, finish_topk, screen_threshold, keep_undecided, score_undecided,
-                                      kth_largest, bounds,      screen_rowwise,   rescore_row,    rank_scores};
+const EncodeKernels encode_kernels = {screen_topk<false>, screen_topk<true>, finish_topk, screen_threshold, keep_undecided, score_undecided,
+                                      kth_largest,        bounds,            screen_rowwise, rescore_row, rank_scores};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

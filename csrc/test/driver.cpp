@@ -169,9 +169,12 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
       std::unique_ptr<float[]> values(new float[static_cast<size_t>(rows * kept)]);
       std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(rows * kept)]);
       Outcome now;
-      int64_t status =
-          encode_topk(rows_of, in, maybe_scale, maybe_bias, kept, twist % 2 != 0, values.get(), indices.get(), path, 2, nullptr, nullptr);
-      now.add(&status, 1), now.add(values.get(), rows * kept), now.add(indices.get(), rows * kept);
+      int64_t status = kOk;
+      for (const bool absolute : {false, true}) {
+        status = encode_topk(rows_of, in, maybe_scale, maybe_bias, kept, !absolute && twist % 2 != 0, absolute, values.get(), indices.get(),
+                             path, 2, nullptr, nullptr);
+        now.add(&status, 1), now.add(values.get(), rows * kept), now.add(indices.get(), rows * kept);
+      }
       for (const float band : {-1.0f, 0.5f})
         now.add(encode_threshold(rows_of, in, maybe_scale, maybe_bias, theta.get(), band, path, 2, nullptr, &status), rows, status);
       now.add(encode_gated(rows_of, in, theta.get(), stretch.get(), bias.get(), path, 2, nullptr, &status), rows, status);

@@ -147,11 +147,13 @@ _SAELENS = {
     "gated": "gated",
     "jumprelu": "jumprelu",
     "topk": "topk",
+    "abstopk": "abstopk",
     "transcoder": "relu",
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
+_TOPK = ("topk", "abstopk")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATS}
 
 
@@ -184,10 +186,10 @@ def _read_saelens(config: dict[str, Any], tensors: dict[str, Tensor], options: O
     if transcoder and apply:
         raise ValueError("apply_b_dec_to_input does not go with a transcoder")
     more: dict[str, Any] = {"pre_bias": apply, "normalize_decoder": _flag(config, "normalize_sae_decoder", False)}
-    if kind == "topk":
+    if kind in _TOPK:
         more["k"] = _count("k", k)
-    if _flag(config, "rescale_acts_by_decoder_norm", False) and kind == "topk":
-        found = fold_decoder_norm(found)
+        if _flag(config, "rescale_acts_by_decoder_norm", False):
+            found = fold_decoder_norm(found)
     if transcoder:
         d_out = found["W_dec"].shape[1]
         _agree("d_out", config.get("d_out"), d_out)
@@ -367,7 +369,7 @@ def read(source: str | os.PathLike[str], format: str | None, options: Options) -
                 raise ValueError(f"{name} must have dtype {', '.join(_DTYPES)}, got {str(tensor.dtype).removeprefix('torch.')}")
         loaded = _READERS[found](config, tensors, options)
         if options.fold_decoder_norm:
-            if loaded.config["activation"] in ("topk", "batchtopk"):
+            if loaded.config["activation"] in (*_TOPK, "batchtopk"):
                 raise ValueError("fold_decoder_norm would change which latents a top k keeps")
             loaded = Loaded(loaded.config, fold_decoder_norm(loaded.tensors))
         config, tensors = dict(loaded.config), loaded.tensors
@@ -450,13 +452,13 @@ def _write_saelens(config: dict[str, Any], tensors: dict[str, Tensor], metadata:
         raise ValueError("has no top k without ReLU")
     if transcoder and config["pre_bias"]:
         raise ValueError("has no transcoder that subtracts b_dec from its input")
-    if transcoder and kind in ("topk", "gated"):
+    if transcoder and kind in (*_TOPK, "gated"):
         raise ValueError(f"has no transcoder with the activation {kind!r}")
     out = {name: tensor for name, tensor in tensors.items() if name != "running_threshold"}
     if kind == "batchtopk":  # as SAELens saves its own: the threshold of inference
         kind = "jumprelu"
         out["threshold"] = tensors["running_threshold"].clamp_min(0).to(out["b_enc"].dtype).expand_as(out["b_enc"]).contiguous()
-    architecture = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}[kind]
+    architecture = "standard" if kind == "relu" else kind
     if transcoder:
         architecture = ("jumprelu_" if kind == "jumprelu" else "") + ("skip_" if config["skip_connection"] else "") + "transcoder"
     cfg: dict[str, Any] = {
@@ -470,7 +472,7 @@ def _write_saelens(config: dict[str, Any], tensors: dict[str, Tensor], metadata:
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **metadata},
     }
-    if kind == "topk":
+    if kind in _TOPK:
         cfg |= {"k": config["k"], "rescale_acts_by_decoder_norm": False}
     if transcoder:
         cfg["d_out"] = tensors["W_dec"].shape[1]
@@ -502,7 +504,7 @@ def _write_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor
     kind = config["activation"]
     if config["skip_connection"] or tensors["W_dec"].shape[1] != config["d_in"]:
         raise ValueError("has no skip connection and no d_out other than d_in")
-    if kind == "topk" and not config["relu"]:
+    if kind in _TOPK and not config["relu"]:
         raise ValueError("has no top k without ReLU")
     if kind == "batchtopk" and int(config["k"]) != config["k"]:
         raise ValueError(f"needs an integer k, got {config['k']}")

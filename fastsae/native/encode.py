@@ -40,9 +40,16 @@ def score_refusal(*names: str) -> Callable[..., str | None]:
     return refuses
 
 
-refuses_encode_topk = refuses_encode_batch_topk = score_refusal("b", "b_pre", "scale", "features")
+refuses_encode_batch_topk = score_refusal("b", "b_pre", "scale", "features")
 refuses_encode_threshold = score_refusal("b", "b_pre", "scale", "features", "packed", "threshold")
 refuses_encode_gated = score_refusal("b_gate", "r_mag", "b_mag", "b_pre")
+
+
+def refuses_encode_topk(x: Tensor, W: Tensor, *rest: Any) -> str | None:
+    """Why `encode_topk` cannot serve these inputs, or None."""
+    if W.shape[0] >= 2**30 and rest[7:] == (True,):
+        return f"{W.shape[0]} features by magnitude (supported: fewer than 2^30)"
+    return refuses_encode_batch_topk(x, W, *rest)
 
 
 class Arguments:
@@ -91,9 +98,16 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 @of_inputs
 def encode_topk(
-    inputs: ScoreInputs, k: int, relu: bool, *, path: str = "auto", stats: dict[str, int] | None = None, survived: Tensor | None = None
+    inputs: ScoreInputs,
+    k: int,
+    relu: bool,
+    absolute: bool = False,
+    *,
+    path: str = "auto",
+    stats: dict[str, int] | None = None,
+    survived: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k best scores of each row and their features, exact by the score of csrc/fastsae.h.
+    """The k best scores of each row (``absolute``: by magnitude) and their features, exact by the score of csrc/fastsae.h.
 
     Args:
         inputs: any strides, read in place; ``packed``: None, or what `pack` returned for W.
@@ -107,7 +121,7 @@ def encode_topk(
     indices = torch.empty((rows, k), dtype=torch.int64, device="cpu")
     call_engine(
         "encode_topk", path, stats,
-        *given.addresses, *given.affine, k, relu, values.data_ptr(), indices.data_ptr(), address(survived),
+        *given.addresses, *given.affine, k, relu, absolute, values.data_ptr(), indices.data_ptr(), address(survived),
     )  # fmt: skip
     return rounded(values, inputs.x.dtype), indices
 

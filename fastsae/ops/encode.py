@@ -27,7 +27,7 @@ from fastsae.reference import accumulator, centre, chunks, merge_rows, scores, s
 
 
 @of_inputs
-def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool, absolute: bool = False) -> tuple[Tensor, Tensor]:
     x = inputs.x
     chosen = checks.sorted_subset(inputs.features, inputs.W.shape[0], "encode_topk: features")
     n = inputs.W.shape[0] if chosen is None else chosen.shape[0]
@@ -40,11 +40,12 @@ def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool) -> tuple[Tens
         indices: list[Tensor] = []
         for part in chunks(n, rows.stop - rows.start, least=k):
             local = part if chosen is None else chosen[part]
-            v, i = select_rows(_tile(inputs, xc[rows], local), min(k, part.stop - part.start))
+            s = _tile(inputs, xc[rows], local)
+            v, i = select_rows(s, min(k, part.stop - part.start), absolute)
             values.append(v)
             indices.append(i + part.start)
             if len(values) == 2:
-                v, i = merge_rows(values, indices, k)
+                v, i = merge_rows(values, indices, k, absolute)
                 values, indices = [v], [i]
         kept_values.append(values[0])
         kept_indices.append(indices[0])
@@ -173,9 +174,9 @@ def _fake_threshold(inputs: ScoreInputs, threshold: Tensor, bandwidth: float | N
 _INPUTS = "Tensor x, Tensor W, Tensor? b, Tensor? b_pre, Tensor? scale, Tensor? features, Tensor? packed"
 _CAPACITY = "SymInt? capacity=None"
 ENCODE_TOPK = Op(
-    f"encode_topk({_INPUTS}, SymInt k, bool relu) -> (Tensor, Tensor)",
+    f"encode_topk({_INPUTS}, SymInt k, bool relu, bool absolute=False) -> (Tensor, Tensor)",
     encode_topk_reference,
-    fake=of_inputs(lambda s, k, relu: (s.x.new_empty((s.x.shape[0], k)), s.x.new_empty((s.x.shape[0], k), dtype=torch.int64))),
+    fake=of_inputs(lambda s, k, *_: (s.x.new_empty((s.x.shape[0], k)), s.x.new_empty((s.x.shape[0], k), dtype=torch.int64))),
     samples=encode_samples.topk_samples,
     check=encode_samples.check_topk,
     workload=lambda *where: (*encode_samples.layer(*where), None, None, None, None, 32, True),
@@ -240,13 +241,13 @@ def _through_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *given, relu, backend = args
-        values, indices = ENCODE_TOPK(*given, relu, backend=backend)
+        *given, relu, absolute, backend = args
+        values, indices = ENCODE_TOPK(*given, relu, absolute, backend=backend)
         return _keep(ctx, (values, indices), values > 0 if relu else ~values.isnan(), args[:5], backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_through_scores(ctx, grad), *[None] * 5
+        return *_through_scores(ctx, grad), *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 class _EncodeBatchTopK(_EncodeTopK):
@@ -355,11 +356,12 @@ def encode_topk(
     b_pre: Tensor | None = None,
     scale: Tensor | None = None,
     features: Tensor | None = None,
-    relu: bool = True,
+    relu: bool | None = None,
+    absolute: bool = False,
     index_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> TopKLatents:
-    """The k largest scores ``b_enc + scale * (x - b_pre) @ W_enc.T`` of each row.
+    """The k largest scores ``b_enc + scale * (x - b_pre) @ W_enc.T`` of each row; with ``absolute`` those of largest magnitude.
 
     Args:
         x: activations ``[.., D]``; float32, bfloat16, float16 or float64; any strides.
@@ -371,40 +373,44 @@ def encode_topk(
         scale: ``[F]`` factor of each product, before the bias (e.g. decoder norms).
         features: restricts to a subset, as an index (order and repetition do not matter) or a mask ``[F]``: dead features for AuxK, a
             slice.
-        relu: clamp the kept values at 0 after the selection.
+        relu: clamp the kept values at 0 after the selection; default: yes, but not with ``absolute``, where it must be False.
+        absolute: select by magnitude and keep the sign (AbsTopK).
         index_dtype: torch.int64 or torch.int32.
         backend: see ``fastsae.use_backend``.
 
     Returns:
-        ``TopKLatents``: values ``[.., k]`` in the dtype of ``x``, descending by float32 score; indices ``[.., k]``, unique in a row,
-        in numbers of the whole dictionary.
+        ``TopKLatents``: values ``[.., k]`` in the dtype of ``x``, descending by float32 score (by its magnitude); indices ``[.., k]``,
+        unique in a row, in numbers of the whole dictionary.
 
-    The selection is exact under the score, whose sums are in float32 (float64 stays); equal scores: lower index first, -0 == +0; NaN
-    ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through kept entries, with ``relu`` only where the value is above
-    0, never through NaN. Deterministic. Memory beyond the output, whatever ``B`` and ``F``: temporaries of 64 MiB each in the
-    reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels (of small dictionaries all, at most
+    The selection is exact under the score, whose sums are in float32 (float64 stays); equal scores (with ``absolute`` equal magnitudes,
+    so that s and -s tie): lower index first, -0 == +0; NaN ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through
+    kept entries, with ``relu`` only where the value is above 0, never through NaN. Deterministic. Memory beyond the output, whatever
+    ``B`` and ``F``: temporaries of 64 MiB each in the reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels (of small dictionaries all, at most
     about 6 MiB) and candidate buffers (there 8 MiB), kept for reuse (``csrc/fastsae.h`` states the bytes; 3 MB at B = 256, D = 768,
     F = 24576, k = 32); in the Triton row chunks of rows with 128 MiB of
     candidates and, for float32 sums, 32 MiB of rounded features and 12 bytes a feature. There the host waits for nothing but the number
     of ``features``.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, or k out of range. IndexError: ``features`` out of range (on a GPU: left out, raised
-        by ``fastsae.check()``).
+        TypeError: dtype or device. ValueError: shape, k out of range, or ``relu`` with ``absolute``. IndexError: ``features`` out of range
+        (on a GPU: left out, raised by ``fastsae.check()``).
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
+    ``absolute``: "AbsTopK: Rethinking Sparse Autoencoders For Bidirectional Features" (arXiv 2510.00404).
     """
     op = "encode_topk"
     batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
     F = inputs.W.shape[0]
     k = checks.integer(op, "k", k, 1, F, f"F={F}")
-    checks.flag(op, "relu", relu)
+    relu = not checks.flag(op, "absolute", absolute) if relu is None else checks.flag(op, "relu", relu)
+    if relu and absolute:
+        raise ValueError(f"{op}: relu must be False with absolute, which keeps negative scores, got True")
     dtype = checks.index_dtype(op, index_dtype, F)
     backend = preference(backend)
     if tracks(op, *inputs[:5]):
-        values, indices = _EncodeTopK.apply(*inputs, k, relu, backend)  # pyright: ignore[reportGeneralTypeIssues]
+        values, indices = _EncodeTopK.apply(*inputs, k, relu, absolute, backend)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        values, indices = ENCODE_TOPK(*inputs, k, relu, backend=backend)
+        values, indices = ENCODE_TOPK(*inputs, k, relu, absolute, backend=backend)
     if len(batch) != 1:
         values, indices = values.reshape(*batch, k), indices.reshape(*batch, k)
     return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), F)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -58,11 +59,27 @@ def _room(x: Tensor, W: Tensor, count: int) -> int | None:
 
 
 def topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
-    for count, sample in enumerate(encode_samples(device, dtype, generator)):
-        features = sample[5]
-        n = sample[1].shape[0] if features is None else int(features.sum()) if features.dtype is torch.bool else features.shape[0]
-        for k in sorted({1, min(n, 7), n}):
-            yield *sample, _packed(sample[1], count), k, count % 2 == 0
+    for absolute, samples in (((), encode_samples), ((True,), _opposite_samples)):
+        for count, sample in enumerate(samples(device, dtype, generator)):
+            features = sample[5]
+            n = sample[1].shape[0] if features is None else int(features.sum()) if features.dtype is torch.bool else features.shape[0]
+            for k in sorted({1, min(n, 7), n}):
+                yield *sample, _packed(sample[1], count), k, not absolute and count % 2 == 0, *absolute
+
+
+def _opposite_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    """For a selection by magnitude: some of ``encode_samples``, and scores that are opposite to others, bit for bit."""
+    yield from islice(encode_samples(device, dtype, generator), 0, None, 3)
+    normal = _normal(device, dtype, generator)
+    x, W = normal(7, 24), normal(40, 24)
+    W[20:] = -W[:20]  # s and -s
+    zeros = x.clone()
+    zeros[3] = 0  # 0 and -0
+    for scale in (None, torch.where(torch.arange(40, device=device) % 3 == 0, -1, 1).to(dtype)):
+        yield zeros, W, None, None, scale, None
+    special = x.clone()
+    special[0, 1], special[2, 0], special[5, 3] = float("nan"), float("inf"), -float("inf")
+    yield special, W, normal(40), normal(24), None, torch.arange(1, 40, 2, device=device)
 
 
 def threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
@@ -105,9 +122,12 @@ def gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Ge
 def check_topk(args: tuple[Any, ...], result: Any) -> float:
     from fastsae import testing
 
-    x, W, b, b_pre, scale, features, _, k, relu = args
+    x, W, b, b_pre, scale, features, _, k, relu, *absolute = args
     score = testing.score_band(x, W, b, b_pre, scale)
-    return testing.check_topk(score, checks.sorted_subset(features, W.shape[0], "features"), k, relu, result, x.dtype)
+    chosen = checks.sorted_subset(features, W.shape[0], "features")
+    if absolute == [True]:
+        score, result = testing.by_magnitude(score, result)
+    return testing.check_topk(score, chosen, k, relu, result, x.dtype)
 
 
 def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tuple[Tensor, ...]:

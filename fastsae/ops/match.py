@@ -147,21 +147,16 @@ def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
 
 
 def _check_match(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import Mismatch, Score, check_topk
+    from fastsae.testing import by_magnitude, check_topk
 
     a, b, k, absolute, exclude_self, eps = args
     score = _similarity_score(a, b, eps)
     similarity, index = result
-    exact = score.exact.clone()
     if absolute:
-        signed = exact.gather(1, index)
-        wrong = (similarity.double() * signed < 0) & (signed.abs() > score.tolerance.gather(1, index))
-        if bool(wrong.any()):
-            raise Mismatch("similarity: the sign of a match by magnitude differs")
-        exact, similarity = exact.abs(), similarity.abs()
+        score, (similarity, index) = by_magnitude(score, (similarity, index))
     if exclude_self:
-        exact.fill_diagonal_(-torch.inf)
-    return check_topk(Score(exact, score.tolerance, score.band, score.unit), None, k, False, (similarity, index), a.dtype)
+        score.exact.fill_diagonal_(-torch.inf)
+    return check_topk(score, None, k, False, (similarity, index), a.dtype)
 
 
 def _check_pair(args: tuple[Any, ...], result: Any) -> float:

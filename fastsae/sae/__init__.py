@@ -7,10 +7,10 @@ losses       the terms, shared by all of them       activations, reconstruction
 stack        SAEs: several in one step              checkpoints: what training goes on from
 """
 
-from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.sae.losses import AuxK, Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
 from fastsae.sae.stack import SAEs
 
-__all__ = ["SAE", "Activation", "AuxK", "BatchTopK", "Gated", "JumpReLU", "Metrics", "ReLU", "Reconstruction", "SAEs", "TopK"]
+__all__ = ["SAE", "AbsTopK", "Activation", "AuxK", "BatchTopK", "Gated", "JumpReLU", "Metrics", "ReLU", "Reconstruction", "SAEs", "TopK"]

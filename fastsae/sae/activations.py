@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ else:
 class Kind(Generic[L]):
     """An activation, by the latents that it leaves."""
 
+    absolute: ClassVar[bool] = False
+    """Whether it selects by magnitude."""
+
 
 @dataclass(frozen=True)
 class TopK(Kind[TopKLatents]):
@@ -30,6 +33,19 @@ class TopK(Kind[TopKLatents]):
 
     k: int
     relu: bool = True
+
+
+@dataclass(frozen=True)
+class AbsTopK(TopK):
+    """The k scores of largest magnitude of each row, with their signs; see ``encode_topk``. A latent fires where it is not 0.
+
+    The AuxK of an SAE with it selects among the dead features by magnitude, too, and needs ``AuxK(relu=False)``.
+
+    Source: "AbsTopK: Rethinking Sparse Autoencoders For Bidirectional Features" (arXiv 2510.00404).
+    """
+
+    relu: bool = field(default=False, init=False, repr=False)
+    absolute: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ Activation = TopK | BatchTopK | JumpReLU | ReLU | Gated
 def checked(activation: Any, d_sae: int) -> Activation:
     """An activation that fits an SAE of ``d_sae`` features, its numbers Python's; TypeError or ValueError otherwise."""
     if not isinstance(activation, (TopK, BatchTopK, JumpReLU, ReLU, Gated)):
-        raise TypeError(f"SAE: activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(activation).__name__}")
+        raise TypeError(f"SAE: activation must be TopK, AbsTopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(activation).__name__}")
     if isinstance(activation, TopK):
         checks.flag("SAE", "activation.relu", activation.relu)
     for name in ("k", "rate", "threshold", "bandwidth"):
@@ -94,7 +110,7 @@ def checked(activation: Any, d_sae: int) -> Activation:
 
 
 def with_k(activation: Activation, k: float, d_sae: int) -> Activation:
-    """The same with another k, rounded for TopK; AttributeError for one that has none."""
+    """The same with another k, rounded for TopK and AbsTopK; AttributeError for one that has none."""
     if not isinstance(activation, (TopK, BatchTopK)):
         raise AttributeError(f"SAE: {type(activation).__name__} has no k")
     if isinstance(activation, TopK) and isinstance(k := checks.plain(k), float):

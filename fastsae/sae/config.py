@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from fastsae._core import checks
-from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.sae.losses import AuxK
 
 
@@ -34,7 +34,7 @@ class Settings(Protocol):
 def to_json(sae: Settings) -> dict[str, Any]:
     activation = sae.activation
     config: dict[str, Any] = {"d_in": sae.d_in, "num_latents": sae.d_sae, "activation": type(activation).__name__.lower()}
-    if isinstance(activation, TopK):
+    if isinstance(activation, TopK):  # AbsTopK is one
         config |= {"k": activation.k, "relu": activation.relu}
     if isinstance(activation, BatchTopK):
         config |= {"k": activation.k, "rate": activation.rate}
@@ -64,6 +64,8 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     activation: Activation
     if kind == "topk":
         activation = TopK(config["k"], config.get("relu", True))
+    elif kind == "abstopk":
+        activation = AbsTopK(config["k"])
     elif kind == "batchtopk":
         activation = BatchTopK(config["k"], config.get("rate", 0.01))
     elif kind == "jumprelu":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastsae._core import checks
 from fastsae.latents import Latents
 from fastsae.sae import tiles
-from fastsae.sae.activations import Activation, Gated, JumpReLU, ReLU
+from fastsae.sae.activations import AbsTopK, Activation, Gated, JumpReLU, ReLU
 from fastsae.sae.config import Settings
 from fastsae.sae.losses import AuxK, Pass, Terms, Weights
 
@@ -93,6 +93,8 @@ def checked_terms(op: str, sae: Settings, l1: Any = None, l0: Any = None, aux: A
         raise TypeError(f"{op}: aux must be an AuxK, False or None, got {type(aux).__name__}")
     if aux is not None and isinstance(sae.activation, Gated):
         raise ValueError(f"{op}: aux does not go with Gated, whose gate has a reconstruction error of its own")
+    if aux is not None and aux.relu and isinstance(sae.activation, AbsTopK):
+        raise ValueError(f"{op}: aux must have relu=False with AbsTopK, whose scores may be negative, got {aux}")
     return Terms(l1, l0, aux)
 
 

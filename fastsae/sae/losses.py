@@ -48,7 +48,7 @@ class AuxK:
     Attributes:
         k: latents of ``e_hat``; None: half the input dimension.
         coefficient: weight in the loss.
-        relu: clamp those scores at 0.
+        relu: clamp those scores at 0. With ``AbsTopK``, where they are those of largest magnitude, it must be False.
         bias: ``e_hat`` includes ``b_dec``, which ``x_hat`` has already.
         denominator: "residual", ``sum (e - mean e)^2``; "total", ``sum (x - mean x)^2``; or "tokens", their number. Where it is 0 (a single
             token, rows that are equal up to rounding: see ``losses.spread``) so is the term.

@@ -54,8 +54,9 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     Args:
         d_in: activation dimension D, at least 1.
         d_sae: number of features F, at least 1.
-        activation: ``TopK(k)``, ``BatchTopK(k)``, ``ReLU()`` (train with ``l1``), ``JumpReLU(threshold, bandwidth)`` (train with ``l0``) or
-            ``Gated()`` (train with ``l1``; its loss has the gate's reconstruction error as a further term, arXiv 2404.16014).
+        activation: ``TopK(k)``, ``AbsTopK(k)``, ``BatchTopK(k)``, ``ReLU()`` (train with ``l1``), ``JumpReLU(threshold, bandwidth)`` (train
+            with ``l0``) or ``Gated()`` (train with ``l1``; its loss has the gate's reconstruction error as a further term, arXiv
+            2404.16014).
         prefixes: ascending dictionary sizes that end in F: the loss is the mean over the reconstructions from the features below each
             (Matryoshka, arXiv 2503.17547).
         d_out: dimension of the target of a transcoder, D or another.
@@ -161,7 +162,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
 
     @property
     def k(self) -> float:
-        """Latents a row of TopK and BatchTopK; assign to anneal it (rounded for TopK)."""
+        """Latents a row of TopK, AbsTopK and BatchTopK; assign to anneal it (rounded but for BatchTopK)."""
         return self.activation.k  # pyright: ignore[reportAttributeAccessIssue]
 
     @k.setter
@@ -229,7 +230,8 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     def _encode(self, x: Tensor) -> Encoded:
         activation, W_enc, b_pre = self.activation, self._encoder(x), self.b_dec if self.pre_bias else None
         if isinstance(activation, TopK):
-            return Encoded(encode_topk(x, W_enc, self.b_enc, k=activation.k, relu=activation.relu, b_pre=b_pre), None, None)
+            rule = {"k": activation.k, "relu": activation.relu, "absolute": activation.absolute}
+            return Encoded(encode_topk(x, W_enc, self.b_enc, b_pre=b_pre, **rule), None, None)
         if isinstance(activation, Gated):
             return Encoded(encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, b_pre=b_pre), None, None)
         if isinstance(activation, BatchTopK) and self.training:
@@ -540,7 +542,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         to 2e-6 or the spacing of half precision: no step then changes what the file computes but by its learning rate.
 
         Refused by name: normalisations that depend on each row (``layer_norm``, ``constant_norm_rescale``), whitening that is not folded,
-        and architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal, AbsTopK).
+        and architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal).
 
         Nothing in a file is executed: tensors come from safetensors, torch's weights-only unpickler or arrays without pickles.
 

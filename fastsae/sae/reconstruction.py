@@ -43,7 +43,7 @@ else:  # torch's pytrees and compiler know a named tuple by its only base
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, activation: Activation, **options: Any) -> Latents:
     """Latents of ``x`` under any activation; the straight-through ``l0`` of JumpReLU is left out."""
     if isinstance(activation, TopK):
-        return encode_topk(x, W_enc, b_enc, k=activation.k, relu=activation.relu, **options)
+        return encode_topk(x, W_enc, b_enc, k=activation.k, relu=activation.relu, absolute=activation.absolute, **options)
     if isinstance(activation, BatchTopK):
         return encode_batch_topk(x, W_enc, b_enc, k=activation.k, **options)[0]
     if isinstance(activation, ReLU):
@@ -52,7 +52,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, activation: Activatio
         if activation.bandwidth is None:
             return encode_threshold(x, W_enc, b_enc, threshold=activation.threshold, **options)
         return encode_threshold(x, W_enc, b_enc, threshold=activation.threshold, bandwidth=activation.bandwidth, **options)[0]
-    checks.instance("reconstruct", "activation", activation, Gated, "TopK, BatchTopK, JumpReLU, ReLU or Gated")
+    checks.instance("reconstruct", "activation", activation, Gated, "TopK, AbsTopK, BatchTopK, JumpReLU, ReLU or Gated")
     if b_enc is not None:
         raise ValueError("reconstruct: a Gated activation has its own biases, b_enc must be None")
     if options.pop("scale", None) is not None:
@@ -80,7 +80,7 @@ def reconstruct(
 
     Args:
         x: ``[.., D]``. W_enc: ``[F, D]``. W_dec: ``[F, D_out]``. b_enc, b_pre, scale: as in ``encode_topk``. b_dec, skip: as in ``decode``.
-        activation: ``TopK``, ``BatchTopK``, ``JumpReLU``, ``ReLU`` or ``Gated``.
+        activation: ``TopK``, ``AbsTopK``, ``BatchTopK``, ``JumpReLU``, ``ReLU`` or ``Gated``.
         target: ``[.., D_out]`` to compare with; default ``x`` (a transcoder must give its own).
         return_latents: False frees them: without gradients, rows are then handled in tiles and no more than one tile's latents exist
             (not for BatchTopK, whose selection spans the batch).

@@ -59,7 +59,8 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation) -> Slots:
     """The latents of any activation; BatchTopK's by a threshold where ``w`` has one, else those that the batch selects."""
     backend = preference(None)
     if isinstance(activation, TopK):
-        values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, int(activation.k), activation.relu, backend=backend)
+        rule = int(activation.k), activation.relu, activation.absolute
+        values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, *rule, backend=backend)
         return Slots(values, indices, None, values > 0 if activation.relu else ~values.isnan())
     if w.r_mag is not None:
         values, col, crow = ENCODE_GATED(x, w.W_enc, w.b_gate, w.r_mag, w.b_mag, w.b_pre, None, backend=backend)
@@ -159,7 +160,7 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
         _dense_backward(grad, this, G, dfrozen, *rates)
     else:
         this.backward(grad, G, dfrozen, *rates)
-    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux)
+    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute)
     loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole)
     return Metrics(loss, fvu, l0, dead.sum(), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
 
@@ -259,13 +260,13 @@ def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
     return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)
 
 
-def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK) -> Tensor | None:
+def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
     k, share = dead_share(aux, x.shape[1], int(dead.sum()))
     if k == 0 or x.shape[0] == 0:
         return None
     wide, backend = accumulator(x.dtype), then_any(preference(None))
-    values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, None, k, aux.relu, backend=backend)
+    values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, None, k, aux.relu, absolute, backend=backend)
     e_hat = DECODE(values, indices, None, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, backend=backend).to(wide)
     residual = target.to(wide) - x_hat.to(wide)
     denominator = aux_denominator(aux, residual, target)

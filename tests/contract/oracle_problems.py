@@ -54,6 +54,7 @@ def _pools() -> dict[str, Array]:
 
 
 POOLS = _pools()
+RULES = (True, False), (False, False), (False, True)  # relu and absolute of a top-k
 KINDS = list(POOLS)
 with np.errstate(all="ignore"):
     AS = {(name, F32): pool for name, pool in POOLS.items()}
@@ -249,15 +250,15 @@ class Problem:
         m = rows * count
         out = np.empty(m, np.float32), np.empty(m, np.int64), np.empty(rows + 1, np.int64), np.empty(m, np.uint8)
         for _ in range(2):
-            k, relu = draw.choice((1, draw.randint(1, count), count)), draw.random() < 0.5
+            k, rule = draw.choice((1, draw.randint(1, count), count)), draw.choice(RULES)
             arguments, tail, name = begin()
             want, got = [(np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)) for _ in range(2)]
-            C.topk(p(self.now), i64(rows), i64(count), p(chosen), p(scale), p(bias), i64(k), int(relu), 0, 0, p(want[0]), p(want[1]))
+            C.topk(p(self.now), i64(rows), i64(count), p(chosen), p(scale), p(bias), i64(k), *map(int, rule), 0, p(want[0]), p(want[1]))
             status = kernels.encode_topk(
-                *arguments, address(scale), address(bias), k, relu, address(got[0]), address(got[1]), 0, *tail
+                *arguments, address(scale), address(bias), k, *rule, address(got[0]), address(got[1]), 0, *tail
             )  # fmt: skip
             assert status == -1
-            self.same(f"encode_topk(k={k}, relu={relu})", name, values=(got[0], want[0]), indices=(got[1], want[1]))
+            self.same(f"encode_topk(k={k}, relu, absolute={rule})", name, values=(got[0], want[0]), indices=(got[1], want[1]))
 
         theta, band = draw.array(n), draw.choice((-1.0, -1.0, 0.25, 2.0, 0.0))
         arguments, tail, name = begin(dense)

@@ -199,6 +199,10 @@ def _topk_signed(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return fastsae.encode_topk(x, W, b, k=11, relu=False, features=torch.arange(0, 23, 2, device=x.device)).values
 
 
+def _topk_absolute(x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, scale: Tensor) -> Tensor:
+    return fastsae.encode_topk(x, W, b, k=6, b_pre=b_pre, scale=scale, absolute=True).values
+
+
 def _relu(x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, scale: Tensor) -> Tensor:
     return fastsae.encode_threshold(x, W, b, b_pre=b_pre, scale=scale, threshold=0.3).values
 
@@ -239,6 +243,7 @@ _LATENTS = (_t(6, 5), _t(23, 7), _t(7))
 PUBLIC: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "encode_topk": (_topk, _LAYER),
     "encode_topk_signed_subset": (_topk_signed, _LAYER[:3]),
+    "encode_topk_absolute": (_topk_absolute, _LAYER),
     "encode_threshold": (_relu, _LAYER),
     "encode_batch_topk": (_batch_topk, _LAYER),
     "encode_gated": (_gated, (_LAYER[0], _LAYER[1], _LAYER[2] / 4, _LAYER[3], _LAYER[4])),
@@ -385,6 +390,9 @@ def _reference_values(name: str) -> Callable[..., Any] | None:
         "encode_topk": lambda x, W, b, b_pre, scale: OPS["encode_topk"].reference(x, W, b, b_pre, scale, None, None, 4, True)[0],
         "encode_topk_signed_subset": lambda x, W, b: OPS["encode_topk"].reference(
             x, W, b, None, None, torch.arange(0, 23, 2), None, 11, False
+        )[0],
+        "encode_topk_absolute": lambda x, W, b, b_pre, scale: OPS["encode_topk"].reference(
+            x, W, b, b_pre, scale, None, None, 6, False, True
         )[0],
         "encode_threshold": lambda x, W, b, b_pre, scale: OPS["encode_threshold"].reference(
             x, W, b, b_pre, scale, None, None, torch.tensor(0.3, dtype=torch.float64), None

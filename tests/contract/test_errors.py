@@ -335,6 +335,7 @@ def test_bits(op: str, bits: Any) -> None:
     ("op", "name"),
     [
         ("encode_topk", "relu"),
+        ("encode_topk", "absolute"),
         ("match_cosine", "absolute"),
         ("match_cosine", "exclude_self"),
         ("reconstruct", "return_latents"),
@@ -344,7 +345,12 @@ def test_bits(op: str, bits: Any) -> None:
 @pytest.mark.parametrize("wrong", [1, 0.0, None, "no"])
 def test_flags(op: str, name: str, wrong: Any) -> None:
     call(op, **{name: np.bool_(True)})
-    rejects(TypeError, rf"^{op}: {name} must be a bool, got {type(wrong).__name__}$", op, **{name: wrong})
+    if name != "relu" or wrong is not None:  # whose default goes by ``absolute``
+        rejects(TypeError, rf"^{op}: {name} must be a bool, got {type(wrong).__name__}$", op, **{name: wrong})
+
+
+def test_magnitudes_are_not_clamped() -> None:
+    rejects(ValueError, r"^encode_topk: relu must be False with absolute, which .*, got True$", "encode_topk", relu=True, absolute=True)
 
 
 @pytest.mark.parametrize("op", ["encode_topk", "encode_threshold", "encode_batch_topk", "encode_gated"])

@@ -159,7 +159,7 @@ def test_gradients_and_compilation() -> None:
 # ---------------------------------------------------------------- reasons
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "encode_topk": ((X, W, B), {"k": 3, "scale": NORMS, "features": B > 0}),
+    "encode_topk": ((X, W, B), {"k": 3, "scale": NORMS, "features": B > 0, "absolute": True}),
     "encode_threshold": ((X, W, B), {"threshold": B, "bandwidth": 0.1, "capacity": 40}),
     "encode_batch_topk": ((X, W, B), {"k": 2.5, "b_pre": X[0, 0]}),
     "encode_gated": ((X, W), GATES),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle_problems import CC, POOLS, SIZE, Draw, Problem, i64, inf, nan, p
+from oracle_problems import CC, POOLS, RULES, SIZE, Draw, Problem, i64, inf, nan, p
 from places import TESTS
 
 import fastsae
@@ -79,10 +79,10 @@ def test_references_select_as_the_oracle(oracle: ctypes.CDLL) -> None:
         tensors = [torch.from_numpy(a) for a in (x, w, b)]
         options: dict[str, Any] = {"features": None if chosen is None else torch.from_numpy(chosen).long(), "backend": "reference"}
 
-        k, relu = draw.choice((1, draw.randint(1, m), m)), draw.random() < 0.5
+        k, (relu, absolute) = draw.choice((1, draw.randint(1, m), m)), draw.choice(RULES)
         values, indices = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)
-        oracle.topk(p(now), i64(rows), i64(m), p(chosen), None, p(b), i64(k), int(relu), 0, 0, p(values), p(indices))
-        got = fastsae.encode_topk(*tensors, k=k, relu=relu, **options)
+        oracle.topk(p(now), i64(rows), i64(m), p(chosen), None, p(b), i64(k), int(relu), int(absolute), 0, p(values), p(indices))
+        got = fastsae.encode_topk(*tensors, k=k, relu=relu, absolute=absolute, **options)
         problem.same("encode_topk", f"k={k}", values=(got.values + 0.0, values), indices=(got.indices, indices))
 
         out = np.empty(rows * m, np.float32), np.empty(rows * m, np.int64), np.empty(rows + 1, np.int64), np.empty(rows * m, np.uint8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae import SAE, AbsTopK, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
@@ -31,6 +31,11 @@ NORMS = W_DEC.norm(dim=1)
 def topk(z: Tensor, k: int = K) -> Tensor:
     best = z.topk(k, dim=-1)
     return torch.zeros_like(z).scatter(-1, best.indices, best.values.relu())
+
+
+def abstopk(z: Tensor) -> Tensor:
+    best = z.abs().topk(K, dim=-1).indices
+    return torch.zeros_like(z).scatter(-1, best, z.gather(-1, best))
 
 
 def write(folder: Path, config: dict[str, Any] | None, tensors: dict[str, Tensor], file: str, config_file: str = "cfg.json") -> Path:
@@ -81,6 +86,7 @@ def own(folder: Path, W: Tensor, activation: Any, **options: Any) -> Path:
 OURS: dict[str, Any] = {
     "topk": lambda: SAE(D, F, TopK(K), seed=0),
     "signed topk": lambda: SAE(D, F, TopK(K, relu=False), seed=0),
+    "abstopk": lambda: SAE(D, F, AbsTopK(K), seed=0),
     "topk, bare input": lambda: SAE(D, F, TopK(K), pre_bias=False, seed=0),
     "relu": lambda: SAE(D, F, ReLU(), seed=0),
     "relu, bare input": lambda: SAE(D, F, ReLU(), pre_bias=False, seed=0),

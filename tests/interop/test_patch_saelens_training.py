@@ -32,6 +32,8 @@ TRAINED = {
     "topk, plain norms": ("TopKTrainingSAE", {"rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": False}),
     "topk, COO": ("TopKTrainingSAE", {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}),
     "topk, normalised": ("TopKTrainingSAE", {"normalize_activations": "layer_norm", "k": F}),
+    "abstopk": ("AbsTopKTrainingSAE", {}),
+    "abstopk, plain norms": ("AbsTopKTrainingSAE", {"rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": False}),
     "batch topk": ("BatchTopKTrainingSAE", {}),
     "matryoshka": ("MatryoshkaBatchTopKTrainingSAE", {}),
     "matryoshka, AuxK a level": ("MatryoshkaBatchTopKTrainingSAE", {"use_matryoshka_aux_loss": True}),
@@ -43,7 +45,7 @@ TRAINED = {
     "standard": ("StandardTrainingSAE", {}),
     "gated": ("GatedTrainingSAE", {}),
 }
-BY_SLOTS = {name for name in TRAINED if name.split(",")[0] in ("topk", "batch topk", "matryoshka", "jumprelu")} - {
+BY_SLOTS = {name for name in TRAINED if name.split(",")[0] in ("topk", "abstopk", "batch topk", "matryoshka", "jumprelu")} - {
     "matryoshka, AuxK a level", "jumprelu, many fire", "jumprelu, tanh",
 }  # fmt: skip
 

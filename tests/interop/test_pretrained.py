@@ -26,6 +26,7 @@ from pretrained_files import (
     F,
     K,
     X,
+    abstopk,
     agrees,
     dl,
     draw,
@@ -53,12 +54,13 @@ def test_saelens_standard_in_both_conventions_of_the_pre_bias(tmp_path: Path, pr
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-def test_saelens_topk_with_and_without_decoder_norms(tmp_path: Path, rescale: bool) -> None:
-    config = {"architecture": "topk", "k": K, "apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": rescale}
+@pytest.mark.parametrize("keep", [topk, abstopk])
+def test_saelens_topk_with_and_without_decoder_norms(tmp_path: Path, rescale: bool, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    config = {"architecture": keep.__name__, "k": K, "apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": rescale}
     sae = SAE.from_pretrained(saelens(tmp_path, config, LENS))
     z = (X - B_DEC) @ W_ENC.T + B_ENC
-    f = topk(z * NORMS) if rescale else topk(z)
-    assert not torch.equal(topk(z * NORMS) > 0, topk(z) > 0), "the norms decide"
+    f = keep(z * NORMS) if rescale else keep(z)
+    assert not torch.equal(keep(z * NORMS) != 0, keep(z) != 0), "the norms decide"
     agrees(sae, f, (f / NORMS if rescale else f) @ W_DEC + B_DEC)
     with pytest.raises(ValueError, match="fold_decoder_norm would change"):
         SAE.from_pretrained(tmp_path, fold_decoder_norm=True)
@@ -149,7 +151,7 @@ def test_normalisations_that_depend_on_the_row_are_refused_by_name(tmp_path: Pat
         SAE.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["matching_pursuit", "temporal", "abstopk", "batchtopk", None])
+@pytest.mark.parametrize("name", ["matching_pursuit", "temporal", "batchtopk", None])
 def test_unknown_architectures_are_refused_by_name(tmp_path: Path, name: Any) -> None:
     with pytest.raises(ValueError, match=f"SAELens architecture '{name}' is not supported; known: standard, gated"):
         SAE.from_pretrained(saelens(tmp_path, {"architecture": name}, LENS))

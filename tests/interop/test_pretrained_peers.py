@@ -12,7 +12,7 @@ import torch
 from peers import load
 from torch import Tensor
 
-from fastsae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, mmcs
+from fastsae import SAE, AbsTopK, BatchTopK, Gated, JumpReLU, ReLU, TopK, mmcs
 
 sae_lens = load("sae_lens", "sae-lens")
 sparsify = load("sparsify", "eai-sparsify")
@@ -62,6 +62,8 @@ LENS = {
     "JumpReLUSAE": {},
     "TopKSAE": {"k": K},
     "TopKSAE, rescaled": {"k": K, "rescale_acts_by_decoder_norm": True},
+    "AbsTopKSAE": {"k": K},
+    "AbsTopKSAE, rescaled": {"k": K, "rescale_acts_by_decoder_norm": True},
     "Transcoder": {"d_out": OUT},
     "SkipTranscoder": {"d_out": OUT},
     "JumpReLUTranscoder": {"d_out": OUT},
@@ -204,6 +206,7 @@ def test_dictionary_learning_files(name: str, threshold: float, tmp_path: Path) 
 
 OURS = {
     "topk": (TopK(K), ("saelens", "sparsify", "dictionary_learning")),
+    "abstopk": (AbsTopK(K), ("saelens",)),
     "relu": (ReLU(), ("saelens", "dictionary_learning")),
     "jumprelu": (JumpReLU(0.2), ("saelens", "dictionary_learning")),
     "gated": (Gated(), ("saelens", "dictionary_learning")),

@@ -160,6 +160,7 @@ REFUSED = {
     "sparsify": set(OURS) - {"topk", "topk, bare input", "tied", "transcoder", "skip transcoder", "pre-bias and skip"},
     "dictionary_learning": {
         "signed topk",
+        "abstopk",
         "batchtopk 2.5",
         "skip transcoder",
         "relu transcoder",

@@ -13,6 +13,7 @@ from fastsae.native import encode as native_encode
 from fastsae.native import loader
 
 CHECK = OPS["encode_topk"].check
+RULES = (False, False), (True, False), (False, True)  # relu and absolute
 SCREENING = [level for level in ("avx512_vnni", "avx512_bf16") if level in loader.isa_levels()]
 SCREENS = bool(SCREENING)
 Case = dict[str, Any]
@@ -36,18 +37,19 @@ def draw(rows: int, d: int, features: int, seed: int = 0, **more: Any) -> Case:
 def run(case: Case, path: str, packed: bool = False, **more: Any) -> tuple[Tensor, Tensor]:
     words = native_encode.pack(case["W"]) if packed else None
     names = ("x", "W", "b", "b_pre", "scale", "features")
-    return native_encode.encode_topk(*(case.get(name) for name in names), words, case["k"], case["relu"], path=path, **more)  # pyright: ignore[reportArgumentType]
+    rule = case["k"], case["relu"], case.get("absolute", False)
+    return native_encode.encode_topk(*(case.get(name) for name in names), words, *rule, path=path, **more)  # pyright: ignore[reportArgumentType]
 
 
 def arguments(case: Case) -> tuple[Any, ...]:
-    return (case["x"], case["W"], case["b"], case["b_pre"], case["scale"], None, None, case["k"], case["relu"])
+    return (case["x"], case["W"], case["b"], case["b_pre"], case["scale"], None, None, case["k"], case["relu"], case.get("absolute", False))
 
 
 def assert_enclosed(case: Case) -> None:
     """Every score lies in the interval that the screen claims for it, packed or not, for both numbers: the superset property."""
     n = case["W"].shape[0]
     scores = torch.empty(case["x"].shape[0], n)
-    every = {**case, "k": n, "relu": False}
+    every = {**case, "k": n, "relu": False, "absolute": False}
     values, indices = run(every, "dense")
     scores.scatter_(1, indices, values)
     for packed in (None, native_encode.pack(case["W"])):

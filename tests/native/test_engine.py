@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_cases import CHECK, SCREENING, SCREENS, Case, arguments, assert_enclosed, columns, draw, run, same, verify
+from engine_cases import CHECK, RULES, SCREENING, SCREENS, Case, arguments, assert_enclosed, columns, draw, run, same, verify
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,7 +52,8 @@ def test_parameters(name: str) -> None:
     scale[::7] = 0.0
     scale[5::11] *= -30
     given_ = {"b": torch.randn(n, generator=g), "b_pre": torch.randn(d, generator=g) * 3, "scale": scale}
-    verify(draw(37, d, n, **(given_ if name == "all" else {name: given_[name]})))
+    for absolute in (False, True):
+        verify(draw(37, d, n, absolute=absolute, **(given_ if name == "all" else {name: given_[name]})))
 
 
 @needs_screen
@@ -174,7 +175,8 @@ def drawn(data: st.DataObject) -> tuple[Case, torch.Generator]:
     if data.draw(st.booleans()):
         d = data.draw(st.sampled_from([256, 250, 512, 64, 16, 1000]))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    case = draw(rows, d, n, k=data.draw(st.integers(1, n)), relu=data.draw(st.booleans()))
+    relu, absolute = data.draw(st.sampled_from(RULES))
+    case = draw(rows, d, n, k=data.draw(st.integers(1, n)), relu=relu, absolute=absolute)
     for name in ("x", "W"):
         t = case[name]
         kind = data.draw(st.sampled_from(["plain", "integers", "powers", "few", "wild", "peaked"]))
@@ -204,7 +206,8 @@ def test_screened_equals_dense_on_anything(data: st.DataObject) -> None:
         same(run(variant, "dense"), dense)
         for level in SCREENING:
             with loader.use_isa(level):
-                same(run(variant, "screen"), dense)
+                for path in ("screen", "rows"):
+                    same(run(variant, path), dense)
                 same(run(variant, "screen", packed=True), dense)
     for level in SCREENING:
         with loader.use_isa(level):

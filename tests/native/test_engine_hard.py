@@ -85,6 +85,7 @@ def test_hard_inputs_stay_screened(spoil: Callable[[Case], None]) -> None:
     case = draw(40, 200, 3000)
     spoil(case)
     verify(case, exact_rows=0)
+    verify({**case, "absolute": True})
 
 
 @pytest.mark.parametrize("spoil", [cancelling_columns, broken_scale], ids=lambda f: f.__name__)
@@ -92,6 +93,7 @@ def test_hard_inputs(spoil: Callable[[Case], None]) -> None:
     case = draw(40, 200, 3000)
     spoil(case)
     verify(case)
+    verify({**case, "absolute": True})
 
 
 def test_rows_that_are_not_finite_take_the_exact_path() -> None:
@@ -132,6 +134,14 @@ def test_duplicates_far_apart_take_the_lower_index(distance: int) -> None:
     for f in best.tolist():
         case["W"][(f + distance) % 4000] = case["W"][f]
     verify(case)
+
+
+def test_opposite_scores_tie_by_magnitude() -> None:
+    case = draw(24, 80, 4000, k=20, absolute=True)
+    case["W"][2000:] = -case["W"][:2000]
+    verify(case)
+    values, indices = run(case, "dense")
+    assert torch.equal(values[:, 0::2], -values[:, 1::2]) and torch.equal(indices[:, 0::2] + 2000, indices[:, 1::2])
 
 
 def test_zero_scores_tie_whatever_their_sign() -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae import SAE, AbsTopK, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 KINDS = {
     "topk": TopK(3),
     "topk_signed": TopK(3, relu=False),
+    "abstopk": AbsTopK(3),
     "relu": ReLU(),
     "jumprelu": JumpReLU(0.2),
     "jumprelu_band": JumpReLU(0.2, bandwidth=0.5),
@@ -47,8 +48,8 @@ def plain(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
         kept = z.relu().flatten().topk(min(int(sae.activation.k * z[..., 0].numel()), z.numel()))
         code = torch.zeros(z.numel(), dtype=z.dtype).scatter(0, kept.indices, kept.values).reshape(z.shape)
     elif isinstance(sae.activation, TopK):
-        top = z.topk(sae.activation.k, dim=-1)
-        code = torch.zeros_like(z).scatter(-1, top.indices, top.values.relu() if sae.activation.relu else top.values)
+        kept = (z.abs() if sae.activation.absolute else z).topk(sae.activation.k, dim=-1).indices
+        code = torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept).relu() if sae.activation.relu else z.gather(-1, kept))
     else:
         theta = sae.threshold if isinstance(sae.activation, JumpReLU) else torch.zeros(())
         code = z * (z > theta.clamp_min(0))

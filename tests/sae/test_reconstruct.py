@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fastsae
-from fastsae import BatchTopK, Gated, JumpReLU, ReLU, TopK, reconstruct
+from fastsae import AbsTopK, BatchTopK, Gated, JumpReLU, ReLU, TopK, reconstruct
 from fastsae.sae import reconstruction as module
 
 
@@ -32,6 +32,7 @@ GATES = {name: draw(20, seed=seed) for seed, name in ((5, "b_gate"), (6, "r_mag"
 ACTIVATIONS = [
     TopK(3),
     TopK(4, relu=False),
+    AbsTopK(4),
     BatchTopK(2.5),
     ReLU(),
     JumpReLU(0.3),
@@ -43,7 +44,8 @@ ACTIVATIONS = [
 def encode_by_hand(activation: Any, x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor) -> Any:
     match activation:
         case TopK():
-            return fastsae.encode_topk(x, W, b, k=activation.k, relu=activation.relu, b_pre=b_pre)
+            rule = {"relu": activation.relu, "absolute": activation.absolute}
+            return fastsae.encode_topk(x, W, b, k=activation.k, b_pre=b_pre, **rule)
         case BatchTopK():
             return fastsae.encode_batch_topk(x, W, b, k=activation.k, b_pre=b_pre)[0]
         case ReLU():

@@ -11,7 +11,7 @@ import torch
 from sae_cases import KINDS, build, each, plain, rows
 from torch import Tensor
 
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, PackedWeights, ReLU, SAEs, TopK
+from fastsae import SAE, AbsTopK, AuxK, BatchTopK, Gated, JumpReLU, PackedWeights, ReLU, SAEs, TopK
 from fastsae.codes import CodeCounter
 from fastsae.optim import Adam
 from fastsae.trainer import Batches, Trainer
@@ -315,6 +315,7 @@ def test_copies_keep_the_function(kind: str) -> None:
         (lambda: SAE(4, 8, TopK(2), l0=0.1), ValueError, "SAE: l0 needs JumpReLU with a bandwidth"),
         (lambda: SAE(4, 8, TopK(2), aux=32), TypeError, "aux must be an AuxK, False or None, got int"),
         (lambda: SAE(4, 8, Gated(), aux=AuxK()), ValueError, "aux does not go with Gated"),
+        (lambda: SAE(4, 8, AbsTopK(2), aux=AuxK()), ValueError, "SAE: aux must have relu=False with AbsTopK"),
         (lambda: AuxK(0), ValueError, "AuxK: k must be at least 1, got 0"),
         (lambda: AuxK(coefficient=0), ValueError, "AuxK: coefficient must be a finite number above 0, got 0"),
         (lambda: AuxK(relu=1), TypeError, "AuxK: relu must be a bool, got int"),

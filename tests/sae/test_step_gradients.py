@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae import SAE, AbsTopK, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, accumulate, densify, total
 from fastsae.sae import tiles
 
@@ -21,6 +22,7 @@ D, F = 9, 30
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "topk": (TopK(4), {}),
     "topk_signed": (TopK(4, relu=False), {"l1": 0.2}),
+    "abstopk": (AbsTopK(4), {"l1": 0.2}),
     "batchtopk": (BatchTopK(3.5), {}),
     "relu": (ReLU(), {"l1": 0.3}),
     "jumprelu": (JumpReLU(0.3), {}),
@@ -62,6 +64,11 @@ def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 1, **option
             parameter.add_(rows(*parameter.shape, seed=number, dtype=dtype), alpha=0.2)
         sae.silent[torch.arange(F) % 3 == 0] = 150
     return sae
+
+
+def fitting(kind: str, aux: AuxK | None) -> AuxK | None:
+    """The term as far as the activation takes it."""
+    return None if aux is None or kind == "gated" else replace(aux, relu=aux.relu and kind != "abstopk")
 
 
 def inputs(sae: SAE, n: int = 13, seed: int = 5) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def test_equal_to_autograd(kind: str, shape: str, regime: bool, monkeypatch: pyt
 def test_dead_features_reconstruct_the_error(kind: str, aux: str, regime: bool) -> None:
     cases: dict[str, dict[str, Any]] = {"few": {"prefixes": [12, F]}, "many": {"tied": True}, "saelens": {"d_out": 4}}
     options = cases.get(aux, {})
-    sae = build(kind, dense=regime, aux=AUX[aux], **options)
+    sae = build(kind, dense=regime, aux=fitting(kind, AUX[aux]), **options)
     dead = sae.dead_features.clone()
     assert int(dead.sum()) == 10
     with torch.no_grad():  # stay asleep
@@ -143,17 +150,19 @@ def test_dead_features_reconstruct_the_error(kind: str, aux: str, regime: bool) 
         assert bool((gradient[dead] != 0).any())
 
 
-def test_the_auxiliary_loss_in_words() -> None:
-    sae = build("topk")
-    aux = AuxK(25, coefficient=0.5)
+@pytest.mark.parametrize("kind", ["topk", "abstopk"])
+def test_the_auxiliary_loss_in_words(kind: str) -> None:
+    sae = build(kind, l1=0.0)
+    aux = AuxK(25, coefficient=0.5, relu=kind == "topk")
     x = inputs(sae)["x"]
     fires = torch.zeros(F, dtype=torch.bool)
     latents = sae.encode(x)
-    fires[latents.indices[latents.values > 0]] = True  # pyright: ignore[reportAttributeAccessIssue]
+    fires[latents.indices[latents.values != 0]] = True  # pyright: ignore[reportAttributeAccessIssue]
     dead = (torch.arange(F) % 3 == 0) & ~fires  # silent before, and not woken by this batch
     n_dead = int(dead.sum())
     e = (x - sae.decode(latents)).detach()
-    z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)[:, dead].relu()  # fewer dead than 25: all of them
+    z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)[:, dead]  # fewer dead than 25: all of them
+    z = z.relu() if aux.relu else z
     e_hat = z @ sae.W_dec[dead]
     want = n_dead / 25 * (e - e_hat).square().sum() / (e - e.mean(0)).square().sum()
     difference = copy.deepcopy(sae).loss(x, aux=aux).loss - copy.deepcopy(sae).loss(x).loss
@@ -219,7 +228,7 @@ def test_drawn(kind: str, n: int, d: int, f: int, data: st.DataObject) -> None:
         skip=d_out is not None,
         tied=tied,
         objective="mse",
-        aux=None if kind == "gated" else aux,
+        aux=fitting(kind, aux),
         dead_after=2,
         dense=data.draw(st.none() | st.booleans()),
         dtype=torch.float64,
@@ -256,7 +265,7 @@ def test_no_gradient_matrix_and_no_dense_latents(kind: str, regime: bool, monkey
     monkeypatch.setattr("fastsae.reference.WORKSPACE_ELEMENTS", 1 << 12)
     activation, terms = KINDS[kind]
     activation = {"jumprelu_band": JumpReLU(3.0, bandwidth=0.2), "gated": Gated(torch.tensor(-3.0))}.get(kind, activation)
-    sae = SAE(64, 4096, activation, seed=0, dense=regime, dead_after=1, aux=None if kind == "gated" else AuxK(8), **terms)
+    sae = SAE(64, 4096, activation, seed=0, dense=regime, dead_after=1, aux=fitting(kind, AuxK(8)), **terms)
     if kind in ("relu", "jumprelu"):
         with torch.no_grad():
             sae.b_enc.sub_(2.5)
@@ -274,7 +283,7 @@ def test_no_gradient_matrix_and_no_dense_latents(kind: str, regime: bool, monkey
 
 @each
 def test_masked_tokens_take_no_part(kind: str) -> None:
-    whole, masked = build(kind, aux=None if kind == "gated" else AuxK(4)), build(kind, aux=None if kind == "gated" else AuxK(4))
+    whole, masked = (build(kind, aux=fitting(kind, AuxK(4))) for _ in range(2))
     batch = inputs(whole)
     mask = batch["mask"]
     spoilt = torch.where(mask.unsqueeze(-1), batch["x"], float("nan"))

@@ -49,14 +49,31 @@ struct Features {
   FASTSAE_INLINE __m512 lower(int h, __m512 r, __m512 e) const { return score(h, _mm512_sub_ps(r, e)); }
 };
 
+// The same for magnitudes: of [low, high] the upper end is max(high, -low), the lower one max(low, -high), of which one may be below 0.
+template <bool kScaled>
+struct Magnitudes : Features<kScaled> {
+  FASTSAE_INLINE __m512 upper(int h, __m512 r, __m512 e) const {
+    return larger(Features<kScaled>::upper(h, r, e), Features<kScaled>::lower(h, r, e));
+  }
+  FASTSAE_INLINE __m512 lower(int h, __m512 r, __m512 e) const {
+    return larger(Features<kScaled>::lower(h, r, e), Features<kScaled>::upper(h, r, e));
+  }
+
+ private:
+  // max(a, -b); NaN if one of them is.
+  static FASTSAE_INLINE __m512 larger(__m512 a, __m512 b) {
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, _mm512_sub_ps(_mm512_setzero_ps(), b)), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  }
+};
+
 FASTSAE_INLINE uint32_t joined(__mmask16 m0, __mmask16 m1) {
   return _mm512_mask2int(m0) | (static_cast<uint32_t>(_mm512_mask2int(m1)) << 16);
 }
 
 // Appends the marked features of a panel to a row's undecided ones, with the ends of their intervals.
-template <bool kScaled>
-__attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t mask, const Features<kScaled>& f, __m512 r0, __m512 r1,
-                                      __m512 e0, __m512 e1) {
+template <class F>
+__attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t mask, const F& f, __m512 r0, __m512 r1, __m512 e0,
+                                      __m512 e1) {
   int64_t n = to.n[row];
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int h = 0; h < 2; ++h) {

@@ -138,24 +138,27 @@ FASTSAE_INLINE bool all_exact(const TopkBuffer& buffer, int64_t rows) {
   return true;
 }
 
-// Exact products to scores (kAbsolute: to magnitudes, and features to 2 * feature + sign), and those to the entries that all workers share.
+// Exact products of entries [from, to) of `u` to scores; kAbsolute: to magnitudes, and features to 2 * feature + sign.
+template <bool kAbsolute>
+FASTSAE_INLINE void to_scores(const Undecided& u, const ScreenPanels& p, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; ++i) {
+    const int64_t at = u.id[i] - p.first;
+    float score = u.hi[i];
+    if (p.scale != nullptr) score = score * p.scale[at];
+    score = score + p.bias[at];
+    if (kAbsolute) u.id[i] = 2 * u.id[i] + (score < 0 ? 1 : 0);
+    u.hi[i] = kAbsolute ? __builtin_fabsf(score) : score;
+  }
+}
+
+// Exact products to scores, and those to the entries that all workers share.
 template <bool kAbsolute = false>
 FASTSAE_INLINE void merge_scores(const TopkBuffer& buffer, const ScreenPanels& p, int64_t row) {
   const Undecided& u = buffer.undecided;
   const int64_t base = row * u.stride, kept_base = row * buffer.kept_stride;
   const int64_t n = u.n[row];
   u.n[row] = 0;
-  for (int64_t i = base; i < base + n; ++i) {
-    const int64_t at = u.id[i] - p.first;
-    float score = u.hi[i];
-    if (kAbsolute) {
-      u.id[i] = 2 * u.id[i] + (score < 0 ? 1 : 0);
-      u.hi[i] = __builtin_fabsf(score);
-      continue;
-    }
-    if (p.scale != nullptr) score = score * p.scale[at];
-    u.hi[i] = score + p.bias[at];
-  }
+  to_scores<kAbsolute>(u, p, base, base + n);
   float* const score = buffer.score + kept_base;
   int32_t* const feature = buffer.feature + kept_base;
   lock_row(buffer.lock + row);

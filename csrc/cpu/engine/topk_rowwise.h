@@ -51,7 +51,7 @@ struct RowwiseWorker {
       out.select(base + row, entries, n);
     }
     if (out.survived != nullptr)
-      for (int64_t i = 0; i < n; ++i) out.survived[(base + row) * panels.features + top.open.id[i]] = 1;
+      for (int64_t i = 0; i < n; ++i) out.survived[(base + row) * panels.features + (top.open.id[i] >> (top.absolute ? 1 : 0))] = 1;
     survivors += n;
   }
   void note(EncodeStats* stats) {
@@ -93,7 +93,13 @@ struct RowwiseDriver {
     gather(p.bias, p.w.list, 0, p.w.features, all(), 0, bias);
     for (int t = 0; t < threads; ++t)
       workers[t].take(space, p.w.features,
-                      {.high = high, .stride = all(), .low = low, .lows = lows(plan), .panels = each(plan), .k = out.k});
+                      {.high = high,
+                       .stride = all(),
+                       .low = low,
+                       .lows = lows(plan),
+                       .panels = each(plan),
+                       .k = out.k,
+                       .absolute = out.absolute});
   }
   void begin(const Chunk&) {}
   void block(const Chunk& chunk, const Block& b, int worker) {
@@ -188,7 +194,8 @@ inline int64_t rowwise_topk(const EncodeKernels& screens, const Problem& p, cons
   for (int t = 0; t < threads; ++t) {
     Own& o = owns[t];
     float *const high = space.take<float>(group * all), *const low = space.take<float>(group * lows);
-    o.take(space, w.features, {.high = high, .stride = all, .low = low, .lows = lows, .panels = each, .k = out.k});
+    o.take(space, w.features,
+           {.high = high, .stride = all, .low = low, .lows = lows, .panels = each, .k = out.k, .absolute = out.absolute});
     o.rows = Rows::take(space, plan, group);
     o.list = space.take<int32_t>(group);
     o.scratch = space.take<uint32_t>(scratch);

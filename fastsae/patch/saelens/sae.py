@@ -34,7 +34,7 @@ _METHODS = ("encode", "decode", "forward", "forward_with_activations", "get_acti
 @dataclass(frozen=True)
 class Kind:
     activation: str
-    """relu, jumprelu, gated, topk or batchtopk."""
+    """relu, jumprelu, gated, topk, abstopk or batchtopk."""
     training: bool = False
     transcoder: bool = False
     skip: bool = False
@@ -45,6 +45,7 @@ KINDS = {
     "gated_sae.GatedSAE": Kind("gated"),
     "jumprelu_sae.JumpReLUSAE": Kind("jumprelu"),
     "topk_sae.TopKSAE": Kind("topk"),
+    "abstopk_sae.AbsTopKSAE": Kind("abstopk"),
     "transcoder.Transcoder": Kind("relu", transcoder=True),
     "transcoder.SkipTranscoder": Kind("relu", transcoder=True, skip=True),
     "transcoder.JumpReLUTranscoder": Kind("jumprelu", transcoder=True),
@@ -53,11 +54,16 @@ KINDS = {
     "gated_sae.GatedTrainingSAE": Kind("gated", training=True),
     "jumprelu_sae.JumpReLUTrainingSAE": Kind("jumprelu", training=True),
     "topk_sae.TopKTrainingSAE": Kind("topk", training=True),
+    "abstopk_sae.AbsTopKTrainingSAE": Kind("abstopk", training=True),
     "batchtopk_sae.BatchTopKTrainingSAE": Kind("batchtopk", training=True),
     "matryoshka_batchtopk_sae.MatryoshkaBatchTopKTrainingSAE": Kind("batchtopk", training=True),
 }
 """By module below ``sae_lens.saes`` and class."""
-_ACTIVATIONS = {"topk": ("sae_lens.saes.topk_sae", "TopK"), "batchtopk": ("sae_lens.saes.batchtopk_sae", "BatchTopK")}
+_ACTIVATIONS = {
+    "topk": ("sae_lens.saes.topk_sae", "TopK"),
+    "abstopk": ("sae_lens.saes.abstopk_sae", "AbsTopK"),
+    "batchtopk": ("sae_lens.saes.batchtopk_sae", "BatchTopK"),
+}
 """Module and class; of other kinds it is ``nn.ReLU``."""
 
 
@@ -137,10 +143,10 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
         scale = scale_of(sae)
         b = sae.b_enc if scale is None else sae.b_enc * scale
         k = sae.activation_fn.k
-        if kind.activation == "topk":
-            latents = encode_topk(sae_in, W, b, k=k, scale=scale)
-        else:
+        if kind.activation == "batchtopk":
             latents = encode_batch_topk(sae_in, W, b, k=k, scale=scale)[0]
+        else:
+            latents = encode_topk(sae_in, W, b, k=k, scale=scale, absolute=kind.activation == "abstopk")
     if checks.autocasting(sae_in.device):  # a bias in float32 makes the library's latents float32
         latents = replace(latents, values=latents.values.to(sae.W_enc.dtype))
     return latents
@@ -193,7 +199,7 @@ def as_asked(sae: Any, latents: Latents) -> Tensor:
 
 def share(sae: Any, latents: Latents) -> float:
     """How many of all latents there are."""
-    if kind_of(sae).activation in ("topk", "batchtopk"):
+    if kind_of(sae).activation in _ACTIVATIONS:
         return sae.activation_fn.k / latents.n_features
     return latents.values.numel() / max(math.prod(latents.batch_shape) * latents.n_features, 1)
 

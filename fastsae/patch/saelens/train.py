@@ -120,7 +120,7 @@ def why_never_fused(sae: Any) -> str | None:
     if not is_known(sae):
         return f"{type(sae).__name__} is no class of the library that is supported: its forward and backward, our optimiser step"
     kind, cfg = kind_of(sae), sae.cfg
-    if kind.activation not in ("topk", "batchtopk", "jumprelu"):
+    if kind.activation not in ("topk", "abstopk", "batchtopk", "jumprelu"):
         return OTHER_LOSS
     if kind.activation == "jumprelu" and (cfg.jumprelu_sparsity_loss_mode == "tanh" or cfg.pre_act_loss_coefficient is not None):
         return OTHER_LOSS
@@ -165,6 +165,7 @@ class _Step:
     def __init__(self, sae: Any, x: Tensor, dead: Tensor, coefficients: dict[str, float]):
         self.sae, self.x, self.dead, self.coefficients = sae, x, dead, coefficients
         self.kind, self.backend = kind_of(sae), then_any(preference(None))
+        self.absolute = self.kind.activation == "abstopk"
         self.W, self.n_features = sae.W_enc.detach().T, sae.W_dec.shape[0]
 
     @torch.no_grad()
@@ -241,10 +242,10 @@ class _Step:
             )  # fmt: skip
             values, col, crow, flags = outputs
             return _Code(Slots(values, col, crow, (flags & 1).bool(), flags), values)
-        if self.kind.activation == "topk":
-            k = sae.activation_fn.k
-            values, indices = ENCODE_TOPK(self.sae_in, self.W, self.b, None, self.scale, None, None, k, True, backend=preferred)
-            return _Code(Slots(values, indices, None, values > 0), self._unscaled(values, indices))
+        if self.kind.activation in ("topk", "abstopk"):
+            rule = sae.activation_fn.k, not self.absolute, self.absolute
+            values, indices = ENCODE_TOPK(self.sae_in, self.W, self.b, None, self.scale, None, None, *rule, backend=preferred)
+            return _Code(Slots(values, indices, None, values == values if self.absolute else values > 0), self._unscaled(values, indices))
         k = float(sae.activation_fn.k)
         values, col, crow, min_kept = ENCODE_BATCH_TOPK(self.sae_in, self.W, self.b, None, self.scale, None, None, k, backend=preferred)
         return _Code(Slots(values, col, crow, values > 0, min_kept=min_kept), self._unscaled(values, col))
@@ -275,7 +276,8 @@ class _Step:
         most = self.x.shape[1] // 2
         k, share = min(most, n_dead), min(n_dead / most, 1.0)
         residual = self.x - x_hat
-        values, indices = ENCODE_TOPK(self.sae_in, self.W, self.b, None, self.scale, self.dead, None, k, False, backend=preference(None))
+        rule = k, False, self.absolute
+        values, indices = ENCODE_TOPK(self.sae_in, self.W, self.b, None, self.scale, self.dead, None, *rule, backend=preference(None))
         a = self._unscaled(values, indices)
         difference = DECODE(a, indices, None, sae.W_dec, None, backend=self.backend) - residual
         weight = sae.cfg.aux_loss_coefficient * share
