@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, processes
-from fastsae.formats import modules, pretrained
+from fastsae.formats import common, modules, pretrained
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents
 from fastsae.ops.decode import decode
@@ -505,6 +505,7 @@ class SAE(Packing, Wrapped, Generic[L]):
         fold_decoder_norm: bool | None = None,
         scaling_factor: float | None = None,
         pre_bias: bool | None = None,
+        k: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> SAE:
@@ -546,7 +547,7 @@ class SAE(Packing, Wrapped, Generic[L]):
             FileNotFoundError: a folder or file that is not there. ValueError: a damaged or contradictory file, or one that is not
             supported; the message says what came. ImportError: safetensors or huggingface_hub is not installed.
         """
-        options = pretrained.Options(fold_decoder_norm, scaling_factor, pre_bias, dtype)
+        options = common.Options(fold_decoder_norm, scaling_factor, pre_bias, k, dtype)
         return modules.from_pretrained(cls, source, format, subfolder, revision, options, device)
 
     def save_pretrained(
