@@ -307,7 +307,8 @@ def read(source: str | os.PathLike[str], format: str | None, options: common.Opt
 
 
 def fetch(repository: str, subfolder: str | None, revision: str | None, format: str | None) -> Path:  # noqa: A002
-    """The folder of a Hub repository, downloaded (into huggingface_hub's cache): the weights and configurations of known names only."""
+    """The folder or file of a Hub repository, downloaded (into huggingface_hub's cache): only the weights and configurations of known
+    names, or the file that ``subfolder`` names with the configurations beside."""
     op = "SAE.from_pretrained"
     parts = (subfolder or "").split("/")
     if subfolder is not None and any(part in ("", ".", "..") or "\\" in part or ":" in part or "*" in part for part in parts):
@@ -316,15 +317,16 @@ def fetch(repository: str, subfolder: str | None, revision: str | None, format: 
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError(f"{op}: reading from the Hub needs huggingface_hub: pip install 'fastsae-kernels[hub]'") from error
-    names = {name for known in ([format] if format else FORMATS) for name in weight_files.FILES[known] if name is not None}
-    prefix = f"{subfolder}/" if subfolder else ""
+    of_file = parts[-1].endswith(weight_files.ENDS)
+    names = weight_files.downloads([format] if format else FORMATS, parts[-1] if of_file else None)
+    prefix = "/".join([*(parts[:-1] if of_file else parts), ""]).lstrip("/")
     try:
         root = snapshot_download(repository, revision=revision, allow_patterns=sorted(prefix + name for name in names))
     except FileNotFoundError as error:  # no connection, and not in the cache
         raise FileNotFoundError(f"{op}: {repository} is no folder or file here, and not to be had from the Hub: {error}") from error
     folder = Path(root, *parts) if subfolder else Path(root)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{op}: {repository} has no folder {subfolder!r} with {', '.join(sorted(names))}")
+    if not folder.exists():
+        raise FileNotFoundError(f"{op}: {repository} has no folder or file {subfolder!r} with {', '.join(sorted(names))}")
     return folder
 
 

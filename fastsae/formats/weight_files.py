@@ -37,6 +37,7 @@ FILES: dict[str, tuple[str, str | None]] = {
     "deepseek_r1": ("*.pt", None),
 }
 """Names of each format's weights and configuration in a folder; the file itself has to be given where the name says nothing."""
+ENDS = (".safetensors", ".pt", ".pth", ".npz")
 OPTIONAL = ("gemma_scope_2",)
 """Formats whose configuration may be missing."""
 
@@ -79,7 +80,7 @@ class Read(NamedTuple):
 
 def _read(path: Path, names: Collection[str] | None, mapped: bool = False) -> Read:
     """``mapped``: tensors may be the file itself, which changes with it and takes no memory; whoever keeps them copies them."""
-    readers = {".safetensors": _read_safetensors, ".pt": _read_pt, ".pth": _read_pt, ".npz": _read_npz}
+    readers = dict(zip(ENDS, (_read_safetensors, _read_pt, _read_pt, _read_npz)))
     reader = readers.get(path.suffix)
     if reader is None:
         if not path.exists():
@@ -325,10 +326,13 @@ def locate(source: str | os.PathLike[str], format: str | None = None) -> tuple[s
     elif path.is_dir():
         folder, weights = path, None
         candidates = [name for name, (file, _) in FILES.items() if (path / file).is_file()]
-        if (path / "checkpoints" / LLAMA_SCOPE[0]).is_file():
-            folder, candidates = path / "checkpoints", ["llama_scope"]
+        for place in (path, path / "checkpoints"):
+            if (place / LLAMA_SCOPE[0]).is_file():
+                folder, candidates = place, ["llama_scope"]
     else:
         raise FileNotFoundError(f"{path} is neither a folder nor a file")
+    if weights is None and len(list(folder.glob("layer_*.safetensors"))) > 1:
+        raise ValueError(f"{path} holds a transcoder a layer: give the file of one")
     if any((folder / f"W_{part}_0.safetensors").is_file() for part in ("enc", "dec")) and (weights is None or "W_" in weights.name):
         raise ValueError(f"{path} is a cross-layer transcoder of circuit-tracer, whose decoders write to many layers: SAE has one")
     if format is None and weights is not None and not candidates:
@@ -340,7 +344,7 @@ def locate(source: str | os.PathLike[str], format: str | None = None) -> tuple[s
             raise ValueError(f"{path} must hold one of {known}, found {candidates or 'none'}: give format=, or the file itself")
         format = candidates[0] if len(candidates) == 1 else ""  # noqa: A001
     file, config = FILES.get(format, ("", None))
-    if format == "llama_scope" and (weights or folder / LLAMA_SCOPE[0]).name == LLAMA_SCOPE[0]:
+    if format == "llama_scope" and (weights or folder / LLAMA_SCOPE[0]) == folder / LLAMA_SCOPE[0] and (folder / LLAMA_SCOPE[0]).is_file():
         file, config = LLAMA_SCOPE
     if weights is None and "*" in file:
         raise ValueError(f"{path}: format {format!r} has no file of a fixed name: give the file itself")
@@ -355,6 +359,15 @@ def locate(source: str | os.PathLike[str], format: str | None = None) -> tuple[s
 
 LLAMA_SCOPE = ("final.safetensors", "hyperparams.json")
 """Weights (in the folder ``checkpoints``) and configuration of the first Llama Scope."""
+
+
+def downloads(formats: Collection[str], file: str | None) -> set[str]:
+    """The files of a folder to be had for these formats, or, of the weights, ``file`` alone."""
+    # A repository of circuit-tracer has a file a layer: which one has to be said.
+    names = {name for known in formats if known != "circuit_tracer" for name in FILES[known] if name is not None and "*" not in name}
+    names |= {LLAMA_SCOPE[1], f"checkpoints/{LLAMA_SCOPE[0]}"} if "llama_scope" in formats else set()
+    names |= {"activation_scaler.json"} if "saelens" in formats else set()
+    return names if file is None else {file, *(name for name in names if name.endswith(".json"))}
 
 
 def _of_file(weights: Path) -> list[str]:
@@ -372,13 +385,11 @@ def _of_file(weights: Path) -> list[str]:
 def _of_configuration(folder: Path, candidates: list[str]) -> list[str]:
     """The candidates that the configuration beside leaves."""
     names = {FILES[name][0] for name in candidates}
-    if (folder / LLAMA_SCOPE[0]).is_file():
-        return candidates
     if names == {"sae.safetensors"}:
         about, config = read(folder / "sae.safetensors", ())[1], folder / "cfg.json"
         own = "dead_after" in read_json(config) if about is None and config.is_file() else False
         return [str(about["format"]) if about is not None else "fastsae" if own else "sparsify"]
-    if names == {"sae_weights.safetensors"}:
+    if names == {"sae_weights.safetensors"} and len(candidates) > 1:
         return ["llama_scope" if not (folder / "cfg.json").is_file() and (folder / "config.json").is_file() else "saelens"]
     return candidates
 

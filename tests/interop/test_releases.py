@@ -75,6 +75,9 @@ def test_circuit_tracer(tmp_path: Path) -> None:
         SAE.from_pretrained(write(tmp_path / "lens", None, BARE, "layer_0.safetensors"))
     with pytest.raises(ValueError, match="a threshold is below 0, where its library keeps negative latents"):
         SAE.from_pretrained(write(tmp_path / "n", None, {**MAJOR, "activation_function.threshold": -THRESHOLD}, "layer_0.safetensors"))
+    write(tmp_path / "relu", None, MAJOR, "layer_8.safetensors")
+    with pytest.raises(ValueError, match="holds a transcoder a layer: give the file of one"):
+        SAE.from_pretrained(tmp_path / "relu")
     cross = {"W_enc_0": W_ENC, "b_enc_0": B_ENC, "b_dec_0": B_DEC}
     write(tmp_path / "clt", None, cross, "W_enc_0.safetensors")
     write(tmp_path / "clt", None, {"W_dec_0": draw(F, 2, D)}, "W_dec_0.safetensors")
