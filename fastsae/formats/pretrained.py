@@ -46,7 +46,7 @@ def _read_fastsae(config: dict[str, Any], tensors: dict[str, Tensor], options: c
     return common.Loaded(config, {NAMES.get(name, name): common.owned(tensor) for name, tensor in tensors.items()})
 
 
-_SAELENS = {
+SAELENS = {
     "standard": "relu",
     "gated": "gated",
     "jumprelu": "jumprelu",
@@ -63,9 +63,9 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATS}
 
 def _read_saelens(config: dict[str, Any], tensors: dict[str, Tensor], options: common.Options) -> common.Loaded:
     architecture, k = _architecture(config)
-    kind = _SAELENS.get(architecture)
+    kind = SAELENS.get(architecture)
     if kind is None:
-        raise ValueError(f"SAELens architecture {architecture!r} is not supported; known: {', '.join(_SAELENS)}")
+        raise ValueError(f"SAELens architecture {architecture!r} is not supported; known: {', '.join(SAELENS)}")
     transcoder = "transcoder" in architecture
     dtype = str(config.get("dtype", "float32")).removeprefix("torch.")
     if dtype not in _DTYPES:

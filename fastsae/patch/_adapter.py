@@ -39,6 +39,7 @@ class Adapter:
         now: ``{method: why}`` of what takes the library's own way as the object stands (a hook that needs dense numbers).
         encode: ``(sae, x) -> Latents``, on an object patched or not. packs: it takes ``packed=`` too, a handle of the encoder's weights.
         reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
+        methods: what it stands for: where their source is a tested one the library's version does not matter.
     """
 
     mixin: type | None
@@ -50,18 +51,22 @@ class Adapter:
     encode: Callable[..., Latents] | None = None
     reconstruct: Callable[[Any, Tensor, Tensor | None], Reconstruction] | None = None
     packs: bool = False
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``, and
-    the fingerprints of the tested methods (see ``changed``)."""
+    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``, the
+    fingerprints of the tested methods (see ``changed``); for ``encode`` and ``reconstruct``, the adapter of what is derived from ``base``
+    (``module.Class``) and has none of its own."""
 
     distribution: str
     low: str
     high: str
     adapters: Mapping[str, Adapter]
     tested: str = ""
+    base: str = ""
+    rest: Adapter | None = None
 
     @property
     def version(self) -> str:
@@ -72,8 +77,10 @@ class Library:
         except metadata.PackageNotFoundError:
             return "unknown"
 
-    def refuses(self) -> str | None:
-        """Why the installed version is not one of those tested, or None."""
+    def refuses(self, cls: type, adapter: Adapter) -> str | None:
+        """Why the installed version is not one of those tested, or None; what a class does counts, where the adapter says what that is."""
+        if adapter.methods and _tested.fingerprint(cls, adapter.methods) in self.tested:
+            return None
         if _numbers(self.low) <= _numbers(self.version) < _numbers(self.high):
             return None
         return f"{self.distribution} {self.version} is installed; supported: >= {self.low}, < {self.high}"
@@ -148,7 +155,8 @@ def _untested(base: type, methods: tuple[str, ...]) -> str | None:
     library = LIBRARIES[base.__module__.split(".")[0]]
     if _tested.fingerprint(base, methods) in library.tested:
         return None
-    return f"{methods[0]} of {base.__name__}, or what it calls, is not that of {library.distribution} {library.low}, which was tested"
+    tested = f"{library.distribution} {library.low} (to < {library.high})"
+    return f"{methods[0]} of {base.__name__}, or what it calls, is not that of {tested}, which was tested"
 
 
 _untested._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # its decorator would import torch._dynamo
