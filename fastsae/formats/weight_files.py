@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import warnings
 import zipfile
 import zlib
@@ -242,11 +243,12 @@ def _read_pt(path: Path, names: Collection[str] | None, mapped: bool) -> Read:
 
 
 def _read_npz(path: Path, names: Collection[str] | None, mapped: bool) -> Read:
-    return Read({name: torch.from_numpy(array) for name, array in read_arrays(path, "f", names).items()}, None)
+    return Read({name: torch.from_numpy(array) for name, array in read_arrays(path, "f", names, mapped).items()}, None)
 
 
-def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None) -> dict[str, Any]:
-    """The arrays of an ``.npz`` file whose dtypes are of these kinds, in C order; or ValueError."""
+def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None, mapped: bool = False) -> dict[str, Any]:
+    """The arrays of an ``.npz`` file whose dtypes are of these kinds, in C order; or ValueError. ``mapped``: where they are not compressed
+    they are the file itself, in the order that they have there."""
     import numpy as np
 
     arrays: dict[str, Any] = {}
@@ -260,6 +262,11 @@ def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None) ->
                     with archive.open(member) as file:
                         _check_header(name, file, member.file_size, kinds)
                     with archive.open(member) as file:
+                        if mapped and member.compress_type == zipfile.ZIP_STORED and member.file_size > 1 << 20:
+                            arrays[name] = _mapped(raw, member)
+                            while file.read(1 << 20):  # to the end, where the checksum is compared
+                                pass
+                            continue
                         arrays[name] = np.require(np.lib.format.read_array(file, allow_pickle=False), requirements="C")
                         if file.read(1):  # to the end, where the checksum is compared
                             raise ValueError(f"{name} is longer than its array")
@@ -269,6 +276,20 @@ def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None) ->
         except Exception as error:  # so does a reader of archives
             raise ValueError(f"{path} is not an .npz file of numbers: {error}") from error
     return arrays
+
+
+def _mapped(raw: IO[bytes], member: zipfile.ZipInfo) -> Any:
+    """An array that lies in an archive as it is; its header has been checked."""
+    import numpy as np
+
+    at = raw.tell()
+    raw.seek(member.header_offset + 26)  # of the lengths of name and extra field, which the directory's entry may have otherwise
+    raw.seek(sum(struct.unpack("<HH", raw.read(4))) + member.header_offset + 30)
+    version = np.lib.format.read_magic(raw)
+    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(raw)
+    array = np.memmap(raw, dtype, "c", raw.tell(), shape, "F" if fortran else "C")
+    raw.seek(at)
+    return array
 
 
 def _archive(file: IO[bytes]) -> zipfile.ZipFile:

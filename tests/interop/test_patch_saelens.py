@@ -366,7 +366,7 @@ def test_any_sae_has_a_sparse_encode(monkeypatch: pytest.MonkeyPatch) -> None:
     for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
         for name, (cls, config) in registry.items():
             more: dict[str, Any] = {"k": 5} if "topk" in name else {}
-                more |= {"d_out": OUT, "apply_b_dec_to_input": False} if "transcoder" in name else {}
+            more |= {"d_out": OUT, "apply_b_dec_to_input": False} if "transcoder" in name else {}
             more |= {"matryoshka_widths": [10, F]} if "matryoshka" in name else {"max_iterations": 4} if "pursuit" in name else {}
             more |= {"decoder_init_norm": 1.0} if "pursuit" in name and registry is SAE_TRAINING_CLASS_REGISTRY else {}
             made.append(cls(config(d_in=D, d_sae=F, **more)))

@@ -256,7 +256,7 @@ print((peak[0] - before) * 1024 / sum(p.numel() * p.element_size() for p in sae.
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux counts it")
-@pytest.mark.parametrize("kind", ["folded", "pt"])
+@pytest.mark.parametrize("kind", ["folded", "pt", "npz"])
 def test_loading_takes_no_more_than_the_tensors(tmp_path: Path, kind: str) -> None:
     """Beside the file's own pages, which are the page cache's."""
     d, f = 512, 16384
@@ -270,6 +270,8 @@ def test_loading_takes_no_more_than_the_tensors(tmp_path: Path, kind: str) -> No
         }
         torch.save(linear, tmp_path / "sae.pt")
         source = [str(tmp_path / "sae.pt"), "deepseek_r1"]
+    elif kind == "npz":
+        source = [str(write(tmp_path, None, {**wide, "threshold": wide["b_enc"]}, "params.npz"))]
     else:
         config = {"architecture": "topk", "k": 8, "rescale_acts_by_decoder_norm": True, "d_in": d, "d_sae": f}
         source = [str(saelens(tmp_path, config, wide))]

@@ -22,8 +22,8 @@ from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 PAGE = ROOT / "docs" / "saelens.md"
 
 KINDS = {
-    "sae_lens": "yes: folders of `save_model`, of versions before 6 too, and of its trainer's checkpoints; not with a normalisation by row or "
-    "a whitening that is not folded",
+    "sae_lens": "yes: folders of `save_model`, of versions before 6 too, and of its trainer's checkpoints; not with a normalisation by row "
+    "or a whitening that is not folded",
     "connor_rob_hook_z": "no: its configuration is of one release; `accelerate` SAELens' object, or save that and load it",
     "gemma_2": 'yes: `format="gemma_scope"` (embedding SAEs as the file says, without SAELens\' factor sqrt(D))',
     "gemma_2_transcoder": 'yes: `format="gemma_scope"`',
@@ -100,8 +100,8 @@ def page() -> str:
             "|---|---|",
             *kinds,
             "",
-            "Beyond these: circuit-tracer's per-layer transcoders (read and written), OpenAI's ReLU autoencoders (those of TopK make each row",
-            "standard, which `SAE` does not), dictionary_learning's checkpoints, backups and forks.",
+            "Beyond these: circuit-tracer's per-layer transcoders (read and written), OpenAI's ReLU autoencoders (those of TopK make each",
+            "row standard, which `SAE` does not), dictionary_learning's checkpoints, backups and forks.",
             "",
         ]
     )
