@@ -369,6 +369,7 @@ def test_any_sae_has_a_sparse_encode(monkeypatch: pytest.MonkeyPatch) -> None:
             more |= {"d_out": OUT, "apply_b_dec_to_input": False} if "transcoder" in name else {}
             more |= {"matryoshka_widths": [10, F]} if "matryoshka" in name else {"max_iterations": 4} if "pursuit" in name else {}
             more |= {"decoder_init_norm": 1.0} if "pursuit" in name and registry is SAE_TRAINING_CLASS_REGISTRY else {}
+            more |= {"n_heads": 4, "bottleneck_factor": 1} if name == "temporal" else {}
             made.append(cls(config(d_in=D, d_sae=F, **more)))
     for sae in made:
         x = rows(2, 5, seed=3)
