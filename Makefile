@@ -80,10 +80,14 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(PIP) --no-deps sae-bench  # its pins of numpy and datasets are older than the others'; its core needs no more than tabulate
 	$(PIP) --no-deps eai-delphi==0.1.3 asyncer blobfile  # without vllm and bitsandbytes, which its cache does not need
 	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
+	$(PIP) --no-deps circuit-tracer==0.5.0  # its loader of files; the rest of it needs more
+	$(PIP) --no-deps --target $(VENV)/oldest sae-lens==6.49.0
 	@touch $@
 
 test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
-	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(wildcard tests/interop/test_patch_*.py tests/*/test_*_peers.py)
+	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(wildcard tests/interop/test_patch_*.py tests/*/test_*_peers.py) \
+	    tests/interop/test_saelens_table.py tests/interop/test_releases.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/interop/test_patch_saelens.py -k "transcoder or sparse_encode or restore"
 
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh

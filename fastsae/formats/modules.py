@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, files
-from fastsae.formats import pretrained, weight_files
+from fastsae.formats import common, pretrained, weight_files
 
 
 class Module(Protocol):
@@ -60,7 +60,7 @@ def save(sae: Module, folder: str | os.PathLike[str]) -> Path:
 def load(kind: type[M], folder: str | os.PathLike[str], device: torch.device | str | None) -> tuple[M, dict[str, Any]]:
     """``SAE.load``, and the ``more`` that was written beside."""
     try:
-        loaded = pretrained.read(folder, "fastsae", pretrained.Options())
+        loaded = pretrained.read(folder, "fastsae", common.Options())
         return _made(kind, loaded, None, device), loaded.more
     except ValueError as error:
         raise ValueError(f"SAE.load: {folder} is not a folder that SAE.save wrote: {error}") from error
@@ -104,7 +104,7 @@ def from_pretrained(
     format: pretrained.Format | None,  # noqa: A002
     subfolder: str | None,
     revision: str | None,
-    options: pretrained.Options,
+    options: common.Options,
     device: torch.device | str | None,
 ) -> M:
     """``SAE.from_pretrained``; ``options`` unchecked."""
@@ -116,6 +116,8 @@ def from_pretrained(
     for name in ("fold_decoder_norm", "pre_bias"):
         if (value := getattr(options, name)) is not None:
             checks.flag(op, name, value)
+    if options.k is not None:
+        checks.integer(op, "k", options.k, 1)
     if options.dtype is not None and options.dtype not in checks.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {options.dtype}")
     if not Path(source).exists() and pretrained.is_repository(source):
@@ -128,7 +130,7 @@ def from_pretrained(
         raise ValueError(f"{op}: {error}") from error
 
 
-def _made(kind: type[M], loaded: pretrained.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> M:
+def _made(kind: type[M], loaded: common.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> M:
     """The module, in evaluation mode, that has these tensors as its parameters, without a copy where dtype and device are theirs."""
     config, tensors, more = loaded
     exact = ("running_threshold",)

@@ -8,10 +8,11 @@ A reader turns (configuration, tensors) of a format into (``SAE.config()``, tens
     saelens               [D, F]         [F, D]         flag              older: flag    score > threshold; top k, with decoder norms or not
     sparsify              [F, D]         [F, D]         unless transcode  flag             top k
     dictionary_learning   [F, D], [D, F] [D, F], [F, D] by class          by class         by class; score > threshold
-    gemma_scope           [D, F]         [F, D]         x                 yes              score > threshold
+    circuit_tracer        [F, D]         [F, D]         x                 no               score > 0 or threshold
+    others                                                                                 see ``releases``
 
-Training keeps decoder rows at norm 1 where the format does so and the rows are (``_unit``): otherwise the first step, of whatever rate,
-would change what the file computes.
+Training keeps decoder rows at norm 1 where the format does so and the rows are (``common.unit``): otherwise the first step, of whatever
+rate, would change what the file computes.
 """
 
 from __future__ import annotations
@@ -20,134 +21,39 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastsae._core import checks, files
-from fastsae.formats import weight_files
+from fastsae.formats import common, releases, weight_files
 
-Writable = Literal["fastsae", "saelens", "sparsify", "dictionary_learning"]
-Format = Writable | Literal["gemma_scope"]
+Writable = Literal["fastsae", "saelens", "sparsify", "dictionary_learning", "circuit_tracer"]
+Release = Literal["gemma_scope", "gemma_scope_2", "llama_scope", "openai", "goodfire", "qwen_scope", "deepseek_r1"]
+Format = Writable | Release
 WRITABLE: tuple[str, ...] = get_args(Writable)
-FORMATS = (*WRITABLE, "gemma_scope")
+FORMATS = (*WRITABLE, *get_args(Release))
 
 NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
 """sparsify's names that ``SAE.save`` uses too, so that its files load there."""
 
 
-class Options(NamedTuple):
-    """What a caller may add to a file; see ``SAE.from_pretrained``."""
-
-    fold_decoder_norm: bool | None = None
-    scaling_factor: float | None = None
-    pre_bias: bool | None = None
-    dtype: torch.dtype | None = None
-
-
-class Loaded(NamedTuple):
-    """``config`` as ``SAE.config()``; ``tensors`` by ``SAE``'s names; ``more`` as in ``weight_files.contents``."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    more: dict[str, Any] = {}  # noqa: RUF012 (never written to)
-
-
-# ---------------------------------------------------------------- common steps
-
-
-def _take(tensors: Mapping[str, Tensor], names: Mapping[str, str], optional: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """Tensors under ``SAE``'s names; ValueError for one that is missing, or there without being known."""
-    optional = optional or {}
-    missing, unknown = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names) - set(optional))
-    if missing or unknown:
-        raise ValueError(f"expected the tensors {sorted(names)}, missing {missing}, unknown {unknown}")
-    named = {**optional, **names}
-    return {named[name]: tensor for name, tensor in tensors.items()}
-
-
-def _matrices(tensors: dict[str, Tensor], *transposed: str) -> dict[str, Tensor]:
-    """``tensors`` with the matrices in ``transposed`` turned feature-major."""
-    for name in ("W_enc", "W_dec", *(["W_skip"] if "W_skip" in tensors else [])):
-        if tensors[name].dim() != 2:
-            raise ValueError(f"{name} must be a matrix, got the shape {list(tensors[name].shape)}")
-    return {name: (tensor.T if name in transposed else tensor).contiguous() for name, tensor in tensors.items()}
-
-
-def _agree(what: str, claimed: Any, held: int) -> None:
-    """A size that the configuration claims, where it does, is the tensors'."""
-    if claimed is not None and (isinstance(claimed, bool) or not isinstance(claimed, int) or claimed != held):
-        raise ValueError(f"the configuration claims {what}={claimed!r}, the tensors have {held}")
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    return value
-
-
-def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    return default if value is None else value
-
-
-def _unit(W: Tensor) -> bool:
-    """Whether all rows have norm 1, up to 2e-6 or, in half precision, its spacing at 1; rows of zeros stay what they are in any case."""
-    tolerance = max(2e-6, torch.finfo(W.dtype).eps if W.dtype in (torch.float16, torch.bfloat16) else 0.0)
-    norms = torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in W.split(4096)])
-    return bool((((norms - 1).abs() <= tolerance) | (norms == 0)).all())
-
-
-def _config(tensors: Mapping[str, Tensor], activation: str, **more: Any) -> dict[str, Any]:
-    F, d_in = tensors["W_enc"].shape
-    return {"d_in": d_in, "num_latents": F, "activation": activation, "transcode": False, **more}
-
-
-def fold_decoder_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Unit decoder rows, their norms in the latents: the same reconstruction, for activations that commute with positive factors of
-    each feature. Rows of norm 0 stay, with latents 0."""
-    norm = torch.linalg.vector_norm(tensors["W_dec"].double(), dim=1)
-    return _scaled(tensors, norm, torch.where(norm == 0, 1.0, norm))
-
-
-def _scaled(tensors: dict[str, Tensor], latents: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    """Each feature's latents times ``latents [F]`` and its decoder row divided by ``rows [F]``."""
-    out = dict(tensors)
-    for name in ("W_enc", "b_enc", "threshold", "b_gate", "b_mag"):
-        if name in tensors:
-            factor = latents.unsqueeze(1) if name == "W_enc" else latents
-            out[name] = (tensors[name].double() * factor).to(tensors[name].dtype)
-    out["W_dec"] = (tensors["W_dec"].double() / rows.unsqueeze(1)).to(tensors["W_dec"].dtype)
-    return out
-
-
-def _shift_pre_bias(tensors: dict[str, Tensor], sign: int) -> dict[str, Tensor]:
-    """Moves ``-b_dec`` from the input into the biases (-1), or back (+1): the same scores up to rounding."""
-    shift = sign * (tensors["W_enc"].double() @ tensors["b_dec"].double())
-    out = dict(tensors)
-    for name in ("b_enc", "b_gate", "b_mag"):
-        if name in tensors:
-            stretch = tensors["r_mag"].double().exp() if name == "b_mag" else 1.0
-            out[name] = (tensors[name].double() + shift * stretch).to(tensors[name].dtype)
-    return out
-
-
 # ---------------------------------------------------------------- readers
 
 
-def _read_fastsae(config: dict[str, Any], tensors: dict[str, Tensor], options: Options) -> Loaded:
-    return Loaded(config, {NAMES.get(name, name): tensor for name, tensor in tensors.items()})
+def _read_fastsae(config: dict[str, Any], tensors: dict[str, Tensor], options: common.Options) -> common.Loaded:
+    return common.Loaded(config, {NAMES.get(name, name): common.owned(tensor) for name, tensor in tensors.items()})
 
 
-_SAELENS = {
+SAELENS = {
     "standard": "relu",
     "gated": "gated",
     "jumprelu": "jumprelu",
     "topk": "topk",
     "abstopk": "abstopk",
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "batchtopk",
     "transcoder": "relu",
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
@@ -157,11 +63,11 @@ _TOPK = ("topk", "abstopk")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATS}
 
 
-def _read_saelens(config: dict[str, Any], tensors: dict[str, Tensor], options: Options) -> Loaded:
+def _read_saelens(config: dict[str, Any], tensors: dict[str, Tensor], options: common.Options) -> common.Loaded:
     architecture, k = _architecture(config)
-    kind = _SAELENS.get(architecture)
+    kind = SAELENS.get(architecture)
     if kind is None:
-        raise ValueError(f"SAELens architecture {architecture!r} is not supported; known: {', '.join(_SAELENS)}")
+        raise ValueError(f"SAELens architecture {architecture!r} is not supported; known: {', '.join(SAELENS)}")
     transcoder = "transcoder" in architecture
     dtype = str(config.get("dtype", "float32")).removeprefix("torch.")
     if dtype not in _DTYPES:
@@ -171,30 +77,40 @@ def _read_saelens(config: dict[str, Any], tensors: dict[str, Tensor], options: O
     names |= {name: name for name in (("b_gate", "r_mag", "b_mag") if kind == "gated" else ("b_enc",))}
     names |= {"threshold": "threshold"} if kind == "jumprelu" else {}
     names |= {"W_skip": "W_skip"} if "skip" in architecture else {}
-    found = _matrices(_take(tensors, names), "W_enc")
-    _agree("d_in", config.get("d_in"), found["W_enc"].shape[1])
-    _agree("d_sae", config.get("d_sae"), found["W_enc"].shape[0])
-    found = {name: tensor.to(options.dtype or _DTYPES[dtype]) for name, tensor in found.items()}
+    names |= {"topk_threshold": "running_threshold"} if kind == "batchtopk" else {}  # of a trainer's checkpoint
+    found = common.take(tensors, names)
+    threshold = found.pop("running_threshold", None)
+    found = common.matrices(found, "W_enc", dtype=options.dtype or _DTYPES[dtype])
+    common.agree("d_in", config.get("d_in"), found["W_enc"].shape[1])
+    common.agree("d_sae", config.get("d_sae"), found["W_enc"].shape[0])
     if finetuned is not None and not torch.allclose(finetuned, torch.ones_like(finetuned)):
-        if not _flag(config, "finetuning_scaling_factor", False):
+        if not common.flag(config, "finetuning_scaling_factor", False):
             raise ValueError("a scaling_factor that is not 1 beside finetuning_scaling_factor false contradicts itself")
         if finetuned.shape != (found["W_dec"].shape[0],):
             raise ValueError(f"scaling_factor must have shape [{found['W_dec'].shape[0]}], got {list(finetuned.shape)}")
-        found["W_dec"] = (found["W_dec"].double() * finetuned.double().unsqueeze(1)).to(found["W_dec"].dtype)
-    found = _scaled_inputs(config, found, options)
-    apply = _flag(config, "apply_b_dec_to_input", not transcoder)
+        common.multiply(found["W_dec"], finetuned)
+    apply = common.flag(config, "apply_b_dec_to_input", not transcoder)
     if transcoder and apply:
         raise ValueError("apply_b_dec_to_input does not go with a transcoder")
-    more: dict[str, Any] = {"pre_bias": apply, "normalize_decoder": _flag(config, "normalize_sae_decoder", False)}
+    more: dict[str, Any] = {"pre_bias": apply, "normalize_decoder": common.flag(config, "normalize_sae_decoder", False)}
     if kind in _TOPK:
-        more["k"] = _count("k", k)
-        if _flag(config, "rescale_acts_by_decoder_norm", False):
-            found = fold_decoder_norm(found)
+        more["k"] = common.count("k", k)
+    if threshold is not None:
+        found["running_threshold"] = common.scalar("topk_threshold", threshold)
+        more |= {"k": k, "rate": config.get("topk_threshold_lr", 0.01), "prefixes": config.get("matryoshka_widths")}
+    if kind == "jumprelu" and "jumprelu_bandwidth" in config:  # trainers' checkpoints say what they trained with
+        more["bandwidth"] = config["jumprelu_bandwidth"]
+    factor = _input_factor(config, options)
+    found = common.scale_inputs(found, factor)
+    if common.flag(config, "rescale_acts_by_decoder_norm", False) and kind in (*_TOPK, "batchtopk"):
+        found = common.fold_decoder_norm(found)
+        if threshold is not None:  # of scores times the norms before they were divided by the factor
+            found["running_threshold"] /= factor
     if transcoder:
         d_out = found["W_dec"].shape[1]
-        _agree("d_out", config.get("d_out"), d_out)
+        common.agree("d_out", config.get("d_out"), d_out)
         more |= {"transcode": True, "d_out": d_out, "skip_connection": "W_skip" in found}
-    return Loaded(_config(found, kind, **more), found)
+    return common.Loaded(common.config(found, kind, **more), found)
 
 
 def _architecture(config: dict[str, Any]) -> tuple[str, Any]:
@@ -215,169 +131,178 @@ def _architecture(config: dict[str, Any]) -> tuple[str, Any]:
     return architecture, config.get("k")
 
 
-def _scaled_inputs(config: dict[str, Any], tensors: dict[str, Tensor], options: Options) -> dict[str, Tensor]:
+def _input_factor(config: dict[str, Any], options: common.Options) -> float:
+    """What SAELens multiplies the inputs by, where it is one number."""
     normalise = config.get("normalize_activations")
     if normalise is None or isinstance(normalise, bool):  # of older versions
         normalise = "expected_average_only_in" if normalise else "none"
     if normalise == "none":
         if options.scaling_factor is not None:
             raise ValueError("scaling_factor does not go with normalize_activations 'none'")
-        return tensors
+        return 1.0
     if normalise not in ("expected_average_only_in", "constant_scalar_rescale"):
         rows = "it depends on each row"
         reasons = {"layer_norm": rows, "constant_norm_rescale": rows, "covariance_whitening": "the file does not hold its matrices"}
         known = "none, expected_average_only_in, constant_scalar_rescale"
         raise ValueError(f"normalize_activations {normalise!r} is not supported ({reasons.get(str(normalise), 'unknown')}); known: {known}")
-    held = config.get("activation_normalization_factor") if normalise == "constant_scalar_rescale" else None
+    held = config.get("activation_normalization_factor") if normalise == "constant_scalar_rescale" else config.get("activation_scaler")
     if held is not None and options.scaling_factor is not None:
-        raise ValueError("scaling_factor does not go with normalize_activations 'constant_scalar_rescale', whose factor the file holds")
+        raise ValueError(f"scaling_factor does not go with normalize_activations {normalise!r}, whose factor the file holds")
     if held is None and options.scaling_factor is None:
         raise ValueError(
             f"normalize_activations {normalise!r} multiplies inputs by a number that the file does not hold: "
             "give it as scaling_factor=, or 1.0 where your inputs are scaled already"
         )
-    name, given = ("scaling_factor", options.scaling_factor) if held is None else ("activation_normalization_factor", held)
-    factor = checks.number("SAE.from_pretrained", name, given)
-    out = {name: tensor / factor if name in ("W_dec", "b_dec") else tensor for name, tensor in tensors.items()}
-    out["W_enc"] = tensors["W_enc"] * factor
-    return out
+    name = "scaling_factor" if held is None else "activation_normalization_factor" if "constant" in normalise else "activation_scaler.json"
+    given = options.scaling_factor if held is None else held
+    return checks.number("SAE.from_pretrained", name, given)
 
 
-def _read_sparsify(config: dict[str, Any], tensors: dict[str, Tensor], options: Options) -> Loaded:
+def _read_sparsify(config: dict[str, Any], tensors: dict[str, Tensor], options: common.Options) -> common.Loaded:
     activation = config.get("activation", "topk")
     if activation != "topk":
         raise ValueError(f"sparsify activation {activation!r} is not supported; known: topk")
-    if _flag(config, "signed", False):
+    if common.flag(config, "signed", False):
         raise ValueError("sparsify's signed top k is not supported")
     if "W_dec" not in tensors:
         raise ValueError("the file holds an encoder only (it was saved with decoder=False)")
-    skip = _flag(config, "skip_connection", False)
+    skip = common.flag(config, "skip_connection", False)
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-    found = _matrices(_take(tensors, names | ({"W_skip": "W_skip"} if skip else {})))
+    found = common.matrices(common.take(tensors, names | ({"W_skip": "W_skip"} if skip else {})))
     F, d_in = found["W_enc"].shape
-    _agree("d_in", config.get("d_in"), d_in)
+    common.agree("d_in", config.get("d_in"), d_in)
     # num_latents 0 means expansion_factor times d_in.
-    _agree("num_latents", config.get("num_latents") or d_in * _count("expansion_factor", config.get("expansion_factor", 32)), F)
-    transcode = _flag(config, "transcode", False)
-    more: dict[str, Any] = {"k": _count("k", config.get("k", 32)), "pre_bias": not transcode}
+    common.agree("num_latents", config.get("num_latents") or d_in * common.count("expansion_factor", config.get("expansion_factor", 32)), F)
+    transcode = common.flag(config, "transcode", False)
+    more: dict[str, Any] = {"k": common.count("k", config.get("k", 32)), "pre_bias": not transcode}
     if transcode or skip:
         more |= {"transcode": True, "d_out": found["W_dec"].shape[1], "skip_connection": skip}
-    more["normalize_decoder"] = _flag(config, "normalize_decoder", True) and not transcode
-    return Loaded(_config(found, "topk", **more), found)
+    more["normalize_decoder"] = common.flag(config, "normalize_decoder", True) and not transcode
+    return common.Loaded(common.config(found, "topk", **more), found)
 
 
-def _read_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor], options: Options) -> Loaded:
+_DICTIONARIES = {
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+    "GatedAutoEncoder": "gated",
+    "JumpReluAutoEncoder": "jumprelu",
+    "JumpReLUAutoEncoder": "jumprelu",
+    "AutoEncoderTopK": "topk",
+    "TopKSAE": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk",
+}
+"""Activation of each class of dictionary_learning and its forks."""
+_SPELLINGS = {
+    "W_enc": ("encoder.weight", "W_enc"),
+    "b_enc": ("encoder.bias", "b_enc"),
+    "W_dec": ("decoder.weight", "W_dec", "decoder"),
+    "b_dec": ("bias", "b_dec", "decoder.bias", "decoder_bias"),
+    "b_gate": ("gate_bias", "b_gate"),
+    "r_mag": ("r_mag",),
+    "b_mag": ("mag_bias", "b_mag"),
+}
+"""Names that a tensor has had: of ``nn.Linear``, whose decoder is ``[D, F]``; of bare parameters, whose encoder is; both ``[F, D]``."""
+
+
+def _read_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor], options: common.Options) -> common.Loaded:
     trainer = config.get("trainer")
     if not isinstance(trainer, dict):
         raise ValueError(f"the configuration must hold an object 'trainer', got {type(trainer).__name__}")
     kind = trainer.get("dict_class")
-    linear = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
-    bare = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    counters = {"k": "k", "threshold": "running_threshold"}
-    known: dict[Any, tuple[str, dict[str, str], dict[str, str]]] = {
-        "AutoEncoder": ("relu", {**linear, "bias": "b_dec"}, {}),
-        "AutoEncoderNew": ("relu", {**linear, "decoder.bias": "b_dec"}, {}),
-        "GatedAutoEncoder": (
-            "gated",
-            {
-                "encoder.weight": "W_enc",
-                "decoder.weight": "W_dec",
-                "decoder_bias": "b_dec",
-                "gate_bias": "b_gate",
-                "r_mag": "r_mag",
-                "mag_bias": "b_mag",
-            },
-            {},
-        ),
-        "JumpReluAutoEncoder": ("jumprelu", {**bare, "threshold": "threshold"}, {}),
-        "AutoEncoderTopK": ("topk", {**linear, "b_dec": "b_dec"}, counters),
-        "BatchTopKSAE": ("batchtopk", {**linear, "b_dec": "b_dec"}, counters),
-        "MatryoshkaBatchTopKSAE": ("batchtopk", {**bare, "group_sizes": "group_sizes"}, counters),
-    }
-    if not isinstance(kind, str) or kind not in known:
-        raise ValueError(f"dictionary_learning dict_class {kind!r} is not supported; known: {', '.join(known)}")
-    activation, names, optional = known[kind]
-    found = _take(tensors, names, optional)
+    if not isinstance(kind, str) or kind not in _DICTIONARIES:
+        raise ValueError(f"dictionary_learning dict_class {kind!r} is not supported; known: {', '.join(_DICTIONARIES)}")
+    activation = _DICTIONARIES[kind]
+    wanted = {"W_enc", "W_dec", "b_dec", *(("b_gate", "r_mag", "b_mag") if activation == "gated" else ("b_enc",))}
+    names = {next((n for n in _SPELLINGS[short] if n in tensors), _SPELLINGS[short][0]): short for short in sorted(wanted)}
+    if activation == "jumprelu":
+        names["threshold"] = "threshold"
+    counted = {"k": "k", "threshold": "running_threshold"} if "topk" in activation else {}
+    if "group_sizes" in tensors or "Matryoshka" in kind:
+        names["group_sizes"] = "group_sizes"
+    found = common.take(tensors, names, counted)
     k, threshold, groups = (found.pop(name, None) for name in ("k", "running_threshold", "group_sizes"))
-    found = _matrices(found, *(("W_dec",) if "decoder.weight" in names else ("W_enc",)))
+    turned = [short for name, short in (("W_enc", "W_enc"), ("decoder.weight", "W_dec")) if name in names]
+    found = common.matrices(found, *turned)
     F, d_in = found["W_enc"].shape
-    _agree("activation_dim", trainer.get("activation_dim"), d_in)
-    _agree("dict_size", trainer.get("dict_size"), F)
-    if options.pre_bias is not None and kind != "JumpReluAutoEncoder":
+    common.agree("activation_dim", trainer.get("activation_dim"), d_in)
+    common.agree("dict_size", trainer.get("dict_size"), F)
+    open_question = activation == "jumprelu"
+    if options.pre_bias is not None and not open_question:
         raise ValueError(f"pre_bias is for JumpReluAutoEncoder, whose files do not say; this is {kind}")
-    more: dict[str, Any] = {"pre_bias": kind not in ("AutoEncoderNew", "JumpReluAutoEncoder") or bool(options.pre_bias)}
+    more: dict[str, Any] = {"pre_bias": bool(options.pre_bias) if open_question else kind != "AutoEncoderNew"}
     more["normalize_decoder"] = kind != "AutoEncoderNew"
-    if optional:
-        more["k"] = _agreed_k(k, trainer.get("k"))
+    if "topk" in activation:
+        more["k"] = _agreed_k(k, trainer.get("k", options.k), activation == "batchtopk")
     if activation == "batchtopk" and threshold is None:  # nothing says what evaluation keeps: with -1 it would be every positive score
         activation = "topk"
     if activation == "batchtopk" and threshold is not None:
-        if threshold.dim() or not threshold.is_floating_point():
-            raise ValueError(f"threshold must be one number, got {list(threshold.shape)} {threshold.dtype}")
-        found["running_threshold"] = threshold.float()
+        found["running_threshold"] = common.scalar("threshold", threshold)
         beta = trainer.get("threshold_beta", 0.999)
         more["rate"] = 1 - checks.number("SAE.from_pretrained", "threshold_beta", beta, positive=False)
     if groups is not None:
         if groups.dim() != 1 or groups.dtype not in (torch.int64, torch.int32) or bool((groups < 1).any()) or int(groups.sum()) != F:
             raise ValueError(f"group_sizes must be positive integers that add up to {F}, got {groups.tolist()}")
         more["prefixes"] = groups.cumsum(0).tolist()
+    if (norm := config.get("norm_factor")) is not None:  # a backup's biases are those of inputs divided by it, which the last save undoes
+        norm = checks.number("SAE.from_pretrained", "norm_factor", checks.plain(norm))
+        for name in ("b_enc", "b_dec", "b_gate", "b_mag", "threshold", "running_threshold"):
+            if name in found and not (name == "running_threshold" and found[name] < 0):
+                found[name] *= norm
     if kind == "AutoEncoder" and options.fold_decoder_norm is None:  # the library's own loader does it, where norms are not 1 yet
-        norm = torch.linalg.vector_norm(found["W_dec"].double(), dim=1)
+        norm = common.norms_of(found["W_dec"])
         if not torch.allclose(norm.float(), torch.ones_like(norm.float())):
-            found = fold_decoder_norm(found)
-    return Loaded(_config(found, activation, **more), found)
+            found = common.fold_decoder_norm(found)
+    return common.Loaded(common.config(found, activation, **more), found)
 
 
-def _agreed_k(held: Tensor | None, claimed: Any) -> int:
-    """k of the buffer (annealed in training) and of the configuration, which must not differ."""
-    if held is not None and (held.numel() != 1 or held.is_floating_point()):
-        raise ValueError(f"k must be one integer, got {list(held.shape)} {held.dtype}")
-    if held is None:
-        return _count("k", claimed)
-    if claimed is not None and claimed != int(held):
-        raise ValueError(f"the configuration claims k={claimed!r}, the tensors k={int(held)}")
-    return _count("k", int(held))
+def _agreed_k(held: Tensor | None, claimed: Any, fraction: bool) -> float:
+    """k of the buffer (annealed in training) and of the configuration, which must not differ; some wrote it as a float."""
+    if held is not None and held.numel() != 1:
+        raise ValueError(f"k must be one number, got {list(held.shape)} {held.dtype}")
+    found = [value.item() if isinstance(value, Tensor) else value for value in (held, claimed) if value is not None]
+    k = [int(value) if isinstance(value, float) and value.is_integer() else value for value in found]
+    if len(k) == 2 and k[0] != k[1]:
+        raise ValueError(f"the configuration claims k={claimed!r}, the tensors k={found[0]}")
+    whole = not (fraction and k and isinstance(k[0], float))
+    return common.count("k", k[0] if k else None) if whole else checks.number("SAE.from_pretrained", "k", k[0])
 
 
-def _read_gemma_scope(config: dict[str, Any], tensors: dict[str, Tensor], options: Options) -> Loaded:
-    tensors = {"W_" + name[2:] if name.startswith("w_") else name: tensor for name, tensor in tensors.items()}
-    names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
-    found = _matrices(_take(tensors, names), "W_enc")
-    found = {name: tensor.to(options.dtype or torch.float32) for name, tensor in found.items()}
-    return Loaded(_config(found, "jumprelu", pre_bias=False, normalize_decoder=True), found)
-
-
-_READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor], Options], Loaded]] = {
+_READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor], common.Options], common.Loaded]] = {
     "fastsae": _read_fastsae,
     "saelens": _read_saelens,
     "sparsify": _read_sparsify,
     "dictionary_learning": _read_dictionary_learning,
-    "gemma_scope": _read_gemma_scope,
+    "gemma_scope": releases.gemma_scope,
+    "gemma_scope_2": releases.gemma_scope,
+    **{name: getattr(releases, name) for name in ("llama_scope", "circuit_tracer", "openai", "goodfire", "qwen_scope", "deepseek_r1")},
 }
 
 
-def read(source: str | os.PathLike[str], format: str | None, options: Options) -> Loaded:  # noqa: A002
+def read(source: str | os.PathLike[str], format: str | None, options: common.Options) -> common.Loaded:  # noqa: A002
     """(configuration, tensors) of a local folder or weights' file. ValueError where it is damaged or not supported."""
     found, weights, config, tensors, more = weight_files.read_configured(source, format)
-    if options.scaling_factor is not None and found != "saelens":
+    if options.scaling_factor is not None and found not in ("saelens", "llama_scope"):
         raise ValueError(f"{weights}: scaling_factor is for SAELens's normalize_activations, this is a file of {found}")
     if options.pre_bias is not None and found != "dictionary_learning":
         raise ValueError(f"{weights}: pre_bias is for dictionary_learning's JumpReluAutoEncoder, this is a file of {found}")
     try:
         for name, tensor in tensors.items():
-            if tensor.dtype not in checks.FLOATS and name not in ("k", "group_sizes"):
+            if tensor.dtype not in checks.FLOATS and name not in ("k", "group_sizes", *releases.STATISTICS):
                 raise ValueError(f"{name} must have dtype {', '.join(_DTYPES)}, got {str(tensor.dtype).removeprefix('torch.')}")
         loaded = _READERS[found](config, tensors, options)
+        if options.k is not None and loaded.config.get("k") != options.k:
+            raise ValueError(f"k={options.k} is for files that do not hold it, this one's is {loaded.config.get('k')}")
         if options.fold_decoder_norm:
             if loaded.config["activation"] in (*_TOPK, "batchtopk"):
                 raise ValueError("fold_decoder_norm would change which latents a top k keeps")
-            loaded = Loaded(loaded.config, fold_decoder_norm(loaded.tensors))
+            loaded = common.Loaded(loaded.config, common.fold_decoder_norm(loaded.tensors))
         config, tensors = dict(loaded.config), loaded.tensors
-        if _flag(config, "normalize_decoder", True) and tensors["W_dec"].dim() == 2 and not _unit(tensors["W_dec"]):
+        if common.flag(config, "normalize_decoder", True) and tensors["W_dec"].dim() == 2 and not common.unit(tensors["W_dec"]):
             config["normalize_decoder"] = False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{weights} (read as {found}): {error}") from error
-    return Loaded(config, tensors, more)
+    return common.Loaded(config, tensors, more)
 
 
 # ---------------------------------------------------------------- the Hub
@@ -392,22 +317,24 @@ def check_subfolder(op: str, subfolder: str | None) -> list[str]:
 
 
 def fetch(repository: str, subfolder: str | None, revision: str | None, format: str | None) -> Path:  # noqa: A002
-    """The folder of a Hub repository, downloaded (into huggingface_hub's cache): the weights and configurations of known names only."""
+    """The folder or file of a Hub repository, downloaded (into huggingface_hub's cache): only the weights and configurations of known
+    names, or the file that ``subfolder`` names with the configurations beside."""
     op = "SAE.from_pretrained"
     parts = check_subfolder(op, subfolder)
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError(f"{op}: reading from the Hub needs huggingface_hub: pip install 'fastsae-kernels[hub]'") from error
-    names = {name for known in ([format] if format else FORMATS) for name in weight_files.FILES[known] if name is not None}
-    prefix = f"{subfolder}/" if subfolder else ""
+    of_file = parts[-1].endswith(weight_files.ENDS)
+    names = weight_files.downloads([format] if format else FORMATS, parts[-1] if of_file else None)
+    prefix = "/".join([*(parts[:-1] if of_file else parts), ""]).lstrip("/")
     try:
         root = snapshot_download(repository, revision=revision, allow_patterns=sorted(prefix + name for name in names))
     except FileNotFoundError as error:  # no connection, and not in the cache
         raise FileNotFoundError(f"{op}: {repository} is no folder or file here, and not to be had from the Hub: {error}") from error
     folder = Path(root, *parts) if subfolder else Path(root)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{op}: {repository} has no folder {subfolder!r} with {', '.join(sorted(names))}")
+    if not folder.exists():
+        raise FileNotFoundError(f"{op}: {repository} has no folder or file {subfolder!r} with {', '.join(sorted(names))}")
     return folder
 
 
@@ -440,6 +367,7 @@ Written = tuple[dict[str, Any], dict[str, Tensor]]
 def written(op: str, format: str, config: Mapping[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Written:  # noqa: A002
     """(configuration, tensors) of an SAE as another library names them; ValueError that names ``op`` where it has no such SAE."""
     writers = {"saelens": _write_saelens, "sparsify": _write_sparsify, "dictionary_learning": _write_dictionary_learning}
+    writers["circuit_tracer"] = _write_circuit_tracer
     try:
         return writers[format](dict(config), tensors, metadata)
     except ValueError as error:
@@ -513,7 +441,7 @@ def _write_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor
     name = "MatryoshkaBatchTopKSAE" if matryoshka else classes.get(kind, "AutoEncoder" if config["pre_bias"] else "AutoEncoderNew")
     wants = name not in ("JumpReluAutoEncoder", "AutoEncoderNew")
     if wants != config["pre_bias"]:
-        tensors = _shift_pre_bias(tensors, 1 if wants else -1)
+        tensors = common.shift_pre_bias(tensors, 1 if wants else -1)
     trainer: dict[str, Any] = {"dict_class": name, "activation_dim": config["d_in"], "dict_size": config["num_latents"]}
     bare = name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
     out: dict[str, Tensor] = {}
@@ -538,3 +466,19 @@ def _write_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor
         else:
             out["encoder.bias"] = tensors["b_enc"]
     return {"trainer": trainer, **({"metadata": dict(metadata)} if metadata else {})}, out
+
+
+def _write_circuit_tracer(config: dict[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Written:
+    """``metadata`` has no place beside the weights, but inside."""
+    kind = config["activation"]
+    if kind not in ("relu", "jumprelu", "batchtopk"):
+        raise ValueError(f"files hold ReLU and JumpReLU, the activation is {kind!r}")
+    if tensors["W_dec"].shape[1] != config["d_in"]:
+        raise ValueError(f"has d_out = d_in only, got d_out={tensors['W_dec'].shape[1]}, d_in={config['d_in']}")
+    if config["pre_bias"]:
+        tensors = common.shift_pre_bias(tensors, -1)
+    out = {name: tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip") if name in tensors}
+    threshold = tensors.get("threshold", tensors.get("running_threshold"))
+    if threshold is not None:  # its gate has no ReLU
+        out["activation_function.threshold"] = threshold.clamp_min(0).to(out["b_enc"].dtype).expand_as(out["b_enc"]).contiguous()
+    return dict(metadata), out

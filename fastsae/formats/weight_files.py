@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import warnings
 import zipfile
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,21 @@ FILES: dict[str, tuple[str, str | None]] = {
     "saelens": ("sae_weights.safetensors", "cfg.json"),
     "dictionary_learning": ("ae.pt", "config.json"),
     "gemma_scope": ("params.npz", None),
+    "gemma_scope_2": ("params.safetensors", "config.json"),
+    "llama_scope": ("sae_weights.safetensors", "config.json"),
+    "circuit_tracer": ("layer_0.safetensors", None),
+    "openai": ("*.pt", None),
+    "goodfire": ("*.pt", None),
+    "qwen_scope": ("*.sae.pt", None),
+    "deepseek_r1": ("*.pt", None),
 }
-"""Names of each format's weights and configuration in a folder."""
+"""Names of each format's weights and configuration in a folder; the file itself has to be given where the name says nothing."""
+ENDS = (".safetensors", ".pt", ".pth", ".npz")
+OPTIONAL = ("gemma_scope_2",)
+"""Formats whose configuration may be missing."""
+
+WRAPPERS = ("module", "model", "ae", "sae", "autoencoder", "transcoder", "dictionary", "state_dict")
+"""What programs put before all names of a state dict."""
 
 _JSON_BYTES = 1 << 24
 
@@ -54,17 +68,30 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 
 def read(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """(``read_tensors``, what ``files`` has written about them or None)."""
-    readers = {".safetensors": _read_safetensors, ".pt": _read_pt, ".pth": _read_pt, ".npz": _read_npz}
+    return _read(path, names)[:2]
+
+
+class Read(NamedTuple):
+    """What a file holds. ``more``: what is beside the tensors in a ``.pt`` file."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any] | None
+    more: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+
+
+def _read(path: Path, names: Collection[str] | None, mapped: bool = False) -> Read:
+    """``mapped``: tensors may be the file itself, which changes with it and takes no memory; whoever keeps them copies them."""
+    readers = dict(zip(ENDS, (_read_safetensors, _read_pt, _read_pt, _read_npz)))
     reader = readers.get(path.suffix)
     if reader is None:
         if not path.exists():
             raise FileNotFoundError(f"{path} is neither a folder nor a file")
         raise ValueError(f"{path} must end in {', '.join(readers)}")
-    tensors, about = reader(path, names)
-    for name, tensor in tensors.items():
+    found = reader(path, names, mapped)
+    for name, tensor in found.tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu":
             raise ValueError(f"{path}: {name} must be a dense tensor, got layout {tensor.layout} on {tensor.device}")
-    return tensors, about
+    return found
 
 
 # ---------------------------------------------------------------- what is written here
@@ -77,10 +104,8 @@ def contents(folder: Path, kind: str, tensors: dict[str, Tensor], config: Mappin
     text = json.dumps(config, indent=1)
     about = {"format": kind, "config": config, **more}
     fill = save_pt if name.endswith(".pt") else save_safetensors
-    return {
-        folder / name: lambda part: fill(part, tensors, about),
-        folder / str(beside): lambda part: part.write_text(text, encoding="utf-8"),
-    }
+    filled: dict[Path, files.Fill] = {folder / name: lambda part: fill(part, tensors, about)}
+    return filled if beside is None else {**filled, folder / beside: lambda part: part.write_text(text, encoding="utf-8")}
 
 
 def save_safetensors(part: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -132,10 +157,8 @@ def _checksum(tensor: Tensor) -> int:
 
 # ---------------------------------------------------------------- readers
 
-Read = tuple[dict[str, Tensor], dict[str, Any] | None]
 
-
-def _read_safetensors(path: Path, names: Collection[str] | None) -> Read:
+def _read_safetensors(path: Path, names: Collection[str] | None, mapped: bool) -> Read:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -144,8 +167,13 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Read:
         # safetensors opens the name twice, and it may be another file's by then: a process's own name of an open file stays.
         with open(path, "rb") as held, safe_open(_own_name(held, path), framework="pt") as file:  # pyright: ignore[reportArgumentType]
             about = _unsealed((file.metadata() or {}).get(_ENTRY))
-            # Copies: what safetensors returns is the file itself, mapped, and changes or goes with it.
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys()) if names is None or name in names}
+            # What safetensors returns is the file itself, mapped, and changes or goes with it: a copy is what the checksum is of.
+            kept = mapped and about is None
+            tensors = {
+                name: file.get_tensor(name) if kept else file.get_tensor(name).clone()
+                for name in sorted(file.keys())
+                if names is None or name in names
+            }
         sums = None if about is None else about["crc32"]
         if sums is not None and names is None and set(sums) != set(tensors):
             raise ValueError(f"expected the tensors {sorted(sums)}, got {sorted(tensors)}")
@@ -154,7 +182,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Read:
                 raise ValueError(f"{name} is damaged: its checksum is another")
     except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    return tensors, about
+    return Read(tensors, about)
 
 
 def _own_name(file: Any, path: Path) -> Path:
@@ -162,10 +190,11 @@ def _own_name(file: Any, path: Path) -> Path:
     return own if own.exists() else path
 
 
-def load(path: Path) -> tuple[Any, dict[str, Any] | None]:
+def load(path: Path, mapped: bool = False) -> tuple[Any, dict[str, Any] | None]:
     """(what ``torch.save`` wrote: numbers, text, containers and tensors; what ``save_pt`` wrote about it or None); or ValueError.
 
-    The archive's checksums are compared first. No tensor has more elements than its storage holds."""
+    ``mapped``: the tensors are the file itself. The archive's checksums are compared first. No tensor has more elements than its storage
+    holds."""
     with open(path, "rb") as file:
         try:
             with _archive(file) as archive:
@@ -175,7 +204,7 @@ def load(path: Path) -> tuple[Any, dict[str, Any] | None]:
                 entry = next((name for name in archive.namelist() if name == f"archive/{_ENTRY}"), None)
                 about = _unsealed(None if entry is None else archive.read(entry).decode())
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(_own_name(file, path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # an unpickler raises what it stumbles over
             lines = str(error).strip().split("\n")
             reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
@@ -193,24 +222,33 @@ def load(path: Path) -> tuple[Any, dict[str, Any] | None]:
     return state, about
 
 
-def _read_pt(path: Path, names: Collection[str] | None) -> Read:
-    state, about = load(path)
-    if isinstance(state, dict) and {"config", "sae", "extra"} <= state.keys():  # of save_checkpoint
-        state = state["sae"]
+def _read_pt(path: Path, names: Collection[str] | None, mapped: bool) -> Read:
+    state, about = load(path, mapped)
+    more: dict[str, Any] = {}
+    for key in ("sae", "ae", "state_dict", "model_state_dict"):  # of save_checkpoint; dictionary_learning's backups; others' checkpoints
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state, more = state[key], state
+            break
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a state dict of named tensors, got {type(state).__name__}")
+    tensors: dict[str, Tensor] = {}
     for name, value in state.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value
+        elif name in ("activation", "activation_state_dict"):  # OpenAI's
+            more = {**more, name: value}
+        else:
             raise ValueError(f"{path} must hold a state dict of named tensors, got {type(value).__name__} for {name!r}")
-    return {name: value for name, value in state.items() if names is None or name in names}, about
+    return Read({name: value for name, value in tensors.items() if names is None or name in names}, about, more)
 
 
-def _read_npz(path: Path, names: Collection[str] | None) -> Read:
-    return {name: torch.from_numpy(array) for name, array in read_arrays(path, "f", names).items()}, None
+def _read_npz(path: Path, names: Collection[str] | None, mapped: bool) -> Read:
+    return Read({name: torch.from_numpy(array) for name, array in read_arrays(path, "f", names, mapped).items()}, None)
 
 
-def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None) -> dict[str, Any]:
-    """The arrays of an ``.npz`` file whose dtypes are of these kinds, in C order; or ValueError."""
+def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None, mapped: bool = False) -> dict[str, Any]:
+    """The arrays of an ``.npz`` file whose dtypes are of these kinds, in C order; or ValueError. ``mapped``: where they are not compressed
+    they are the file itself, in the order that they have there."""
     import numpy as np
 
     arrays: dict[str, Any] = {}
@@ -224,6 +262,11 @@ def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None) ->
                     with archive.open(member) as file:
                         _check_header(name, file, member.file_size, kinds)
                     with archive.open(member) as file:
+                        if mapped and member.compress_type == zipfile.ZIP_STORED and member.file_size > 1 << 20:
+                            arrays[name] = _mapped(raw, member)
+                            while file.read(1 << 20):  # to the end, where the checksum is compared
+                                pass
+                            continue
                         arrays[name] = np.require(np.lib.format.read_array(file, allow_pickle=False), requirements="C")
                         if file.read(1):  # to the end, where the checksum is compared
                             raise ValueError(f"{name} is longer than its array")
@@ -233,6 +276,20 @@ def read_arrays(path: Path, kinds: str, names: Collection[str] | None = None) ->
         except Exception as error:  # so does a reader of archives
             raise ValueError(f"{path} is not an .npz file of numbers: {error}") from error
     return arrays
+
+
+def _mapped(raw: IO[bytes], member: zipfile.ZipInfo) -> Any:
+    """An array that lies in an archive as it is; its header has been checked."""
+    import numpy as np
+
+    at = raw.tell()
+    raw.seek(member.header_offset + 26)  # of the lengths of name and extra field, which the directory's entry may have otherwise
+    raw.seek(sum(struct.unpack("<HH", raw.read(4))) + member.header_offset + 30)
+    version = np.lib.format.read_magic(raw)
+    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(raw)
+    array = np.memmap(raw, dtype, "c", raw.tell(), shape, "F" if fortran else "C")
+    raw.seek(at)
+    return array
 
 
 def _archive(file: IO[bytes]) -> zipfile.ZipFile:
@@ -277,56 +334,148 @@ def _check_header(name: str, file: Any, size: int, kinds: str) -> None:
 
 
 def locate(source: str | os.PathLike[str], format: str | None = None) -> tuple[str, Path, Path | None]:  # noqa: A002
-    """(format, weights, configuration's file or None) of a folder or of the weights' file in it.
+    """(format or "" where names do not tell, weights, configuration's file or None) of a folder or of the weights' file in it.
 
-    ``fastsae`` and ``sparsify`` share their names; what is written inside, or else the configuration, tells them apart. Raises
-    FileNotFoundError where a file is not there, ValueError where no known format, or more than one, is.
+    ``fastsae`` and ``sparsify`` share their names, ``saelens`` and ``llama_scope`` the weights'; what is written inside, or else the
+    configuration, tells them apart. Raises FileNotFoundError where a file is not there, ValueError where no known format, or more than
+    one, is.
     """
     path = Path(source)
     if path.is_file():
         folder, weights = path.parent, path
-        ends = {".npz": ("gemma_scope",), ".pt": ("dictionary_learning",), ".pth": ("dictionary_learning",)}
-        found = [name for name, (file, _) in FILES.items() if file == path.name]
-        candidates = found or list(ends.get(path.suffix, ()))
+        candidates = [name for name, (file, _) in FILES.items() if file == path.name]
     elif path.is_dir():
         folder, weights = path, None
         candidates = [name for name, (file, _) in FILES.items() if (path / file).is_file()]
+        for place in (path, path / "checkpoints"):
+            if (place / LLAMA_SCOPE[0]).is_file():
+                folder, candidates = place, ["llama_scope"]
     else:
         raise FileNotFoundError(f"{path} is neither a folder nor a file")
+    if weights is None and len(list(folder.glob("layer_*.safetensors"))) > 1:
+        raise ValueError(f"{path} holds a transcoder a layer: give the file of one")
+    if any((folder / f"W_{part}_0.safetensors").is_file() for part in ("enc", "dec")) and (weights is None or "W_" in weights.name):
+        raise ValueError(f"{path} is a cross-layer transcoder of circuit-tracer, whose decoders write to many layers: SAE has one")
+    if format is None and weights is not None and not candidates:
+        candidates = _of_file(weights)
     if format is None:
-        if {FILES[name][0] for name in candidates} == {"sae.safetensors"}:
-            about, config = read(folder / "sae.safetensors", ())[1], folder / "cfg.json"
-            own = "dead_after" in read_json(config) if about is None and config.is_file() else False
-            candidates = [str(about["format"]) if about is not None else "fastsae" if own else "sparsify"]
-        if len(candidates) != 1:
-            known = ", ".join(f"{file} ({name})" for name, (file, _) in FILES.items())
-            raise ValueError(f"{path} must hold one of {known}, found {candidates or 'none'}: give format=")
-        format = candidates[0]  # noqa: A001
-    file, config = FILES[format]
+        candidates = _of_configuration(folder, candidates)
+        if len(candidates) != 1 and weights is None:
+            known = ", ".join(f"{file} ({name})" for name, (file, _) in FILES.items() if "*" not in file)
+            raise ValueError(f"{path} must hold one of {known}, found {candidates or 'none'}: give format=, or the file itself")
+        format = candidates[0] if len(candidates) == 1 else ""  # noqa: A001
+    file, config = FILES.get(format, ("", None))
+    if format == "llama_scope" and (weights or folder / LLAMA_SCOPE[0]) == folder / LLAMA_SCOPE[0] and (folder / LLAMA_SCOPE[0]).is_file():
+        file, config = LLAMA_SCOPE
+    if weights is None and "*" in file:
+        raise ValueError(f"{path}: format {format!r} has no file of a fixed name: give the file itself")
     weights = weights or folder / file
     if not weights.is_file():
         raise FileNotFoundError(f"{path}: format {format!r} needs the file {file}, which is not there")
     places = [] if config is None else [folder / config]
-    if config and format == "dictionary_learning" and folder.name == "checkpoints":  # ae_1000.pt lies one level deeper than config.json
+    if config and folder.name == "checkpoints":  # ae_1000.pt and final.safetensors lie one level deeper
         places.append(folder.parent / config)
     return format, weights, next((place for place in places if place.is_file()), None)
 
 
-Found = tuple[str, Path, dict[str, Any], dict[str, Tensor], dict[str, Any]]
+LLAMA_SCOPE = ("final.safetensors", "hyperparams.json")
+"""Weights (in the folder ``checkpoints``) and configuration of the first Llama Scope."""
+
+
+def downloads(formats: Collection[str], file: str | None) -> set[str]:
+    """The files of a folder to be had for these formats, or, of the weights, ``file`` alone."""
+    # A repository of circuit-tracer has a file a layer: which one has to be said.
+    names = {name for known in formats if known != "circuit_tracer" for name in FILES[known] if name is not None and "*" not in name}
+    names |= {LLAMA_SCOPE[1], f"checkpoints/{LLAMA_SCOPE[0]}"} if "llama_scope" in formats else set()
+    names |= {"activation_scaler.json"} if "saelens" in formats else set()
+    return names if file is None else {file, *(name for name in names if name.endswith(".json"))}
+
+
+def _of_file(weights: Path) -> list[str]:
+    """Formats of a file whose name alone says nothing."""
+    beside = [weights.parent, weights.parent.parent] if weights.parent.name == "checkpoints" else [weights.parent]
+    if weights.name.endswith(".sae.pt"):
+        return ["qwen_scope"]
+    if weights.name == LLAMA_SCOPE[0] and any((folder / LLAMA_SCOPE[1]).is_file() for folder in beside):
+        return ["llama_scope"]
+    if weights.suffix in (".pt", ".pth"):
+        return ["dictionary_learning"] if any((folder / "config.json").is_file() for folder in beside) else []
+    return ["gemma_scope"] if weights.suffix == ".npz" else []
+
+
+def _of_configuration(folder: Path, candidates: list[str]) -> list[str]:
+    """The candidates that the configuration beside leaves."""
+    names = {FILES[name][0] for name in candidates}
+    if names == {"sae.safetensors"}:
+        about, config = read(folder / "sae.safetensors", ())[1], folder / "cfg.json"
+        own = "dead_after" in read_json(config) if about is None and config.is_file() else False
+        return [str(about["format"]) if about is not None else "fastsae" if own else "sparsify"]
+    if names == {"sae_weights.safetensors"} and len(candidates) > 1:
+        return ["llama_scope" if not (folder / "cfg.json").is_file() and (folder / "config.json").is_file() else "saelens"]
+    return candidates
+
+
+def recognised(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """The format of tensors that only one has; ValueError where that is not so."""
+    marks = {
+        "openai": "latent_bias",
+        "goodfire": "encoder_linear.weight",
+        "circuit_tracer": "activation_function.threshold",
+        "gemma_scope_2": "w_enc",
+    }
+    found = [name for name, mark in marks.items() if mark in tensors]
+    if not found and path.suffix == ".safetensors" and {"W_enc", "W_dec", "b_enc", "b_dec"} <= set(tensors):
+        if len(set(tensors["W_enc"].shape)) == 1:
+            raise ValueError(
+                f"{path}: W_enc {list(tensors['W_enc'].shape)} may be feature-major or not: give format='circuit_tracer' if it is"
+            )
+        found = ["circuit_tracer"]  # the only library that gives such tensors a file of any name
+    if len(found) != 1:
+        raise ValueError(f"{path}: neither its name nor its tensors {sorted(tensors)} say of which format it is: give format=")
+    return found[0]
+
+
+class Found(NamedTuple):
+    """What ``read_configured`` found; ``more`` as in ``contents``."""
+
+    format: str
+    weights: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    more: dict[str, Any]
 
 
 def read_configured(source: str | os.PathLike[str], format: str | None = None) -> Found:  # noqa: A002
-    """(format, weights' file, configuration, tensors, ``more`` of ``files``) of ``locate``. A configuration inside the weights' file
-    counts; a warning says so where the file beside is another."""
+    """What ``locate`` finds, without the prefixes that wrappers put before names; tensors may be the file itself. A configuration inside
+    the weights' file counts; a warning says so where the file beside is another."""
     found, weights, beside = locate(source, format)
-    tensors, about = read(weights)
-    if about is None:
-        if beside is None and FILES[found][1] is not None:
-            raise FileNotFoundError(f"{source}: format {found!r} needs the file {FILES[found][1]}, which is not there")
-        return found, weights, {} if beside is None else read_json(beside), tensors, {}
-    if beside is not None and read_json(beside) != about["config"]:
-        warnings.warn(f"{beside} is not the configuration inside {weights.name}, which counts: save again to change it", stacklevel=5)
-    return format or about["format"], weights, about["config"], tensors, about  # another save may have come since ``locate``
+    tensors, about, inside = _read(weights, None, mapped=True)
+    if about is not None:
+        if beside is not None and read_json(beside) != about["config"]:
+            said = f"{beside} is not the configuration inside {weights.name}, which counts: save again to change it"
+            warnings.warn(said, stacklevel=5)
+        # Another save may have come since ``locate``.
+        return Found(format or about["format"], weights, about["config"], tensors, about)
+    tensors = unwrapped(tensors)
+    found = found or ("dictionary_learning" if isinstance(inside.get("config"), dict) else recognised(weights, tensors))
+    config = inside if beside is None else {**inside, **read_json(beside)}
+    if found == "dictionary_learning" and isinstance(inside.get("config"), dict):  # a backup
+        config.setdefault("trainer", inside["config"])
+    elif beside is None and FILES[found][1] is not None and found not in OPTIONAL:
+        raise FileNotFoundError(f"{source}: format {found!r} needs the file {FILES[found][1]}, which is not there")
+    if found == "saelens" and (weights.parent / "activation_scaler.json").is_file():  # of a trainer's checkpoint
+        config["activation_scaler"] = read_json(weights.parent / "activation_scaler.json").get("scaling_factor")
+    return Found(found, weights, {**config, "path": str(weights)} if found == "qwen_scope" else config, tensors, {})
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without the prefixes of torch.compile, DataParallel and modules that hold the SAE."""
+    names = {name: name.replace("_orig_mod.", "") for name in tensors}
+    while len(heads := {name.split(".")[0] for name in names.values()}) == 1 and heads <= set(WRAPPERS):
+        names = {name: short.partition(".")[2] for name, short in names.items()}
+    if len(set(names.values())) != len(names):
+        raise ValueError(f"the tensors {sorted(tensors)} are of more than one module")
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def dictionary(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -96,7 +96,7 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
         return obj
     library, adapter = _lookup(op, obj)
     checks.flag(op, "any_version", any_version)
-    reason = library.refuses()
+    reason = library.refuses(base_class(type(obj)), adapter)
     if reason is not None and not any_version:
         raise RuntimeError(f"{op}: {reason} (any_version=True goes on)")
     state = State()
@@ -156,13 +156,16 @@ def encode(sae: Any, x: Tensor, *, packed: PackedWeights | None = None) -> Laten
     """The latents of ``x`` under an SAE of this library, SAELens, sparsify or dictionary_learning, sparse; accelerated or not.
 
     Args:
-        sae: as for ``accelerate``, or a ``fastsae.SAE``. x: activations ``[.., D]`` as the SAE's own ``encode`` takes them.
+        sae: as for ``accelerate``, or a ``fastsae.SAE``; any SAE of SAELens, a class of your own that is derived from one included.
+        x: activations ``[.., D]`` as the SAE's own ``encode`` takes them.
         packed: a handle ``fastsae.pack(W)`` of the encoder's weights ``[F, D]`` (SAELens: ``sae.W_enc.T``), for many calls between which
             they do not change; SAELens's SAEs only.
 
     Returns:
         ``TopKLatents`` or ``RaggedLatents``: what the SAE's own ``encode`` returns, without its zeros, after its input normalisation and
-        before any rescaling that its ``decode`` undoes. Differentiable like it. Hooks on dense latents do not fire.
+        before any rescaling that its ``decode`` undoes. Differentiable like it. Hooks on dense latents do not fire. Where nothing here
+        computes what an SAE of SAELens does (matching pursuit, methods of another release), its own ``encode`` runs, hooks and all, and
+        what is not 0 in its dense latents is taken.
 
     Raises: TypeError: not an SAE of a supported class, or one whose latents have no sparse form here. ValueError: ``packed`` is a handle of
         something else, or of weights that have changed. Else as the operations do.
@@ -272,7 +275,7 @@ def _is_accelerated(obj: Any) -> bool:
 
 
 def _of_library(obj: Any) -> bool:
-    return isinstance(obj, SAE) or type(obj).__module__.split(".")[0] in _MODULES
+    return isinstance(obj, SAE) or any(cls.__module__.split(".")[0] in _MODULES for cls in type(obj).__mro__)
 
 
 def _is_supported(obj: Any) -> bool:
@@ -297,8 +300,12 @@ def _find(op: str, base: type, argument: str = "obj") -> tuple[Library, Adapter]
         library = LIBRARIES[name.split(".")[0]]
         if name in library.adapters:
             return library, library.adapters[name]
+        if (rest := _rest(op, base)) is not None:
+            return rest
         known = ", ".join(sorted(cls.rsplit(".", 1)[1] for cls in library.adapters))
         raise TypeError(f"{op}: {argument} must be of a supported class of {library.distribution} ({known}), got {name}")
+    if (rest := _rest(op, base)) is not None:
+        return rest
     hint = ""
     parents = [cls for cls in base.__mro__[1:] if cls.__module__.split(".")[0] in _MODULES]
     if parents:
@@ -308,6 +315,19 @@ def _find(op: str, base: type, argument: str = "obj") -> tuple[Library, Adapter]
     elif issubclass(base, SAE):
         hint = " (made of the fast operations as it is)"
     raise TypeError(f"{op}: {argument} must be an SAE, trainer or runner of SAELens, sparsify or dictionary_learning, got {name}{hint}")
+
+
+def _rest(op: str, base: type) -> tuple[Library, Adapter] | None:
+    """For an SAE of no class that is known, derived from a library's: what its own ``encode`` gives."""
+    if op not in ("encode", "reconstruct"):
+        return None
+    for cls in base.__mro__:
+        if module := _MODULES.get(cls.__module__.split(".")[0]):
+            importlib.import_module(module)
+            library = LIBRARIES[cls.__module__.split(".")[0]]
+            if library.rest is not None and library.base == f"{cls.__module__}.{cls.__qualname__}":
+                return library, library.rest
+    return None
 
 
 @functools.cache

@@ -41,6 +41,7 @@ class Adapter:
         reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
         transcoder: whether it reads a module's input and stands for its output.
         decoder: ``[F, d_out]``, what one unit of each latent adds to the reconstruction; ValueError where that depends on the row.
+        methods: what it stands for: where their source is a tested one the library's version does not matter.
     """
 
     mixin: type | None
@@ -54,18 +55,22 @@ class Adapter:
     transcoder: Callable[[Any], bool] = lambda sae: False
     decoder: Callable[[Any], Tensor] | None = None
     packs: bool = False
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``, and
-    the fingerprints of the tested methods (see ``changed``)."""
+    """A library: the name of its distribution, the versions that are tested (``low <= version < high``), adapters by ``module.Class``, the
+    fingerprints of the tested methods (see ``changed``); for ``encode`` and ``reconstruct``, the adapter of what is derived from ``base``
+    (``module.Class``) and has none of its own."""
 
     distribution: str
     low: str
     high: str
     adapters: Mapping[str, Adapter]
     tested: str = ""
+    base: str = ""
+    rest: Adapter | None = None
 
     @property
     def version(self) -> str:
@@ -76,8 +81,10 @@ class Library:
         except metadata.PackageNotFoundError:
             return "unknown"
 
-    def refuses(self) -> str | None:
-        """Why the installed version is not one of those tested, or None."""
+    def refuses(self, cls: type, adapter: Adapter) -> str | None:
+        """Why the installed version is not one of those tested, or None; what a class does counts, where the adapter says what that is."""
+        if adapter.methods and _tested.fingerprint(cls, adapter.methods) in self.tested:
+            return None
         if _numbers(self.low) <= _numbers(self.version) < _numbers(self.high):
             return None
         return f"{self.distribution} {self.version} is installed; supported: >= {self.low}, < {self.high}"
@@ -152,7 +159,8 @@ def _untested(base: type, methods: tuple[str, ...]) -> str | None:
     library = LIBRARIES[base.__module__.split(".")[0]]
     if _tested.fingerprint(base, methods) in library.tested:
         return None
-    return f"{methods[0]} of {base.__name__}, or what it calls, is not that of {library.distribution} {library.low}, which was tested"
+    tested = f"{library.distribution} {library.low} (to < {library.high})"
+    return f"{methods[0]} of {base.__name__}, or what it calls, is not that of {tested}, which was tested"
 
 
 _untested._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # its decorator would import torch._dynamo

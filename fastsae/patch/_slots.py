@@ -33,6 +33,12 @@ def from_dense(acts: Tensor) -> RaggedLatents | None:
     sample = flat[:: max(1, flat.shape[0] // 32)]
     if flat.shape[0] == 0 or batching() or int(torch.count_nonzero(sample)) > PRODUCT * sample.numel():
         return None
+    return ragged(acts)
+
+
+def ragged(acts: Tensor) -> RaggedLatents:
+    """The slots of dense latents, differentiable."""
+    flat = acts.reshape(-1, acts.shape[-1])
     row, col = torch.nonzero(flat, as_tuple=True)
     crow = torch.searchsorted(row, torch.arange(flat.shape[0] + 1, device=flat.device))
     return RaggedLatents(flat[row, col], crow, col, flat.shape[1], acts.shape[:-1])

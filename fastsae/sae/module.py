@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, processes
-from fastsae.formats import modules, pretrained
+from fastsae.formats import common, modules, pretrained
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents
 from fastsae.ops.decode import decode
@@ -509,18 +509,21 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         fold_decoder_norm: bool | None = None,
         scaling_factor: float | None = None,
         pre_bias: bool | None = None,
+        k: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> SAE:
-        """Reads an SAE that this library, SAELens, sparsify, dictionary_learning or Gemma Scope has saved; in evaluation mode.
+        """Reads an SAE or transcoder that this library or another has saved, or of a published release; in evaluation mode.
 
         Args:
             source: a folder, the weights' file in it, or a Hub repository ``"owner/name"`` (needs huggingface_hub; only files of known
                 names are downloaded).
-            format: "fastsae" (``save``), "saelens" (``cfg.json`` and ``sae_weights.safetensors``, of version 6 or older), "sparsify"
-                (``cfg.json``, ``sae.safetensors``), "dictionary_learning" (``config.json``, ``ae.pt`` or a checkpoint) or "gemma_scope"
-                (``params.npz``). None: by the names of the files.
-            subfolder: path inside the folder or repository, e.g. sparsify's hookpoint ``"layers.5.mlp"``.
+            format: "fastsae" (``save``), "saelens" (``cfg.json`` and ``sae_weights.safetensors``, of version 6 or older or of its trainer),
+                "sparsify" (``cfg.json``, ``sae.safetensors``), "dictionary_learning" (``config.json``, ``ae.pt``, a checkpoint or a
+                backup), "gemma_scope" (``params.npz``), "gemma_scope_2" (``params.safetensors``), "llama_scope" (``hyperparams.json`` and
+                ``checkpoints/final.safetensors``, or ``config.json`` and ``sae_weights.safetensors``), "circuit_tracer" (a layer's file),
+                "openai", "goodfire", "qwen_scope" or "deepseek_r1" (the file itself). None: by the names of the files and tensors.
+            subfolder: path inside the folder or repository, of a folder, e.g. sparsify's hookpoint ``"layers.5.mlp"``, or of a file.
             revision: of the Hub repository: branch, tag or commit.
             fold_decoder_norm: give the decoder unit rows and the latents their norms: the same reconstruction. None: what the library's own
                 loader does (dictionary_learning's ``AutoEncoder``: yes; others: no). Not for top k, whose choice it would change.
@@ -528,8 +531,13 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
                 that has not been folded: the factor of the inputs, where the file does not hold it.
             pre_bias: for dictionary_learning's ``JumpReluAutoEncoder``, whose files do not say whether ``b_dec`` is subtracted from the
                 input. None: no, as its loader assumes.
+            k: of files that do not hold it: Qwen-Scope's outside its repository's folder, circuit-tracer's TopK, some of
+                dictionary_learning's.
             dtype: of the parameters; None: the file's (SAELens: the one that its configuration names; Gemma Scope: float32).
             device: of the parameters; None: the CPU.
+
+        Wrappers' prefixes of names (``module.``, ``_orig_mod.``, ``ae.``) are left out. Loading takes at most 1.3 times the memory of the
+        tensors, beside the file's own pages (twice for a compressed ``.npz`` file).
 
         What differs from the other library's module: the input is flat (SAELens's ``hook_z`` SAEs: pass ``z.flatten(-2)``); SAELens's
         decoder norms of top k (``rescale_acts_by_decoder_norm``), ``finetuning_scaling_factor`` and input scale are folded into the
@@ -541,8 +549,9 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         ``AutoEncoderNew``; Gemma Scope: yes; SAELens: no, but for old files that say so), and only where the decoder's rows have norm 1, up
         to 2e-6 or the spacing of half precision: no step then changes what the file computes but by its learning rate.
 
-        Refused by name: normalisations that depend on each row (``layer_norm``, ``constant_norm_rescale``), whitening that is not folded,
-        and architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal).
+        Refused by name: normalisations that depend on each row (``layer_norm``, ``constant_norm_rescale``, OpenAI's TopK), whitening that
+        is not folded, architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal),
+        cross-layer transcoders, and a square encoder of which nothing says whether it is ``[F, D]``.
 
         Nothing in a file is executed: tensors come from safetensors, torch's weights-only unpickler or arrays without pickles.
 
@@ -550,7 +559,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
             FileNotFoundError: a folder or file that is not there. ValueError: a damaged or contradictory file, or one that is not
             supported; the message says what came. ImportError: safetensors or huggingface_hub is not installed.
         """
-        options = pretrained.Options(fold_decoder_norm, scaling_factor, pre_bias, dtype)
+        options = common.Options(fold_decoder_norm, scaling_factor, pre_bias, k, dtype)
         return modules.from_pretrained(cls, source, format, subfolder, revision, options, device)
 
     def save_pretrained(
@@ -567,6 +576,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
             format: "fastsae" is ``save``. "saelens": version 6; a BatchTopK becomes, as there, a JumpReLU at its running threshold.
                 "sparsify": TopK only. "dictionary_learning": the class of that activation; where it has a fixed pre-bias that differs
                 from this module's, ``b_dec`` moves into or out of the encoder's bias (the same scores up to rounding).
+                "circuit_tracer": ``layer_0.safetensors``, to be renamed by its layer; ReLU, JumpReLU, BatchTopK at its running threshold.
             metadata: JSON values to write beside: SAELens's ``metadata`` (``model_name``, ``hook_name`` ..), else an entry of its own.
 
         Files of other formats hold what inference needs: loss options, silent counts and optimisers stay behind. What a format cannot say

@@ -348,19 +348,52 @@ def test_what_is_refused() -> None:
         fastsae.accelerate(torch.nn.Linear(2, 2))
     left = saes.MatchingPursuitSAE(saes.MatchingPursuitSAEConfig(d_in=D, d_sae=F))
     assert "one after the other" in str(fastsae.report(fastsae.accelerate(left))) and type(left) is saes.MatchingPursuitSAE
-    with pytest.raises(TypeError, match=r"MatchingPursuitSAE is not an SAE with a sparse encoder .its latents are found one after"):
-        fastsae.encode(left, rows())
     with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
         fastsae.encode(make("TopKSAE"), [1.0])
     with pytest.raises(ValueError, match=r"target must have shape \[40, 24\], got \[40, 2\]"):
         fastsae.reconstruct(make("TopKSAE"), rows(), target=torch.zeros(ROWS, 2))
 
 
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_sae_has_a_sparse_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every class that the library registers, and of a class of one's own: what the SAE's own ``encode`` gives, without its zeros."""
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    class Doubled(saes.TopKSAE):
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().encode(x)
+
+    made: list[Any] = [Doubled(saes.TopKSAEConfig(d_in=D, d_sae=F, k=5))]
+    for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
+        for name, (cls, config) in registry.items():
+            more: dict[str, Any] = {"k": 5} if "topk" in name else {}
+            more |= {"d_out": OUT, "apply_b_dec_to_input": False} if "transcoder" in name else {}
+            more |= {"matryoshka_widths": [10, F]} if "matryoshka" in name else {"max_iterations": 4} if "pursuit" in name else {}
+            more |= {"decoder_init_norm": 1.0} if "pursuit" in name and registry is SAE_TRAINING_CLASS_REGISTRY else {}
+            more |= {"n_heads": 4, "bottleneck_factor": 1} if name == "temporal" else {}
+            made.append(cls(config(d_in=D, d_sae=F, **more)))
+    for sae in made:
+        x = rows(2, 5, seed=3)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of methods that are not the tested ones, in another version
+            latents, run = fastsae.encode(sae, x), fastsae.reconstruct(sae, x)
+            same(latents.to_dense(), sae.encode(x))
+            same(run.x_hat, sae(x), 2e-5)
+            assert latents.values.numel() <= x.shape[:-1].numel() * F
+    with pytest.raises(TypeError, match="a subclass of TopKSAE: subclasses are left alone"):
+        fastsae.accelerate(made[0])
+    sae = make("TopKSAE")
+    monkeypatch.setattr(saes.TopKSAE, "encode", lambda self, x: torch.ones(*x.shape[:-1], F))
+    with pytest.warns(UserWarning, match="encode of TopKSAE, or what it calls, is not that of sae-lens"):
+        assert torch.equal(fastsae.encode(sae, rows()).to_dense(), torch.ones(ROWS, F))
+
+
+def test_another_version_is_refused_where_its_methods_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
     monkeypatch.setattr(metadata, "version", lambda name: "7.0.1")
-    with pytest.raises(RuntimeError, match=r"sae-lens 7.0.1 is installed; supported: >= 6.54, < 6.55 .any_version=True goes on"):
+    assert fastsae.report(fastsae.accelerate(make("TopKSAE"))).accelerated  # its methods are the tested ones
+    monkeypatch.setattr(saes.TopKSAE, "encode", lambda self, x: x)
+    with pytest.raises(RuntimeError, match=r"sae-lens 7.0.1 is installed; supported: >= 6.49, < 6.55 .any_version=True goes on"):
         fastsae.accelerate(make("TopKSAE"))
     assert fastsae.report(fastsae.accelerate(make("TopKSAE"), any_version=True)).accelerated
 

@@ -151,7 +151,7 @@ def test_normalisations_that_depend_on_the_row_are_refused_by_name(tmp_path: Pat
         SAE.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["matching_pursuit", "temporal", "batchtopk", None])
+@pytest.mark.parametrize("name", ["matching_pursuit", "temporal", "softmax", None])
 def test_unknown_architectures_are_refused_by_name(tmp_path: Path, name: Any) -> None:
     with pytest.raises(ValueError, match=f"SAELens architecture '{name}' is not supported; known: standard, gated"):
         SAE.from_pretrained(saelens(tmp_path, {"architecture": name}, LENS))

@@ -255,10 +255,15 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     assert SAE.from_pretrained("owner/sae-name").k == K
     assert SAE.from_pretrained("owner/sae.name", subfolder="layers.5", revision="v2", format="sparsify").k == K + 1
-    assert asked[0][2] == ["ae.pt", "cfg.json", "config.json", "params.npz", "sae.safetensors", "sae_weights.safetensors"]
+    weights = ["ae.pt", "checkpoints/final.safetensors", "params.npz", "params.safetensors", "sae.safetensors", "sae_weights.safetensors"]
+    configurations = ["activation_scaler.json", "cfg.json", "config.json", "hyperparams.json"]
+    assert asked[0][2] == sorted(weights + configurations)
     assert asked[1] == ("owner/sae.name", "v2", ["layers.5/cfg.json", "layers.5/sae.safetensors"])
-    with pytest.raises(FileNotFoundError, match=r"owner/name has no folder 'layers\.6'"):
+    with pytest.raises(FileNotFoundError, match=r"owner/name has no folder or file 'layers\.6'"):
         SAE.from_pretrained("owner/name", subfolder="layers.6")
+    write(root / "layers", None, {"W_enc": W_ENC, "b_enc": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC}, "layer_3.safetensors")
+    assert SAE.from_pretrained("owner/name", subfolder="layers/layer_3.safetensors").transcoder
+    assert asked[-1][2] == [f"layers/{name}" for name in (*configurations, "layer_3.safetensors")]
     for bad in ("../other", "a/../../b", "/etc", "a//b", "", ".", "a\\b", "*"):
         with pytest.raises(ValueError, match="subfolder must be a relative path inside the repository"):
             SAE.from_pretrained("owner/name", subfolder=bad)

@@ -1,4 +1,5 @@
-"""SAELens: its SAEs and transcoders, ``SAETrainer``, ``MultiSAETrainer`` and their runners. Tested with sae-lens 6.54.
+"""SAELens: its SAEs and transcoders, ``SAETrainer``, ``MultiSAETrainer`` and their runners. Tested with sae-lens 6.49 to 6.54;
+what 6.49 and 6.50 do otherwise (JumpReLU in training) stays the library's own.
 
     sae = fastsae.accelerate(SAE.from_pretrained(...))
     trainer = fastsae.accelerate(SAETrainer(cfg, sae, data))
@@ -30,6 +31,7 @@ dropin``): a trainer's step 0.08 and 0.12, ``fastsae.encode`` 0.32 and 0.37 (pac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastsae.patch._adapter import LIBRARIES, Adapter, Library
@@ -69,6 +71,7 @@ def _of_sae(kind: _sae.Kind) -> Adapter:
         packs=True,
         transcoder=lambda sae: kind.transcoder,
         decoder=_sae.decoder,
+        methods=_sae.METHODS,
     )
 
 
@@ -87,18 +90,21 @@ _LEFT = {
     "temporal_sae.TemporalSAE": "its latents depend on the other tokens",
 }
 
+_REST = Adapter(None, leaves={"encode": "nothing is known of it"}, encode=_sae.own_encode, reconstruct=_sae.own_reconstruct)
+
 LIBRARY = LIBRARIES["sae_lens"] = Library(
     "sae-lens",
-    "6.54",
+    "6.49",
     "6.55",
     {
         **{f"sae_lens.saes.{name}": _of_sae(kind) for name, kind in _sae.KINDS.items()},
-        **{f"sae_lens.saes.{name}": Adapter(None, leaves={"encode": why}) for name, why in _LEFT.items()},
+        **{f"sae_lens.saes.{name}": replace(_REST, leaves={"encode": why}) for name, why in _LEFT.items()},
         "sae_lens.training.sae_trainer.SAETrainer": Adapter(
             _train.TrainerMethods,
             {"_train_step": _STEP},
             parts=lambda trainer: {"sae": trainer.sae},
             now=_trainer_now,
+            methods=("_train_step",),
         ),
         "sae_lens.training.multi_sae_trainer.MultiSAETrainer": Adapter(
             None,
@@ -120,5 +126,8 @@ LIBRARY = LIBRARIES["sae_lens"] = Library(
     },
     "e235e34e565a 7a5ca6822dd0 e6bb47f9f213 8d388ed67ce6 6f188b664885 20ba9adbaa7e db430324b95a ee8b898e4c53 8da3e941dd9f "
     "9ce8d2a5d3a3 277679a2c057 91d931f49e78 9503007fe4d6 285f9309b093 ef366f1653d7 89a234b35adc 7db44379513b 669a4f63c602 "
-    "476b1136e6ce 00c9a8d733aa 3b2642c4afd9 ee1df533adf6 9755afcaa4f4",
+    "476b1136e6ce 00c9a8d733aa 3b2642c4afd9 ee1df533adf6 9755afcaa4f4 "
+    "4602266f7336 f2bc344c382e",  # 6.49: the trainer with a gradient scaler; 6.50: JumpReLU's loss without a target
+    "sae_lens.saes.sae.SAE",
+    _REST,
 )

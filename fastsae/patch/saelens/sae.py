@@ -16,8 +16,8 @@ from fastsae.latents import Latents, TopKLatents
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.packed import PackedWeights
-from fastsae.patch._adapter import any_global_hook, changed, class_name, library_way, need_slots, tampered
-from fastsae.patch._slots import PRODUCT, from_dense, many_fire, reconstruction, to_dense
+from fastsae.patch._adapter import any_global_hook, changed, class_name, library_way, need_slots, tampered, warn_once
+from fastsae.patch._slots import PRODUCT, from_dense, many_fire, ragged, reconstruction, to_dense
 from fastsae.reference import accumulator
 from fastsae.sae.losses import Weights, features
 from fastsae.sae.reconstruction import Reconstruction
@@ -28,7 +28,7 @@ LATENTS = (*BEFORE, "hook_sae_acts_post")
 """And at dense latents: a hook at any of them makes ``forward`` form the latents."""
 
 
-_METHODS = ("encode", "decode", "forward", "forward_with_activations", "get_activation_fn")
+METHODS = ("encode", "decode", "forward", "forward_with_activations", "get_activation_fn")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def hooked(sae: Any, names: tuple[str, ...]) -> list[str]:
 
 def why_dense(sae: Any, names: tuple[str, ...] = BEFORE) -> str | None:
     """Why latents cannot be had without dense pre-activations, or None."""
-    if (reason := changed(sae, *_METHODS)) is not None:
+    if (reason := changed(sae, *METHODS)) is not None:
         return reason
     if points := hooked(sae, names):
         return f"{points[0]} has a hook, which needs dense numbers"
@@ -228,18 +228,39 @@ def finish(sae: Any, y: Tensor) -> Tensor:
 
 def encode(sae: Any, x: Tensor, packed: PackedWeights | None = None) -> Latents:
     """``fastsae.encode``."""
-    need_slots(sae, why_dense(sae, ()))
+    if (reason := why_dense(sae, ())) is not None:
+        if packed is not None:
+            need_slots(sae, reason)
+        warn_once(sae, reason, 4)
+        return own_encode(sae, x)
     return sparse(sae, sae.process_sae_in(x), packed)
+
+
+def own_encode(sae: Any, x: Tensor) -> Latents:
+    """The slots of what the SAE's own ``encode`` returns, whatever it does."""
+    acts = sae.encode(x)
+    return ragged(acts if acts.layout is torch.strided else acts.to_dense())
 
 
 def reconstruct(sae: Any, x: Tensor, target: Tensor | None) -> Reconstruction:
     """``fastsae.reconstruct``."""
+    if why_dense(sae, ()) is not None:
+        return own_reconstruct(sae, x, target)
     kind = kind_of(sae)
     latents = encode(sae, x)
     x_hat = finish(sae, product(sae, latents))
     if kind.skip:
         x_hat = x_hat + x @ sae.W_skip.T
-    target = x if target is None and not kind.transcoder else target
+    return _compared(sae, x_hat, latents, x, target, kind.transcoder)
+
+
+def own_reconstruct(sae: Any, x: Tensor, target: Tensor | None) -> Reconstruction:
+    """What the SAE's own ``encode`` and ``forward`` return."""
+    return _compared(sae, sae(x), own_encode(sae, x), x, target, getattr(sae.cfg, "d_out", sae.cfg.d_in) != sae.cfg.d_in)
+
+
+def _compared(sae: Any, x_hat: Tensor, latents: Latents, x: Tensor, target: Tensor | None, transcoder: bool) -> Reconstruction:
+    target = x if target is None and not transcoder else target
     return reconstruction(x_hat, latents, target, (-2, -1) if sae.hook_z_reshaping_mode else (-1,))
 
 
@@ -255,7 +276,7 @@ class SAEMethods:
     def decode(self: Any, feature_acts: Tensor) -> Tensor:
         # A gradient for dense latents is dense, zeros included.
         plain = feature_acts.layout is not torch.strided or (torch.is_grad_enabled() and feature_acts.requires_grad)
-        plain = library_way(self, changed(self, *_METHODS)) or plain
+        plain = library_way(self, changed(self, *METHODS)) or plain
         latents = None if plain or torch.compiler.is_compiling() or feature_acts.dtype != self.W_dec.dtype else from_dense(feature_acts)
         if latents is None:
             return super().decode(feature_acts)  # pyright: ignore[reportAttributeAccessIssue]

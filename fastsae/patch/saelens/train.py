@@ -79,6 +79,8 @@ BY_DESIGN = (MANY_FIRE, OTHER_LOSS)
 def why_not_adam(trainer: Any) -> str | None:
     """Why not even the optimiser's step can be ours, or None."""
     reason = changed(trainer, "_train_step") or _adam.refuses(trainer.optimizer)
+    if reason is None and getattr(trainer, "grad_scaler", None) is not None and trainer.grad_scaler.is_enabled():  # up to 6.49
+        return "its gradient scaler is on, which autocast to bfloat16 does not need"
     if reason is None and not _adam.holds(trainer.optimizer, trainer.sae):
         return "the optimiser does not hold the SAE's parameters (its gradients are clipped together)"
     return reason
