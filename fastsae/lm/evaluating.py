@@ -32,10 +32,31 @@ class Evaluation:
     """What ``evaluate`` measured.
 
     Attributes:
-        values: by name, see ``evaluate``. errors: their standard errors over sequences, where there is one.
+        values: by name, as below. errors: their standard errors over sequences, where there is one.
         density: ``[F]`` float64, the share of the tokens on which each feature fires. fired: ``[F]`` int64, on how many.
         sequences: ``[F]`` int64, in how many sequences each feature fires.
         tokens: tokens that counted.
+
+    The values, means over tokens unless said otherwise:
+
+    ================================  ============================================================================================
+    ``fvu``, ``explained_variance``   squared error over the variance about the mean of all tokens; 1 minus it (SAELens)
+    ``mse``, ``cosine``               squared error summed over dimensions; cosine of activation and reconstruction
+    ``l2_in``, ``l2_out``             norms of the activation and of the reconstruction; ``l2_ratio``: the second over the first
+    ``reconstruction_bias``           mean squared norm of the reconstruction over the mean of its product with the activation
+                                      (Rajamanoharan et al. 2024, equation 10), over all tokens (SAELens averages it over batches)
+    ``l0``, ``l1``                    latents that are not 0; sum of their magnitudes
+    ``dead``, ``dense``               features (a count) that never fire; that fire on more than a tenth of the tokens
+    ``ce_clean``, ``ce_spliced``      cross-entropy of the next token in nats: of the model; with the reconstruction in the module's place
+    ``ce_zero``, ``ce_mean``          with the module ablated
+    ``ce_recovered``                  ``(ce_zero - ce_spliced) / (ce_zero - ce_clean)``; ``ce_recovered_mean`` against ``ce_mean``
+    ``kl_spliced``, ``kl_zero``, ..   KL(model || changed model) in nats; ``kl_recovered``: ``1 - kl_spliced / kl_zero``
+    ================================  ============================================================================================
+
+    Equal to SAELens 6.54's ``run_evals`` and SAEBench 0.6's core on the same tokens and mask, to float32 rounding, but for what depends
+    there on the batches: both average ``relative_reconstruction_bias`` over them and have an ``explained_variance_legacy`` of each one's
+    variance; SAEBench's ``mse`` is divided by the tokens of the batch. SAEBench's ``explained_variance`` subtracts squares of mean squares,
+    which is no variance: SAELens's is ours. SAEBench keeps special tokens with ``exclude_special_tokens_from_reconstruction``, as here.
     """
 
     values: dict[str, float]
@@ -122,28 +143,9 @@ def evaluate(
             count; that costs a pass more, which ends at the module).
         callback: called after each batch with the ``Evaluation`` so far; a true result ends there, and that one is returned.
 
-    Returns: ``Evaluation``. Its values, means over tokens unless said otherwise:
-
-    ================================  ============================================================================================
-    ``fvu``, ``explained_variance``   squared error over the variance about the mean of all tokens; 1 minus it (SAELens)
-    ``mse``, ``cosine``               squared error summed over dimensions; cosine of activation and reconstruction
-    ``l2_in``, ``l2_out``             norms of the activation and of the reconstruction; ``l2_ratio``: of the one over the other
-    ``reconstruction_bias``           mean squared norm of the reconstruction over the mean of its product with the activation
-                                      (Rajamanoharan et al. 2024, equation 10), over all tokens (SAELens averages it over batches)
-    ``l0``, ``l1``                    latents that are not 0; sum of their magnitudes
-    ``dead``, ``dense``               features (a count) that never fire; that fire on more than a tenth of the tokens
-    ``ce_clean``, ``ce_spliced``      cross-entropy of the next token in nats: of the model; with the reconstruction in the module's place
-    ``ce_zero``, ``ce_mean``          with the module ablated
-    ``ce_recovered``                  ``(ce_zero - ce_spliced) / (ce_zero - ce_clean)``; ``ce_recovered_mean`` against ``ce_mean``
-    ``kl_spliced``, ``kl_zero``, ..   KL(model || changed model) in nats; ``kl_recovered``: ``1 - kl_spliced / kl_zero``
-    ================================  ============================================================================================
-
     Each batch costs one forward call of the model, one with the reconstruction, and one an ablation. No dense latents are formed.
 
-    Equal to SAELens 6.54's ``run_evals`` and SAEBench 0.6's core on the same tokens and mask, to float32 rounding, but for what depends
-    there on the batches: both average ``relative_reconstruction_bias`` over them and have an ``explained_variance_legacy`` of each one's
-    variance; SAEBench's ``mse`` is divided by the tokens of the batch. SAEBench's ``explained_variance`` subtracts squares of mean squares,
-    which is no variance: SAELens's is ours. SAEBench keeps special tokens with ``exclude_special_tokens_from_reconstruction``, as here.
+    Returns: ``Evaluation``, whose docstring says what each value is.
 
     Raises: TypeError, ValueError: as ``splice``; no position counts.
     """
