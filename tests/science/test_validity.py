@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastsae
 from fastsae.polytopes import Net, affine_map, as_net, mlp_block, rays, validity
 
-N, M, D, RADIUS = 4, 5, 6, 3.0
+N, M, D, RADIUS = 4, 2, 6, 3.0
 Run = Callable[[Tensor], Any]
 
 
@@ -60,7 +60,7 @@ def case(name: str) -> tuple[Any, Run, Run | None, Run | None]:
     nets: dict[str, Any] = {
         "mlp": lambda: relu_net([D, 70], 1),
         "narrow": lambda: relu_net([D, 9], 1),
-        "leaky": lambda: as_net([linear(draw(300, D), draw(300)), nn.LeakyReLU(-0.3), linear(draw(D, 300) * 0.1, draw(D))], residual=True),
+        "leaky": lambda: as_net([linear(draw(100, D), draw(100)), nn.LeakyReLU(-0.3), linear(draw(D, 100) * 0.1, draw(D))], residual=True),
         "deep": lambda: relu_net([D, 20, 20], 2, residual=True),
         "conv": lambda: as_net([nn.Conv2d(1, 3, 2).double(), nn.ReLU(), nn.Flatten(), linear(draw(2, 6))], input_shape=(1, 2, 3)),
         "gelu": lambda: as_net([nn.LayerNorm(D).double(), linear(draw(40, D), draw(40)), nn.GELU()]),
@@ -108,7 +108,7 @@ def test_nothing_has_changed_before_and_all_that_was_asked_behind(name: str) -> 
         assert distance.shape == (N, M, 2) and distance.dtype is torch.float64
         for n, m, side in torch.cartesian_prod(torch.arange(N), torch.arange(M), torch.arange(2)).tolist():
             t = float(distance[n, m, side])
-            before = torch.linspace(0, 1, 400, dtype=torch.float64).unsqueeze(1) * (min(t, RADIUS) * (1 - 1e-9))
+            before = torch.linspace(0, 1, 200, dtype=torch.float64).unsqueeze(1) * (min(t, RADIUS) * (1 - 1e-9))
             assert not bool(holds(kind, n, x[n] + before * rays_of[m, side]).any()), (kind, n, m, side)
             if math.isfinite(t):
                 finite += 1
