@@ -40,8 +40,7 @@ def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool, absolute: boo
         indices: list[Tensor] = []
         for part in chunks(n, rows.stop - rows.start, least=k):
             local = part if chosen is None else chosen[part]
-            s = _tile(inputs, xc[rows], local)
-            v, i = select_rows(s, min(k, part.stop - part.start), absolute)
+            v, i = select_rows(_tile(inputs, xc[rows], local), min(k, part.stop - part.start), absolute)
             values.append(v)
             indices.append(i + part.start)
             if len(values) == 2:
@@ -365,8 +364,7 @@ def encode_topk(
 
     Args:
         x: activations ``[.., D]``; float32, bfloat16, float16 or float64; any strides.
-        W_enc: ``[F, D]``, dtype of ``x``; any strides, a transposed view of a ``[D, F]`` parameter is an equal citizen; or a handle of
-            ``fastsae.pack``.
+        W_enc: ``[F, D]``, dtype of ``x``; any strides, as those of a transposed ``[D, F]`` parameter; or a handle of ``fastsae.pack``.
         b_enc: ``[F]``, dtype of ``x`` or float32.
         k: latents kept a row, ``1 <= k <=`` number of features (of those chosen by ``features``).
         b_pre: ``[D]`` subtracted from ``x`` first.
@@ -374,7 +372,7 @@ def encode_topk(
         features: restricts to a subset, as an index (order and repetition do not matter) or a mask ``[F]``: dead features for AuxK, a
             slice.
         relu: clamp the kept values at 0 after the selection; default: yes, but not with ``absolute``, where it must be False.
-        absolute: select by magnitude and keep the sign (AbsTopK).
+        absolute: select by magnitude and keep the sign (AbsTopK, arXiv 2510.00404).
         index_dtype: torch.int64 or torch.int32.
         backend: see ``fastsae.use_backend``.
 
@@ -385,24 +383,23 @@ def encode_topk(
     The selection is exact under the score, whose sums are in float32 (float64 stays); equal scores (with ``absolute`` equal magnitudes,
     so that s and -s tie): lower index first, -0 == +0; NaN ranks above +inf. Gradients (x, W_enc, b_enc, b_pre, scale) flow through
     kept entries, with ``relu`` only where the value is above 0, never through NaN. Deterministic. Memory beyond the output, whatever
-    ``B`` and ``F``: temporaries of 64 MiB each in the reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels (of small dictionaries all, at most
-    about 6 MiB) and candidate buffers (there 8 MiB), kept for reuse (``csrc/fastsae.h`` states the bytes; 3 MB at B = 256, D = 768,
-    F = 24576, k = 32); in the Triton row chunks of rows with 128 MiB of
-    candidates and, for float32 sums, 32 MiB of rounded features and 12 bytes a feature. There the host waits for nothing but the number
-    of ``features``.
+    ``B`` and ``F``: temporaries of 64 MiB each in the reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels (of
+    small dictionaries all, at most about 6 MiB) and candidate buffers (there 8 MiB), kept for reuse (``csrc/fastsae.h`` states the
+    bytes; 3 MB at B = 256, D = 768, F = 24576, k = 32); in the Triton row chunks of rows with 128 MiB of candidates and, for float32
+    sums, 32 MiB of rounded features and 12 bytes a feature. There the host waits for nothing but the number of ``features``.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, k out of range, or ``relu`` with ``absolute``. IndexError: ``features`` out of range
-        (on a GPU: left out, raised by ``fastsae.check()``).
+        TypeError: dtype or device. ValueError: shape, k out of range, ``relu`` with ``absolute``. IndexError: ``features`` out of range (on
+        a GPU: left out, raised by ``fastsae.check()``).
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
-    ``absolute``: "AbsTopK: Rethinking Sparse Autoencoders For Bidirectional Features" (arXiv 2510.00404).
     """
     op = "encode_topk"
     batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
     F = inputs.W.shape[0]
     k = checks.integer(op, "k", k, 1, F, f"F={F}")
-    relu = not checks.flag(op, "absolute", absolute) if relu is None else checks.flag(op, "relu", relu)
+    absolute = checks.flag(op, "absolute", absolute)
+    relu = not absolute if relu is None else checks.flag(op, "relu", relu)
     if relu and absolute:
         raise ValueError(f"{op}: relu must be False with absolute, which keeps negative scores, got True")
     dtype = checks.index_dtype(op, index_dtype, F)

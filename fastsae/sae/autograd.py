@@ -59,8 +59,8 @@ def _aux(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | Non
     k, share = dead_share(aux, x.shape[1], int(dead.sum()))
     if k == 0 or x.shape[0] == 0:
         return None
-    rule = {"relu": aux.relu, "absolute": inputs.activation.absolute}
-    latents = encode_topk(x, w.W_enc, w.b_enc, k=k, b_pre=w.b_pre, features=dead, **rule)
+    absolute = inputs.activation.absolute
+    latents = encode_topk(x, w.W_enc, w.b_enc, k=k, b_pre=w.b_pre, features=dead, relu=aux.relu, absolute=absolute)
     e_hat = decode(latents, w.W_dec, w.b_dec if aux.bias else None)
     wide = accumulator(x_hat.dtype)
     residual = (inputs.target.to(wide) - x_hat.to(wide)).detach()

@@ -230,7 +230,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     def _encode(self, x: Tensor) -> Encoded:
         activation, W_enc, b_pre = self.activation, self._encoder(x), self.b_dec if self.pre_bias else None
         if isinstance(activation, TopK):
-            rule = {"k": activation.k, "relu": activation.relu, "absolute": activation.absolute}
+            rule: dict[str, Any] = {"k": activation.k, "relu": activation.relu, "absolute": activation.absolute}
             return Encoded(encode_topk(x, W_enc, self.b_enc, b_pre=b_pre, **rule), None, None)
         if isinstance(activation, Gated):
             return Encoded(encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, b_pre=b_pre), None, None)
