@@ -85,7 +85,10 @@ def unit(W: Tensor) -> bool:
 
 def norms_of(W: Tensor) -> Tensor:
     """Norms of the rows in float64, a few rows at a time."""
-    return torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in W.split(_few(W))])
+    out = torch.empty(W.shape[0], dtype=torch.float64, device=W.device)  # first: pieces between the copies would keep their room
+    for part, norms in zip(W.split(_few(W)), out.split(_few(W))):
+        norms.copy_(torch.linalg.vector_norm(part.double(), dim=1))
+    return out
 
 
 def _few(tensor: Tensor) -> int:

@@ -38,7 +38,7 @@ FILES: dict[str, tuple[str, str | None]] = {
     "deepseek_r1": ("*.pt", None),
 }
 """Names of each format's weights and configuration in a folder; the file itself has to be given where the name says nothing."""
-ENDS = (".safetensors", ".pt", ".pth", ".npz")
+ENDS: tuple[str, ...] = (".safetensors", ".pt", ".pth", ".npz")
 OPTIONAL = ("gemma_scope_2",)
 """Formats whose configuration may be missing."""
 

@@ -237,8 +237,9 @@ def test_dictionary_learning_backups(tmp_path: Path) -> None:
 
 PEAK = """
 import sys
-from fastsae import SAE
-import torch, safetensors.torch
+from fastsae import JumpReLU, SAE
+import numpy, torch, safetensors.torch
+SAE(2, 3, JumpReLU(), device="meta")  # what is imported at first use is no part of a file
 options = {"format": sys.argv[2]} if len(sys.argv) > 2 else {}
 field = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 import threading, time
