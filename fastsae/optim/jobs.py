@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
+from fastsae._core.world import World, tree
 from fastsae.gradients import TiledGradient, norm
+from fastsae.latents import Slots
 from fastsae.ops.adam import DTYPES, GRAD_SQUARES, checked_gradient
 
 TILE = 1 << 21  # elements of a TiledGradient that exist at a time
@@ -33,6 +36,7 @@ class Job:
     gradient: TiledGradient | Pieces
     unit: bool
     member: int = 0
+    vector: bool = False
 
     def size(self) -> Tensor:
         """``[]``: at least the gradient's norm."""
@@ -45,6 +49,22 @@ class Job:
     def squares(self) -> list[Tensor]:
         """Sums of the squares of the gradient's elements, by ranges."""
         return [GRAD_SQUARES(views[0], *tile, self.unit) for views, tile in self.tiles()]
+
+    def part(self, start: int, stop: int) -> Job:
+        """The same of a range of features, which are the rows of a matrix and the elements of a vector."""
+        cut: Any = (slice(None), slice(start, stop)) if self.vector else slice(start, stop)
+        views = tuple(view[cut] for view in self.views)
+        if isinstance(whole := self.gradient, TiledGradient):
+            tile = TiledGradient(lambda rows: whole.compute(slice(rows.start + start, rows.stop + start)), stop - start)
+            return replace(self, views=views, gradient=tile)
+        grad, values, indices, crow = whole
+        if values is None or indices is None:
+            return replace(self, views=views, gradient=(grad[cut], None, None, None))
+        slots = Slots(values, indices, crow).flat()
+        assert slots.crow is not None
+        mine = (slots.indices >= start) & (slots.indices < stop)
+        crow = torch.cat([slots.crow.new_zeros(1), mine.cumsum(0)])[slots.crow]
+        return replace(self, views=views, gradient=(grad, slots.values[mine], slots.indices[mine] - start, crow))
 
     def tiles(self) -> Iterator[tuple[tuple[Tensor, ...], Pieces]]:
         """Ranges of rows of the views, and the gradient of each."""
@@ -62,6 +82,27 @@ class Job:
                     self.op, f"gradient of {self.name}", self.gradient.compute(part).to(W.dtype), W[part]
                 ),  # of autocast: narrower
             )
+
+
+def by_shard(jobs: Sequence[Job], world: World) -> tuple[list[list[Job]], list[Job]]:
+    """The jobs of each virtual shard of this process, and those of what all processes hold; all of them where features are not sharded."""
+    if world.virtual == 1:
+        return [], [*jobs]
+    own, shared = ([job for job in jobs if (job.name in world.replicated) is whole] for whole in (False, True))
+    return [[job.part(*cut) for job in own] for cut in pairwise(world.cuts)], shared
+
+
+def squares(jobs: Sequence[Job], world: World) -> list[Tensor]:
+    """Whose sum is the square of the whole gradient's norm, also of what other processes hold."""
+    shards, shared = by_shard(jobs, world)
+    parts = [world.tree(torch.stack([tree(torch.stack([s for job in each for s in job.squares()])) for each in shards]))] if shards else []
+    return parts + [s for job in shared for s in job.squares()]
+
+
+def sizes(jobs: Sequence[Job], world: World) -> list[Tensor]:
+    """The size of each job; where features are sharded of its part of each virtual shard, so that a bound on them is everybody's."""
+    shards, shared = by_shard(jobs, world)
+    return [job.size() for each in [*shards, shared] for job in each]
 
 
 def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pieces:

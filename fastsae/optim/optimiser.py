@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, finite, flags, processes
+from fastsae._core.world import ALONE, World
 from fastsae.gradients import Gradient, StackedGradient, TiledGradient
 from fastsae.ops.adam import DTYPES
-from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time
+from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time, sizes
 from fastsae.sae.losses import Metrics
 
 
@@ -42,6 +43,7 @@ class Optimiser:
         self.skipped = 0
         self.module = params if isinstance(params, nn.Module) else None
         self.members: int | None = getattr(params, "n_dictionaries", None)
+        self.world: World = getattr(params, "world", ALONE)
         self.parameters = named_parameters(op, params)
         self.lr: float | Sequence[float] = list(lr) if isinstance(lr, (tuple, list)) else lr
         self._check_options(op)
@@ -74,16 +76,18 @@ class Optimiser:
             raise TypeError(
                 f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
             )
-        processes.refuse(
-            f"{kind}.step",
-            "each would train a model of its own. For one model: wrap a module whose forward returns sae.loss(x).loss in "
-            f"DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in each: "
-            f"{kind}.apply(sae.step_gradients(x)[1]), or train before the group is made",
-        )
+        if self.world.virtual == 1:
+            processes.refuse(
+                f"{kind}.step",
+                "each would train a model of its own. For one model: shard it (fastsae.distributed), or wrap a module whose forward "
+                f"returns sae.loss(x).loss in DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in "
+                f"each: {kind}.apply(sae.step_gradients(x)[1]), or train before the group is made",
+            )
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:
-            metrics, gradients = step_gradients(x, target=target, mask=mask, **loss_options)
-            refused = self._apply(gradients, getattr(metrics, "loss", None), (x, target, mask))
+            with self.world.together(f"{kind}.step"):
+                metrics, gradients = step_gradients(x, target=target, mask=mask, **loss_options)
+                refused = self._apply(gradients, getattr(metrics, "loss", None), (x, target, mask))
         except BaseException:
             _restore(buffers, True)
             raise
@@ -102,7 +106,9 @@ class Optimiser:
                 step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
                 FloatingPointError: a gradient that is not finite, see ``on_nonfinite``: nothing has been written.
         """
-        self._apply(gradients)
+        with self.world.together(op := f"{type(self).__name__}.apply"):
+            self.world.begin(op)
+            self._apply(gradients)
 
     @torch.no_grad()
     def _apply(
@@ -121,14 +127,15 @@ class Optimiser:
             if not 0 <= lr < float("inf"):
                 raise ValueError(f"{op}: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
         norms = self._norms(jobs)
-        sizes = [job.size() for job in jobs] if norms is None else [*norms]
+        known = sizes(jobs, self.world) if norms is None else [*norms]
         if isinstance(loss, Tensor):
-            sizes.append((loss - loss).abs().sum())  # 0, or NaN
-        taken = finite.finite(sizes)
+            known.append((loss - loss).abs().sum())  # 0, or NaN
+        settings = rates, self.steps, self.on_nonfinite, [getattr(self, name) for name in self._OPTIONS]
+        taken = self.world.agree(op, finite.finite(known), settings)
         if isinstance(taken, Tensor) and self.on_nonfinite == "skip":
             taken = bool(taken)
         if taken is False:
-            if self.on_nonfinite == "raise" or finite.spoilt(self.parameters):
+            if self.on_nonfinite == "raise" or not self.world.agree(op, finite.spoilt(self.parameters) is None):
                 raise FloatingPointError(self._refusal("step" if batch else "apply", *batch))
             self.skipped += 1
             return True
@@ -146,7 +153,8 @@ class Optimiser:
 
     def _refusal(self, method: str, *batch: Tensor | None) -> str:
         return (
-            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {finite.culprit(self.parameters, *batch)}. "
+            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {finite.culprit(self.parameters, *batch)}"
+            f"{'' if self.world.virtual == 1 else ' (looked for in the rows and features of this process alone)'}. "
             "Nothing has been changed; on_nonfinite='skip' leaves such batches out and counts them"
         )
 
@@ -243,7 +251,7 @@ class Optimiser:
                 parts = ((*stacks, gradient, 0),)
             for *each, g, e in parts:
                 views = tuple(map(matrix, each))
-                jobs.append(Job(op, name, views, checked(op, what, g, views[0]), unit, e))
+                jobs.append(Job(op, name, views, checked(op, what, g, views[0]), unit, e, p.dim() == 1))
         jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
         return jobs, fresh
 

@@ -50,6 +50,8 @@ def save_checkpoint(
     running code). IsADirectoryError: ``path`` is a folder. OSError that names ``path``: it could not be written; the older file is there.
     """
     checks.instance("save_checkpoint", "sae", sae, (SAE, SAEs), "an SAE or SAEs")
+    if isinstance(sae, SAE) and sae.world.virtual > 1:
+        raise ValueError("save_checkpoint: the SAE is sharded: fastsae.distributed.save_checkpoint writes it")
     path = file_of("save_checkpoint", path)
     content: dict[str, Any] = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
     content |= {"opt": None if opt is None else opt.state_dict(), "stepped": _stepped(sae, opt)}

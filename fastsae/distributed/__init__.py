@@ -1,0 +1,11 @@
+"""Several processes, the same bits: SAEs whose features are sharded over a process group of torch.distributed.
+
+shard, gathered       an SAE's features onto the processes of a group, and back
+RankError             what the others raise where one process fails
+SettingsError         what all raise where they are called differently
+"""
+
+from fastsae.distributed.module import ShardedSAE, gathered, shard
+from fastsae.distributed.world import RankError, SettingsError
+
+__all__ = ["RankError", "SettingsError", "ShardedSAE", "gathered", "shard"]
