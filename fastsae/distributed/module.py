@@ -154,10 +154,12 @@ class ShardedSAE(SAE):
         raise ValueError("SAE.save: this process holds a part of the features: fastsae.distributed.gathered(sae) is the whole one")
 
 
-def shard(sae: SAE, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None, *, virtual: int | None = None, timeout: float = 120) -> SAE:
+def shard(
+    sae: SAE, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None, *, virtual: int | None = None, timeout: float = 120
+) -> SAE:
     """An SAE like this one whose features lie on the processes of a group, to the same bits on any number of them.
 
-    All processes of the group call it with the same SAE (of the same seed, or loaded from the same file), and then every operation. Features
+    All processes of the group call it with the same SAE (of the same seed, or of the same file), and then every operation. Features
     are cut into ``virtual`` ranges of ``ceil(F / virtual)``, the last ones shorter or empty; process r holds the r-th ``1 / n`` of
     these virtual shards. Selections, latents, reconstructions, losses, gradients, weights, silent counts and thresholds are bit for bit
     those of any other number of processes, also one, with the same ``virtual`` and the same rows in the order of ranks, however many
@@ -175,7 +177,8 @@ def shard(sae: SAE, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None,
     a selection, ``4 D`` for a reconstruction. Memory beyond the parameters: ``O(B (D + k))``. Nothing is chosen by what one process holds:
     there is no dense regime, and the pre-bias's gradient always comes by features.
 
-    Parameters are plain tensors of the process's own range: the fused operations take addresses, which a DTensor would only hide.
+    Parameters are plain tensors of the process's own range: the fused operations take addresses, which a DTensor would only hide, and a
+    DTensor knows no uneven ranges but torch's own.
 
     Raises: RuntimeError: no process group. TypeError: no SAE, or not float32. ValueError: ``virtual`` does not go with the processes; what
     is not there yet, by name; processes with different SAEs (``SettingsError``).
@@ -187,7 +190,6 @@ def shard(sae: SAE, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None,
         >>> metrics = opt.step(x)  # x: this process's own tokens; metrics: those of all
     """
     op = "shard"
-    checks.instance(op, "sae", sae, SAE, "an SAE")
     if not processes.grouped():
         raise RuntimeError(f"{op}: there is no process group: call torch.distributed.init_process_group() first")
     if isinstance(mesh_or_group, DeviceMesh):
@@ -196,23 +198,25 @@ def shard(sae: SAE, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None,
         mesh_or_group = mesh_or_group.get_group()
     group = dist.group.WORLD if mesh_or_group is None else mesh_or_group
     checks.instance(op, "mesh_or_group", group, dist.ProcessGroup, "a DeviceMesh, a ProcessGroup or None")
-    size = dist.get_world_size(group)
-    virtual = size if virtual is None else checks.integer(op, "virtual", virtual, 1)
-    each = virtual // size
-    if virtual % size or (size > 1 and each & (each - 1)):
-        raise ValueError(f"{op}: virtual must be the {size} processes of the group times a power of two, got {virtual}")
-    seconds = checks.number(op, "timeout", timeout)
-    _refuse(op, sae)
+    assert group is not None
+    device = sae.W_dec.device if isinstance(sae, SAE) else torch.device("cpu")  # pyright: ignore[reportUnnecessaryIsInstance]
+    world = Ranks(group, timedelta(seconds=checks.number(op, "timeout", timeout)), device)
+    with world.together(op):
+        virtual = world.size if virtual is None else checks.integer(op, "virtual", virtual, 1)
+        each = virtual // world.size
+        if virtual % world.size or (world.size > 1 and each & (each - 1)):
+            raise ValueError(f"{op}: virtual must be the {world.size} processes of the group times a power of two, got {virtual}")
+        checks.instance(op, "sae", sae, SAE, "an SAE")
+        _refuse(op, sae)
+        sums = {name: zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes()) for name, t in sae.state_dict().items()}
+        world.begin(op, 0, {"virtual": virtual, "config": sae.config(), "training": sae.training, "checksums": sums})
     if virtual == 1:
-        made = SAE.from_config(sae.config(), dtype=sae.W_dec.dtype, device=sae.W_dec.device)
+        made = SAE.from_config(sae.config(), device=sae.W_dec.device)
         made.load_state_dict(sae.state_dict())
         return made.train(sae.training)
-    assert group is not None
+    world.cut(sae.d_sae, virtual)
     made = ShardedSAE(**arguments(sae.config()), device="meta").train(sae.training)
-    made.world = world = Ranks(group, sae.d_sae, virtual, timedelta(seconds=seconds))
-    with world.together(op):
-        sums = {name: zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes()) for name, t in sae.state_dict().items()}
-        world.begin(op, 0, {"virtual": virtual, "config": sae.config(), "checksums": sums})
+    made.world = world
     own = slice(world.start, world.start + world.cuts[-1])
     for name, p in sae.named_parameters():
         part = p.detach()[own] if sharded(world, name) else p.detach()
@@ -253,7 +257,6 @@ def gathered(sae: SAE) -> SAE | None:
         checks.instance("gathered", "sae", sae, SAE, "an SAE")
         return sae
     world, state = sae.world, {}
-    sizes = [b - a for a, b in zip(world.all_cuts, world.all_cuts[1:])]
     with world.together("gathered"):
         world.begin("gathered", 0, sae.config())
         for name, t in sae.state_dict().items():
@@ -261,7 +264,7 @@ def gathered(sae: SAE) -> SAE | None:
                 state[name] = t
                 continue
             to_first = [t, *[t[:0]] * (world.size - 1)]  # nobody else needs room for a whole dictionary
-            state[name] = torch.cat(world.swap(to_first, sizes if world.rank == 0 else [0] * world.size))
+            state[name] = torch.cat(world.swap(to_first, world.sizes if world.rank == 0 else [0] * world.size))
     if world.rank:
         return None
     made = SAE.from_config(sae.config(), device=sae.W_dec.device).train(sae.training)

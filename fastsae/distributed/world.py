@@ -1,11 +1,13 @@
-"""The world of several processes: one group of torch.distributed, in which bytes move and integers add up."""
+"""The world of several processes: bytes move and integers add up, in a group of their own beside the caller's."""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,33 +33,41 @@ class Ranks(World):
     in, so that all go on; after it through the store, whereupon it leaves its group, which ends what the others wait for.
 
     Attributes:
-        rows: of every process, of the operation that is running. sent: bytes that this process has sent to others.
+        rows: of every process, of the operation that is running. sizes: features of every process. sent: bytes that this process has sent
+            to others.
     """
 
     replicated = ("b_dec", "W_skip")
 
-    def __init__(self, group: dist.ProcessGroup, features: int, virtual: int, timeout: timedelta):
-        self.ranks = dist.get_process_group_ranks(group)
-        self.timeout = timeout
-        self._group: Any = dist.new_group(self.ranks, timeout, dist.get_backend(group), use_local_synchronization=True)
-        self.rank, self.size = dist.get_rank(group), len(self.ranks)
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta, device: torch.device):
+        self.callers, self.timeout = group, timeout
+        self.device = device if device.type == "cuda" else torch.device("cpu")
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        name = [secrets.token_hex(8)]
+        dist.broadcast_object_list(name, dist.get_global_rank(group, 0), group)
         default = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
-        self._store = dist.PrefixStore(f"fastsae/{self._group.group_name}", default)
-        width, each = -(-features // virtual), virtual // self.size
-        bounds = [min(width * shard, features) for shard in range(virtual + 1)]
-        own = bounds[self.rank * each : (self.rank + 1) * each + 1]
-        self.features, self.virtual, self.start, self.cuts = features, virtual, own[0], tuple(bound - own[0] for bound in own)
-        self.all_cuts = bounds[::each]
+        self._store = dist.PrefixStore(f"fastsae/{name[0]}", default)
+        # Not by new_group, which all processes of the default group would have to call.
+        kind: Any = dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo
+        self._group: Any = kind(self._store, self.rank, self.size, timeout)
         self.rows: list[int] = []
         self.sent = self._calls = 0
         self._op = "shard"
         self._begun, self._inside, self._broken = False, False, ""
 
+    def cut(self, features: int, virtual: int) -> None:
+        """Says which features this process holds."""
+        width, each = -(-features // virtual), virtual // self.size
+        bounds = [min(width * shard, features) for shard in range(virtual + 1)]
+        own = bounds[self.rank * each : (self.rank + 1) * each + 1]
+        self.features, self.virtual, self.start, self.cuts = features, virtual, own[0], tuple(bound - own[0] for bound in own)
+        self.sizes = [b - a for a, b in pairwise(bounds[::each])]
+
     def __deepcopy__(self, memo: Any) -> Ranks:
         return self  # the processes of a copied module are the same
 
     @property
-    def group(self) -> dist.ProcessGroup:
+    def group(self) -> Any:
         if self._broken:
             raise RankError(f"{self._op}: {self._broken}; this group can do no more, go on from a checkpoint in a new one")
         return self._group
@@ -71,7 +81,7 @@ class Ranks(World):
             return [out[0]]
         got = out[0].new_empty(sum(rows) * width)
         flat, sizes = torch.cat([t.reshape(-1) for t in out]), [t.numel() for t in out]
-        self._call(dist.all_to_all_single, got, flat, [n * width for n in rows], sizes)
+        self._call("alltoall_base", got, flat, [n * width for n in rows], sizes)
         self.sent += (sum(sizes) - sizes[self.rank]) * flat.element_size()
         return [t.reshape(-1, *shape) for t in got.split([n * width for n in rows])]
 
@@ -90,13 +100,13 @@ class Ranks(World):
     def count(self, n: Tensor) -> Tensor:
         n = n.clone()
         if self.size > 1:
-            self._call(dist.all_reduce, n)
+            self._call("allreduce", [n])
         return n
 
-    def _call(self, collective: Callable[..., Any], *arguments: Any) -> None:
-        group = self.group
+    def _call(self, collective: str, *arguments: Any) -> None:
+        _ = self.group  # raises where it is gone
         try:
-            collective(*arguments, group=group)
+            getattr(self._group, collective)(*arguments).wait()
         except RuntimeError as error:
             self._broken = self._told("broken") or f"a process was lost, or has not answered within {self.timeout.total_seconds():g} s"
             self._leave()
@@ -129,17 +139,15 @@ class Ranks(World):
         """The number of every process, -1 of one that failed; what the processes do is the same."""
         said = f"{op}, {settings}"
         self._calls += 1
-        heads = self.each(torch.tensor([number, zlib.crc32(said.encode())], device=self._device())).tolist()
+        heads = self.each(torch.tensor([number, zlib.crc32(said.encode())], device=self.device)).tolist()
         if (failed := next((rank for rank, (n, _) in enumerate(heads) if n < 0), None)) is not None:
             raise RankError(f"{op}: {self._told(f'{self._calls}/{failed}')}; nothing has been changed")
         if (other := next((rank for rank, (_, code) in enumerate(heads) if code != heads[0][1]), None)) is not None:
-            every: list[Any] = [None] * self.size
-            self._call(dist.all_gather_object, every, said)
+            text = torch.tensor(list(said.encode()), dtype=torch.uint8, device=self.device)
+            sizes = self.each(torch.tensor(len(text), device=self.device)).tolist()
+            every = [bytes(part.tolist()).decode() for part in self.gather(text, sizes).split(sizes)]
             raise SettingsError(f"{op}: all processes must be called alike, got {every[0]} on rank 0 and {every[other]} on rank {other}")
         return [n for n, _ in heads]
-
-    def _device(self) -> torch.device:
-        return torch.device("cpu" if dist.get_backend(self.group) == "gloo" else f"cuda:{torch.cuda.current_device()}")
 
     @contextlib.contextmanager
     def together(self, op: str) -> Generator[None]:
@@ -177,5 +185,6 @@ class Ranks(World):
 
     def _leave(self) -> None:
         """Closes the connections, so that the others' exchanges fail at once and not when their time is over."""
-        group, self._group = self._group, None
-        dist.destroy_process_group(group)
+        if self.device.type == "cuda":
+            self._group.abort()
+        self._group = None

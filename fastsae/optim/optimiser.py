@@ -288,6 +288,12 @@ class Optimiser:
         if self._flag is not None:
             self._flag.zero_()
 
+    def room(self, name: str) -> dict[str, Tensor]:
+        """What a state holds of a parameter, in its shape, to be filled."""
+        if name not in self.parameters:
+            raise ValueError(f"{type(self).__name__}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")
+        return {key: torch.empty_like(self.parameters[name]) for key in self._BUFFERS}
+
     def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> State:
         if name not in self.parameters:
             raise ValueError(f"{op}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")

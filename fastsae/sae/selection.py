@@ -119,7 +119,7 @@ def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, in
 
 
 def decode_rows(slots: Slots, W: Tensor, world: World) -> Tensor:
-    """``[own rows, D]``: the products of all processes' slots with ``W``, from the slots that are features of this process, for all rows."""
+    """``[own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all rows."""
     values, indices, crow = slots.flat()
     assert crow is not None
     rows, shards = len(crow) - 1, len(world.cuts) - 1

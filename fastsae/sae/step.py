@@ -283,9 +283,7 @@ def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
     return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)
 
 
-def _aux(
-    grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, world: World
-) -> Tensor | None:
+def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, world: World) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
     k, share = dead_share(aux, x.shape[1], int(world.count(dead.sum())))
     if k == 0 or x.shape[0] == 0:
