@@ -98,8 +98,8 @@ class Ranks(World):
         return tree(self.each(tree(parts)))
 
     def count(self, n: Tensor) -> Tensor:
-        n = n.clone()
         if self.size > 1:
+            n = n.clone()
             self._call("allreduce", [n])
         return n
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -50,21 +51,24 @@ class Job:
         """Sums of the squares of the gradient's elements, by ranges."""
         return [GRAD_SQUARES(views[0], *tile, self.unit) for views, tile in self.tiles()]
 
-    def part(self, start: int, stop: int) -> Job:
-        """The same of a range of features, which are the rows of a matrix and the elements of a vector."""
-        cut: Any = (slice(None), slice(start, stop)) if self.vector else slice(start, stop)
-        views = tuple(view[cut] for view in self.views)
-        if isinstance(whole := self.gradient, TiledGradient):
-            tile = TiledGradient(lambda rows: whole.compute(slice(rows.start + start, rows.stop + start)), stop - start)
-            return replace(self, views=views, gradient=tile)
-        grad, values, indices, crow = whole
-        if values is None or indices is None:
-            return replace(self, views=views, gradient=(grad[cut], None, None, None))
-        slots = Slots(values, indices, crow).flat()
-        assert slots.crow is not None
-        mine = (slots.indices >= start) & (slots.indices < stop)
-        crow = torch.cat([slots.crow.new_zeros(1), mine.cumsum(0)])[slots.crow]
-        return replace(self, views=views, gradient=(grad, slots.values[mine], slots.indices[mine] - start, crow))
+    def parts(self, cuts: Sequence[int]) -> Iterator[Job]:
+        """The same of ranges of features, which are the rows of a matrix and the elements of a vector."""
+        whole = self.gradient
+        by = None
+        if not isinstance(whole, TiledGradient) and whole[1] is not None and whole[2] is not None:
+            by = Slots(*whole[1:]).by_range(cuts)  # pyright: ignore[reportArgumentType] # neither is None
+        for number, (start, stop) in enumerate(pairwise(cuts)):
+            cut: Any = (slice(None), slice(start, stop)) if self.vector else slice(start, stop)
+            if isinstance(whole, TiledGradient):
+                gradient = TiledGradient(partial(_shifted, whole.compute, start), stop - start)
+            elif by is None or by.crow is None:
+                gradient = whole[0][cut], None, None, None
+            else:
+                rows = len(whole[0])
+                crow = by.crow[number * rows : (number + 1) * rows + 1]
+                mine = slice(int(crow[0]), int(crow[-1]))
+                gradient = whole[0], by.values[mine], by.indices[mine] - start, crow - crow[0]
+            yield replace(self, views=tuple(view[cut] for view in self.views), gradient=gradient)
 
     def tiles(self) -> Iterator[tuple[tuple[Tensor, ...], Pieces]]:
         """Ranges of rows of the views, and the gradient of each."""
@@ -84,12 +88,16 @@ class Job:
             )
 
 
+def _shifted(compute: Callable[[slice], Tensor], by: int, rows: slice) -> Tensor:
+    return compute(slice(rows.start + by, rows.stop + by))
+
+
 def by_shard(jobs: Sequence[Job], world: World) -> tuple[list[list[Job]], list[Job]]:
     """The jobs of each virtual shard of this process, and those of what all processes hold; all of them where features are not sharded."""
     if world.virtual == 1:
         return [], [*jobs]
     own, shared = ([job for job in jobs if (job.name in world.replicated) is whole] for whole in (False, True))
-    return [[job.part(*cut) for job in own] for cut in pairwise(world.cuts)], shared
+    return [list(parts) for parts in zip(*(job.parts(world.cuts) for job in own))], shared
 
 
 def squares(jobs: Sequence[Job], world: World) -> list[Tensor]:

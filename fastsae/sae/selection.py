@@ -87,7 +87,7 @@ def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, T
     else:
         values, indices, crow = x.new_empty(0), *(torch.zeros(n, dtype=torch.int64, device=x.device) for n in (0, rows + 1))
     key = keys(values, indices + world.start)
-    if int(world.count(crow[-1:].clone())) > total:
+    if int(world.count(crow[-1])) > total:
         row = Slots(values, indices, crow).row_of()
         score, earlier = key >> 32, rows * world.features - 1 - (row * world.features + indices + world.start)
         last, left, equal = nth(score, total, 31, world)
@@ -120,11 +120,5 @@ def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, in
 
 def decode_rows(slots: Slots, W: Tensor, world: World) -> Tensor:
     """``[own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all rows."""
-    values, indices, crow = slots.flat()
-    assert crow is not None
-    rows, shards = len(crow) - 1, len(world.cuts) - 1
-    shard = torch.bucketize(indices, torch.tensor(world.cuts[1:], device=indices.device), right=True)
-    place, order = torch.sort(shard * rows + slots.row_of(), stable=True)
-    by_shard = torch.searchsorted(place, torch.arange(shards * rows + 1, device=place.device))
-    partial = DECODE(values[order], indices[order], by_shard, W, None, backend=then_any(preference(None)))
-    return tree(world.home(tree(partial.reshape(shards, rows, W.shape[1]))))
+    partial = DECODE(*slots.by_range(world.cuts), W, None, backend=then_any(preference(None)))
+    return tree(world.home(tree(partial.reshape(len(world.cuts) - 1, slots.rows, W.shape[1]))))
