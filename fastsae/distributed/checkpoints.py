@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastsae._core import checks, files
 from fastsae.distributed.module import ShardedSAE, sharded
@@ -55,7 +56,7 @@ def save_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | N
             data.mkdir()
             files.replace(data / _REST, lambda part: weight_files.save_pt(part, rest))
         _agreed(world, 0)
-        dcp.save(dict(_entries(sae, state)), checkpoint_id=data, process_group=world.callers)
+        save(dict(_entries(sae, state)), checkpoint_id=data, process_group=world.callers)
         _agreed(world, 0)
         if world.rank == 0:
             files.replace_text(folder / _MANIFEST, json.dumps({"format": 1, "data": data.name}))
@@ -93,7 +94,7 @@ def load_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | N
         world.begin(op, 0, (str(folder), data.name))
         entries = dict(_entries(sae, state, local))
         try:
-            dcp.load(entries, checkpoint_id=data, process_group=world.callers)
+            load(entries, checkpoint_id=data, process_group=world.callers)
         except CheckpointException as error:  # on all processes
             raise ValueError(f"{op}: {data} is damaged or of something else: {error}") from error
         _agreed(world, 0)  # nothing is written before all have read

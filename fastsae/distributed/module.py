@@ -36,7 +36,7 @@ class ShardedSAE(SAE):
     called differently.
     """
 
-    world: Ranks
+    world: Ranks  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def extra_repr(self) -> str:
         world = self.world

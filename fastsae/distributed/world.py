@@ -46,7 +46,7 @@ class Ranks(World):
         name = [secrets.token_hex(8)]
         dist.broadcast_object_list(name, dist.get_global_rank(group, 0), group)
         default = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
-        self._store = dist.PrefixStore(f"fastsae/{name[0]}", default)
+        self._store = dist.PrefixStore(f"fastsae/{name[0]}", default)  # pyright: ignore[reportPrivateImportUsage] # documented
         # Not by new_group, which all processes of the default group would have to call.
         kind: Any = dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo
         self._group: Any = kind(self._store, self.rank, self.size, timeout)
