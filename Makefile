@@ -102,6 +102,7 @@ deep: $(VENV)/dev.stamp ## many more drawn inputs than CI: a million cases of th
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/ops/test_match_inputs.py -k drawn_files
 	FASTSAE_TEST_KILLS=20 $(BIN)/python -m pytest -q tests/store/test_kills.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_contract.py tests/native/test_engine.py -k "drawn or anything"
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/distributed
 	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py -k chip
 
 deep-peers: $(VENV)/peers.stamp ## the same of what is compared with the peer libraries

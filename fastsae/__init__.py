@@ -11,7 +11,7 @@ Training: optim (Adam, Signum, adam_: exact and fused), Trainer, save_checkpoint
 Other libraries' objects: accelerate, accelerated, restore, report; encode and reconstruct of any supported SAE.
 Backends: use_backend, explain, check (raises what a GPU has deferred), BackendError; `fastsae info`, `fastsae verify`.
 More, a module each: functional (the operations for other libraries), compare, codes, polytopes, superposition,
-    lm (language models), store (activations and latents at rest).
+    lm (language models), store (activations and latents at rest), distributed (SAEs sharded over processes).
 """
 
 import importlib
@@ -33,7 +33,7 @@ from fastsae.sae.checkpoints import load_checkpoint, save_checkpoint
 from fastsae.trainer import Trainer
 
 if TYPE_CHECKING:  # loaded at their first use, so that an import of fastsae stays short
-    from fastsae import codes, functional, lm, polytopes, store, superposition
+    from fastsae import codes, distributed, functional, lm, polytopes, store, superposition
 
 __all__ = [
     "SAE",
@@ -56,6 +56,7 @@ __all__ = [
     "codes",
     "compare",
     "decode",
+    "distributed",
     "encode",
     "encode_batch_topk",
     "encode_gated",
@@ -84,7 +85,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("codes", "functional", "lm", "polytopes", "store", "superposition"):
+    if name in ("codes", "distributed", "functional", "lm", "polytopes", "store", "superposition"):
         return importlib.import_module(f"fastsae.{name}")
     raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -106,6 +106,14 @@ class Slots(NamedTuple):
             return self
         rows, k = self.indices.shape
         return Slots(self.values.reshape(-1), self.indices.reshape(-1), torch.arange(rows + 1, device=self.indices.device) * k)
+
+    def by_range(self, cuts: Sequence[int]) -> Slots:
+        """The slots in the order of (range of features, row), stable, with ``crow [ranges * rows + 1]``; ``cuts`` rises from 0 to all."""
+        values, indices, _ = self.flat()
+        ends = torch.tensor(cuts[1:], dtype=torch.int64, device=indices.device)
+        place, order = torch.sort(torch.bucketize(indices, ends, right=True) * self.rows + self.row_of(), stable=True)
+        crow = torch.searchsorted(place, torch.arange(len(ends) * self.rows + 1, device=indices.device))
+        return Slots(values[order], indices[order], crow)
 
     def by_feature(self, n_features: int) -> Slots:
         """The transpose: values and rows (as ``indices``) in the order of features, stable, with ``crow [n_features + 1]``."""

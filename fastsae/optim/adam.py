@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsae._core import checks
 from fastsae.ops.adam import ADAM, checked_options
-from fastsae.optim.jobs import Job, named_parameters, unwrapped
+from fastsae.optim.jobs import Job, named_parameters, squares, unwrapped
 from fastsae.optim.optimiser import Optimiser, Option
 
 
@@ -94,8 +94,8 @@ class Adam(Optimiser):
     def _norms(self, jobs: Sequence[Job]) -> list[Tensor] | None:
         if self.clip is None or not jobs:
             return None
-        each = [[s for job in jobs if job.member == member for s in job.squares()] for member in range(self.members or 1)]
-        return [torch.stack([s.to(squares[0].device, torch.float32) for s in squares]).sum().sqrt() for squares in each]
+        each = [squares([job for job in jobs if job.member == member], self.world) for member in range(self.members or 1)]
+        return [torch.stack([s.to(parts[0].device, torch.float32) for s in parts]).sum().sqrt() for parts in each]
 
     def _factors(self, norms: list[Tensor] | None) -> list[Tensor] | None:
         """Those that bring the global norm down to ``clip``, of each member or one for all, as ``clip_grad_norm_`` has it."""

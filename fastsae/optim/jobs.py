@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
+from fastsae._core.world import World, tree
 from fastsae.gradients import TiledGradient, norm
+from fastsae.latents import Slots
 from fastsae.ops.adam import GRAD_SQUARES, checked_gradient
 
 TILE = 1 << 21  # elements of a TiledGradient that exist at a time
@@ -33,6 +37,7 @@ class Job:
     gradient: TiledGradient | Pieces
     unit: bool
     member: int = 0
+    vector: bool = False
 
     def size(self) -> Tensor:
         """``[]``: at least the gradient's norm."""
@@ -45,6 +50,25 @@ class Job:
     def squares(self) -> list[Tensor]:
         """Sums of the squares of the gradient's elements, by ranges."""
         return [GRAD_SQUARES(views[0], *tile, self.unit) for views, tile in self.tiles()]
+
+    def parts(self, cuts: Sequence[int]) -> Iterator[Job]:
+        """The same of ranges of features, which are the rows of a matrix and the elements of a vector."""
+        whole = self.gradient
+        by = None
+        if not isinstance(whole, TiledGradient) and whole[1] is not None and whole[2] is not None:
+            by = Slots(*whole[1:]).by_range(cuts)  # pyright: ignore[reportArgumentType] # neither is None
+        for number, (start, stop) in enumerate(pairwise(cuts)):
+            cut: Any = (slice(None), slice(start, stop)) if self.vector else slice(start, stop)
+            if isinstance(whole, TiledGradient):
+                gradient = TiledGradient(partial(_shifted, whole.compute, start), stop - start)
+            elif by is None or by.crow is None:
+                gradient = whole[0][cut], None, None, None
+            else:
+                rows = len(whole[0])
+                crow = by.crow[number * rows : (number + 1) * rows + 1]
+                mine = slice(int(crow[0]), int(crow[-1]))
+                gradient = whole[0], by.values[mine], by.indices[mine] - start, crow - crow[0]
+            yield replace(self, views=tuple(view[cut] for view in self.views), gradient=gradient)
 
     def tiles(self) -> Iterator[tuple[tuple[Tensor, ...], Pieces]]:
         """Ranges of rows of the views, and the gradient of each."""
@@ -62,6 +86,31 @@ class Job:
                     self.op, f"gradient of {self.name}", self.gradient.compute(part).to(W.dtype), W[part]
                 ),  # of autocast: narrower
             )
+
+
+def _shifted(compute: Callable[[slice], Tensor], by: int, rows: slice) -> Tensor:
+    return compute(slice(rows.start + by, rows.stop + by))
+
+
+def by_shard(jobs: Sequence[Job], world: World) -> tuple[list[list[Job]], list[Job]]:
+    """The jobs of each virtual shard of this process, and those of what all processes hold; all of them where features are not sharded."""
+    if world.virtual == 1:
+        return [], [*jobs]
+    own, shared = ([job for job in jobs if (job.name in world.replicated) is whole] for whole in (False, True))
+    return [list(parts) for parts in zip(*(job.parts(world.cuts) for job in own))], shared
+
+
+def squares(jobs: Sequence[Job], world: World) -> list[Tensor]:
+    """Whose sum is the square of the whole gradient's norm, also of what other processes hold."""
+    shards, shared = by_shard(jobs, world)
+    parts = [world.tree(torch.stack([tree(torch.stack([s for job in each for s in job.squares()])) for each in shards]))] if shards else []
+    return parts + [s for job in shared for s in job.squares()]
+
+
+def sizes(jobs: Sequence[Job], world: World) -> list[Tensor]:
+    """The size of each job; where features are sharded of its part of each virtual shard, so that a bound on them is everybody's."""
+    shards, shared = by_shard(jobs, world)
+    return [job.size() for each in [*shards, shared] for job in each]
 
 
 def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pieces:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, finite, flags, processes
+from fastsae._core.world import ALONE, World
 from fastsae.gradients import Gradient, StackedGradient, TiledGradient
-from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time, unwrapped
+from fastsae.optim.jobs import Job, checked, matrix, named_parameters, rows_at_a_time, sizes, unwrapped
 from fastsae.reference import accumulator
 from fastsae.sae.losses import Metrics
 
@@ -80,6 +81,7 @@ class Optimiser(torch.optim.Optimizer):
         params, rows = unwrapped(op, params)
         self.module = params if isinstance(params, nn.Module) else None
         self.members: int | None = getattr(params, "n_dictionaries", None)
+        self.world: World = getattr(params, "world", ALONE)
         self.parameters = named_parameters(op, params)
         lr = options["lr"]
         super().__init__(list(self.parameters.values()), {**options, "lr": list(lr) if isinstance(lr, (tuple, list)) else lr})
@@ -123,16 +125,18 @@ class Optimiser(torch.optim.Optimizer):
             raise TypeError(
                 f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
             )
-        processes.refuse(
-            f"{kind}.step",
-            "each would train a model of its own. For one model: wrap a module whose forward returns sae.loss(x).loss in "
-            f"DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in each: "
-            f"{kind}.apply(sae.step_gradients(x)[1]), or train before the group is made",
-        )
+        if self.world.virtual == 1:
+            processes.refuse(
+                f"{kind}.step",
+                "each would train a model of its own. For one model: shard it (fastsae.distributed), or wrap a module whose forward "
+                f"returns sae.loss(x).loss in DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in "
+                f"each: {kind}.apply(sae.step_gradients(x)[1]), or train before the group is made",
+            )
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:
-            metrics, gradients = step_gradients(x, target=target, mask=mask, **loss_options)
-            refused = self._apply(gradients, getattr(metrics, "loss", None), (x, target, mask))
+            with self.world.together(f"{kind}.step"):
+                metrics, gradients = step_gradients(x, target=target, mask=mask, **loss_options)
+                refused = self._apply(gradients, getattr(metrics, "loss", None), (x, target, mask))
         except BaseException:
             _restore(buffers, True)
             raise
@@ -151,7 +155,9 @@ class Optimiser(torch.optim.Optimizer):
                 step: nothing has been written. IndexError: an index out of range; the parameters before it have been stepped.
                 FloatingPointError: a gradient that is not finite, see ``on_nonfinite``: nothing has been written.
         """
-        self._apply(gradients)
+        with self.world.together(op := f"{type(self).__name__}.apply"):
+            self.world.begin(op)
+            self._apply(gradients)
 
     @torch.no_grad()
     def _apply(
@@ -171,14 +177,15 @@ class Optimiser(torch.optim.Optimizer):
             if not 0 <= lr < float("inf"):
                 raise ValueError(f"{op}: the learning rate at step {self.steps} must be finite and at least 0, got {lr}")
         norms = self._norms(jobs)
-        sizes = [job.size() for job in jobs] if norms is None else [*norms]
+        known = sizes(jobs, self.world) if norms is None else [*norms]
         if isinstance(loss, Tensor):
-            sizes.append((loss - loss).abs().sum())  # 0, or NaN
-        taken = finite.finite(sizes)
+            known.append((loss - loss).abs().sum())  # 0, or NaN
+        settings = rates, self.steps, self.on_nonfinite, [getattr(self, name) for name in self._OPTIONS]
+        taken = self.world.agree(op, finite.finite(known), settings)
         if isinstance(taken, Tensor) and self.on_nonfinite == "skip":
             taken = bool(taken)
         if taken is False:
-            if self.on_nonfinite == "raise" or finite.spoilt(self.parameters):
+            if self.on_nonfinite == "raise" or not self.world.agree(op, finite.spoilt(self.parameters) is None):
                 raise FloatingPointError(self._refusal("step" if batch else "apply", *batch))
             self.skipped += 1
             return True
@@ -199,7 +206,8 @@ class Optimiser(torch.optim.Optimizer):
 
     def _refusal(self, method: str, *batch: Tensor | None) -> str:
         return (
-            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {finite.culprit(self.parameters, *batch)}. "
+            f"{type(self).__name__}.{method}: step {self.steps + 1} is not finite: {finite.culprit(self.parameters, *batch)}"
+            f"{'' if self.world.virtual == 1 else ' (looked for in the rows and features of this process alone)'}. "
             "Nothing has been changed; on_nonfinite='skip' leaves such batches out and counts them"
         )
 
@@ -297,7 +305,7 @@ class Optimiser(torch.optim.Optimizer):
                 parts = ((*stacks, gradient, 0),)
             for *each, g, e in parts:
                 views = tuple(map(matrix, each))
-                jobs.append(Job(op, name, views, checked(op, what, g, views[0]), unit, e))
+                jobs.append(Job(op, name, views, checked(op, what, g, views[0]), unit, e, p.dim() == 1))
         jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
         return jobs, fresh
 
@@ -351,6 +359,12 @@ class Optimiser(torch.optim.Optimizer):
         self.param_groups[0].update(group)
         if self._flag is not None:
             self._flag.zero_()
+
+    def room(self, name: str) -> dict[str, Tensor]:
+        """What a state holds of a parameter, in its shape, to be filled."""
+        if name not in self.parameters:
+            raise ValueError(f"{type(self).__name__}: unknown parameter {name!r}; known: {', '.join(self.parameters)}")
+        return {key: torch.empty_like(self.parameters[name]) for key in self._BUFFERS}
 
     def _checked_state(self, op: str, name: str, entry: Mapping[str, Any]) -> State:
         if name not in self.parameters:

@@ -50,10 +50,12 @@ def save_checkpoint(
     running code). IsADirectoryError: ``path`` is a folder. OSError that names ``path``: it could not be written; the older file is there.
     """
     checks.instance("save_checkpoint", "sae", sae, (SAE, SAEs), "an SAE or SAEs")
+    if isinstance(sae, SAE) and sae.world.virtual > 1:
+        raise ValueError("save_checkpoint: the SAE is sharded: fastsae.distributed.save_checkpoint writes it")
     path = file_of("save_checkpoint", path)
     content: dict[str, Any] = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
     content |= {"opt": None if opt is None else opt.state_dict(), "stepped": _stepped(sae, opt)}
-    content |= {part: _plain(part, content[part]) for part in ("config", "opt", "extra")}
+    content |= {part: storable(part, content[part]) for part in ("config", "opt", "extra")}
     files.replace(path, lambda part: weight_files.save_pt(part, content))
     return path
 
@@ -118,7 +120,7 @@ def restore(
                 sae = fresh.to_empty(device=device or "cpu")
                 for name, start in (("silent", 0), ("scale", 1)):  # which the earliest files do not have
                     getattr(sae, name).fill_(start)
-            ours, theirs = _alike(sae, fresh)
+            ours, theirs = alike(sae, fresh)
             if missing := [name for name, _ in sae.named_parameters() if name not in content["sae"]]:  # of a subclass
                 raise ValueError(f"it has no {missing[0]!r}, which the module has")
             if opt is not None:
@@ -159,7 +161,7 @@ def _read(path: Path) -> tuple[dict[str, Any], SAE | SAEs]:
     return content, fresh
 
 
-def _alike(sae: SAE | SAEs, fresh: SAE | SAEs) -> tuple[list[SAE], list[SAE]]:
+def alike(sae: SAE | SAEs, fresh: SAE | SAEs) -> tuple[list[SAE], list[SAE]]:
     """The SAEs of both, of one configuration but for what may differ; ValueError otherwise."""
     ours, theirs = ([*module] if isinstance(module, SAEs) else [module] for module in (sae, fresh))
     if isinstance(sae, SAEs) != isinstance(fresh, SAEs) or len(ours) != len(theirs):
@@ -225,15 +227,15 @@ def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Stateful)
                     raise ValueError(f"{name} has shape {list(value.shape)}, the parameter {list(p.shape)}")
 
 
-def _plain(name: str, value: Any) -> Any:
+def storable(name: str, value: Any) -> Any:
     """What ``torch.load(weights_only=True)`` reads back: of these types exactly, and keys that are numbers or text."""
     value = checks.plain(value)  # a schedule's rate, of NumPy's cosine
     if type(value) in (dict, OrderedDict, Counter):  # the last: a scheduler's milestones
         if wrong := [key for key in value if type(key) not in (bool, int, float, str)]:
             raise TypeError(f"save_checkpoint: keys of {name} must be numbers or text, got {type(wrong[0]).__name__}")
-        return type(value)({key: _plain(f"{name}.{key}", item) for key, item in value.items()})
+        return type(value)({key: storable(f"{name}.{key}", item) for key, item in value.items()})
     if type(value) in (list, tuple, torch.Size):
-        return type(value)(_plain(f"{name}.{index}", item) for index, item in enumerate(value))
+        return type(value)(storable(f"{name}.{index}", item) for index, item in enumerate(value))
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, torch.nn.Parameter) or value.is_quantized or value.is_nested or value.device.type == "meta":
             raise TypeError(

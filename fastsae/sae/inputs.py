@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
+from fastsae._core.world import ALONE, World
 from fastsae.latents import Latents
 from fastsae.sae import tiles
 from fastsae.sae.activations import AbsTopK, Activation, Gated, JumpReLU, ReLU
@@ -40,6 +41,8 @@ class Inputs(NamedTuple):
         observe: takes notice of a pass (silent features, running threshold) where the module trains, and returns ``[F]`` bool, which
             features are dead.
         parameters: by name; a tied encoder has none of its own.
+        world: the processes that hold the dictionary; where features are sharded ``weights`` and ``parameters`` are this process's part,
+            and the rows those of all processes.
     """
 
     x: Tensor
@@ -54,6 +57,7 @@ class Inputs(NamedTuple):
     encode: Callable[[Tensor], Encoded]
     observe: Callable[[Pass], Tensor]
     parameters: dict[str, nn.Parameter]
+    world: World = ALONE
 
 
 def check_x(op: str, x: Any, d_in: int, like: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae._core.world import ALONE, World
 from fastsae.latents import Latents, TopKLatents
 from fastsae.reference import accumulator
 
@@ -128,7 +129,7 @@ NOISE = 8
 """Roundings in a mean, see ``spread``: of equal numbers torch's means are off by up to 2.5 (CPU, up to 65,536 rows)."""
 
 
-def spread(x: Tensor) -> tuple[Tensor, Tensor]:
+def spread(x: Tensor, world: World = ALONE) -> tuple[Tensor, Tensor]:
     """``sum (x - mean x)^2`` over rows and columns, 0 without rows; and the rounding noise in it, ``(NOISE eps)^2 rows sum (mean x)^2``.
 
     A spread up to that noise is 0: rows that do not differ leave the rounding error of their mean, a few eps of it in every element, and
@@ -137,9 +138,9 @@ def spread(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulator(x.dtype))
     if not x.shape[0]:
         return wide.new_zeros(()), wide.new_zeros(())
-    mean, limits = wide.mean(0), torch.finfo(wide.dtype)
-    noise = (mean * (NOISE * limits.eps)).square().sum().mul(x.shape[0]).clamp_max(limits.max)  # an infinite spread stays one
-    sums = (wide - mean).square().sum()
+    mean, limits = world.row_mean(wide), torch.finfo(wide.dtype)
+    noise = world.sum((mean * (NOISE * limits.eps)).square()).mul(x.shape[0]).clamp_max(limits.max)  # an infinite spread stays one
+    sums = world.sum((wide - mean).square())
     return torch.where(sums <= noise, 0, sums), noise
 
 
@@ -170,10 +171,10 @@ def dead_share(aux: AuxK, d_in: int, dead: int) -> tuple[int, float]:
     return min(k, dead), min(dead / k, 1.0) if aux.share else 1.0
 
 
-def aux_denominator(aux: AuxK, residual: Tensor, target: Tensor) -> Tensor:
+def aux_denominator(aux: AuxK, residual: Tensor, target: Tensor, world: World = ALONE) -> Tensor:
     if aux.denominator == "tokens":
         return residual.new_full((), max(residual.shape[0], 1))
-    return spread(residual if aux.denominator == "residual" else target)[0]
+    return spread(residual if aux.denominator == "residual" else target, world)[0]
 
 
 def combine(

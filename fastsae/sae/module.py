@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, processes
+from fastsae._core.world import ALONE, World
 from fastsae.formats import common, modules, pretrained
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents
@@ -87,6 +88,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     silent: Tensor
     scale: Tensor
     running_threshold: Tensor
+    world: World = ALONE
 
     def __init__(
         self,

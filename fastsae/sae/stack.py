@@ -70,6 +70,8 @@ class SAEs(nn.Module):
             raise ValueError("SAEs: members must hold at least one SAE, got none")
         for number, member in enumerate(members):
             checks.instance("SAEs", f"members[{number}]", member, SAE, "an SAE")
+            if member.world.virtual > 1:
+                raise ValueError(f"SAEs: members[{number}] is sharded, a stack takes whole SAEs")
             first = members[0]
             for name in _SAME:
                 if getattr(member, name) != getattr(first, name):

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsae import latents
+from fastsae._core.world import ALONE, World
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
 from fastsae.ops.score_gradients import feature_sums, score_gradients, threshold_gradient
 from fastsae.reference import accumulator, centre, product, running_sums
-from fastsae.sae import tiles
+from fastsae.sae import selection, tiles
 from fastsae.sae.activations import Activation, BatchTopK, TopK
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import (
@@ -55,9 +56,13 @@ class Slots(NamedTuple):
         return latents.Slots(self.values, self.indices, self.crow).row_of()
 
 
-def encode_slots(x: Tensor, w: Weights, activation: Activation) -> Slots:
-    """The latents of any activation; BatchTopK's by a threshold where ``w`` has one, else those that the batch selects."""
+def encode_slots(x: Tensor, w: Weights, activation: Activation, world: World = ALONE) -> Slots:
+    """The latents of any activation; BatchTopK's by a threshold where ``w`` has one, else those that the batch selects. Of a sharded
+    dictionary those that are features of this process."""
     backend = preference(None)
+    if isinstance(activation, TopK) and world.virtual > 1:
+        found = selection.top_k(x, w, int(activation.k), activation.relu, world)
+        return Slots(*found, found.values > 0 if activation.relu else ~found.values.isnan())
     if isinstance(activation, TopK):
         rule = int(activation.k), activation.relu, activation.absolute
         values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, *rule, backend=backend)
@@ -67,6 +72,9 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation) -> Slots:
         return Slots(values, col, crow, ~values.isnan())
     if isinstance(activation, BatchTopK) and w.threshold is None:
         k = float(activation.k)
+        if world.virtual > 1:
+            found, min_kept = selection.batch_top_k(x, w, k, world)
+            return Slots(*found, ~found.values.isnan(), min_kept=min_kept)
         values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, k, backend=backend)
         return Slots(values, col, crow, ~values.isnan(), min_kept=min_kept)
     assert w.threshold is not None
@@ -79,6 +87,14 @@ def _threshold_slots(x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor,
     if bandwidth is None:
         return Slots(values, col, crow, ~values.isnan())
     return Slots(values, col, crow, (flags & 1).bool() & ~values.isnan(), flags)
+
+
+def decoded(slots: Slots | latents.Slots, W: Tensor, b: Tensor | None, world: World) -> Tensor:
+    """``[rows, D]`` of all rows, on every process."""
+    if world.virtual == 1:
+        return DECODE(slots.values, slots.indices, slots.crow, W, b, backend=then_any(preference(None)))
+    y = world.gather(selection.decode_rows(latents.Slots(*slots[:3]), W, world))
+    return y if b is None else y + b
 
 
 @dataclass
@@ -136,23 +152,23 @@ def step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None = None) -> tuple[Me
 
 def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics, dict[str, Gradient]]:
     (x, w), target, terms = inputs.cast, inputs.target, inputs.terms
-    P, wide, tokens = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1)
-    this = tiles.TilePass(x, w, bool(terms.l1)) if inputs.dense else SlotPass(inputs.activation, x, w, terms)
+    P, wide, tokens, world = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1), inputs.world
+    this = tiles.TilePass(x, w, bool(terms.l1)) if inputs.dense else SlotPass(inputs.activation, x, w, terms, world)
     run = this.run._replace(counted=this.run.active.to(wide) if terms.l0 else None)
     dead = inputs.observe(run)
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
-    whole = spread(target) if whole is None else whole
+    whole = spread(target, world) if whole is None else whole
     unit = whole[0] if inputs.objective == "fvu" else x.new_full((), tokens, dtype=wide)
     scale = quotient(unit.new_full((), 2.0), unit)
     grads = run.x_hats.to(wide) - target.to(wide)
-    error = grads.square().sum((1, 2))
+    error = world.each_sum(grads.square())
     grads *= scale / P
     G = (grads if P == 1 else running_sums(grads.flip(0)).flip(0)).to(w.W_dec.dtype)
     dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
 
     grad = _Sum()
-    grad.add("b_dec", G[0].sum(0, dtype=wide))
+    grad.add("b_dec", world.row_sum(G[0]))
     if w.skip is not None:
         grad.add("W_skip", product(G[0].T, x))
     rates = terms.l1 / tokens, terms.l0 / tokens
@@ -160,9 +176,9 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
         _dense_backward(grad, this, G, dfrozen, *rates)
     else:
         this.backward(grad, G, dfrozen, *rates)
-    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute)
+    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
     loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole)
-    return Metrics(loss, fvu, l0, dead.sum(), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
+    return Metrics(loss, fvu, l0, world.count(dead.sum()), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
 
 
 def _dense_backward(grad: _Sum, run: tiles.TilePass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
@@ -175,12 +191,12 @@ def _dense_backward(grad: _Sum, run: tiles.TilePass, G: Tensor, dfrozen: Tensor 
 class SlotPass:
     """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
 
-    def __init__(self, activation: Activation, x: Tensor, w: Weights, terms: Terms):
-        self.x, self.w, self.backend, self.wide = x, w, then_any(preference(None)), accumulator(x.dtype)
-        self.slots = encode_slots(x, w, activation)
+    def __init__(self, activation: Activation, x: Tensor, w: Weights, terms: Terms, world: World):
+        self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
+        self.slots = encode_slots(x, w, activation, world)
         self.groups = Groups.of(self.slots, w.prefixes, x.shape[0])
         groups = self.groups
-        partial = DECODE(groups.values, groups.indices, groups.crow, w.W_dec, None, backend=self.backend).to(self.wide)
+        partial = decoded(latents.Slots(groups.values, groups.indices, groups.crow), w.W_dec, None, world).to(self.wide)
         x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
         x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
         if w.skip is not None:
@@ -195,7 +211,7 @@ class SlotPass:
         if self.norm is not None:
             magnitude = (self.penalised.values.to(self.wide).abs() * self.norm[self.penalised.indices.long()]).sum()
         hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
-        active = (self.slots.values != 0).sum()
+        active = world.count((self.slots.values != 0).sum())
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
 
     def backward(self, grad: _Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
@@ -216,7 +232,7 @@ class SlotPass:
             sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
             grad.add("W_dec", shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
         if gate is None or dgate is None:
-            _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend)
+            _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend, world=self.world)
         else:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag)
             _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend)
@@ -239,13 +255,16 @@ def _through_scores(
     bias: str,
     backend: str | None,
     r_mag: Tensor | None = None,
+    world: World = ALONE,
 ) -> None:
     """Adds what the gradient of the slots' values gives W_enc, the bias, the pre-bias and, with ``r_mag``, the magnitudes' stretch."""
     dscore = torch.where(slots.passes, dvalues, 0)
     stretch = None if r_mag is None else r_mag.to(accumulator(x.dtype)).exp()
-    needs = (False, False, True, w.b_pre is not None, stretch is not None)
+    needs = (False, False, True, w.b_pre is not None and world.virtual == 1, stretch is not None)
     b = getattr(w, bias)
     _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
+    if w.b_pre is not None and world.virtual > 1 and db is not None:
+        db_pre = -world.tree(DECODE(db, *_ranges(world, db.device), w.W_enc, None, backend=backend))
     through = dscore if stretch is None else (dscore * stretch[slots.indices.long()]).to(dscore.dtype)
     grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
     grad.add(bias, db)
@@ -254,31 +273,42 @@ def _through_scores(
         grad.add("r_mag", dstretch * stretch)
 
 
+def _ranges(world: World, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A slot for each feature of this process, a row for each of its virtual shards: indices and ``crow``."""
+    return torch.arange(world.cuts[-1], device=device), torch.tensor(world.cuts, device=device)
+
+
 def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
     """``factor[f] * W[f]``, where ``norm[f]`` is that of ``W[f]``: what a penalty on a row's norm gives it."""
     size = torch.linalg.vector_norm(factor * norm)
     return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)
 
 
-def _aux(grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool) -> Tensor | None:
+def _aux(
+    grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool, world: World
+) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
-    k, share = dead_share(aux, x.shape[1], int(dead.sum()))
+    k, share = dead_share(aux, x.shape[1], int(world.count(dead.sum())))
     if k == 0 or x.shape[0] == 0:
         return None
     wide, backend = accumulator(x.dtype), then_any(preference(None))
-    values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, None, k, aux.relu, absolute, backend=backend)
-    e_hat = DECODE(values, indices, None, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, backend=backend).to(wide)
+    if world.virtual > 1:
+        slots = selection.top_k(x, w, k, aux.relu, world, dead)
+    else:
+        slots = latents.Slots(*ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, None, k, aux.relu, absolute, backend=backend))
+    values, indices, crow = slots
+    e_hat = decoded(slots, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, world).to(wide)
     residual = target.to(wide) - x_hat.to(wide)
-    denominator = aux_denominator(aux, residual, target)
+    denominator = aux_denominator(aux, residual, target, world)
     difference = e_hat - residual
     g = (difference * quotient(denominator.new_full((), 2 * aux.coefficient * share), denominator)).to(w.W_dec.dtype)
-    dvalues = DECODE_DVALUES(g, indices, None, w.W_dec, backend=backend)
+    dvalues = DECODE_DVALUES(g, indices, crow, w.W_dec, backend=backend)
     passes = values > 0 if aux.relu else ~values.isnan()
-    grad.add("W_dec", RowGradient(values, indices, None, g, w.W_enc.shape[0]))
+    grad.add("W_dec", RowGradient(values, indices, crow, g, w.W_enc.shape[0]))
     if aux.bias:
-        grad.add("b_dec", g.sum(0, dtype=wide))
+        grad.add("b_dec", world.row_sum(g))
     # The rows of the main slots where there are such: their sets of slots then lie side by side on one copy of the rows.
     xc = next((part.rows for part in grad.parts["W_enc"] if isinstance(part, RowGradient)), None)
     xc = _centred(x, w) if xc is None else xc
-    _through_scores(grad, Slots(values, indices, None, passes), dvalues, x, xc, w, "b_enc", backend)
-    return share * quotient(difference.square().sum(), denominator)
+    _through_scores(grad, Slots(values, indices, crow, passes), dvalues, x, xc, w, "b_enc", backend, world=world)
+    return share * quotient(world.sum(difference.square()), denominator)

@@ -25,7 +25,7 @@ FLOORS = (
     ("codes", "compare", "formats", "functional", "plots", "polytopes"),
     ("batches", "optim", "sae", "superposition", "trainer"),
     ("patch",),
-    ("lm", "store"),
+    ("distributed", "lm", "store"),
     ("__init__",),
     ("__main__", "commands", "demo", "studies"),
 )  # a module imports from its own floor or from those above it in this table, lazily and for types too
@@ -161,7 +161,7 @@ def test_public_names() -> None:
         assert name in documentation or name[0].isupper(), f"the package's documentation does not mention {name}"
 
 
-@pytest.mark.parametrize("module", ["codes", "compare", "functional", "optim", "patch", "polytopes", "sae", "superposition"])
+@pytest.mark.parametrize("module", ["codes", "compare", "distributed", "functional", "optim", "patch", "polytopes", "sae", "superposition"])
 def test_public_names_of_modules(module: str) -> None:
     public = importlib.import_module(f"fastsae.{module}")
     for name in public.__all__:

@@ -1,0 +1,92 @@
+"""The processes that hold one dictionary, as a training step sees them. One process is the null object: it changes nothing, costs nothing.
+
+Where features are sharded (``fastsae.distributed``) they are cut into ``virtual`` contiguous ranges, and a process holds some of these
+virtual shards. Sums over features are taken per virtual shard and then in a fixed binary tree (``tree``), sums over rows in another one
+that depends on nothing but the number of rows: the number of processes and of threads changes no bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class World:
+    """One process that holds all features and all rows; sums are torch's own.
+
+    Attributes:
+        virtual: number of virtual shards of all processes. cuts: where those of this process begin and end among its features (none where
+            features are not cut). start: its first feature. features: of all processes.
+        replicated: parameters that every process holds whole.
+    """
+
+    virtual = 1
+    start = 0
+    features = 0
+    cuts: tuple[int, ...] = ()
+    replicated: tuple[str, ...] = ()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, one after the other, from those that each has."""
+        return rows
+
+    def home(self, t: Tensor) -> Tensor:
+        """``[processes, own rows, ..]``: what each process has for the rows of this one, from ``t`` for all rows."""
+        return t.unsqueeze(0)
+
+    def tree(self, parts: Tensor) -> Tensor:
+        """The sum over all virtual shards, on every process, from ``parts [own virtual shards, ..]``."""
+        return parts[0]
+
+    def each(self, t: Tensor) -> Tensor:
+        """``[processes, ..]``: what each process has, of one shape on all."""
+        return t.unsqueeze(0)
+
+    def count(self, n: Tensor) -> Tensor:
+        """The sum of an integer tensor over the processes."""
+        return n
+
+    def agree(self, op: str, well: Tensor | bool, settings: object = None) -> Tensor | bool:
+        """Whether all is well on all processes; ValueError on all of them where their ``settings`` differ."""
+        return well
+
+    def together(self, op: str) -> AbstractContextManager[Any]:
+        """Around what all processes do alike: the others hear of an exception that one of them raises in it."""
+        return nullcontext()
+
+    def begin(self, op: str, rows: int = 0, settings: object = None) -> None:
+        """Before the first exchange: how many rows this process has; ValueError on all of them where their ``settings`` differ."""
+
+    # ------------------------------------------------------------ sums over rows that every process has
+
+    def sum(self, t: Tensor) -> Tensor:
+        """``[]``: of all elements."""
+        return t.sum()
+
+    def each_sum(self, t: Tensor) -> Tensor:
+        """``[n]``: of the elements of each ``t[i]``."""
+        return t.sum(tuple(range(1, t.dim())))
+
+    def row_sum(self, t: Tensor) -> Tensor:
+        """``t.sum(0)``, in float32 at least."""
+        return t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
+
+    def row_mean(self, t: Tensor) -> Tensor:
+        """``t.mean(0)``."""
+        return t.mean(0)
+
+
+ALONE = World()
+
+
+def tree(t: Tensor) -> Tensor:
+    """The sum over the first dimension, by elementwise additions of neighbours in a binary tree: bits that depend on its size alone."""
+    if not len(t):
+        return t.new_zeros(t.shape[1:])
+    while (n := len(t)) > 1:
+        pairs = t[: n & ~1 : 2] + t[1::2]
+        t = torch.cat([pairs, t[n - 1 :]]) if n % 2 else pairs
+    return t[0]

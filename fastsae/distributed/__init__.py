@@ -1,0 +1,13 @@
+"""Several processes, the same bits: SAEs whose features are sharded over a process group of torch.distributed.
+
+shard, gathered                     an SAE's features onto the processes of a group, and back
+save_checkpoint, load_checkpoint    what training goes on from, each process its part
+RankError                           what the others raise where one process fails
+SettingsError                       what all raise where they are called differently
+"""
+
+from fastsae.distributed.checkpoints import load_checkpoint, save_checkpoint
+from fastsae.distributed.module import ShardedSAE, gathered, shard
+from fastsae.distributed.world import RankError, SettingsError
+
+__all__ = ["RankError", "SettingsError", "ShardedSAE", "gathered", "load_checkpoint", "save_checkpoint", "shard"]

@@ -1,0 +1,273 @@
+"""An SAE whose features lie on several processes."""
+
+from __future__ import annotations
+
+import zlib
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fastsae._core import checks, processes
+from fastsae.distributed.world import Ranks
+from fastsae.gradients import Gradient
+from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents
+from fastsae.sae import selection
+from fastsae.sae.activations import BatchTopK, TopK
+from fastsae.sae.config import arguments
+from fastsae.sae.inputs import Inputs
+from fastsae.sae.losses import AuxOption, Loss, Metrics
+from fastsae.sae.module import SAE
+from fastsae.sae.step import encode_slots, step
+
+
+class ShardedSAE(SAE):
+    """What ``shard`` returns: an ``SAE`` whose ``[F, ..]`` parameters and buffers are this process's range of features.
+
+    Every method that takes rows is called by all processes of the group, each with rows of its own, any number of them, also none; results
+    are those of its rows. ``encode``, ``decode``, ``forward`` and ``loss`` are not differentiable: training is ``optim.Adam(sae).step(x)``.
+    ``W_enc``, ``b_enc``, ``W_dec``, ``silent`` and ``dead_features`` are ``[own features, ..]``, those from ``world.start`` on;
+    ``b_dec [D]`` is the same on all. ``d_sae`` and indices of latents are of the whole dictionary.
+
+    Raises: besides the errors of ``SAE``: ``RankError`` where another process failed or was lost, ``SettingsError`` where processes were
+    called differently.
+    """
+
+    world: Ranks  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def extra_repr(self) -> str:
+        world = self.world
+        return f"{super().extra_repr()}, features {world.start} .. {world.start + world.cuts[-1]} of virtual={world.virtual}"
+
+    def step_inputs(
+        self,
+        op: str,
+        x: Tensor,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        l1: float | None = None,
+        l0: float | None = None,
+        aux: AuxOption = None,
+    ) -> Inputs:
+        """The rows that count of all processes, and this one's features."""
+        own = super().step_inputs(op, x, target, mask, l1, l0, aux)
+        if own.terms.l1:
+            raise ValueError(f"{op}: l1 is not there yet for a sharded SAE, got {own.terms.l1}")
+        self._begin(op, own.x, own.terms, target is None)
+        rows = self.world.gather(own.x)
+        wanted = rows if own.target is own.x else self.world.gather(own.target)
+        return own._replace(x=rows, target=wanted, cast=(rows, own.weights), world=self.world)
+
+    def _begin(self, op: str, rows: Tensor, *more: object) -> None:
+        """Before the first exchange of an operation; nothing is exchanged where this raises."""
+        if self.W_dec.dtype is not torch.float32 or checks.autocasting(rows.device):
+            got = "autocast" if self.W_dec.dtype is torch.float32 else self.W_dec.dtype
+            raise TypeError(f"{op}: a sharded SAE computes in float32, got {got}")
+        self.world.begin(op, rows.shape[0], (self.config(), self.training, *more))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Latents:
+        """``[.., D]`` to latents over all F features, of the rows of this process. BatchTopK selects over the rows of all processes in
+        training mode. Not differentiable."""
+        op, world = "SAE.encode", self.world
+        with world.together(op):
+            self._check_input(op, x)
+            own = self._scale_in(x.reshape(-1, self.d_in))
+            self._begin(op, own)
+            rows, activation = world.gather(own), self.activation
+            weights = self._weights(rows)
+            if isinstance(activation, TopK):
+                k = activation.k
+                found = selection.candidates(rows, weights, k, world)
+                scores, features = selection.unkeyed(selection.merged(found.keys, k, world))
+                values = selection.rectified(scores, activation.relu)
+                return TopKLatents(values.reshape(*x.shape[:-1], k), features.reshape(*x.shape[:-1], k), self.d_sae)
+            slots = encode_slots(rows, weights, activation, world)
+            assert slots.crow is not None
+            counts = slots.crow.diff()
+            each = world.home(counts)  # [processes, own rows]
+            keys = selection.keys(slots.values, slots.indices + world.start).split([int(part.sum()) for part in counts.split(world.rows)])
+            got = torch.cat(world.swap(keys, each.sum(1).tolist()))
+            row = torch.arange(each.shape[1], device=x.device).repeat(len(each)).repeat_interleave(each.reshape(-1))
+            values, col = selection.unkeyed(got[torch.sort(row, stable=True).indices])  # a process's features lie above those before it
+            crow = torch.cat([each.new_zeros(1), each.sum(0).cumsum(0)])
+            return RaggedLatents(values, crow, col, self.d_sae, tuple(x.shape[:-1]))
+
+    @torch.no_grad()
+    def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
+        """Latents of the rows of this process to ``[.., d_out]``. Not differentiable."""
+        op, world = "SAE.decode", self.world
+        with world.together(op):
+            checks.instance(op, "latents", latents, (TopKLatents, RaggedLatents), "TopKLatents or RaggedLatents")
+            if isinstance(latents, RaggedLatents):
+                latents = latents.trim()
+            own = latents.slots.safe(self.d_sae).flat()
+            assert own.crow is not None
+            checks.tensor(op, "latents.values", own.values, (torch.float32,), self.W_dec)
+            self._begin(op, own.crow[1:])
+            counts = world.gather(own.crow.diff())
+            sizes = [int(part.sum()) for part in counts.split(world.rows)]
+            values, features = (world.gather(t, sizes) for t in (own.values, own.indices))
+            mine = (features >= world.start) & (features < world.start + world.cuts[-1])
+            crow = torch.cat([counts.new_zeros(1), mine.cumsum(0)])[torch.cat([counts.new_zeros(1), counts.cumsum(0)])]
+            slots = Slots(values[mine], features[mine] - world.start, crow)
+            y = selection.decode_rows(slots, self.W_dec, world).add_(self.b_dec).reshape(*latents.batch_shape, self.d_out)
+            return y / self.scale[1] if self._scaled else y
+
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        l1: float | None = None,
+        l0: float | None = None,
+        aux: AuxOption = None,
+    ) -> Loss:
+        """As ``SAE.loss``, over the rows of all processes, and the same number on each; detached: gradients are ``step_gradients``'s."""
+        return Loss(*self._step("SAE.loss", x, target, mask, l1, l0, aux)[0][:3])
+
+    def step_gradients(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        l1: float | None = None,
+        l0: float | None = None,
+        aux: AuxOption = None,
+    ) -> tuple[Metrics, dict[str, Gradient]]:
+        """As ``SAE.step_gradients``, of the loss over the rows of all processes; gradients are those of this process's features."""
+        return self._step("SAE.step_gradients", x, target, mask, l1, l0, aux)
+
+    @torch.no_grad()
+    def _step(self, op: str, *arguments: Any) -> tuple[Metrics, dict[str, Gradient]]:
+        with self.world.together(op):
+            return step(self.step_inputs(op, *arguments))
+
+    def init_from(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("SAE.init_from: call it before fastsae.distributed.shard, on every process with the same rows")
+
+    def portable(self) -> Any:
+        raise ValueError("SAE.save: this process holds a part of the features: fastsae.distributed.gathered(sae) is the whole one")
+
+
+def shard(
+    sae: SAE, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None, *, virtual: int | None = None, timeout: float = 120
+) -> SAE:
+    """An SAE like this one whose features lie on the processes of a group, to the same bits on any number of them.
+
+    All processes of the group call it with the same SAE (of the same seed, or of the same file), and then every operation. Features
+    are cut into ``virtual`` ranges of ``ceil(F / virtual)``, the last ones shorter or empty; process r holds the r-th ``1 / n`` of
+    these virtual shards. Selections, latents, reconstructions, losses, gradients, weights, silent counts and thresholds are bit for bit
+    those of any other number of processes, also one, with the same ``virtual`` and the same rows in the order of ranks, however many
+    each has; with the backends "cpu" and "triton", not the reference.
+
+    Args:
+        sae: float32; ``TopK`` or ``BatchTopK``, with AuxK or without. It stays as it is, and is no longer needed.
+        mesh_or_group: of torch.distributed; a mesh has one dimension. None: the default group.
+        virtual: the number of virtual shards, the number of processes n times a power of two (on one process: any). It is part of the
+            result: keep it for a run on other numbers of processes. Default n. With 1, on one process, this is a copy of ``sae``, and the
+            bits are those of an SAE that was never sharded; they differ in rounding from those of more virtual shards.
+        timeout: seconds that a process waits for the others in an exchange.
+
+    Each process reads all rows (``B * D`` numbers, gathered), scores them against its own features, and sends ``8 k + 8`` bytes a row for
+    a selection, ``4 D`` for a reconstruction. Memory beyond the parameters: ``O(B (D + k))``. Nothing is chosen by what one process holds:
+    there is no dense regime, and the pre-bias's gradient always comes by features.
+
+    Parameters are plain tensors of the process's own range: the fused operations take addresses, which a DTensor would only hide, and a
+    DTensor knows no uneven ranges but torch's own.
+
+    Raises: RuntimeError: no process group. TypeError: no SAE, or not float32. ValueError: ``virtual`` does not go with the processes; what
+    is not there yet, by name; processes with different SAEs (``SettingsError``).
+
+    Example:
+        >>> torch.distributed.init_process_group()
+        >>> sae = fastsae.distributed.shard(fastsae.SAE(4096, 2**20, fastsae.TopK(64), seed=0), virtual=8)
+        >>> opt = fastsae.optim.Adam(sae, lr=1e-4, clip=1.0)
+        >>> metrics = opt.step(x)  # x: this process's own tokens; metrics: those of all
+    """
+    op = "shard"
+    if not processes.grouped():
+        raise RuntimeError(f"{op}: there is no process group: call torch.distributed.init_process_group() first")
+    if isinstance(mesh_or_group, DeviceMesh):
+        if mesh_or_group.ndim != 1:
+            raise ValueError(f"{op}: a mesh must have one dimension (more are not there yet), got {mesh_or_group}")
+        mesh_or_group = mesh_or_group.get_group()
+    group = dist.group.WORLD if mesh_or_group is None else mesh_or_group
+    checks.instance(op, "mesh_or_group", group, dist.ProcessGroup, "a DeviceMesh, a ProcessGroup or None")
+    assert group is not None
+    device = sae.W_dec.device if isinstance(sae, SAE) else torch.device("cpu")  # pyright: ignore[reportUnnecessaryIsInstance]
+    world = Ranks(group, timedelta(seconds=checks.number(op, "timeout", timeout)), device)
+    with world.together(op):
+        virtual = world.size if virtual is None else checks.integer(op, "virtual", virtual, 1)
+        each = virtual // world.size
+        if virtual % world.size or (world.size > 1 and each & (each - 1)):
+            raise ValueError(f"{op}: virtual must be the {world.size} processes of the group times a power of two, got {virtual}")
+        checks.instance(op, "sae", sae, SAE, "an SAE")
+        _refuse(op, sae)
+        sums = {name: zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes()) for name, t in sae.state_dict().items()}
+        world.begin(op, 0, {"virtual": virtual, "config": sae.config(), "training": sae.training, "checksums": sums})
+    if virtual == 1:
+        made = SAE.from_config(sae.config(), device=sae.W_dec.device)
+        made.load_state_dict(sae.state_dict())
+        return made.train(sae.training)
+    world.cut(sae.d_sae, virtual)
+    made = ShardedSAE(**arguments(sae.config()), device="meta").train(sae.training)
+    made.world = world
+    own = slice(world.start, world.start + world.cuts[-1])
+    for name, p in sae.named_parameters():
+        part = p.detach()[own] if sharded(world, name) else p.detach()
+        made.register_parameter(name, nn.Parameter(part.clone(), p.requires_grad))
+    for name, buffer in sae.named_buffers():
+        made.register_buffer(name, (buffer[own] if sharded(world, name) else buffer).clone())
+    made.buffers_changed()
+    return made
+
+
+def sharded(world: Ranks, name: str) -> bool:
+    """Whether a parameter or buffer is this process's range of features, not the same on all."""
+    return name not in (*world.replicated, "scale", "running_threshold")
+
+
+def _refuse(op: str, sae: SAE) -> None:
+    """ValueError where a sharded step is not there yet, by name."""
+    for name, missing in {
+        f"{type(sae.activation).__name__} (of the activations TopK and BatchTopK are)": sae.activation.absolute
+        or not isinstance(sae.activation, (TopK, BatchTopK)),
+        "tied": sae.tied,
+        "skip": sae.skip,
+        f"prefixes={sae.prefixes}": sae.prefixes not in (None, [sae.d_sae]),
+        "l1": bool(sae.l1),
+        "a subclass of SAE": type(sae) is not SAE,
+        "an SAE on the meta device": sae.W_dec.is_meta,
+    }.items():
+        if missing:
+            raise ValueError(f"{op}: {name} is not there yet for a sharded SAE")
+    if sae.W_dec.dtype is not torch.float32:
+        raise TypeError(f"{op}: sae must be float32, got {sae.W_dec.dtype}")
+
+
+@torch.no_grad()
+def gathered(sae: SAE) -> SAE | None:
+    """The whole SAE on rank 0 of the group, an ordinary ``SAE`` (``save``, ``save_pretrained``, ``save_checkpoint``), None on the others,
+    from ``shard``'s on all processes. An SAE that is not sharded is returned as it is."""
+    if not isinstance(sae, ShardedSAE):
+        checks.instance("gathered", "sae", sae, SAE, "an SAE")
+        return sae
+    world, state = sae.world, {}
+    with world.together("gathered"):
+        world.begin("gathered", 0, sae.config())
+        for name, t in sae.state_dict().items():
+            if not sharded(world, name):
+                state[name] = t
+                continue
+            to_first = [t, *[t[:0]] * (world.size - 1)]  # nobody else needs room for a whole dictionary
+            state[name] = torch.cat(world.swap(to_first, world.sizes if world.rank == 0 else [0] * world.size))
+    if world.rank:
+        return None
+    made = SAE.from_config(sae.config(), device=sae.W_dec.device).train(sae.training)
+    made.load_state_dict(state)
+    return made

@@ -1,0 +1,124 @@
+"""Selection and decoding where features are sharded: exact, and the same bits whatever the number of processes.
+
+Every process scores all rows against its own features. What is compared across processes is a key of 8 bytes, score and feature, so that
+ties are those of one process: a row's best keys go to the process that owns the row, and its k-th largest comes back. BatchTopK's last
+score is found by radix selection over histograms, which are integers that add.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae._core.world import World, tree
+from fastsae.dispatch import preference, then_any
+from fastsae.latents import Slots
+from fastsae.ops.decode import DECODE
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_TOPK
+from fastsae.sae.losses import Weights
+
+LEAST = -(1 << 63)
+_LAST = 0xFFFFFFFF
+_DIGIT = 11  # bits that a histogram of a radix selection tells apart
+
+
+def keys(scores: Tensor, features: Tensor) -> Tensor:
+    """int64 in the order of a selection: NaN first, then score descending, -0 as +0, then feature ascending."""
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)
+    bits = torch.where(scores.isnan(), 0x7FFFFFFF, torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    return (bits << 32) | (_LAST - features)
+
+
+def unkeyed(key: Tensor) -> tuple[Tensor, Tensor]:
+    """(score, feature) of keys; a score of -0 comes out as +0."""
+    bits = (key >> 32).to(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32), _LAST - (key & _LAST)
+
+
+def rectified(scores: Tensor, relu: bool) -> Tensor:
+    """Scores clamped at 0, by a comparison: which zero ``torch.relu`` returns depends on where an element lies."""
+    return scores.masked_fill(scores <= 0, 0) if relu else scores
+
+
+class Found(NamedTuple):
+    """Best features of this process for every row: (score, feature of its own) and their keys ``[rows, k]``, the last ones LEAST where it
+    has fewer."""
+
+    scores: Tensor
+    indices: Tensor
+    keys: Tensor
+
+
+def candidates(x: Tensor, w: Weights, k: int, world: World, among: Tensor | None = None) -> Found:
+    """What of this process can be among the k best of all; ``among [own features]``: those that take part."""
+    most = min(k, w.W_enc.shape[0] if among is None else int(among.sum()))
+    if most:
+        inputs = (x, w.W_enc, w.b_enc, w.b_pre, None, among, None)
+        scores, indices = ENCODE_TOPK(*inputs, most, False, False, backend=preference(None))
+    else:
+        scores, indices = x.new_empty(x.shape[0], 0), torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+    own = keys(scores, indices + world.start)
+    return Found(scores, indices, torch.nn.functional.pad(own, (0, k - most), value=LEAST))
+
+
+def merged(own: Tensor, k: int, world: World) -> Tensor:
+    """``[own rows, k]``: the largest keys of the rows of this process, descending."""
+    return world.home(own).transpose(0, 1).flatten(1).topk(k, dim=1).values
+
+
+def top_k(x: Tensor, w: Weights, k: int, relu: bool, world: World, among: Tensor | None = None) -> Slots:
+    """Those of each row's k best that are features of this process."""
+    scores, indices, own = candidates(x, w, k, world, among)
+    kept = (own >= world.gather(merged(own, k, world)[:, -1:]))[:, : scores.shape[1]]
+    crow = torch.cat([indices.new_zeros(1), kept.sum(1).cumsum(0)])
+    return Slots(rectified(scores[kept], relu), indices[kept], crow)
+
+
+def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, Tensor]:
+    """Those of the ``int(k * rows)`` largest positive scores of all rows that are features of this process: by score, then row, then
+    feature. And the smallest kept score of all, +inf where there is none."""
+    rows, features = x.shape[0], w.W_enc.shape[0]
+    total = int(k * rows)
+    if most := min(total, rows * features):
+        inputs = (x, w.W_enc, w.b_enc, w.b_pre, None, None, None)
+        values, indices, crow, _ = ENCODE_BATCH_TOPK(*inputs, (most + 0.5) / rows, backend=preference(None))
+    else:
+        values, indices, crow = x.new_empty(0), *(torch.zeros(n, dtype=torch.int64, device=x.device) for n in (0, rows + 1))
+    key = keys(values, indices + world.start)
+    if int(world.count(crow[-1])) > total:
+        row = Slots(values, indices, crow).row_of()
+        score, earlier = key >> 32, rows * world.features - 1 - (row * world.features + indices + world.start)
+        last, left, equal = nth(score, total, 31, world)
+        kept = score >= last
+        if left < equal:
+            among, _, _ = nth(earlier[score == last], left, (rows * world.features).bit_length(), world)
+            kept = (score > last) | ((score == last) & (earlier >= among))
+        values, indices, key = values[kept], indices[kept], key[kept]
+        crow = torch.cat([crow.new_zeros(1), torch.bincount(row[kept], minlength=rows).cumsum(0)])
+    # The least key is the largest of its complements; a process that kept nothing says LEAST.
+    least = ~key.amin(0, keepdim=True) if len(key) else torch.full((1,), LEAST, dtype=torch.int64, device=x.device)
+    least = ~world.each(least).amax()
+    min_kept = torch.where(least == ~LEAST, torch.inf, unkeyed(least)[0])
+    return Slots(values, indices, crow), min_kept
+
+
+def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, int]:
+    """The n-th largest of all processes' integers in ``0 .. 2^bits - 1``, which of its equals it is (from 1), and how many they are."""
+    top = counted = 0
+    for shift in range((bits - 1) // _DIGIT * _DIGIT, -1, -_DIGIT):
+        digits = (integers[integers >> (shift + _DIGIT) == top] >> shift) & ((1 << _DIGIT) - 1)
+        counts = world.count(torch.bincount(digits, minlength=1 << _DIGIT))
+        above = counts.flip(0).cumsum(0).flip(0)
+        digit = int((above >= n).nonzero()[-1])
+        counted = int(counts[digit])
+        n -= int(above[digit]) - counted
+        top = (top << _DIGIT) | digit
+    return top, n, counted
+
+
+def decode_rows(slots: Slots, W: Tensor, world: World) -> Tensor:
+    """``[own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all rows."""
+    partial = DECODE(*slots.by_range(world.cuts), W, None, backend=then_any(preference(None)))
+    return tree(world.home(tree(partial.reshape(len(world.cuts) - 1, slots.rows, W.shape[1]))))

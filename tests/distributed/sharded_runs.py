@@ -1,0 +1,318 @@
+"""What the processes of the tests of ``fastsae.distributed`` do: every configuration on groups of 1, 2, 4 .. of one set of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fastsae
+from fastsae import SAE, AuxK, BatchTopK, TopK
+from fastsae.distributed import RankError, SettingsError, gathered, load_checkpoint, save_checkpoint, shard
+from fastsae.gradients import densify
+from fastsae.optim import Adam, Signum
+from fastsae.sae import selection
+
+D, F, V = 12, 75, 8
+"""75 features in 8 virtual shards of 10: the last one has 5."""
+
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {"activation": TopK(4), "aux": AuxK(6), "dead_after": 90},
+    "batchtopk": {
+        "activation": BatchTopK(3.3, rate=0.2),
+        "aux": AuxK(5, bias=True, denominator="total"),
+        "dead_after": 60,
+        "objective": "fvu",
+    },
+    "signed": {"activation": TopK(3, relu=False), "aux": AuxK(4, relu=False, denominator="tokens", share=False), "dead_after": 40},
+    "transcoder": {"activation": TopK(4), "d_out": 7, "normalise_decoder": True},
+    "few": {"activation": TopK(2), "features": 9, "aux": AuxK(3), "dead_after": 20},  # on 8 processes three have none
+}
+
+
+def build(kind: str) -> SAE:
+    """Features that are equal, and so are their scores, on both sides of the borders of virtual shards."""
+    options = dict(KINDS[kind])
+    features = options.pop("features", F)
+    sae = SAE(D, features, **options, seed=0)
+    with torch.no_grad():
+        for W in (sae.W_enc, sae.W_dec):
+            if features == F:
+                W[[9, 10, 39, 40, 74]] = W[0].clone()
+                W[20] = W[19]
+    return sae
+
+
+def batches(kind: str, steps: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(x, target, mask) of all processes: rows of zeros, rows that are equal, and few enough dimensions for many ties."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        rows = 0 if step == 5 else 17 + step % 9
+        x = (torch.randn(rows, D, generator=generator) * 3).round()
+        target = torch.randn(rows, KINDS[kind]["d_out"], generator=generator) if "d_out" in KINDS[kind] else None
+        mask = torch.rand(rows, generator=generator) < 0.8 if step % 4 == 3 else None
+        if rows:
+            x[step % rows], x[1] = 0, x[2]
+        yield x, target, mask
+
+
+def part(t: Tensor | None, rank: int, size: int, step: int) -> Tensor | None:
+    """The rows of one process: uneven, sometimes none. Cuts of fewer processes are among those of more."""
+    if t is None:
+        return None
+    ends = sorted(torch.randint(0, len(t) + 1, (15,), generator=torch.Generator().manual_seed(step)).tolist())[16 // size - 1 :: 16 // size]
+    bounds = [0, *ends[: size - 1], len(t)]
+    return t[bounds[rank] : bounds[rank + 1]]
+
+
+def optimiser(sae: SAE, kind: str, **options: Any) -> Any:
+    if kind == "signed":
+        return Signum(sae, lr=1e-3, **options)
+    clip = None if kind == "transcoder" else 0.5
+    return Adam(sae, lr=1e-2, clip=clip, weight_decay=0.01, schedule=lambda step: 1 / (1 + 0.1 * step), **options)
+
+
+def digest(tensors: Any) -> str:
+    seen = hashlib.sha256()
+    for t in tensors:
+        seen.update(t.detach().contiguous().numpy().tobytes())
+    return seen.hexdigest()[:16]
+
+
+def train(sae: SAE, opt: Any, kind: str, steps: range, rank: int, size: int) -> list[Tensor]:
+    """The metrics, and the norm, of each step."""
+    seen = []
+    for step, batch in enumerate(batches(kind, steps.stop)):
+        if step in steps:
+            if kind == "batchtopk":
+                sae.k = 3.3 - 0.1 * step if step < 10 else 2.3
+            metrics = opt.step(*(part(t, rank, size, step) for t in batch))
+            norm = getattr(opt, "grad_norm", None)
+            seen.append(torch.stack([m.float() for m in (*metrics, torch.zeros(()) if norm is None else norm)]))
+    return seen
+
+
+class Group:
+    """A group of the first processes, as one of them sees it."""
+
+    def __init__(self, size: int, folder: Path):
+        self.group, self.rank, self.size, self.folder = dist.new_group(list(range(size))), dist.get_rank(), size, folder
+
+    def shard(self, sae: SAE, **options: Any) -> SAE:
+        return shard(sae, self.group, **{"virtual": V, "timeout": 60, **options})
+
+    def all(self, value: Any) -> list[Any]:
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, self.group)
+        return every
+
+
+def trained(group: Group, kind: str, steps: int) -> dict[str, Any]:
+    """Digests of metrics, weights, buffers and the gradients of one batch more."""
+    sae = group.shard(build(kind))
+    opt = optimiser(sae, kind)
+    seen = train(sae, opt, kind, range(steps), group.rank, group.size)
+    whole = gathered(sae)
+    _, gradients = sae.step_gradients(*(part(t, group.rank, group.size, 1) for t in next(batches(kind, 1))))
+    every = group.all((digest([sae.b_dec, gradients["b_dec"], *seen]), {name: densify(g) for name, g in gradients.items()}))
+    assert len({same for same, _ in every}) == 1
+    result = {"metrics": digest(seen), "last": digest(seen[-1:]), "numbers": torch.stack(seen)}
+    for name in gradients:
+        parts = [own[name] for _, own in every]
+        result[f"gradient of {name}"] = digest(parts[:1] if name == "b_dec" else [torch.cat(parts)])
+    return result | ({} if whole is None else {name: digest([t]) for name, t in whole.state_dict().items()})
+
+
+def used(group: Group, kind: str, steps: int) -> dict[str, Any]:
+    """Latents, outputs and losses of the rows of all processes."""
+    sae, result = group.shard(build(kind)), {}
+    opt = optimiser(sae, kind)
+    train(sae, opt, kind, range(3), group.rank, group.size)
+    x, target, _ = list(batches(kind, 2))[1]
+    for training in (True, False):
+        sae.train(training)
+        whole = gathered(sae)
+        own, wanted = part(x, group.rank, group.size, 1), part(target, group.rank, group.size, 1)
+        assert own is not None
+        latents = sae.encode(own.unsqueeze(0))
+        made = sae(own, wanted)
+        loss = sae.loss(own, wanted)
+        x_hat = sae.decode(latents)
+        assert torch.equal(x_hat.squeeze(0), made.x_hat)
+        rows = [torch.cat(parts) for parts in zip(*group.all((latents.to_dense().squeeze(0), made.x_hat, made.squared_error)))]
+        result[training] = [*rows, torch.stack(loss)]
+        if whole is not None:
+            result["state", training], result["x"], result["k"] = whole.state_dict(), x, whole.k
+    return result
+
+
+def resumed(group: Group, kind: str, steps: int) -> dict[str, Any]:
+    """Half on the largest group, saved there, and the rest on every one."""
+    half, folder = steps // 2, group.folder / f"checkpoint-{kind}"
+    sae = group.shard(build(kind))
+    opt = optimiser(sae, kind)
+    extra = load_checkpoint(folder, sae, opt)
+    assert extra == {"note": torch.tensor([1.0, 2.0]).tolist()}
+    seen = train(sae, opt, kind, range(half, steps), group.rank, group.size)
+    whole = gathered(sae)
+    return {} if whole is None else {"last": digest(seen[-1:]), **{k: digest([t]) for k, t in whole.state_dict().items()}}
+
+
+def save_half(group: Group, kind: str, steps: int) -> None:
+    sae = group.shard(build(kind))
+    opt = optimiser(sae, kind)
+    folder = group.folder / f"checkpoint-{kind}"
+    for upto in (range(1), range(1, steps // 2)):  # the second save takes the place of the first
+        train(sae, opt, kind, upto, group.rank, group.size)
+        save_checkpoint(folder, sae, opt, {"note": [1.0, 2.0]})
+    assert sorted(path.name for path in folder.iterdir()) == ["data-2", "manifest.json"]
+
+
+def not_finite(group: Group, kind: str, steps: int) -> dict[str, Any]:
+    """A bad row on the last process alone: all refuse the step, and go on."""
+    sae = group.shard(build(kind))
+    x = next(batches(kind, 1))[0]
+    own = part(x, group.rank, group.size, 0)
+    assert own is not None
+    last = group.rank == group.size - 1
+    bad = torch.cat([own, torch.full((1, D), torch.nan)]) if last else own
+    opt = optimiser(sae, kind)
+    opt.step(own)
+    before = digest(sae.state_dict().values())
+    found = f"row {len(own)} of" if last else "parameters and inputs are finite"
+    raises(FloatingPointError, found, lambda: opt.step(bad))
+    assert digest(sae.state_dict().values()) == before
+    opt.on_nonfinite = "skip"
+    opt.step(bad)
+    assert opt.skipped == 1 and opt.steps == 1 and digest(sae.state_dict().values()) == before
+    opt.step(own)
+    whole = gathered(sae)
+    if last:
+        with torch.no_grad():
+            sae.W_enc[:1] = torch.nan
+    raises(FloatingPointError, "parameter W_enc is not finite" if last else "finite", lambda: opt.step(own))
+    return {} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()}
+
+
+def raises(kind: type[BaseException], text: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind, match=re.escape(text)) as caught:
+        call()
+    assert type(caught.value) is kind
+
+
+def refused(group: Group) -> None:
+    """Errors before the first exchange, and settings that differ, leave everything as it was; all know who failed."""
+    sae, first, x = group.shard(build("topk")), group.rank == 0, torch.ones(3, D)
+    opt = optimiser(sae, "topk")
+    error = ValueError if first else RankError
+    text = "x must have shape" if first else "rank 0 failed in Adam.step: ValueError: SAE.step_gradients: x must have shape"
+    raises(error, text, lambda: opt.step(x[:, :5] if first else x))
+    raises(SettingsError, "must be called alike, got SAE.encode", lambda: sae.encode(x) if first else sae.loss(x))
+    opt.lr = 1.0 if first else 2.0
+    raises(SettingsError, "must be called alike, got Adam.apply, ([1.0", lambda: opt.step(x))
+    opt.lr = 1e-2
+    sae.k = 3 if first else 4
+    raises(SettingsError, "'k': 3", lambda: opt.step(x))
+    sae.k = 4
+    assert opt.steps == 0 and not bool(sae.silent.any())
+    opt.step(x)
+    raises(ValueError, "init_from: call it before", lambda: sae.init_from(x))
+    raises(ValueError, "gathered(sae) is the whole one", lambda: sae.portable())
+    raises(ValueError, "fastsae.distributed.save_checkpoint", lambda: fastsae.save_checkpoint(group.folder / "x.pt", sae))
+    raises(FileNotFoundError, "manifest.json", lambda: load_checkpoint(group.folder / "nowhere", sae, opt))
+    raises(ValueError, "a stack takes whole SAEs", lambda: fastsae.SAEs([sae]))
+
+    raises(ValueError, "virtual must be the", lambda: group.shard(build("topk"), virtual=3 * group.size // 2))
+    raises(SettingsError, "must be called alike", lambda: group.shard(SAE(D, F, TopK(4), seed=group.rank)))
+    raises(SettingsError, "'virtual': 8", lambda: group.shard(build("topk"), virtual=8 if first else 16))
+    error, text = (ValueError, "virtual must") if first else (RankError, "rank 0 failed in shard: ValueError: shard: virtual must be")
+    raises(error, text, lambda: group.shard(build("topk"), virtual=5 if first else 8))
+    for name, options in {
+        "ReLU": {"activation": fastsae.ReLU()},
+        "JumpReLU": {"activation": fastsae.JumpReLU()},
+        "Gated": {"activation": fastsae.Gated()},
+        "tied": {"tied": True},
+        "skip": {"d_out": D, "skip": True},
+        "prefixes=[5, 75]": {"prefixes": [5, F]},
+        "l1": {"l1": 0.1},
+        "meta": {"device": "meta"},
+    }.items():
+        raises(ValueError, f"{name}", lambda options=options: group.shard(SAE(D, F, **{"activation": TopK(4), "seed": 0, **options})))
+    raises(TypeError, "must be float32", lambda: group.shard(build("topk").double()))
+    raises(TypeError, "sae must be", lambda: group.shard(torch.nn.Linear(2, 2)))
+    raises(ValueError, "l1 is not there yet", lambda: sae.loss(x, l1=0.1))
+
+
+def broken(group: Group) -> None:
+    """Within a step: whoever raises leaves, and the others end at once."""
+    sae, start = group.shard(build("batchtopk")), time.monotonic()
+    opt, last = optimiser(sae, "batchtopk"), group.rank == group.size - 1
+    before = digest(sae.state_dict().values())
+    opt.schedule = (lambda step: 1 / step) if last else opt.schedule
+    error = ZeroDivisionError if last else RankError
+    text = "division" if last else f"rank {group.size - 1} failed in Adam.step: ZeroDivisionError"
+    raises(error, text, lambda: opt.step(torch.ones(2, D)))
+    assert digest(sae.state_dict().values()) == before
+    raises(RankError, "this group can do no more", lambda: sae.encode(torch.ones(2, D)))
+    assert time.monotonic() - start < 20, "it took as long as the timeout"
+
+    sae = group.shard(build("topk"), timeout=30)
+    sae.encode(torch.ones(2, D))
+    if last:
+        os._exit(0)  # a process that is lost
+    raises(RankError, "a process was lost, or has not answered within 30 s", lambda: sae.encode(torch.ones(2, D)))
+    assert time.monotonic() - start < 25
+
+
+def counted(group: Group) -> dict[str, float]:
+    """Bytes that a process sends for one selection, a row of the whole batch."""
+    sae: Any = group.shard(build("topk"))
+    rows = torch.randn(16 * group.size, D, generator=torch.Generator().manual_seed(0))
+    with sae.world.together("test"):
+        sae.world.begin("test", 16)
+        before = sae.world.sent
+        selection.top_k(rows, sae._weights(rows), 4, True, sae.world)
+    return {"bytes": (sae.world.sent - before) / len(rows), "most": 8 * 4 + 8}
+
+
+def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=max(sizes), timeout=timedelta(seconds=300))
+    short = 50 if steps > 100 else 7
+    results: dict[Any, Any] = {}
+    groups = [Group(size, folder) for size in sizes]
+    for kind in ("topk", "batchtopk"):
+        save_half(groups[-1], kind, 14)
+    for group in groups:
+        if rank < group.size:
+            for kind in KINDS:
+                results["trained", kind, group.size] = trained(group, kind, steps if kind in ("topk", "batchtopk") else short)
+                if kind in ("topk", "batchtopk"):
+                    results["stopped", kind, group.size] = trained(group, kind, 14)
+                    results["resumed", kind, group.size] = resumed(group, kind, 14)
+            for kind in ("topk", "batchtopk", "few"):
+                results["used", kind, group.size] = used(group, kind, steps)
+            results["not_finite", "topk", group.size] = not_finite(group, "topk", steps)
+            results["counted", "topk", group.size] = counted(group)
+        dist.barrier()
+    refused(groups[-1])
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.barrier()
+    broken(groups[-1])
+    os._exit(0)  # torch would wait for the process that is gone
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), [int(size) for size in sys.argv[2].split(",")], int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))

@@ -1,0 +1,112 @@
+"""The same bits on any number of processes, and errors that reach all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+import torch
+from places import TESTS
+from sharded_runs import KINDS, build, optimiser, train
+from torch import Tensor
+from training_runs import launch
+
+from fastsae import SAE, distributed
+from fastsae._core.world import tree
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+SIZES, STEPS = ([1, 2, 4, 8], 1000) if DEEP else ([1, 2, 4], 15)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """Of one set of processes, whose first ones are the smaller groups."""
+    folder = tmp_path_factory.mktemp("sharded")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"import sys, runpy; sys.path.insert(0, {str(TESTS / 'distributed')!r}); runpy.run_module('sharded_runs', run_name='__main__')"
+    arguments = (",".join(map(str, SIZES)), STEPS, folder, port)
+    processes = [launch(code, rank, *arguments, OMP_NUM_THREADS="1") for rank in range(SIZES[-1])]
+    try:
+        errors = [process.communicate(timeout=3600 if DEEP else 240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_the_same_on_any_number_of_processes(results: dict[Any, Any], kind: str) -> None:
+    first = results["trained", kind, 1]
+    for size in SIZES[1:]:
+        assert {k: v for k, v in results["trained", kind, size].items() if k != "numbers"} == {
+            k: v for k, v in first.items() if k != "numbers"
+        }, size
+    # The same numbers as an SAE that was never sharded, until rounding has been amplified.
+    sae = build(kind)
+    whole = torch.stack(train(sae, optimiser(sae, kind), kind, range(7), 0, 1))
+    torch.testing.assert_close(first["numbers"][:7], whole, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(first["numbers"][:2], whole[:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_a_checkpoint_goes_on_on_any_number_of_processes(results: dict[Any, Any], kind: str) -> None:
+    for size in SIZES:
+        resumed, stopped = results["resumed", kind, size], results["stopped", kind, 1]
+        assert resumed == {name: stopped[name] for name in resumed} and len(resumed) > 5, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "few"])
+def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
+    first = results["used", kind, 1]
+    sae = build(kind)
+    sae.k = first["k"]  # annealed
+    for training in (True, False):
+        sae.load_state_dict(first["state", training])
+        dense, x_hat, error, loss = first[training]
+        for size in SIZES[1:]:
+            assert all(map(torch.equal, first[training], results["used", kind, size][training])), size
+        sae.train(training)
+        assert torch.equal(dense, sae.encode(first["x"]).to_dense())  # the bits of one process
+        exact = dense.double() @ sae.W_dec.double() + sae.b_dec.double()
+        torch.testing.assert_close(x_hat.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(error.double(), (first["x"].double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss, torch.stack(sae.loss(first["x"])).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_refuse_a_step_that_is_not_finite(results: dict[Any, Any]) -> None:
+    assert all(results["not_finite", "topk", size] == results["not_finite", "topk", 1] for size in SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_bytes_of_a_selection(results: dict[Any, Any], size: int) -> None:
+    """8 k to the rows' owners and 8 back, of which the share of one's own rows is not sent."""
+    got = results["counted", "topk", size]
+    assert got["bytes"] == got["most"] * (size - 1) / size
+
+
+def test_what_needs_a_group() -> None:
+    with pytest.raises(RuntimeError, match=r"there is no process group: call torch.distributed.init_process_group"):
+        distributed.shard(build("topk"))
+    sae = build("topk")
+    assert distributed.gathered(sae) is sae
+    with pytest.raises(TypeError, match=r"sae must be what fastsae.distributed.shard returned"):
+        distributed.save_checkpoint("nowhere", sae)
+    assert isinstance(sae, SAE) and sae.world.virtual == 1
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 12])
+def test_a_tree_is_a_sum_and_has_subtrees(n: int) -> None:
+    t = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tree(t).double(), t.double().sum(0))
+    parts: list[Tensor] = list(t.split(4)) if n % 4 == 0 and n else [t]
+    assert torch.equal(tree(torch.stack([tree(part) for part in parts])), tree(t))
