@@ -202,7 +202,7 @@ def test_questions_to_a_match() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "topk", fastsae.ReLU, 3])
 def test_what_is_no_activation(wrong: Any) -> None:
-    message = rf"activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(wrong).__name__}"
+    message = rf"activation must be TopK, AbsTopK, BatchTopK, JumpReLU, ReLU or Gated, got {type(wrong).__name__}"
     rejects(TypeError, message, "reconstruct", activation=wrong)
 
 

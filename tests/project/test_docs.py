@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,20 @@ def test_readme_example_of_another_library() -> None:
     names: dict[str, object] = {}
     exec(compile(next(text for text in EXAMPLES if "entry_points" in text), "README.md", "exec"), names)
     assert names["reason"] is None or "extension" in str(names["reason"])
+
+
+def test_readme_example_of_several_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    names: dict[str, object] = {}
+    try:
+        exec(compile(next(text for text in EXAMPLES if "distributed.shard" in text), "README.md", "exec"), names)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "Metrics(loss=" in capsys.readouterr().out and type(names["whole"]) is fastsae.SAE
 
 
 def test_documents_name_what_exists() -> None:

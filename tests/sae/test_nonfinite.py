@@ -299,7 +299,7 @@ def test_an_answer_that_is_not_waited_for(made: Any, monkeypatch: pytest.MonkeyP
         opt.step(rows(seed=seed))
     fastsae.check()
     opt.step(rows(seed=3))
-    twin = copy.deepcopy((saes, opt.__dict__["lr"]))[0]
+    twin = copy.deepcopy((saes, opt.lr))[0]
     kept = copy.deepcopy((saes.state_dict(), {name: s.buffers for name, s in opt._states.items()}))
     counters = opt.steps, {name: s.step for name, s in opt._states.items()}
     sums = [list(getattr(opt, name)) for name in opt._SUMS]

@@ -295,7 +295,7 @@ def test_copies_keep_the_function(kind: str) -> None:
         (lambda: SAE(4.0, 4), TypeError, "d_in must be an int, got float"),
         (lambda: SAE(4, 8, TopK(9)), ValueError, r"activation.k must be at least 1 and at most 8 .* got 9"),
         (lambda: SAE(4, 8, TopK(0)), ValueError, "activation.k"),
-        (lambda: SAE(4, 8, TopK), TypeError, "activation must be TopK, BatchTopK, JumpReLU, ReLU or Gated, got type"),
+        (lambda: SAE(4, 8, TopK), TypeError, "activation must be TopK, AbsTopK, BatchTopK, JumpReLU, ReLU or Gated, got type"),
         (lambda: SAE(4, 8, BatchTopK(0)), ValueError, "activation.k must be a finite number above 0, got 0"),
         (lambda: SAE(4, 8, BatchTopK(3, rate=0.0)), ValueError, "activation.rate must be a finite number above 0, got 0.0"),
         (lambda: SAE(4, 8, Gated(b_mag=0.5)), TypeError, "activation.b_mag must be a torch.Tensor, got float"),
