@@ -32,7 +32,7 @@ MAIN = SHAPES[0]
 def plain(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[dict[str, Callable[[], object]], str]:
     """Rivals of encode_topk and the name of the floor among them."""
     others: dict[str, Callable[[], object]] = {"torch linear+relu+topk": lambda: torch.nn.functional.linear(x, W, b).relu().topk(k)}
-    if not has_onednn():
+    if not has_onednn(x.dtype):
         return others, ""
     linear = onednn_linear(x, W.contiguous())  # packed outside the timing, so that the layout does not matter to it
     others["oneDNN packed linear+relu+topk"] = lambda: linear("relu", b).topk(k)

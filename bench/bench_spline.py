@@ -31,7 +31,7 @@ def _pack_by_numpy(active: torch.Tensor) -> np.ndarray:
 def _products(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> tuple[dict[str, Callable[[], object]], str]:
     """The layer's product by torch and by oneDNN, and the name of the floor."""
     others: dict[str, Callable[[], object]] = {"torch linear alone": lambda: torch.nn.functional.linear(x, W, b)}
-    if not has_onednn():
+    if not has_onednn(x.dtype):
         return others, "torch linear alone"
     packed = onednn_linear(x, W)
     others["oneDNN product alone"] = lambda: packed("none", None)

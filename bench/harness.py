@@ -65,8 +65,14 @@ def unit_rows(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return value / torch.linalg.vector_norm(value, dim=1, keepdim=True)
 
 
-def has_onednn() -> bool:
-    return DEVICE.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether oneDNN has a product of that dtype on this CPU: of bfloat16 not without AVX-512."""
+    if DEVICE.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        absent("oneDNN, bfloat16", RuntimeError("not on this CPU"))
+        return False
+    return True
 
 
 def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tensor | None], torch.Tensor]:
