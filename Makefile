@@ -81,7 +81,7 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(PIP) --no-deps eai-delphi==0.1.3 asyncer blobfile  # without vllm and bitsandbytes, which its cache does not need
 	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
 	$(PIP) --no-deps circuit-tracer==0.5.0  # its loader of files; the rest of it needs more
-	$(PIP) --no-deps --target $(VENV)/oldest sae-lens==6.49.0
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(VENV)/oldest sae-lens==6.49.0  # not constrained to the newest
 	@touch $@
 
 test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
