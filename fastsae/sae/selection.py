@@ -121,8 +121,8 @@ def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, in
 
 
 def decode_rows(slots: Slots, W: Tensor, world: World, groups: int = 1) -> Tensor:
-    """``[groups, own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all rows
-    of each group."""
+    """``[groups, own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all
+    rows of each group."""
     partial = DECODE(*slots.by_range(world.cuts), W, None, backend=then_any(preference(None)))
     rows = tree(partial.reshape(len(world.cuts) - 1, slots.rows, W.shape[1])).reshape(groups, -1, W.shape[1]).transpose(0, 1)
     return tree(world.home(rows)).transpose(0, 1)
