@@ -39,6 +39,13 @@ class ShardedSAE(SAE):
 
     world: Ranks  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @property
+    def checkpoints(self) -> Any:
+        """What ``Trainer`` writes and reads with, in place of ``fastsae.sae.checkpoints``."""
+        from fastsae.distributed import checkpoints
+
+        return checkpoints
+
     def extra_repr(self) -> str:
         world = self.world
         return f"{super().extra_repr()}, features {world.start} .. {world.start + world.cuts[-1]} of virtual={world.virtual}"

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastsae
-from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer
 from fastsae.distributed import RankError, SettingsError, gathered, load_checkpoint, save_checkpoint, shard
 from fastsae.gradients import densify
 from fastsae.optim import Adam, Signum
 from fastsae.sae import selection
+from fastsae.trainer import linear
 
 D, F, V = 12, 75, 8
 """75 features in 8 virtual shards of 10: the last one has 5."""
@@ -183,6 +184,25 @@ def save_half(group: Group, kind: str, steps: int) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["data-2", "manifest.json"]
 
 
+def looped(group: Group, kind: str) -> dict[str, Any]:
+    """By ``Trainer``, whose second half goes on from a folder."""
+    folder = group.folder / f"trainer-{kind}-{group.size}"
+    rows = torch.randn(120, D, generator=torch.Generator().manual_seed(2)).split(12)
+    own = [part(x, group.rank, group.size, step) for step, x in enumerate(rows)]
+    made = []
+    for stops in ([10], [4, 10]):
+        for number, stop in enumerate(stops):
+            sae = group.shard(build(kind))
+            trainer = Trainer(sae, optimiser(sae, kind), anneal={"k": linear(4, 2, 8)}, checkpoint=folder, every=4, progress=False)
+            data = own[4:] if number else own
+            last = trainer.fit(data, stop, resume=number == 1)
+        whole = gathered(sae)
+        made.append({"last": last, **({} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()})})
+    assert made[0] == made[1]
+    raises(TypeError, "must be fused", lambda: Trainer(sae, torch.optim.Adam(sae.parameters())))
+    return made[0]
+
+
 def not_finite(group: Group, kind: str, steps: int) -> dict[str, Any]:
     """A bad row on the last process alone: all refuse the step, and go on."""
     sae = group.shard(build(kind))
@@ -301,6 +321,7 @@ def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> No
             for kind in ("topk", "batchtopk", "few", "jumprelu", "gated"):
                 results["used", kind, group.size] = used(group, kind, steps)
             results["not_finite", "topk", group.size] = not_finite(group, "topk", steps)
+            results["looped", "topk", group.size] = looped(group, "topk")
             results["counted", "topk", group.size] = counted(group)
         dist.barrier()
     refused(groups[-1])

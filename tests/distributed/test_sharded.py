@@ -90,6 +90,11 @@ def test_all_refuse_a_step_that_is_not_finite(results: dict[Any, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_trainer_s_run_and_its_second_half(results: dict[Any, Any]) -> None:
+    assert all(results["looped", "topk", size] == results["looped", "topk", 1] for size in SIZES)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_of_a_selection(results: dict[Any, Any], size: int) -> None:
     """8 k to the rows' owners and 8 back, of which the share of one's own rows is not sent."""
