@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer
-from fastsae.distributed import RankError, SettingsError, gathered, load_checkpoint, save_checkpoint, shard
+from fastsae.distributed import RankError, Rates, SettingsError, gathered, load_checkpoint, plan, save_checkpoint, shard
 from fastsae.gradients import densify
 from fastsae.optim import Adam, Signum
 from fastsae.sae import selection
@@ -303,6 +303,20 @@ def counted(group: Group) -> dict[str, float]:
     return {"bytes": (sae.world.sent - before) / len(rows), "most": 8 * 4 + 8}
 
 
+def planned(group: Group, kind: str) -> dict[str, float]:
+    """Bytes that a process sends in a step, as counted and as ``plan`` says."""
+    sae: Any = group.shard(build(kind))
+    sae.silent.fill_(1000 if kind == "topk" else 0)
+    opt, n = Adam(sae, lr=1e-3), 8
+    x = torch.randn(n, D, generator=torch.Generator().manual_seed(group.rank))
+    target = torch.randn(n, KINDS[kind]["d_out"]) if "d_out" in KINDS[kind] else None
+    before = sae.world.sent
+    opt.step(x, target)
+    sizes = {"batch": n * group.size, "k": 4, "k_aux": 6 if kind == "topk" else 0, "d_out": KINDS[kind].get("d_out")}
+    found = plan(F, D, tokens=1, rates=Rates(1e9, 1e9, 1e9, 1e-5), ranks=group.size, **sizes)
+    return {"counted": sae.world.sent - before, "planned": found.sent}
+
+
 def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=max(sizes), timeout=timedelta(seconds=300))
@@ -321,6 +335,8 @@ def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> No
             for kind in ("topk", "batchtopk", "few", "jumprelu", "gated"):
                 results["used", kind, group.size] = used(group, kind, steps)
             results["not_finite", "topk", group.size] = not_finite(group, "topk", steps)
+            for kind in ("topk", "transcoder"):
+                results["planned", kind, group.size] = planned(group, kind)
             results["looped", "topk", group.size] = looped(group, "topk")
             results["counted", "topk", group.size] = counted(group)
         dist.barrier()

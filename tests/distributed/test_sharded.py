@@ -102,6 +102,27 @@ def test_bytes_of_a_selection(results: dict[Any, Any], size: int) -> None:
     assert got["bytes"] == got["most"] * (size - 1) / size
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["topk", "transcoder"])
+def test_bytes_of_a_step_are_those_of_the_plan(results: dict[Any, Any], kind: str) -> None:
+    for size in SIZES:
+        found = results["planned", kind, size]
+        assert found["counted"] == found["planned"] and (found["counted"] > 0) is (size > 1), (size, found)
+
+
+def test_a_plan_of_a_large_dictionary() -> None:
+    rates = distributed.Rates(flops=4e14, memory=3e12, network=5e10, latency=2e-5)
+    one, many = (distributed.plan(2**24, 4096, tokens=10**12, rates=rates, ranks=n, k=64) for n in (1, 64))
+    assert one.memory > 1.6e12 > 64e9 > many.memory and one.sent == 0
+    assert one.parameters == 2**24 * (2 * 4096 + 1) + 4096
+    assert many.sent == 63 * (128 * (4 * 4096 + 8 * 64 + 8 + 8 * 4096) + 4 * 4096 + 32)
+    assert one.product == 64 * many.product and one.steps == many.steps == -(-(10**12) // 8192)
+    with pytest.raises(ValueError, match=r"plan: ranks must be"):
+        distributed.plan(64, 8, tokens=1, rates=rates, ranks=0)
+    with pytest.raises(ValueError, match=r"plan: rates.flops must be"):
+        distributed.plan(64, 8, tokens=1, rates=rates._replace(flops=0))
+
+
 def test_what_needs_a_group() -> None:
     with pytest.raises(RuntimeError, match=r"there is no process group: call torch.distributed.init_process_group"):
         distributed.shard(build("topk"))
