@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import math
 import os
@@ -387,15 +389,30 @@ def _by_joblib(
         from joblib import Memory, Parallel, delayed
     except ImportError as error:
         raise ImportError("sweep with workers or keep needs joblib: pip install 'fastsae-kernels[studies]'") from error
-    job: Any = _job if keep is None else Memory(os.fspath(keep), verbose=0).cache(_job)
+    job: Any = _job if keep is None else Memory(os.fspath(keep), verbose=0).cache(_job, ignore=["packed"])
+    data = "" if keep is None else _digest(pickle.loads(content))
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
-    jobs = (delayed(job)(pickle.dumps((content, *group, options))) for group in groups)
+    jobs = (delayed(job)(_digest((data, *group, options)), pickle.dumps((content, *group, options))) for group in groups)
     for packed in Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
         for run in pickle.loads(packed):
             done(run)
 
 
-def _job(packed: bytes) -> bytes:
+def _digest(value: Any) -> str:
+    """Of all that a value holds. (Pickles of tensors hold addresses.)"""
+
+    class Digest(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if not isinstance(obj, Tensor):
+                return None
+            return str(obj.dtype), tuple(obj.shape), hashlib.sha256(obj.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+    Digest(out := io.BytesIO()).dump(value)
+    return hashlib.sha256(out.getvalue()).hexdigest()
+
+
+def _job(of: str, packed: bytes) -> bytes:
+    """Runs of one group; ``of``: the digest of what is packed, by which they are kept."""
     content, size, members, options = pickle.loads(packed)
     return pickle.dumps(_together(pickle.loads(content), size, members, options))
 
