@@ -51,8 +51,8 @@ class Rule(NamedTuple):
 class PursuitWeights(PackedWeights):
     """A dictionary that does not change, with the rounded products of its rows with each other: what makes ``encode_pursuit`` fast.
 
-    A handle as ``fastsae.pack`` makes, accepted by the encoders too. It takes ``F * F`` bytes more, and to make it the work of scoring F rows,
-    which is the price of many calls. Results are the same bits as with the weights themselves. In half precision it gains nothing.
+    A handle as ``fastsae.pack`` makes, accepted by the encoders too. It takes ``F * F`` bytes more, and to make it the work of scoring F
+    rows, which is the price of many calls. Results are the same bits as with the weights. In half precision it gains nothing.
 
     Args:
         W: ``[F, D]``, as for ``fastsae.pack``.
@@ -95,27 +95,34 @@ class _Kept:
         self.gamma, self.w = terms / (1 - terms), weights.squares.amax().sqrt() * (1 + 2 * terms)
         self.scores, self.norm = product(r, W.T), self._norm(r)
         self.error = self.gamma * self.w * self.norm
+        self.block = next(width for width in range(min(128, W.shape[0]), 0, -1) if W.shape[0] % width == 0)
+        self.rounded, self.wide = torch.empty_like(self.scores, dtype=torch.int8), torch.empty_like(self.scores)  # fresh memory is dear
 
     def _norm(self, r: Tensor) -> Tensor:
         return _dots(r, r, self.backend).sqrt() * (1 + 2 * self.gamma)
 
     def subtract(self, r: Tensor, f: Tensor, c: Tensor) -> None:
         w, step, size = self.w, self.weights.steps[f], c.abs()
-        self.scores.addcmul_(self.weights.rounded[f].to(c.dtype), (c * step).unsqueeze(1), value=-1)
+        torch.index_select(self.weights.rounded, 0, f, out=self.rounded)
+        self.scores.addcmul_(self.wide.copy_(self.rounded), (c * step).unsqueeze(1), value=-1)
         self.scores[torch.arange(f.shape[0], device=f.device), f] -= c * self.weights.squares[f]
         self.norm = self._norm(r)
         self.error += size * (step / 2 + self.gamma * w * w) + 8 * self.unit * w * (self.norm + size * w)
 
     def keep(self, live: Tensor) -> None:
         self.scores, self.norm, self.error = self.scores[live], self.norm[live], self.error[live]
+        self.rounded, self.wide = self.rounded[: live.shape[0]], self.wide[: live.shape[0]]
 
     def best(self, select: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """``[rows]``: the feature of each row's largest documented score; ``select(rows, features)`` looks itself."""
-        s = self.scores.abs() if self.absolute else self.scores
+        s = (torch.abs(self.scores, out=self.wide) if self.absolute else self.scores).unflatten(1, (-1, self.block))
         sound = _in_range(self.norm) & _in_range(self.w)  # no squares beyond what float32 holds
         bound = torch.where(sound, self.error + self.gamma * self.w * self.norm, torch.inf)
-        possible = s >= (s.amax(1) - 2.01 * bound).unsqueeze(1)
-        row, feature = possible.nonzero(as_tuple=True)
+        tops = s.amax(2)
+        least = (tops.amax(1) - 2.01 * bound).unsqueeze(1)
+        row, block = (tops >= least).nonzero(as_tuple=True)
+        place, inside = (s[row, block] >= least[row]).nonzero(as_tuple=True)
+        row, feature = row[place], block[place] * self.block + inside
         count = torch.bincount(row, minlength=s.shape[0])
         chosen = torch.empty_like(count)
         chosen[row] = feature  # of several, any: replaced below
@@ -163,12 +170,14 @@ class _Basis:
 
 
 def pursue(x: Tensor, W: Tensor, weights: PackedWeights | None, rule: Rule, backend: str | None) -> tuple[Tensor, ...]:
-    """Of every row ``[rows, k]``: totals of features, in the step at which each was first chosen; the feature of each step (-1: none), its
-    coefficient, and the step at which its feature was first chosen."""
+    """Of every row ``[rows, steps made]``: totals of features, in the step at which each was first chosen; the feature of each step (-1:
+    none), its coefficient, and the step at which its feature was first chosen."""
     kept = isinstance(weights, PursuitWeights) and not rule.orthogonal and x.dtype is weights.steps.dtype
     cost = rule.k * x.shape[1] if rule.orthogonal else 16 * W.shape[0] if kept else 0
     parts = [_pursue(x[rows], W, weights, rule, kept, backend) for rows in chunks(max(x.shape[0], 1), cost, least=64)]
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+    whole = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+    made = int((whole[1] >= 0).any(0).sum())
+    return tuple(part[:, :made] for part in whole)  # no step that no row made
 
 
 def _pursue(x: Tensor, W: Tensor, weights: PackedWeights | None, rule: Rule, keeps: bool, backend: str | None) -> tuple[Tensor, ...]:
