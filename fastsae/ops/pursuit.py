@@ -52,7 +52,7 @@ class PursuitWeights(PackedWeights):
     """A dictionary that does not change, with the rounded products of its rows with each other: what makes ``encode_pursuit`` fast.
 
     A handle as ``fastsae.pack`` makes, accepted by the encoders too. It takes ``F * F`` bytes more, and to make it the work of scoring F
-    rows, which is the price of many calls. Results are the same bits as with the weights. In half precision it gains nothing.
+    rows, which is the price of many calls. Results are the same bits as with the weights. Half precision has no such products, nor a gain.
 
     Args:
         W: ``[F, D]``, as for ``fastsae.pack``.
@@ -64,7 +64,7 @@ class PursuitWeights(PackedWeights):
         super().refresh()
         W = self.weight.detach().to(accumulator(self.weight.dtype))
         self.squares = _dots(W, W, None)
-        F = W.shape[0]
+        F = W.shape[0] if W.dtype is self.weight.dtype else 0
         self.rounded = torch.empty(F, F, dtype=torch.int8, device=W.device)
         """``[F, F]``: products in steps of their row's; 0 on the diagonal."""
         self.steps = W.new_empty(F)
@@ -74,6 +74,11 @@ class PursuitWeights(PackedWeights):
             self.steps[rows] = products.abs().amax(1).clamp_min(torch.finfo(W.dtype).tiny) / 127
             self.rounded[rows] = products.div_(self.steps[rows, None]).round_().to(torch.int8)
         return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form and of the products."""
+        return super().nbytes + self.rounded.numel()
 
 
 # ---------------------------------------------------------------- forward
@@ -258,7 +263,7 @@ class _Pursue(torch.autograd.Function):
             s = torch.linalg.solve(M + torch.diag_embed((~passes).to(c.dtype)), g)
         else:
             s = torch.linalg.solve_triangular(M.tril(-1).mT, g, upper=True, unitriangular=True)
-        share = s @ c.unsqueeze(1)
+        share = s * c.unsqueeze(1)
         share = share if ctx.orthogonal else share.tril(-1)
         dx = product(s.mT, atoms)[:, 0].to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:

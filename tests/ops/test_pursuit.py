@@ -57,7 +57,7 @@ def by_hand(x: Tensor, W: Tensor, rule: pursuit.Rule) -> tuple[dict[int, float],
 
 @given(data=st.data())
 def test_against_float64_and_the_same_bits_whatever_the_weights(data: st.DataObject) -> None:
-    rows, D = data.draw(st.integers(1, 70)), data.draw(st.sampled_from([3, 16, 33, 80]))
+    rows, D = data.draw(st.sampled_from([1, 2, 7, 24])), data.draw(st.sampled_from([3, 16, 33, 80]))
     F = data.draw(st.sampled_from([2, 31, 128, 300]))
     steps, tolerance = data.draw(st.sampled_from([1, 2, 9])), data.draw(st.sampled_from([0.0, 1.0, 3.0]))
     rule = pursuit.Rule(steps, tolerance, *data.draw(st.tuples(*[st.booleans()] * 3)))
@@ -153,6 +153,7 @@ def test_half_precision_keeps_the_residual_in_float32(dtype: torch.dtype) -> Non
     W, x = rows_of(1, 300, 64, unit=True).to(dtype), rows_of(2, 20, 64).to(dtype)
     got = encode_pursuit(x, W, k=12)
     same_bits(encode_pursuit(x, PursuitWeights(W), k=12), got)
+    assert PursuitWeights(W).nbytes == fastsae.pack(W).nbytes == PursuitWeights(W.float()).nbytes - 300 * 300
     wide = encode_pursuit(x.float(), W.float() / W.float().norm(dim=1, keepdim=True), k=12)
     left = [(x.float() - latents.to_dense().float() @ W.float()).norm() for latents in (got, wide)]
     assert got.values.dtype is dtype and float(left[0]) < 1.02 * float(left[1])
