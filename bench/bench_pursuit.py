@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastsae
-from bench.harness import absent, name, normal, shapes, unit_rows
+from bench.harness import name, normal, optional, shapes, unit_rows
 from fastsae.sae import PursuitWeights, encode_pursuit
 
 SHAPES = shapes([(256, 768, 24576, 32)], [(32, 64, 2048, 8)])
@@ -32,19 +32,17 @@ def test_pursuit(shape: tuple[int, int, int, int], weights: Callable[..., Any], 
             fastsae.encode_topk(x, packed, k=1)
 
     others: dict[str, Callable[[], object]] = {"k packed encodes": encodes}
-    try:
-        from sae_lens.saes.matching_pursuit_sae import _encode_matching_pursuit as theirs
-    except ImportError as error:
-        absent("SAELens", error)
-    else:
-        others["SAELens"] = lambda: theirs(x, W, TOLERANCE, k, True)
+    theirs = optional("sae_lens.saes.matching_pursuit_sae", "sae-lens")
+    if theirs is not None:
+        others["SAELens"] = lambda: theirs._encode_matching_pursuit(x, W, TOLERANCE, k, True)
 
     def verify() -> None:
         few = encode_pursuit(x[:8], W, k=k, tolerance=TOLERANCE)
         got = ours()
         assert torch.equal(few.values, got.values[: few.values.numel()]) and torch.equal(few.col, got.col[: few.col.numel()])
-        if "SAELens" in others:
-            torch.testing.assert_close(theirs(x[:8], W, TOLERANCE, k, True), few.to_dense(), rtol=1e-4, atol=1e-4)
+        if theirs is not None:
+            same = theirs._encode_matching_pursuit(x[:8], W, TOLERANCE, k, True)
+            torch.testing.assert_close(same, few.to_dense(), rtol=1e-4, atol=1e-4)
 
     with torch.no_grad():
         compare(f"encode_pursuit {'frozen' if weights is PursuitWeights else 'packed'}", name(shape), ours, others, verify)
