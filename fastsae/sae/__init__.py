@@ -5,12 +5,30 @@ inputs       what one loss is computed from, made once by the module
 autograd     its loss through autograd              step: its gradients by hand, over slots      tiles: both where latents are dense
 losses       the terms, shared by all of them       activations, reconstruction
 stack        SAEs: several in one step              checkpoints: what training goes on from
+
+``encode_pursuit`` and its ``PursuitWeights`` are of ``fastsae.ops.pursuit``: latents found one after the other.
 """
 
+from fastsae.ops.pursuit import PursuitWeights, encode_pursuit
 from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.sae.losses import AuxK, Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
 from fastsae.sae.stack import SAEs
 
-__all__ = ["SAE", "AbsTopK", "Activation", "AuxK", "BatchTopK", "Gated", "JumpReLU", "Metrics", "ReLU", "Reconstruction", "SAEs", "TopK"]
+__all__ = [
+    "SAE",
+    "AbsTopK",
+    "Activation",
+    "AuxK",
+    "BatchTopK",
+    "Gated",
+    "JumpReLU",
+    "Metrics",
+    "PursuitWeights",
+    "ReLU",
+    "Reconstruction",
+    "SAEs",
+    "TopK",
+    "encode_pursuit",
+]
