@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,20 @@ from fastsae.reference import accumulator
 from fastsae.sae import tiles
 from fastsae.sae.activations import Gated
 from fastsae.sae.inputs import Inputs
-from fastsae.sae.losses import AuxK, Loss, Pass, aux_denominator, combine, dead_share, features, fired, quotient, squares
+from fastsae.sae.losses import (
+    AuxK,
+    Loss,
+    Pass,
+    aux_denominator,
+    combine,
+    dead_share,
+    features,
+    fired,
+    part_norms,
+    quotient,
+    squares,
+    unranked,
+)
 
 
 def loss(inputs: Inputs) -> Loss:
@@ -36,7 +51,7 @@ def _forward(inputs: Inputs) -> Pass:
         frozen = decode(penalised, w.W_dec.detach(), w.b_dec.detach())
     magnitude = None
     if terms.l1:
-        norms = torch.linalg.vector_norm(w.W_dec, dim=1)
+        norms = part_norms(w.W_dec, w.layers).sum(1).to(w.W_dec.dtype)
         feature = features(penalised)
         # Of the two gathers, the one whose backward adds in a fixed order on this device.
         weights = norms[feature] if norms.is_cuda else norms.index_select(0, feature.flatten()).view_as(feature)
@@ -60,7 +75,9 @@ def _aux(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | Non
     if k == 0 or x.shape[0] == 0:
         return None
     absolute = inputs.activation.absolute
-    latents = encode_topk(x, w.W_enc, w.b_enc, k=k, b_pre=w.b_pre, features=dead, relu=aux.relu, absolute=absolute)
+    b_enc, b_pre, scale = w.ranking
+    latents = encode_topk(x, w.W_enc, b_enc, k=k, b_pre=b_pre, scale=scale, features=dead, relu=aux.relu, absolute=absolute)
+    latents = replace(latents, values=unranked(latents.values, latents.indices, scale))
     e_hat = decode(latents, w.W_dec, w.b_dec if aux.bias else None)
     wide = accumulator(x_hat.dtype)
     residual = (inputs.target.to(wide) - x_hat.to(wide)).detach()

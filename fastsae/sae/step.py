@@ -34,11 +34,14 @@ from fastsae.sae.losses import (
     Terms,
     Weights,
     aux_denominator,
+    by_parts,
     combine,
     dead_share,
     fired,
+    part_norms,
     quotient,
     spread,
+    unranked,
 )
 
 
@@ -65,7 +68,8 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation, world: World = A
         return Slots(*found, found.values > 0 if activation.relu else ~found.values.isnan())
     if isinstance(activation, TopK):
         rule = int(activation.k), activation.relu, activation.absolute
-        values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, *rule, backend=backend)
+        values, indices = ENCODE_TOPK(x, w.W_enc, *w.ranking, None, None, *rule, backend=backend)
+        values = unranked(values, indices, w.rank)
         return Slots(values, indices, None, values > 0 if activation.relu else ~values.isnan())
     if w.r_mag is not None:
         values, col, crow = ENCODE_GATED(x, w.W_enc, w.b_gate, w.r_mag, w.b_mag, w.b_pre, None, backend=backend)
@@ -75,14 +79,18 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation, world: World = A
         if world.virtual > 1:
             found, min_kept = selection.batch_top_k(x, w, k, world)
             return Slots(*found, ~found.values.isnan(), min_kept=min_kept)
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, k, backend=backend)
+        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, *w.ranking, None, None, k, backend=backend)
+        values = unranked(values, col, w.rank)
         return Slots(values, col, crow, ~values.isnan(), min_kept=min_kept)
     assert w.threshold is not None
-    return _threshold_slots(x, w, w.b_enc, w.threshold, w.bandwidth)
+    found = _threshold_slots(x, w, w.ranking[0], w.threshold, w.bandwidth, w.rank)
+    return found._replace(values=unranked(found.values, found.indices, w.rank))
 
 
-def _threshold_slots(x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor, bandwidth: float | None) -> Slots:
-    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, w.b_pre, None, None, None, threshold, bandwidth, backend=preference(None))
+def _threshold_slots(
+    x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor, bandwidth: float | None, scale: Tensor | None = None
+) -> Slots:
+    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, w.b_pre, scale, None, None, threshold, bandwidth, backend=preference(None))
     values, col, crow, flags = outputs
     if bandwidth is None:
         return Slots(values, col, crow, ~values.isnan())
@@ -206,7 +214,8 @@ class SlotPass:
             self.gate = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
             frozen = DECODE(gate.values, gate.indices, gate.crow, w.W_dec, w.b_dec.to(w.W_dec.dtype), backend=self.backend)
         self.penalised = self.gate or self.slots
-        self.norm = torch.linalg.vector_norm(w.W_dec, dim=1, dtype=self.wide) if terms.l1 else None
+        self.norms = part_norms(w.W_dec, w.layers) if terms.l1 else None
+        self.norm = None if self.norms is None else self.norms.sum(1)
         magnitude = None
         if self.norm is not None:
             magnitude = (self.penalised.values.to(self.wide).abs() * self.norm[self.penalised.indices.long()]).sum()
@@ -225,12 +234,12 @@ class SlotPass:
         dgate = None
         if gate is not None and dfrozen is not None:
             dgate = DECODE_DVALUES(dfrozen, gate.indices, gate.crow, w.W_dec, backend=self.backend)
-        if self.norm is not None:
+        if self.norm is not None and self.norms is not None:
             values, indices = self.penalised.values, self.penalised.indices
             slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
             sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
-            grad.add("W_dec", shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
+            grad.add("W_dec", shrinking(l1 * quotient(sums.unsqueeze(1), self.norms), w.W_dec, self.norms))
         if gate is None or dgate is None:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend, world=self.world)
         else:
@@ -279,9 +288,9 @@ def _ranges(world: World, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
-    """``factor[f] * W[f]``, where ``norm[f]`` is that of ``W[f]``: what a penalty on a row's norm gives it."""
+    """``factor[f, l]`` times part l of ``W[f]``, whose norm is ``norm[f, l]``: what a penalty on its parts' norms gives a row."""
     size = torch.linalg.vector_norm(factor * norm)
-    return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)
+    return TiledGradient(lambda part: by_parts(factor[part], W[part]).to(W.dtype), W.shape[0], size=size)
 
 
 def _aux(
@@ -295,7 +304,8 @@ def _aux(
     if world.virtual > 1:
         slots = selection.top_k(x, w, k, aux.relu, world, dead)
     else:
-        slots = latents.Slots(*ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, None, k, aux.relu, absolute, backend=backend))
+        values, indices = ENCODE_TOPK(x, w.W_enc, *w.ranking, dead, None, k, aux.relu, absolute, backend=backend)
+        slots = latents.Slots(unranked(values, indices, w.rank), indices, None)
     values, indices, crow = slots
     e_hat = decoded(slots, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, world).to(wide)
     residual = target.to(wide) - x_hat.to(wide)
