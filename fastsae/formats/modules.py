@@ -56,7 +56,7 @@ def load(make: Callable[..., M], folder: str | os.PathLike[str], device: torch.d
     """``SAE.load``, and the ``more`` that was written beside."""
     try:
         loaded = pretrained.read(folder, "fastsae", common.Options())
-        return _made(make, loaded, None, device), loaded.more
+        return made(make, loaded, None, device), loaded.more
     except ValueError as error:
         raise ValueError(f"SAE.load: {folder} is not a folder that SAE.save wrote: {error}") from error
 
@@ -120,12 +120,12 @@ def from_pretrained(
     else:
         path = Path(source, subfolder) if subfolder else Path(source)
     try:
-        return _made(make, pretrained.read(path, format, options), options.dtype, device)
+        return made(make, pretrained.read(path, format, options), options.dtype, device)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from error
 
 
-def _made(make: Callable[..., M], loaded: common.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> M:
+def made(make: Callable[..., M], loaded: common.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> M:
     """The module, in evaluation mode, that has these tensors as its parameters, without a copy where dtype and device are theirs."""
     config, tensors, more = loaded
     exact = ("running_threshold",)
@@ -133,7 +133,7 @@ def _made(make: Callable[..., M], loaded: common.Loaded, dtype: torch.dtype | No
         dtype = dtype or tensors["W_dec"].dtype
         tensors = {name: tensor.to(device=device, dtype=tensor.dtype if name in exact else dtype) for name, tensor in tensors.items()}
         # On the meta device, so that no size that a configuration claims is ever allocated.
-        sae = make(config, dtype=dtype, device="meta")
+        sae: Any = make(config, dtype=dtype, device="meta")
         W = tensors["W_dec"]
         if W.dim() != 2 or tuple(W.shape) != (sae.d_sae, sae.d_out):
             raise ValueError(f"W_dec must have shape [F={sae.d_sae}, {sae.d_out}], got {list(W.shape)}")

@@ -4,13 +4,31 @@ module       SAE: parameters, latents and back      config, init, packing, proce
 inputs       what one loss is computed from, made once by the module
 autograd     its loss through autograd              step: its gradients by hand, over slots      tiles: both where latents are dense
 losses       the terms, shared by all of them       activations, reconstruction
+crosscoder, cross_layer: SAEs over several layers, or one for each
 stack        SAEs: several in one step              checkpoints: what training goes on from
 """
 
 from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.sae.cross_layer import CrossLayerTranscoder
+from fastsae.sae.crosscoder import Crosscoder
 from fastsae.sae.losses import AuxK, Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
 from fastsae.sae.stack import SAEs
 
-__all__ = ["SAE", "AbsTopK", "Activation", "AuxK", "BatchTopK", "Gated", "JumpReLU", "Metrics", "ReLU", "Reconstruction", "SAEs", "TopK"]
+__all__ = [
+    "SAE",
+    "AbsTopK",
+    "Activation",
+    "AuxK",
+    "BatchTopK",
+    "CrossLayerTranscoder",
+    "Crosscoder",
+    "Gated",
+    "JumpReLU",
+    "Metrics",
+    "ReLU",
+    "Reconstruction",
+    "SAEs",
+    "TopK",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from fastsae.ops.decode import decode
@@ -30,19 +29,18 @@ from fastsae.sae.losses import (
 
 
 def loss(inputs: Inputs) -> Loss:
-    if inputs.dense:
-        with inputs.autocast_off:
-            run = tiles.forward(*inputs.cast, bool(inputs.terms.l1))
-        run = run if inputs.terms.l0 else run._replace(counted=None)
-    else:
-        run = _forward(inputs)
+    run = forward(inputs)
     dead = inputs.observe(run)
-    term = None if inputs.terms.aux is None else _aux(inputs, run.x_hats[-1], dead, inputs.terms.aux)
+    term = None if inputs.terms.aux is None else aux_term(inputs, run.x_hats[-1], dead, inputs.terms.aux)
     return combine(run, inputs.target, inputs.terms, inputs.objective, term)
 
 
-def _forward(inputs: Inputs) -> Pass:
-    """The pass over latents."""
+def forward(inputs: Inputs) -> Pass:
+    """The pass over latents, or over tiles."""
+    if inputs.dense:
+        with inputs.autocast_off:
+            run = tiles.forward(*inputs.cast, bool(inputs.terms.l1))
+        return run if inputs.terms.l0 else run._replace(counted=None)
     x, w, terms = inputs.x, inputs.weights, inputs.terms
     latents, counted, min_kept = inputs.encode(x)
     penalised, frozen = latents, None
@@ -68,7 +66,7 @@ def _forward(inputs: Inputs) -> Pass:
     )
 
 
-def _aux(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | None:
+def aux_term(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | None:
     """The AuxK term before its coefficient. Waits for the number of dead features."""
     x, w = inputs.x, inputs.weights
     k, share = dead_share(aux, x.shape[1], int(dead.sum()))

@@ -17,7 +17,7 @@ from fastsae.latents import Latents
 from fastsae.sae.activations import BatchTopK, Gated, Kind, L, TopK
 from fastsae.sae.config import arguments
 from fastsae.sae.inputs import Encoded, Inputs
-from fastsae.sae.losses import AuxK, AuxOption, Weights, features, part_norms, ratio, spread, squares, unranked
+from fastsae.sae.losses import AuxK, AuxOption, Weights, features, layer_fvu, part_norms, squares, unranked
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
 
@@ -164,10 +164,7 @@ class Crosscoder(SAE[L]):
     @torch.no_grad()
     def fvu(self, x: Tensor) -> Tensor:
         """``[L]``: each layer's fraction of variance unexplained, ``sum (x - x_hat)^2 / sum (x - mean x)^2`` over rows; 0/0 = 0."""
-        wanted = self._parts(self._flat("Crosscoder.fvu", "x", x)).flatten(0, -3)
-        error = squares(self(x).x_hat.reshape(wanted.shape), wanted).sum((0, 2))
-        each = [ratio(error[number], *spread(wanted[:, number])) for number in range(self.n_layers)]
-        return torch.stack(each)
+        return layer_fvu(self(x).x_hat, self._parts(self._flat("Crosscoder.fvu", "x", x)))
 
     # ------------------------------------------------------------ files
 

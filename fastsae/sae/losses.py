@@ -149,6 +149,13 @@ def ratio(a: Tensor, b: Tensor, noise: Tensor) -> Tensor:
     return torch.where((b == 0) & (a <= noise), 0, a / b)
 
 
+def layer_fvu(x_hat: Tensor, x: Tensor) -> Tensor:
+    """``[L]``: of ``[.., L, D]`` each layer's fraction of variance unexplained over all rows, 0/0 = 0."""
+    x = x.reshape(-1, *x.shape[-2:])
+    error = squares(x_hat.reshape(x.shape), x).sum((0, 2))
+    return torch.stack([ratio(error[number], *spread(x[:, number])) for number in range(x.shape[1])])
+
+
 def quotient(a: Tensor, b: Tensor) -> Tensor:
     """``a / b``, 0 where ``b`` is, also in the gradient: the slope of a norm, an AuxK term of a single token."""
     return torch.where(b == 0, 0, a / torch.where(b == 0, 1.0, b))  # a NaN stays one

@@ -132,7 +132,7 @@ class Groups:
         return grouped if self.order is None else torch.empty_like(grouped).index_copy_(0, self.order, grouped).reshape(like.shape)
 
 
-class _Sum:
+class Sum:
     """Gradients by parameter name, added up."""
 
     def __init__(self) -> None:
@@ -161,8 +161,7 @@ def step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None = None) -> tuple[Me
 def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics, dict[str, Gradient]]:
     (x, w), target, terms = inputs.cast, inputs.target, inputs.terms
     P, wide, tokens, world = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1), inputs.world
-    this = tiles.TilePass(x, w, bool(terms.l1)) if inputs.dense else SlotPass(inputs.activation, x, w, terms, world)
-    run = this.run._replace(counted=this.run.active.to(wide) if terms.l0 else None)
+    this, run = forward(inputs)
     dead = inputs.observe(run)
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
@@ -175,33 +174,44 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     G = (grads if P == 1 else running_sums(grads.flip(0)).flip(0)).to(w.W_dec.dtype)
     dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
 
-    grad = _Sum()
+    grad = Sum()
     grad.add("b_dec", world.row_sum(G[0]))
     if w.skip is not None:
         grad.add("W_skip", product(G[0].T, x))
     rates = terms.l1 / tokens, terms.l0 / tokens
-    if isinstance(this, tiles.TilePass):
-        _dense_backward(grad, this, G, dfrozen, *rates)
-    else:
-        this.backward(grad, G, dfrozen, *rates)
-    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
+    backward(grad, this, G, dfrozen, *rates)
+    aux = None if terms.aux is None else aux_step(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
     loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole)
     return Metrics(loss, fvu, l0, world.count(dead.sum()), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
 
 
-def _dense_backward(grad: _Sum, run: tiles.TilePass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
-    for name, vector in run.begin(G, dfrozen, l1, l0).items():
+def forward(inputs: Inputs, slots: Slots | None = None) -> tuple[tiles.TilePass | SlotPass, Pass]:
+    """What ``backward`` goes back through, and what the loss needs; ``slots``: the latents, where they are known."""
+    (x, w), terms = inputs.cast, inputs.terms
+    if inputs.dense:
+        this = tiles.TilePass(x, w, bool(terms.l1))
+    else:
+        this = SlotPass(encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots, x, w, terms, inputs.world)
+    return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)) if terms.l0 else None)
+
+
+def backward(grad: Sum, this: tiles.TilePass | SlotPass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+    """Adds the gradients of all but b_dec; ``G [P, rows, d_out]``, ``l1`` and ``l0`` divided by the number of tokens."""
+    if isinstance(this, SlotPass):
+        this.backward(grad, G, dfrozen, l1, l0)
+        return
+    for name, vector in this.begin(G, dfrozen, l1, l0).items():
         grad.add("b_dec" if name == "b_pre" else name, vector)
-    for name, gradient in zip(("W_enc", "W_dec"), run.weights()):
+    for name, gradient in zip(("W_enc", "W_dec"), this.weights()):
         grad.add(name, gradient)
 
 
 class SlotPass:
     """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
 
-    def __init__(self, activation: Activation, x: Tensor, w: Weights, terms: Terms, world: World):
+    def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World):
         self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
-        self.slots = encode_slots(x, w, activation, world)
+        self.slots = slots
         self.groups = Groups.of(self.slots, w.prefixes, x.shape[0])
         groups = self.groups
         partial = decoded(latents.Slots(groups.values, groups.indices, groups.crow), w.W_dec, None, world).to(self.wide)
@@ -223,7 +233,7 @@ class SlotPass:
         active = world.count((self.slots.values != 0).sum())
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
 
-    def backward(self, grad: _Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+    def backward(self, grad: Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
         """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
         x, w, slots, gate, groups, n_features = self.x, self.w, self.slots, self.gate, self.groups, self.w.W_enc.shape[0]
         xc = _centred(x, w)
@@ -255,7 +265,7 @@ def _centred(x: Tensor, w: Weights) -> Tensor:
 
 
 def _through_scores(
-    grad: _Sum,
+    grad: Sum,
     slots: Slots,
     dvalues: Tensor,
     x: Tensor,
@@ -293,8 +303,8 @@ def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
     return TiledGradient(lambda part: by_parts(factor[part], W[part]).to(W.dtype), W.shape[0], size=size)
 
 
-def _aux(
-    grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool, world: World
+def aux_step(
+    grad: Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool, world: World
 ) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
     k, share = dead_share(aux, x.shape[1], int(world.count(dead.sum())))
