@@ -131,7 +131,12 @@ def measure(side: str, shape: Shape, steps: int) -> dict[str, float]:
         busy.append(time.process_time() - began[1])
     extra = extra_megabytes(lambda: built.step(*batch))
     held = 3 * sum(t.numel() for t in built.weights.values()) * 4 / 2**20
-    return {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(busy), "extra_mb": -1.0 if extra is None else extra, "held_mb": held}
+    return {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(busy),
+        "extra_mb": -1.0 if extra is None else extra,
+        "held_mb": held,
+    }
 
 
 def main() -> None:
