@@ -54,6 +54,22 @@ def _finish(canvas: Any, axes: Any, path: str | os.PathLike[str]) -> None:
     files.replace_figure(path, canvas, dpi=150)
 
 
+def relative_norms(shares: Tensor, path: str | os.PathLike[str], labels: Sequence[str] = (), bins: int = 50) -> None:
+    """How a crosscoder's features share their decoder norms: ``shares [F, L]`` of ``compare.relative_norms``, a curve a layer (of two
+    models the second's alone: the first's is its mirror image); ``labels``: the layers' names."""
+    canvas, axes = figure(figsize=(7, 4))
+    n = shares.shape[1]
+    for layer in range(n == 2, n):
+        counts, edges = torch.histogram(shares[:, layer].float().cpu(), bins, range=(0.0, 1.0))
+        axes.stairs(
+            counts.numpy(), edges.numpy(), fill=n == 2, alpha=0.6 if n == 2 else 1, label=labels[layer] if labels else f"layer {layer}"
+        )
+    axes.axvline(1 / n, color="0.5", lw=1, ls=":")
+    axes.set(xlabel="share of the feature's decoder norms", ylabel="features", title="Relative decoder norms", xlim=(0, 1))
+    axes.legend(frameon=False)
+    _finish(canvas, axes, path)
+
+
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike[str]) -> None:
     """Fraction of variance unexplained over steps: of the batches as lines, of held-out data (where a step has it) as points.
 

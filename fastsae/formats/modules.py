@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,11 +27,6 @@ class Module(Protocol):
 
     def portable(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, configuration), the normalisation folded in, no memory shared between tensors."""
-        ...
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device | str | None) -> Any:
-        """A fresh module of a configuration; KeyError, TypeError or ValueError where it is none."""
         ...
 
 
@@ -57,11 +52,11 @@ def save(sae: Module, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def load(kind: type[M], folder: str | os.PathLike[str], device: torch.device | str | None) -> tuple[M, dict[str, Any]]:
+def load(make: Callable[..., M], folder: str | os.PathLike[str], device: torch.device | str | None) -> tuple[M, dict[str, Any]]:
     """``SAE.load``, and the ``more`` that was written beside."""
     try:
         loaded = pretrained.read(folder, "fastsae", common.Options())
-        return _made(kind, loaded, None, device), loaded.more
+        return made(make, loaded, None, device), loaded.more
     except ValueError as error:
         raise ValueError(f"SAE.load: {folder} is not a folder that SAE.save wrote: {error}") from error
 
@@ -77,7 +72,7 @@ def save_stack(members: Sequence[Module], folder: str | os.PathLike[str]) -> Pat
     return folder
 
 
-def load_stack(kind: type[M], folder: str | os.PathLike[str], device: torch.device | str | None) -> list[M]:
+def load_stack(make: Callable[..., M], folder: str | os.PathLike[str], device: torch.device | str | None) -> list[M]:
     """The members of ``SAEs.load``."""
     folder = Path(folder)
     numbers = sorted(int(part.name) for part in folder.iterdir() if part.name.isdecimal())
@@ -85,7 +80,7 @@ def load_stack(kind: type[M], folder: str | os.PathLike[str], device: torch.devi
         raise ValueError(f"SAEs.load: {folder} must hold the folders 0, 1, .., got {numbers}")
     members, first = list[M](), None
     for number in numbers:
-        member, more = load(kind, folder / str(number), device)
+        member, more = load(make, folder / str(number), device)
         stack = more.get("stack")  # of files from before there was one: None in all
         first = stack if number == 0 else first
         if stack != (first and [first[0], number, first[2]]):
@@ -99,7 +94,7 @@ def load_stack(kind: type[M], folder: str | os.PathLike[str], device: torch.devi
 
 
 def from_pretrained(
-    kind: type[M],
+    make: Callable[..., M],
     source: Any,
     format: pretrained.Format | None,  # noqa: A002
     subfolder: str | None,
@@ -125,12 +120,12 @@ def from_pretrained(
     else:
         path = Path(source, subfolder) if subfolder else Path(source)
     try:
-        return _made(kind, pretrained.read(path, format, options), options.dtype, device)
+        return made(make, pretrained.read(path, format, options), options.dtype, device)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from error
 
 
-def _made(kind: type[M], loaded: common.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> M:
+def made(make: Callable[..., M], loaded: common.Loaded, dtype: torch.dtype | None, device: torch.device | str | None) -> M:
     """The module, in evaluation mode, that has these tensors as its parameters, without a copy where dtype and device are theirs."""
     config, tensors, more = loaded
     exact = ("running_threshold",)
@@ -138,7 +133,7 @@ def _made(kind: type[M], loaded: common.Loaded, dtype: torch.dtype | None, devic
         dtype = dtype or tensors["W_dec"].dtype
         tensors = {name: tensor.to(device=device, dtype=tensor.dtype if name in exact else dtype) for name, tensor in tensors.items()}
         # On the meta device, so that no size that a configuration claims is ever allocated.
-        sae = kind.from_config(config, dtype=dtype, device="meta")
+        sae: Any = make(config, dtype=dtype, device="meta")
         W = tensors["W_dec"]
         if W.dim() != 2 or tuple(W.shape) != (sae.d_sae, sae.d_out):
             raise ValueError(f"W_dec must have shape [F={sae.d_sae}, {sae.d_out}], got {list(W.shape)}")

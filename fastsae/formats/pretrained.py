@@ -470,15 +470,20 @@ def _write_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor
 
 def _write_circuit_tracer(config: dict[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Written:
     """``metadata`` has no place beside the weights, but inside."""
+    if tensors["W_dec"].shape[1] != config["d_in"]:
+        raise ValueError(f"has d_out = d_in only, got d_out={tensors['W_dec'].shape[1]}, d_in={config['d_in']}")
+    return dict(metadata), circuit_tracer_tensors(config, tensors)
+
+
+def circuit_tracer_tensors(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of a layer's file."""
     kind = config["activation"]
     if kind not in ("relu", "jumprelu", "batchtopk"):
         raise ValueError(f"files hold ReLU and JumpReLU, the activation is {kind!r}")
-    if tensors["W_dec"].shape[1] != config["d_in"]:
-        raise ValueError(f"has d_out = d_in only, got d_out={tensors['W_dec'].shape[1]}, d_in={config['d_in']}")
     if config["pre_bias"]:
         tensors = common.shift_pre_bias(tensors, -1)
     out = {name: tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip") if name in tensors}
     threshold = tensors.get("threshold", tensors.get("running_threshold"))
     if threshold is not None:  # its gate has no ReLU
         out["activation_function.threshold"] = threshold.clamp_min(0).to(out["b_enc"].dtype).expand_as(out["b_enc"]).contiguous()
-    return dict(metadata), out
+    return out

@@ -4,6 +4,7 @@ module       SAE: parameters, latents and back      config, init, packing, proce
 inputs       what one loss is computed from, made once by the module
 autograd     its loss through autograd              step: its gradients by hand, over slots      tiles: both where latents are dense
 losses       the terms, shared by all of them       activations, reconstruction
+crosscoder, cross_layer: SAEs over several layers, or one for each
 stack        SAEs: several in one step              checkpoints: what training goes on from
 
 ``encode_pursuit`` and its ``PursuitWeights`` are of ``fastsae.ops.pursuit``: latents found one after the other.
@@ -11,6 +12,8 @@ stack        SAEs: several in one step              checkpoints: what training g
 
 from fastsae.ops.pursuit import PursuitWeights, encode_pursuit
 from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.sae.cross_layer import CrossLayerTranscoder
+from fastsae.sae.crosscoder import Crosscoder
 from fastsae.sae.losses import AuxK, Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
@@ -22,6 +25,8 @@ __all__ = [
     "Activation",
     "AuxK",
     "BatchTopK",
+    "CrossLayerTranscoder",
+    "Crosscoder",
     "Gated",
     "JumpReLU",
     "Metrics",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
 from fastsae.ops.decode import decode
@@ -11,23 +12,35 @@ from fastsae.reference import accumulator
 from fastsae.sae import tiles
 from fastsae.sae.activations import Gated
 from fastsae.sae.inputs import Inputs
-from fastsae.sae.losses import AuxK, Loss, Pass, aux_denominator, combine, dead_share, features, fired, quotient, squares
+from fastsae.sae.losses import (
+    AuxK,
+    Loss,
+    Pass,
+    aux_denominator,
+    combine,
+    dead_share,
+    features,
+    fired,
+    part_norms,
+    quotient,
+    squares,
+    unranked,
+)
 
 
 def loss(inputs: Inputs) -> Loss:
-    if inputs.dense:
-        with inputs.autocast_off:
-            run = tiles.forward(*inputs.cast, bool(inputs.terms.l1))
-        run = run if inputs.terms.l0 else run._replace(counted=None)
-    else:
-        run = _forward(inputs)
+    run = forward(inputs)
     dead = inputs.observe(run)
-    term = None if inputs.terms.aux is None else _aux(inputs, run.x_hats[-1], dead, inputs.terms.aux)
+    term = None if inputs.terms.aux is None else aux_term(inputs, run.x_hats[-1], dead, inputs.terms.aux)
     return combine(run, inputs.target, inputs.terms, inputs.objective, term)
 
 
-def _forward(inputs: Inputs) -> Pass:
-    """The pass over latents."""
+def forward(inputs: Inputs) -> Pass:
+    """The pass over latents, or over tiles."""
+    if inputs.dense:
+        with inputs.autocast_off:
+            run = tiles.forward(*inputs.cast, bool(inputs.terms.l1))
+        return run if inputs.terms.l0 else run._replace(counted=None)
     x, w, terms = inputs.x, inputs.weights, inputs.terms
     latents, counted, min_kept = inputs.encode(x)
     penalised, frozen = latents, None
@@ -36,7 +49,7 @@ def _forward(inputs: Inputs) -> Pass:
         frozen = decode(penalised, w.W_dec.detach(), w.b_dec.detach())
     magnitude = None
     if terms.l1:
-        norms = torch.linalg.vector_norm(w.W_dec, dim=1)
+        norms = part_norms(w.W_dec, w.layers).sum(1).to(w.W_dec.dtype)
         feature = features(penalised)
         # Of the two gathers, the one whose backward adds in a fixed order on this device.
         weights = norms[feature] if norms.is_cuda else norms.index_select(0, feature.flatten()).view_as(feature)
@@ -53,14 +66,16 @@ def _forward(inputs: Inputs) -> Pass:
     )
 
 
-def _aux(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | None:
+def aux_term(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | None:
     """The AuxK term before its coefficient. Waits for the number of dead features."""
     x, w = inputs.x, inputs.weights
     k, share = dead_share(aux, x.shape[1], int(dead.sum()))
     if k == 0 or x.shape[0] == 0:
         return None
     absolute = inputs.activation.absolute
-    latents = encode_topk(x, w.W_enc, w.b_enc, k=k, b_pre=w.b_pre, features=dead, relu=aux.relu, absolute=absolute)
+    b_enc, b_pre, scale = w.ranking
+    latents = encode_topk(x, w.W_enc, b_enc, k=k, b_pre=b_pre, scale=scale, features=dead, relu=aux.relu, absolute=absolute)
+    latents = replace(latents, values=unranked(latents.values, latents.indices, scale))
     e_hat = decode(latents, w.W_dec, w.b_dec if aux.bias else None)
     wide = accumulator(x_hat.dtype)
     residual = (inputs.target.to(wide) - x_hat.to(wide)).detach()

@@ -15,8 +15,13 @@ from torch import Tensor
 from fastsae._core import checks, files
 from fastsae.formats import weight_files
 from fastsae.sae.activations import BatchTopK, TopK
+from fastsae.sae.cross_layer import CrossLayerTranscoder
+from fastsae.sae.crosscoder import of_config
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
+
+Trained = SAE | SAEs | CrossLayerTranscoder
+KINDS = (SAE, SAEs, CrossLayerTranscoder)
 
 
 class Stateful(Protocol):
@@ -30,26 +35,27 @@ class Stateful(Protocol):
 class Checkpoint(NamedTuple):
     """What ``load_checkpoint`` found."""
 
-    sae: SAE | SAEs
+    sae: Trained
     extra: dict[str, Any]
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], sae: SAE | SAEs, opt: Stateful | None = None, extra: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], sae: Trained, opt: Stateful | None = None, extra: Mapping[str, Any] | None = None
 ) -> Path:
     """Writes everything that training goes on from into one file; a crash at any moment leaves the older file, or the new one, whole.
 
     Args:
         path: of the file; its folder is made where missing. The file is written beside it under a name of its own, flushed to the disk and
             renamed: several processes may write one path, and the last one counts.
-        sae: an ``SAE`` or ``SAEs``, with its buffers (silent features, running threshold, normalisation, which is not folded here).
+        sae: an ``SAE`` (also ``Crosscoder``), ``SAEs`` or ``CrossLayerTranscoder``, with its buffers (silent features, running threshold,
+            normalisation, which is not folded here).
         opt: an optimiser with ``state_dict()``, or None.
         extra: numbers (NumPy's become Python's), text, tensors, and lists, tuples and dictionaries of them.
 
-    Raises: TypeError: no ``SAE`` or ``SAEs``; anything else in ``extra`` or the optimiser's state (it could not be read back without
+    Raises: TypeError: another module; anything else in ``extra`` or the optimiser's state (it could not be read back without
     running code). IsADirectoryError: ``path`` is a folder. OSError that names ``path``: it could not be written; the older file is there.
     """
-    checks.instance("save_checkpoint", "sae", sae, (SAE, SAEs), "an SAE or SAEs")
+    checks.instance("save_checkpoint", "sae", sae, KINDS, "an SAE, SAEs or a CrossLayerTranscoder")
     if isinstance(sae, SAE) and sae.world.virtual > 1:
         raise ValueError("save_checkpoint: the SAE is sharded: fastsae.distributed.save_checkpoint writes it")
     path = file_of("save_checkpoint", path)
@@ -60,7 +66,7 @@ def save_checkpoint(
     return path
 
 
-def _stepped(sae: SAE | SAEs, opt: object) -> dict[str, Any] | None:
+def _stepped(sae: Trained, opt: object) -> dict[str, Any] | None:
     """What a torch optimiser's state does not say: its class, and the names of the parameters that it numbers."""
     if not isinstance(opt, torch.optim.Optimizer) or isinstance(getattr(opt, "parameters", None), Mapping):  # by name: ours
         return None
@@ -83,13 +89,13 @@ def exists(path: Path) -> bool:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], sae: SAE | SAEs | None = None, opt: Stateful | None = None, *, device: torch.device | str | None = None
+    path: str | os.PathLike[str], sae: Trained | None = None, opt: Stateful | None = None, *, device: torch.device | str | None = None
 ) -> Checkpoint:
     """Reads a file of ``save_checkpoint``; nothing in it is run.
 
     Args:
         path: of the file.
-        sae: an ``SAE`` or ``SAEs`` that takes the state in place; None builds a module of the stored configuration.
+        sae: a module of these that takes the state in place; None builds a module of the stored configuration.
         opt: takes its state in place (``load_state_dict``).
         device: of a module built here; default the CPU.
 
@@ -109,7 +115,7 @@ _OWN = ("k", "l1", "l0", "aux", "dead_after", "rate", "bandwidth")
 
 def restore(
     path: str | os.PathLike[str],
-    sae: SAE | SAEs | None,
+    sae: Trained | None,
     opt: Stateful | None,
     device: torch.device | str | None = None,
     also: Callable[[dict[str, Any]], object] | None = None,
@@ -117,14 +123,14 @@ def restore(
     """``load_checkpoint``; ``also`` takes over what it needs of ``extra``, or raises before the module is written to."""
     path = Path(path)
     if sae is not None:
-        checks.instance("load_checkpoint", "sae", sae, (SAE, SAEs), "an SAE or SAEs")
+        checks.instance("load_checkpoint", "sae", sae, KINDS, "an SAE, SAEs or a CrossLayerTranscoder")
     with contextlib.ExitStack() as undo:
         try:
             content, fresh = _read(path)
             if sae is None:
                 sae = fresh.to_empty(device=device or "cpu")
-                for name, start in (("silent", 0), ("scale", 1)):  # which the earliest files do not have
-                    getattr(sae, name).fill_(start)
+                for name, buffer in sae.named_buffers():  # which the earliest files do not all have
+                    buffer.fill_(name.endswith("scale"))
             ours, theirs = alike(sae, fresh)
             if missing := [name for name, _ in sae.named_parameters() if name not in content["sae"]]:  # of a subclass
                 raise ValueError(f"it has no {missing[0]!r}, which the module has")
@@ -151,26 +157,28 @@ def restore(
     return Checkpoint(sae, content["extra"])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], SAE | SAEs]:
+def _read(path: Path) -> tuple[dict[str, Any], Trained]:
     """What a file holds, checked, and a module of its configuration that holds nothing yet."""
     content, _ = weight_files.load(path)
     config, state, extra = content["config"], content["sae"], content["extra"]
     if content["format"] != 1 or not isinstance(extra, dict):
         raise ValueError(f"it is of format {content['format']!r}, expected 1")
-    W_dec = checks.tensor("its state", "W_dec", state["W_dec"])
-    stacked = "dictionaries" in config
+    layered, stacked = "layers" in config, "dictionaries" in config
+    W_dec = checks.tensor("its state", "W_dec", state["layers.0.W_dec" if layered else "W_dec"])
     if stacked and len(config["dictionaries"]) != len(W_dec):
         raise ValueError(f"it claims {len(config['dictionaries'])} dictionaries and holds {len(W_dec)}")
-    fresh = (SAEs if stacked else SAE).from_config(config, dtype=W_dec.dtype, device="meta")
+    make = CrossLayerTranscoder.from_config if layered else SAEs.from_config if stacked else of_config
+    fresh = make(config, dtype=W_dec.dtype, device="meta")
     _check_state(state, fresh)
     return content, fresh
 
 
-def alike(sae: SAE | SAEs, fresh: SAE | SAEs) -> tuple[list[SAE], list[SAE]]:
+def alike(sae: Trained, fresh: Trained) -> tuple[list[SAE], list[SAE]]:
     """The SAEs of both, of one configuration but for what may differ; ValueError otherwise."""
-    ours, theirs = ([*module] if isinstance(module, SAEs) else [module] for module in (sae, fresh))
-    if isinstance(sae, SAEs) != isinstance(fresh, SAEs) or len(ours) != len(theirs):
-        held = f"{len(theirs)} dictionaries" if isinstance(fresh, SAEs) else "one SAE"
+    ours, theirs = ([module] if isinstance(module, SAE) else [*module] for module in (sae, fresh))
+    kinds = [next(kind for kind in KINDS if isinstance(module, kind)) for module in (sae, fresh)]
+    if kinds[0] is not kinds[1] or len(ours) != len(theirs):
+        held = "one SAE" if kinds[1] is SAE else f"{len(theirs)} {'dictionaries' if kinds[1] is SAEs else 'layers'}"
         raise ValueError(f"it holds {held}, the module is {type(sae).__name__}")
     for one, other in zip(ours, theirs):
         own, held = ({"dtype": str(m.W_dec.dtype), **m.config()} for m in (one, other))
@@ -179,7 +187,7 @@ def alike(sae: SAE | SAEs, fresh: SAE | SAEs) -> tuple[list[SAE], list[SAE]]:
     return ours, theirs
 
 
-def _check_state(state: Mapping[str, Any], fresh: SAE | SAEs) -> None:
+def _check_state(state: Mapping[str, Any], fresh: Trained) -> None:
     """The names, shapes and dtypes of a module's state, and what its buffers can be; ValueError otherwise."""
     expected, parameters = fresh.state_dict(), dict(fresh.named_parameters(remove_duplicate=False))
     for name in dict.fromkeys((*expected, *state)):
@@ -195,12 +203,12 @@ def _check_state(state: Mapping[str, Any], fresh: SAE | SAEs) -> None:
             got = f"{held.dtype} {list(held.shape)}" if isinstance(held, Tensor) else type(held).__name__
             raise ValueError(f"its {name} must be {want.dtype} {list(want.shape)}, got {got}")
         if name not in parameters and not bool(
-            (held.isfinite() & ((held > 0) if name == "scale" else (held >= 0) | (name != "silent"))).all()
+            (held.isfinite() & ((held > 0) if name.endswith("scale") else (held >= 0) | (not name.endswith("silent")))).all()
         ):
             raise ValueError(f"its {name} is out of range")
 
 
-def _check_optimiser(content: Mapping[str, Any], sae: SAE | SAEs, opt: Stateful) -> None:
+def _check_optimiser(content: Mapping[str, Any], sae: Trained, opt: Stateful) -> None:
     """What a torch optimiser's ``load_state_dict`` does not look at: ValueError where the state is of another one."""
     state, stepped, ours = content["opt"], content.get("stepped"), _stepped(sae, opt)
     if state is None:

@@ -60,6 +60,8 @@ def to_json(sae: Settings) -> dict[str, Any]:
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``SAE``; KeyError, TypeError or ValueError where they are none."""
+    if "n_layers" in config:
+        raise ValueError(f"it is of a Crosscoder of {config['n_layers']} layers, which SAE is not")
     kind = config["activation"]
     activation: Activation
     if kind == "topk":

@@ -149,6 +149,13 @@ def ratio(a: Tensor, b: Tensor, noise: Tensor) -> Tensor:
     return torch.where((b == 0) & (a <= noise), 0, a / b)
 
 
+def layer_fvu(x_hat: Tensor, x: Tensor) -> Tensor:
+    """``[L]``: of ``[.., L, D]`` each layer's fraction of variance unexplained over all rows, 0/0 = 0."""
+    x = x.reshape(-1, *x.shape[-2:])
+    error = squares(x_hat.reshape(x.shape), x).sum((0, 2))
+    return torch.stack([ratio(error[number], *spread(x[:, number])) for number in range(x.shape[1])])
+
+
 def quotient(a: Tensor, b: Tensor) -> Tensor:
     """``a / b``, 0 where ``b`` is, also in the gradient: the slope of a norm, an AuxK term of a single token."""
     return torch.where(b == 0, 0, a / torch.where(b == 0, 1.0, b))  # a NaN stays one
@@ -208,6 +215,7 @@ class Weights:
     """An SAE's tensors as one computation uses them: cast for autocast, the pre-bias and prefixes resolved.
 
     ``threshold`` is what ReLU, JumpReLU and BatchTopK in evaluation compare with, None for the others; ``r_mag`` is there for Gated only.
+    A crosscoder's decoder rows are those of ``layers``, side by side; ``rank [F]`` multiplies the scores that a top k compares.
     """
 
     W_enc: Tensor
@@ -222,3 +230,26 @@ class Weights:
     b_mag: Tensor | None
     bandwidth: float | None
     prefixes: list[int]
+    layers: int = 1
+    rank: Tensor | None = None
+
+    @property
+    def ranking(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``b_enc, b_pre, scale`` of a selection."""
+        b_enc = self.b_enc if self.rank is None or self.b_enc is None else self.b_enc * self.rank
+        return b_enc, self.b_pre, self.rank
+
+
+def unranked(values: Tensor, indices: Tensor, rank: Tensor | None) -> Tensor:
+    """The scores of what was selected by ``rank * score``; 0 where ``rank`` is."""
+    return values if rank is None else quotient(values, rank[indices.long()])
+
+
+def part_norms(W_dec: Tensor, layers: int) -> Tensor:
+    """``[F, layers]`` in the accumulation dtype: norms of each decoder row's parts, whose sum the L1 penalty weighs a latent with."""
+    return torch.linalg.vector_norm(W_dec.unflatten(1, (layers, -1)), dim=2, dtype=accumulator(W_dec.dtype))
+
+
+def by_parts(factors: Tensor, W_dec: Tensor) -> Tensor:
+    """``[n, layers]`` times the parts of ``[n, layers * D]``."""
+    return (factors.unsqueeze(2) * W_dec.unflatten(1, (factors.shape[1], -1))).flatten(1)

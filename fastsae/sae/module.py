@@ -89,6 +89,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     scale: Tensor
     running_threshold: Tensor
     world: World = ALONE
+    n_layers = 1  # more: ``Crosscoder``
 
     def __init__(
         self,
@@ -229,21 +230,22 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         x = checks.widened(x, self.W_dec)
         return x * self.scale[0] if self._scaled else x
 
-    def _encode(self, x: Tensor) -> Encoded:
+    def _encode(self, x: Tensor, scale: Tensor | None = None) -> Encoded:
         activation, W_enc, b_pre = self.activation, self._encoder(x), self.b_dec if self.pre_bias else None
+        b_enc = self.b_enc if scale is None else self.b_enc * scale
         if isinstance(activation, TopK):
             rule: dict[str, Any] = {"k": activation.k, "relu": activation.relu, "absolute": activation.absolute}
-            return Encoded(encode_topk(x, W_enc, self.b_enc, b_pre=b_pre, **rule), None, None)
+            return Encoded(encode_topk(x, W_enc, b_enc, b_pre=b_pre, scale=scale, **rule), None, None)
         if isinstance(activation, Gated):
             return Encoded(encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, b_pre=b_pre), None, None)
         if isinstance(activation, BatchTopK) and self.training:
-            latents, min_kept = encode_batch_topk(x, W_enc, self.b_enc, k=activation.k, b_pre=b_pre)
+            latents, min_kept = encode_batch_topk(x, W_enc, b_enc, k=activation.k, b_pre=b_pre, scale=scale)
             return Encoded(latents, None, min_kept)
         bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else None
         threshold = self._threshold(x.dtype)
         if bandwidth is None:
-            return Encoded(encode_threshold(x, W_enc, self.b_enc, threshold=threshold, b_pre=b_pre), None, None)
-        latents, counted = encode_threshold(x, W_enc, self.b_enc, threshold=threshold, bandwidth=bandwidth, b_pre=b_pre)
+            return Encoded(encode_threshold(x, W_enc, b_enc, threshold=threshold, b_pre=b_pre, scale=scale), None, None)
+        latents, counted = encode_threshold(x, W_enc, b_enc, threshold=threshold, bandwidth=bandwidth, b_pre=b_pre)
         return Encoded(latents, counted, None)
 
     def _threshold(self, dtype: torch.dtype) -> float | Tensor:
@@ -498,7 +500,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SAE:
         """Reads a folder that ``save`` has written, in evaluation mode, as ``from_pretrained``. Needs safetensors. A damaged folder raises
         ValueError."""
-        return modules.load(cls, folder, device)[0]
+        return modules.load(cls.from_config, folder, device)[0]
 
     @classmethod
     def from_pretrained(
@@ -562,7 +564,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
             supported; the message says what came. ImportError: safetensors or huggingface_hub is not installed.
         """
         options = common.Options(fold_decoder_norm, scaling_factor, pre_bias, k, dtype)
-        return modules.from_pretrained(cls, source, format, subfolder, revision, options, device)
+        return modules.from_pretrained(cls.from_config, source, format, subfolder, revision, options, device)
 
     def save_pretrained(
         self,

@@ -25,6 +25,7 @@ from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.score_gradients import by_features, feature_sums, pre_bias_gradient
 from fastsae.packed import share
 from fastsae.reference import accumulator, centre
+from fastsae.sae.crosscoder import of_config
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import AuxOption, Metrics, Pass, combine, fired, quotient, spread
 from fastsae.sae.module import SAE, keep_dtypes
@@ -33,7 +34,7 @@ from fastsae.sae.step import Slots, encode_slots, shrinking, step
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_SAME = ("d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
+_SAME = ("n_layers", "d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
 
 
 class SAEs(nn.Module):
@@ -244,7 +245,7 @@ class SAEs(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **options: Any) -> SAEs:
-        return cls(SAE.from_config(member, **options) for member in config["dictionaries"])
+        return cls(of_config(member, **options) for member in config["dictionaries"])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """``SAE.save`` of member e into the folder ``e`` of this folder, all of them or, where that fails, none."""
@@ -253,7 +254,7 @@ class SAEs(nn.Module):
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SAEs:
         """Reads a folder that ``save`` has written; in evaluation mode. ValueError where it is damaged or of several saves."""
-        members = modules.load_stack(SAE, folder, device)
+        members = modules.load_stack(of_config, folder, device)
         for member in members:  # as in one SAE: no step may change rows that are not of norm 1, and all members step alike
             member.normalise_decoder = all(other.normalise_decoder for other in members)
         return cls(members).eval()
@@ -261,9 +262,9 @@ class SAEs(nn.Module):
 
 def _slots(inputs: list[Inputs]) -> list[Slots] | None:
     """Latents of each member for one call of each further operation, or None where that does not serve: several prefixes, a gate, a skip,
-    AuxK, members with different bandwidths, numbers of latents or tokens."""
+    AuxK, crosscoders, members with different bandwidths, numbers of latents or tokens."""
     w = inputs[0].weights
-    if len(w.prefixes) > 1 or w.skip is not None or w.r_mag is not None or any(member.terms.aux for member in inputs):
+    if len(w.prefixes) > 1 or w.skip is not None or w.r_mag is not None or w.layers > 1 or any(member.terms.aux for member in inputs):
         return None
     if len({(m.x.shape[0], m.x.dtype, bool(m.terms.l0), m.weights.bandwidth) for m in inputs}) > 1:
         return None
@@ -370,7 +371,7 @@ class _JointPass:
             rate = torch.tensor(l1, dtype=wide, device=x.device).repeat_interleave(F)
             dvalues = dvalues + (rate[indices] * norm[indices] * self.values.sign()).to(dvalues.dtype)
             sums = feature_sums(self.values.abs(), indices, crow, E * F, backend)
-            parts["W_dec"].append(shrinking(rate * quotient(sums, norm), self.W_dec, norm))
+            parts["W_dec"].append(shrinking((rate * quotient(sums, norm)).unsqueeze(1), self.W_dec, norm.unsqueeze(1)))
         dscore = torch.where(self.passes, dvalues, 0)
         parts["b_dec"] = [torch.stack([g.sum(0, dtype=wide) for g in G])]
         sums = feature_sums(dscore, indices, crow, E * F, backend).reshape(E, F)

@@ -34,11 +34,14 @@ from fastsae.sae.losses import (
     Terms,
     Weights,
     aux_denominator,
+    by_parts,
     combine,
     dead_share,
     fired,
+    part_norms,
     quotient,
     spread,
+    unranked,
 )
 
 
@@ -65,7 +68,8 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation, world: World = A
         return Slots(*found, found.values > 0 if activation.relu else ~found.values.isnan())
     if isinstance(activation, TopK):
         rule = int(activation.k), activation.relu, activation.absolute
-        values, indices = ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, *rule, backend=backend)
+        values, indices = ENCODE_TOPK(x, w.W_enc, *w.ranking, None, None, *rule, backend=backend)
+        values = unranked(values, indices, w.rank)
         return Slots(values, indices, None, values > 0 if activation.relu else ~values.isnan())
     if w.r_mag is not None:
         values, col, crow = ENCODE_GATED(x, w.W_enc, w.b_gate, w.r_mag, w.b_mag, w.b_pre, None, backend=backend)
@@ -75,14 +79,18 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation, world: World = A
         if world.virtual > 1:
             found, min_kept = selection.batch_top_k(x, w, k, world)
             return Slots(*found, ~found.values.isnan(), min_kept=min_kept)
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, None, None, k, backend=backend)
+        values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, *w.ranking, None, None, k, backend=backend)
+        values = unranked(values, col, w.rank)
         return Slots(values, col, crow, ~values.isnan(), min_kept=min_kept)
     assert w.threshold is not None
-    return _threshold_slots(x, w, w.b_enc, w.threshold, w.bandwidth)
+    found = _threshold_slots(x, w, w.ranking[0], w.threshold, w.bandwidth, w.rank)
+    return found._replace(values=unranked(found.values, found.indices, w.rank))
 
 
-def _threshold_slots(x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor, bandwidth: float | None) -> Slots:
-    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, w.b_pre, None, None, None, threshold, bandwidth, backend=preference(None))
+def _threshold_slots(
+    x: Tensor, w: Weights, b: Tensor | None, threshold: Tensor, bandwidth: float | None, scale: Tensor | None = None
+) -> Slots:
+    outputs = ENCODE_THRESHOLD(x, w.W_enc, b, w.b_pre, scale, None, None, threshold, bandwidth, backend=preference(None))
     values, col, crow, flags = outputs
     if bandwidth is None:
         return Slots(values, col, crow, ~values.isnan())
@@ -125,7 +133,7 @@ class Groups:
         return grouped if self.order is None else torch.empty_like(grouped).index_copy_(0, self.order, grouped).reshape(like.shape)
 
 
-class _Sum:
+class Sum:
     """Gradients by parameter name, added up."""
 
     def __init__(self) -> None:
@@ -154,8 +162,7 @@ def step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None = None) -> tuple[Me
 def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics, dict[str, Gradient]]:
     (x, w), target, terms = inputs.cast, inputs.target, inputs.terms
     P, wide, tokens, world = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1), inputs.world
-    this = tiles.TilePass(x, w, bool(terms.l1)) if inputs.dense else SlotPass(inputs.activation, x, w, terms, world)
-    run = this.run._replace(counted=this.run.active.to(wide) if terms.l0 else None)
+    this, run = forward(inputs)
     dead = inputs.observe(run)
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
@@ -168,34 +175,45 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     G = (grads if P == 1 else running_sums(grads.flip(0)).flip(0)).to(w.W_dec.dtype)
     dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
 
-    grad = _Sum()
+    grad = Sum()
     grad.add("b_dec", world.row_sum(G[0]))
     if w.skip is not None:
         grad.add("W_skip", selection.skip_gradient(G[0], x, world))
     rates = terms.l1 / tokens, terms.l0 / tokens
-    if isinstance(this, tiles.TilePass):
-        _dense_backward(grad, this, G, dfrozen, *rates)
-    else:
-        this.backward(grad, G, dfrozen, *rates)
-    aux = None if terms.aux is None else _aux(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
+    backward(grad, this, G, dfrozen, *rates)
+    aux = None if terms.aux is None else aux_step(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
     loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole, world)
     return Metrics(loss, fvu, l0, world.count(dead.sum()), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
 
 
-def _dense_backward(grad: _Sum, run: tiles.TilePass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
-    for name, vector in run.begin(G, dfrozen, l1, l0).items():
+def forward(inputs: Inputs, slots: Slots | None = None) -> tuple[tiles.TilePass | SlotPass, Pass]:
+    """What ``backward`` goes back through, and what the loss needs; ``slots``: the latents, where they are known."""
+    (x, w), terms = inputs.cast, inputs.terms
+    if inputs.dense:
+        this = tiles.TilePass(x, w, bool(terms.l1))
+    else:
+        this = SlotPass(encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots, x, w, terms, inputs.world)
+    return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)) if terms.l0 else None)
+
+
+def backward(grad: Sum, this: tiles.TilePass | SlotPass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+    """Adds the gradients of all but b_dec; ``G [P, rows, d_out]``, ``l1`` and ``l0`` divided by the number of tokens."""
+    if isinstance(this, SlotPass):
+        this.backward(grad, G, dfrozen, l1, l0)
+        return
+    for name, vector in this.begin(G, dfrozen, l1, l0).items():
         grad.add("b_dec" if name == "b_pre" else name, vector)
-    for name, gradient in zip(("W_enc", "W_dec"), run.weights()):
+    for name, gradient in zip(("W_enc", "W_dec"), this.weights()):
         grad.add(name, gradient)
 
 
 class SlotPass:
     """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
 
-    def __init__(self, activation: Activation, x: Tensor, w: Weights, terms: Terms, world: World):
+    def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World):
         self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
-        self.slots = encode_slots(x, w, activation, world)
-        self.groups = groups = Groups.of(self.slots, w.prefixes, x.shape[0], world.start)
+        self.slots = slots
+        self.groups = groups = Groups.of(slots, w.prefixes, x.shape[0], world.start)
         grouped = latents.Slots(groups.values, groups.indices, groups.crow)
         partial = decoded(grouped, w.W_dec, None, world, len(w.prefixes)).to(self.wide)
         x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
@@ -207,7 +225,8 @@ class SlotPass:
             self.gate = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
             frozen = decoded(gate, w.W_dec, w.b_dec.to(w.W_dec.dtype), world)
         self.penalised = penalised = self.gate or self.slots
-        self.norm = torch.linalg.vector_norm(w.W_dec, dim=1, dtype=self.wide) if terms.l1 else None
+        self.norms = part_norms(w.W_dec, w.layers) if terms.l1 else None
+        self.norm = None if self.norms is None else self.norms.sum(1)
         self.sums = magnitude = None  # of the penalised magnitudes of each feature
         if self.norm is not None and world.virtual == 1:
             magnitude = (penalised.values.to(self.wide).abs() * self.norm[penalised.indices.long()]).sum()
@@ -218,7 +237,7 @@ class SlotPass:
         active = world.count((self.slots.values != 0).sum())
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
 
-    def backward(self, grad: _Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
+    def backward(self, grad: Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
         """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
         x, w, slots, gate, groups, n_features = self.x, self.w, self.slots, self.gate, self.groups, self.w.W_enc.shape[0]
         xc = _centred(x, w)
@@ -229,12 +248,12 @@ class SlotPass:
         dgate = None
         if gate is not None and dfrozen is not None:
             dgate = DECODE_DVALUES(dfrozen, gate.indices, gate.crow, w.W_dec, backend=self.backend)
-        if self.norm is not None:
+        if self.norm is not None and self.norms is not None:
             values, indices = self.penalised.values, self.penalised.indices
             slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
             sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend) if self.sums is None else self.sums
-            grad.add("W_dec", shrinking(l1 * quotient(sums, self.norm), w.W_dec, self.norm))
+            grad.add("W_dec", shrinking(l1 * quotient(sums.unsqueeze(1), self.norms), w.W_dec, self.norms))
         if gate is None or dgate is None:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend, world=self.world)
         else:
@@ -250,7 +269,7 @@ def _centred(x: Tensor, w: Weights) -> Tensor:
 
 
 def _through_scores(
-    grad: _Sum,
+    grad: Sum,
     slots: Slots,
     dvalues: Tensor,
     x: Tensor,
@@ -284,13 +303,13 @@ def _ranges(world: World, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
-    """``factor[f] * W[f]``, where ``norm[f]`` is that of ``W[f]``: what a penalty on a row's norm gives it."""
+    """``factor[f, l]`` times part l of ``W[f]``, whose norm is ``norm[f, l]``: what a penalty on its parts' norms gives a row."""
     size = torch.linalg.vector_norm(factor * norm)
-    return TiledGradient(lambda part: (factor[part].unsqueeze(1) * W[part]).to(W.dtype), W.shape[0], size=size)
+    return TiledGradient(lambda part: by_parts(factor[part], W[part]).to(W.dtype), W.shape[0], size=size)
 
 
-def _aux(
-    grad: _Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool, world: World
+def aux_step(
+    grad: Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool, world: World
 ) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
     k, share = dead_share(aux, x.shape[1], int(world.count(dead.sum())))
@@ -300,7 +319,8 @@ def _aux(
     if world.virtual > 1:
         slots = selection.top_k(x, w, k, aux.relu, world, dead)
     else:
-        slots = latents.Slots(*ENCODE_TOPK(x, w.W_enc, w.b_enc, w.b_pre, None, dead, None, k, aux.relu, absolute, backend=backend))
+        values, indices = ENCODE_TOPK(x, w.W_enc, *w.ranking, dead, None, k, aux.relu, absolute, backend=backend)
+        slots = latents.Slots(unranked(values, indices, w.rank), indices, None)
     values, indices, crow = slots
     e_hat = decoded(slots, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, world).to(wide)
     residual = target.to(wide) - x_hat.to(wide)

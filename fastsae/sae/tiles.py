@@ -18,7 +18,7 @@ from fastsae import reference
 from fastsae._core.precision import full_precision
 from fastsae.gradients import TiledGradient
 from fastsae.reference import centre, chunks, product, running_sums, scores
-from fastsae.sae.losses import Pass, Weights, quotient
+from fastsae.sae.losses import Pass, Weights, by_parts, part_norms, quotient
 
 DENSITY = 1 / 8
 """Share of all scores from which on tiles are used: a slot takes about 32 bytes with what a step keeps beside it (value, feature, flag,
@@ -96,10 +96,11 @@ def _tile(
     W_dec: Tensor,
     vectors: tuple[Tensor | None, ...],
     bandwidth: float | None,
-    penalised: bool,
+    penalised: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """One tile's (part of x_hat, of the gate's reconstruction, of the penalty, number of latents to differentiate, latents, fired)."""
+    """One tile's (part of x_hat, of the gate's reconstruction, of the penalty, number of latents to differentiate, latents, fired);
+    ``penalised``: parts of a decoder's row whose norms count, 0 without a penalty."""
     b_enc, threshold, b_gate, r_mag, b_mag = vectors
     frozen = None
     if r_mag is None:
@@ -113,7 +114,7 @@ def _tile(
         code = torch.where((gate > 0) & (magnitude > 0), magnitude, 0)
         weighed, counted = gate.relu(), None
         frozen = _decoded(weighed, W_dec.detach(), dtype)
-    magnitude = (weighed.abs() * vector_norm(W_dec.to(code.dtype), dim=1)).sum() if penalised else None
+    magnitude = (weighed.abs() * part_norms(W_dec, penalised).sum(1)).sum() if penalised else None
     hit = code.detach() != 0
     return _decoded(code, W_dec, dtype), frozen, magnitude, counted, hit.sum(), hit.any(0)
 
@@ -137,7 +138,7 @@ def forward(x: Tensor, w: Weights, penalised: bool) -> Pass:
     hits = []
     for (group, _), (W_enc, W_dec, *vectors) in zip(tiles, zip(*columns), strict=True):
         part, *others, hit = checkpoint(
-            _tile, xc, W_enc, W_dec, tuple(vectors), w.bandwidth, penalised, dtype, use_reentrant=False, preserve_rng_state=False
+            _tile, xc, W_enc, W_dec, tuple(vectors), w.bandwidth, penalised * w.layers, dtype, use_reentrant=False, preserve_rng_state=False
         )  # pyright: ignore[reportGeneralTypeIssues]
         groups[group] = groups[group] + part
         sums = [other if total is None else total + other for total, other in zip(sums, others)]
@@ -228,7 +229,8 @@ class TilePass:
         self.own: dict[str, Any] = {
             name: None if t is None else t.clone() for name, t in vars(w).items() if (isinstance(t, Tensor) and t.dim() < 2) or t is None
         }
-        self.norm = vector_norm(w.W_dec.to(self.xc.dtype), dim=1) if penalised else None
+        self.norms = part_norms(w.W_dec, w.layers) if penalised else None
+        self.norm = None if self.norms is None else self.norms.sum(1)
         whole = x.shape[0] * w.W_enc.shape[0] <= reference.WORKSPACE_ELEMENTS
         self.scored: list[_Scored] | None = [] if whole else None
         self.held: list[_Tile] | None = None
@@ -314,7 +316,7 @@ class TilePass:
                 with full_precision():
                     pulled = -(ends @ W_enc.to(wide))
                 b_pre = pulled if b_pre is None else b_pre + pulled
-            shrunk = tile.code.new_zeros(()) if tile.shrink is None else vector_norm(tile.shrink * self.norm[part])  # pyright: ignore[reportOptionalSubscript]
+            shrunk = tile.code.new_zeros(()) if tile.shrink is None else vector_norm(tile.shrink * self.norms[part])  # pyright: ignore[reportOptionalSubscript]
             self.sizes.append((vector_norm(tile.dproducts), vector_norm(tile.code), shrunk))
             for name, vector in tile.vectors.items():
                 parts.setdefault(name, []).append(vector)
@@ -369,7 +371,7 @@ class TilePass:
             with full_precision():
                 rows = torch.mm(left[:, columns].T, right, out=into)
             if decoder and tile.shrink is not None:
-                rows.addcmul_(tile.shrink[columns].unsqueeze(1), W_dec[local].to(rows.dtype))
+                rows += by_parts(tile.shrink[columns], W_dec[local].to(rows.dtype))
             if into is None:
                 out[local] = rows
         return out
@@ -408,5 +410,7 @@ class TilePass:
             dgate = _masked(_flags(torch.gt, gate, 0), dgate)
             dproducts = dmagnitude * stretch + dgate
             vectors = {"b_gate": dgate.sum(0), "b_mag": dmagnitude.sum(0), "r_mag": (dmagnitude * p).sum(0) * stretch}
-        shrink = None if norm is None else self.l1 * quotient(scored.weighed, norm)  # pyright: ignore[reportArgumentType]
+        shrink = None
+        if self.norms is not None and scored.weighed is not None:
+            shrink = self.l1 * quotient(scored.weighed.unsqueeze(1), self.norms[part])
         return _Tile(code, dproducts, vectors, shrink)

@@ -1,0 +1,161 @@
+"""One training step of a TopK cross-layer transcoder by everybody: ours, plain torch with sparse latents, and the dense formula of the
+libraries that train them, all from the same weights with Adam over every parameter.
+
+    python -m bench.clt [--shape 256 12 768 8192 32] [--sides ours plain dense] [--steps 5] [--rounds 2]
+
+runs each side in a process of its own, one after the other, for sizes of which only one fits into the memory (566 million parameters are
+9 GB with gradient and moments). ``fastsae bench clt`` has them interleaved in one process, at a smaller size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastsae
+from bench.harness import DEVICE, extra_megabytes, has_onednn, normal
+from fastsae.sae import CrossLayerTranscoder
+
+Shape = tuple[int, ...]
+"""(B, L, D, F, k)."""
+
+
+class Side(NamedTuple):
+    """A step, and its parameters' and moments' by our names."""
+
+    step: Callable[[Tensor, Tensor], object]
+    weights: dict[str, Tensor]
+    moments: Callable[[], dict[str, Tensor]]
+
+
+def start(shape: Shape) -> CrossLayerTranscoder:
+    _, layers, width, features, k = shape
+    return CrossLayerTranscoder(layers, width, features, fastsae.TopK(k), device=DEVICE, seed=0)
+
+
+def rows(shape: Shape) -> tuple[Tensor, Tensor]:
+    return normal(*shape[:3], seed=1), normal(*shape[:3], seed=2)
+
+
+def ours(shape: Shape, lr: float = 1e-4) -> Side:
+    clt = start(shape)
+    opt = fastsae.optim.Adam(clt, lr=lr)
+    weights = {name: p.detach() for name, p in clt.named_parameters() if p.requires_grad}
+    return Side(opt.step, weights, lambda: {name: state["exp_avg"] for name, state in opt.state_dict()["state"].items()})
+
+
+def _codes(x: Tensor, W: Tensor, b: Tensor, k: int, gathered: bool) -> tuple[Tensor, Tensor]:
+    if not gathered:
+        values, indices = functional.linear(x, W, b).topk(k, sorted=False)
+        return values.relu(), indices
+    with torch.no_grad():
+        indices = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "").topk(k, sorted=False).indices
+    return (torch.bmm(functional.embedding(indices, W), x.unsqueeze(2)).squeeze(2) + b[indices]).relu(), indices
+
+
+def plain(shape: Shape, way: str = "bag", lr: float = 1e-4) -> Side:
+    """``bag``: top-k and ``embedding_bag`` over decoder rows that hold all targets; ``gathered``: the encoder's gradient from gathered rows
+    besides. ``dense``: a [B, F] code of every layer and a product for each pair of layers, as llamascopium and clt-training compute it."""
+    _, layers, width, features, k = shape
+    clt = start(shape)
+    p = {name: torch.nn.Parameter(t.detach()) for name, t in clt.named_parameters() if t.requires_grad}
+    opt = torch.optim.Adam(p.values(), lr=lr, fused=True)
+
+    def outputs(x: Tensor) -> Tensor:
+        y = p["layers.0.b_dec"].view(layers, width)
+        if way == "dense":
+            codes = []
+            for n in range(layers):
+                z = functional.linear(x[:, n], p[f"layers.{n}.W_enc"], p[f"layers.{n}.b_enc"]).relu()
+                values, indices = z.topk(k, sorted=False)
+                codes.append(torch.zeros_like(z).scatter(1, indices, values))
+            decoders = [p[f"layers.{n}.W_dec"].view(features, -1, width) for n in range(layers)]
+            return torch.stack([sum((codes[n] @ decoders[n][:, m - n] for n in range(m + 1)), y[m]) for m in range(layers)], 1)
+        parts = []
+        for n in range(layers):
+            values, indices = _codes(x[:, n], p[f"layers.{n}.W_enc"], p[f"layers.{n}.b_enc"], k, way == "gathered")
+            part = functional.embedding_bag(indices, p[f"layers.{n}.W_dec"], per_sample_weights=values, mode="sum")
+            parts.append(functional.pad(part, (n * width, 0)))
+        return sum(parts[1:], parts[0]).view(-1, layers, width) + y
+
+    def step(x: Tensor, target: Tensor) -> None:
+        ((outputs(x) - target).square().sum() / x.shape[0]).backward()
+        opt.step()
+        opt.zero_grad()
+
+    return Side(step, {name: t.detach() for name, t in p.items()}, lambda: {name: opt.state[t]["exp_avg"] for name, t in p.items()})
+
+
+def sides() -> dict[str, Callable[[Shape], Side]]:
+    made: dict[str, Callable[[Shape], Side]] = {"ours": ours, "plain": plain}
+    if has_onednn():
+        made["gathered"] = lambda shape: plain(shape, "gathered")
+    return made | {"dense": lambda shape: plain(shape, "dense")}
+
+
+def check(mine: Side, theirs: Side, x: Tensor, target: Tensor) -> None:
+    """AssertionError unless the gradients of a first step agree: first moments to 1e-5 of their norm, but for what a near tie decides."""
+    mine.step(x, target)
+    theirs.step(x, target)
+    a, b = mine.moments(), theirs.moments()
+    for name in b:
+        error = float(torch.linalg.vector_norm(a[name] - b[name]) / torch.linalg.vector_norm(b[name]))
+        if not error < 1e-3:
+            raise AssertionError(f"gradient of {name} differs by {error:.1e} of its norm")
+
+
+def measure(side: str, shape: Shape, steps: int) -> dict[str, float]:
+    """Seconds of a step (median, by the clock and of CPU time) and extra memory of one in MB, beyond weights and moments."""
+    built = sides()[side](shape)
+    batch = rows(shape)
+    built.step(*batch)
+    built.step(*batch)
+    seconds, busy = [], []
+    for _ in range(steps):
+        began = time.perf_counter(), time.process_time()
+        built.step(*batch)
+        seconds.append(time.perf_counter() - began[0])
+        busy.append(time.process_time() - began[1])
+    extra = extra_megabytes(lambda: built.step(*batch))
+    held = 3 * sum(t.numel() for t in built.weights.values()) * 4 / 2**20
+    return {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(busy),
+        "extra_mb": -1.0 if extra is None else extra,
+        "held_mb": held,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=5, default=(256, 12, 768, 8192, 32), help="B L D F k")
+    parser.add_argument("--sides", nargs="+", choices=["ours", "plain", "gathered", "dense"], default=["ours", "plain", "dense"])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each side, alternating")
+    parser.add_argument("--here", action="store_true", help="one side, in this process")
+    options = parser.parse_args()
+    if options.here:
+        print(json.dumps(measure(options.sides[0], tuple(options.shape), options.steps)))
+        return
+    for _, side in itertools.product(range(options.rounds), options.sides):
+        command = [sys.executable, "-m", "bench.clt", "--here", "--sides", side, "--steps", str(options.steps)]
+        command += ["--shape", *map(str, options.shape)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+        print(f"{side:9} load {os.getloadavg()[0]:.1f}  {done.stdout.strip() or done.stderr.strip()[-300:]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
