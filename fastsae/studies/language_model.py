@@ -10,14 +10,13 @@ page shows the path from a model to a judged dictionary, not the best dictionary
 from __future__ import annotations
 
 import math
-import shutil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae import SAE, BatchTopK, TopK, Trainer
-from fastsae.lm import evaluate, harvest
+from fastsae.lm import Evaluation, evaluate, harvest
 from fastsae.optim import Adam, warmup_linear_decay
 from fastsae.store import ActivationShards
 from fastsae.studies import Study
@@ -45,7 +44,7 @@ def run(study: Study) -> None:
     found = language(study)
     windows, held = found.split(study["train_tokens"], study["held_tokens"], study["context"])
     hooks = [found.layer.format(number) for number in study["layers"]]
-    folder = study.out / "activations"
+    folder = study.parts / "activations"
     shards = harvest(found.model, windows, hooks, folder, ignore=[found.bos], dtype=torch.bfloat16, progress=study.progress)
     study.record(tokens=shards.rows, held_out=held.numel(), hooks=hooks)
     rows: list[dict[str, Any]] = []
@@ -55,7 +54,12 @@ def run(study: Study) -> None:
         for name, several in study["k"].items():
             for k in several:
                 sae = saes[hook, name, k] = train(study, shards, hook, name, k)
-                judged = evaluate(sae, found.model, held, hook, ignore=[found.bos], batch=8, progress=study.progress)
+                made = study.part(
+                    "evaluations",
+                    f"{hook} {name} {k}",
+                    lambda sae=sae, hook=hook: vars(evaluate(sae, found.model, held, hook, ignore=[found.bos], progress=study.progress)),
+                )
+                judged = Evaluation(**made)
                 alive = int((~sae.dead_features).sum())
                 rows.append({"layer": hook, "kind": name, "k": k, "alive": alive, **judged.values})
                 rows[-1] |= {f"{value}_error": judged.errors[value] for value in ("ce_recovered", "fvu", "ce_spliced")}
@@ -80,7 +84,6 @@ def run(study: Study) -> None:
         )
     study.record(evaluations=rows)
     draw(study, rows, densities)
-    shutil.rmtree(folder)
 
 
 def train(study: Study, shards: ActivationShards, hook: str, name: str, k: int) -> SAE:
@@ -91,7 +94,8 @@ def train(study: Study, shards: ActivationShards, hook: str, name: str, k: int) 
     first = shards.read(0, min(shards.rows, 16_384), [hook])[hook].float()
     sae = SAE(d, study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=study.seed).init_from(first, norm="rms")
     opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
-    Trainer(sae, opt, progress=study.progress).fit(batches, steps)
+    file = study.parts / f"{hook} {name} {k}.pt"
+    Trainer(sae, opt, progress=study.progress, checkpoint=file, every=50).fit(batches, steps, resume=file.exists())
     return sae.fold_().eval()
 
 

@@ -312,9 +312,11 @@ def train_many(
     seeds: int | Sequence[int] = 0,
     workers: int = 1,
     callback: Callable[[Run], object] | None = None,
+    known: Sequence[Run] = (),
     **training: Any,
 ) -> list[Run]:
-    """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed)."""
+    """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed). ``known``: those of an earlier
+    call with the same arguments, which are not trained again."""
     op = "sweep"
     if isinstance(data, Tensor):
         checks.tensor(op, "data", data)
@@ -331,12 +333,13 @@ def train_many(
     for seed in grid[2]:
         checks.integer(op, "seeds", seed, 0)
     workers = checks.integer(op, "workers", workers, 1)
-    known = [option.name for option in fields(Training)]
-    if unknown := [name for name in training if name not in known]:
-        raise TypeError(f"sweep: unknown option {unknown[0]!r}; those of Training are {', '.join(known)}")
+    options_there = [option.name for option in fields(Training)]
+    if unknown := [name for name in training if name not in options_there]:
+        raise TypeError(f"sweep: unknown option {unknown[0]!r}; those of Training are {', '.join(options_there)}")
     options = Training(**training)
     jobs = [(weight, size, seed) for size, weight, seed in itertools.product(*grid)]
-    runs: dict[tuple[float, int, int], Run] = {}
+    runs = {(run.l1, run.n_features, run.seed): run for run in known}
+    missing = [job for job in jobs if job not in runs]
 
     def done(run: Run) -> None:
         runs[run.l1, run.n_features, run.seed] = run
@@ -344,8 +347,8 @@ def train_many(
             callback(run)
 
     content = pickle.dumps(data)
-    workers = min(workers, len(jobs))
-    groups = _groups(jobs, workers)
+    workers = min(workers, len(missing)) or 1
+    groups = _groups(missing, workers)
     if workers == 1:
         for size, members in groups:
             _together(pickle.loads(content), size, members, options, done)
