@@ -1,28 +1,24 @@
-"""The language model that studies read: SmolLM2-135M from the package index, and a tiny random one to see whether a study runs."""
+"""The models that the demo and studies of language read, with their text; dictionaries of them, and what their features say."""
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsae import SAE
+from fastsae import SAE, Trainer
 from fastsae.lm import Edit, packaged, splice, token_windows
 from fastsae.lm.hooks import call
+from fastsae.optim import Adam, warmup_linear_decay
 from fastsae.store import ActivationShards, LatentStore, LatentWriter
 from fastsae.studies import Study
-
-
-def held_out(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Windows to train on, and ``count`` evenly spaced ones to judge by."""
-    chosen = torch.zeros(len(windows), dtype=torch.bool, device="cpu")
-    chosen[torch.linspace(0, len(windows) - 1, count + 2, dtype=torch.float64, device="cpu").long()[1:-1]] = True
-    return windows[~chosen], windows[chosen]
+from fastsae.superposition import SuperpositionData
 
 
 @dataclass(frozen=True)
@@ -31,24 +27,29 @@ class Language:
 
     Attributes:
         model: the output of a causal one holds logits. layer: name of a layer's residual stream, with the layer's number to be filled in.
-        bos: begins every window. texts: documents, texts or token ids. tokenizer: of the texts, or None. causal: whether it predicts
-            the next token.
+        special: tokens that begin and, of two, end every window. texts: documents, texts or token ids. tokenizer: of the texts, or None.
+        causal: whether it predicts the next token. truth: the directions that its activations are made of, where they are known.
     """
 
     model: nn.Module
     layer: str
-    bos: int
-    texts: Sequence[Any] = ()
+    special: list[int]
+    texts: list[Any]
     tokenizer: Any = None
     causal: bool = True
+    truth: Tensor | None = None
 
     def split(self, training: int, held: int, context: int) -> tuple[Tensor, Tensor]:
-        """``held_out`` windows ``[n, context]`` of at least so many tokens beside BOS each."""
-        counts = [-(-tokens // (context - 1)) for tokens in (training, held)]
-        windows = token_windows(self.texts, context, self.tokenizer, bos=self.bos, most=sum(counts))
+        """Windows ``[n, context]`` of at least so many tokens beside special ones each: to train on, and evenly spaced ones to judge by."""
+        counts = [-(-tokens // (context - len(self.special))) for tokens in (training, held)]
+        bos, ends = next(iter(self.special), None), torch.tensor(self.special[1:], dtype=torch.int64, device="cpu")
+        windows = token_windows(self.texts, context - len(ends), self.tokenizer, bos=bos, most=sum(counts))
         if len(windows) < sum(counts):
             raise ValueError(f"study: the text has {len(windows)} windows of {context} tokens, {sum(counts)} are asked for")
-        return held_out(windows, counts[1])
+        windows = torch.cat([windows, ends.expand(len(windows), -1)], 1)
+        chosen = torch.zeros(len(windows), dtype=torch.bool, device="cpu")
+        chosen[torch.linspace(0, len(windows) - 1, counts[1] + 2, dtype=torch.float64, device="cpu").long()[1:-1]] = True
+        return windows[~chosen], windows[chosen]
 
     def word(self, token: int) -> str:
         return f"<{token}>" if self.tokenizer is None else self.tokenizer.decode([token])
@@ -60,16 +61,47 @@ class Language:
 
 
 def language(study: Study) -> Language:
-    """What ``study["source"]`` says: "smollm2" or "random". ImportError: a package is missing, with what to install."""
-    if study["source"] == "random":
-        generator = study.generator(1)
+    """What ``study["source"]`` says. ImportError: a package is missing, with what to install.
+
+    "smollm2", "minilm"; "random": a tiny untrained model; "superposition": no language, but sparse combinations of twice as many random
+    unit features as dimensions, 5 active on average (after Sharkey, Braun & Millidge 2022); token i is sample i, and its word the strongest
+    feature in it.
+    """
+    source, rows = study["source"], study["train_tokens"] + study["held_tokens"]
+    if source == "random":
         with torch.random.fork_rng():
             torch.manual_seed(study.seed)
             model = _Tiny().eval()
-        ids = torch.randint(1, _Tiny.vocabulary, (4096,), generator=generator, device="cpu")
-        return Language(model, "layers.{}", 0, [ids.tolist()])
-    model, tokenizer = packaged.load("smollm2")
-    return Language(model, "model.layers.{}", tokenizer.bos_token_id, packaged.documents(10**9), tokenizer)
+        ids = torch.randint(1, _Tiny.vocabulary, (4096,), generator=study.generator(1), device="cpu")
+        return Language(model, "layers.{}", [0], [ids.tolist()])
+    if source == "superposition":
+        width, rows = study["width"], rows + 256
+        data = SuperpositionData(2 * width, width, mean_active=5, rate=0.99, seed=study.seed)
+        x, latents, _ = data.sample(rows)
+        strongest = latents.to_dense().argmax(1)
+        with torch.random.fork_rng():
+            torch.manual_seed(study.seed)
+            mlp = nn.Sequential(nn.Linear(width, 6 * width, dtype=torch.float32, device="cpu"), nn.ReLU())
+        model = nn.Sequential(OrderedDict(x0=nn.Embedding.from_pretrained(x), x0_mlp=mlp))
+        words = SimpleNamespace(decode=lambda ids: f"feature {strongest[ids[0]]}; ")
+        return Language(model, "x{}", [], [list(range(rows))], words, False, data.features)
+    model, tokenizer = packaged.load(source)
+    texts = packaged.documents(8 * rows)
+    if source == "minilm":
+        return Language(model, "encoder.layer.{}", [tokenizer.cls_token_id, tokenizer.sep_token_id], texts, tokenizer, False)
+    return Language(model, "model.layers.{}", [tokenizer.bos_token_id], texts, tokenizer)
+
+
+def train(study: Study, shards: ActivationShards, hook: str, kind: Any, file: Path, seed: int = 0, **options: Any) -> SAE:
+    """One dictionary of a layer, from its shards; ``file``: its checkpoint, from which it goes on. options: of ``Trainer``."""
+    steps, d = study["steps"], shards.columns[hook][1][0]
+    batches = shards.batches(study["batch"], hook, seed=seed, dtype=torch.float32)
+    first = shards.read(0, min(shards.rows, 16_384), [hook])[hook].float()
+    sae = SAE(d, study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=seed).init_from(first, norm="rms")
+    opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
+    trainer = Trainer(sae, opt, progress=study.progress, checkpoint=file, every=50, **options)
+    trainer.fit(batches, steps, resume=file.exists())
+    return sae.fold_().eval()
 
 
 @torch.no_grad()

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import SAE, BatchTopK, TopK, Trainer
+from fastsae import SAE, BatchTopK, TopK
 from fastsae.lm import Evaluation, evaluate, harvest
-from fastsae.optim import Adam, warmup_linear_decay
-from fastsae.store import ActivationShards
 from fastsae.studies import Study
-from fastsae.studies._language import language, name_features
+from fastsae.studies._language import language, name_features, train
 
 SIZES = {
     "smoke": {
@@ -45,7 +43,7 @@ def run(study: Study) -> None:
     windows, held = found.split(study["train_tokens"], study["held_tokens"], study["context"])
     hooks = [found.layer.format(number) for number in study["layers"]]
     folder = study.parts / "activations"
-    shards = harvest(found.model, windows, hooks, folder, ignore=[found.bos], dtype=torch.bfloat16, progress=study.progress)
+    shards = harvest(found.model, windows, hooks, folder, ignore=found.special, dtype=torch.bfloat16, progress=study.progress)
     study.record(tokens=shards.rows, held_out=held.numel(), hooks=hooks)
     rows: list[dict[str, Any]] = []
     densities: dict[str, Tensor] = {}
@@ -53,11 +51,12 @@ def run(study: Study) -> None:
     for hook in hooks:
         for name, several in study["k"].items():
             for k in several:
-                sae = saes[hook, name, k] = train(study, shards, hook, name, k)
+                kind, file = {"TopK": TopK, "BatchTopK": BatchTopK}[name](k), study.parts / f"{hook} {name} {k}.pt"
+                sae = saes[hook, name, k] = train(study, shards, hook, kind, file, study.seed)
                 made = study.part(
                     "evaluations",
                     f"{hook} {name} {k}",
-                    lambda sae=sae, hook=hook: vars(evaluate(sae, found.model, held, hook, ignore=[found.bos], progress=study.progress)),
+                    lambda sae=sae, hook=hook: vars(evaluate(sae, found.model, held, hook, ignore=found.special, progress=study.progress)),
                 )
                 judged = Evaluation(**made)
                 alive = int((~sae.dead_features).sum())
@@ -84,19 +83,6 @@ def run(study: Study) -> None:
         )
     study.record(evaluations=rows)
     draw(study, rows, densities)
-
-
-def train(study: Study, shards: ActivationShards, hook: str, name: str, k: int) -> SAE:
-    """One dictionary of a layer, from its shards."""
-    steps, d = study["steps"], shards.columns[hook][1][0]
-    kind: Any = {"TopK": TopK, "BatchTopK": BatchTopK}[name](k)
-    batches = shards.batches(study["batch"], hook, seed=study.seed, dtype=torch.float32)
-    first = shards.read(0, min(shards.rows, 16_384), [hook])[hook].float()
-    sae = SAE(d, study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=study.seed).init_from(first, norm="rms")
-    opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
-    file = study.parts / f"{hook} {name} {k}.pt"
-    Trainer(sae, opt, progress=study.progress, checkpoint=file, every=50).fit(batches, steps, resume=file.exists())
-    return sae.fold_().eval()
 
 
 def draw(study: Study, rows: list[dict[str, Any]], densities: dict[str, Tensor]) -> None:
