@@ -37,10 +37,11 @@ ABOUT = {
 }  # of each source, with the layer
 SMOKE = {
     "context": 16, "train_tokens": 1500, "held_tokens": 256, "features": 128, "k": 4, "steps": 40, "batch": 128, "width": 32, "named": 3,
+    "ablated": 2,
 }  # fmt: skip
 SIZE = {
-    "context": 128, "train_tokens": 16_000, "held_tokens": 2000, "features": 2048, "k": 32, "steps": 400, "batch": 512, "width": 256,
-    "named": 8,
+    "context": 128, "train_tokens": 12_000, "held_tokens": 2000, "features": 2048, "k": 32, "steps": 300, "batch": 512, "width": 256,
+    "named": 6, "ablated": 2,
 }  # fmt: skip
 
 

@@ -317,7 +317,7 @@ def _inputs(op: str, x: Any, W: Any, **vectors: Any) -> tuple[tuple[int, ...], T
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape [.., D], got []")
     if W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
+        checks.shape(op, "W_enc", W, (None, x.shape[-1]), f"[F, D={x.shape[-1]}] for x {list(x.shape)}")
     values = list(vectors.values())
     if checks.autocasting(x.device):
         given = W

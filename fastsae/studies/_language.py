@@ -134,7 +134,7 @@ def name_features(study: Study, found: Language, shards: ActivationShards, hook:
         row = {"feature": feature, "fires_on": int(fired[feature]) / store.rows}
         row["peaks"] = ", ".join(f"{word.strip()!r} {n}" for word, n in peaks.most_common(3))
         row["example"] = " ".join(example.split())
-        rows.append(row | (ablated(found, hook, sae, feature, windows[top.sequence[:8].unique()]) if found.causal else {}))
+        rows.append(row | (ablated(found, hook, sae, feature, windows[top.sequence[: study["ablated"]].unique()]) if found.causal else {}))
     shutil.rmtree(folder)
     return rows
 
