@@ -62,8 +62,9 @@ def arguments() -> argparse.Namespace:
 
 def data(args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
     """Training and held-out rows, scaled so that their mean distance from the mean is 1, and what they are."""
-    if args.smoke or (absent := packaged.missing("minilm")):
-        if not args.smoke:
+    absent = None if args.smoke else packaged.missing("minilm")
+    if args.smoke or absent:
+        if absent:
             print(f"{absent} is not installed: synthetic superposition data instead of a model's activations")
         width, source = 64 if args.smoke else 256, "synthetic superposition"
         rows = SuperpositionData(2 * width, width, mean_active=5, rate=0.99, seed=0).sample(4000 if args.smoke else 56_000).x

@@ -12,14 +12,14 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastsae
-from fastsae import SAE, TopK, codes, plots
+from fastsae import SAE, TopK, TopKLatents, codes, plots
 from fastsae._core.timing import Stopwatch, alternate, milliseconds
 from fastsae.demo.page import write
 from fastsae.lm import evaluate, harvest, packaged
@@ -49,7 +49,7 @@ def explore(study: Study, name: str) -> tuple[SAE, Tensor]:
     """Everything about one model; (the first dictionary, held-out rows)."""
     study.parameters["source"] = name
     found, folder = language(study), study.out / name
-    hook, options = found.layer.format(ABOUT[name][1]), {"ignore": found.special, "progress": study.progress}
+    hook, options = found.layer.format(ABOUT[name][1]), dict[str, Any](ignore=found.special, progress=study.progress)
     windows = found.split(study["train_tokens"], study["held_tokens"], study["context"])
     shards, held = (harvest(found.model, part, hook, folder / place, **options) for part, place in zip(windows, ("train", "held")))
     x, y = (one.read(0, one.rows, [hook])[hook] for one in (shards, held))
@@ -109,7 +109,7 @@ def spline_codes(study: Study, found: Language, hook: str, windows: Tensor, plot
 def speed(study: Study, sae: SAE, x: Tensor) -> None:
     """Operations beside plain torch: results compared, then timed in turns."""
     W, b, D, c, k = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, study["k"]
-    z, mine, theirs = sae.encode(x), copy.deepcopy(sae).requires_grad_(), copy.deepcopy(sae).requires_grad_()
+    z, mine, theirs = cast(TopKLatents, sae.encode(x)), copy.deepcopy(sae).requires_grad_(), copy.deepcopy(sae).requires_grad_()
     fused, plain = Adam(mine, lr=0.0), torch.optim.Adam(theirs.parameters(), lr=0.0, fused=True)  # so that all steps do equal work
 
     def decoded(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -168,9 +168,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{ABOUT[name][0]}", flush=True)
             if args.fresh:
                 shutil.rmtree(study.out / name, ignore_errors=True)
-            first, (sae, y) = len(study.findings), explore(study, name)
+            first, found = len(study.findings), explore(study, name)
             explored.append((name, ABOUT[name][0], study.findings[first:]))
-        speed(study, sae, y)
+            if len(explored) == 1:
+                speed(study, *found)
     except (ValueError, KeyError) as error:
         print(f"fastsae demo: {error} (--fresh makes what lies in {args.out} anew)", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import io
 import itertools
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def load(model: str) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _read_once() -> Iterator[None]:
+def _read_once() -> Generator[None]:
     """transformers parses a GGUF file's 50,000 words three times: for the configuration, the weights and the tokenizer."""
     import gguf
 

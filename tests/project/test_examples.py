@@ -7,13 +7,19 @@ import doctest
 import importlib
 import warnings
 
+import peers
 import pytest
 import torch
 from package_sources import sources
 
 import fastsae
 
-FEWER = {'stop="converged"': "stop=3", "fastsae.SAE(4096, 2**20, fastsae.TopK(64), seed=0)": "fastsae.SAE(16, 64, fastsae.TopK(4), seed=0)"}
+FEWER = {
+    "[0.05, 0.1, 0.2]": "[0.1]",
+    "[64, 128, 256]": "[64]",
+    'stop="converged"': "stop=3",
+    "fastsae.SAE(4096, 2**20, fastsae.TopK(64), seed=0)": "fastsae.SAE(16, 64, fastsae.TopK(4), seed=0)",
+}
 """Sizes that a test has no time for."""
 
 EXAMPLES = [
@@ -28,6 +34,8 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(("module", "text"), [example[1:] for example in EXAMPLES], ids=[example[0] for example in EXAMPLES])
 def test_example_runs(module: str, text: str) -> None:
+    if "sparsify" in text:
+        peers.load("sparsify", "eai-sparsify")
     for word, name in (("sklearn", "sklearn"), ("sweep(", "pandas"), ("SciPy", "scipy")):
         if word in text:
             pytest.importorskip(name)
