@@ -32,7 +32,8 @@ def write(study: Study, explored: Sequence[tuple[str, str, list[str]]]) -> Path:
     """``index.html``. explored: of each model its name, what it is, and what was found."""
     parts = [_HEAD]
     for name, about, findings in explored:
-        items = "".join(f"<li>{escape(finding.removeprefix(f'{name}: '))}</li>" for finding in findings)
+        told = [escape(finding.removeprefix(f"{name}: ")) for finding in findings]
+        items = "".join(f"<li>{one[0].upper()}{one[1:]}</li>" for one in told)
         parts += [f"<h2>{escape(about)}</h2><ul>{items}</ul>{_TABLE}{_table(study.tables[f'{name} features'])}"]
         parts += [_figure(study.out / name / plot, text) for plot, text in _PLOTS.items()]
     parts += ["<h2>Speed</h2>", _figure(study.out / "speed.png", "Each operation beside plain torch, in turns. Longer is better.")]
