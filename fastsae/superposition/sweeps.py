@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae._core.progress import Bar
 from fastsae._core.seeds import stream_seed
 from fastsae.compare.matching import match
 from fastsae.optim import Adam
@@ -429,6 +430,7 @@ def sweep(
     stop: Literal["converged"] | int = "converged",
     workers: int = 1,
     callback: Callable[[Run], object] | None = None,
+    progress: bool = True,
     **training: Any,
 ) -> Any:
     """Trains a dictionary for every (n_features, l1, seed) and returns a pandas data frame with a row for each.
@@ -441,6 +443,7 @@ def sweep(
         workers: processes; each has its share of the cores. (More than one starts Python anew: guard a script by ``if __name__ ==
             "__main__"``.) The results do not depend on it but for the rounding of torch's products on other numbers of threads.
         callback: called with each ``Run`` as it ends, in any order; with several workers, as its group ends.
+        progress: a tqdm bar where tqdm is installed, else a line a dictionary, on stderr.
         training: attributes of ``Training``: batch, lr, window, tolerance, cooldown, max_steps, start, snapshots.
 
     Returns:
@@ -462,5 +465,14 @@ def sweep(
         import pandas
     except ImportError as error:
         raise ImportError("sweep needs pandas: pip install 'fastsae-kernels[studies]'") from error
-    runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, workers=workers, callback=callback, stop=stop, **training)
+    grid = [_several("sweep", *pair) for pair in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
+    with Bar(progress, math.prod(map(len, grid)), of="run") as bar:
+
+        def done(run: Run) -> None:
+            bar.update(1)
+            bar.show(f"F {run.n_features}, l1 {run.l1:g}, seed {run.seed}: FVU {run.fvu:.3f}")
+            if callback is not None:
+                callback(run)
+
+        runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, workers=workers, callback=done, stop=stop, **training)
     return pandas.DataFrame([run.row() for run in runs])

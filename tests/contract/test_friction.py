@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,14 @@ def test_loaded_dictionaries_are_in_one_mode(tmp_path: Path) -> None:
     assert [one.training for one in loaded] == [False] * 3
     x: Tensor = X[0]
     assert torch.equal(loaded[0](x).x_hat, loaded[1](x).x_hat)
+
+
+def test_a_sweep_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pandas")
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    data = fastsae.superposition.SuperpositionData(12, 8, mean_active=2)
+    fastsae.superposition.sweep(data, l1=[0.1, 0.2], n_features=8, stop=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["run 1 of 2", "run 2 of 2"] and "F 8, l1 0.1" in lines[0]
+    fastsae.superposition.sweep(data, l1=0.1, n_features=8, stop=2, progress=False)
+    assert capsys.readouterr().err == ""
