@@ -364,6 +364,7 @@ def test_commands_say_what_is_wrong_in_a_line(tmp_path: Path, capsys: pytest.Cap
         (["demo", "--smoke", "--out", "file/x"], "file/x"),
         (["demo", "--smoke", "--out", "demo"], "(--fresh makes what lies in"),
         (["study", "init", "--smoke", "--out", "file/x"], "file/x"),
+        (["study", "init", "--smoke", "--out", "file"], "file"),
         (["study", "--pages", "nothing"], "no NAME/NAME.json of a study in"),
         (["study", "--pages", "study"], "study/init/init.json is not what a study wrote"),
     ):
