@@ -25,7 +25,7 @@ import fastsae
 from fastsae._core import files
 from fastsae._core.machine import machine
 from fastsae._core.timing import alternate, milliseconds
-from fastsae.demo import activations_minilm
+from fastsae.lm import packaged
 from fastsae.plots import figure
 
 ROUNDS = 5
@@ -47,11 +47,12 @@ def arguments() -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list[str], Tensor]:
-    """(codes a layer, hashes a layer, names of the layers, token numbers)."""
+def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list[str], Tensor, list[str]]:
+    """(codes a layer, hashes a layer, names of the layers, token numbers, the vocabulary)."""
     from tqdm import tqdm
 
-    model, _, windows, sequences = activations_minilm.load(tokens)
+    model, tokenizer = packaged.load("minilm")
+    sequences = packaged.minilm_windows(tokenizer, tokens)
     inner = torch.ones_like(sequences)
     inner[:, [0, -1]] = 0  # [CLS] and [SEP] do not count
     codes: list[dict[str, Tensor]] = []
@@ -59,7 +60,7 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
     with (
         fastsae.codes.trace(model, "encoder.*", emit="hash") as hashed,
         fastsae.codes.trace(model, "encoder.*", emit="code") as packed,
-        tqdm(total=windows.numel(), desc="reading", unit=" tokens", mininterval=0.5) as progress,
+        tqdm(total=int(inner.sum()), desc="reading", unit=" tokens", mininterval=0.5) as progress,
     ):
         for part, mask in zip(sequences.split(batch), inner.split(batch)):
             hashed.mask = packed.mask = mask
@@ -69,7 +70,8 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
             progress.update(int(mask.sum()))
     names = list(codes[0])
     joined = [[torch.cat([part[name] for part in parts]) for name in names] for parts in (codes, hashes)]
-    return joined[0], joined[1], names, windows.flatten()
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return joined[0], joined[1], names, sequences[:, 1:-1].flatten(), vocabulary
 
 
 def count(codes: list[Tensor], hashes: list[Tensor], neurons: int) -> dict[str, Any]:
@@ -232,13 +234,12 @@ def draw(out: Path, results: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     args = arguments()
-    if (absent := activations_minilm.missing()) is not None:
+    if (absent := packaged.missing("minilm")) is not None:
         print(f"bench.codes needs {absent}: pip install 'fastsae-kernels[demo]'", file=sys.stderr)
         return 1
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    codes, hashes, names, kind = read(args.tokens)
-    words = activations_minilm.words()
+    codes, hashes, names, kind, words = read(args.tokens)
     # The model's MLP width, from its words: 64 neurons each.
     neurons = codes[0].shape[1] * 64
     for number, (code, value) in enumerate(zip(codes, hashes)):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int:
     """Exit code of ``fastsae bench``: 0, 1 where a row failed, 2 where nothing could be run."""
     out = (options.out or root / "bench" / "results").resolve()
+    if not options.list:
+        out.mkdir(parents=True, exist_ok=True)  # a file of that name is said now, not after the first row
     if options.device != "cpu" and not options.ops:
         from bench.gpu import table
 

@@ -25,11 +25,10 @@ from bench import training
 from fastsae._core import files
 from fastsae._core.machine import machine
 from fastsae._core.timing import Stopwatch
-from fastsae.demo import activations_minilm
-from fastsae.demo import data as demo_data
-from fastsae.demo.settings import Settings
+from fastsae.lm import harvest, packaged
 from fastsae.optim import warmup_linear_decay
 from fastsae.plots import figure
+from fastsae.superposition import SuperpositionData
 from fastsae.trainer import Batches
 
 OURS, PLAIN = "fastsae", "plain torch"
@@ -40,7 +39,7 @@ BOUND = 1.02
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.fvu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for fvu.json and fvu.png")
-    parser.add_argument("--cache", type=Path, default=Path("build/fvu-activations.safetensors"), help="extracted activations")
+    parser.add_argument("--cache", type=Path, default=Path("build/fvu-activations"), help="folder of extracted activations")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on synthetic data: checks that everything runs")
     parser.add_argument("--peers", nargs="*", default=["sparsify, torch Adam", "SAELens"], help=f"of: {'; '.join(training.PEERS)}")
     for name, kind, value in (
@@ -63,17 +62,20 @@ def arguments() -> argparse.Namespace:
 
 def data(args: argparse.Namespace) -> tuple[Tensor, Tensor, str]:
     """Training and held-out rows, scaled so that their mean distance from the mean is 1, and what they are."""
-    absent = None if args.smoke else activations_minilm.missing()
+    absent = None if args.smoke else packaged.missing("minilm")
     if args.smoke or absent:
         if absent:
             print(f"{absent} is not installed: synthetic superposition data instead of a model's activations")
-        found = demo_data.synthetic(4000 if args.smoke else 56_000, 64 if args.smoke else 256)
-        source = "synthetic superposition"
+        width, source = 64 if args.smoke else 256, "synthetic superposition"
+        rows = SuperpositionData(2 * width, width, mean_active=5, rate=0.99, seed=0).sample(4000 if args.smoke else 56_000).x
+        apart = torch.arange(len(rows)) % 10 == 9
     else:
-        args.cache.parent.mkdir(parents=True, exist_ok=True)
-        found = demo_data.load(Settings(synthetic=False), args.cache)
-        source = "all-MiniLM-L6-v2, layer 3, Python's documentation"
-    x, held = found["x"][~found["held"]], found["x"][found["held"]]
+        model, tokenizer = packaged.load("minilm")
+        hook, special = "encoder.layer.3", [tokenizer.cls_token_id, tokenizer.sep_token_id]
+        found = harvest(model, packaged.minilm_windows(tokenizer, 56_000), hook, args.cache, ignore=special, batch=32)
+        rows, source = found.read(0, found.rows, [hook])[hook], "all-MiniLM-L6-v2, layer 3, Python's documentation"
+        apart = (torch.arange(len(rows)) // 126) % 10 == 9
+    x, held = rows[~apart], rows[apart]
     scale = 1 / (x - x.mean(0)).norm(dim=1).mean()
     return x * scale, held * scale, source
 

@@ -31,6 +31,10 @@ class Batches:
             if not isinstance(column, Tensor) or column.dim() == 0:
                 got = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
                 raise TypeError(f"Batches: {name} must be a tensor of rows, got {got}")
+            if column.dim() > 2:
+                raise ValueError(
+                    f"Batches: {name} must have shape [n, D], got {list(column.shape)}: {name}.flatten(0, -2) has a row a position"
+                )
         self.columns: dict[str, Tensor] = given
         size = checks.integer("Batches", "size", size, 1, x.shape[0], f"n={x.shape[0]}")
         seed = checks.integer("Batches", "seed", seed, 0)

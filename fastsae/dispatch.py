@@ -288,7 +288,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """Runs ``function(*args, **kwargs)`` and reports which backend each operation in it took, and why the others did not.
 
     Example:
-        >>> print(fastsae.explain(fastsae.decode, latents, W_dec))
+        >>> latents = fastsae.encode_topk(torch.randn(4, 8), torch.randn(32, 8), k=2)
+        >>> print(fastsae.explain(fastsae.decode, latents, torch.randn(32, 8)))
     """
     choices: list[Choice] = []
     token = _recorder.set(choices)

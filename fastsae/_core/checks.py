@@ -56,7 +56,9 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], mea
                 break
         else:
             return
-    raise ValueError(f"{op}: {name} must have shape {meaning}, got {list(value.shape)}")
+    turned = value.dim() == len(expected) == 2 and all(want in (None, got) for got, want in zip(reversed(value.shape), expected))
+    hint = f" (transposed? pass {name}.T)" if turned else ""
+    raise ValueError(f"{op}: {name} must have shape {meaning}, got {list(value.shape)}{hint}")
 
 
 def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -167,8 +167,9 @@ class CodeCounter:
 
     Example:
         >>> counter = fastsae.codes.CodeCounter(["mlp.0", "mlp.1"])
-        >>> counter.update({"mlp.0": hashes_0, "mlp.1": hashes_1}, mask=attention_mask)
-        >>> print(counter.merge(other).table())
+        >>> hashes = {name: fastsae.codes.hash_signs(torch.randn(2, 50, 8)) for name in ("mlp.0", "mlp.1")}
+        >>> counter.update(hashes, mask=torch.ones(2, 50))
+        >>> print(counter.table())
 
     Raises: TypeError, ValueError: arguments. ImportError: a sketch without ``datasketches``.
     """

@@ -276,11 +276,13 @@ def trace(
     and what was collected can still be popped. Hashes combine over layers by ``combine_hashes``, and go into a ``CodeCounter(t.layers)``.
 
     Example:
-        >>> with torch.no_grad(), fastsae.codes.trace(model, "encoder.*", mask="attention_mask") as t:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+        >>> with torch.no_grad(), fastsae.codes.trace(model, "*") as t:  # of a transformer: "encoder.*", mask="attention_mask"
         ...     counter = fastsae.codes.CodeCounter(t.layers)
-        ...     for batch in batches:
-        ...         model(**batch)
+        ...     for batch in torch.randn(4, 100, 8):
+        ...         y = model(batch)
         ...         counter.update(t.pop())
+        >>> print(counter.table())
 
     Raises:
         TypeError: an argument's type. ValueError: a value, or a pattern that names no activation module (the message lists those there

@@ -113,8 +113,9 @@ def mmcs(a: Dictionary, b: Dictionary, direction: str = "mean", *, variant: str 
         A Python float. NaN where similarities are.
 
     Example:
+        >>> truth, learned = torch.randn(20, 8), torch.randn(40, 8)
         >>> fastsae.mmcs(truth, learned, variant="truth_recovery")
-        >>> fastsae.mmcs(sae_small, sae_large, variant="hungarian_above")  # needs SciPy
+        >>> fastsae.mmcs(truth, learned, variant="hungarian_above")  # needs SciPy
 
     Raises: as ``match``; ValueError: unknown names, ``weights`` beside ``one_to_one`` or a summary other than the mean.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -208,6 +209,8 @@ def load(path: Path, mapped: bool = False) -> tuple[Any, dict[str, Any] | None]:
         except Exception as error:  # an unpickler raises what it stumbles over
             lines = str(error).strip().split("\n")
             reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
+            if code := re.search(r"GLOBAL ([\w.]+)", str(error)):  # without torch's advice to let it run
+                reason = f"it holds {code[1]}, which is no tensor, number, text or container"
             raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads: {reason}") from error
     left, seen = [("", state)], set[int]()
     while left:

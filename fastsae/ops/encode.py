@@ -317,7 +317,7 @@ def encoder_inputs(op: str, x: Any, W: Any, name: str = "W_enc", **vectors: Any)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape [.., D], got []")
     if W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: {name} must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
+        checks.shape(op, name, W, (None, x.shape[-1]), f"[F, D={x.shape[-1]}] for x {list(x.shape)}")
     values = list(vectors.values())
     if checks.autocasting(x.device):
         given = W

@@ -278,7 +278,7 @@ def neighbour_graph(
 
     Example:
         >>> from sklearn.cluster import HDBSCAN
-        >>> graph = fastsae.codes.neighbour_graph(fastsae.codes.pack_signs(z), k=30)
+        >>> graph = fastsae.codes.neighbour_graph(fastsae.codes.pack_signs(torch.randn(200, 64)), k=30)
         >>> labels = HDBSCAN(min_cluster_size=20, min_samples=10, metric="precomputed").fit_predict(graph)
 
     Raises: TypeError: dtype. ValueError: shape, k or zero. ImportError: without SciPy.

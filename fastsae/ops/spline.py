@@ -332,8 +332,10 @@ def _layer_inputs(op: str, x: Any, W: Any, b: Any, neurons: Any) -> tuple[Any, .
     if isinstance(W, PackedWeights):
         packed, W = W.words(op), W.weight
     checks.tensor(op, "W", W, like=x)
-    if x.dim() == 0 or W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: W must have shape [H, D={x.shape[-1] if x.dim() else '?'}] for x {list(x.shape)}, got {list(W.shape)}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have shape [.., D], got []")
+    if W.dim() != 2 or W.shape[1] != x.shape[-1]:
+        checks.shape(op, "W", W, (None, x.shape[-1]), f"[H, D={x.shape[-1]}] for x {list(x.shape)}")
     made_of = W.dtype
     x, W, b = checks.autocast(x.detach(), W.detach(), b)
     packed = packed if W.dtype is made_of else None  # packed before the cast: of no use for the rounded weights

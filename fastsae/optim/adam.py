@@ -42,6 +42,7 @@ class Adam(Optimiser):
             reads the device's flag and raises; "skip" waits for the answer in every step.
 
     Example:
+        >>> x, sae = torch.randn(64, 16), fastsae.SAE(16, 64, fastsae.TopK(4))
         >>> opt = fastsae.optim.Adam(sae, lr=3e-4, clip=1.0, schedule=fastsae.optim.warmup_linear_decay(1000, 8000, 10000))
         >>> metrics = opt.step(x)
     """

@@ -34,6 +34,7 @@ class Signum(Optimiser):
     Sources: Bernstein et al. 2018 (arXiv 1802.04434), Defazio et al. 2024 (arXiv 2405.15682).
 
     Example:
+        >>> x, sae = torch.randn(64, 16), fastsae.SAE(16, 64, fastsae.TopK(4))
         >>> opt = fastsae.optim.Signum(sae, lr=5e-3 / (sae.d_sae / 2**14) ** 0.5)
         >>> metrics = opt.step(x)
         >>> opt.eval()  # before saving or evaluating; opt.train() before the next step

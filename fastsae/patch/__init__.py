@@ -90,6 +90,11 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
     Raises: TypeError: not of a supported class. RuntimeError: a version of the library that was not tested.
 
     A pickle of an accelerated object needs fastsae where it is loaded; ``state_dict`` and the library's own files do not.
+
+    Example:
+        >>> from sparsify import SparseCoder, SparseCoderConfig
+        >>> sae = fastsae.accelerate(SparseCoder(64, SparseCoderConfig(num_latents=512, k=8)))
+        >>> loss = sae(torch.randn(32, 64)).fvu
     """
     op = "accelerate"
     if _is_accelerated(obj):

@@ -335,6 +335,7 @@ class NearestAffine(nn.Module):
     Raises: TypeError: dtype, device or type. ValueError: shape.
 
     Example:
+        >>> x, centres, A, c = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4, 3, 3), torch.randn(4, 3)
         >>> system = fastsae.polytopes.NearestAffine(centres, A, c)
         >>> x = system(x)  # one step of the dynamics
     """

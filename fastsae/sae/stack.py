@@ -51,6 +51,7 @@ class SAEs(nn.Module):
     Raises: TypeError: a member that is no ``SAE``, or of another dtype or device. ValueError: no members, or members that do not agree.
 
     Example:
+        >>> x = torch.randn(64, 256)
         >>> saes = fastsae.SAEs(fastsae.SAE(256, 512, fastsae.ReLU(), l1=l1, seed=0) for l1 in torch.logspace(-3, 0, 17).tolist())
         >>> opt = fastsae.optim.Adam(saes, lr=1e-3)  # or one rate a member: lr=[...]
         >>> metrics = opt.step(x)  # metrics.loss [17]

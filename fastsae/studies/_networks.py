@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsae.demo import activations_minilm
+from fastsae.lm import harvest, packaged
 from fastsae.polytopes import Net, as_net, mlp_block
 from fastsae.studies import Study
 
@@ -98,20 +99,23 @@ def tokens(study: Study) -> Tokens:
         *before, first, act, last = one.net.stages
         inputs = Net(before)(one.x) if before else one.x
         return Tokens(Net([first, act, last]), inputs, one.y, list("0123456789"), "the last hidden layer of a classifier of digits")
-    absent = activations_minilm.missing()
-    if absent:
-        raise ImportError(f"{absent} is not installed: pip install 'fastsae-kernels[demo]'")
-    data = activations_minilm.extract(study["tokens"], study["layer"])
-    model, tokeniser, _, _ = activations_minilm.load(1)
-    net = mlp_block(model.requires_grad_(False), study["layer"], residual=False)
-    rows = data["word"].nonzero().flatten()
+    model, tokenizer = packaged.load("minilm")
+    model.requires_grad_(False)
+    special, mlp = [tokenizer.cls_token_id, tokenizer.sep_token_id], f"encoder.layer.{study['layer']}.intermediate.dense:input"
+    with TemporaryDirectory() as folder:
+        windows = packaged.minilm_windows(tokenizer, study["tokens"])
+        data = harvest(model, windows, mlp, folder, ignore=special, batch=32, progress=study.progress)
+        x, token = data.read(0, data.rows, [mlp, "token"]).values()
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    word = torch.tensor([token.isalpha() and len(token) >= 3 for token in vocabulary], device="cpu")
+    rows = word[token.long()].nonzero().flatten()
     rows = rows[torch.randperm(len(rows), generator=study.generator(3), device="cpu")]
-    _, inverse, counts = data["kind"][rows].unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = token[rows].unique(return_inverse=True, return_counts=True)
     order = inverse.argsort(stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device="cpu") - (counts.cumsum(0) - counts)[inverse[order]]
     rows = rows[(counts[inverse] >= study["each"]) & (rank < study["each"])]
-    kinds, kind = data["kind"][rows].unique(return_inverse=True)
-    names = tokeniser.convert_ids_to_tokens(kinds.tolist())
+    kinds, kind = token[rows].unique(return_inverse=True)
+    names = [vocabulary[kind] for kind in kinds.tolist()]
     text = f"the MLP of layer {study['layer']} of all-MiniLM-L6-v2, {study['each']} occurrences of each of {len(names)} words"
-    return Tokens(net, data["layer_in"][rows], kind, names, text)
+    return Tokens(mlp_block(model, study["layer"], residual=False), x[rows], kind, names, text)

@@ -25,8 +25,15 @@ def train(study: Study, label: str, data: SuperpositionData | Tensor, **options:
     sizes = [len(options[name]) if isinstance(options[name], Sequence) else 1 for name in ("l1", "n_features")]
     seeds = options.setdefault("seeds", [study.seed])
     workers = 1 if study.size == "smoke" else os.cpu_count() or 1
+    known = [Run(**run) for run in study.kept(label)]
+
+    def keep(run: Run) -> None:
+        study.part(label, f"{run.n_features} {run.l1} {run.seed}", lambda: vars(run))
+        advance()
+
     with study.bar(label, math.prod(sizes) * len(seeds)) as advance:
-        return train_many(data, **options, workers=workers, callback=lambda run: advance())
+        advance(len(known))
+        return train_many(data, **options, workers=workers, callback=keep, known=known)
 
 
 def antipodal(dictionary: Tensor, alive: Tensor | None = None, below: float = -0.9) -> float:

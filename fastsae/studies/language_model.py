@@ -10,34 +10,31 @@ page shows the path from a model to a judged dictionary, not the best dictionary
 from __future__ import annotations
 
 import math
-import shutil
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae import SAE, BatchTopK, TopK, Trainer
-from fastsae.lm import Edit, evaluate, harvest, splice
-from fastsae.optim import Adam, warmup_linear_decay
-from fastsae.store import ActivationShards, LatentStore, LatentWriter
+from fastsae import SAE, BatchTopK, TopK
+from fastsae.lm import Evaluation, evaluate, harvest
 from fastsae.studies import Study
-from fastsae.studies._language import Language, language
+from fastsae.studies._language import language, name_features, train
 
 SIZES = {
     "smoke": {
-        "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 1_024, "held_tokens": 128, "layers": [0, 1], "features": 64,
-        "k": {"TopK": [2, 4], "BatchTopK": [4]}, "batch": 128, "steps": 10, "lr": 1e-2, "named": 3, "latent_tokens": 512,
+        "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 1_024, "held_tokens": 128, "layers": [0, 1],
+        "features": 64, "k": {"TopK": [2, 4], "BatchTopK": [4]}, "batch": 128, "steps": 10, "lr": 1e-2, "named": 3, "ablated": 8,
+        "latent_tokens": 512,
     },
     "quick": {
         "minutes": 12, "source": "smollm2", "context": 128, "train_tokens": 100_000, "held_tokens": 4_096, "layers": [6, 12],
-        "features": 4096, "k": {"TopK": [32], "BatchTopK": [32]}, "batch": 2048, "steps": 200, "lr": 1e-3, "named": 10,
+        "features": 4096, "k": {"TopK": [32], "BatchTopK": [32]}, "batch": 2048, "steps": 200, "lr": 1e-3, "named": 10, "ablated": 8,
         "latent_tokens": 50_000,
     },
     "default": {
         "minutes": 60, "source": "smollm2", "context": 128, "train_tokens": 500_000, "held_tokens": 8_192, "layers": [6, 12],
         "features": 16_384, "k": {"TopK": [16, 64], "BatchTopK": [32]}, "batch": 2048, "steps": 400, "lr": 1e-3, "named": 10,
-        "latent_tokens": 500_000,
+        "ablated": 8, "latent_tokens": 500_000,
     },
 }  # fmt: skip
 
@@ -46,8 +43,8 @@ def run(study: Study) -> None:
     found = language(study)
     windows, held = found.split(study["train_tokens"], study["held_tokens"], study["context"])
     hooks = [found.layer.format(number) for number in study["layers"]]
-    folder = study.out / "activations"
-    shards = harvest(found.model, windows, hooks, folder, ignore=[found.bos], dtype=torch.bfloat16, progress=study.progress)
+    folder = study.parts / "activations"
+    shards = harvest(found.model, windows, hooks, folder, ignore=found.special, dtype=torch.bfloat16, progress=study.progress)
     study.record(tokens=shards.rows, held_out=held.numel(), hooks=hooks)
     rows: list[dict[str, Any]] = []
     densities: dict[str, Tensor] = {}
@@ -55,8 +52,14 @@ def run(study: Study) -> None:
     for hook in hooks:
         for name, several in study["k"].items():
             for k in several:
-                sae = saes[hook, name, k] = train(study, shards, hook, name, k)
-                judged = evaluate(sae, found.model, held, hook, ignore=[found.bos], batch=8, progress=study.progress)
+                kind, file = {"TopK": TopK, "BatchTopK": BatchTopK}[name](k), study.parts / f"{hook} {name} {k}.pt"
+                sae = saes[hook, name, k] = train(study, shards, hook, kind, file, study.seed)
+                made = study.part(
+                    "evaluations",
+                    f"{hook} {name} {k}",
+                    lambda sae=sae, hook=hook: vars(evaluate(sae, found.model, held, hook, ignore=found.special, progress=study.progress)),
+                )
+                judged = Evaluation(**made)
                 alive = int((~sae.dead_features).sum())
                 rows.append({"layer": hook, "kind": name, "k": k, "alive": alive, **judged.values})
                 rows[-1] |= {f"{value}_error": judged.errors[value] for value in ("ce_recovered", "fvu", "ce_spliced")}
@@ -70,7 +73,8 @@ def run(study: Study) -> None:
             f"{best['ce_recovered']:.1%} of the loss (± {best['ce_recovered_error']:.1%}): {best['ce_clean']:.3f} nats a token clean, "
             f"{best['ce_spliced']:.3f} with the reconstruction, {best['ce_zero']:.2f} with zeros."
         )
-    named = name_features(study, found, shards, hooks[-1], saes[hooks[-1], "TopK", study["k"]["TopK"][-1]], windows)
+    sae = saes[hooks[-1], "TopK", study["k"]["TopK"][-1]]
+    named = name_features(study, found, shards, hooks[-1], sae, windows[: max(1, study["latent_tokens"] // (windows.shape[1] - 1))])
     study.table("features", named)
     if named:
         strongest = max(named, key=lambda row: row["nats_there"])
@@ -80,63 +84,6 @@ def run(study: Study) -> None:
         )
     study.record(evaluations=rows)
     draw(study, rows, densities)
-    shutil.rmtree(folder)
-
-
-def train(study: Study, shards: ActivationShards, hook: str, name: str, k: int) -> SAE:
-    """One dictionary of a layer, from its shards."""
-    steps, d = study["steps"], shards.columns[hook][1][0]
-    kind: Any = {"TopK": TopK, "BatchTopK": BatchTopK}[name](k)
-    batches = shards.batches(study["batch"], hook, seed=study.seed, dtype=torch.float32)
-    first = shards.read(0, min(shards.rows, 16_384), [hook])[hook].float()
-    sae = SAE(d, study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=study.seed).init_from(first, norm="rms")
-    opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
-    Trainer(sae, opt, progress=study.progress).fit(batches, steps)
-    return sae.fold_().eval()
-
-
-@torch.no_grad()
-def name_features(study: Study, found: Language, shards: ActivationShards, hook: str, sae: SAE, windows: Tensor) -> list[dict[str, Any]]:
-    """Features at even steps of density, each with the tokens on which it is largest and what ablating it does there."""
-    folder = study.out / "latents"
-    shutil.rmtree(folder, ignore_errors=True)
-    context = windows.shape[1] - 1  # BOS is not in the shards
-    with LatentWriter(folder, sae.d_sae, context) as writer:
-        count = min(len(windows), study["latent_tokens"] // context)
-        for first in study.track(range(0, count, 32), "latents"):
-            last = min(first + 32, count)
-            x = shards.read(first * context, last * context, [hook])[hook].float()
-            writer.append(sae.encode(x.view(last - first, context, -1)), windows[first:last, 1:])
-    store = LatentStore(folder)
-    fired = store.fired()
-    least = min(20, int(fired.max()))
-    often = (fired >= least).nonzero().flatten()
-    often = often[fired[often].argsort(stable=True)]
-    chosen = often[torch.linspace(0, len(often) - 1, study["named"] + 2, dtype=torch.float64, device="cpu").round().long()[1:-1].unique()]
-    rows: list[dict[str, Any]] = []
-    for feature in study.track(chosen.tolist(), "features"):
-        top = store.top(feature, 20, before=6, after=2)
-        peaks = Counter(found.word(token) for token in top.tokens[:, 6].tolist())
-        example = "".join(
-            found.word(token) if at != 6 else f"[{found.word(token)}]" for at, token in enumerate(top.tokens[0].tolist()) if token >= 0
-        )
-        row = {"feature": feature, "fires_on": int(fired[feature]) / store.rows}
-        row["peaks"] = ", ".join(f"{word.strip()!r} {n}" for word, n in peaks.most_common(3))
-        rows.append({**row, "example": " ".join(example.split()), **ablated(found, hook, sae, feature, windows[top.sequence[:8].unique()])})
-    shutil.rmtree(folder)
-    return rows
-
-
-def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor) -> dict[str, float]:
-    """``nats_there``: mean KL of the next token's distribution on the tokens where the feature fires, without it."""
-    clean = found.logits(windows)
-    with splice(found.model, {hook: sae}, edit={hook: [Edit([feature])]}) as seen:
-        changed = found.logits(windows)
-    latents: Any = seen.latents[hook]
-    fires = ((latents.indices == feature) & (latents.values != 0)).any(-1)
-    fires[:, 0] = False  # BOS, which the dictionary has not seen
-    kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
 
 
 def draw(study: Study, rows: list[dict[str, Any]], densities: dict[str, Tensor]) -> None:

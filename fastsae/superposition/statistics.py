@@ -32,8 +32,8 @@ class ActivationStatistics:
 
     Example:
         >>> statistics = ActivationStatistics(3072)
-        >>> for x in batches:
-        ...     statistics.update(x, mask=attention_mask)
+        >>> for x in torch.randn(3, 2, 16, 3072):
+        ...     statistics = statistics.update(x, mask=torch.ones(2, 16))
         >>> statistics.kurtosis()  # [3072], excess: 0 for a normal distribution
         >>> statistics.overall()["sparsity"]
     """

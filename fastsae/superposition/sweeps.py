@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae._core.progress import Bar
 from fastsae._core.seeds import stream_seed
 from fastsae.compare.matching import match
 from fastsae.optim import Adam
@@ -315,9 +316,11 @@ def train_many(
     workers: int = 1,
     keep: str | os.PathLike[str] | None = None,
     callback: Callable[[Run], object] | None = None,
+    known: Sequence[Run] = (),
     **training: Any,
 ) -> list[Run]:
-    """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed)."""
+    """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed). ``known``: those of an earlier
+    call with the same arguments, which are not trained again."""
     op = "sweep"
     if isinstance(data, Tensor):
         checks.tensor(op, "data", data)
@@ -334,12 +337,13 @@ def train_many(
     for seed in grid[2]:
         checks.integer(op, "seeds", seed, 0)
     workers = checks.integer(op, "workers", workers, 1)
-    known = [option.name for option in fields(Training)]
-    if unknown := [name for name in training if name not in known]:
-        raise TypeError(f"sweep: unknown option {unknown[0]!r}; those of Training are {', '.join(known)}")
+    options_there = [option.name for option in fields(Training)]
+    if unknown := [name for name in training if name not in options_there]:
+        raise TypeError(f"sweep: unknown option {unknown[0]!r}; those of Training are {', '.join(options_there)}")
     options = Training(**training)
     jobs = [(weight, size, seed) for size, weight, seed in itertools.product(*grid)]
-    runs: dict[tuple[float, int, int], Run] = {}
+    runs = {(run.l1, run.n_features, run.seed): run for run in known}
+    missing = [job for job in jobs if job not in runs]
 
     def done(run: Run) -> None:
         runs[run.l1, run.n_features, run.seed] = run
@@ -347,8 +351,8 @@ def train_many(
             callback(run)
 
     content = pickle.dumps(data)
-    workers = min(workers, len(jobs))
-    groups = _groups(jobs, workers)
+    workers = min(workers, len(missing)) or 1
+    groups = _groups(missing, workers)
     if workers == 1 and keep is None:
         for size, members in groups:
             _together(pickle.loads(content), size, members, options, done)
@@ -427,6 +431,7 @@ def sweep(
     workers: int = 1,
     keep: str | os.PathLike[str] | None = None,
     callback: Callable[[Run], object] | None = None,
+    progress: bool = True,
     **training: Any,
 ) -> Any:
     """Trains a dictionary for every (n_features, l1, seed) and returns a pandas data frame with a row for each.
@@ -442,6 +447,7 @@ def sweep(
         keep: a folder where the runs of each group stay as it ends (``joblib.Memory``; pickles, so read only folders that you trust): the
             same call, of the same data and number of workers, goes on with those that are missing. None: nothing is kept.
         callback: called with each ``Run`` as it ends, in any order; with several workers or ``keep``, as its group ends.
+        progress: a tqdm bar where tqdm is installed, else a line a dictionary, on stderr.
         training: attributes of ``Training``: batch, lr, window, tolerance, cooldown, max_steps, start, snapshots.
 
     Returns:
@@ -463,5 +469,15 @@ def sweep(
         import pandas
     except ImportError as error:
         raise ImportError("sweep needs pandas: pip install 'fastsae-kernels[studies]'") from error
-    runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, workers=workers, keep=keep, callback=callback, stop=stop, **training)
+    grid = [_several("sweep", *pair) for pair in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
+    with Bar(progress, math.prod(map(len, grid)), of="run") as bar:
+
+        def done(run: Run) -> None:
+            bar.update(1)
+            bar.show(f"F {run.n_features}, l1 {run.l1:g}, seed {run.seed}: FVU {run.fvu:.3f}")
+            if callback is not None:
+                callback(run)
+
+        options: Any = {"workers": workers, "keep": keep, "callback": done, "stop": stop, **training}
+        runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, **options)
     return pandas.DataFrame([run.row() for run in runs])

