@@ -98,7 +98,7 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 
 test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
 	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(wildcard tests/interop/test_patch_*.py tests/*/test_*_peers.py) \
-	    tests/interop/test_saelens_table.py tests/interop/test_releases.py
+	    tests/interop/test_saelens_table.py tests/interop/test_releases.py tests/project/test_docs.py
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/interop/test_patch_saelens.py -k "transcoder or sparse_encode or restore"
 
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
