@@ -3,8 +3,8 @@ fastsae/_build_info.json.
 
 The CUDA module costs minutes of compiling: it is built where the machine has a GPU, for that GPU, or where FASTSAE_CUDA=1 asks for it, for
 all of CUDA_ARCHS; FASTSAE_CUDA=0 leaves it out. FASTSAE_CUDA_ARCHS names other architectures ("80,90"; "native": the GPU of this machine).
-FASTSAE_NVCC names the compiler; default CUDA_HOME's, the one on the path, or /usr/local/cuda's. Lines that begin with "fastsae: " say what is
-compiled and how long it took (pip shows them with -v).
+FASTSAE_NVCC names the compiler; default CUDA_HOME's, the one on the path, or /usr/local/cuda's. Lines that begin with "fastsae: " say what
+is compiled and how long it took (pip shows them with -v).
 """
 
 from __future__ import annotations
