@@ -64,7 +64,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
     if page.file.src_uri.startswith("explained/"):  # MathML, which browsers show without a script
         markdown = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1], display="block"), markdown, flags=re.DOTALL)
-        markdown = re.sub(r"\$([^$\n]+)\$", lambda m: convert(m[1]), markdown)
+        markdown = re.sub(r"\$([^$\n]+)\$", lambda m: f"<span>{convert(m[1])}</span>", markdown)
     return re.sub(r"\]\(([^)\s]+)\)", link, markdown)
 
 

@@ -63,27 +63,35 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(results: dict[Any, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "few"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "few", "jumprelu", "gated"])
 def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
     first = results["used", kind, 1]
     sae = build(kind)
-    sae.k = first["k"]  # annealed
+    if first["k"] is not None:
+        sae.k = first["k"]  # annealed
+    x, target = first["x"], first["x"] if first["target"] is None else first["target"]
     for training in (True, False):
         sae.load_state_dict(first["state", training])
         dense, x_hat, error, loss = first[training]
         for size in SIZES[1:]:
             assert all(map(torch.equal, first[training], results["used", kind, size][training])), size
         sae.train(training)
-        assert torch.equal(dense, sae.encode(first["x"]).to_dense())  # the bits of one process
+        assert torch.equal(dense, sae.encode(x).to_dense())  # the bits of one process
         exact = dense.double() @ sae.W_dec.double() + sae.b_dec.double()
+        exact += 0 if sae.W_skip is None else x.double() @ sae.W_skip.double().T
         torch.testing.assert_close(x_hat.double(), exact, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(error.double(), (first["x"].double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(loss, torch.stack(sae.loss(first["x"])).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(error.double(), (target.double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss, torch.stack(sae.loss(x, first["target"])).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_all_refuse_a_step_that_is_not_finite(results: dict[Any, Any]) -> None:
     assert all(results["not_finite", "topk", size] == results["not_finite", "topk", 1] for size in SIZES)
+
+
+@pytest.mark.slow
+def test_a_trainer_s_run_and_its_second_half(results: dict[Any, Any]) -> None:
+    assert all(results["looped", "topk", size] == results["looped", "topk", 1] for size in SIZES)
 
 
 @pytest.mark.slow
