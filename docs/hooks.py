@@ -63,9 +63,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"]({os.path.relpath(there, os.path.dirname(page.file.src_uri) or '.')}{'#' * bool(anchor)}{anchor})"
 
     if page.file.src_uri.startswith("explained/"):  # MathML, which browsers show without a script
-        markdown = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1], display="block"), markdown, flags=re.DOTALL)
-        markdown = re.sub(r"\$([^$\n]+)\$", lambda m: f"<span>{convert(m[1])}</span>", markdown)
+        markdown = re.sub(r"\$\$(.+?)\$\$", lambda m: mathml(m[1], "block"), markdown, flags=re.DOTALL)
+        markdown = re.sub(r"\$([^$]+)\$", lambda m: f"<span>{mathml(m[1], 'inline')}</span>", markdown)
     return re.sub(r"\]\(([^)\s]+)\)", link, markdown)
+
+
+def mathml(formula: str, display: str) -> str:
+    bar = '<mo stretchy="false">&#x0007C;</mo>'
+    return convert(formula, display=display).replace(bar, '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;</mo>')
 
 
 def notebook(path: Path) -> str:
