@@ -5,12 +5,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 # torch first and pinned: a loose requirement would fetch the CUDA build and several GB with it.
 TORCH  := torch==2.13.0
-# Two of the six architectures: the rest costs minutes of compiling and is checked by tests/gpu/test_cuda.py. A release builds them all.
+# The CUDA module is asked for, so that tests see it without a GPU too. Two of the six architectures: the rest costs minutes of compiling and
+# is checked by tests/gpu/test_cuda.py.
+export FASTSAE_CUDA ?= 1
 export FASTSAE_CUDA_ARCHS ?= 80,90
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-fast smoke-verify smoke-bench lint verify demo bench gpu gpu-sanitize peers test-peers sanitize deep deep-peers clean
+.PHONY: help build test test-fast smoke-verify smoke-bench lint verify demo bench figures site gpu gpu-sanitize peers test-peers sanitize deep deep-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -64,6 +66,16 @@ demo: $(VENV)/demo.stamp ## train dictionaries on two models' activations and lo
 bench: $(VENV)/dev.stamp ## time every operation beside the best plain torch; JSON and plot in bench/results/
 	$(BIN)/fastsae bench
 
+figures: $(VENV)/dev.stamp ## every table and plot of the README and the site from the newest JSON in bench/results/
+	$(BIN)/python -m bench.figures
+
+site: $(VENV)/docs.stamp ## the documentation in build/site; fails on any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/docs.stamp: $(VENV)/build.stamp pyproject.toml
+	$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
+
 gpu: ## on a CUDA machine with torch, triton and nvcc, in 9 minutes: build, verify, bench, sanitizers; OUT=folder for JSON, plot, logs
 	bash bench/gpu.sh $(or $(OUT),build/gpu)
 
@@ -84,13 +96,13 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 
 test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
 	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(wildcard tests/interop/test_patch_*.py tests/*/test_*_peers.py) \
-	    tests/interop/test_saelens_table.py tests/interop/test_releases.py
+	    tests/interop/test_saelens_table.py tests/interop/test_releases.py tests/project/test_docs.py
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/interop/test_patch_saelens.py -k "transcoder or sparse_encode or restore"
 
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh
 
-deep: $(VENV)/dev.stamp ## many more drawn inputs than CI: a million cases of the oracle, mutants, fuzzing, settings, all architectures
+deep: $(VENV)/dev.stamp site ## many more drawn inputs than CI: a million cases of the oracle, mutants, fuzzing, settings, all architectures
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 tests/contract/test_oracle.py
 	$(BIN)/python tests/mutate.py
 	$(BIN)/python tests/fuzz_files.py 300
@@ -101,6 +113,7 @@ deep: $(VENV)/dev.stamp ## many more drawn inputs than CI: a million cases of th
 	FASTSAE_TEST_KILLS=20 $(BIN)/python -m pytest -q tests/store/test_kills.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_contract.py tests/native/test_engine.py -k "drawn or anything"
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/distributed
+	FASTSAE_TEST_DOCS=all $(BIN)/python -m pytest -q tests/project/test_docs.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q "tests/gpu/test_contract_interpreted.py::test_the_contract_suite[not drawn]"
 	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py tests/gpu/test_kernels.py -k chip
 

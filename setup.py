@@ -1,8 +1,10 @@
 """Builds fastsae._C and, with nvcc, fastsae._cuda, both without torch, and never fails an install: what could not be built, and why, is in
 fastsae/_build_info.json.
 
-FASTSAE_CUDA=0 leaves the CUDA module out. FASTSAE_CUDA_ARCHS names its architectures ("80,90"; "native": the GPU of this machine); default
-all of CUDA_ARCHS. FASTSAE_NVCC names the compiler; default CUDA_HOME's, the one on the path, or /usr/local/cuda's.
+The CUDA module costs minutes of compiling: it is built where the machine has a GPU, for that GPU, or where FASTSAE_CUDA=1 asks for it, for
+all of CUDA_ARCHS; FASTSAE_CUDA=0 leaves it out. FASTSAE_CUDA_ARCHS names other architectures ("80,90"; "native": the GPU of this machine).
+FASTSAE_NVCC names the compiler; default CUDA_HOME's, the one on the path, or /usr/local/cuda's. Lines that begin with "fastsae: " say what
+is compiled and how long it took (pip shows them with -v).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -69,6 +72,11 @@ def _run_compiler(command: list[str]) -> None:
         raise CCompilerError(f"{' '.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
 
 
+def has_gpu() -> bool:
+    """Whether the driver of this machine has an NVIDIA GPU."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def included(source: str) -> set[str]:
     """`source` and every file of csrc that it includes."""
     files, new = set(), {source}
@@ -103,15 +111,20 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "fastsae._cuda":
             try:
+                begun = time.monotonic()
                 self._build_cuda(ext)
                 self.info["cuda"]["built"] = True
+                print(f"fastsae: CUDA C++ kernels built in {time.monotonic() - begun:.0f} s", file=sys.stderr)
             except (*FAILURES, subprocess.SubprocessError) as error:
                 self.info["cuda"]["reason"] = str(error)
                 print(f"fastsae: no CUDA C++ kernels: {error}", file=sys.stderr)
             return
         try:
+            begun = time.monotonic()
             self._build(ext)
             self.info["native"] = True
+            levels = ", ".join(level for level, note in self.info["levels"].items() if note.startswith("built"))
+            print(f"fastsae: native kernels built in {time.monotonic() - begun:.0f} s: {levels}", file=sys.stderr)
         except FAILURES as error:
             self._give_up(str(error))
 
@@ -161,8 +174,13 @@ class BuildExt(build_ext):
         )
 
     def _build_cuda(self, ext: Extension) -> None:
-        if os.environ.get("FASTSAE_CUDA", "1") == "0":
+        wish = os.environ.get("FASTSAE_CUDA", "")
+        if wish not in ("", "0", "1"):
+            raise PlatformError(f"FASTSAE_CUDA must be 0 or 1, got {wish!r}")
+        if wish == "0":
             raise PlatformError("left out by FASTSAE_CUDA=0")
+        if not wish and not has_gpu():
+            raise PlatformError("no NVIDIA GPU where the package was built; FASTSAE_CUDA=1 builds it nevertheless")
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         places = [home and str(Path(home) / "bin"), None, "/usr/local/cuda/bin"]
         nvcc = os.environ.get("FASTSAE_NVCC") or next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
@@ -173,13 +191,14 @@ class BuildExt(build_ext):
         import pybind11
 
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[-2:]
-        wanted = os.environ.get("FASTSAE_CUDA_ARCHS", "").replace(",", " ").split() or list(CUDA_ARCHS)
+        wanted = os.environ.get("FASTSAE_CUDA_ARCHS", "").replace(",", " ").split() or (list(CUDA_ARCHS) if wish else ["native"])
         if wanted == ["native"]:
             targets = ["-arch=native"]
         else:
             targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted]
             targets.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")
         self.info["cuda"].update(nvcc=" ".join(version), archs=wanted)
+        print(f"fastsae: compiling CUDA C++ kernels for {', '.join(wanted)} (minutes; FASTSAE_CUDA=0 leaves them out)", file=sys.stderr)
         out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / "cuda"
         include = str(Path(nvcc).resolve().parent.parent / "include")
         toolkit = [path for path in (include, *([str(Path(home) / "include")] if home else [])) if Path(path).is_dir()]

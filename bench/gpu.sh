@@ -30,7 +30,7 @@ if [ -z "$arch" ]; then
   echo "bench/gpu.sh: no CUDA device ($python: torch is missing, or torch.cuda.is_available() is False)" >&2
   exit 2
 fi
-export PYTHONUNBUFFERED=1 HYPOTHESIS_PROFILE=ci FASTSAE_CUDA_ARCHS=${FASTSAE_CUDA_ARCHS:-$arch}
+export PYTHONUNBUFFERED=1 HYPOTHESIS_PROFILE=ci FASTSAE_CUDA=1 FASTSAE_CUDA_ARCHS=${FASTSAE_CUDA_ARCHS:-$arch}
 export PATH="$PATH:/usr/local/cuda/bin"
 out=${1:-build/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2

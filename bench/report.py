@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import os
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastsae._core import files
+from fastsae.native import loader
 from fastsae.plots import figure
 
 
@@ -28,8 +33,15 @@ class Report:
         """Of today, named after the chip, ``more`` and "quick"."""
         kind, _, number = device.partition(":")
         label = machine["cpu"] if kind == "cpu" or not machine["gpu"] else machine["gpu"][int(number or 0)]
-        parts = [datetime.date.today().isoformat(), *(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (label, *more))]
-        about = {"date": parts[0], "quick": quick, **machine, "device": device}
+        now = datetime.datetime.now(datetime.timezone.utc)
+        parts = [now.date().isoformat(), *map(slug, (label, *more))]
+        about = {"date": parts[0], "taken": now.isoformat(timespec="seconds"), "quick": quick, **machine, "device": device}
+        about |= {
+            "level": None if loader.unavailable() else loader.isa(),
+            "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        }
+        if busy(about):
+            print(f"bench: the machine is busy: {conditions(about)}", file=sys.stderr)
         return cls(folder / f"{'-'.join([*parts, *['quick'] * quick])}.json", about)
 
     def note(self, op: str, shape: str, text: str) -> None:
@@ -45,14 +57,80 @@ class Report:
 
     def draw(self) -> list[str]:
         """Plots beside the file; the names of those written."""
-        measured = [entry for entry in self.entries if "ours" in entry]
         try:
-            return plot(measured, self.path.with_suffix(".png")) + plot_growth(
-                measured, self.path.with_name(f"{self.path.stem}-growth.png")
-            )
+            return [draw() or path.name for path, (_, draw) in plots(self.path, self.about, self.entries).items()]
         except ImportError as error:
             print(f"no plot: {error}", file=sys.stderr)
             return []
+
+
+Plots = dict[Path, tuple[str, Callable[[], None]]]
+"""By path: the digest of what is drawn, which the file carries, and what draws it."""
+
+
+def plots(path: Path, about: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> Plots:
+    """Of one run, beside its JSON file."""
+    measured = [entry for entry in entries if "ours" in entry]
+    found: Plots = {}
+    for ending, draw, drawn in (
+        ("", plot, [entry for entry in measured if rivals(entry)]),
+        ("-growth", plot_growth, [entry for entry in measured if entry["op"].endswith(" growth")]),
+    ):
+        if len(drawn) >= (1 if draw is plot else 4):
+            target = path.with_name(f"{path.stem}{ending}.png")
+            key = digest([draw.__name__, title(about), drawn])
+            found[target] = key, partial(draw, drawn, target, title(about), key)
+    return found
+
+
+def digest(drawn: Any) -> str:
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest in a plot's file."""
+    found = re.search(rb"tEXtDescription\0([0-9a-f]{16})", path.read_bytes()[:4096]) if path.exists() else None
+    return found[1].decode() if found else None
+
+
+def keep(path: Path, canvas: Any, key: str) -> None:
+    files.replace_figure(path, canvas, dpi=150, metadata={"Description": key, "Software": None})
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def chip(about: Mapping[str, Any]) -> str:
+    """What was measured on: the GPU's name, or the CPU's with its instruction set."""
+    if str(about.get("device", "cpu")).startswith("cuda") and about["gpu"]:
+        return about["gpu"][0]
+    return about["cpu"] + (f", {about['level']}" if about.get("level") else "")
+
+
+def busy(about: Mapping[str, Any]) -> bool:
+    """Whether other work ran before the run: more than a quarter of a core."""
+    return bool(about.get("load")) and about["load"][0] > 0.25
+
+
+def conditions(about: Mapping[str, Any]) -> str:
+    """Threads, date, commit, torch, and the load before the run, in a line."""
+    load = "load before it not recorded" if not about.get("load") else f"load {about['load'][0]:.1f} before it{' (BUSY)' * busy(about)}"
+    threads = f"{about['threads']} of {about['cores']} cores"
+    return f"{threads}, {about['date']}, commit {about['commit']}, torch {about['versions']['torch']}, {load}"
+
+
+def title(about: Mapping[str, Any]) -> str:
+    return f"{chip(about)}\n{conditions(about)}"
+
+
+def times_faster(entry: Mapping[str, Any], who: str) -> float:
+    return entry["others"][who]["median"] / entry["ours"]["median"]
+
+
+def times(value: float) -> str:
+    """``2.5×``: two digits."""
+    return f"{value:.2f}×" if value < 0.995 else f"{value:.1f}×" if value < 9.95 else f"{value:.0f}×"
 
 
 def ratios(entry: dict[str, Any]) -> str:
@@ -62,7 +140,7 @@ def ratios(entry: dict[str, Any]) -> str:
     return f"fastsae ({entry['backend']}): {median:.3f} ms; of others' time: {others or 'none'}"
 
 
-def rivals(entry: dict[str, Any]) -> dict[str, Any]:
+def rivals(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: times for name, times in entry["others"].items() if name != entry["floor"]}
 
 
@@ -83,39 +161,36 @@ def print_table(entries: list[dict[str, Any]]) -> None:
     print("* a floor: part of the work only. Medians of alternating runs; only ratios within one run count.")
 
 
-def plot(entries: list[dict[str, Any]], path: Path) -> list[str]:
-    """Our time over that of the best plain torch, by operation and shape; the names of the files written."""
-    rows = [
-        (f"{entry['op']}  {entry['shape']}", entry, min(times["median"] for times in rivals(entry).values()))
-        for entry in entries
-        if rivals(entry)
-    ]
-    if not rows:
-        return []
-    canvas, axes = figure(figsize=(8, 0.9 + 0.36 * len(rows)))
-    for position, (_, entry, best) in enumerate(reversed(rows)):
-        ours = entry["ours"]["median"] / best
-        axes.barh(position, ours, color="tab:green" if ours <= 1 else "tab:gray")
-        axes.plot([entry["ours"]["min"] / best, entry["ours"]["max"] / best], [position, position], color="black", linewidth=1)
-        axes.text(max(ours, entry["ours"]["max"] / best) * 1.03, position, f" {ours:.2g}", va="center", fontsize=8)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+def bars(axes: Any, values: Sequence[float], labels: Sequence[str], texts: Sequence[str], colours: Sequence[str]) -> None:
+    """Times faster from above to below on a logarithmic axis; the right end of the axis is for the texts."""
+    axes.barh(range(len(values)), [value - 1 for value in values], left=1, color=colours, height=0.7)
+    axes.axvline(1, color="0.2", linewidth=1)
+    for place, (value, text) in enumerate(zip(values, texts)):
+        axes.text(1.04 * max(value, 1), place, text, va="center", fontsize=8)
+    low, high = min(0.7, 0.8 * min(values)), max(1.6, *values)
+    axes.set(xscale="log", xlim=(low, high * (high / low) ** 0.9), ylim=(len(values) - 0.4, -0.6))
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)], fontsize=8)
-    axes.set_xlabel("our time / the best other in the run (line: min .. max)")
+    axes.set_yticks(range(len(values)), labels, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    files.replace_figure(path, canvas, dpi=150)
-    return [path.name]
 
 
-def plot_growth(entries: list[dict[str, Any]], path: Path) -> list[str]:
+def plot(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) -> None:
+    """How many times faster ours is than the fastest rival, by operation and shape."""
+    canvas, axes = figure(figsize=(9, 1.4 + 0.26 * len(entries)))
+    best = [min(rivals(entry), key=lambda who, entry=entry: entry["others"][who]["median"]) for entry in entries]
+    values = [times_faster(entry, who) for entry, who in zip(entries, best)]
+    labels = [f"{entry['op']}  {entry['shape']}" for entry in entries]
+    bars(axes, values, labels, [f"{times(v)} {who}" for v, who in zip(values, best)], ["C0" if v >= 1 else "C3" for v in values])
+    axes.set_xlabel("times faster than the fastest other in the run (longer is better; red: slower)")
+    axes.set_title(title, fontsize=9)
+    keep(path, canvas, key)
+
+
+def plot_growth(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) -> None:
     """Time a row and extra memory over features and over rows, of entries named "... growth" with shapes B x D x F x K."""
-    shapes = [(tuple(map(int, entry["shape"].split("x"))), entry) for entry in entries if entry["op"].endswith(" growth")]
-    if len(shapes) < 4:
-        return []
+    shapes = [(tuple(map(int, entry["shape"].split("x"))), entry) for entry in entries]
     canvas, axes = figure(rows=1, columns=2, figsize=(11, 4))
     common = {
         place: max(set(values), key=values.count) for place, values in ((0, [s[0] for s, _ in shapes]), (2, [s[2] for s, _ in shapes]))
@@ -143,5 +218,5 @@ def plot_growth(entries: list[dict[str, Any]], path: Path) -> list[str]:
         )
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    files.replace_figure(path, canvas, dpi=150)
-    return [path.name]
+    canvas.suptitle(title, fontsize=9)
+    keep(path, canvas, key)

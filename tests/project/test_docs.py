@@ -1,119 +1,162 @@
-"""What the documents show must run, and what they name must exist."""
+"""What the documents show must run, what they name must exist, and the README stays a page.
+
+Snippets of a page run one after the other in one namespace. Those that import another library run in `make test-peers`; those behind
+``<!-- slow -->``, and the notebooks, run in `make deep`.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import socket
+from contextlib import nullcontext
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 import torch
 from places import ROOT
 
 import fastsae
+from fastsae._core.checkout import checkout_hidden
 from fastsae.dispatch import OPS
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+ALL = os.environ.get("FASTSAE_TEST_DOCS") == "all"
+PEERS = os.environ.get("FASTSAE_REQUIRE_PEERS") == "1"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
+OTHERS = re.compile(r"^\s*(?:from|import) (sae_lens|sparsify|dictionary_learning)", re.MULTILINE)
+SMALLER = {"docs/guides/language-models.md": {"4096": "64", "TopK(32)": "TopK(4)", ", 200)": ", 20)"}}
 
 
-def test_readme_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def snippets(text: str, *, of_others: bool) -> list[str]:
+    found = re.findall(r"(<!-- slow -->\n)?```python\n(.*?)```", text, re.DOTALL)
+    return [code for slow, code in found if bool(OTHERS.search(code)) == of_others and (ALL or not slow)]
+
+
+class LanguageModel(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
+        self.model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(5))})
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.model["layers"]:  # pyright: ignore[reportGeneralTypeIssues]  # a ModuleList
+            x = x + layer(x)
+        return self.head(x)
+
+
+def run(page: str, codes: list[str]) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    if page == "docs/guides/language-models.md":
+        names = {"model": LanguageModel(), "tokens": torch.randint(0, 50, (32, 33), generator=torch.Generator().manual_seed(0))}
+    for code in codes:
+        for large, small in SMALLER.get(page, {}).items():
+            code = code.replace(large, small)
+        with checkout_hidden() if OTHERS.search(code) else nullcontext():
+            exec(compile(code, page, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for what snippets write, and the environment of a process that torchrun started."""
     monkeypatch.chdir(tmp_path)
-    example, training = EXAMPLES[0], next(text for text in EXAMPLES if "Trainer(sae, opt" in text)
-    names: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert capsys.readouterr().out.count("chosen") == 1
-    assert names["x_hat"].shape == names["x"].shape  # pyright: ignore[reportAttributeAccessIssue]
-    pytest.importorskip("safetensors")
-    exec(compile(training, "README.md", "exec"), {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pt", "sae"]
-
-
-def test_readme_example_of_polytopes(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(next(text for text in EXAMPLES if "fastsae.polytopes.crossings" in text), "README.md", "exec"), {})
-    assert capsys.readouterr().out.count("tensor") == 2
-
-
-def test_readme_example_of_a_running_model(capsys: pytest.CaptureFixture[str]) -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.ModuleDict({"mlp": torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.GELU(), torch.nn.Linear(8, 3))})
-
-        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            return self.layer["mlp"](x)
-
-    batches = [{"x": torch.randn(2, n, 3), "attention_mask": torch.ones(2, n, dtype=torch.int64)} for n in (4, 6)]
-    names = {"torch": torch, "fastsae": fastsae, "model": Model(), "batches": batches}
-    exec(compile(next(text for text in EXAMPLES if "fastsae.codes.trace" in text), "README.md", "exec"), names)
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in printed] == [["layer", "seen"], ["layer.mlp.1", "20"], ["all", "20"]]
-
-
-@pytest.mark.slow
-def test_readme_example_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pandas")
-    text = next(text for text in EXAMPLES if "sweep(" in text)
-    assert 'stop="converged"' in text
-    exec(compile(text.replace('stop="converged"', "stop=3"), "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 5  # two lines of header, a line for each L1
-
-
-def test_readme_example_of_a_language_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("safetensors")
-    monkeypatch.chdir(tmp_path)
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
-            self.model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(5))})
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.embed(ids)
-            for layer in self.model["layers"]:  # pyright: ignore[reportGeneralTypeIssues]  # a ModuleList
-                x = x + layer(x)
-            return self.head(x)
-
-    text = next(text for text in EXAMPLES if "harvest(" in text).replace("4096", "64").replace("TopK(32)", "TopK(4)")
-    names = {"model": Model(), "tokens": torch.randint(0, 50, (32, 33), generator=torch.Generator().manual_seed(0))}
-    exec(compile(text, "README.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert "1056 tokens" in printed and "ce_recovered" in printed and "Examples(values=" in printed
-
-
-def test_readme_example_of_another_library() -> None:
-    names: dict[str, object] = {}
-    exec(compile(next(text for text in EXAMPLES if "entry_points" in text), "README.md", "exec"), names)
-    assert names["reason"] is None or "extension" in str(names["reason"])
-
-
-def test_readme_example_of_several_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
-    names: dict[str, object] = {}
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if snippets(text, of_others=False)])
+def test_snippets_run(page: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")
+    if page.endswith("sweeps.md") and ALL:
+        pytest.importorskip("pandas")
     try:
-        exec(compile(next(text for text in EXAMPLES if "distributed.shard" in text), "README.md", "exec"), names)
+        names = run(page, snippets(TEXTS[page], of_others=False))
     finally:
-        torch.distributed.destroy_process_group()
-    assert "Metrics(loss=" in capsys.readouterr().out and type(names["whole"]) is fastsae.SAE
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    printed = capsys.readouterr().out
+    if page == "README.md":
+        assert printed.count("chosen") == 1 and (elsewhere / "sae" / "sae_weights.safetensors").exists()
+        assert names["x_hat"].shape == (256, 768)
+    if page == "docs/start/quickstart.md":
+        assert float(printed.split()[0]) > 0.9  # the dictionary found the true features
+    if page == "docs/guides/language-models.md":
+        assert "1056 tokens" in printed and "ce_recovered" in printed and "Examples(values=" in printed
+
+
+@pytest.mark.skipif(not PEERS, reason="snippets of other libraries run in `make test-peers`")
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if snippets(text, of_others=True)])
+def test_snippets_of_other_libraries_run(page: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(page, snippets(TEXTS[page], of_others=True))
+    assert ": accelerated" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not ALL, reason="notebooks run in `make deep`")
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(path: Path, elsewhere: Path) -> None:
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    if any(map(OTHERS.search, cells)):
+        pytest.importorskip("dictionary_learning")
+    run(path.stem, cells)
+
+
+def test_the_readme_is_a_page() -> None:
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 900
+    for code in snippets(text, of_others=False) + snippets(text, of_others=True):
+        assert len(code.strip().splitlines()) <= 9, "eight lines and a blank one"
+    for command in ("make demo", "make test", "pip install ."):
+        assert re.search(rf"^{re.escape(command)}\s", text, re.MULTILINE), command
+
+
+def test_links_lead_to_files() -> None:
+    for page, text in {**TEXTS, **{name: (ROOT / name).read_text() for name in ("CHANGELOG.md", "CONTRIBUTING.md")}}.items():
+        for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            path = (ROOT / page).parent / target
+            assert path.exists() or path.with_suffix(".ipynb").exists(), f"{page}: {target}"
 
 
 def test_documents_name_what_exists() -> None:
-    text = (ROOT / "README.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
-    for path in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / path).exists(), path
-    for name in re.findall(r"`fastsae\.([a-z_]+)\b", text):
-        assert hasattr(fastsae, name), name
+    for page, text in {**TEXTS, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text()}.items():
+        for name in re.findall(r"(?:`|::: )(fastsae\.[a-zA-Z_.]+[a-zA-Z_])", text):
+            try:
+                resolve_name(name)
+            except (ImportError, AttributeError) as error:
+                raise AssertionError(f"{page}: {name}") from error
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text()
+    for path in PAGES[1:]:
+        name = path.relative_to(ROOT / "docs").as_posix()
+        assert name in nav or path.parent.name == "benchmarks", f"{name} is in no menu"
 
 
 def test_every_operation_is_in_the_table_of_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = TEXTS["README.md"]
     internal = {"decode_dvalues", "decode_dweight", "grad_squares", "match_pair"}  # gradients, their norm, the pass behind `match`
-    assert [name for name in OPS if name not in internal and f"`{name}`" not in text] == []
+    assert [name for name in OPS if name not in internal and not re.search(rf"`(\w+\.)?{name}`", text)] == []
+
+
+def test_every_public_module_is_in_the_reference() -> None:
+    text = "".join(text for page, text in TEXTS.items() if "/reference/" in page)
+    shown = set(re.findall(r"^::: fastsae\.(\w+)", text, re.MULTILINE))
+    whole = {
+        "sae": ["SAE", "SAEs", "TopK", "AbsTopK", "BatchTopK", "JumpReLU", "ReLU", "Gated", "AuxK"],
+        "compare": ["match", "match_cosine", "mmcs"],
+    }
+    shown |= {name for module in shown for name in whole.get(module, [])}
+    assert set(fastsae.__all__) <= shown
 
 
 @pytest.mark.parametrize("name", fastsae.__all__)
