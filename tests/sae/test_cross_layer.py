@@ -177,7 +177,7 @@ def test_rows_do_not_change_with_their_batch() -> None:
 
 
 def test_layers_are_transcoders_and_make_one() -> None:
-    clt, (x, t) = build("topk"), pair()
+    clt, (x, _) = build("topk"), pair()
     parts = [layer(x[:, n]).x_hat.view(16, L - n, D) for n, layer in enumerate(clt)]
     want = torch.stack([sum(parts[n][:, m - n] for n in range(m + 1)) for m in range(L)], 1)
     assert torch.allclose(clt(x), want) and clt.W_dec(1).shape == (F, L - 1, D) and clt.b_dec.shape == (L, D)
@@ -190,7 +190,7 @@ def test_layers_are_transcoders_and_make_one() -> None:
     assert torch.allclose(made(x)[:, 2], want[0][:, 2] + want[1][:, 1] + want[2][:, 0])
     assert [p.requires_grad for name, p in made.named_parameters() if name.endswith("b_dec")] == [True, False, False]
     for wrong in (own[::-1], [own[0], SAE(D, F, TopK(3), d_out=2 * D, dtype=torch.float64), own[2]], [SAE(D, F, TopK(4))]):
-        with pytest.raises(ValueError, match="layer . of . must have"):
+        with pytest.raises(ValueError, match=r"layer \d of \d must have"):
             CrossLayerTranscoder.of(wrong)
 
 
