@@ -67,7 +67,7 @@ def formula(clt: CrossLayerTranscoder, p: dict[str, Tensor], x: Tensor, t: Tenso
     y = torch.stack([sum((codes[m] @ W_dec[m][:, to - m] for m in range(to + 1)), bias[to]) for to in range(n)], 1)
     loss = (y - t).square().sum() / B + clt.l0 * count / B
     for m in range(n):
-        loss = loss + clt.l1 * (codes[m] @ W_dec[m].flatten(1).norm(dim=1)).sum() / B
+        loss = loss + clt.l1 * (codes[m].abs() @ W_dec[m].flatten(1).norm(dim=1)).sum() / B
         if clt.aux is None:
             continue
         dead = (clt[m].silent + B).masked_fill(codes[m].detach().ne(0).any(0), 0) >= clt.dead_after
