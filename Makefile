@@ -103,7 +103,8 @@ deep: $(VENV)/dev.stamp ## many more drawn inputs than CI: a million cases of th
 	FASTSAE_TEST_KILLS=20 $(BIN)/python -m pytest -q tests/store/test_kills.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_contract.py tests/native/test_engine.py -k "drawn or anything"
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/distributed
-	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py -k chip
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q "tests/gpu/test_contract_interpreted.py::test_the_contract_suite[not drawn]"
+	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py tests/gpu/test_kernels.py -k chip
 
 deep-peers: $(VENV)/peers.stamp ## the same of what is compared with the peer libraries
 	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q $(wildcard tests/interop/test_patch_*.py) -k "any_input or auxk_preset"

@@ -9,7 +9,7 @@ from typing import Any
 
 import fastsae
 from fastsae import demo
-from fastsae.commands import bench, evaluate, harvest, info, latents, mmcs, verify
+from fastsae.commands import bench, evaluate, harvest, info, latents, mmcs, plan, verify
 from fastsae.studies import _frame as study
 
 _COMMANDS: tuple[tuple[str, Any, str], ...] = (
@@ -21,6 +21,7 @@ _COMMANDS: tuple[tuple[str, Any, str], ...] = (
     ("eval", evaluate, "what a dictionary reconstructs, and what its model loses with it"),
     ("latents", latents, "a dictionary's latents on disk: build them from shards, look at features, hand them to delphi"),
     ("mmcs", mmcs, "mean max cosine similarity of dictionaries in files or folders"),
+    ("plan", plan, "memory, bytes and time of training a sharded dictionary, for given rates of the machine"),
     ("study", study, "run an experiment: tables, plots and JSON; without a name, list them"),
 )
 

@@ -21,7 +21,7 @@ from fastsae.batches import Batches, check_batches, chosen, endless, in_roles, w
 from fastsae.gradients import norm
 from fastsae.optim.jobs import sae_in
 from fastsae.optim.optimiser import Optimiser
-from fastsae.sae.checkpoints import file_of, restore, save_checkpoint
+from fastsae.sae import checkpoints
 from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
@@ -59,8 +59,9 @@ class Trainer:
         anneal: attributes of ``sae`` as functions of the step: ``{"k": linear(256, 64, 1000), "l1": ...}``.
         clip: largest norm of all gradients together (torch optimisers).
         reduce: called with the parameters between backward and step, e.g. to average gradients over processes. In a process group of
-            several it must be given (``lambda parameters: None`` where each process trains a model of its own); all processes then take
-            the same batches, steps and decisions, rank 0 saves, and metrics are those of each process's rows.
+            several it must be given (``lambda parameters: None`` where each process trains a model of its own), but for the SAE of
+            ``distributed.shard``; all processes then take the same batches, steps and decisions, rank 0 saves, and metrics are those of
+            each process's rows.
         max_norm: rows of a batch do not count whose norm is above ``max_norm`` times the median of the norms of those that the mask counts
             (of an even number of them, of the lower of the two in the middle): first tokens and attention sinks, whose norm is tens of
             times that of others. They are left to the mask, so that a batch keeps its size and they count in nothing; a row of exactly
@@ -72,7 +73,8 @@ class Trainer:
             every step.
         callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead,
             skipped (batches), left_out (rows that did not count, by mask or ``max_norm``, in all steps so far).
-        checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used).
+        checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used); of the SAE of
+            ``distributed.shard`` a folder that all processes see.
         progress: a tqdm bar where tqdm is installed, else lines on stderr.
 
     Raises: TypeError, ValueError: wrong arguments, an ``opt`` over other parameters than those of ``sae``. IsADirectoryError:
@@ -122,6 +124,8 @@ class Trainer:
         if not _steps_any(opt, self.sae):
             raise ValueError(f"Trainer: opt must step parameters of sae, got {type(opt).__name__} over others")
         _check_scheduler(scheduler, opt, schedule or getattr(opt, "schedule", None))
+        if self.sharded and not self.fused:
+            raise TypeError(f"Trainer: opt must be fused, as optim.Adam, for a sharded SAE, got {type(opt).__name__}")
         clip = None if clip is None else checks.number("Trainer", "clip", clip)
         self.max_norm = None if max_norm is None else checks.number("Trainer", "max_norm", max_norm)
         self.opt: Any = opt  # of either kind, which ``fused`` tells
@@ -129,7 +133,7 @@ class Trainer:
         self.schedule, self.anneal, self.clip, self.reduce = schedule, dict(anneal or {}), clip, reduce
         self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
-        self.checkpoint, self.every = None if checkpoint is None else file_of("Trainer", checkpoint), every
+        self.checkpoint, self.every = None if checkpoint is None else self._files.file_of("Trainer", checkpoint), every
         self.step = self.skipped = 0
 
     def fit(self, batches: Iterable[Any], steps: int | None = None, *, resume: bool = False) -> dict[str, float]:
@@ -156,8 +160,8 @@ class Trainer:
         if steps is not None:
             steps = checks.integer(op, "steps", steps, 0)
         self._begin(op, resume)
-        if resume and self.checkpoint is not None and self.checkpoint.exists():
-            self.load(self.checkpoint, batches)
+        if resume and self._stored():
+            self.load(self.checkpoint, batches)  # pyright: ignore[reportArgumentType] # which is there
         if resume:
             self._check_alike()
         with _bar(self.progress, steps, self.step) as bar, self._late():
@@ -170,11 +174,24 @@ class Trainer:
             self._end(op, steps, batches)
         return self._last
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes of a group hold one dictionary (``fastsae.distributed``)."""
+        return self.sae.world.virtual > 1
+
+    @property
+    def _files(self) -> Any:
+        """How checkpoints are written and read."""
+        return getattr(self.sae, "checkpoints", checkpoints)
+
+    def _stored(self) -> bool:
+        return self.checkpoint is not None and self._files.exists(self.checkpoint)
+
     def _begin(self, op: str, resume: bool) -> None:
         """What comes before the first batch."""
         if resume and self.checkpoint is None:
             raise ValueError(f"{op}: resume needs a file to go on from, Trainer(checkpoint=..)")
-        if (alone := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and not processes.grouped():
+        if not self.sharded and (alone := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and not processes.grouped():
             file = "" if self.checkpoint is None else f" and writes {self.checkpoint}"
             warnings.warn(
                 f"{op}: WORLD_SIZE is {alone} and there is no process group: each process trains a model of its own{file}. For one model "
@@ -237,11 +254,11 @@ class Trainer:
 
     def train_step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
         """One step; the metrics as 0-d tensors. It has not been taken where ``skipped`` counts one more."""
-        if self.reduce is None:
+        if self.reduce is None and not self.sharded:
             processes.refuse(
                 "Trainer.train_step",
-                "each would train a model of its own: give Trainer a torch optimiser and reduce=, which averages the gradients (or does "
-                "nothing, lambda parameters: None, where each process is to train its own)",
+                "each would train a model of its own: shard the SAE (fastsae.distributed), or give Trainer a torch optimiser and reduce=, "
+                "which averages the gradients (or does nothing, lambda parameters: None, where each process is to train its own)",
             )
         if self.max_norm is not None:
             mask = without_high_norms(x, mask, self.max_norm)
@@ -318,16 +335,19 @@ class Trainer:
     def save(self, path: str | os.PathLike[str], batches: Any = None) -> None:
         """A checkpoint of module, optimiser, step, torch's random state and the position in ``batches``; in a process group rank 0's, and
         by it alone. FloatingPointError: a parameter is not finite; the file stays what it was."""
-        if processes.rank() != 0:
+        if processes.rank() != 0 and not self.sharded:
             return
-        if (reason := finite.spoilt(dict(self.sae.named_parameters()))) is not None:
-            raise FloatingPointError(f"Trainer.save: {reason}; {path} has not been touched")
+        reason = finite.spoilt(dict(self.sae.named_parameters()))
+        if not self.sae.world.agree("Trainer.save", reason is None):
+            raise FloatingPointError(
+                f"Trainer.save: {reason or 'a parameter on another process is not finite'}; {path} has not been touched"
+            )
         extra = {"step": self.step, "rng": torch.get_rng_state(), "skipped": self.skipped, "left_out": int(self.left_out)}
         if self.scheduler is not None:
             extra["scheduler"] = {"class": type(self.scheduler).__name__, "state": self.scheduler.state_dict()}
         if hasattr(batches, "state_dict"):
             extra["data"] = batches.state_dict()
-        save_checkpoint(path, self.sae, self.opt, extra)
+        self._files.save_checkpoint(path, self.sae, self.opt, extra)
 
     def load(self, path: str | os.PathLike[str], batches: Any = None) -> None:
         """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step. After an
@@ -361,7 +381,7 @@ class Trainer:
                     )
                 batches.load_state_dict({**data, **({"seed": batches.seed} if processes.rank() else {})})
 
-        extra = restore(path, self.sae, self.opt, also=also).extra
+        extra = self._files.restore(path, self.sae, self.opt, also=also).extra
         self.step, self.skipped, self.left_out = extra["step"], extra.get("skipped", 0), extra.get("left_out", 0)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(extra["scheduler"]["state"])
@@ -370,7 +390,7 @@ class Trainer:
 
     def _check_alike(self) -> None:
         """RuntimeError where processes would go on from different steps, as where one does not see the file."""
-        if (n := processes.ranks()) > 1:
+        if (n := processes.ranks()) > 1 and not self.sharded:
             steps: list[Any] = [None] * n
             torch.distributed.all_gather_object(steps, self.step)
             if len(set(steps)) > 1:
@@ -416,15 +436,15 @@ def fit_all(
         raise ValueError(f"{op}: columns must name {', '.join(trainers)}, got {', '.join(columns)}")
     for trainer in trainers.values():
         trainer._begin(op, resume)
-        if resume and trainer.checkpoint is not None and trainer.checkpoint.exists():
-            trainer.load(trainer.checkpoint)
+        if resume and trainer._stored():
+            trainer.load(trainer.checkpoint)  # pyright: ignore[reportArgumentType] # which is there
         if resume:
             trainer._check_alike()
     waiting = dict.fromkeys(trainers, 0)  # batches that a trainer has seen already
     if resume:
         last = min(trainers.values(), key=lambda trainer: trainer.step + trainer.skipped)
-        if last.checkpoint is not None and last.checkpoint.exists():
-            last.load(last.checkpoint, batches)
+        if last._stored():
+            last.load(last.checkpoint, batches)  # pyright: ignore[reportArgumentType] # which is there
         waiting = {name: trainer.step + trainer.skipped - last.step - last.skipped for name, trainer in trainers.items()}
 
     def done() -> int:

@@ -50,6 +50,8 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     weight = getattr(value, "W_dec", None)
+    if getattr(getattr(value, "world", None), "virtual", 1) > 1:
+        raise ValueError(f"{op}: {name} is sharded, this process holds a part of it: fastsae.distributed.gathered(sae) is the whole one")
     if isinstance(weight, Tensor):
         return _beside_biases(f"{op}: {name}.W_dec", weight, getattr(value, "b_dec", None), getattr(value, "b_enc", None))
     decoder = getattr(value, "decoder", None)

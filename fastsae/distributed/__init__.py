@@ -2,12 +2,16 @@
 
 shard, gathered                     an SAE's features onto the processes of a group, and back
 save_checkpoint, load_checkpoint    what training goes on from, each process its part
+plan, Plan, Rates                   memory, bytes and time of a run, for given rates of the machine
 RankError                           what the others raise where one process fails
 SettingsError                       what all raise where they are called differently
 """
 
 from fastsae.distributed.checkpoints import load_checkpoint, save_checkpoint
+from fastsae.distributed.costs import Plan, Rates, plan
 from fastsae.distributed.module import ShardedSAE, gathered, shard
 from fastsae.distributed.world import RankError, SettingsError
 
-__all__ = ["RankError", "SettingsError", "ShardedSAE", "gathered", "load_checkpoint", "save_checkpoint", "shard"]
+__all__ = [
+    "Plan", "RankError", "Rates", "SettingsError", "ShardedSAE", "gathered", "load_checkpoint", "plan", "save_checkpoint", "shard",
+]  # fmt: skip

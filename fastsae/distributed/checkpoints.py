@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fastsae.distributed.world import Ranks
 from fastsae.formats import weight_files
 from fastsae.optim.optimiser import Optimiser
 from fastsae.sae.activations import BatchTopK, TopK
-from fastsae.sae.checkpoints import alike, storable
+from fastsae.sae.checkpoints import Checkpoint, alike, storable
 from fastsae.sae.module import SAE
 
 _MANIFEST, _REST = "manifest.json", "rest.pt"
@@ -79,6 +79,13 @@ def load_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | N
     Raises: FileNotFoundError: there is no whole checkpoint. ValueError: it does not fit ``sae`` or ``opt``, or is damaged. All processes'
     modules are then what they were.
     """
+    return restore(folder, sae, opt).extra
+
+
+def restore(
+    folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | None, also: Callable[[dict[str, Any]], object] | None = None
+) -> Checkpoint:
+    """``load_checkpoint``; ``also`` takes over what it needs of ``extra``, or raises before the module is written to."""
     op, folder, world = "load_checkpoint", Path(folder), _world("load_checkpoint", sae)
     with world.together(op):
         data = folder / str(weight_files.read_json(folder / _MANIFEST)["data"])
@@ -97,13 +104,25 @@ def load_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | N
             load(entries, checkpoint_id=data, process_group=world.callers)
         except CheckpointException as error:  # on all processes
             raise ValueError(f"{op}: {data} is damaged or of something else: {error}") from error
+        if also is not None:
+            also(rest["extra"])
         _agreed(world, 0)  # nothing is written before all have read
     if opt is not None and state is not None:
         opt.load_state_dict(state)
     sae.load_state_dict(local)
     if isinstance(fresh.activation, (TopK, BatchTopK)):
         sae.k = fresh.k
-    return rest["extra"]
+    return Checkpoint(sae, rest["extra"])
+
+
+def file_of(_: str, path: str | os.PathLike[str]) -> Path:
+    """The folder of checkpoints."""
+    return Path(path)
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a state to go on from."""
+    return (folder / _MANIFEST).exists()
 
 
 def _world(op: str, sae: Any) -> Ranks:

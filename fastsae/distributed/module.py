@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastsae.distributed.world import Ranks
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents
 from fastsae.sae import selection
-from fastsae.sae.activations import BatchTopK, TopK
+from fastsae.sae.activations import TopK
 from fastsae.sae.config import arguments
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import AuxOption, Loss, Metrics
@@ -38,6 +39,13 @@ class ShardedSAE(SAE):
 
     world: Ranks  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @property
+    def checkpoints(self) -> Any:
+        """What ``Trainer`` writes and reads with, in place of ``fastsae.sae.checkpoints``."""
+        from fastsae.distributed import checkpoints
+
+        return checkpoints
+
     def extra_repr(self) -> str:
         world = self.world
         return f"{super().extra_repr()}, features {world.start} .. {world.start + world.cuts[-1]} of virtual={world.virtual}"
@@ -54,12 +62,10 @@ class ShardedSAE(SAE):
     ) -> Inputs:
         """The rows that count of all processes, and this one's features."""
         own = super().step_inputs(op, x, target, mask, l1, l0, aux)
-        if own.terms.l1:
-            raise ValueError(f"{op}: l1 is not there yet for a sharded SAE, got {own.terms.l1}")
         self._begin(op, own.x, own.terms, target is None)
         rows = self.world.gather(own.x)
         wanted = rows if own.target is own.x else self.world.gather(own.target)
-        return own._replace(x=rows, target=wanted, cast=(rows, own.weights), world=self.world)
+        return own._replace(x=rows, target=wanted, cast=(rows, own.weights), dense=False, world=self.world)
 
     def _begin(self, op: str, rows: Tensor, *more: object) -> None:
         """Before the first exchange of an operation; nothing is exchanged where this raises."""
@@ -78,7 +84,7 @@ class ShardedSAE(SAE):
             own = self._scale_in(x.reshape(-1, self.d_in))
             self._begin(op, own)
             rows, activation = world.gather(own), self.activation
-            weights = self._weights(rows)
+            weights = replace(self._weights(rows), bandwidth=None)
             if isinstance(activation, TopK):
                 k = activation.k
                 found = selection.candidates(rows, weights, k, world)
@@ -98,9 +104,11 @@ class ShardedSAE(SAE):
 
     @torch.no_grad()
     def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
-        """Latents of the rows of this process to ``[.., d_out]``. Not differentiable."""
+        """Latents of the rows of this process to ``[.., d_out]``; with a skip connection also the input. Not differentiable."""
         op, world = "SAE.decode", self.world
         with world.together(op):
+            if self.skip and x is None:
+                raise ValueError(f"{op}: x must be given, the skip connection needs it")
             checks.instance(op, "latents", latents, (TopKLatents, RaggedLatents), "TopKLatents or RaggedLatents")
             if isinstance(latents, RaggedLatents):
                 latents = latents.trim()
@@ -114,7 +122,10 @@ class ShardedSAE(SAE):
             mine = (features >= world.start) & (features < world.start + world.cuts[-1])
             crow = torch.cat([counts.new_zeros(1), mine.cumsum(0)])[torch.cat([counts.new_zeros(1), counts.cumsum(0)])]
             slots = Slots(values[mine], features[mine] - world.start, crow)
-            y = selection.decode_rows(slots, self.W_dec, world).add_(self.b_dec).reshape(*latents.batch_shape, self.d_out)
+            y = selection.decode_rows(slots, self.W_dec, world)[0] + self.b_dec
+            if x is not None and self.W_skip is not None:
+                y += selection.skipped(self._scale_in(x).reshape(-1, self.d_in), self.W_skip, world)
+            y = y.reshape(*latents.batch_shape, self.d_out)
             return y / self.scale[1] if self._scaled else y
 
     def loss(
@@ -166,7 +177,7 @@ def shard(
     each has; with the backends "cpu" and "triton", not the reference.
 
     Args:
-        sae: float32; ``TopK`` or ``BatchTopK``, with AuxK or without. It stays as it is, and is no longer needed.
+        sae: float32, of any kind but ``AbsTopK``. It stays as it is, and is no longer needed.
         mesh_or_group: of torch.distributed; a mesh has one dimension. None: the default group.
         virtual: the number of virtual shards, the number of processes n times a power of two (on one process: any). It is part of the
             result: keep it for a run on other numbers of processes. Default n. With 1, on one process, this is a copy of ``sae``, and the
@@ -175,7 +186,7 @@ def shard(
 
     Each process reads all rows (``B * D`` numbers, gathered), scores them against its own features, and sends ``8 k + 8`` bytes a row for
     a selection, ``4 D`` for a reconstruction. Memory beyond the parameters: ``O(B (D + k))``. Nothing is chosen by what one process holds:
-    there is no dense regime, and the pre-bias's gradient always comes by features.
+    there is no dense regime (at its start ReLU keeps half of all scores as slots), and the pre-bias's gradient always comes by features.
 
     Parameters are plain tensors of the process's own range: the fused operations take addresses, which a DTensor would only hide, and a
     DTensor knows no uneven ranges but torch's own.
@@ -221,6 +232,8 @@ def shard(
     for name, p in sae.named_parameters():
         part = p.detach()[own] if sharded(world, name) else p.detach()
         made.register_parameter(name, nn.Parameter(part.clone(), p.requires_grad))
+    if made.tied:
+        made.W_enc = made.W_dec
     for name, buffer in sae.named_buffers():
         made.register_buffer(name, (buffer[own] if sharded(world, name) else buffer).clone())
     made.buffers_changed()
@@ -235,12 +248,7 @@ def sharded(world: Ranks, name: str) -> bool:
 def _refuse(op: str, sae: SAE) -> None:
     """ValueError where a sharded step is not there yet, by name."""
     for name, missing in {
-        f"{type(sae.activation).__name__} (of the activations TopK and BatchTopK are)": sae.activation.absolute
-        or not isinstance(sae.activation, (TopK, BatchTopK)),
-        "tied": sae.tied,
-        "skip": sae.skip,
-        f"prefixes={sae.prefixes}": sae.prefixes not in (None, [sae.d_sae]),
-        "l1": bool(sae.l1),
+        "AbsTopK": sae.activation.absolute,
         "a subclass of SAE": type(sae) is not SAE,
         "an SAE on the meta device": sae.W_dec.is_meta,
     }.items():

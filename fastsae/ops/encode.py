@@ -307,27 +307,27 @@ class _EncodeGated(torch.autograd.Function):
 # ---------------------------------------------------------------- public
 
 
-def _inputs(op: str, x: Any, W: Any, **vectors: Any) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor | None, list[Any]]:
+def encoder_inputs(op: str, x: Any, W: Any, name: str = "W_enc", **vectors: Any) -> tuple[tuple[int, ...], Tensor, Tensor, Any, list[Any]]:
     """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, a handle's words, the vectors)."""
     checks.tensor(op, "x", x)
     packed = None
     if isinstance(W, PackedWeights):
         packed, W = W.words(op), W.weight
-    checks.tensor(op, "W_enc", W, like=x)
+    checks.tensor(op, name, W, like=x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape [.., D], got []")
     if W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: W_enc must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
+        raise ValueError(f"{op}: {name} must have shape [F, D={x.shape[-1]}] for x {list(x.shape)}, got {list(W.shape)}")
     values = list(vectors.values())
     if checks.autocasting(x.device):
         given = W
         x, W, *values = checks.autocast(x, W, *values)
         packed = packed if W is given else None  # packed before the cast: of no use for the rounded weights
-    checks.same_dtype(op, "W_enc", W, "x", x)
-    for name, vector in zip(vectors, values):
+    checks.same_dtype(op, name, W, "x", x)
+    for which, vector in zip(vectors, values):
         if vector is not None:
-            size, label = (W.shape[1], "D") if name == "b_pre" else (W.shape[0], "F")
-            checks.vector(op, name, vector, size, x, label)
+            size, label = (W.shape[1], "D") if which == "b_pre" else (W.shape[0], "F")
+            checks.vector(op, which, vector, size, x, label)
     batch = x.shape[:-1]
     if x.dim() != 2:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
@@ -335,8 +335,8 @@ def _inputs(op: str, x: Any, W: Any, **vectors: Any) -> tuple[tuple[int, ...], T
 
 
 def _score_inputs(op: str, x: Any, W: Any, b: Any, b_pre: Any, scale: Any, features: Any) -> tuple[tuple[int, ...], ScoreInputs]:
-    """``_inputs`` of the encoders whose arguments are those of ``encode_topk``: (batch shape, inputs)."""
-    batch, x, W, packed, (b, b_pre, scale) = _inputs(op, x, W, b_enc=b, b_pre=b_pre, scale=scale)
+    """``encoder_inputs`` of the encoders whose arguments are those of ``encode_topk``: (batch shape, inputs)."""
+    batch, x, W, packed, (b, b_pre, scale) = encoder_inputs(op, x, W, b_enc=b, b_pre=b_pre, scale=scale)
     return batch, ScoreInputs(x, W, b, b_pre, scale, checks.subset(op, "features", features, W.shape[0], x, "F"), packed)
 
 
@@ -586,7 +586,7 @@ def encode_gated(
     op = "encode_gated"
     for name, vector in (("b_gate", b_gate), ("r_mag", r_mag), ("b_mag", b_mag)):
         checks.tensor(op, name, vector)
-    batch, x, W, packed, vectors = _inputs(op, x, W_enc, b_gate=b_gate, r_mag=r_mag, b_mag=b_mag, b_pre=b_pre)
+    batch, x, W, packed, vectors = encoder_inputs(op, x, W_enc, b_gate=b_gate, r_mag=r_mag, b_mag=b_mag, b_pre=b_pre)
     b_gate, r_mag, b_mag, b_pre = vectors
     dtype = checks.index_dtype(op, index_dtype, W.shape[0])
     capacity = None if capacity is None else checks.integer(op, "capacity", capacity, 1, 2**40)

@@ -6,8 +6,11 @@ autograd     its loss through autograd              step: its gradients by hand,
 losses       the terms, shared by all of them       activations, reconstruction
 crosscoder, cross_layer: SAEs over several layers, or one for each
 stack        SAEs: several in one step              checkpoints: what training goes on from
+
+``encode_pursuit`` and its ``PursuitWeights`` are of ``fastsae.ops.pursuit``: latents found one after the other.
 """
 
+from fastsae.ops.pursuit import PursuitWeights, encode_pursuit
 from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.sae.cross_layer import CrossLayerTranscoder
 from fastsae.sae.crosscoder import Crosscoder
@@ -27,8 +30,10 @@ __all__ = [
     "Gated",
     "JumpReLU",
     "Metrics",
+    "PursuitWeights",
     "ReLU",
     "Reconstruction",
     "SAEs",
     "TopK",
+    "encode_pursuit",
 ]

@@ -83,6 +83,11 @@ def file_of(op: str, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a state to go on from."""
+    return path.exists()
+
+
 def load_checkpoint(
     path: str | os.PathLike[str], sae: Trained | None = None, opt: Stateful | None = None, *, device: torch.device | str | None = None
 ) -> Checkpoint:

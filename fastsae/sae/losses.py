@@ -192,13 +192,14 @@ def combine(
     aux: Tensor | None,
     error: Tensor | None = None,
     whole: tuple[Tensor, Tensor] | None = None,
+    world: World = ALONE,
 ) -> Loss:
     """The loss of one pass; ``aux`` is the AuxK term before its coefficient. ``error [P]``, ``sum (x_hat - target)^2`` of each prefix, and
     ``whole``, ``spread(target)``, where they are known."""
     tokens = max(target.shape[0], 1)
     error = squares(run.x_hats, target).sum((1, 2)) if error is None else error
     spreads, noise = spread(target) if whole is None else whole
-    fit = error.mean() if run.frozen is None else error.mean() + squares(run.frozen, target).sum()
+    fit = error.mean() if run.frozen is None else error.mean() + world.sum(squares(run.frozen, target))
     loss = quotient(fit, spreads) if objective == "fvu" else fit / tokens
     if run.magnitude is not None:
         loss = loss + terms.l1 * run.magnitude / tokens

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fastsae._core.world import World, tree
 from fastsae.dispatch import preference, then_any
+from fastsae.gradients import RowGradient, densify
 from fastsae.latents import Slots
 from fastsae.ops.decode import DECODE
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_TOPK
+from fastsae.reference import product
 from fastsae.sae.losses import Weights
 
 LEAST = -(1 << 63)
@@ -118,7 +120,28 @@ def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, in
     return top, n, counted
 
 
-def decode_rows(slots: Slots, W: Tensor, world: World) -> Tensor:
-    """``[own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all rows."""
+def decode_rows(slots: Slots, W: Tensor, world: World, groups: int = 1) -> Tensor:
+    """``[groups, own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all
+    rows of each group."""
     partial = DECODE(*slots.by_range(world.cuts), W, None, backend=then_any(preference(None)))
-    return tree(world.home(tree(partial.reshape(len(world.cuts) - 1, slots.rows, W.shape[1]))))
+    rows = tree(partial.reshape(len(world.cuts) - 1, slots.rows, W.shape[1])).reshape(groups, -1, W.shape[1]).transpose(0, 1)
+    return tree(world.home(rows)).transpose(0, 1)
+
+
+def skipped(x: Tensor, skip: Tensor, world: World) -> Tensor:
+    """``x @ skip.T``. Where features are sharded the elements of x are slots of a decoder, whose sums have an order of their own: that of a
+    product depends on the number of threads."""
+    if world.virtual == 1:
+        return product(x, skip.T)
+    return DECODE(x.contiguous(), _columns(x), None, skip.T.contiguous(), None, backend=then_any(preference(None)))
+
+
+def skip_gradient(G: Tensor, x: Tensor, world: World) -> Tensor:
+    """``G.T @ x``, likewise."""
+    if world.virtual == 1:
+        return product(G.T, x)
+    return densify(RowGradient(G.contiguous(), _columns(G), None, x, G.shape[1]))
+
+
+def _columns(rows: Tensor) -> Tensor:
+    return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape).contiguous()

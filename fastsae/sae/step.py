@@ -23,7 +23,7 @@ from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
 from fastsae.ops.score_gradients import feature_sums, score_gradients, threshold_gradient
-from fastsae.reference import accumulator, centre, product, running_sums
+from fastsae.reference import accumulator, centre, running_sums
 from fastsae.sae import selection, tiles
 from fastsae.sae.activations import Activation, BatchTopK, TopK
 from fastsae.sae.inputs import Inputs
@@ -97,11 +97,12 @@ def _threshold_slots(
     return Slots(values, col, crow, (flags & 1).bool() & ~values.isnan(), flags)
 
 
-def decoded(slots: Slots | latents.Slots, W: Tensor, b: Tensor | None, world: World) -> Tensor:
-    """``[rows, D]`` of all rows, on every process."""
+def decoded(slots: Slots | latents.Slots, W: Tensor, b: Tensor | None, world: World, groups: int = 1) -> Tensor:
+    """``[groups * rows, D]`` of all rows, on every process."""
     if world.virtual == 1:
         return DECODE(slots.values, slots.indices, slots.crow, W, b, backend=then_any(preference(None)))
-    y = world.gather(selection.decode_rows(latents.Slots(*slots[:3]), W, world))
+    own = selection.decode_rows(latents.Slots(*slots[:3]), W, world, groups)
+    y = world.gather(own.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
     return y if b is None else y + b
 
 
@@ -115,13 +116,13 @@ class Groups:
     order: Tensor | None
 
     @classmethod
-    def of(cls, slots: Slots, prefixes: list[int], rows: int) -> Groups:
+    def of(cls, slots: Slots, prefixes: list[int], rows: int, start: int = 0) -> Groups:
         if len(prefixes) == 1:
             return cls(slots.values, slots.indices, slots.crow, None)
         flat = slots.indices.reshape(-1)
         group = torch.zeros_like(flat, dtype=torch.int64)
         for bound in prefixes[:-1]:  # a tensor of bounds would make a GPU's host wait
-            group += flat >= bound
+            group += flat >= bound - start
         row = group * rows + slots.row_of()
         row, order = torch.sort(row, stable=True)
         crow = torch.searchsorted(row, torch.arange(len(prefixes) * rows + 1, device=row.device))
@@ -177,11 +178,11 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     grad = Sum()
     grad.add("b_dec", world.row_sum(G[0]))
     if w.skip is not None:
-        grad.add("W_skip", product(G[0].T, x))
+        grad.add("W_skip", selection.skip_gradient(G[0], x, world))
     rates = terms.l1 / tokens, terms.l0 / tokens
     backward(grad, this, G, dfrozen, *rates)
     aux = None if terms.aux is None else aux_step(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
-    loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole)
+    loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole, world)
     return Metrics(loss, fvu, l0, world.count(dead.sum()), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
 
 
@@ -212,23 +213,26 @@ class SlotPass:
     def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World):
         self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
         self.slots = slots
-        self.groups = Groups.of(self.slots, w.prefixes, x.shape[0])
-        groups = self.groups
-        partial = decoded(latents.Slots(groups.values, groups.indices, groups.crow), w.W_dec, None, world).to(self.wide)
+        self.groups = groups = Groups.of(self.slots, w.prefixes, x.shape[0], world.start)
+        grouped = latents.Slots(groups.values, groups.indices, groups.crow)
+        partial = decoded(grouped, w.W_dec, None, world, len(w.prefixes)).to(self.wide)
         x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
         x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
         if w.skip is not None:
-            x_hats += product(x, w.skip.T)
+            x_hats += selection.skipped(x, w.skip, world)
         self.gate = frozen = None
         if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
             self.gate = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
-            frozen = DECODE(gate.values, gate.indices, gate.crow, w.W_dec, w.b_dec.to(w.W_dec.dtype), backend=self.backend)
-        self.penalised = self.gate or self.slots
+            frozen = decoded(gate, w.W_dec, w.b_dec.to(w.W_dec.dtype), world)
+        self.penalised = penalised = self.gate or self.slots
         self.norms = part_norms(w.W_dec, w.layers) if terms.l1 else None
         self.norm = None if self.norms is None else self.norms.sum(1)
-        magnitude = None
-        if self.norm is not None:
-            magnitude = (self.penalised.values.to(self.wide).abs() * self.norm[self.penalised.indices.long()]).sum()
+        self.sums = magnitude = None  # of the penalised magnitudes of each feature
+        if self.norm is not None and world.virtual == 1:
+            magnitude = (penalised.values.to(self.wide).abs() * self.norm[penalised.indices.long()]).sum()
+        elif self.norm is not None:
+            self.sums = feature_sums(penalised.values.abs(), penalised.indices, penalised.crow, len(self.norm), self.backend)
+            magnitude = world.tree(torch.stack([world.sum(part) for part in (self.sums * self.norm).tensor_split(world.cuts[1:-1])]))
         hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
         active = world.count((self.slots.values != 0).sum())
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
@@ -248,13 +252,13 @@ class SlotPass:
             values, indices = self.penalised.values, self.penalised.indices
             slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
-            sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend)
+            sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend) if self.sums is None else self.sums
             grad.add("W_dec", shrinking(l1 * quotient(sums.unsqueeze(1), self.norms), w.W_dec, self.norms))
         if gate is None or dgate is None:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend, world=self.world)
         else:
-            _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag)
-            _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend)
+            _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag, self.world)
+            _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend, world=self.world)
         if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
             moved = latents.Slots(dvalues, slots.indices, slots.crow)
             grad.add("threshold", threshold_gradient(moved, l0, slots.flags, w.threshold, w.bandwidth, n_features, self.backend))
@@ -283,7 +287,8 @@ def _through_scores(
     b = getattr(w, bias)
     _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
     if w.b_pre is not None and world.virtual > 1 and db is not None:
-        db_pre = -world.tree(DECODE(db, *_ranges(world, db.device), w.W_enc, None, backend=backend))
+        sums = db if stretch is None else db * stretch
+        db_pre = -world.tree(DECODE(sums, *_ranges(world, db.device), w.W_enc, None, backend=backend))
     through = dscore if stretch is None else (dscore * stretch[slots.indices.long()]).to(dscore.dtype)
     grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
     grad.add(bias, db)

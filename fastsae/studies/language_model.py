@@ -36,7 +36,7 @@ SIZES = {
     },
     "default": {
         "minutes": 60, "source": "smollm2", "context": 128, "train_tokens": 500_000, "held_tokens": 8_192, "layers": [6, 12],
-        "features": 16_384, "k": {"TopK": [16, 32, 64], "BatchTopK": [32]}, "batch": 2048, "steps": 600, "lr": 1e-3, "named": 10,
+        "features": 16_384, "k": {"TopK": [16, 64], "BatchTopK": [32]}, "batch": 2048, "steps": 400, "lr": 1e-3, "named": 10,
         "latent_tokens": 500_000,
     },
 }  # fmt: skip

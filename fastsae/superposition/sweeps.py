@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import math
 import os
@@ -311,6 +313,7 @@ def train_many(
     n_features: int | Sequence[int],
     seeds: int | Sequence[int] = 0,
     workers: int = 1,
+    keep: str | os.PathLike[str] | None = None,
     callback: Callable[[Run], object] | None = None,
     **training: Any,
 ) -> list[Run]:
@@ -346,11 +349,11 @@ def train_many(
     content = pickle.dumps(data)
     workers = min(workers, len(jobs))
     groups = _groups(jobs, workers)
-    if workers == 1:
+    if workers == 1 and keep is None:
         for size, members in groups:
             _together(pickle.loads(content), size, members, options, done)
     else:
-        _in_processes(content, groups, options, workers, done)
+        _by_joblib(content, groups, options, workers, keep, done)
     return [runs[job] for job in jobs]
 
 
@@ -379,40 +382,37 @@ def _several(op: str, name: str, value: Any) -> list[Any]:
     return values
 
 
-def _in_processes(content: bytes, groups: list[_Group], options: Training, workers: int, done: Callable[[Run], None]) -> None:
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from multiprocessing import get_context
-
-    threads = max(1, (os.cpu_count() or 1) // workers)
+def _by_joblib(
+    content: bytes, groups: list[_Group], options: Training, workers: int, keep: str | os.PathLike[str] | None, done: Callable[[Run], None]
+) -> None:
+    try:
+        from joblib import Memory, Parallel, delayed
+    except ImportError as error:
+        raise ImportError("sweep with workers or keep needs joblib: pip install 'fastsae-kernels[studies]'") from error
+    job: Any = _job if keep is None else Memory(os.fspath(keep), verbose=0).cache(_job, ignore=["packed"])
+    data = "" if keep is None else _digest(pickle.loads(content))
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)) as pool:
-        futures = [pool.submit(_job, pickle.dumps((content, *group, options))) for group in groups]
-        try:
-            for future in as_completed(futures):
-                for run in pickle.loads(future.result()):
-                    done(run)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    jobs = (delayed(job)(_digest((data, *group, options)), pickle.dumps((content, *group, options))) for group in groups)
+    for packed in Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
+        for run in pickle.loads(packed):
+            done(run)
 
 
-def _begin(threads: int) -> None:
-    """In a new process: its share of the cores, and an end with its parent, also where that is killed."""
-    from multiprocessing import parent_process
-    from threading import Thread
+def _digest(value: Any) -> str:
+    """Of all that a value holds. (Pickles of tensors hold addresses.)"""
 
-    def follow() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+    class Digest(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if not isinstance(obj, Tensor):
+                return None
+            return str(obj.dtype), tuple(obj.shape), hashlib.sha256(obj.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
-    torch.set_num_threads(threads)
-    Thread(target=follow, daemon=True).start()
+    Digest(out := io.BytesIO()).dump(value)
+    return hashlib.sha256(out.getvalue()).hexdigest()
 
 
-def _job(packed: bytes) -> bytes:
+def _job(of: str, packed: bytes) -> bytes:
+    """Runs of one group; ``of``: the digest of what is packed, by which they are kept."""
     content, size, members, options = pickle.loads(packed)
     return pickle.dumps(_together(pickle.loads(content), size, members, options))
 
@@ -425,6 +425,7 @@ def sweep(
     seeds: int | Sequence[int] = 0,
     stop: Literal["converged"] | int = "converged",
     workers: int = 1,
+    keep: str | os.PathLike[str] | None = None,
     callback: Callable[[Run], object] | None = None,
     **training: Any,
 ) -> Any:
@@ -435,9 +436,12 @@ def sweep(
         l1: weights of the L1 penalty, at least 0; ``Training`` states the convention.
         n_features: dictionary sizes F. seeds: of the dictionaries' starts.
         stop: "converged", or a number of steps; see ``Training``.
-        workers: processes; each has its share of the cores. (More than one starts Python anew: guard a script by ``if __name__ ==
-            "__main__"``.) The results do not depend on it but for the rounding of torch's products on other numbers of threads.
-        callback: called with each ``Run`` as it ends, in any order; with several workers, as its group ends.
+        workers: processes; each has its share of the cores. They are joblib's: its own (loky), or those of a cluster inside ``with
+            joblib.parallel_config(backend="dask")`` or "ray". The results do not depend on them but for the rounding of torch's products on
+            other numbers of threads.
+        keep: a folder where the runs of each group stay as it ends (``joblib.Memory``; pickles, so read only folders that you trust): the
+            same call, of the same data and number of workers, goes on with those that are missing. None: nothing is kept.
+        callback: called with each ``Run`` as it ends, in any order; with several workers or ``keep``, as its group ends.
         training: attributes of ``Training``: batch, lr, window, tolerance, cooldown, max_steps, start, snapshots.
 
     Returns:
@@ -459,5 +463,5 @@ def sweep(
         import pandas
     except ImportError as error:
         raise ImportError("sweep needs pandas: pip install 'fastsae-kernels[studies]'") from error
-    runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, workers=workers, callback=callback, stop=stop, **training)
+    runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, workers=workers, keep=keep, callback=callback, stop=stop, **training)
     return pandas.DataFrame([run.row() for run in runs])

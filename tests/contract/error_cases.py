@@ -28,6 +28,7 @@ VALID: dict[str, dict[str, Any]] = {
     "encode_threshold": {**LAYER, **VECTORS, "threshold": draw(F), "bandwidth": 0.1},
     "encode_batch_topk": {**LAYER, **VECTORS, "k": 2.5},
     "encode_gated": {**LAYER, **GATES, "b_pre": draw(D)},
+    "encode_pursuit": {"x": draw(ROWS, D), "W": torch.nn.functional.normalize(draw(F, D), dim=1), "k": 3, "tolerance": 0.1},
     "decode": {"latents": LATENTS, "W_dec": draw(F, OUT), "b_dec": draw(OUT), "x": draw(ROWS, D), "skip": draw(OUT, D)},
     "decode_backward": {"grad": draw(ROWS, OUT), "latents": LATENTS, "W_dec": draw(F, OUT), "out": draw(F, OUT)},
     "reconstruct": {**LAYER, **VECTORS, "W_dec": draw(F, D), "b_dec": draw(D), "target": draw(ROWS, D), "activation": fastsae.TopK(3)},
@@ -51,7 +52,7 @@ VALID: dict[str, dict[str, Any]] = {
 
 
 def call(op: str, **changes: Any) -> Any:
-    places = (fastsae, fastsae.codes, fastsae.compare, fastsae.optim, fastsae.ops.decode, fastsae.ops.select)
+    places = (fastsae, fastsae.codes, fastsae.compare, fastsae.optim, fastsae.ops.decode, fastsae.ops.pursuit, fastsae.ops.select)
     function = next(getattr(place, op) for place in places if hasattr(place, op))
     return function(**{**VALID[op], **changes})
 

@@ -112,6 +112,7 @@ def test_wrong_sizes(op: str, name: str) -> None:
         # dimensions that nothing else fixes
         **{(o, "x"): 1 for o in VALID},
         ("encode_topk", "W_enc"): 0,
+        ("encode_pursuit", "W"): 0,
         ("match_cosine", "a"): 1,
         ("match_cosine", "b"): 1,
         ("match", "a"): 1,

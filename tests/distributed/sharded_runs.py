@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastsae
-from fastsae import SAE, AuxK, BatchTopK, TopK
-from fastsae.distributed import RankError, SettingsError, gathered, load_checkpoint, save_checkpoint, shard
+from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer
+from fastsae.distributed import RankError, Rates, SettingsError, gathered, load_checkpoint, plan, save_checkpoint, shard
 from fastsae.gradients import densify
 from fastsae.optim import Adam, Signum
 from fastsae.sae import selection
+from fastsae.trainer import linear
 
 D, F, V = 12, 75, 8
 """75 features in 8 virtual shards of 10: the last one has 5."""
@@ -37,6 +38,10 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "signed": {"activation": TopK(3, relu=False), "aux": AuxK(4, relu=False, denominator="tokens", share=False), "dead_after": 40},
     "transcoder": {"activation": TopK(4), "d_out": 7, "normalise_decoder": True},
+    "relu": {"activation": ReLU(), "tied": True, "l1": 0.02, "aux": AuxK(4), "dead_after": 30},
+    "jumprelu": {"activation": JumpReLU(threshold=0.4, bandwidth=0.3), "l0": 0.01, "l1": 0.01, "d_out": D, "skip": True, "pre_bias": True},
+    "gated": {"activation": Gated(), "l1": 0.05, "objective": "fvu"},
+    "matryoshka": {"activation": BatchTopK(3), "prefixes": [10, 35, F], "aux": AuxK(5), "dead_after": 60},
     "few": {"activation": TopK(2), "features": 9, "aux": AuxK(3), "dead_after": 20},  # on 8 processes three have none
 }
 
@@ -130,7 +135,7 @@ def trained(group: Group, kind: str, steps: int) -> dict[str, Any]:
     result = {"metrics": digest(seen), "last": digest(seen[-1:]), "numbers": torch.stack(seen)}
     for name in gradients:
         parts = [own[name] for _, own in every]
-        result[f"gradient of {name}"] = digest(parts[:1] if name == "b_dec" else [torch.cat(parts)])
+        result[f"gradient of {name}"] = digest(parts[:1] if name in ("b_dec", "W_skip") else [torch.cat(parts)])
     return result | ({} if whole is None else {name: digest([t]) for name, t in whole.state_dict().items()})
 
 
@@ -148,12 +153,12 @@ def used(group: Group, kind: str, steps: int) -> dict[str, Any]:
         latents = sae.encode(own.unsqueeze(0))
         made = sae(own, wanted)
         loss = sae.loss(own, wanted)
-        x_hat = sae.decode(latents)
+        x_hat = sae.decode(latents, own.unsqueeze(0))
         assert torch.equal(x_hat.squeeze(0), made.x_hat)
         rows = [torch.cat(parts) for parts in zip(*group.all((latents.to_dense().squeeze(0), made.x_hat, made.squared_error)))]
         result[training] = [*rows, torch.stack(loss)]
         if whole is not None:
-            result["state", training], result["x"], result["k"] = whole.state_dict(), x, whole.k
+            result["state", training], result["x"], result["target"], result["k"] = whole.state_dict(), x, target, getattr(whole, "k", None)
     return result
 
 
@@ -177,6 +182,25 @@ def save_half(group: Group, kind: str, steps: int) -> None:
         train(sae, opt, kind, upto, group.rank, group.size)
         save_checkpoint(folder, sae, opt, {"note": [1.0, 2.0]})
     assert sorted(path.name for path in folder.iterdir()) == ["data-2", "manifest.json"]
+
+
+def looped(group: Group, kind: str) -> dict[str, Any]:
+    """By ``Trainer``, whose second half goes on from a folder."""
+    folder = group.folder / f"trainer-{kind}-{group.size}"
+    rows = torch.randn(120, D, generator=torch.Generator().manual_seed(2)).split(12)
+    own = [part(x, group.rank, group.size, step) for step, x in enumerate(rows)]
+    made = []
+    for stops in ([10], [4, 10]):
+        for number, stop in enumerate(stops):
+            sae = group.shard(build(kind))
+            trainer = Trainer(sae, optimiser(sae, kind), anneal={"k": linear(4, 2, 8)}, checkpoint=folder, every=4, progress=False)
+            data = own[4:] if number else own
+            last = trainer.fit(data, stop, resume=number == 1)
+        whole = gathered(sae)
+        made.append({"last": last, **({} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()})})
+    assert made[0] == made[1]
+    raises(TypeError, "must be fused", lambda: Trainer(sae, torch.optim.Adam(sae.parameters())))
+    return made[0]
 
 
 def not_finite(group: Group, kind: str, steps: int) -> dict[str, Any]:
@@ -229,6 +253,7 @@ def refused(group: Group) -> None:
     opt.step(x)
     raises(ValueError, "init_from: call it before", lambda: sae.init_from(x))
     raises(ValueError, "gathered(sae) is the whole one", lambda: sae.portable())
+    raises(ValueError, "gathered(sae) is the whole one", lambda: fastsae.match(sae, sae))
     raises(ValueError, "fastsae.distributed.save_checkpoint", lambda: fastsae.save_checkpoint(group.folder / "x.pt", sae))
     raises(FileNotFoundError, "manifest.json", lambda: load_checkpoint(group.folder / "nowhere", sae, opt))
     raises(ValueError, "a stack takes whole SAEs", lambda: fastsae.SAEs([sae]))
@@ -239,19 +264,12 @@ def refused(group: Group) -> None:
     error, text = (ValueError, "virtual must") if first else (RankError, "rank 0 failed in shard: ValueError: shard: virtual must be")
     raises(error, text, lambda: group.shard(build("topk"), virtual=5 if first else 8))
     for name, options in {
-        "ReLU": {"activation": fastsae.ReLU()},
-        "JumpReLU": {"activation": fastsae.JumpReLU()},
-        "Gated": {"activation": fastsae.Gated()},
-        "tied": {"tied": True},
-        "skip": {"d_out": D, "skip": True},
-        "prefixes=[5, 75]": {"prefixes": [5, F]},
-        "l1": {"l1": 0.1},
+        "AbsTopK": {"activation": fastsae.AbsTopK(4)},
         "meta": {"device": "meta"},
     }.items():
         raises(ValueError, f"{name}", lambda options=options: group.shard(SAE(D, F, **{"activation": TopK(4), "seed": 0, **options})))
     raises(TypeError, "must be float32", lambda: group.shard(build("topk").double()))
     raises(TypeError, "sae must be", lambda: group.shard(torch.nn.Linear(2, 2)))
-    raises(ValueError, "l1 is not there yet", lambda: sae.loss(x, l1=0.1))
 
 
 def broken(group: Group) -> None:
@@ -286,6 +304,20 @@ def counted(group: Group) -> dict[str, float]:
     return {"bytes": (sae.world.sent - before) / len(rows), "most": 8 * 4 + 8}
 
 
+def planned(group: Group, kind: str) -> dict[str, float]:
+    """Bytes that a process sends in a step, as counted and as ``plan`` says."""
+    sae: Any = group.shard(build(kind))
+    sae.silent.fill_(1000 if kind == "topk" else 0)
+    opt, n = Adam(sae, lr=1e-3), 8
+    x = torch.randn(n, D, generator=torch.Generator().manual_seed(group.rank))
+    target = torch.randn(n, KINDS[kind]["d_out"]) if "d_out" in KINDS[kind] else None
+    before = sae.world.sent
+    opt.step(x, target)
+    sizes = {"batch": n * group.size, "k": 4, "k_aux": 6 if kind == "topk" else 0, "d_out": KINDS[kind].get("d_out")}
+    found = plan(F, D, tokens=1, rates=Rates(1e9, 1e9, 1e9, 1e-5), ranks=group.size, **sizes)
+    return {"counted": sae.world.sent - before, "planned": found.sent}
+
+
 def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=max(sizes), timeout=timedelta(seconds=300))
@@ -301,9 +333,12 @@ def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> No
                 if kind in ("topk", "batchtopk"):
                     results["stopped", kind, group.size] = trained(group, kind, 14)
                     results["resumed", kind, group.size] = resumed(group, kind, 14)
-            for kind in ("topk", "batchtopk", "few"):
+            for kind in ("topk", "batchtopk", "few", "jumprelu", "gated"):
                 results["used", kind, group.size] = used(group, kind, steps)
             results["not_finite", "topk", group.size] = not_finite(group, "topk", steps)
+            for kind in ("topk", "transcoder"):
+                results["planned", kind, group.size] = planned(group, kind)
+            results["looped", "topk", group.size] = looped(group, "topk")
             results["counted", "topk", group.size] = counted(group)
         dist.barrier()
     refused(groups[-1])

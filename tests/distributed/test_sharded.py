@@ -63,22 +63,25 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(results: dict[Any, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "few"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "few", "jumprelu", "gated"])
 def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
     first = results["used", kind, 1]
     sae = build(kind)
-    sae.k = first["k"]  # annealed
+    if first["k"] is not None:
+        sae.k = first["k"]  # annealed
+    x, target = first["x"], first["x"] if first["target"] is None else first["target"]
     for training in (True, False):
         sae.load_state_dict(first["state", training])
         dense, x_hat, error, loss = first[training]
         for size in SIZES[1:]:
             assert all(map(torch.equal, first[training], results["used", kind, size][training])), size
         sae.train(training)
-        assert torch.equal(dense, sae.encode(first["x"]).to_dense())  # the bits of one process
+        assert torch.equal(dense, sae.encode(x).to_dense())  # the bits of one process
         exact = dense.double() @ sae.W_dec.double() + sae.b_dec.double()
+        exact += 0 if sae.W_skip is None else x.double() @ sae.W_skip.double().T
         torch.testing.assert_close(x_hat.double(), exact, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(error.double(), (first["x"].double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(loss, torch.stack(sae.loss(first["x"])).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(error.double(), (target.double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss, torch.stack(sae.loss(x, first["target"])).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -87,11 +90,37 @@ def test_all_refuse_a_step_that_is_not_finite(results: dict[Any, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_trainer_s_run_and_its_second_half(results: dict[Any, Any]) -> None:
+    assert all(results["looped", "topk", size] == results["looped", "topk", 1] for size in SIZES)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_of_a_selection(results: dict[Any, Any], size: int) -> None:
     """8 k to the rows' owners and 8 back, of which the share of one's own rows is not sent."""
     got = results["counted", "topk", size]
     assert got["bytes"] == got["most"] * (size - 1) / size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["topk", "transcoder"])
+def test_bytes_of_a_step_are_those_of_the_plan(results: dict[Any, Any], kind: str) -> None:
+    for size in SIZES:
+        found = results["planned", kind, size]
+        assert found["counted"] == found["planned"] and (found["counted"] > 0) is (size > 1), (size, found)
+
+
+def test_a_plan_of_a_large_dictionary() -> None:
+    rates = distributed.Rates(flops=4e14, memory=3e12, network=5e10, latency=2e-5)
+    one, many = (distributed.plan(2**24, 4096, tokens=10**12, rates=rates, ranks=n, k=64) for n in (1, 64))
+    assert one.memory > 1.6e12 > 64e9 > many.memory and one.sent == 0
+    assert one.parameters == 2**24 * (2 * 4096 + 1) + 4096
+    assert many.sent == 63 * (128 * (4 * 4096 + 8 * 64 + 8 + 8 * 4096) + 4 * 4096 + 32)
+    assert one.product == 64 * many.product and one.steps == many.steps == -(-(10**12) // 8192)
+    with pytest.raises(ValueError, match=r"plan: ranks must be"):
+        distributed.plan(64, 8, tokens=1, rates=rates, ranks=0)
+    with pytest.raises(ValueError, match=r"plan: rates.flops must be"):
+        distributed.plan(64, 8, tokens=1, rates=rates._replace(flops=0))
 
 
 def test_what_needs_a_group() -> None:

@@ -26,6 +26,9 @@ def options(name: str, **more: Any) -> dict[str, Any]:
         more.setdefault("k", 4.5 if "Batch" in name else 5)
     if "Matryoshka" in name:
         more.setdefault("matryoshka_widths", [10, 40, F])
+    if "Pursuit" in name:
+        more.setdefault("max_iterations", 6)
+        more |= {"decoder_init_norm": 1.0} if KINDS[name].training else {}
     return more
 
 
@@ -42,6 +45,8 @@ def make(name: str, shift: float = 0.0, seed: int = 0, **more: Any) -> Any:
                 p.sub_(shift)
             if parameter_name == "threshold":
                 p.abs_()
+            if "Pursuit" in name and p.dim() == 2:
+                p.div_(1.02 * p.norm(dim=1, keepdim=True))  # with rows far from norm 1 nothing is found
     return sae
 
 

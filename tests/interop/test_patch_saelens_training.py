@@ -43,10 +43,15 @@ TRAINED = {
     "jumprelu, quadratic": ("JumpReLUTrainingSAE", JUMP | {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 4.0}),
     "jumprelu, into the encoder": ("JumpReLUTrainingSAE", JUMP | {"jumprelu_ste_to_input": True}),
     "jumprelu, tanh": ("JumpReLUTrainingSAE", JUMP | {"jumprelu_sparsity_loss_mode": "tanh", "pre_act_loss_coefficient": 3e-6}),
+    "pursuit": ("MatchingPursuitTrainingSAE", {}),
+    "pursuit, to a residual": (
+        "MatchingPursuitTrainingSAE",
+        {"residual_threshold": 3.0, "max_iterations": None, "stop_on_duplicate_support": False, "apply_b_dec_to_input": False},
+    ),
     "standard": ("StandardTrainingSAE", {}),
     "gated": ("GatedTrainingSAE", {}),
 }
-BY_SLOTS = {name for name in TRAINED if name.split(",")[0] in ("topk", "abstopk", "batch topk", "matryoshka", "jumprelu")} - {
+BY_SLOTS = {name for name in TRAINED if name.split(",")[0] in ("topk", "abstopk", "batch topk", "matryoshka", "jumprelu", "pursuit")} - {
     "matryoshka, AuxK a level", "jumprelu, many fire", "jumprelu, tanh",
 }  # fmt: skip
 

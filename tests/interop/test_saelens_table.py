@@ -57,7 +57,8 @@ def _adapter(cls: type) -> Any:
 
 
 def _why(name: str) -> str:
-    return _adapter((registry.SAE_CLASS_REGISTRY | registry.SAE_TRAINING_CLASS_REGISTRY)[name][0]).leaves["encode"]
+    cls = (registry.SAE_CLASS_REGISTRY | registry.SAE_TRAINING_CLASS_REGISTRY)[name][0]
+    return _adapter(cls).leaves.get("encode", "`SAE` has no such activation")
 
 
 def _accelerated(cls: type) -> str:

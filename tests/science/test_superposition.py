@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -566,6 +567,26 @@ def test_sweep_in_processes_and_on_activations() -> None:
     assert bool(here["mmcs"].isna().all()) and list(here["l1"]) == list(there["l1"])
     for column in ("fvu", "l0", "loss"):
         torch.testing.assert_close(torch.tensor(here[column]), torch.tensor(there[column]), rtol=1e-3, atol=1e-6)
+
+
+def test_a_stopped_sweep_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("joblib")
+    data, ended = SuperpositionData(16, 12, mean_active=1.5, seed=0), []
+    options: dict[str, Any] = {"l1": 0.1, "n_features": [16, 12, 8], "batch": 32, "stop": 20, "cooldown": 5, "keep": tmp_path}
+
+    def stop(run: Any) -> None:
+        ended.append(run.n_features)
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_many(data, **options, callback=stop)
+    runs = train_many(data, **options)
+    assert ended == [16, 12] and [run.n_features for run in runs] == [16, 12, 8]
+    fresh = train_many(data, **{**options, "keep": None})
+    assert all(torch.equal(a.dictionary, b.dictionary) for a, b in zip(runs, fresh, strict=True))
+    kept = [run.seconds for run in train_many(data, **options)]
+    assert kept == [run.seconds for run in runs]  # of the runs that were kept
 
 
 @pytest.mark.parametrize(

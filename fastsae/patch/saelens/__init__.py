@@ -6,9 +6,11 @@ what 6.49 and 6.50 do otherwise (JumpReLU in training) stays the library's own.
     runner = fastsae.accelerate(LanguageModelSAETrainingRunner(cfg)); runner.run()
 
 What changes: ``encode`` forms no dense pre-activations and scatters the selected ones into the dense tensor that the library returns;
-``forward`` and ``decode`` multiply slots; ``fastsae.encode(sae, x)`` returns the slots themselves. A trainer's step of a TopK, AbsTopK,
+``forward`` and ``decode`` multiply slots; ``fastsae.encode(sae, x)`` returns the slots themselves. A matching pursuit scores packed weights
+at every step; ``fastsae.encode(sae, x, packed=fastsae.sae.PursuitWeights(sae.W_dec))`` seldom does. A trainer's step of a TopK, AbsTopK,
 BatchTopK, Matryoshka BatchTopK or JumpReLU SAE forms neither dense latents nor dense gradients, and clips and applies Adam in one pass over
-each weight, on the state of the trainer's own optimiser. Of other SAEs it is the optimiser's step alone that changes.
+each weight, on the state of the trainer's own optimiser; that of a matching pursuit forms no dense latents. Of other SAEs it is the
+optimiser's step alone that changes.
 
 What does not: parameters, ``state_dict``, files, hooks and what they see, normalisations, ``reshape_activations``, the error term,
 learning-rate and coefficient schedulers, checkpoints, the statistics of firing and dead features, AuxK, BatchTopK's threshold. Latents,
@@ -42,6 +44,7 @@ _ENCODER = {
     "topk": "encode_topk",
     "abstopk": "encode_topk by magnitude",
     "batchtopk": "encode_batch_topk",
+    "pursuit": "k times encode_topk of one feature, from slots",
     "gated": "encode_gated; torch's product where over 1/8 fire",
     "jumprelu": "encode_threshold; torch's product where over 1/8 fire",
     "relu": "encode_threshold; torch's product where over 1/8 fire",
@@ -57,10 +60,12 @@ def _of_sae(kind: _sae.Kind) -> Adapter:
     leaves = {}
     if kind.transcoder:
         replaces["forward_with_activations"] = replaces["forward"]
-    if kind.training:
+    mixin = _sae.TranscoderMethods if kind.transcoder else _sae.SAEMethods
+    if kind.training and kind.activation == "pursuit":
+        mixin, replaces["encode_with_hidden_pre"] = _sae.PursuitMethods, f"{replaces['encode']}; zeros, as the library's"
+    elif kind.training:
         leaves["training_forward_pass"] = "it returns dense pre-activations; accelerate the trainer for fast training"
         leaves["encode_with_hidden_pre"] = "it returns dense pre-activations"
-    mixin = _sae.TranscoderMethods if kind.transcoder else _sae.SAEMethods
     return Adapter(
         mixin,
         replaces,
@@ -85,8 +90,6 @@ def _trainer_now(trainer: Any) -> Mapping[str, str]:
 
 _STEP = "slots for latents and gradients, clipping and Adam in one pass"
 _LEFT = {
-    "matching_pursuit_sae.MatchingPursuitSAE": "its latents are found one after the other",
-    "matching_pursuit_sae.MatchingPursuitTrainingSAE": "its latents are found one after the other",
     "temporal_sae.TemporalSAE": "its latents depend on the other tokens",
 }
 
@@ -127,6 +130,7 @@ LIBRARY = LIBRARIES["sae_lens"] = Library(
     "e235e34e565a 7a5ca6822dd0 e6bb47f9f213 8d388ed67ce6 6f188b664885 20ba9adbaa7e db430324b95a ee8b898e4c53 8da3e941dd9f "
     "9ce8d2a5d3a3 277679a2c057 91d931f49e78 9503007fe4d6 285f9309b093 ef366f1653d7 89a234b35adc 7db44379513b 669a4f63c602 "
     "476b1136e6ce 00c9a8d733aa 3b2642c4afd9 ee1df533adf6 9755afcaa4f4 "
+    "63b4bdc6133b a62bb96758ca 83dc813e435e "
     "4602266f7336 f2bc344c382e",  # 6.49: the trainer with a gradient scaler; 6.50: JumpReLU's loss without a target
     "sae_lens.saes.sae.SAE",
     _REST,

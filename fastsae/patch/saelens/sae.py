@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
-from fastsae.latents import Latents, TopKLatents
+from fastsae.dispatch import preference
+from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
+from fastsae.ops.pursuit import Rule, pursuit_latents
 from fastsae.packed import PackedWeights
 from fastsae.patch._adapter import any_global_hook, changed, class_name, library_way, need_slots, tampered, warn_once
 from fastsae.patch._slots import PRODUCT, from_dense, many_fire, ragged, reconstruction, to_dense
@@ -34,7 +36,7 @@ METHODS = ("encode", "decode", "forward", "forward_with_activations", "get_activ
 @dataclass(frozen=True)
 class Kind:
     activation: str
-    """relu, jumprelu, gated, topk, abstopk or batchtopk."""
+    """relu, jumprelu, gated, topk, abstopk, batchtopk or pursuit."""
     training: bool = False
     transcoder: bool = False
     skip: bool = False
@@ -46,6 +48,7 @@ KINDS = {
     "jumprelu_sae.JumpReLUSAE": Kind("jumprelu"),
     "topk_sae.TopKSAE": Kind("topk"),
     "abstopk_sae.AbsTopKSAE": Kind("abstopk"),
+    "matching_pursuit_sae.MatchingPursuitSAE": Kind("pursuit"),
     "transcoder.Transcoder": Kind("relu", transcoder=True),
     "transcoder.SkipTranscoder": Kind("relu", transcoder=True, skip=True),
     "transcoder.JumpReLUTranscoder": Kind("jumprelu", transcoder=True),
@@ -55,6 +58,7 @@ KINDS = {
     "jumprelu_sae.JumpReLUTrainingSAE": Kind("jumprelu", training=True),
     "topk_sae.TopKTrainingSAE": Kind("topk", training=True),
     "abstopk_sae.AbsTopKTrainingSAE": Kind("abstopk", training=True),
+    "matching_pursuit_sae.MatchingPursuitTrainingSAE": Kind("pursuit", training=True),
     "batchtopk_sae.BatchTopKTrainingSAE": Kind("batchtopk", training=True),
     "matryoshka_batchtopk_sae.MatryoshkaBatchTopKTrainingSAE": Kind("batchtopk", training=True),
 }
@@ -93,6 +97,8 @@ def why_dense(sae: Any, names: tuple[str, ...] = BEFORE) -> str | None:
     if points := hooked(sae, names):
         return f"{points[0]} has a hook, which needs dense numbers"
     kind = kind_of(sae)
+    if kind.activation == "pursuit" and checks.autocasting(sae.W_dec.device):
+        return "autocast rounds the scores of a pursuit and not what they are subtracted from"
     if (reason := other_activation(sae)) is not None:
         return reason
     if len({p.dtype for name, p in sae._parameters.items() if p is not None and name != "threshold"}) > 1:
@@ -128,7 +134,13 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
         if packed.weight.shape != W.shape or packed.weight.data_ptr() != W.data_ptr() or packed.weight.stride() != W.stride():
             raise ValueError(f"encode: packed must be fastsae.pack(sae.W_enc.T) of this {type(sae).__name__}, got {packed}")
         W = packed
-    if kind.activation == "gated":
+    if kind.activation == "pursuit":
+        cfg = sae.cfg
+        steps = cfg.d_in if cfg.max_iterations is None else cfg.max_iterations
+        rule = Rule(steps, cfg.residual_threshold, stop_on_repeat=cfg.stop_on_duplicate_support)
+        slots = pursuit_latents(sae_in.reshape(-1, sae_in.shape[-1]), sae.W_dec, packed, rule, preference(None))
+        latents = RaggedLatents(*slots, sae.W_dec.shape[0], sae_in.shape[:-1])
+    elif kind.activation == "gated":
         # The gate is a step: the library's autograd gives b_gate no gradient either.
         latents = encode_gated(sae_in, W, b_gate=sae.b_gate.detach(), r_mag=sae.r_mag, b_mag=sae.b_mag)
     elif kind.activation == "relu":
@@ -209,7 +221,8 @@ def product(sae: Any, latents: Latents) -> Tensor:
     scale = scale_of(sae)
     if scale is not None:
         latents = replace(latents, values=latents.values * (1 / scale)[features(latents)])
-    return decode(latents, sae.W_dec) + sae.b_dec
+    y = decode(latents, sae.W_dec)
+    return y + sae.b_dec if kind_of(sae).activation != "pursuit" or sae.cfg.apply_b_dec_to_input else y
 
 
 def decoder(sae: Any) -> Tensor:
@@ -271,7 +284,8 @@ class SAEMethods:
         if library_way(self, why_dense(self)):
             return super().encode(x)  # pyright: ignore[reportAttributeAccessIssue]
         sae_in = self.process_sae_in(x)
-        return self.hook_sae_acts_post(dense_latents(self, sae_in) if is_dense(self, sae_in) else as_asked(self, sparse(self, sae_in)))
+        acts = dense_latents(self, sae_in) if is_dense(self, sae_in) else as_asked(self, sparse(self, sae_in))
+        return acts if kind_of(self).activation == "pursuit" else self.hook_sae_acts_post(acts)  # which the library's does not call
 
     def decode(self: Any, feature_acts: Tensor) -> Tensor:
         # A gradient for dense latents is dense, zeros included.
@@ -291,6 +305,16 @@ class SAEMethods:
                 clean = _autoencoded(self, x)[0]
             out = out + self.hook_sae_error(x - clean)
         return self.hook_sae_output(out)
+
+
+class PursuitMethods(SAEMethods):
+    """Of the training SAE, whose forward pass they are in too."""
+
+    def encode_with_hidden_pre(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        if library_way(self, why_dense(self)):
+            return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAttributeAccessIssue]
+        acts = self.encode(x)
+        return acts, torch.zeros_like(acts)
 
 
 class TranscoderMethods(SAEMethods):

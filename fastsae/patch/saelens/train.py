@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_THRESHOLD, ENCODE_TOPK
 from fastsae.ops.score_gradients import feature_sums
 from fastsae.patch import _adam
 from fastsae.patch._adapter import changed, warn_once
-from fastsae.patch.saelens.sae import as_asked, hooked, is_dense, is_known, kind_of, other_activation, scale_of
+from fastsae.patch.saelens.sae import as_asked, finish, hooked, is_dense, is_known, kind_of, other_activation, product, scale_of, sparse
 from fastsae.reference import running_sums
 from fastsae.sae.step import Groups, Slots
 
@@ -53,7 +53,9 @@ class TrainerMethods(Generic[_S, _C]):
         dead = self.dead_neurons
         reason = why_not_fused(self, sae, sae_in, dead)
         if reason is None:
-            output, gradients, counts = _Step(sae, sae_in, dead, self.get_coefficients()).run()
+            pursuit = kind_of(sae).activation == "pursuit"
+            step = _pursuit(self, sae, sae_in) if pursuit else _Step(sae, sae_in, dead, self.get_coefficients()).run()
+            output, gradients, counts = step
         else:
             if reason not in BY_DESIGN:
                 warn_once(self, reason)
@@ -97,7 +99,8 @@ def why_not_fused(trainer: Any, sae: Any, sae_in: Tensor, dead: Tensor) -> str |
         return f"{points[0]} has a hook"
     if (reason := changed(sae, "training_forward_pass")) is not None:
         return reason
-    named = [getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold") if hasattr(sae, name)]
+    names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")[1 if kind.activation == "pursuit" else 0 :]  # whose encoder is its decoder
+    named = [getattr(sae, name) for name in names if hasattr(sae, name)]
     if not all(isinstance(p, nn.Parameter) for p in named):
         return "a parameter is computed from another"
     if any(p.grad is not None for p in named) or not any(p.requires_grad for p in named):
@@ -122,7 +125,7 @@ def why_never_fused(sae: Any) -> str | None:
     if not is_known(sae):
         return f"{type(sae).__name__} is no class of the library that is supported: its forward and backward, our optimiser step"
     kind, cfg = kind_of(sae), sae.cfg
-    if kind.activation not in ("topk", "abstopk", "batchtopk", "jumprelu"):
+    if kind.activation not in ("topk", "abstopk", "batchtopk", "jumprelu", "pursuit"):
         return OTHER_LOSS
     if kind.activation == "jumprelu" and (cfg.jumprelu_sparsity_loss_mode == "tanh" or cfg.pre_act_loss_coefficient is not None):
         return OTHER_LOSS
@@ -150,6 +153,32 @@ def _autograd(trainer: Any, sae: Any, sae_in: Tensor, dead: Tensor) -> tuple[Any
         counts = firing.sum(0)
         counts = counts.to_dense() if counts.is_sparse else counts
     output.loss.backward()
+    return output, {p: p.grad for p in sae.parameters() if p.grad is not None}, counts
+
+
+def _pursuit(trainer: Any, sae: Any, x: Tensor) -> tuple[Any, dict[Tensor, Any], Tensor]:
+    """What ``_autograd`` returns, of a matching pursuit: by autograd over slots."""
+    latents = sparse(sae, sae.process_sae_in(x))
+    out = finish(sae, product(sae, latents))
+    loss = sae.mse_loss_fn(out, x).sum(dim=-1).mean()
+    loss.backward()
+    assert isinstance(latents, RaggedLatents)
+    latents, out, metrics = replace(latents, values=latents.values.detach()), out.detach(), {}
+    l0 = latents.crow.diff().to(torch.float32)
+    if trainer._is_logging_step():
+        norm = (x - out).norm(dim=-1)
+        metrics = {"max_l0": l0.max(), "min_l0": l0.min(), "residual_norm": norm.mean()}
+        metrics["residual_threshold_converged_portion"] = (norm < sae.cfg.residual_threshold).float().mean()
+    output = output_class()(
+        sae_in=x,
+        sae_out=out,
+        feature_acts=lambda: as_asked(sae, latents),
+        hidden_pre=None,
+        loss=loss.detach(),
+        losses={"mse_loss": loss.detach()},
+        metrics=metrics,
+    )
+    counts = torch.bincount(latents.col, minlength=latents.n_features).to(torch.float32)
     return output, {p: p.grad for p in sae.parameters() if p.grad is not None}, counts
 
 

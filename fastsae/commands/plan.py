@@ -1,0 +1,41 @@
+"""``fastsae plan``: memory, bytes and time of a sharded training run, for numbers of processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from fastsae.distributed import Rates, plan
+
+REFUSED = (TypeError, ValueError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, kind, text in (
+        ("--features", int, "F"), ("--d", int, "D"), ("--tokens", float, "of the run"),
+        ("--flops", float, "a second of one process, of the encoder's product"), ("--memory", float, "bytes a second of its memory"),
+        ("--network", float, "bytes a second that it sends"),
+    ):  # fmt: skip
+        parser.add_argument(name, type=kind, required=True, help=text)
+    parser.add_argument("--latency", type=float, default=2e-5, help="seconds an exchange (default 2e-5)")
+    parser.add_argument("--ranks", default="1,8,64,512", metavar="N,M", help="numbers of processes (default 1,8,64,512)")
+    parser.add_argument("--batch", type=int, default=8192, help="tokens a step of all processes (default 8192)")
+    parser.add_argument("--k", type=int, default=64, help="latents a token (default 64)")
+    parser.add_argument("--k-aux", type=int, default=0, help="of the AuxK term (default 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    rates = Rates(options.flops, options.memory, options.network, options.latency)
+    sizes = {"tokens": int(options.tokens), "batch": options.batch, "k": options.k, "k_aux": options.k_aux}
+    plans = [plan(options.features, options.d, rates=rates, ranks=int(ranks), **sizes) for ranks in options.ranks.split(",")]
+    if options.json:
+        print(json.dumps([{**asdict(p), "memory": p.memory, "step": p.step, "seconds": p.seconds} for p in plans], indent=1))
+        return 0
+    print(f"{plans[0].parameters:.4g} parameters, {plans[0].steps} steps of {options.batch} tokens; of each process:")
+    print("  ranks    memory GB   sent MB/step   product ms   memory ms   network ms    step ms        days")
+    for p in plans:
+        times = "".join(f"{1e3 * t:13.2f}" for t in (p.product, p.passes, p.network, p.step))
+        print(f"{p.ranks:7d}{p.memory / 1e9:13.2f}{p.sent / 1e6:15.2f}{times}{p.seconds / 86_400:12.2f}")
+    return 0
