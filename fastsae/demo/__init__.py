@@ -40,7 +40,7 @@ SMOKE = {
     "ablated": 2,
 }  # fmt: skip
 SIZE = {
-    "context": 128, "train_tokens": 12_000, "held_tokens": 2000, "features": 2048, "k": 32, "steps": 300, "batch": 512, "width": 256,
+    "context": 128, "train_tokens": 12_000, "held_tokens": 2000, "features": 1024, "k": 16, "steps": 600, "batch": 512, "width": 256,
     "named": 6, "ablated": 2,
 }  # fmt: skip
 

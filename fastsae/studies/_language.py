@@ -52,7 +52,10 @@ class Language:
         return windows[~chosen], windows[chosen]
 
     def word(self, token: int) -> str:
-        return f"<{token}>" if self.tokenizer is None else self.tokenizer.decode([token])
+        if self.tokenizer is None:
+            return f"<{token}>"
+        word = self.tokenizer.decode([token])
+        return word if len(self.special) < 2 else word.removeprefix("##") if word.startswith("##") else f" {word}"  # two: WordPiece
 
     @torch.no_grad()
     def logits(self, windows: Tensor) -> Tensor:
