@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastsae.sae.checkpoints import Checkpoint, alike, storable
 from fastsae.sae.module import SAE
 
 _MANIFEST, _REST = "manifest.json", "rest.pt"
+ShardedSAE.checkpoints = sys.modules[__name__]
 
 
 def save_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | None = None, extra: Mapping[str, Any] | None = None) -> Path:

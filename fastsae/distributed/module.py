@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -37,14 +37,8 @@ class ShardedSAE(SAE):
     called differently.
     """
 
+    checkpoints: ClassVar[Any]  # what ``Trainer`` writes and reads with: the module of that name, which says so
     world: Ranks  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    @property
-    def checkpoints(self) -> Any:
-        """What ``Trainer`` writes and reads with, in place of ``fastsae.sae.checkpoints``."""
-        from fastsae.distributed import checkpoints
-
-        return checkpoints
 
     def extra_repr(self) -> str:
         world = self.world
