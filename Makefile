@@ -91,6 +91,7 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(PIP) --no-deps eai-delphi==0.1.3 asyncer blobfile  # without vllm and bitsandbytes, which its cache does not need
 	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
 	$(PIP) --no-deps circuit-tracer==0.5.0  # its loader of files; the rest of it needs more
+	$(PIP) --no-deps llamascopium==2.0.0b34 attrs cattrs json-repair more-itertools pydantic-settings pymongo  # its modules; the same
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(VENV)/oldest sae-lens==6.49.0  # not constrained to the newest
 	@touch $@
 

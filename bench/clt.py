@@ -10,7 +10,6 @@ runs each side in a process of its own, one after the other, for sizes of which 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -150,9 +149,9 @@ def main() -> None:
     if options.here:
         print(json.dumps(measure(options.sides[0], tuple(options.shape), options.steps)))
         return
-    for _, side in itertools.product(range(options.rounds), options.sides):
+    for side in list(options.sides) * options.rounds:
         command = [sys.executable, "-m", "bench.clt", "--here", "--sides", side, "--steps", str(options.steps)]
-        command += ["--shape", *map(str, options.shape)]
+        command += ["--shape", *(str(size) for size in options.shape)]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
         print(f"{side:9} load {os.getloadavg()[0]:.1f}  {done.stdout.strip() or done.stderr.strip()[-300:]}", flush=True)
 

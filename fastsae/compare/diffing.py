@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import preference, then_any
-from fastsae.latents import Latents, RaggedLatents
+from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.ops.decode import DECODE_DVALUES
 from fastsae.ops.score_gradients import feature_sums
 
@@ -80,7 +80,7 @@ def latent_scaling(latents: Latents, decoder: Tensor, y: Tensor) -> Tensor:
     Raises: TypeError, ValueError: shapes, dtypes or devices that do not fit.
     """
     op = "latent_scaling"
-    checks.instance(op, "latents", latents, Latents, "latents")
+    checks.instance(op, "latents", latents, (TopKLatents, RaggedLatents), "latents")
     checks.tensor(op, "decoder", decoder)
     checks.shape(op, "decoder", decoder, (latents.n_features, None), f"[F={latents.n_features}, D]")
     checks.tensor(op, "y", y, (decoder.dtype,), decoder)

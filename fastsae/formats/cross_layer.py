@@ -66,4 +66,4 @@ def write(op: str, folder: str | os.PathLike[str], layers: Sequence[tuple[dict[s
 
 
 def _fill(tensors: dict[str, Tensor]) -> files.Fill:
-    return lambda part: weight_files.save_safetensors(part, tensors, {})
+    return lambda part: weight_files.save_safetensors(part, tensors, {"format": "circuit_tracer", "config": {}})

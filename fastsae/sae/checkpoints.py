@@ -176,7 +176,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Trained]:
 def alike(sae: Trained, fresh: Trained) -> tuple[list[SAE], list[SAE]]:
     """The SAEs of both, of one configuration but for what may differ; ValueError otherwise."""
     ours, theirs = ([module] if isinstance(module, SAE) else [*module] for module in (sae, fresh))
-    kinds = [next(kind for kind in KINDS if isinstance(module, kind)) for module in (sae, fresh)]
+    kinds = [next((kind for kind in KINDS[:2] if isinstance(module, kind)), CrossLayerTranscoder) for module in (sae, fresh)]
     if kinds[0] is not kinds[1] or len(ours) != len(theirs):
         held = "one SAE" if kinds[1] is SAE else f"{len(theirs)} {'dictionaries' if kinds[1] is SAEs else 'layers'}"
         raise ValueError(f"it holds {held}, the module is {type(sae).__name__}")

@@ -243,9 +243,9 @@ class CrossLayerTranscoder(nn.Module, Generic[L]):
 
     @torch.no_grad()
     def _bound(self, x: Tensor, total: int) -> Tensor | float:
-        """Just below the ``total``-th largest score; 0 where there are not so many, infinite where none is asked for."""
+        """Just below the ``total``-th largest score; 0 where there are not so many, the largest number where none is asked for."""
         if total == 0:
-            return float("inf")
+            return torch.finfo(x.dtype).max
         each = -(-total // self.n_layers)
         while True:
             k = (each + 0.5) / x.shape[0]

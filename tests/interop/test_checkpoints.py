@@ -145,7 +145,7 @@ def test_a_module_with_more_parameters_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="it has no 'gain', which the module has"):
             load()
         assert state_of(ours, opt, batches) == before
-    with pytest.raises(TypeError, match="load_checkpoint: sae must be an SAE or SAEs, got Linear"):
+    with pytest.raises(TypeError, match="load_checkpoint: sae must be an SAE, SAEs or a CrossLayerTranscoder, got Linear"):
         load_checkpoint(path, torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
 
 
