@@ -35,7 +35,7 @@ class Stateful(Protocol):
 class Checkpoint(NamedTuple):
     """What ``load_checkpoint`` found."""
 
-    sae: Trained
+    sae: Any  # of the kind that was asked for, or that the file holds: ``Trained``
     extra: dict[str, Any]
 
 

@@ -398,7 +398,7 @@ def _by_joblib(
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
     jobs = (delayed(job)(_digest((data, *group, options)), pickle.dumps((content, *group, options))) for group in groups)
     for packed in Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
-        for run in pickle.loads(packed):
+        for run in pickle.loads(packed):  # pyright: ignore[reportArgumentType] # what _job returns
             done(run)
 
 

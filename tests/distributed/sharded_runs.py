@@ -189,17 +189,16 @@ def looped(group: Group, kind: str) -> dict[str, Any]:
     folder = group.folder / f"trainer-{kind}-{group.size}"
     rows = torch.randn(120, D, generator=torch.Generator().manual_seed(2)).split(12)
     own = [part(x, group.rank, group.size, step) for step, x in enumerate(rows)]
-    made = []
+    made, last, whole = [], {}, None
     for stops in ([10], [4, 10]):
         for number, stop in enumerate(stops):
             sae = group.shard(build(kind))
+            raises(TypeError, "must be fused", lambda sae=sae: Trainer(sae, torch.optim.Adam(sae.parameters())))
             trainer = Trainer(sae, optimiser(sae, kind), anneal={"k": linear(4, 2, 8)}, checkpoint=folder, every=4, progress=False)
             data = own[4:] if number else own
-            last = trainer.fit(data, stop, resume=number == 1)
-        whole = gathered(sae)
+            last, whole = trainer.fit(data, stop, resume=number == 1), gathered(sae)
         made.append({"last": last, **({} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()})})
     assert made[0] == made[1]
-    raises(TypeError, "must be fused", lambda: Trainer(sae, torch.optim.Adam(sae.parameters())))
     return made[0]
 
 
