@@ -106,7 +106,7 @@ def sides() -> dict[str, Callable[[Shape], Side]]:
 
 
 def check(mine: Side, theirs: Side, x: Tensor, target: Tensor) -> None:
-    """AssertionError unless the gradients of a first step agree: first moments to 1e-5 of their norm, but for what a near tie decides."""
+    """AssertionError unless the gradients of a first step agree: first moments to 1e-3 of their norm, which leaves room for a near tie."""
     mine.step(x, target)
     theirs.step(x, target)
     a, b = mine.moments(), theirs.moments()

@@ -247,7 +247,10 @@ def unranked(values: Tensor, indices: Tensor, rank: Tensor | None) -> Tensor:
 
 def part_norms(W_dec: Tensor, layers: int) -> Tensor:
     """``[F, layers]`` in the accumulation dtype: norms of each decoder row's parts, whose sum the L1 penalty weighs a latent with."""
-    return torch.linalg.vector_norm(W_dec.unflatten(1, (layers, -1)), dim=2, dtype=accumulator(W_dec.dtype))
+    wide = accumulator(W_dec.dtype)
+    if layers == 1:
+        return torch.linalg.vector_norm(W_dec, dim=1, keepdim=True, dtype=wide)
+    return torch.linalg.vector_norm(W_dec.unflatten(1, (layers, -1)), dim=2, dtype=wide)
 
 
 def by_parts(factors: Tensor, W_dec: Tensor) -> Tensor:
