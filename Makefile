@@ -40,7 +40,7 @@ build: $(VENV)/build.stamp ## a virtual environment with the package in it
 
 test: $(VENV)/dev.stamp ## everything CI runs: lint, contract, interpreter, ahead-of-time, install, smoke runs
 	$(MAKE) --no-print-directory -j 2 --output-sync=target lint smoke-verify smoke-bench
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 tests
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 smoke-verify: $(VENV)/dev.stamp # these two and lint use one core each: two at a time
 	$(BIN)/fastsae info
@@ -50,7 +50,7 @@ smoke-bench: $(VENV)/dev.stamp
 	$(BIN)/fastsae bench --quick --out build/bench-smoke > /dev/null
 
 test-fast: $(VENV)/dev.stamp ## the contract suite and the operations' own tests, without builds and compilations, in 3 minutes
-	$(BIN)/python -m pytest -q -n 2 tests -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests -m "not slow"
 
 lint: $(VENV)/dev.stamp ## ruff and pyright
 	$(BIN)/ruff check .
@@ -96,7 +96,7 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	@touch $@
 
 test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and writers against the real peer libraries
-	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 $(wildcard tests/interop/test_patch_*.py tests/*/test_*_peers.py) \
+	FASTSAE_REQUIRE_PEERS=1 HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 --dist worksteal $(wildcard tests/interop/test_patch_*.py tests/*/test_*_peers.py) \
 	    tests/interop/test_saelens_table.py tests/interop/test_releases.py tests/project/test_docs.py
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/interop/test_patch_saelens.py -k "transcoder or sparse_encode or restore"
 
@@ -104,7 +104,7 @@ sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash csrc/test/sanitize.sh
 
 deep: $(VENV)/dev.stamp site ## many more drawn inputs than CI: a million cases of the oracle, mutants, fuzzing, settings, all architectures
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 tests/contract/test_oracle.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/contract/test_oracle.py
 	$(BIN)/python tests/mutate.py
 	$(BIN)/python tests/fuzz_files.py 300
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/interop/test_files.py tests/interop/test_checkpoints.py tests/ops/test_packed.py
