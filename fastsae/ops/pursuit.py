@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae._core import checks
 from fastsae.dispatch import preference, then_any
@@ -251,7 +250,6 @@ class _Pursue(torch.autograd.Function):
         return totals, index
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, index, c, slot = ctx.saved_tensors
         passes = (index >= 0) & ~c.isnan() & (c != 0)
@@ -259,10 +257,18 @@ class _Pursue(torch.autograd.Function):
         atoms = torch.where(passes.unsqueeze(2), W[f].to(c.dtype), 0)
         M = product(atoms, atoms.mT)
         g = torch.where(passes, grad.gather(1, slot), 0).unsqueeze(2)
+        again = torch.is_grad_enabled()  # for derivatives of these derivatives
+        M = M + torch.diag_embed((~passes).to(c.dtype)) if ctx.orthogonal else M.tril(-1)
         if ctx.orthogonal:
-            s = torch.linalg.solve(M + torch.diag_embed((~passes).to(c.dtype)), g)
+            s = torch.linalg.solve(M, g)
         else:
-            s = torch.linalg.solve_triangular(M.tril(-1).mT, g, upper=True, unitriangular=True)
+            s = torch.linalg.solve_triangular(M.mT, g, upper=True, unitriangular=True)
+        if again:
+            scores = product(atoms, x.to(c.dtype).unsqueeze(2))
+            if ctx.orthogonal:
+                c = torch.linalg.solve(M, scores)[:, :, 0]
+            else:
+                c = torch.linalg.solve_triangular(M, scores, upper=False, unitriangular=True)[:, :, 0]
         share = s * c.unsqueeze(1)
         share = share if ctx.orthogonal else share.tril(-1)
         dx = product(s.mT, atoms)[:, 0].to(x.dtype) if ctx.needs_input_grad[0] else None
@@ -270,6 +276,8 @@ class _Pursue(torch.autograd.Function):
             return dx, None, None, None, None
         rows = torch.where(passes.unsqueeze(2), s * x.to(c.dtype).unsqueeze(1), 0) - product(share + share.mT, atoms)
         of, rows = f.reshape(-1, 1), rows.flatten(0, 1).to(W.dtype)
+        if again:
+            return dx, torch.zeros_like(W).index_add(0, of[:, 0], rows), None, None, None
         dW = weight_gradient(rows.new_ones(()).expand(of.shape).contiguous(), of, None, rows, W, ctx.backend)
         return dx, dW, None, None, None
 
@@ -324,7 +332,7 @@ def encode_pursuit(
     ``orthogonal`` the row's values are then NaN). Each selection is the one of ``encode_topk`` with k = 1 of the residual, ties and NaN
     included; the coefficient is that score with the sums of ``decode``'s gradients. Deterministic, the same for every batch, number of
     threads and kind of W. Gradients (x and W): of the values with the choices as they are, through all earlier residuals, as autograd of
-    the formula gives; once differentiable; never through NaN. Memory: the residuals, and with ``orthogonal``, or in the backward, ``k``
+    the formula gives, of any order; never through NaN. Memory: the residuals, and with ``orthogonal``, or in the backward, ``k``
     rows of D for each row (the first in chunks of 64 MiB); with ``PursuitWeights`` 64 rows of scores or 4 MiB. The host waits once a step.
 
     Raises: TypeError: dtype or device. ValueError: shape, k, tolerance, or a row of W whose norm is not 1.

@@ -74,9 +74,9 @@ class CrossLayerTranscoder(nn.Module, Generic[L]):
     Language Models".
 
     Example:
-        >>> clt = fastsae.sae.CrossLayerTranscoder(12, 768, 8192, fastsae.TopK(32), seed=0)
-        >>> opt = fastsae.optim.Adam(clt, lr=3e-4)
-        >>> metrics = opt.step(x, target)  # [B, 12, 768] both
+        >>> clt = fastsae.sae.CrossLayerTranscoder(3, 64, 512, fastsae.TopK(8), seed=0)
+        >>> x, target = torch.randn(2, 256, 3, 64)  # inputs and outputs of the MLPs of three layers
+        >>> metrics = fastsae.optim.Adam(clt, lr=3e-4).step(x, target)
     """
 
     layers: nn.ModuleList

@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
 
 def test_unknown_bench_is_named() -> None:
     done = bench("encoding")
-    assert done.returncode == 2 and "unknown encoding; known: adam, decode" in done.stderr
+    assert done.returncode == 2 and "unknown encoding; known: adam, clt, decode" in done.stderr
 
 
 def test_turns() -> None:

@@ -19,8 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 from bench.gpu import rows, table
 from bench.gpu.harness import Bench
+from fastsae._core.machine import machine
 
 CPU = torch.device("cpu")
+A_CPU = {**machine(), "gpu": [], "cpu": "A CPU"}
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -30,13 +32,11 @@ def stored(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return Bench(CPU, tmp_path, 1.0, True, {"gpu": [], "cpu": "A CPU"})
+    return Bench(CPU, tmp_path, 1.0, True, A_CPU)
 
 
 def test_a_table(tmp_path: Path) -> None:
-    assert (
-        table.run(CPU, tmp_path, {"gpu": [], "cpu": "A CPU"}, minutes=1, quick=True, only=["copy", "encode_fp32", "select", "signs"]) == 0
-    )
+    assert table.run(CPU, tmp_path, A_CPU, minutes=1, quick=True, only=["copy", "encode_fp32", "select", "signs"]) == 0
     report = stored(tmp_path)
     assert report["copy_bytes_per_second"] > 0
     entries = {entry["op"]: entry for entry in report["results"]}
@@ -103,7 +103,7 @@ def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
         "def die(b): os.kill(os.getpid(), int(sys.argv[2]))\n"
         "def never(b): raise SystemExit(7)\n"
         "rows.ROWS[:] = [Row(codes.signs, 1, ''), Row(die, 1, ''), Row(never, 1, '')]\n"
-        "sys.exit(table.run(torch.device('cpu'), Path(sys.argv[1]), {'gpu': [], 'cpu': 'A CPU'}, minutes=1, quick=True))"
+        f"sys.exit(table.run(torch.device('cpu'), Path(sys.argv[1]), {A_CPU!r}, minutes=1, quick=True))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name, signal, returned in (("TERM", 15, 0), ("KILL", 9, -9)):
