@@ -78,7 +78,8 @@ def plan(
         rates: of the machine; there are no defaults: measure them (``fastsae bench`` for the product and the copy).
         k, k_aux: latents a token, and of the AuxK term (0: none, or nothing is dead).
 
-    Bytes are those that ``world.sent`` counts, to the byte where rows are even. Times are a model: no overlap, no stragglers.
+    ``sent`` is what ``world.sent`` counts, to the byte where rows are even and without ``clip`` (which adds 4 to each other process).
+    ``weights`` and ``moments`` are exact, ``rows`` is an estimate. Times are a model: no overlap, no stragglers.
 
     Raises: TypeError, ValueError.
     """

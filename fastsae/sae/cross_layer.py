@@ -22,9 +22,10 @@ from fastsae.ops.encode import encode_batch_topk, encode_threshold
 from fastsae.reference import accumulator
 from fastsae.sae import autograd
 from fastsae.sae.activations import Activation, BatchTopK, Gated, Kind, L, TopK
-from fastsae.sae.inputs import Encoded, Inputs, checked_terms
+from fastsae.sae.inputs import Encoded, Inputs, checked_terms, counted
 from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Terms, combine, layer_fvu
 from fastsae.sae.module import SAE
+from fastsae.sae.processes import Wrapped
 from fastsae.sae.step import Slots, Sum, aux_step, backward, forward
 
 
@@ -42,7 +43,7 @@ class _Shared:
             setattr(layer, self.name, value)
 
 
-class CrossLayerTranscoder(nn.Module, Generic[L]):
+class CrossLayerTranscoder(Wrapped, Generic[L]):
     """Layer l reads ``x[l]``; its latents write to the layers l .. L - 1:
 
         ``latents[l] = activation(W_enc[l] x[l] + b_enc[l])``
@@ -296,9 +297,11 @@ class CrossLayerTranscoder(nn.Module, Generic[L]):
 
         Args: x, target: ``[.., L, d_model]``. mask: ``[..]``. The rest as in ``SAE.loss``.
 
-        Returns: ``Loss(loss, fvu, l0)``; fvu over all layers' outputs, l0 latents a token of all layers.
+        Returns: ``Loss(loss, fvu, l0)``; fvu over all layers' outputs, l0 latents a token of all layers. In a process group it raises where
+        ``SAE.loss`` does.
         """
         inputs, target, terms = self._inputs("CrossLayerTranscoder.loss", x, target, mask, l1, l0, aux)
+        self._refuse_loss("CrossLayerTranscoder.loss", counted(inputs[0]))
         runs = [autograd.forward(own) for own in inputs]
         dead = [own.observe(run) for own, run in zip(inputs, runs)]
         y = self._sum([run.x_hats[0] for run in runs]).flatten(1)
@@ -320,6 +323,7 @@ class CrossLayerTranscoder(nn.Module, Generic[L]):
     ) -> tuple[Metrics, dict[str, Gradient]]:
         """As ``SAE.step_gradients``, of ``loss``; ``dead`` counts the dead features of all layers."""
         inputs, target, terms = self._inputs("CrossLayerTranscoder.step_gradients", x, target, mask, l1, l0, aux)
+        self._refuse_past_wrapper("CrossLayerTranscoder.step_gradients", forwarding=False)
         with inputs[0].autocast_off:
             return self._step(inputs, target, terms)
 

@@ -14,7 +14,7 @@ from fastsae._core import checks
 from fastsae._core.world import ALONE, World
 from fastsae.latents import Latents
 from fastsae.sae import tiles
-from fastsae.sae.activations import AbsTopK, Activation, Gated, JumpReLU, ReLU
+from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU
 from fastsae.sae.config import Settings
 from fastsae.sae.losses import AuxK, Pass, Terms, Weights
 
@@ -123,3 +123,10 @@ def is_dense(activation: Activation, asked: bool | None, x: Tensor, w: Weights) 
         return asked
     with torch.no_grad(), autocast_off(x):
         return tiles.measured_density(x, w) > tiles.DENSITY
+
+
+def counted(inputs: Inputs) -> str | None:
+    """What a loss uses that is counted over batches, and so by each process for itself."""
+    if inputs.terms.aux is not None:
+        return "dead features"
+    return "BatchTopK's threshold" if isinstance(inputs.activation, BatchTopK) else None

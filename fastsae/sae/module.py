@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsae._core import checks, processes
+from fastsae._core import checks
 from fastsae._core.world import ALONE, World
 from fastsae.formats import common, modules, pretrained
 from fastsae.gradients import Gradient
@@ -23,10 +23,10 @@ from fastsae.sae import autograd, init
 from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, Kind, L, ReLU, TopK, checked, with_k
 from fastsae.sae.config import arguments, to_json
 from fastsae.sae.hub import Published
-from fastsae.sae.inputs import Encoded, Inputs, autocast_off, cast, check_x, checked_rows, checked_terms, is_dense
+from fastsae.sae.inputs import Encoded, Inputs, autocast_off, cast, check_x, checked_rows, checked_terms, counted, is_dense
 from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Weights, squares
 from fastsae.sae.packing import Packing
-from fastsae.sae.processes import Wrapped, refuse_statistics
+from fastsae.sae.processes import Wrapped
 from fastsae.sae.reconstruction import Reconstruction
 from fastsae.sae.step import step
 
@@ -307,11 +307,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         result up to rounding. Memory: the latents, or ``[B, tile]``.
         """
         inputs = self.step_inputs("SAE.loss", x, target, mask, l1, l0, aux)
-        if self.training and processes.ranks() > 1:
-            if inputs.terms.aux is not None or isinstance(self.activation, BatchTopK):
-                refuse_statistics("SAE.loss", "BatchTopK's threshold" if inputs.terms.aux is None else "dead features")
-            if torch.is_grad_enabled():
-                self._refuse_past_wrapper("SAE.loss", forwarding=True)
+        self._refuse_loss("SAE.loss", counted(inputs))
         return autograd.loss(inputs)
 
     @torch.no_grad()

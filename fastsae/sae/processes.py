@@ -34,6 +34,14 @@ class Wrapped(nn.Module):
                 "forward returns sae.loss(x).loss",
             )
 
+    def _refuse_loss(self, op: str, statistics: str | None) -> None:
+        """RuntimeError in a group of several for a training mode's loss that counts ``statistics``, or that nothing averages."""
+        if self.training and processes.ranks() > 1:
+            if statistics is not None:
+                refuse_statistics(op, statistics)
+            if torch.is_grad_enabled():
+                self._refuse_past_wrapper(op, forwarding=True)
+
 
 def _running() -> object:
     """The wrapper whose forward is running, or None; torch says so nowhere else."""

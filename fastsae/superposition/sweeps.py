@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -11,6 +12,8 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from multiprocessing import current_process
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -390,33 +393,55 @@ def _by_joblib(
     content: bytes, groups: list[_Group], options: Training, workers: int, keep: str | os.PathLike[str] | None, done: Callable[[Run], None]
 ) -> None:
     try:
+        import cloudpickle
         from joblib import Memory, Parallel, delayed
     except ImportError as error:
-        raise ImportError("sweep with workers or keep needs joblib: pip install 'fastsae-kernels[studies]'") from error
+        raise ImportError("sweep with workers or keep needs joblib and cloudpickle: pip install 'fastsae-kernels[studies]'") from error
     job: Any = _job if keep is None else Memory(os.fspath(keep), verbose=0).cache(_job, ignore=["packed"])
     data = "" if keep is None else _digest(pickle.loads(content))
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
-    jobs = (delayed(job)(_digest((data, *group, options)), pickle.dumps((content, *group, options))) for group in groups)
+    # Cloudpickle's, which hold a ``start`` of the caller's script or notebook whole: workers do not import that.
+    jobs = (
+        delayed(job)("" if keep is None else _digest((data, *group, options)), cloudpickle.dumps((content, *group, options)))
+        for group in groups
+    )
     for packed in Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
         for run in pickle.loads(packed):  # pyright: ignore[reportArgumentType] # what _job returns
             done(run)
 
 
 def _digest(value: Any) -> str:
-    """Of all that a value holds. (Pickles of tensors hold addresses.)"""
+    """Of all that a value holds, code of functions too. (Pickles of tensors hold addresses.)"""
+    import cloudpickle
 
-    class Digest(pickle.Pickler):
+    class Digest(cloudpickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:
             if not isinstance(obj, Tensor):
                 return None
-            return str(obj.dtype), tuple(obj.shape), hashlib.sha256(obj.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+            held = obj.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            return str(obj.dtype), tuple(obj.shape), hashlib.sha256(held.numpy().tobytes()).hexdigest()
 
     Digest(out := io.BytesIO()).dump(value)
     return hashlib.sha256(out.getvalue()).hexdigest()
 
 
+@functools.cache
+def _end_with_parent() -> None:
+    """loky's workers would train on for hours after their parent has been killed."""
+    parent = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
 def _job(of: str, packed: bytes) -> bytes:
     """Runs of one group; ``of``: the digest of what is packed, by which they are kept."""
+    if current_process().name.startswith("LokyProcess"):
+        _end_with_parent()
     content, size, members, options = pickle.loads(packed)
     return pickle.dumps(_together(pickle.loads(content), size, members, options))
 

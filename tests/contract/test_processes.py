@@ -18,6 +18,7 @@ SCRIPT = """
     import fastsae
     from fastsae import SAE, SAEs, AuxK, BatchTopK, TopK, Trainer
     from fastsae.optim import Adam, Signum
+    from fastsae.sae import CrossLayerTranscoder
     from fastsae.trainer import Batches
     from training_runs import Fused, adam, build, data, same
 
@@ -68,6 +69,11 @@ SCRIPT = """
     for other in (build(), SAE(12, 32, BatchTopK(3.0))):
         refused("would be those of each process's rows", lambda: other.loss(x))
         other.eval().loss(x)
+    layers = x.view(-1, 2, 6)
+    clt = CrossLayerTranscoder(2, 6, 16, TopK(3), aux=AuxK(2))
+    refused("would be those of each process's rows", lambda: clt.loss(layers, layers))
+    refused("step: in a process group of 2 each would train a model of its own", lambda: Adam(clt).step(layers, layers))
+    refused("it was called past", lambda: DDP(clt).module.loss(layers, layers, aux=False))
     assert all(torch.equal(before[name], t) for name, t in sae.state_dict().items())
 
     # documented ways

@@ -73,6 +73,7 @@ def test_sweep_in_processes_and_on_activations() -> None:
     pytest.importorskip("pandas")
     x = SuperpositionData(16, 12, mean_active=1.5, seed=0).sample(500).x
     options: dict[str, Any] = {"l1": [0.1, 0.2], "n_features": 16, "batch": 32, "stop": 20, "cooldown": 5}
+    options["start"] = lambda F, x, seed: _orthogonal(F, x, seed)  # of the caller's own, which workers cannot import
     here = sweep(x, **options)
     there = sweep(x, **options, workers=2)
     assert bool(here["mmcs"].isna().all()) and list(here["l1"]) == list(there["l1"])
@@ -98,6 +99,8 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(a.dictionary, b.dictionary) for a, b in zip(runs, fresh, strict=True))
     kept = [run.seconds for run in train_many(data, **options)]
     assert kept == [run.seconds for run in runs]  # of the runs that were kept
+    half = data.sample(64).x.bfloat16()
+    assert len(train_many(half, l1=0.1, n_features=8, batch=32, stop=5, cooldown=0, keep=tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
