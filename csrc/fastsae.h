@@ -143,15 +143,16 @@ struct EncodeStats {      // for tests and benches
 // thread at most 256 KiB (or 12 rows) of upper ends, 4 bytes a feature and row, 5 d a row and 24 bytes a feature. blocks: that of the
 // engine, 8 MiB (or 12 rows) of upper ends, and 24 bytes a feature and thread.
 int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, bool absolute,
-                    float* values, int64_t* indices, EncodePath path, int threads, EncodeStats* stats,
-                    uint8_t* survived);  // the last two may be null; survived [rows, features] is or-ed
+                    float* values, int64_t* indices, uint8_t* survived,  // may be null, as stats; survived [rows, features] is or-ed
+                    EncodePath path, EncodeStats* stats, int threads);
 
 // What an encoder with any number of latents a row keeps: owned here until it is copied out, because its size is known only then.
 struct Entries;
+Entries* new_entries();  // for one call
 void free_entries(Entries* entries);
-int64_t entries_count(const Entries& entries);
+int64_t entries_count(const Entries* entries);
 // values and flags (may be null) [count], col [count], crow [rows + 1]: features ascending in a row.
-void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* crow, uint8_t* flags, int threads);
+int64_t copy_entries(const Entries* entries, float* values, int64_t* col, int64_t* crow, uint8_t* flags, int threads);
 
 // encode_threshold: scores above max(threshold, 0), strictly, and NaN; threshold [dictionary]. With half_band >= 0 also those with
 // |fl(score - threshold)| < half_band; a score that is not above its threshold is then stored as 0. flags: 1 above, 2 in the band.
@@ -159,15 +160,15 @@ void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* 
 // is the quiet NaN). encode_batch_topk: the `total` largest positive scores (and NaN, above all) of all rows, by score, then row, then
 // feature; min_kept is the smallest of them, +inf where there is none.
 //
-// All three: status in *status. Workspace: that of the engine, and of batch_topk 16 bytes for each of 2 * total + one block's entries.
+// Workspace of all three: that of the engine, and of batch_topk 16 bytes for each of 2 * total + one block's entries.
 // Where more than a quarter of a block's scores of a row are undecided, all of them are computed; where that holds for most rows, the next
 // blocks are not screened at all (at initialisation half of all scores are positive).
-Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
-                          float half_band, EncodePath path, int threads, EncodeStats* stats, int64_t* status);
-Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
-                      EncodePath path, int threads, EncodeStats* stats, int64_t* status);
-Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, EncodePath path,
-                           int threads, EncodeStats* stats, float* min_kept, int64_t* status);
+int64_t encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
+                         float half_band, Entries* entries, EncodePath path, EncodeStats* stats, int threads);
+int64_t encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
+                     Entries* entries, EncodePath path, EncodeStats* stats, int threads);
+int64_t encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, float* min_kept,
+                          Entries* entries, EncodePath path, EncodeStats* stats, int threads);
 
 // ---- spline codes ----
 
@@ -175,15 +176,16 @@ Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* 
 // 0. A level that screens decides most signs from products of bf16 numbers (of 8-bit integers where it has no others) with a proven bound
 // and computes the scores of the rest; rows of at most 16 elements are computed as they are. Workspace: that of the engine, and up to
 // 32 MiB of packed features where there are more rows than a chunk.
-int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, int threads,
-                    EncodeStats* stats);
+int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, EncodeStats* stats,
+                    int threads);
 
 // ---- the optimiser ----
 
-// The gradient of [features, d]: without slots `data` itself, with one of the strides 1; with slots `data` is [slots->rows, d],
+// The gradient of [features, d]: unless it is sparse `data` itself, with one of the strides 1; of slots `data` is [slots.rows, d],
 // contiguous, and row f what decode_dweight makes of them and values [n]: same order, same bits.
 struct Gradient {
-  const Slots* slots;
+  bool sparse;
+  Slots slots;
   const float *values, *data;
   int64_t stride_f, stride_d;
 };
@@ -283,17 +285,17 @@ int64_t hash_code(const int64_t* words, int64_t rows, int64_t stride, int64_t n_
 // match_cosine: the k most similar rows of b for every row of a, descending, lower index first, NaN above all; `absolute`: by magnitude,
 // with the sign kept; `exclude_self`: not row i for row i. similarity and index [a.rows, k]. Workspace: that of encode_topk.
 int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool absolute, bool exclude_self, float* similarity, int64_t* index,
-                     EncodePath path, int threads, EncodeStats* stats);
+                     EncodePath path, EncodeStats* stats, int threads);
 // match_pair: in one pass the k_ab best of b for every row of a, the k_ba best of a for every row of b, and for every row of a its lowest
 // similarity. kUnsupported where this level cannot screen, or for k_ba > 8. Workspace: twice that of encode_topk, and 20 * k_ba + 12 bytes
 // for each row of b. Nothing grows with a.rows * b.features.
 constexpr int64_t kUnsupported = INT64_MIN + 1;
 int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t k_ba, float* ab, int64_t* ab_index, float* ba,
-                   int64_t* ba_index, float* low, int64_t* low_index, int threads, EncodeStats* stats);
+                   int64_t* ba_index, float* low, int64_t* low_index, EncodeStats* stats, int threads);
 
 // For tests: the interval of every score, lo and hi [rows, features]; `bf16` takes the screen of spline codes. Rows that would take the
-// exact path have lo = -inf, hi = inf. kNoMemory, or kOk; false in *screens where this level cannot screen.
+// exact path have lo = -inf, hi = inf. kUnsupported where this level cannot screen.
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,
-                      bool* screens, int threads);
+                      int threads);
 
 }  // namespace fastsae

@@ -1,7 +1,9 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -10,12 +12,6 @@
 
 namespace fastsae {
 namespace {
-
-struct Cpu {
-  bool avx = false, f16c = false, fma = false, avx2 = false;
-  bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false;
-  bool avx512_bf16 = false, avx512_vnni = false, avx512_vpopcntdq = false;
-};
 
 #ifdef FASTSAE_X86
 // The instruction, not the intrinsic: _xgetbv needs -mxsave, which this baseline file must not have.
@@ -26,36 +22,28 @@ uint64_t xcr0() {
 }
 #endif
 
-Cpu probe() {
-  Cpu cpu;
-#ifdef FASTSAE_X86
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
+std::vector<Feature> probe() {
+  uint64_t saved = 0;
+  unsigned a = 0, b = 0, c = 0, d = 0, c1 = 0, b7 = 0, c7 = 0, a71 = 0;  // registers of the leaves of CPUID
   const auto bit = [](unsigned word, int i) { return ((word >> i) & 1u) != 0; };
-  // A CPU may have registers that its (virtual) operating system does not save: XCR0 decides, not CPUID alone.
-  const uint64_t saved = bit(c, 27) ? xcr0() : 0;
-  const bool ymm = (saved & 0x06) == 0x06;
-  const bool zmm = (saved & 0xe6) == 0xe6;
-  cpu.avx = ymm && bit(c, 28);
-  cpu.f16c = cpu.avx && bit(c, 29);
-  cpu.fma = cpu.avx && bit(c, 12);
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
-  const unsigned leaves = a;
-  cpu.avx2 = cpu.avx && bit(b, 5);
-  cpu.avx512f = zmm && bit(b, 16);
-  cpu.avx512dq = cpu.avx512f && bit(b, 17);
-  cpu.avx512bw = cpu.avx512f && bit(b, 30);
-  cpu.avx512vl = cpu.avx512f && bit(b, 31);
-  cpu.avx512_vnni = cpu.avx512f && bit(c, 11);
-  cpu.avx512_vpopcntdq = cpu.avx512f && bit(c, 14);
-  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avx512_bf16 = cpu.avx512f && bit(a, 5);
+#ifdef FASTSAE_X86
+  if (__get_cpuid(1, &a, &b, &c1, &d) && bit(c1, 27)) saved = xcr0();
+  if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d) && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) a71 = a;
 #endif
-  return cpu;
-}
-
-const Cpu& cpu() {
-  static const Cpu probed = probe();
-  return probed;
+  // A CPU may have registers that its (virtual) operating system does not save: XCR0 decides, not CPUID alone.
+  const bool avx = (saved & 0x06) == 0x06 && bit(c1, 28), avx512 = (saved & 0xe6) == 0xe6 && bit(b7, 16);
+  return {{"avx", avx},
+          {"f16c", avx && bit(c1, 29)},
+          {"fma", avx && bit(c1, 12)},
+          {"avx2", avx && bit(b7, 5)},
+          {"avx512f", avx512},
+          {"avx512bw", avx512 && bit(b7, 30)},
+          {"avx512dq", avx512 && bit(b7, 17)},
+          {"avx512vl", avx512 && bit(b7, 31)},
+          {"avx512_bf16", avx512 && bit(a71, 5)},
+          {"avx512_vnni", avx512 && bit(c7, 11)},
+          {"avx512_vpopcntdq", avx512 && bit(c7, 14)},
+          {nullptr, false}};
 }
 
 std::atomic<int> chosen{-1};
@@ -72,54 +60,15 @@ const char* level_name(Level level) {
 }
 
 bool level_built(Level level) {
-  switch (level) {
-    case Level::portable:
-      return true;
-    case Level::avx2:
-#ifdef FASTSAE_BUILT_avx2
-      return true;
-#else
-      return false;
-#endif
-    case Level::avx512:
-#ifdef FASTSAE_BUILT_avx512
-      return true;
-#else
-      return false;
-#endif
-    case Level::avx512_vnni:
-#ifdef FASTSAE_BUILT_avx512_vnni
-      return true;
-#else
-      return false;
-#endif
-    case Level::avx512_bf16:
-#ifdef FASTSAE_BUILT_avx512_bf16
-      return true;
-#else
-      return false;
-#endif
-  }
-  return false;
+  constexpr bool kBuilt[kLevels] = {true, FASTSAE_BUILT_avx2, FASTSAE_BUILT_avx512, FASTSAE_BUILT_avx512_vnni, FASTSAE_BUILT_avx512_bf16};
+  return kBuilt[static_cast<int>(level)];
 }
 
 bool level_supported(Level level) {
-  const Cpu& c = cpu();
-  const bool avx2 = c.avx2 && c.fma && c.f16c;
-  const bool avx512 = avx2 && c.avx512f && c.avx512bw && c.avx512dq && c.avx512vl;
-  switch (level) {
-    case Level::portable:
-      return true;
-    case Level::avx2:
-      return avx2;
-    case Level::avx512:
-      return avx512;
-    case Level::avx512_vnni:
-      return avx512 && c.avx512_vnni;
-    case Level::avx512_bf16:
-      return avx512 && c.avx512_bf16 && c.avx512_vnni;
-  }
-  return false;
+  static const std::vector<const char*> needs[kLevels] = {  // beyond those of the levels before
+      {}, {"avx2", "fma", "f16c"}, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, {"avx512_vnni"}, {"avx512_bf16"}};
+  return std::all_of(needs, needs + static_cast<int>(level) + 1,
+                     [](const auto& names) { return std::all_of(names.begin(), names.end(), cpu_has); });
 }
 
 Level current_level() {
@@ -138,22 +87,8 @@ bool set_level(Level level) {
 }
 
 const Feature* cpu_features() {
-  const Cpu& c = cpu();
-  static const Feature list[] = {
-      {"avx", c.avx},
-      {"f16c", c.f16c},
-      {"fma", c.fma},
-      {"avx2", c.avx2},
-      {"avx512f", c.avx512f},
-      {"avx512bw", c.avx512bw},
-      {"avx512dq", c.avx512dq},
-      {"avx512vl", c.avx512vl},
-      {"avx512_bf16", c.avx512_bf16},
-      {"avx512_vnni", c.avx512_vnni},
-      {"avx512_vpopcntdq", c.avx512_vpopcntdq},
-      {nullptr, false},
-  };
-  return list;
+  static const std::vector<Feature> probed = probe();
+  return probed.data();
 }
 
 bool cpu_has(const char* feature) {

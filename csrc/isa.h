@@ -1,9 +1,22 @@
 // Which instruction set runs: what was built, what this CPU and its operating system support, what is chosen.
 //
 // Files named *.isa.cpp are compiled once per level, with that level's flags and FASTSAE_ISA set to its name; everything in them lives
-// in namespace fastsae::<level>. Every other file is compiled with baseline flags. setup.py defines FASTSAE_BUILT_<level>.
+// in namespace fastsae::<level>. Every other file is compiled with baseline flags and FASTSAE_BUILT_<level> for each level that was built.
 #pragma once
 #include <cstdint>
+
+#ifndef FASTSAE_BUILT_avx2
+#define FASTSAE_BUILT_avx2 0
+#endif
+#ifndef FASTSAE_BUILT_avx512
+#define FASTSAE_BUILT_avx512 0
+#endif
+#ifndef FASTSAE_BUILT_avx512_vnni
+#define FASTSAE_BUILT_avx512_vnni 0
+#endif
+#ifndef FASTSAE_BUILT_avx512_bf16
+#define FASTSAE_BUILT_avx512_bf16 0
+#endif
 
 namespace fastsae {
 
@@ -46,8 +59,9 @@ bool cpu_has(const char* feature);
   FASTSAE_TABLE(portable, Table, name)      \
   FASTSAE_TABLE(avx2, Table, name)          \
   FASTSAE_TABLE(avx512, Table, name) FASTSAE_TABLE(avx512_vnni, Table, name) FASTSAE_TABLE(avx512_bf16, Table, name)
-#define FASTSAE_BASE_TABLES(name) {&portable::name, FASTSAE_AVX2(name), FASTSAE_AVX512(name), nullptr, nullptr}
-#define FASTSAE_SCREEN_TABLES(name) {nullptr, nullptr, nullptr, FASTSAE_AVX512_VNNI(name), FASTSAE_AVX512_BF16(name)}
+#define FASTSAE_IN(level, name) (FASTSAE_BUILT_##level ? &level::name : nullptr)
+#define FASTSAE_BASE_TABLES(name) {&portable::name, FASTSAE_IN(avx2, name), FASTSAE_IN(avx512, name), nullptr, nullptr}
+#define FASTSAE_SCREEN_TABLES(name) {nullptr, nullptr, nullptr, FASTSAE_IN(avx512_vnni, name), FASTSAE_IN(avx512_bf16, name)}
 
 template <class Table>
 const Table& pick(const Table* const (&tables)[kLevels]) {
@@ -63,26 +77,5 @@ const Table* pick_if(const Table* const (&tables)[kLevels]) {
   while (level >= 0 && tables[level] == nullptr) --level;
   return level >= 0 ? tables[level] : nullptr;
 }
-
-#ifdef FASTSAE_BUILT_avx2
-#define FASTSAE_AVX2(table) (&avx2::table)
-#else
-#define FASTSAE_AVX2(table) nullptr
-#endif
-#ifdef FASTSAE_BUILT_avx512
-#define FASTSAE_AVX512(table) (&avx512::table)
-#else
-#define FASTSAE_AVX512(table) nullptr
-#endif
-#ifdef FASTSAE_BUILT_avx512_vnni
-#define FASTSAE_AVX512_VNNI(table) (&avx512_vnni::table)
-#else
-#define FASTSAE_AVX512_VNNI(table) nullptr
-#endif
-#ifdef FASTSAE_BUILT_avx512_bf16
-#define FASTSAE_AVX512_BF16(table) (&avx512_bf16::table)
-#else
-#define FASTSAE_AVX512_BF16(table) nullptr
-#endif
 
 }  // namespace fastsae

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -292,13 +292,8 @@ class RaggedLatents(_Latents):
         """Without empty slots: values and columns are views of the others. The host waits for their number; as it is where none are."""
         return replace(self.rows(slice(None)), batch_shape=self.batch_shape) if self.padded else self
 
-    def to_csr(self) -> Tensor:
-        """``torch.sparse_csr`` of shape ``[rows, n_features]`` (batch dimensions flattened): columns sorted, duplicates added."""
-        return super(RaggedLatents, self.trim()).to_csr()
-
-    def to_csc(self) -> Tensor:
-        """``torch.sparse_csc`` of shape ``[rows, n_features]``: feature-major, which rows fire a feature. Duplicates added."""
-        return super(RaggedLatents, self.trim()).to_csc()
+    def _to_coo(self) -> Tensor:
+        return super(RaggedLatents, self.trim())._to_coo()
 
     def rows(self, rows: slice) -> RaggedLatents:
         """The latents of a contiguous range of rows of the flattened batch (step 1); values and columns are views."""
@@ -332,36 +327,17 @@ class RaggedLatents(_Latents):
 Latents = TopKLatents | RaggedLatents
 
 
-def _flatten_topk(latents: TopKLatents) -> tuple[list[Any], Any]:
-    return [latents.values, latents.indices], latents.n_features
-
-
-def _flatten_ragged(latents: RaggedLatents) -> tuple[list[Any], Any]:
-    return [latents.values, latents.crow, latents.col], (latents.n_features, tuple(latents.batch_shape), latents.padded)
-
-
-def _unflatten_topk(leaves: Iterable[Any], n_features: Any) -> TopKLatents:
-    values, indices = leaves
-    return TopKLatents(values, indices, n_features)
-
-
-def _unflatten_ragged(leaves: Iterable[Any], context: Any) -> RaggedLatents:
-    values, crow, col = leaves
-    n_features, batch_shape, padded = context
-    return RaggedLatents(values, crow, col, n_features, batch_shape, padded)
-
-
 torch.serialization.add_safe_globals([TopKLatents, RaggedLatents])  # torch.load(weights_only=True) reads saved ones
 pytree.register_pytree_node(
     TopKLatents,
-    _flatten_topk,
-    _unflatten_topk,
+    lambda latents: ([latents.values, latents.indices], latents.n_features),
+    lambda leaves, n_features: TopKLatents(*leaves, n_features),  # pyright: ignore[reportArgumentType, reportCallIssue]
     serialized_type_name="fastsae.TopKLatents",
 )
 pytree.register_pytree_node(
     RaggedLatents,
-    _flatten_ragged,
-    _unflatten_ragged,
+    lambda latents: ([latents.values, latents.crow, latents.col], (latents.n_features, tuple(latents.batch_shape), latents.padded)),
+    lambda leaves, context: RaggedLatents(*leaves, *context),  # pyright: ignore[reportArgumentType, reportCallIssue, reportGeneralTypeIssues]
     serialized_type_name="fastsae.RaggedLatents",
     to_dumpable_context=lambda context: context,
     from_dumpable_context=lambda context: (context[0], tuple(context[1]), context[2]),  # JSON knows no tuples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastsae._core import seeds
 from fastsae._core.precision import full_precision
 from fastsae.dispatch import LIBRARY
 
@@ -101,6 +102,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _Product.apply(a, b)  # pyright: ignore[reportReturnType]
 
 
+def drawn(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Callable[..., Tensor]:
+    """``drawn(...)(*shape)``: normal numbers, for samples."""
+    return lambda *shape: seeds.normal(generator, shape).to(device=device, dtype=dtype)
+
+
 def running_sums(t: Tensor) -> Tensor:
     """``cumsum`` of floats along the first, short dimension: on a GPU torch's is not deterministic, and raises where that is asked for."""
     return t.cumsum(0) if t.is_cpu or t.shape[0] == 0 else torch.stack(list(accumulate(t.unbind(0))))
@@ -146,6 +152,34 @@ def merge_rows(values: list[Tensor], indices: list[Tensor], k: int, absolute: bo
     v, i = torch.cat(values, 1), torch.cat(indices, 1)
     order = (v.abs() if absolute else v).sort(dim=1, descending=True, stable=True).indices[:, :k]
     return v.gather(1, order), i.gather(1, order)
+
+
+class Best:
+    """Running k best of each row over tiles whose columns ascend; equal ones: lower index first."""
+
+    def __init__(self, k: int, absolute: bool = False):
+        self.k, self.absolute = k, absolute
+        self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def add(self, start: int, offset: int, s: Tensor, excluded: Tensor | None = None) -> None:
+        """Scores of the rows from ``start`` on and the columns from ``offset`` on."""
+        rank = s.abs() if self.absolute else s
+        if excluded is not None:
+            rank = rank.masked_fill(excluded, -torch.inf)
+        rank, local = select_rows(rank, min(self.k, s.shape[1]))
+        value, index = s.gather(1, local), local + offset
+        if start in self.rows:
+            rank, value, index = (torch.cat(pair, 1) for pair in zip(self.rows[start], (rank, value, index)))
+            rank, order = rank.sort(dim=1, descending=True, stable=True)
+            rank, order = rank[:, : self.k], order[:, : self.k]
+            value, index = value.gather(1, order), index.gather(1, order)
+        self.rows[start] = (rank, value, index)
+
+    def result(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(values in ``dtype``, indices), ``[rows, k]``."""
+        kept = [self.rows[start] for start in sorted(self.rows)]
+        values = [torch.empty(0, self.k, dtype=dtype, device=device), *(value.to(dtype) for _, value, _ in kept)]
+        return torch.cat(values), torch.cat([torch.empty(0, self.k, dtype=torch.int64, device=device), *(index for *_, index in kept)])
 
 
 def triton_refuses(*args: object) -> str | None:

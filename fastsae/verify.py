@@ -15,6 +15,8 @@ from fastsae.dispatch import OPS, Op, Row
 from fastsae.native import loader
 from fastsae.testing import Mismatch
 
+Context = Callable[[], AbstractContextManager[Any]]
+
 
 @dataclass
 class Result:
@@ -50,17 +52,14 @@ def devices() -> list[torch.device]:
     return found
 
 
-def variants(row: Row, device: torch.device) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
+def variants(row: Row, device: torch.device) -> Iterator[tuple[str, Context]]:
     """A row's name and context: the C++ rows once for every instruction set that this machine has."""
     if row.backend == "cpu" and loader.unavailable() is None and device.type == "cpu":
         for level in loader.isa_levels():
             yield f"cpu[{level}]", lambda level=level: loader.use_isa(level)
-    elif row.backend == "triton" and device.type == "cpu":
-        yield "triton[interpreter]", nullcontext
-    elif row.backend == "cuda" and device.type == "cpu":
-        yield "cuda[emulated]", nullcontext
     else:
-        yield row.backend, nullcontext
+        how = {"triton": "[interpreter]", "cuda": "[emulated]"} if device.type == "cpu" else {}
+        yield row.backend + how.get(row.backend, ""), nullcontext
 
 
 def affordable(row: Row, device: torch.device, args: tuple[Any, ...]) -> bool:
@@ -77,9 +76,7 @@ def call(op: Op, row: Row, args: tuple[Any, ...]) -> Any:
     return result if not written else written[0] if len(written) == 1 else written
 
 
-def verify_row(
-    op: Op, row: Row, name: str, context: Callable[[], AbstractContextManager[Any]], device: torch.device, dtype: torch.dtype
-) -> Result:
+def verify_row(op: Op, row: Row, name: str, context: Context, device: torch.device, dtype: torch.dtype) -> Result:
     result = Result(op.name, name, str(device), str(dtype).removeprefix("torch."))
     with context():
         for args in op.samples(device, dtype, torch.Generator().manual_seed(0)):
@@ -101,7 +98,7 @@ def verify_row(
     return result
 
 
-def time_rows(op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextManager[Any]]]], device: torch.device) -> dict[str, float]:
+def time_rows(op: Op, rows: list[tuple[Row, str, Context]], device: torch.device) -> dict[str, float]:
     """Median milliseconds of each row on the operation's workload, the rows alternating."""
     args = op.workload(device, op.dtypes[0], torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {}
@@ -153,9 +150,7 @@ def run(
     return results
 
 
-def add_times(
-    results: list[Result], op: Op, rows: list[tuple[Row, str, Callable[[], AbstractContextManager[Any]]]], device: torch.device
-) -> None:
+def add_times(results: list[Result], op: Op, rows: list[tuple[Row, str, Context]], device: torch.device) -> None:
     if any(result.failure for result in results) or not rows:
         return  # a speed is never reported beside a wrong result
     reference = (op.rows[-1], "reference", nullcontext)

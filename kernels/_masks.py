@@ -103,50 +103,27 @@ def _store_part(
 
 
 @triton.jit
-def _store_two(
-    total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words, half, D,
-    KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, TWO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """As ``_store_part``, one half after the other."""
-    left, right = halves(total, ROWS, COLUMNS)
-    _store_part(
-        left, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
-        half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
-    )  # fmt: skip
-    _store_part(
-        right, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start + COLUMNS // 2, first, n_rows,
-        n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
-    )  # fmt: skip
-
-
-@triton.jit
 def _store_bits(
     total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words, half, D,
     KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, TWO: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """As ``_store_part``, in PARTS of a tile one after the other: 1, 2 or 4. No function calls itself, which Triton 3.4 does not know."""
-    if PARTS == 4:
-        left, right = halves(total, ROWS, COLUMNS)
-        _store_two(
-            left, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
-            half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
-        )  # fmt: skip
-        _store_two(
-            right, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start + COLUMNS // 2, first, n_rows,
-            n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 2,
-        )  # fmt: skip
-    elif PARTS == 2:
-        _store_two(
-            total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
-            half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS,
-        )  # fmt: skip
-    else:
+    """As ``_store_part``, in PARTS of a tile one after the other: 1 or 4."""
+    if PARTS == 1:
         _store_part(
             total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, start, first, n_rows, n_panel, n, n_words,
             half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS,
         )  # fmt: skip
+    else:
+        left, right = halves(total, ROWS, COLUMNS)
+        for side in tl.static_range(2):
+            near, far = halves(left if side == 0 else right, ROWS, COLUMNS // 2)
+            for part in tl.static_range(2):
+                _store_part(
+                    near if part == 0 else far, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row,
+                    start + (2 * side + part) * (COLUMNS // 4), first, n_rows, n_panel, n, n_words, half, D,
+                    KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS // 4,
+                )  # fmt: skip
 
 
 @kernel(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])

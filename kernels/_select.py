@@ -249,20 +249,9 @@ def rank(keys: Tensor, ids: Tensor, chosen: Tensor | None, values: Tensor, indic
     SIZE = min(64, max(16, triton.next_power_of_2(k)))
     ROWS = min(triton.next_power_of_2(rows), 16 if interpreting() else max(1, 1024 // (SIZE * SIZE)))
     rank_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(k, SIZE))](
-        keys,
-        ids,
-        chosen,
-        values,
-        indices,
-        rows,
-        k,
-        CHOSEN=chosen is not None,
-        RELU=relu,
-        ROWS=ROWS,
-        SIZE=SIZE,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        keys, ids, chosen, values, indices, rows, k,
+        CHOSEN=chosen is not None, RELU=relu, ROWS=ROWS, SIZE=SIZE, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def with_signs(

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastsae._core.jit import kernel
 from fastsae.kernels import decode
 from fastsae.kernels._tile import on
-from fastsae.kernels.decode import _sum_slots
+from fastsae.kernels.decode import sum_feature
 
 MOST_COLUMNS = 8192  # of a row that one program holds
 
@@ -40,16 +40,7 @@ def gradient_row(
     if STRIDED:
         along = d.to(tl.int64) * stride_g
     if SPARSE:
-        first = tl.load(chunks + feature)
-        last = tl.load(chunks + feature + 1)
-        g = tl.zeros((COLUMNS,), tl.float32)
-        for chunk in range(first, last):
-            g += tl.load(partials + chunk * stride_p + d, mask=mask, other=0)
-        start = tl.load(segments + feature)
-        end = tl.load(segments + feature + 1)
-        rest, _ = _sum_slots(values, rows, grad, start + (last - first) * split, end, n_rows, stride_r, along, mask)
-        g += rest
-        touched = end > start
+        g, touched = sum_feature(values, rows, grad, segments, chunks, partials, feature, d, along, mask, n_rows, split, stride_r, stride_p)
     else:
         g = tl.load(grad + feature * stride_r + along, mask=mask, other=0)
     if PROJECT:
@@ -148,23 +139,14 @@ def row_size(D: int) -> tuple[int, int]:
 def slots(
     values: Tensor | None, indices: Tensor | None, crow: Tensor | None, grad: Tensor, features: int
 ) -> tuple[int, tuple[Tensor | None, ...]]:  # fmt: skip
-    """What ``gradient_row`` reads beside ``grad``: (slots a partial sum, the slots by feature); nothing where ``grad`` is the gradient."""
+    """What ``gradient_row`` reads beside ``grad``: (slots a partial sum, the slots by feature and the partial sums of features with many);
+    nothing where ``grad`` is the gradient."""
     if values is None or indices is None:
         return 0, (None,) * 5
     decode.check_on_cpu(indices, crow, features)
-    return _transposed(values, indices, crow, grad, features, min(512, row_size(grad.shape[1])[0]))
-
-
-def _transposed(
-    values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, features: int, size: int
-) -> tuple[int, tuple[Tensor, ...]]:  # fmt: skip
-    """The slots by feature, and the partial sums of features with many: (slots a partial, what the kernel reads)."""
     D = grad.shape[1]
-    values, indices, crow, k = decode._slots(values, indices, crow)
-    order, segments = decode._by_feature(indices, features)
-    row = torch.searchsorted(crow, order, right=True) - 1 if crow is not None else order // max(k, 1)
-    values = values[order]
-    split, chunks, owner = decode._chunks(segments, indices.numel())
+    size = min(512, row_size(D)[0])
+    values, row, segments, split, chunks, owner = decode.by_feature(values, indices, crow, features)
     partials = torch.empty((owner.numel(), D), dtype=torch.float32, device=grad.device)
     if partials.numel():
         decode.decode_partials_kernel[owner.numel(), triton.cdiv(D, size)](

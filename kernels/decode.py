@@ -97,24 +97,9 @@ def _row_slots(crow, row, k, n_slots, RAGGED: tl.constexpr):
 
 @kernel(do_not_specialize=["k", "n_slots", "n_features"])
 def decode_kernel(
-    values,
-    indices,
-    crow,
-    W,
-    b,
-    y,
-    flag,
-    k,
-    n_slots,
-    n_features,
-    n_columns,
-    stride_f,
-    stride_d,
-    stride_y,
-    RAGGED: tl.constexpr,
-    BIAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    values, indices, crow, W, b, y, flag, k, n_slots, n_features, n_columns, stride_f, stride_d, stride_y,
+    RAGGED: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = d < n_columns
@@ -138,24 +123,9 @@ def _sum_lanes(x, ROWS: tl.constexpr):
 
 @kernel(do_not_specialize=["k", "n_slots", "n_features"])
 def decode_dvalues_kernel(
-    grad,
-    indices,
-    crow,
-    W,
-    dvalues,
-    flag,
-    k,
-    n_slots,
-    n_features,
-    n_columns,
-    stride_r,
-    stride_g,
-    stride_f,
-    stride_d,
-    RAGGED: tl.constexpr,
-    RESUME: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
+    grad, indices, crow, W, dvalues, flag, k, n_slots, n_features, n_columns, stride_r, stride_g, stride_f, stride_d,
+    RAGGED: tl.constexpr, RESUME: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first, end = _row_slots(crow, row, k, n_slots, RAGGED)
     for group in range(first + tl.program_id(1) * SLOTS, end, tl.num_programs(1) * SLOTS):
@@ -196,22 +166,9 @@ def sort_keys_kernel(indices, keys, flag, n_slots, n_features, SIZE: tl.constexp
 
 @kernel(do_not_specialize=["n_features", "n_rows", "split"])
 def decode_partials_kernel(
-    values,
-    rows,
-    grad,
-    segments,
-    chunks,
-    owner,
-    partials,
-    n_features,
-    n_rows,
-    n_columns,
-    split,
-    stride_r,
-    stride_g,
-    stride_p,
+    values, rows, grad, segments, chunks, owner, partials, n_features, n_rows, n_columns, split, stride_r, stride_g, stride_p,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """partials[c] = the c-th full run of ``split`` slots, counted over the features that have more slots than that."""
     chunk = tl.program_id(0).to(tl.int64)
     feature = tl.load(owner + chunk)
@@ -223,36 +180,32 @@ def decode_partials_kernel(
         tl.store(partials + chunk * stride_p + d, total, mask=mask)
 
 
+@triton.jit
+def sum_feature(values, rows, grad, segments, chunks, partials, feature, d, along, mask, n_rows, split, stride_r, stride_p):
+    """(a feature's partial sums, in order, and its slots left; whether it has slots): columns ``d``, at ``along`` in a row of grad."""
+    first = tl.load(chunks + feature)
+    last = tl.load(chunks + feature + 1)
+    total = tl.zeros(d.shape, tl.float32)
+    for chunk in range(first, last):
+        total += tl.load(partials + chunk * stride_p + d, mask=mask, other=0)
+    start = tl.load(segments + feature)
+    end = tl.load(segments + feature + 1)
+    rest, _ = _sum_slots(values, rows, grad, start + (last - first) * split, end, n_rows, stride_r, along, mask)
+    return total + rest, end > start
+
+
 @kernel(do_not_specialize=["n_rows", "split"])
 def decode_dweight_kernel(
-    values,
-    rows,
-    grad,
-    segments,
-    chunks,
-    partials,
-    out,
-    n_rows,
-    n_columns,
-    split,
-    stride_r,
-    stride_g,
-    stride_p,
-    stride_f,
-    stride_d,
+    values, rows, grad, segments, chunks, partials, out, n_rows, n_columns, split, stride_r, stride_g, stride_p, stride_f, stride_d,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = d < n_columns
-    first = tl.load(chunks + feature)
-    last = tl.load(chunks + feature + 1)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for chunk in range(first, last):
-        total += tl.load(partials + chunk * stride_p + d, mask=mask, other=0)
-    start = tl.load(segments + feature) + (last - first) * split
-    rest, _ = _sum_slots(values, rows, grad, start, tl.load(segments + feature + 1), n_rows, stride_r, d * stride_g, mask)
-    tl.store(out + feature * stride_f + d * stride_d, (total + rest).to(out.dtype.element_ty), mask=mask)
+    total, _ = sum_feature(
+        values, rows, grad, segments, chunks, partials, feature, d, d * stride_g, mask, n_rows, split, stride_r, stride_p
+    )
+    tl.store(out + feature * stride_f + d * stride_d, total.to(out.dtype.element_ty), mask=mask)
 
 
 @kernel
@@ -320,14 +273,10 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
     if n_slots == 0:
         out.zero_()
         return
-    values, indices, crow, k = _slots(values, indices, crow)
     with on(out.device):
-        order, segments = _by_feature(indices, n_features)
+        values, row, segments, split, chunks, owner = by_feature(values, indices, crow, n_features)
         if out.numel() == 0:
             return
-        row = order // k if crow is None else torch.searchsorted(crow, order, right=True) - 1
-        values = values[order]
-        split, chunks, owner = _chunks(segments, n_slots)
         n_partials, turned = owner.numel(), _is_turned(out, n_features)
         bytes_per_column = max(n_partials * 4, n_features * out.element_size() if turned else 0)
         width = D if not turned and bytes_per_column * D <= PANEL_BYTES else _panel_width(D, bytes_per_column)
@@ -353,8 +302,11 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
                 _turn(target, out[:, part])
 
 
-def _by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
-    """(slots in stable order of their feature, bounds [F + 1] of each feature's run in it); bad slots stand before all runs."""
+def by_feature(values: Tensor, indices: Tensor, crow: Tensor | None, n_features: int) -> tuple[Tensor, Tensor, Tensor, int, Tensor, Tensor]:
+    """(values and rows of the slots in stable order of their feature, bounds [F + 1] of each feature's run in it, slots a chunk, first
+    chunk of each feature [F + 1], feature of each chunk or F). Bad slots stand before all runs; how many chunks there are, the host need
+    not know."""
+    values, indices, crow, k = _slots(values, indices, crow)
     # The narrowest key that holds -1 .. F-1: a radix sort passes over each of its bytes.
     dtype = torch.int16 if n_features <= 1 << 15 else torch.int32 if n_features <= 1 << 31 else torch.int64
     keys = torch.empty(indices.shape, dtype=dtype, device=indices.device)
@@ -362,19 +314,15 @@ def _by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
         indices, keys, flags.flag(indices.device), keys.numel(), n_features, SIZE=1024, enable_fp_fusion=False
     )
     keys, order = torch.sort(keys, stable=True)
-    ends = torch.arange(-1, n_features, dtype=dtype, device=indices.device)
-    return order, torch.searchsorted(keys, ends, right=True)
-
-
-def _chunks(segments: Tensor, n_slots: int) -> tuple[int, Tensor, Tensor]:
-    """(slots a chunk, first chunk of each feature [F + 1], feature of each chunk or F); how many there are, the host need not know."""
+    segments = torch.searchsorted(keys, torch.arange(-1, n_features, dtype=dtype, device=keys.device), right=True)
+    row = order // max(k, 1) if crow is None else torch.searchsorted(crow, order, right=True) - 1
     split = SPLIT
-    while n_slots // split > MAX_PARTIALS:
+    while keys.numel() // split > MAX_PARTIALS:
         split *= 2
     chunks = torch.zeros_like(segments)
     torch.cumsum((segments.diff() - 1).clamp_(min=0) // split, 0, out=chunks[1:])
-    owner = torch.searchsorted(chunks, torch.arange(n_slots // split, device=segments.device), right=True) - 1
-    return split, chunks, owner
+    owner = torch.searchsorted(chunks, torch.arange(keys.numel() // split, device=segments.device), right=True) - 1
+    return values[order], row, segments, split, chunks, owner
 
 
 def _is_turned(matrix: Tensor, n_reads: int) -> bool:

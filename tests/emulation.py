@@ -19,7 +19,8 @@ from typing import Any
 from places import ROOT
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-HEADERS = [*(ROOT / "csrc" / "cuda").glob("*.h"), ROOT / "csrc" / "integers.h", ROOT / "csrc" / "test" / "emulate.h"]
+HEADERS = [ROOT / "csrc" / name for name in ("bind.h", "integers.h", "cpu/keys.h", "test/emulate.h")]
+HEADERS += (ROOT / "csrc" / "cuda").glob("*.h")
 # No fortification: its longjmp refuses to change stacks. -O1 is quick to compile and quick enough to run.
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-DFASTSAE_EMULATE", "-D_FORTIFY_SOURCE=0"]
 FLAGS += ["-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]

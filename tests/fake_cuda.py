@@ -139,7 +139,8 @@ class FakeCuda:
             MAX_K = native_cuda.MOST_K
 
             def __getattr__(self, name: str) -> Any:
-                def call(device: int, stream: int, *rest: Any) -> int:
+                def call(where: tuple[int, int], *rest: Any) -> int:
+                    device, stream = where
                     assert device == gpu.current == gpu.device.index, f"{name}: device {device}, current {gpu.current}"
                     assert stream == 1000 + device, f"{name}: stream {stream} of another device"
                     assert all(type(value) in (int, bool) for value in rest), f"{name}: {rest}"

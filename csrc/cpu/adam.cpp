@@ -22,29 +22,46 @@ constexpr int64_t kBlock = 24576;    // elements of its gradient
 constexpr int64_t kColumns = 256;    // and of a hot feature
 constexpr int64_t kElements = 8192;  // and where rows do not matter
 
-// The rows of a gradient, dense or from slots, one feature at a time.
-struct GradientRows {
+// A gradient [features, d], dense or from slots. Element d of the dense one of feature f is at grad[f * stride_f + d * stride_d].
+struct Source {
   const Slots* slots;  // null: grad is dense
   const float *values, *grad;
-  int64_t stride, features, d;
+  int64_t stride_f, stride_d, features, d;
   int threads;
 
-  GradientRows(const Gradient& g, int64_t features, int64_t d, int threads)
-      : slots(g.slots),
+  Source(const Gradient& g, int64_t features, int64_t d, int threads)
+      : slots(g.sparse ? &g.slots : nullptr),
         values(g.values),
         grad(g.data),
-        stride(g.stride_f),
+        stride_f(g.stride_f),
+        stride_d(g.stride_d),
         features(features),
         d(d),
         threads(useful_threads(threads, ((slots != nullptr ? slots->n : 0) + features) * d)) {}
+
+  size_t sorted_bytes() const { return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32, threads); }
+  bool hot(const FeatureMajor& sorted, int64_t f) const { return threads > 1 && sorted.hot(f); }
+  // Row f goes to first + f * ld.
+  SumJob sums(const FeatureMajor& sorted, float* first, int64_t ld) const {
+    return {sorted.values, sorted.rows, sorted.offsets, 0, slots->n, grad, d, nullptr, first, ld, false};
+  }
+  static auto sum() { return pick_decode_kernels().sum[static_cast<int>(Dtype::f32)][static_cast<int>(Index::i32)]; }
+  void sum_hot(const SumJob& job, int64_t f) const {
+    const auto run = sum();
+    for_each_unit(threads, ceil_div(d, kColumns),
+                  [&](int64_t unit) { run(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
+  }
+};
+
+// Its rows, one feature at a time.
+struct GradientRows : Source {
+  using Source::Source;
 
   // Features whose rows are formed before they are used: so many that the slots ahead can be fetched, and so few that they stay in cache.
   int64_t height() const { return std::clamp<int64_t>(kBlock / std::max<int64_t>(d, 1), 1, kFeatures); }
   int64_t padded() const { return ceil_div(d, 16) * 16; }
   int64_t scratch() const { return slots == nullptr ? 0 : height() * padded(); }
-  size_t bytes() const {
-    return slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32, threads) + Workspace::size<float>(threads * scratch());
-  }
+  size_t bytes() const { return sorted_bytes() + Workspace::size<float>(threads * scratch()); }
 
   // body(f, g) once for every feature, with its row, or null where it has no slots; ahead(f), unless null, some time before it where there
   // are slots.
@@ -53,18 +70,15 @@ struct GradientRows {
     const int64_t blocks = ceil_div(features, height());
     if (slots == nullptr) {
       for_each_unit_at_home(threads, blocks, [&](int64_t block, int) {
-        for (int64_t f = block * height(); f < std::min((block + 1) * height(), features); ++f) body(f, grad + f * stride);
+        for (int64_t f = block * height(); f < std::min((block + 1) * height(), features); ++f) body(f, grad + f * stride_f);
       });
       return;
     }
     const FeatureMajor sorted(*slots, Dtype::f32, values, space, threads);
     float* const rows = space.take<float>(threads * scratch());
-    const auto sum = pick_decode_kernels().sum[static_cast<int>(Dtype::f32)][static_cast<int>(Index::i32)];
-    const auto into = [&](float* first, int64_t f) {
-      return SumJob{sorted.values, sorted.rows, sorted.offsets, 0, slots->n, grad, d, nullptr, first - f * padded(), padded(), false};
-    };
-    const auto hot = [&](int64_t f) { return threads > 1 && sorted.hot(f); };
-    const auto here = [&](int64_t f) { return sorted.has_slot(f) && !hot(f); };
+    const auto run = sum();
+    const auto into = [&](float* first, int64_t f) { return sums(sorted, first - f * padded(), padded()); };
+    const auto here = [&](int64_t f) { return sorted.has_slot(f) && !hot(sorted, f); };
     for_each_unit_at_home(threads, blocks, [&](int64_t block, int worker) {
       const int64_t begin = block * height(), end = std::min(begin + height(), features);
       float* const mine = rows + worker * scratch();
@@ -73,48 +87,32 @@ struct GradientRows {
         const int64_t first = f;
         if constexpr (std::is_null_pointer_v<Ahead>) {
           while (f < end && here(f)) ++f;
-          if (first < f) sum(job, first, f, 0, d);
+          if (first < f) run(job, first, f, 0, d);
         } else if (here(f)) {
           ahead(f);
-          sum(job, f, f + 1, 0, d);
+          run(job, f, f + 1, 0, d);
         }
       }
       for (int64_t f = begin; f < end; ++f)
-        if (!hot(f)) body(f, sorted.has_slot(f) ? mine + (f - begin) * padded() : nullptr);
+        if (!hot(sorted, f)) body(f, sorted.has_slot(f) ? mine + (f - begin) * padded() : nullptr);
     });
-    if (threads > 1)
-      for (int64_t f = 0; f < features; ++f)
-        if (hot(f)) {
-          const SumJob job = into(rows, f);
-          for_each_unit(threads, ceil_div(d, kColumns),
-                        [&](int64_t unit) { sum(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
-          body(f, rows);
-        }
+    for (int64_t f = 0; threads > 1 && f < features; ++f)
+      if (hot(sorted, f)) {
+        sum_hot(into(rows, f), f);
+        body(f, rows);
+      }
   }
 };
 
-// The same for transposed matrices: some features at a time, with their gradient side by side. Element d of the dense gradient of feature
-// f is at grad[f * stride_f + d * stride_d], one of the strides 1. d > 0.
-struct GradientColumns {
-  const Slots* slots;
-  const float *values, *grad;
-  int64_t stride_f, stride_d, features, d;
+// The same for transposed matrices: some features at a time, with their gradient side by side; one of the strides is 1. d > 0.
+struct GradientColumns : Source {
   // kAside features and all of d at a time; otherwise kRun features, so that memory is read in long runs, and kRunTile elements.
   bool whole;
-  int threads;
 
   static constexpr int64_t kColumnTile = 64, kRun = 2048, kRunTile = 32;
 
   GradientColumns(const Gradient& g, int64_t features, int64_t d, bool whole, int threads)
-      : slots(g.slots),
-        values(g.values),
-        grad(g.data),
-        stride_f(g.stride_f),
-        stride_d(g.stride_d),
-        features(features),
-        d(d),
-        whole(whole),
-        threads(useful_threads(threads, ((slots != nullptr ? slots->n : 0) + features) * d)) {}
+      : Source(g, features, d, threads), whole(whole) {}
 
   bool as_it_is() const { return slots == nullptr && stride_f == 1; }
   int64_t aside() const { return whole ? kAside : kRun; }
@@ -128,8 +126,7 @@ struct GradientColumns {
   // A hot feature's row is summed by all threads before the others' are; their number is known once the slots are sorted.
   int64_t hot_at_most() const { return threads > 1 && slots != nullptr ? std::min(slots->n / kHot, features) : 0; }
   size_t bytes() const {
-    const size_t sorted = slots == nullptr ? 0 : FeatureMajor::bytes(*slots, Dtype::f32, threads);
-    return sorted + Workspace::size<float>(threads * scratch()) + Workspace::size<float>(hot_at_most() * d) +
+    return sorted_bytes() + Workspace::size<float>(threads * scratch()) + Workspace::size<float>(hot_at_most() * d) +
            Workspace::size<int64_t>(hot_at_most());
   }
 
@@ -139,7 +136,7 @@ struct GradientColumns {
     float* const memory = space.take<float>(threads * scratch());
     const int64_t parts = ceil_div(d, width()), units = ceil_div(features, aside()) * parts;
     const auto scatter = pick_decode_kernels().scatter[static_cast<int>(Dtype::f32)];
-    const auto run = [&](int64_t unit, int worker, const FeatureMajor* sorted, const auto& rows_of) {
+    const auto form = [&](int64_t unit, int worker, const FeatureMajor* sorted, const auto& rows_of) {
       float* const own = memory + worker * scratch();
       float* const tile = own;
       float* const beside = tile + aside() * tile_width();
@@ -174,38 +171,32 @@ struct GradientColumns {
     };
     if (slots == nullptr) {
       for_each_unit_at_home(threads, units, [&](int64_t unit, int worker) {
-        run(unit, worker, nullptr,
-            [&](int64_t f0, int64_t, int64_t c, int64_t, float*) { return Rows{grad + f0 * stride_f + c, stride_f}; });
+        form(unit, worker, nullptr,
+             [&](int64_t f0, int64_t, int64_t c, int64_t, float*) { return Rows{grad + f0 * stride_f + c, stride_f}; });
       });
       return;
     }
     const FeatureMajor sorted(*slots, Dtype::f32, values, space, threads);
     float* const hot_rows = space.take<float>(hot_at_most() * d);
     int64_t* const hot_list = space.take<int64_t>(hot_at_most());
-    const auto sum = pick_decode_kernels().sum[static_cast<int>(Dtype::f32)][static_cast<int>(Index::i32)];
-    const auto into = [&](float* first, int64_t ld) {
-      return SumJob{sorted.values, sorted.rows, sorted.offsets, 0, slots->n, grad, d, nullptr, first, ld, false};
-    };
-    const auto hot = [&](int64_t f) { return threads > 1 && sorted.hot(f); };
     int64_t found = 0;
     for (int64_t f = 0; threads > 1 && f < features; ++f)
-      if (hot(f)) {
-        const SumJob job = into(hot_rows + (found - f) * d, d);
+      if (hot(sorted, f)) {
+        sum_hot(sums(sorted, hot_rows + (found - f) * d, d), f);
         hot_list[found++] = f;
-        for_each_unit(threads, ceil_div(d, kColumns),
-                      [&](int64_t unit) { sum(job, f, f + 1, unit * kColumns, std::min((unit + 1) * kColumns, d)); });
       }
+    const auto sum_cold = sum();
     for_each_unit_at_home(threads, units, [&](int64_t unit, int worker) {
       const int64_t before = std::lower_bound(hot_list, hot_list + found, unit / parts * aside()) - hot_list;
-      run(unit, worker, &sorted, [&](int64_t f0, int64_t n, int64_t c, int64_t end, float* tile) {
+      form(unit, worker, &sorted, [&](int64_t f0, int64_t n, int64_t c, int64_t end, float* tile) {
         const int64_t wide = tile_width();
-        const SumJob job = into(tile - f0 * wide - c, wide);
+        const SumJob job = sums(sorted, tile - f0 * wide - c, wide);
         const float* row = hot_rows + before * d;
         for (int64_t f = f0; f < f0 + n;) {
           const int64_t first = f;
-          while (f < f0 + n && !hot(f)) ++f;
-          if (first < f) sum(job, first, f, c, end);
-          for (; f < f0 + n && hot(f); ++f, row += d) std::copy(row + c, row + end, tile + (f - f0) * wide);
+          while (f < f0 + n && !hot(sorted, f)) ++f;
+          if (first < f) sum_cold(job, first, f, c, end);
+          for (; f < f0 + n && hot(sorted, f); ++f, row += d) std::copy(row + c, row + end, tile + (f - f0) * wide);
         }
         return Rows{tile, wide};
       });
@@ -215,13 +206,13 @@ struct GradientColumns {
 
 // One step by the rule of `job`.
 int64_t move(const Gradient& grad, const AdamMatrices& a, const AdamJob& job, int threads) {
-  const int64_t status = grad.slots != nullptr ? check(*grad.slots) : kOk;
+  const int64_t status = grad.sparse ? check(grad.slots) : kOk;
   if (status != kOk) return status;
   const AdamKernels& kernels = pick(kTables);
   const auto step = kernels.step[job.rule];
   const bool rows_matter = job.project || job.normalise, transposed = a.stride_d != 1 && a.d > 0;
   const bool dense = (transposed ? a.stride_d : a.stride_f) == (transposed ? a.features : a.d);
-  if (grad.slots == nullptr && !rows_matter && dense && grad.stride_f == a.stride_f && grad.stride_d == a.stride_d) {
+  if (!grad.sparse && !rows_matter && dense && grad.stride_f == a.stride_f && grad.stride_d == a.stride_d) {
     const int64_t n = a.features * a.d;  // a bias is one row: split it all the same
     for_each_unit_at_home(useful_threads(threads, n), ceil_div(n, kElements), [&](int64_t unit, int) {
       const int64_t i = unit * kElements;
@@ -289,11 +280,11 @@ int64_t signum(const Gradient& grad, const AdamMatrices& given, const SignumOpti
 }
 
 int64_t grad_squares(const Gradient& grad, const AdamMatrices& a, bool project, float* total, int threads) {
-  const int64_t status = grad.slots != nullptr ? check(*grad.slots) : kOk;
+  const int64_t status = grad.sparse ? check(grad.slots) : kOk;
   if (status != kOk) return status;
   const AdamKernels& kernels = pick(kTables);
   // Without projection rows that are formed here, or lie as rows, are summed as they are, whatever way w lies.
-  const bool columns_matter = a.d > 0 && (project ? a.stride_d != 1 : grad.slots == nullptr && grad.stride_d != 1);
+  const bool columns_matter = a.d > 0 && (project ? a.stride_d != 1 : !grad.sparse && grad.stride_d != 1);
   double sum = 0;
   const auto add_up = [&](Workspace& space, const auto& fill) {
     float* const each = space.take<float>(a.features);

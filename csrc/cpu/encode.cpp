@@ -41,12 +41,13 @@ struct Entries {
   std::vector<Part> parts;
 };
 
+Entries* new_entries() { return new Entries; }
 void free_entries(Entries* entries) { delete entries; }
-int64_t entries_count(const Entries& entries) { return entries.crow.back(); }
-void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* crow, uint8_t* flags, int threads) {
-  std::memcpy(crow, entries.crow.data(), entries.crow.size() * sizeof(int64_t));
-  for (const Entries::Part& part : entries.parts) {
-    const int64_t start = entries.crow[part.base], n = static_cast<int64_t>(part.kept.size());
+int64_t entries_count(const Entries* entries) { return entries->crow.back(); }
+int64_t copy_entries(const Entries* entries, float* values, int64_t* col, int64_t* crow, uint8_t* flags, int threads) {
+  std::memcpy(crow, entries->crow.data(), entries->crow.size() * sizeof(int64_t));
+  for (const Entries::Part& part : entries->parts) {
+    const int64_t start = entries->crow[part.base], n = static_cast<int64_t>(part.kept.size());
     constexpr int64_t kPerFeature = 1 << 15;
     for_each_unit(useful_threads(threads, n), ceil_div(n, kPerFeature), [&](int64_t unit) {
       for (int64_t i = unit * kPerFeature; i < std::min((unit + 1) * kPerFeature, n); ++i) {
@@ -56,6 +57,7 @@ void copy_entries(const Entries& entries, float* values, int64_t* col, int64_t* 
       }
     });
   }
+  return kOk;
 }
 
 namespace {
@@ -271,7 +273,7 @@ int64_t run_entries(const Problem& p, EncodePath path, Driver& driver) {
 }  // namespace
 
 int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, bool absolute,
-                    float* values, int64_t* indices, EncodePath path, int threads, EncodeStats* stats, uint8_t* survived) {
+                    float* values, int64_t* indices, uint8_t* survived, EncodePath path, EncodeStats* stats, int threads) {
   if (stats != nullptr) *stats = {};
   if (x.rows == 0 || k == 0) return kOk;
   const EncodeKernels* const screens = encode_kernels();
@@ -297,8 +299,8 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
   return run_engine(p, plan, driver);
 }
 
-Entries* encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
-                          float half_band, EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
+int64_t encode_threshold(const Activations& x, const Weights& w, const float* scale, const float* bias, const float* threshold,
+                         float half_band, Entries* entries, EncodePath path, EncodeStats* stats, int threads) {
   // What the screen may drop: not above the threshold and not in the band, with room for the rounding of their difference.
   int64_t highest = w.features;
   if (w.list != nullptr && w.features > 0) highest = w.list[w.features - 1] + 1;
@@ -314,39 +316,34 @@ Entries* encode_threshold(const Activations& x, const Weights& w, const float* s
   }
   const Problem p{
       .kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .extra = least.data(), .threads = threads, .stats = stats};
-  auto entries = std::make_unique<Entries>();
   ThresholdDriver driver{{p, encode_kernels()}, ThresholdKind::per_feature, threshold, half_band, *entries};
-  *status = run_entries(p, path, driver);
-  return entries.release();
+  return run_entries(p, path, driver);
 }
 
-Entries* encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
-                      EncodePath path, int threads, EncodeStats* stats, int64_t* status) {
+int64_t encode_gated(const Activations& x, const Weights& w, const float* b_gate, const float* stretch, const float* b_mag,
+                     Entries* entries, EncodePath path, EncodeStats* stats, int threads) {
   const Problem p{
       .kernels = engine_kernels(), .x = x, .w = w, .scale = stretch, .bias = b_mag, .extra = b_gate, .threads = threads, .stats = stats};
-  auto entries = std::make_unique<Entries>();
   ThresholdDriver driver{{p, encode_kernels()}, ThresholdKind::gate, nullptr, -1, *entries};
-  *status = run_entries(p, path, driver);
-  return entries.release();
+  return run_entries(p, path, driver);
 }
 
-Entries* encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, EncodePath path,
-                           int threads, EncodeStats* stats, float* min_kept, int64_t* status) {
+int64_t encode_batch_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t total, float* min_kept,
+                          Entries* entries, EncodePath path, EncodeStats* stats, int threads) {
   const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads, .stats = stats};
   if (stats != nullptr) *stats = {};
-  auto entries = std::make_unique<Entries>();
   BatchTopkDriver driver{{p, encode_kernels()}, total};
-  *status = total > 0 ? run_entries(p, path, driver) : kOk;
-  if (*status == kOk) *min_kept = driver.finish(*entries);
-  return entries.release();
+  const int64_t status = total > 0 ? run_entries(p, path, driver) : kOk;
+  if (status == kOk) *min_kept = driver.finish(*entries);
+  return status;
 }
 
 int64_t screen_bounds(const Activations& x, const Weights& w, const float* scale, const float* bias, bool bf16, float* lo, float* hi,
-                      bool* screens, int threads) {
+                      int threads) {
   const Problem p{.kernels = engine_kernels(), .x = x, .w = w, .scale = scale, .bias = bias, .threads = threads};
   const Plan plan = make_plan(p, {.format = bf16 ? ScreenFormat::bf16 : ScreenFormat::int8});
-  *screens = plan.screens;
-  if (!plan.screens || x.rows == 0) return kOk;
+  if (!plan.screens) return kUnsupported;
+  if (x.rows == 0) return kOk;
   BoundsDriver driver{*encode_kernels(), plan.format, lo, hi, w.features};
   return run_engine(p, plan, driver);
 }

@@ -11,7 +11,27 @@ namespace fastsae {
 
 constexpr int64_t kWordBits = 64;
 
-// lo[i] and, unless null, hi[i] for the neurons first + i, 0 <= i < count.
-void fill_keys(int64_t first, int64_t count, uint32_t layer, uint64_t seed, int64_t* lo, int64_t* hi);
+#ifdef __CUDACC__
+#define FASTSAE_EVERYWHERE __host__ __device__ __forceinline__
+#else
+#define FASTSAE_EVERYWHERE inline
+#endif
+
+struct NeuronKey {
+  int64_t lo, hi;
+};
+static FASTSAE_EVERYWHERE NeuronKey neuron_key(uint32_t neuron, uint32_t layer, uint64_t seed) {
+  uint32_t c0 = neuron, c1 = layer, c2 = 0, c3 = 0, k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return {static_cast<int64_t>(c0 | static_cast<uint64_t>(c1) << 32), static_cast<int64_t>(c2 | static_cast<uint64_t>(c3) << 32)};
+}
 
 }  // namespace fastsae

@@ -130,7 +130,7 @@ struct PairDriver : Candidates {
 }  // namespace
 
 int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool absolute, bool exclude_self, float* similarity, int64_t* index,
-                     EncodePath path, int threads, EncodeStats* stats) {
+                     EncodePath path, EncodeStats* stats, int threads) {
   if (stats != nullptr) *stats = {};
   if (a.rows == 0 || k == 0) return kOk;
   const MatchKernels* const match = match_kernels();
@@ -145,7 +145,7 @@ int64_t match_cosine(const Activations& a, const Weights& b, int64_t k, bool abs
 }
 
 int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t k_ba, float* ab, int64_t* ab_index, float* ba,
-                   int64_t* ba_index, float* low, int64_t* low_index, int threads, EncodeStats* stats) {
+                   int64_t* ba_index, float* low, int64_t* low_index, EncodeStats* stats, int threads) {
   if (stats != nullptr) *stats = {};
   const Problem p{.kernels = engine_kernels(), .x = a, .w = b, .threads = threads, .stats = stats};
   const Plan plan = make_plan(p, {.bytes_a_row = topk_bytes_a_row(k_ab)});

@@ -13,24 +13,6 @@
 
 namespace fastsae {
 
-void fill_keys(int64_t first, int64_t count, uint32_t layer, uint64_t seed, int64_t* lo, int64_t* hi) {
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t c0 = static_cast<uint32_t>(first + i), c1 = layer, c2 = 0, c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
-      c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(b);
-      c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(a);
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
-    }
-    lo[i] = static_cast<int64_t>(c0 | static_cast<uint64_t>(c1) << 32);
-    if (hi != nullptr) hi[i] = static_cast<int64_t>(c2 | static_cast<uint64_t>(c3) << 32);
-  }
-}
-
 namespace {
 
 const SignsKernels* const kTables[kLevels] = FASTSAE_BASE_TABLES(signs_kernels);
@@ -51,14 +33,13 @@ struct KeyTable {
   static size_t bytes(int64_t words, int bits) { return static_cast<size_t>(bits / 64) * Workspace::size<int64_t>(words * kWordBits); }
 
   KeyTable(Workspace& space, int64_t neurons, const uint8_t* taking_part, const HashKey& key)
-      : lo(space.take<int64_t>(ceil_div(neurons, kWordBits) * kWordBits)),
-        hi(key.bits == 64 ? nullptr : space.take<int64_t>(ceil_div(neurons, kWordBits) * kWordBits)) {
-    fill_keys(0, neurons, key.layer, key.seed, lo, hi);
-    for (int64_t* const half : {lo, hi}) {
-      if (half == nullptr) continue;
-      for (int64_t i = 0; taking_part != nullptr && i < neurons; ++i)
-        if (taking_part[i] == 0) half[i] = 0;
-      std::fill(half + neurons, half + ceil_div(neurons, kWordBits) * kWordBits, 0);
+      : lo(space.take<int64_t>(round_to(neurons, kWordBits))),
+        hi(key.bits == 64 ? nullptr : space.take<int64_t>(round_to(neurons, kWordBits))) {
+    for (int64_t i = 0; i < round_to(neurons, kWordBits); ++i) {
+      const bool takes_part = i < neurons && (taking_part == nullptr || taking_part[i] != 0);
+      const NeuronKey made = takes_part ? neuron_key(static_cast<uint32_t>(i), key.layer, key.seed) : NeuronKey{0, 0};
+      lo[i] = made.lo;
+      if (hi != nullptr) hi[i] = made.hi;
     }
   }
 

@@ -41,8 +41,8 @@ struct SignDriver : Candidates {
 
 }  // namespace
 
-int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, int threads,
-                    EncodeStats* stats) {
+int64_t spline_code(const Activations& x, const Weights& w, const float* bias, int64_t* words, EncodePath path, EncodeStats* stats,
+                    int threads) {
   if (stats != nullptr) *stats = {};
   const int64_t n_words = ceil_div(w.features, 64);
   if (x.rows == 0 || n_words == 0) return kOk;

@@ -257,12 +257,11 @@ int by_feature(Where where, const void* indices, Index index, int64_t n, int64_t
   const Pairs pairs{part(1), part(0), part(2), order};
   const int64_t blocks = ceil_div(n, kThreads);
   int error = begin(where);
-  if (error == 0 && index == Index::i32)
-    error =
-        launch(keys_kernel<int32_t>, where, blocks, kThreads, static_cast<const int32_t*>(indices), n, features, part(1), part(2), flag);
-  if (error == 0 && index == Index::i64)
-    error =
-        launch(keys_kernel<int64_t>, where, blocks, kThreads, static_cast<const int64_t*>(indices), n, features, part(1), part(2), flag);
+  if (error == 0)
+    error = with_type(index, [&](auto i) {
+      using I = decltype(i);
+      return launch(keys_kernel<I>, where, blocks, kThreads, static_cast<const I*>(indices), n, features, part(1), part(2), flag);
+    });
   size_t bytes = 0;
   if (error == 0 && n != 0) error = sort_pairs(where, nullptr, bytes, pairs, n, bits_of(features));
   if (error == 0 && n != 0) error = sort_pairs(where, part(3), bytes, pairs, n, bits_of(features));
@@ -272,19 +271,18 @@ int by_feature(Where where, const void* indices, Index index, int64_t n, int64_t
 
 int permute_slots(Where where, const uint32_t* order, int64_t n, const void* values, Type type, const int64_t* crow, int64_t rows,
                   int64_t k, uint32_t* row, float* value) {
-  const int64_t blocks = ceil_div(n, kThreads);
-  if (type == Type::f32)
-    return launch(permute_kernel<float>, where, blocks, kThreads, order, n, static_cast<const float*>(values), crow, rows, k, row, value);
-  if (type == Type::f16)
-    return launch(permute_kernel<Half>, where, blocks, kThreads, order, n, static_cast<const Half*>(values), crow, rows, k, row, value);
-  return launch(permute_kernel<Bfloat>, where, blocks, kThreads, order, n, static_cast<const Bfloat*>(values), crow, rows, k, row, value);
+  return with_type(type, [&](auto t) {
+    using T = decltype(t);
+    const T* const from = static_cast<const T*>(values);
+    return launch(permute_kernel<T>, where, ceil_div(n, kThreads), kThreads, order, n, from, crow, rows, k, row, value);
+  });
 }
 
 int sum_by_feature(Where where, const uint32_t* segments, int64_t n, int64_t features, const uint32_t* row, const float* value,
                    const void* grad, Type type, int64_t stride_r, int64_t d, int64_t split, float* partials, void* out, int64_t stride_f) {
-  if (type == Type::f32) return sum<float>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
-  if (type == Type::f16) return sum<Half>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
-  return sum<Bfloat>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
+  return with_type(type, [&](auto t) {
+    return sum<decltype(t)>(where, segments, n, features, row, value, grad, stride_r, d, split, partials, out, stride_f);
+  });
 }
 
 }  // namespace fastsae::cuda

@@ -59,6 +59,17 @@ FASTSAE_DEVICE void from_float(float x, float& to) { to = x; }
 FASTSAE_DEVICE void from_float(float x, Half& to) { to.bits = float_to_half(x); }
 FASTSAE_DEVICE void from_float(float x, Bfloat& to) { to.bits = float_to_bfloat(x); }
 
+// body(T{}) with the type of floating numbers, or of indices, as they are stored.
+template <class Body>
+int with_type(Type type, const Body& body) {
+  if (type == Type::f32) return body(float{});
+  return type == Type::f16 ? body(Half{}) : body(Bfloat{});
+}
+template <class Body>
+int with_type(Index index, const Body& body) {
+  return index == Index::i32 ? body(int32_t{}) : body(int64_t{});
+}
+
 // 16 bytes, read and written at once.
 struct alignas(16) Wide {
   uint32_t words[4];

@@ -235,9 +235,9 @@ constexpr int kFinish = 256;
 
 int select_scores(Where where, const void* z, Type type, int64_t rows, int64_t n, int64_t stride, int64_t first, int64_t k, bool resume,
                   uint64_t* keys) {
-  if (type == Type::f32) return select(where, Scores<float>{static_cast<const float*>(z), stride}, rows, n, first, k, resume, keys);
-  if (type == Type::f16) return select(where, Scores<Half>{static_cast<const Half*>(z), stride}, rows, n, first, k, resume, keys);
-  return select(where, Scores<Bfloat>{static_cast<const Bfloat*>(z), stride}, rows, n, first, k, resume, keys);
+  return with_type(type, [&](auto t) {
+    return select(where, Scores<decltype(t)>{static_cast<const decltype(t)*>(z), stride}, rows, n, first, k, resume, keys);
+  });
 }
 
 int select_distances(Where where, const int32_t* distance, int64_t rows, int64_t n, int64_t stride, int64_t first, int64_t k, bool resume,
@@ -246,12 +246,10 @@ int select_distances(Where where, const int32_t* distance, int64_t rows, int64_t
 }
 
 int finish_scores(Where where, const uint64_t* keys, int64_t count, bool relu, void* values, Type type, int64_t* indices) {
-  const int64_t blocks = ceil_div(count, kFinish);
-  if (type == Type::f32)
-    return launch(finish_scores_kernel<float>, where, blocks, kFinish, keys, count, relu, static_cast<float*>(values), indices);
-  if (type == Type::f16)
-    return launch(finish_scores_kernel<Half>, where, blocks, kFinish, keys, count, relu, static_cast<Half*>(values), indices);
-  return launch(finish_scores_kernel<Bfloat>, where, blocks, kFinish, keys, count, relu, static_cast<Bfloat*>(values), indices);
+  return with_type(type, [&](auto t) {
+    using T = decltype(t);
+    return launch(finish_scores_kernel<T>, where, ceil_div(count, kFinish), kFinish, keys, count, relu, static_cast<T*>(values), indices);
+  });
 }
 
 int finish_distances(Where where, const uint64_t* keys, int64_t count, int32_t* distance, int64_t* indices) {

@@ -2,6 +2,7 @@
 //
 //   pack   a warp turns 256 neurons of a row into 8 half words of 32 bits by ballots
 //   hash   a warp takes 4 rows, so that a key is read once for them; lane j holds neurons j, j + 32, ...; XOR over lanes at the end
+#include "cpu/keys.h"
 #include "cuda/platform.h"
 
 namespace fastsae::cuda {
@@ -12,25 +13,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kHalves = 8;  // of a packed row, a warp
 constexpr int kRows = 4;    // hashed together
 constexpr int kFlight = 4;  // neurons of a lane before the first use
-
-// The key of a neuron, csrc/cpu/keys.h.
-struct Key {
-  int64_t lo, hi;
-};
-FASTSAE_DEVICE Key philox(uint32_t neuron, uint32_t layer, uint64_t seed) {
-  uint32_t c0 = neuron, c1 = layer, c2 = 0, c3 = 0, k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {static_cast<int64_t>(c0 | static_cast<uint64_t>(c1) << 32), static_cast<int64_t>(c2 | static_cast<uint64_t>(c3) << 32)};
-}
 
 FASTSAE_DEVICE bool positive(float x) { return x > 0; }
 FASTSAE_DEVICE bool positive(double x) { return x > 0; }
@@ -64,8 +46,7 @@ __global__ void mark_kernel(const I* __restrict__ indices, int64_t count, int64_
     mask[index] = 1;
 }
 
-template <class T>
-__global__ void clear_kernel(T* to, int64_t count) {
+__global__ void clear_kernel(uint8_t* to, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < count) to[i] = 0;
 }
@@ -99,7 +80,7 @@ __global__ void keys_kernel(int64_t neurons, const uint8_t* __restrict__ mask, u
   const int64_t j = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= neurons) return;
   const bool part = mask == nullptr || mask[j] != 0;
-  const Key key = philox(static_cast<uint32_t>(j), layer, seed);
+  const NeuronKey key = neuron_key(static_cast<uint32_t>(j), layer, seed);
   keys[j] = part ? key.lo : 0;
   if (wide) keys[neurons + j] = part ? key.hi : 0;
 }
@@ -138,6 +119,13 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// The same as with_type, of everything that has signs.
+template <class Body>
+int with_signs(Type type, const Body& body) {
+  if (type == Type::boolean) return body(uint8_t{});
+  return type == Type::f64 ? body(double{}) : with_type(type, body);
+}
+
 template <class T>
 int pack(Where where, const void* z, int64_t rows, int64_t stride, int64_t neurons, const uint8_t* mask, int64_t* words) {
   const int64_t chunks = ceil_div(neurons, kHalves * kWarp), halves = ceil_div(neurons, 64) * 2;
@@ -155,27 +143,15 @@ int hash(Where where, Source source, int64_t rows, int64_t neurons, const int64_
 }  // namespace
 
 int mark(Where where, const void* indices, Index index, int64_t count, int64_t size, uint8_t* mask, int32_t* flag) {
-  if (const int error = launch(clear_kernel<uint8_t>, where, ceil_div(size, kThreads), kThreads, mask, size); error != 0) return error;
-  const int64_t blocks = ceil_div(count, kThreads);
-  if (index == Index::i32)
-    return launch(mark_kernel<int32_t>, where, blocks, kThreads, static_cast<const int32_t*>(indices), count, size, mask, flag);
-  return launch(mark_kernel<int64_t>, where, blocks, kThreads, static_cast<const int64_t*>(indices), count, size, mask, flag);
+  if (const int error = launch(clear_kernel, where, ceil_div(size, kThreads), kThreads, mask, size); error != 0) return error;
+  return with_type(index, [&](auto i) {
+    using I = decltype(i);
+    return launch(mark_kernel<I>, where, ceil_div(count, kThreads), kThreads, static_cast<const I*>(indices), count, size, mask, flag);
+  });
 }
 
 int pack_signs(Where where, const void* z, Type type, int64_t rows, int64_t stride, int64_t neurons, const uint8_t* mask, int64_t* words) {
-  switch (type) {
-    case Type::f32:
-      return pack<float>(where, z, rows, stride, neurons, mask, words);
-    case Type::bf16:
-      return pack<Bfloat>(where, z, rows, stride, neurons, mask, words);
-    case Type::f16:
-      return pack<Half>(where, z, rows, stride, neurons, mask, words);
-    case Type::boolean:
-      return pack<uint8_t>(where, z, rows, stride, neurons, mask, words);
-    case Type::f64:
-      break;
-  }
-  return pack<double>(where, z, rows, stride, neurons, mask, words);
+  return with_signs(type, [&](auto t) { return pack<decltype(t)>(where, z, rows, stride, neurons, mask, words); });
 }
 
 int neuron_keys(Where where, int64_t neurons, const uint8_t* mask, uint32_t layer, uint64_t seed, int bits, int64_t* keys) {
@@ -184,19 +160,10 @@ int neuron_keys(Where where, int64_t neurons, const uint8_t* mask, uint32_t laye
 
 int hash_signs(Where where, const void* z, Type type, int64_t rows, int64_t stride, int64_t neurons, const int64_t* keys, int bits,
                int64_t* hashes) {
-  switch (type) {
-    case Type::f32:
-      return hash(where, Signs<float>{static_cast<const float*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::bf16:
-      return hash(where, Signs<Bfloat>{static_cast<const Bfloat*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::f16:
-      return hash(where, Signs<Half>{static_cast<const Half*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::boolean:
-      return hash(where, Signs<uint8_t>{static_cast<const uint8_t*>(z), stride}, rows, neurons, keys, bits, hashes);
-    case Type::f64:
-      break;
-  }
-  return hash(where, Signs<double>{static_cast<const double*>(z), stride}, rows, neurons, keys, bits, hashes);
+  return with_signs(type, [&](auto t) {
+    using T = decltype(t);
+    return hash(where, Signs<T>{static_cast<const T*>(z), stride}, rows, neurons, keys, bits, hashes);
+  });
 }
 
 int hash_code(Where where, const int64_t* words, int64_t rows, int64_t stride, int64_t n_words, const int64_t* keys, int bits,

@@ -1,5 +1,5 @@
-// The kernels under AddressSanitizer and UBSan: every level of this CPU, type, layout and awkward size, on exact-size heap blocks, compared
-// with a double-precision loop. Prints one line a level; exits with 1 on a mismatch.
+// The kernels under AddressSanitizer and UBSan: every level of this CPU, type, layout and awkward size, on exact-size heap blocks. Values
+// are the business of tests/; here different ways to the same bits are compared. Prints one line a level; exits with 1 on a mismatch.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -14,9 +14,19 @@ using namespace fastsae;
 namespace {
 
 uint32_t state = 1;
-uint32_t state_draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
-uint32_t draw() { return state_draw(); }
+uint32_t draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
 float draw_float() { return static_cast<float>(static_cast<int>(draw() % 17) - 8) / 8.0f; }  // exact in all three types
+
+// Of exact size, so that an access beyond it is seen.
+template <class T>
+std::unique_ptr<T[]> block(int64_t n) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(n)]);
+}
+std::unique_ptr<float[]> draw_floats(int64_t n, float least = -9) {
+  auto a = block<float>(n);
+  for (int64_t i = 0; i < n; ++i) a[static_cast<size_t>(i)] = std::fmax(draw_float(), least);
+  return a;
+}
 
 int failures = 0;
 void expect(bool ok, const char* what, Dtype t, int64_t d, bool transposed) {
@@ -42,39 +52,13 @@ struct Buffer {
       half = x == 0 ? 0 : static_cast<uint16_t>(((bits >> 16) & 0x8000) | ((((bits >> 23) & 0xff) - 112) << 10) | ((bits >> 13) & 0x3ff));
     std::memcpy(bytes.get() + 2 * i, &half, 2);
   }
-  double get(int64_t i) const {
-    if (t == Dtype::f32) {
-      float x;
-      std::memcpy(&x, bytes.get() + 4 * i, 4);
-      return x;
-    }
-    uint16_t half;
-    std::memcpy(&half, bytes.get() + 2 * i, 2);
-    if (t == Dtype::bf16) {
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      float x;
-      std::memcpy(&x, &bits, 4);
-      return x;
-    }
-    const int exponent = (half >> 10) & 31, mantissa = half & 1023;
-    const double size = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
-    return (half & 0x8000) != 0 ? -size : size;
-  }
 };
-
-bool close(double got, double want, Dtype t) {
-  const double eps = t == Dtype::f32 ? 1e-6 : t == Dtype::bf16 ? 1.0 / 128 : 1.0 / 1024;
-  return std::fabs(got - want) <= eps * (1 + std::fabs(want));
-}
 
 void run(Dtype t, int64_t rows, int64_t k, int64_t features, int64_t d, bool transposed, bool ragged, int threads) {
   const int64_t n = rows * k;
-  std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(n)]), crow(new int64_t[static_cast<size_t>(rows + 1)]);
+  const auto indices = block<int64_t>(n), crow = block<int64_t>(rows + 1);
   for (int64_t i = 0; i < n; ++i) indices[i] = draw() % features;
   for (int64_t r = 0; r <= rows; ++r) crow[r] = r == 0 ? 0 : r == rows ? n : crow[r - 1] + (n - crow[r - 1]) * (draw() % 3) / 4;
-  std::vector<int64_t> row(static_cast<size_t>(n));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t s = ragged ? crow[r] : r * k; s < (ragged ? crow[r + 1] : (r + 1) * k); ++s) row[static_cast<size_t>(s)] = r;
   Buffer values(t, n), w(t, features * d), grad(t, rows * d), y(t, rows * d), dvalues(t, n), out(t, features * d);
   const int64_t sf = transposed ? 1 : d, sd = transposed ? features : 1;
   for (int64_t i = 0; i < n; ++i) values.set(i, draw_float());
@@ -87,20 +71,6 @@ void run(Dtype t, int64_t rows, int64_t k, int64_t features, int64_t d, bool tra
   expect(decode_dvalues(slots, t, grad.bytes.get(), matrix, dvalues.bytes.get(), threads) == kOk, "status", t, d, transposed);
   expect(decode_dweight(slots, t, values.bytes.get(), grad.bytes.get(), {out.bytes.get(), sf, sd, d}, true, threads) == kOk, "status", t, d,
          transposed);
-
-  std::vector<double> want_y(static_cast<size_t>(rows * d)), want_out(static_cast<size_t>(features * d));
-  for (int64_t s = 0; s < n; ++s) {
-    const int64_t r = row[static_cast<size_t>(s)], f = indices[s];
-    double dot = 0;
-    for (int64_t e = 0; e < d; ++e) {
-      want_y[static_cast<size_t>(r * d + e)] += values.get(s) * w.get(f * sf + e * sd);
-      want_out[static_cast<size_t>(f * sf + e * sd)] += values.get(s) * grad.get(r * d + e);
-      dot += grad.get(r * d + e) * w.get(f * sf + e * sd);
-    }
-    expect(close(dvalues.get(s), dot, t), "dvalues", t, d, transposed);
-  }
-  for (int64_t i = 0; i < rows * d; ++i) expect(close(y.get(i), want_y[static_cast<size_t>(i)], t), "decode", t, d, transposed);
-  for (int64_t i = 0; i < features * d; ++i) expect(close(out.get(i), want_out[static_cast<size_t>(i)], t), "dweight", t, d, transposed);
 
   if (n == 0) return;
   indices[n - 1] = features;
@@ -116,11 +86,11 @@ struct Outcome {
     if (n > 0) bytes.insert(bytes.end(), from, from + n * static_cast<int64_t>(sizeof(T)));
   }
   void add(Entries* entries, int64_t rows, int64_t status) {
-    const int64_t n = entries_count(*entries);
-    std::unique_ptr<float[]> values(new float[static_cast<size_t>(n)]);
-    std::unique_ptr<int64_t[]> col(new int64_t[static_cast<size_t>(n)]), crow(new int64_t[static_cast<size_t>(rows + 1)]);
-    std::unique_ptr<uint8_t[]> flags(new uint8_t[static_cast<size_t>(n)]);
-    copy_entries(*entries, values.get(), col.get(), crow.get(), flags.get(), 2);
+    const int64_t n = entries_count(entries);
+    const auto values = block<float>(n);
+    const auto col = block<int64_t>(n), crow = block<int64_t>(rows + 1);
+    const auto flags = block<uint8_t>(n);
+    copy_entries(entries, values.get(), col.get(), crow.get(), flags.get(), 2);
     free_entries(entries);
     add(&status, 1), add(values.get(), n), add(col.get(), n), add(crow.get(), rows + 1), add(flags.get(), n);
   }
@@ -128,21 +98,16 @@ struct Outcome {
 
 // Arrays of exact size, so that a read beyond them is seen; all ways must give the same bits. `twist` varies what is in them.
 void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, bool transposed, int twist) {
-  const auto draw = [](int64_t n) {
-    std::unique_ptr<float[]> a(new float[static_cast<size_t>(n)]);
-    for (int64_t i = 0; i < n; ++i) a[static_cast<size_t>(i)] = draw_float();
-    return a;
-  };
-  const auto bias = draw(features), b_pre = draw(d), scale = draw(features), theta = draw(features), stretch = draw(features);
-  for (int64_t f = 0; f < features; ++f) stretch[f] = std::fabs(stretch[f]);
+  const auto bias = draw_floats(features), b_pre = draw_floats(d), scale = draw_floats(features), theta = draw_floats(features);
+  const auto stretch = draw_floats(features, 0);
   Buffer x(t, rows * d), w(t, features * d);
   for (int64_t i = 0; i < rows * d; ++i) x.set(i, twist % 7 == 3 && i < d ? 0.0f : twist % 5 == 3 && i == 0 ? NAN : draw_float());
   for (int64_t i = 0; i < features * d; ++i) w.set(i, twist % 6 == 1 && i == features * d - 1 ? INFINITY : draw_float());
-  std::unique_ptr<int32_t[]> list(new int32_t[static_cast<size_t>(features)]);
+  const auto list = block<int32_t>(features);
   int64_t chosen = 0;
   for (int64_t f = 0; f < features; ++f)
-    if (f == 0 || state_draw() % 3 != 0) list[static_cast<size_t>(chosen++)] = static_cast<int32_t>(f);
-  std::unique_ptr<int32_t[]> exact_list(new int32_t[static_cast<size_t>(chosen)]);
+    if (f == 0 || draw() % 3 != 0) list[static_cast<size_t>(chosen++)] = static_cast<int32_t>(f);
+  const auto exact_list = block<int32_t>(chosen);
   std::memcpy(exact_list.get(), list.get(), static_cast<size_t>(chosen) * sizeof(int32_t));
 
   const Activations rows_of{x.bytes.get(), t, rows, d, 1, twist % 3 != 0 ? b_pre.get() : nullptr, 0};
@@ -166,31 +131,39 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
       constexpr EncodePath kWays[] = {EncodePath::dense, EncodePath::screen, EncodePath::rows, EncodePath::blocks};
       const EncodePath path = kWays[(way + 1) / 2];
       const int64_t kept = k < in.features ? k : in.features;
-      std::unique_ptr<float[]> values(new float[static_cast<size_t>(rows * kept)]);
-      std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(rows * kept)]);
+      const auto values = block<float>(rows * kept);
+      const auto indices = block<int64_t>(rows * kept);
       Outcome now;
       int64_t status = kOk;
       for (const bool absolute : {false, true}) {
         status = encode_topk(rows_of, in, maybe_scale, maybe_bias, kept, !absolute && twist % 2 != 0, absolute, values.get(), indices.get(),
-                             path, 2, nullptr, nullptr);
+                             nullptr, path, nullptr, 2);
         now.add(&status, 1), now.add(values.get(), rows * kept), now.add(indices.get(), rows * kept);
       }
-      for (const float band : {-1.0f, 0.5f})
-        now.add(encode_threshold(rows_of, in, maybe_scale, maybe_bias, theta.get(), band, path, 2, nullptr, &status), rows, status);
-      now.add(encode_gated(rows_of, in, theta.get(), stretch.get(), bias.get(), path, 2, nullptr, &status), rows, status);
+      Entries* held;
+      for (const float band : {-1.0f, 0.5f}) {
+        held = new_entries();
+        status = encode_threshold(rows_of, in, maybe_scale, maybe_bias, theta.get(), band, held, path, nullptr, 2);
+        now.add(held, rows, status);
+      }
+      held = new_entries();
+      status = encode_gated(rows_of, in, theta.get(), stretch.get(), bias.get(), held, path, nullptr, 2);
+      now.add(held, rows, status);
+      held = new_entries();
       float least = 0;
-      now.add(encode_batch_topk(rows_of, in, maybe_scale, maybe_bias, rows * k / 2, path, 2, nullptr, &least, &status), rows, status);
+      status = encode_batch_topk(rows_of, in, maybe_scale, maybe_bias, rows * k / 2, &least, held, path, nullptr, 2);
+      now.add(held, rows, status);
       now.add(&least, 1);
       if (subset == 0) {
         const int64_t words = (features + 63) / 64;
-        std::unique_ptr<int64_t[]> code(new int64_t[static_cast<size_t>(rows * words)]);
-        status = spline_code(rows_of, in, maybe_bias, code.get(), path, 2, nullptr);
+        const auto code = block<int64_t>(rows * words);
+        status = spline_code(rows_of, in, maybe_bias, code.get(), path, nullptr, 2);
         now.add(&status, 1), now.add(code.get(), rows * words);
         Activations a = rows_of;
         a.subtract = nullptr;
         a.eps = in.eps = 1e-8f;
         const bool self = twist % 2 != 0 && kept < features;
-        status = match_cosine(a, in, kept, twist % 3 == 0, self, values.get(), indices.get(), path, 2, nullptr);
+        status = match_cosine(a, in, kept, twist % 3 == 0, self, values.get(), indices.get(), path, nullptr, 2);
         now.add(&status, 1), now.add(values.get(), rows * kept), now.add(indices.get(), rows * kept);
       }
       if (way == 0) first = now;
@@ -205,17 +178,17 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
   a.eps = in.eps = 1e-8f;
   Outcome both, each;
   const size_t forward = static_cast<size_t>(rows * k), backward = static_cast<size_t>(features * k);
-  std::unique_ptr<float[]> ab(new float[forward]), ba(new float[backward]), low(new float[static_cast<size_t>(rows)]);
-  std::unique_ptr<int64_t[]> ab_at(new int64_t[forward]), ba_at(new int64_t[backward]), low_at(new int64_t[static_cast<size_t>(rows)]);
+  const auto ab = block<float>(forward), ba = block<float>(backward), low = block<float>(rows);
+  const auto ab_at = block<int64_t>(forward), ba_at = block<int64_t>(backward), low_at = block<int64_t>(rows);
   const auto note = [&](Outcome& outcome) {
     outcome.add(ab.get(), rows * k), outcome.add(ab_at.get(), rows * k);
     outcome.add(ba.get(), features * k), outcome.add(ba_at.get(), features * k);
   };
-  expect(match_pair(a, in, k, k, ab.get(), ab_at.get(), ba.get(), ba_at.get(), low.get(), low_at.get(), 2, nullptr) == kOk, "match_pair", t,
+  expect(match_pair(a, in, k, k, ab.get(), ab_at.get(), ba.get(), ba_at.get(), low.get(), low_at.get(), nullptr, 2) == kOk, "match_pair", t,
          d, transposed);
   note(both);
-  expect(match_cosine(a, in, k, false, false, ab.get(), ab_at.get(), EncodePath::dense, 2, nullptr) == kOk, "match", t, d, transposed);
-  expect(match_cosine(b, back, k, false, false, ba.get(), ba_at.get(), EncodePath::dense, 2, nullptr) == kOk, "match", t, d, transposed);
+  expect(match_cosine(a, in, k, false, false, ab.get(), ab_at.get(), EncodePath::dense, nullptr, 2) == kOk, "match", t, d, transposed);
+  expect(match_cosine(b, back, k, false, false, ba.get(), ba_at.get(), EncodePath::dense, nullptr, 2) == kOk, "match", t, d, transposed);
   note(each);
   expect(both.bytes == each.bytes, "match_pair", t, d, transposed);
 }
@@ -223,7 +196,7 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
 // Codes, on exact-size blocks with a gap between rows; `twist` varies strides, subsets and which pre-activations are special.
 void run_codes(int64_t n, int64_t m, int64_t words, int twist) {
   const auto draw64 = [](int64_t count) {
-    std::unique_ptr<int64_t[]> a(new int64_t[static_cast<size_t>(count)]);
+    const auto a = block<int64_t>(count);
     for (int64_t i = 0; i < count; ++i)
       a[i] = static_cast<int64_t>(static_cast<uint64_t>(draw()) << 42 ^ static_cast<uint64_t>(draw()) << 20 ^ draw());
     return a;
@@ -233,94 +206,64 @@ void run_codes(int64_t n, int64_t m, int64_t words, int twist) {
   const auto a = draw64(rows_of(n)), b = draw64(rows_of(m));
   const Codes left{a.get(), n, words + gap, words}, right{b.get(), m, words + gap, words};
   const int64_t k = 1 + draw() % m;
-  std::vector<int32_t> want(static_cast<size_t>(n * m));
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t w = 0; w < words; ++w)
-        want[static_cast<size_t>(i * m + j)] +=
-            __builtin_popcountll(static_cast<uint64_t>(a[i * (words + gap) + w] ^ b[j * (words + gap) + w]));
   const bool transposed = twist % 2 != 0;
   for (const bool vpopcnt : {true, false}) {
-    std::unique_ptr<int32_t[]> out(new int32_t[static_cast<size_t>(n * m)]), distance(new int32_t[static_cast<size_t>(n * k)]);
-    std::unique_ptr<int64_t[]> index(new int64_t[static_cast<size_t>(n * k)]);
+    const auto out = block<int32_t>(n * m), distance = block<int32_t>(n * k);
+    const auto index = block<int64_t>(n * k);
     expect(hamming(left, right, out.get(), transposed ? 1 : m, transposed ? n : 1, vpopcnt, 2) == kOk, "hamming", Dtype::f32, m,
            transposed);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j)
-        expect(out[transposed ? j * n + i : i * m + j] == want[static_cast<size_t>(i * m + j)], "hamming", Dtype::f32, m, transposed);
     expect(hamming_topk(left, right, k, distance.get(), index.get(), vpopcnt, 2) == kOk, "hamming_topk", Dtype::f32, m, false);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t s = 0; s < k; ++s) {
-        const int64_t j = index[i * k + s];
-        const bool inside = j >= 0 && j < m && distance[i * k + s] == want[static_cast<size_t>(i * m + j)];
-        const bool after = s == 0 || distance[i * k + s - 1] < distance[i * k + s] ||
-                           (distance[i * k + s - 1] == distance[i * k + s] && index[i * k + s - 1] < j);
-        expect(inside && after, "hamming_topk", Dtype::f32, m, false);
-      }
   }
 
-  // Signs: n rows of m neurons, each type; the hash from pre-activations, and from the packed bits.
-  std::unique_ptr<uint8_t[]> some(new uint8_t[static_cast<size_t>(m)]);
+  // Signs: n rows of m neurons, each type.
+  const auto some = block<uint8_t>(m);
   for (int64_t i = 0; i < m; ++i) some[i] = draw() % 3 != 0;
   const uint8_t* const taking_part = twist % 2 != 0 ? some.get() : nullptr;
   const HashKey key{static_cast<uint32_t>(twist), 99, twist % 3 == 0 ? 64 : 128};
   const int64_t packed = (m + 63) / 64, hash_words = key.bits / 64, stride = m + gap;
   for (const Signs t : {Signs::f32, Signs::bf16, Signs::f16, Signs::boolean}) {
     Buffer z(t == Signs::boolean ? Dtype::f32 : static_cast<Dtype>(t), (n - 1) * stride + m);
-    std::unique_ptr<uint8_t[]> flags(new uint8_t[static_cast<size_t>((n - 1) * stride + m)]);
+    const auto flags = block<uint8_t>((n - 1) * stride + m);
     for (int64_t i = 0; i < (n - 1) * stride + m; ++i) {
       const float x = draw_float();
       z.set(i, i % 7 == 0 ? -0.0f : x);
       flags[i] = static_cast<uint8_t>(i % 7 != 0 && x > 0);
     }
     const void* const data = t == Signs::boolean ? static_cast<const void*>(flags.get()) : z.bytes.get();
-    std::unique_ptr<int64_t[]> codes(new int64_t[static_cast<size_t>(n * packed)]);
-    std::unique_ptr<int64_t[]> hashes(new int64_t[static_cast<size_t>(n * hash_words)]),
-        again(new int64_t[static_cast<size_t>(n * hash_words)]);
+    const auto codes = block<int64_t>(n * packed);
+    const auto hashes = block<int64_t>(n * hash_words), again = block<int64_t>(n * hash_words);
     expect(pack_signs(data, t, n, stride, m, taking_part, codes.get(), 2) == kOk, "pack_signs", Dtype::f32, m, false);
     expect(hash_signs(data, t, n, stride, m, taking_part, key, hashes.get(), 2) == kOk, "hash_signs", Dtype::f32, m, false);
     expect(hash_code(codes.get(), n, packed, packed, nullptr, key, again.get(), 2) == kOk, "hash_code", Dtype::f32, m, false);
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t j = 0; j < packed * 64; ++j) {
-        const bool on = j < m && flags[r * stride + j] != 0 && (taking_part == nullptr || taking_part[j] != 0);
-        expect(((static_cast<uint64_t>(codes[r * packed + j / 64]) >> (j % 64)) & 1) == on, "pack_signs", Dtype::f32, m, false);
-      }
-    expect(std::memcmp(hashes.get(), again.get(), static_cast<size_t>(n * hash_words) * 8) == 0, "hash_signs", Dtype::f32, m, false);
   }
 }
 
-// One step, by slots and from the matrix that decode_dweight writes, on rows and transposed: the same bits, and close to a double-precision
-// loop.
+// One step, by slots and from the matrix that decode_dweight writes, on rows and transposed: the same bits.
 void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged, bool unit, int threads) {
   const auto copy = [](const std::unique_ptr<float[]>& from, int64_t n) {
-    std::unique_ptr<float[]> to(new float[static_cast<size_t>(n)]);
+    auto to = block<float>(n);
     if (n > 0) std::memcpy(to.get(), from.get(), static_cast<size_t>(n) * sizeof(float));
     return to;
   };
-  const auto draw_floats = [](int64_t n, float least) {
-    std::unique_ptr<float[]> a(new float[static_cast<size_t>(n)]);
-    for (int64_t i = 0; i < n; ++i) a[static_cast<size_t>(i)] = std::fmax(draw_float(), least);
-    return a;
-  };
   const int64_t n = rows * k, size = features * d;
-  std::unique_ptr<int64_t[]> indices(new int64_t[static_cast<size_t>(n)]), crow(new int64_t[static_cast<size_t>(rows + 1)]);
+  const auto indices = block<int64_t>(n), crow = block<int64_t>(rows + 1);
   for (int64_t i = 0; i < n; ++i) indices[i] = i % 3 == 0 ? 0 : draw() % features;
   for (int64_t r = 0; r <= rows; ++r) crow[r] = r == 0 ? 0 : r == rows ? n : crow[r - 1] + (n - crow[r - 1]) / 3;
-  const auto values = draw_floats(n, -9), grad = draw_floats(rows * d, -9), w = draw_floats(size, -9), m = draw_floats(size, -9),
-             v = draw_floats(size, 0.25f);
+  const auto values = draw_floats(n), grad = draw_floats(rows * d), w = draw_floats(size), m = draw_floats(size);
+  const auto v = draw_floats(size, 0.25f);
   const Slots slots{indices.get(), ragged ? crow.get() : nullptr, rows, k, n, features, Index::i64};
   const AdamOptions options{1e-2, 0.9, 0.99, 1e-8, 0.1, 3, unit, unit};
   const float factor = 0.5f;
 
-  std::unique_ptr<float[]> matrix(new float[static_cast<size_t>(size)]);
+  const auto matrix = block<float>(size);
   expect(decode_dweight(slots, Dtype::f32, values.get(), grad.get(), {matrix.get(), d, 1, d}, true, threads) == kOk, "status", Dtype::f32,
          d, false);
   const auto transposed = [&](const std::unique_ptr<float[]>& from, int64_t columns) {
-    std::unique_ptr<float[]> to(new float[static_cast<size_t>(size)]);
+    auto to = block<float>(size);
     for (int64_t i = 0; i < size; ++i) to[static_cast<size_t>(i % columns * (size / columns) + i / columns)] = from[static_cast<size_t>(i)];
     return to;
   };
-  const Gradient by_slots{&slots, values.get(), grad.get(), d, 1};
+  const Gradient by_slots{true, slots, values.get(), grad.get(), d, 1};
   std::unique_ptr<float[]> after[4][3];
   float totals[4];
   for (int way = 0; way < 4; ++way) {
@@ -331,7 +274,7 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
     const auto dense = given(matrix);
     const int64_t stride_f = on_columns ? 1 : d, stride_d = on_columns ? features : 1;
     const AdamMatrices matrices{a.get(), b.get(), c.get(), features, d, stride_f, stride_d};
-    const Gradient gradient = way % 2 == 0 ? Gradient{nullptr, nullptr, dense.get(), stride_f, stride_d} : by_slots;
+    const Gradient gradient = way % 2 == 0 ? Gradient{false, {}, nullptr, dense.get(), stride_f, stride_d} : by_slots;
     expect(grad_squares(gradient, matrices, unit, &totals[way], threads) == kOk, "norm", Dtype::f32, d, unit);
     expect(adam(gradient, &factor, matrices, options, threads) == kOk, "adam status", Dtype::f32, d, unit);
     if (on_columns) a = transposed(a, features), b = transposed(b, features), c = transposed(c, features);
@@ -344,27 +287,6 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
     // A feature without slots is not projected, where the matrix's row of zeros is: to the same zeros.
     expect(totals[way] == total, "norm bits", Dtype::f32, d, unit);
   }
-  double squares = 0;
-  for (int64_t f = 0; f < features; ++f) {
-    double along = 0, norm = 0;
-    std::vector<double> moved(static_cast<size_t>(d));
-    for (int64_t e = f * d; unit && e < (f + 1) * d; ++e) along += static_cast<double>(matrix[e]) * w[e];
-    for (int64_t e = f * d; e < (f + 1) * d; ++e) {
-      const double free = matrix[e] - along * w[e], g = factor * free;
-      squares += free * free;
-      const double me = 0.9 * m[e] + 0.1 * g, ve = 0.99 * v[e] + 0.01 * g * g;
-      const double we = w[e] * (1 - 1e-3) - 1e-2 / (1 - std::pow(0.9, 3)) * me / (std::sqrt(ve / (1 - std::pow(0.99, 3))) + 1e-8);
-      moved[static_cast<size_t>(e - f * d)] = we;
-      norm += we * we;
-      expect(std::fabs(after[1][1][e] - me) <= 1e-4 * (1 + std::fabs(me)), "adam m", Dtype::f32, d, unit);
-    }
-    for (int64_t e = 0; e < d; ++e) {
-      const double want = moved[static_cast<size_t>(e)] / (unit && norm > 0 ? std::sqrt(norm) : 1);
-      expect(std::fabs(after[1][0][f * d + e] - want) <= 1e-4 * (1 + std::fabs(want)), "adam w", Dtype::f32, d, unit);
-    }
-  }
-  expect(std::fabs(total - squares) <= 1e-3 * (1 + squares), "grad_squares", Dtype::f32, d, unit);
-
   const SignumOptions sign_options{1e-2, 0.9, 0.25, unit, unit};
   std::unique_ptr<float[]> followed[4][2];
   for (int way = 0; way < 4; ++way) {
@@ -374,7 +296,7 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
     y = given(w), z = given(m);
     const auto dense = given(matrix);
     const int64_t stride_f = on_columns ? 1 : d, stride_d = on_columns ? features : 1;
-    const Gradient gradient = way % 2 == 0 ? Gradient{nullptr, nullptr, dense.get(), stride_f, stride_d} : by_slots;
+    const Gradient gradient = way % 2 == 0 ? Gradient{false, {}, nullptr, dense.get(), stride_f, stride_d} : by_slots;
     expect(signum(gradient, {y.get(), z.get(), nullptr, features, d, stride_f, stride_d}, sign_options, threads) == kOk, "signum status",
            Dtype::f32, d, unit);
     if (on_columns) y = transposed(y, features), z = transposed(z, features);
@@ -383,13 +305,6 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
                  std::memcmp(followed[way][i].get(), followed[way > 0 ? 1 : 0][i].get(), static_cast<size_t>(size) * sizeof(float)) == 0,
              "signum bits", Dtype::f32, d, unit);
   }
-  for (int64_t e = 0; e < size; ++e) {
-    const double moved = std::fabs(followed[1][1][e] - m[e]);
-    expect(moved < 1e-6 || std::fabs(moved - 1e-2) < 1e-6, "signum z", Dtype::f32, d, unit);
-    const double x = w[e] + (1 - 1 / 0.9) * (m[e] - w[e]), average = x + 0.25 * (followed[1][1][e] - x);
-    expect(unit || std::fabs(followed[1][0][e] - (0.9 * average + 0.1 * followed[1][1][e])) <= 1e-5, "signum y", Dtype::f32, d, unit);
-  }
-
   if (n == 0 || size == 0) return;
   indices[n - 1] = -1;
   const auto kept = copy(after[1][0], size);

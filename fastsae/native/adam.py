@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.native.decode import slot_arguments
-from fastsae.native.loader import INDEX_DTYPES, address, call_on_slots, expect, unavailable
+from fastsae.native.loader import INDEX_DTYPES, address, call, expect, unavailable
 
 
 def refuses_gradient(grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, **matrices: Tensor) -> str | None:
@@ -58,9 +58,9 @@ def same_layout(first: str, W: Tensor, **others: Tensor) -> tuple[int, int]:
 
 
 class GradientArguments(NamedTuple):
-    """Where a gradient lies, the tensors that hold it, and what ``call`` says of bad slots (None: the gradient is a matrix)."""
+    """A gradient as csrc/fastsae.h has it, the tensors that hold it, and the slots of ``call`` (None: the gradient is a matrix)."""
 
-    where: tuple[int | bool, ...]
+    where: tuple[bool | int | tuple[int, ...], ...]
     held: tuple[object, ...]
     slots: tuple[Tensor, Tensor | None, int] | None
 
@@ -73,12 +73,12 @@ def gradient_arguments(W: Tensor, grad: Tensor, values: Tensor | None, indices: 
         layout, to = layout_of(grad), layout_of(W)
         if layout is None or (layout[1] != 1 and (to is None or to[1] == 1)):
             grad, layout = grad.contiguous(), (W.shape[1], 1)
-        return GradientArguments((False, 0, 0, 0, 0, 0, 0, 0, grad.data_ptr(), *layout), (grad,), None)
-    slots, rows, held = slot_arguments(indices, crow)
+        return GradientArguments((False, (0,) * 7, 0, grad.data_ptr(), *layout), (grad,), None)
+    slots, rows, held = slot_arguments(indices, crow, W.shape[0])
     if values.shape != indices.shape or grad.shape != (rows, W.shape[1]):
         raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for W {list(W.shape)}")
     grad, values = grad.contiguous(), values.contiguous()
-    where = (True, *slots, values.data_ptr(), grad.data_ptr(), W.shape[1], 1)
+    where = (True, slots, values.data_ptr(), grad.data_ptr(), W.shape[1], 1)
     return GradientArguments(where, (grad, values, held), (indices, crow, W.shape[0]))
 
 
@@ -116,10 +116,9 @@ def adam(
     expect(torch.float32, W, m, v, factor)
     layout = same_layout("W", W, m=m, v=v)
     gradient = gradient_arguments(W, grad, values, indices, crow)
-    call_on_slots(
-        "adam", gradient.slots, *gradient.where, address(factor), W.data_ptr(), m.data_ptr(), v.data_ptr(), *W.shape, *layout,
-        lr, beta1, beta2, eps, weight_decay, step, project, normalise,
-    )  # fmt: skip
+    matrices = W.data_ptr(), m.data_ptr(), v.data_ptr(), *W.shape, *layout
+    options = lr, beta1, beta2, eps, weight_decay, step, project, normalise
+    call("adam", gradient.where, address(factor), matrices, options, slots=gradient.slots)
 
 
 def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool) -> Tensor:
@@ -128,6 +127,6 @@ def grad_squares(W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor
     layout = same_layout("W", W)
     gradient = gradient_arguments(W, grad, values, indices, crow)
     total = torch.empty((), dtype=torch.float32, device="cpu")
-    where = (*gradient.where, W.data_ptr(), *W.shape, *layout)
-    call_on_slots("grad_squares", gradient.slots, *where, project, total.data_ptr())
+    matrices = W.data_ptr(), 0, 0, *W.shape, *layout
+    call("grad_squares", gradient.where, matrices, project, total.data_ptr(), slots=gradient.slots)
     return total

@@ -95,13 +95,12 @@ def _find_reason(device: torch.device) -> str | None:
     return None
 
 
-def _refuses(*tensors: Tensor) -> str | None:
-    device = tensors[0].device
-    if (reason := unavailable(device)) is not None:
+def _refuses(first: Tensor, *tensors: Tensor | None) -> str | None:
+    if (reason := unavailable(first.device)) is not None:
         return reason
     for t in tensors:
-        if t.device != device:
-            return f"tensors on {device} and {t.device}"
+        if t is not None and t.device != first.device:
+            return f"tensors on {first.device} and {t.device}"
     return None
 
 
@@ -120,9 +119,13 @@ def _where(device: torch.device) -> tuple[int, int]:
     return (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)
 
 
-def _run(status: int, what: str) -> None:
+def _launch(name: str, where: tuple[int, int], *arguments: object) -> None:
+    _check(getattr(_module, name)(where, *arguments), name)
+
+
+def _check(status: int, name: str) -> None:
     if status != 0:
-        raise RuntimeError(f"fastsae: {what} could not be launched: {_module.error(status)} (CUDA error {status})")
+        raise RuntimeError(f"fastsae: {name} could not be launched: {_module.error(status)} (CUDA error {status})")
 
 
 def _flag(device: torch.device) -> Tensor:
@@ -158,8 +161,8 @@ def select_topk(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
     keys = torch.empty((rows, k), dtype=torch.int64, device=device)
     with _on(device):
         where, dtype = _where(device), DTYPES[z.dtype]
-        _run(_module.select_scores(*where, z.data_ptr(), dtype, rows, n, z.stride(0), 0, k, False, keys.data_ptr()), "select_topk")
-        _run(_module.finish_scores(*where, keys.data_ptr(), rows * k, relu, values.data_ptr(), dtype, indices.data_ptr()), "select_topk")
+        _launch("select_scores", where, z.data_ptr(), dtype, rows, n, z.stride(0), 0, k, False, keys.data_ptr())
+        _launch("finish_scores", where, keys.data_ptr(), rows * k, relu, values.data_ptr(), dtype, indices.data_ptr())
     return values, indices
 
 
@@ -175,11 +178,10 @@ def hamming(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[i, j] (int32, any strides) = the number of bits that differ between a[i] and b[j], [N, words] and [M, words] int64."""
     a, b = code_rows(a)[0], code_rows(b)[0]
     with _on(a.device):
-        status = _module.hamming(
-            *_where(a.device), a.data_ptr(), a.shape[0], a.stride(0), b.data_ptr(), b.shape[0], b.stride(0), a.shape[1],
+        _launch(
+            "hamming", _where(a.device), a.data_ptr(), a.shape[0], a.stride(0), b.data_ptr(), b.shape[0], b.stride(0), a.shape[1],
             out.data_ptr(), *out.stride(),
         )  # fmt: skip
-    _run(status, "hamming")
 
 
 def refuses_hamming_topk(a: Tensor, b: Tensor, k: int) -> str | None:
@@ -214,40 +216,35 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, workspace: int = WORKSPACE_BYT
             for first in range(0, m, width):
                 columns = min(width, m - first)
                 right = b[first : first + columns]
-                status = _module.hamming(
-                    *where, left.data_ptr(), rows, a.stride(0), right.data_ptr(), columns, b.stride(0), words, tile.data_ptr(), width, 1
-                )
-                _run(status, "hamming_topk")
-                status = _module.select_distances(*where, tile.data_ptr(), rows, columns, width, first, k, first > 0, best.data_ptr())
-                _run(status, "hamming_topk")
-        _run(_module.finish_distances(*where, keys.data_ptr(), n * k, distance.data_ptr(), index.data_ptr()), "hamming_topk")
+                sides = left.data_ptr(), rows, a.stride(0), right.data_ptr(), columns, b.stride(0), words
+                _launch("hamming", where, *sides, tile.data_ptr(), width, 1)
+                _launch("select_distances", where, tile.data_ptr(), rows, columns, width, first, k, first > 0, best.data_ptr())
+        _launch("finish_distances", where, keys.data_ptr(), n * k, distance.data_ptr(), index.data_ptr())
     return distance, index
 
 
 # ---- signs ----
 
 
-def refuses_pack_signs(z: Tensor, neurons: Tensor | None) -> str | None:
-    """Why `pack_signs` cannot serve these inputs, or None."""
+def refuses_pack_signs(z: Tensor, neurons: Tensor | None, *key: int) -> str | None:
+    """Why `pack_signs` and `hash_signs` cannot serve these inputs, or None."""
     if (reason := _dtype(z, "z", _SIGNS)) is not None:
         return reason
     if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
         return f"z with strides {z.stride()} (supported: stride 1 along H)"
     if z.shape[1] >= 2**32:
         return f"{z.shape[1]} neurons (supported: fewer than 2^32)"
-    return _refuses(z, *([] if neurons is None else [neurons]))
+    return _refuses(z, neurons)
 
 
-def refuses_hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
-    """Why `hash_signs` cannot serve these inputs, or None."""
-    return refuses_pack_signs(z, neurons)
+refuses_hash_signs = refuses_pack_signs
 
 
-def refuses_hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
+def refuses_hash_code(words: Tensor, neurons: Tensor | None, *key: int) -> str | None:
     """Why `hash_code` cannot serve these inputs, or None."""
     if words.shape[1] >= 2**26:
         return f"{words.shape[1]} words (supported: fewer than 2^26)"
-    return _refuses(words, *([] if neurons is None else [neurons]))
+    return _refuses(words, neurons)
 
 
 def _taking_part(neurons: Tensor | None, size: int, where: tuple[int, int]) -> Tensor | None:
@@ -259,8 +256,8 @@ def _taking_part(neurons: Tensor | None, size: int, where: tuple[int, int]) -> T
     neurons = neurons.contiguous()
     mask = torch.empty(size, dtype=torch.bool, device=neurons.device)
     flag = _flag(neurons.device)
-    status = _module.mark(*where, neurons.data_ptr(), INDEX_DTYPES[neurons.dtype], neurons.numel(), size, mask.data_ptr(), flag.data_ptr())
-    _run(status, "neurons")
+    given = neurons.data_ptr(), INDEX_DTYPES[neurons.dtype], neurons.numel()
+    _launch("mark", where, *given, size, mask.data_ptr(), flag.data_ptr())
     _check_on_cpu(flag, "neurons", size)
     return mask
 
@@ -272,15 +269,14 @@ def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
     with _on(device):
         where = _where(device)
         mask = _taking_part(neurons, size, where)
-        status = _module.pack_signs(*where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, address(mask), words.data_ptr())
-    _run(status, "pack_signs")
+        _launch("pack_signs", where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, address(mask), words.data_ptr())
     return words
 
 
 def _keys(neurons: Tensor | None, size: int, layer: int, seed: int, bits: int, device: torch.device, where: tuple[int, int]) -> Tensor:
     mask = _taking_part(neurons, size, where)
     keys = torch.empty((bits // 64, size), dtype=torch.int64, device=device)
-    _run(_module.neuron_keys(*where, size, address(mask), layer, seed & (2**64 - 1), bits, keys.data_ptr()), "neuron_keys")
+    _launch("neuron_keys", where, size, address(mask), layer, seed & (2**64 - 1), bits, keys.data_ptr())
     return keys
 
 
@@ -291,23 +287,19 @@ def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: i
     with _on(device):
         where = _where(device)
         keys = _keys(neurons, size, layer, seed, bits, device, where)
-        status = _module.hash_signs(
-            *where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, keys.data_ptr(), bits, hashes.data_ptr()
-        )
-    _run(status, "hash_signs")
+        _launch("hash_signs", where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, keys.data_ptr(), bits, hashes.data_ptr())
     return hashes
 
 
 def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     """The same from packed words [rows, w]; copied where the words of a code are not adjacent."""
-    words, *_ = code_rows(words)
+    words = code_rows(words)[0]
     (rows, n_words), device = words.shape, words.device
     hashes = torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64, device=device)
     with _on(device):
         where = _where(device)
         keys = _keys(neurons, 64 * n_words, layer, seed, bits, device, where)
-        status = _module.hash_code(*where, words.data_ptr(), rows, words.stride(0), n_words, keys.data_ptr(), bits, hashes.data_ptr())
-    _run(status, "hash_code")
+        _launch("hash_code", where, words.data_ptr(), rows, words.stride(0), n_words, keys.data_ptr(), bits, hashes.data_ptr())
     return hashes
 
 
@@ -327,14 +319,13 @@ def by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     flag = _flag(device)
     with _on(device):
         where = _where(device)
-        size = _module.by_feature_bytes(*where, n, n_features)
-        _run(max(0, -size), "by_feature's sort")
+        size = _module.by_feature_bytes(where, n, n_features)
+        _check(max(0, -size), "by_feature's sort")
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        status = _module.by_feature(
-            *where, indices.data_ptr(), INDEX_DTYPES[indices.dtype], n, n_features, workspace.data_ptr(), order.data_ptr(),
+        _launch(
+            "by_feature", where, indices.data_ptr(), INDEX_DTYPES[indices.dtype], n, n_features, workspace.data_ptr(), order.data_ptr(),
             segments.data_ptr(), flag.data_ptr(),
         )  # fmt: skip
-    _run(status, "by_feature")
     _check_on_cpu(flag, "latents.indices", n_features)
     return order, segments
 
@@ -349,7 +340,7 @@ def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None,
         return f"out with strides {out.stride()} (supported: stride 1 along D)"
     if max(indices.numel(), out.shape[0], grad.shape[0]) >= 2**32 - 1:
         return f"{indices.numel()} slots, {out.shape[0]} features (supported: fewer than 2^32 - 1)"
-    return _refuses(values, indices, grad, out, *([] if crow is None else [crow]))
+    return _refuses(values, indices, grad, out, crow)
 
 
 def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
@@ -378,12 +369,9 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
         row = torch.empty(n, dtype=torch.int32, device=device)
         value = torch.empty(n, dtype=torch.float32, device=device)
         partials = torch.empty((n // split, D), dtype=torch.float32, device=device)
-        status = _module.permute_slots(
-            *where, order.data_ptr(), n, values.data_ptr(), dtype, address(crow), grad.shape[0], k, row.data_ptr(), value.data_ptr()
-        )
-        _run(status, "decode_dweight")
-        status = _module.sum_by_feature(
-            *where, segments.data_ptr(), n, n_features, row.data_ptr(), value.data_ptr(), grad.data_ptr(), dtype, grad.stride(0), D,
-            split, partials.data_ptr(), out.data_ptr(), out.stride(0),
+        given = order.data_ptr(), n, values.data_ptr(), dtype, address(crow), grad.shape[0], k
+        _launch("permute_slots", where, *given, row.data_ptr(), value.data_ptr())
+        _launch(
+            "sum_by_feature", where, segments.data_ptr(), n, n_features, row.data_ptr(), value.data_ptr(), grad.data_ptr(), dtype,
+            grad.stride(0), D, split, partials.data_ptr(), out.data_ptr(), out.stride(0),
         )  # fmt: skip
-    _run(status, "decode_dweight")

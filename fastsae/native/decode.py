@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.native.loader import DTYPES, INDEX_DTYPES, SUPPORTED, address, call_on_slots, expect, unavailable
+from fastsae.native.loader import DTYPES, INDEX_DTYPES, SUPPORTED, address, call, expect, unavailable
 
 
 def _refuses(a: Tensor, a_name: str, indices: Tensor, crow: Tensor | None, w: Tensor, w_name: str, t: Tensor | None = None) -> str | None:
@@ -44,11 +44,8 @@ def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None,
     return _refuses(values, "values", indices, crow, out, "out", grad)
 
 
-Held = tuple[Tensor, Tensor | None]
-
-
-def slot_arguments(indices: Tensor, crow: Tensor | None) -> tuple[tuple[int, int, int, int, int, int], int, Held]:
-    """Where slots lie, (address of indices, their dtype, address of crow, rows, slots a row, slots); rows; the tensors that hold them."""
+def slot_arguments(indices: Tensor, crow: Tensor | None, features: int) -> tuple[tuple[int, ...], int, tuple[Tensor, Tensor | None]]:
+    """Slots as csrc/fastsae.h has them, rows, and the tensors that hold them."""
     indices = indices.contiguous()
     if crow is None:
         if indices.dim() != 2:
@@ -61,7 +58,7 @@ def slot_arguments(indices: Tensor, crow: Tensor | None) -> tuple[tuple[int, int
             )
         crow = crow.contiguous()
         rows, k = crow.numel() - 1, 0
-    where = (indices.data_ptr(), INDEX_DTYPES[indices.dtype], address(crow), rows, k, indices.numel())
+    where = (indices.data_ptr(), address(crow), rows, k, indices.numel(), features, INDEX_DTYPES[indices.dtype])
     return where, rows, (indices, crow)
 
 
@@ -77,7 +74,7 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
     Raises: IndexError (an index outside 0 .. F - 1), ValueError (shapes, crow).
     """
     (features, d), dtype = W.shape, W.dtype
-    where, rows, _held = slot_arguments(indices, crow)
+    where, rows, _held = slot_arguments(indices, crow, features)
     if values.shape != indices.shape or (b is not None and b.shape != (d,)):
         raise ValueError(
             f"values {list(values.shape)}, indices {list(indices.shape)}, b {None if b is None else list(b.shape)} for D = {d}"
@@ -87,10 +84,8 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
     if b is not None:
         b = (b if b.dtype is torch.float32 else b.float()).contiguous()
     y = torch.empty((rows, d), dtype=dtype, device="cpu")
-    call_on_slots(
-        "decode", (indices, crow, features),
-        *where, features, DTYPES[dtype], values.data_ptr(), W.data_ptr(), *W.stride(), d, address(b), y.data_ptr(),
-    )  # fmt: skip
+    arguments = where, DTYPES[dtype], values.data_ptr(), (W.data_ptr(), *W.stride(), d), address(b), y.data_ptr()
+    call("decode", *arguments, slots=(indices, crow, features))
     return y
 
 
@@ -100,16 +95,14 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
     Args: grad [rows, D]; the others as in `decode`.
     """
     (features, d), dtype = W.shape, W.dtype
-    where, rows, _held = slot_arguments(indices, crow)
+    where, rows, _held = slot_arguments(indices, crow, features)
     if grad.shape != (rows, d):
         raise ValueError(f"grad: expected {[rows, d]}, got {list(grad.shape)}")
     expect(dtype, grad)
     grad = grad.contiguous()
     dvalues = torch.empty(indices.shape, dtype=dtype, device="cpu")
-    call_on_slots(
-        "decode_dvalues", (indices, crow, features),
-        *where, features, DTYPES[dtype], grad.data_ptr(), W.data_ptr(), *W.stride(), d, dvalues.data_ptr(),
-    )  # fmt: skip
+    arguments = where, DTYPES[dtype], grad.data_ptr(), (W.data_ptr(), *W.stride(), d), dvalues.data_ptr()
+    call("decode_dvalues", *arguments, slots=(indices, crow, features))
     return dvalues
 
 
@@ -120,12 +113,10 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
     reuses `out` and knows which rows it wrote last.
     """
     (features, d), dtype = out.shape, out.dtype
-    where, rows, _held = slot_arguments(indices, crow)
+    where, rows, _held = slot_arguments(indices, crow, features)
     if values.shape != indices.shape or grad.shape != (rows, d):
         raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for out {list(out.shape)}")
     expect(dtype, values, grad)
     values, grad = values.contiguous(), grad.contiguous()
-    call_on_slots(
-        "decode_dweight", (indices, crow, features),
-        *where, features, DTYPES[dtype], values.data_ptr(), grad.data_ptr(), out.data_ptr(), *out.stride(), d, zero_untouched,
-    )  # fmt: skip
+    arguments = where, DTYPES[dtype], values.data_ptr(), grad.data_ptr(), (out.data_ptr(), *out.stride(), d), zero_untouched
+    call("decode_dweight", *arguments, slots=(indices, crow, features))

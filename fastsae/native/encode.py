@@ -53,11 +53,13 @@ def refuses_encode_topk(x: Tensor, W: Tensor, *rest: Any) -> str | None:
 
 
 class Arguments:
-    """What all functions over scores take, as addresses (``x`` and ``W``, each a tuple of csrc/bind.cpp), and the tensors behind them."""
+    """What all functions over scores take, as addresses (``x`` and ``W`` as structures of csrc/fastsae.h), and the tensors behind them."""
 
     def __init__(self, op: str, inputs: ScoreInputs):
         x, W, b, b_pre, scale, features, packed = inputs
         n, d = W.shape
+        if x.dtype is not W.dtype or x.shape[1] != d:
+            raise ValueError(f"{op}: expected x [rows, D] and W [F, D] of one dtype and D, got {[*x.shape]} {x.dtype}, {[n, d]} {W.dtype}")
         self.op, self.size = op, n
         self.b, self.scale, self.b_pre = self.vector("b", b), self.vector("scale", scale), self.vector("b_pre", b_pre, d)
         chosen = checks.sorted_subset(features, n, "features")
@@ -76,7 +78,7 @@ class Arguments:
                 where = (blob + 4 * words, DTYPES[W.dtype], d, 1)
         self.tensors = inputs
         self.addresses = (
-            (x.data_ptr(), DTYPES[x.dtype], *x.shape, *x.stride(), address(self.b_pre), 0.0),
+            (x.data_ptr(), DTYPES[x.dtype], x.shape[0], *x.stride(), address(self.b_pre), 0.0),
             (*where, d, self.count, address(self.features), 0.0, blob),
         )
         self.affine = address(self.scale), address(self.b)
@@ -127,11 +129,12 @@ def encode_topk(
 
 
 def _ragged(entries: Any, x: Tensor, op: str, capacity: int | None, with_flags: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = entries.count
+    n = load().entries_count(entries.address)
     values, col = torch.empty(n, dtype=torch.float32, device="cpu"), torch.empty(n, dtype=torch.int64, device="cpu")
     crow = torch.empty(x.shape[0] + 1, dtype=torch.int64, device="cpu")
     flags = torch.empty(n if with_flags else 0, dtype=torch.uint8, device="cpu")
-    entries.copy(values.data_ptr(), col.data_ptr(), crow.data_ptr(), address(flags if with_flags else None), torch.get_num_threads())
+    where = values.data_ptr(), col.data_ptr(), crow.data_ptr(), address(flags if with_flags else None)
+    call("copy_entries", entries.address, *where)
     values, col, crow, *some = to_capacity(op, capacity, values, col, crow, *([flags] if with_flags else []))
     return rounded(values, x.dtype), col, crow, some[0] if some else flags
 
@@ -149,8 +152,8 @@ def encode_threshold(
     """Scores above max(threshold, 0), and with a bandwidth those in its band: (values, col, crow, flags); see csrc/fastsae.h."""
     given = Arguments("encode_threshold", inputs)
     theta = given.vector("threshold", threshold if threshold.dim() else threshold.expand(given.size))
-    half = -1.0 if bandwidth is None else bandwidth / 2
-    entries = call_engine("encode_threshold", path, stats, *given.addresses, *given.affine, address(theta), half)
+    half, entries = -1.0 if bandwidth is None else bandwidth / 2, load().Entries()
+    call_engine("encode_threshold", path, stats, *given.addresses, *given.affine, address(theta), half, entries.address)
     return _ragged(entries, inputs.x, "encode_threshold", capacity, bandwidth is not None)
 
 
@@ -163,9 +166,12 @@ def encode_batch_topk(
     if not k > 0:
         raise ValueError(f"encode_batch_topk: k must be above 0, got {k}")
     total = min(int(k * rows), rows * given.count)
-    entries = call_engine("encode_batch_topk", path, stats, *given.addresses, *given.affine, total)
+    entries, min_kept = load().Entries(), torch.empty((), dtype=torch.float32, device="cpu")
+    call_engine(
+        "encode_batch_topk", path, stats, *given.addresses, *given.affine, total, min_kept.data_ptr(), entries.address,
+    )  # fmt: skip
     values, col, crow, _ = _ragged(entries, inputs.x, "encode_batch_topk", capacity)
-    return values, col, crow, torch.tensor(entries.min_kept, dtype=torch.float32, device="cpu")
+    return values, col, crow, min_kept
 
 
 def encode_gated(
@@ -184,8 +190,9 @@ def encode_gated(
     """Scores that their gate lets through: (values, col, crow)."""
     given = Arguments("encode_gated", ScoreInputs(x, W, b_pre=b_pre, packed=packed))
     stretch = given.vector("r_mag", r_mag.float().exp())
-    gate, magnitude = given.vector("b_gate", b_gate), given.vector("b_mag", b_mag)
-    entries = call_engine("encode_gated", path, stats, *given.addresses, address(gate), address(stretch), address(magnitude))
+    gate, magnitude, entries = given.vector("b_gate", b_gate), given.vector("b_mag", b_mag), load().Entries()
+    where = address(gate), address(stretch), address(magnitude), entries.address
+    call_engine("encode_gated", path, stats, *given.addresses, *where)
     return _ragged(entries, x, "encode_gated", capacity)[:3]
 
 
@@ -206,7 +213,7 @@ def pack(W: Tensor) -> Tensor | None:
         copy = blob[words:].view(W.dtype)[: n * d].view(n, d)
         copy.copy_(W)
         W = copy
-    call("pack", W.data_ptr(), DTYPES[W.dtype], *W.stride(), d, n, blob.data_ptr())
+    call("pack", (W.data_ptr(), DTYPES[W.dtype], *W.stride(), d, n, 0, 0.0, 0), blob.data_ptr())
     return blob
 
 

@@ -32,11 +32,11 @@ def refuses_hamming_topk(a: Tensor, b: Tensor, k: int) -> str | None:
     return refuses_codes(a, b)
 
 
-def code_rows(codes: Tensor) -> tuple[Tensor, int, int]:
-    """Codes with stride 1 along the words, their number, the stride of a row."""
+def code_rows(codes: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Codes with stride 1 along the words, and where: their address, number, the stride of a row, words."""
     if codes.shape[1] > 1 and codes.stride(1) != 1:
         codes = codes.contiguous()
-    return codes, codes.shape[0], codes.stride(0)
+    return codes, (codes.data_ptr(), codes.shape[0], codes.stride(0), codes.shape[1])
 
 
 def hamming(a: Tensor, b: Tensor, out: Tensor, *, vpopcnt: bool = True) -> None:
@@ -51,10 +51,10 @@ def hamming(a: Tensor, b: Tensor, out: Tensor, *, vpopcnt: bool = True) -> None:
         raise ValueError(f"hamming: a {list(a.shape)}, b {list(b.shape)}, out {list(out.shape)}")
     expect(torch.int64, a, b)
     expect(torch.int32, out)
-    (a, n, stride_a), (b, m, stride_b) = code_rows(a), code_rows(b)
+    (a, left), (b, right) = code_rows(a), code_rows(b)
     if (reason := refuses_hamming(a, b, out)) is not None:
         raise ValueError(f"hamming: {reason}")
-    call("hamming", a.data_ptr(), n, stride_a, b.data_ptr(), m, stride_b, a.shape[1], out.data_ptr(), *out.stride(), vpopcnt)
+    call("hamming", left, right, out.data_ptr(), *out.stride(), vpopcnt)
 
 
 def hamming_topk(a: Tensor, b: Tensor, k: int, *, vpopcnt: bool = True) -> tuple[Tensor, Tensor]:
@@ -62,9 +62,8 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, vpopcnt: bool = True) -> tuple
     if a.shape[1] != b.shape[1] or not 0 <= k <= b.shape[0]:
         raise ValueError(f"hamming_topk: a {list(a.shape)}, b {list(b.shape)}, k {k}")
     expect(torch.int64, a, b)
-    (a, n, stride_a), (b, m, stride_b) = code_rows(a), code_rows(b)
-    distance = torch.empty((n, k), dtype=torch.int32, device="cpu")
-    index = torch.empty((n, k), dtype=torch.int64, device="cpu")
-    left, right = (a.data_ptr(), n, stride_a), (b.data_ptr(), m, stride_b)
-    call("hamming_topk", *left, *right, a.shape[1], k, distance.data_ptr(), index.data_ptr(), vpopcnt)
+    (a, left), (b, right) = code_rows(a), code_rows(b)
+    distance = torch.empty((a.shape[0], k), dtype=torch.int32, device="cpu")
+    index = torch.empty((a.shape[0], k), dtype=torch.int64, device="cpu")
+    call("hamming_topk", left, right, k, distance.data_ptr(), index.data_ptr(), vpopcnt)
     return distance, index

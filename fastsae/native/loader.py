@@ -82,23 +82,16 @@ def load() -> ModuleType:
     return _C
 
 
-def call(name: str, *arguments: object) -> Any:
-    """What a compiled function returns for these arguments and torch's number of threads; an exception where its status is bad.
+def call(name: str, *arguments: object, slots: tuple[Tensor, Tensor | None, int] | None = None) -> int:
+    """The status of a compiled function for these arguments and torch's number of threads; an exception where it is bad.
 
-    A status that is no error, as of what a level does not support, is returned.
+    Args:
+        slots: the indices, crow and number of features that a bad status may speak of.
     """
-    result = getattr(_C or load(), name)(*arguments, torch.get_num_threads())
-    status = result if type(result) is int else result.status
-    if status != _OK:
-        _raise(name, status, None)
-    return result
-
-
-def call_on_slots(name: str, slots: tuple[Tensor, Tensor | None, int] | None, *arguments: object) -> None:
-    """``call`` where a bad status may speak of slots: of these indices, crow and number of features."""
     status = getattr(_C or load(), name)(*arguments, torch.get_num_threads())
     if status != _OK:
         _raise(name, status, slots)
+    return status
 
 
 def _raise(name: str, status: int, slots: tuple[Tensor, Tensor | None, int] | None) -> None:
@@ -124,7 +117,7 @@ def unsupported(status: int) -> bool:
     return status == load().UNSUPPORTED
 
 
-def call_engine(name: str, path: str | None, stats: dict[str, int] | None, *arguments: object) -> Any:
+def call_engine(name: str, path: str | None, stats: dict[str, int] | None, *arguments: object) -> int:
     """``call`` of a function of the tile engine.
 
     Args:
@@ -137,9 +130,9 @@ def call_engine(name: str, path: str | None, stats: dict[str, int] | None, *argu
     if stats is None:
         return call(name, *arguments, 0)
     numbers = torch.zeros(len(_STATS), dtype=torch.int64, device="cpu")
-    result = call(name, *arguments, numbers.data_ptr())
+    status = call(name, *arguments, numbers.data_ptr())
     stats.update(zip(_STATS, numbers.tolist(), strict=True))
-    return result
+    return status
 
 
 def address(value: Tensor | None) -> int:

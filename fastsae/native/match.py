@@ -27,10 +27,12 @@ def refuses_match_pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float) -
 
 
 def _arguments(a: Tensor, b: Tensor, eps: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Both dictionaries as the addresses of csrc/bind.cpp, a as x and b as W."""
+    """Both dictionaries as structures of csrc/fastsae.h, a as x and b as W."""
     expect(b.dtype, a, b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected a [N, D] and b [M, D], got {list(a.shape)} and {list(b.shape)}")
     return (
-        (a.data_ptr(), DTYPES[a.dtype], *a.shape, *a.stride(), 0, eps),
+        (a.data_ptr(), DTYPES[a.dtype], a.shape[0], *a.stride(), 0, eps),
         (b.data_ptr(), DTYPES[b.dtype], *b.stride(), b.shape[1], b.shape[0], 0, eps, 0),
     )
 

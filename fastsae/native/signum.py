@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.native.adam import gradient_arguments, refuses_gradient, same_layout
-from fastsae.native.loader import call_on_slots, expect
+from fastsae.native.loader import call, expect
 
 
 def refuses_signum(
@@ -29,6 +29,5 @@ def signum(
         return
     layout = same_layout("y", y, z=z)
     gradient = gradient_arguments(y, grad, values, indices, crow)
-    call_on_slots(
-        "signum", gradient.slots, *gradient.where, y.data_ptr(), z.data_ptr(), *y.shape, *layout, lr, momentum, share, project, normalise,
-    )  # fmt: skip
+    matrices, options = (y.data_ptr(), z.data_ptr(), 0, *y.shape, *layout), (lr, momentum, share, project, normalise)
+    call("signum", gradient.where, matrices, options, slots=gradient.slots)

@@ -16,8 +16,8 @@ _HASHED_AT_ONCE = 1 << 23  # words of codes that wait for their hash
 refuses_spline_code = refuses_spline_hash = score_refusal("b", "neurons")
 
 
-def refuses_pack_signs(z: Tensor, neurons: Tensor | None) -> str | None:
-    """Why `pack_signs` cannot serve these inputs, or None."""
+def refuses_pack_signs(z: Tensor, neurons: Tensor | None, *key: int) -> str | None:
+    """Why `pack_signs` and `hash_signs` cannot serve these inputs, or None."""
     if z.dtype not in _SIGNS:
         return f"dtype {str(z.dtype)[6:]} ({SUPPORTED}, bool)"
     if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
@@ -25,12 +25,10 @@ def refuses_pack_signs(z: Tensor, neurons: Tensor | None) -> str | None:
     return refuses_codes(z, neurons)
 
 
-def refuses_hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
-    """Why `hash_signs` cannot serve these inputs, or None."""
-    return refuses_pack_signs(z, neurons)
+refuses_hash_signs = refuses_pack_signs
 
 
-def refuses_hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> str | None:
+def refuses_hash_code(words: Tensor, neurons: Tensor | None, *key: int) -> str | None:
     """Why `hash_code` cannot serve these inputs, or None."""
     return refuses_codes(words, neurons)
 
@@ -61,6 +59,10 @@ def _hashes(rows: int, bits: int) -> Tensor:
     return torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64, device="cpu")
 
 
+def _key(layer: int, seed: int, bits: int) -> tuple[int, int, int]:
+    return layer, seed & (2**64 - 1), bits
+
+
 def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
     """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is z[row, j] > 0, and 0 where `neurons` leaves j out."""
     mask, words = _taking_part(neurons, z.shape[1]), _words(*z.shape)
@@ -71,7 +73,7 @@ def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
 def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     """[rows] int64, or [rows, 2] with 128 bits: the XOR of the keys of the neurons with z > 0 that take part."""
     mask, hashes = _taking_part(neurons, z.shape[1]), _hashes(z.shape[0], bits)
-    call("hash_signs", *_signs(z), address(mask), layer, seed & (2**64 - 1), bits, hashes.data_ptr())
+    call("hash_signs", *_signs(z), address(mask), _key(layer, seed, bits), hashes.data_ptr())
     return hashes
 
 
@@ -79,10 +81,8 @@ def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits
     """The same from packed words [rows, w]; copied where the words of a code are not adjacent."""
     expect(torch.int64, words)
     mask = _taking_part(neurons, 64 * words.shape[1])
-    words, rows, stride = code_rows(words)
-    hashes = _hashes(rows, bits)
-    key = layer, seed & (2**64 - 1), bits
-    call("hash_code", words.data_ptr(), rows, stride, words.shape[1], address(mask), *key, hashes.data_ptr())
+    (words, where), hashes = code_rows(words), _hashes(words.shape[0], bits)
+    call("hash_code", *where, address(mask), _key(layer, seed, bits), hashes.data_ptr())
     return hashes
 
 

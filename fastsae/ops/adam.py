@@ -36,7 +36,7 @@ from fastsae.dispatch import Op, preference
 from fastsae.gradients import RowGradient
 from fastsae.latents import Slots
 from fastsae.ops.decode import decode_reference, latent_samples, transposed
-from fastsae.reference import chunks, triton_refuses
+from fastsae.reference import chunks, drawn, triton_refuses
 
 DTYPES = (torch.float32, torch.float64)
 """Of weights and moments. Half precision would lose most updates: keep float32 weights and cast them where they are used."""
@@ -120,9 +120,8 @@ def matrix_samples(
     """W of unit rows but one of zeros, m, v; row-major or transposed views."""
 
     def normal() -> Tensor:
-        shape = (width, features) if transposed else (features, width)
-        t = seeds.normal(generator, shape).to(device=device, dtype=dtype)
-        return t.T if transposed else t
+        draw = drawn(device, dtype, generator)
+        return draw(width, features).T if transposed else draw(features, width)
 
     W, m, v = normal(), normal(), normal()
     W /= torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min_(1e-3)
@@ -140,8 +139,8 @@ def adam_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gene
     number = 0
     for values, indices, crow, features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
-        grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
-        dense = seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
+        normal = drawn(device, dtype, generator)
+        grad, dense = normal(rows, width), normal(features, width)
         for given in ((grad, values, indices, crow), (dense, None, None, None)):
             for project, normalise in ((False, False), (True, True), (True, False), (False, True)):
                 number += 1
@@ -221,8 +220,8 @@ def _check_grad_squares(args: tuple[Any, ...], result: Tensor) -> float:
     return check_values(result, exact, plain, size_of_gradient(args).square().sum())
 
 
-def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
-    values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
+def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
+    values = drawn(device, dtype, generator)(256, 32)
     indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
     W, m, v = matrix_samples(device, dtype, generator, 16384, 512, False)
     return W, m, v, values @ W[:32], values, indices, None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 10, False, False
@@ -258,7 +257,7 @@ ADAM = Op(
     fake=lambda *args: None,
     samples=adam_samples,
     check=_check_adam,  # pyright: ignore[reportArgumentType]
-    workload=_workload,
+    workload=workload,
     mutates=(0, 1, 2),
     dtypes=DTYPES,
 )
@@ -268,7 +267,7 @@ GRAD_SQUARES = Op(
     fake=lambda W, *args: W.new_empty(()),
     samples=_grad_squares_samples,
     check=_check_grad_squares,
-    workload=lambda *args: (lambda W, m, v, grad, values, indices, *_: (W, grad, values, indices, None, True))(*_workload(*args)),
+    workload=lambda *args: (lambda W, m, v, grad, values, indices, *_: (W, grad, values, indices, None, True))(*workload(*args)),
     dtypes=DTYPES,
 )
 for _op in (ADAM, GRAD_SQUARES):

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae._core import checks, seeds
+from fastsae._core import checks
 from fastsae.dispatch import Op, batching, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents, pointers
-from fastsae.reference import accumulator, chunks, product, tracks
+from fastsae.reference import accumulator, chunks, drawn, product, tracks
 
 # ---------------------------------------------------------------- reference
 
@@ -98,22 +98,13 @@ def latent_samples(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, int]]:
     """(values, indices, crow, n_features, width) over sizes 0, 1, odd, powers of two and one heavy feature."""
-
-    def normal(*shape: int) -> Tensor:
-        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
+    normal = drawn(device, dtype, generator)
 
     def draw(high: int, shape: Sequence[int]) -> Tensor:
         return torch.randint(0, max(high, 1), shape, generator=generator, device="cpu").to(device)
 
-    for rows, k, n_features, width in (
-        (3, 4, 17, 33),
-        (1, 1, 1, 1),
-        (0, 3, 5, 7),
-        (5, 0, 5, 7),
-        (2, 3, 4, 0),
-        (33, 65, 70, 64),
-        (7, 130, 256, 130),
-    ):
+    sizes = (3, 4, 17, 33), (1, 1, 1, 1), (0, 3, 5, 7), (5, 0, 5, 7), (2, 3, 4, 0), (33, 65, 70, 64), (7, 130, 256, 130)
+    for rows, k, n_features, width in sizes:
         yield normal(rows, k), draw(n_features, (rows, k)), None, n_features, width
     for lengths, n_features, width in (([2, 0, 5, 1], 11, 19), ([0, 0], 4, 5), ([], 4, 5), ([200, 1, 70, 0, 3], 300, 40)):
         crow = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device)
@@ -126,14 +117,15 @@ def latent_samples(
 
 def _weights(device: torch.device, dtype: torch.dtype, generator: torch.Generator, features: int, width: int) -> Iterator[Tensor]:
     """The two layouts: ``[F, D]``, and a transposed view of ``[D, F]``."""
-    yield seeds.normal(generator, (features, width)).to(device=device, dtype=dtype)
-    yield seeds.normal(generator, (width, features)).to(device=device, dtype=dtype).T
+    normal = drawn(device, dtype, generator)
+    yield normal(features, width)
+    yield normal(width, features).T
 
 
 def _decode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         for W in _weights(device, dtype, generator, n_features, width):
-            yield values, indices, crow, W, seeds.normal(generator, width).to(device=device, dtype=dtype)
+            yield values, indices, crow, W, drawn(device, dtype, generator)(width)
             yield values, indices, crow, W, None
 
 
@@ -141,7 +133,7 @@ def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
         for W in _weights(device, dtype, generator, n_features, width):
-            grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
+            grad = drawn(device, dtype, generator)(rows, width)
             yield grad, indices, crow, W
         # Of the last weights: two are always drawn.
         yield grad[:, :1].expand(rows, width) if width else grad, indices, crow, W  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -150,7 +142,7 @@ def _dvalues_samples(device: torch.device, dtype: torch.dtype, generator: torch.
 def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for values, indices, crow, n_features, width in latent_samples(device, dtype, generator):
         rows = values.shape[0] if crow is None else crow.shape[0] - 1
-        grad = seeds.normal(generator, (rows, width)).to(device=device, dtype=dtype)
+        grad = drawn(device, dtype, generator)(rows, width)
         yield values, indices, crow, grad, torch.empty((n_features, width), device=device, dtype=dtype)
         yield values, indices, crow, grad, torch.empty((width, n_features), device=device, dtype=dtype).T
 
@@ -166,9 +158,9 @@ def _check(reference: Any) -> Any:
 
 def _workload(arrange: Any) -> Any:
     def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
-        values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
-        indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
-        return arrange(values, indices, seeds.normal(generator, (16384, 512)).to(device=device, dtype=dtype))
+        normal = drawn(device, dtype, generator)
+        values, indices = normal(256, 32), torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
+        return arrange(values, indices, normal(16384, 512))
 
     return workload
 

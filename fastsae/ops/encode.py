@@ -307,8 +307,11 @@ class _EncodeGated(torch.autograd.Function):
 # ---------------------------------------------------------------- public
 
 
-def encoder_inputs(op: str, x: Any, W: Any, name: str = "W_enc", **vectors: Any) -> tuple[tuple[int, ...], Tensor, Tensor, Any, list[Any]]:
-    """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, a handle's words, the vectors)."""
+def encoder_inputs(
+    op: str, x: Any, W: Any, name: str = "W_enc", rows: str = "F", **vectors: Any
+) -> tuple[tuple[int, ...], Tensor, Tensor, Any, list[Any]]:
+    """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, a handle's words, the vectors). ``name`` is that of W, and
+    ``rows`` of its first size."""
     checks.tensor(op, "x", x)
     packed = None
     if isinstance(W, PackedWeights):
@@ -317,7 +320,7 @@ def encoder_inputs(op: str, x: Any, W: Any, name: str = "W_enc", **vectors: Any)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape [.., D], got []")
     if W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        checks.shape(op, name, W, (None, x.shape[-1]), f"[F, D={x.shape[-1]}] for x {list(x.shape)}")
+        checks.shape(op, name, W, (None, x.shape[-1]), f"[{rows}, D={x.shape[-1]}] for x {list(x.shape)}")
     values = list(vectors.values())
     if checks.autocasting(x.device):
         given = W
@@ -326,7 +329,7 @@ def encoder_inputs(op: str, x: Any, W: Any, name: str = "W_enc", **vectors: Any)
     checks.same_dtype(op, name, W, "x", x)
     for which, vector in zip(vectors, values):
         if vector is not None:
-            size, label = (W.shape[1], "D") if which == "b_pre" else (W.shape[0], "F")
+            size, label = (W.shape[1], "D") if which == "b_pre" else (W.shape[0], rows)
             checks.vector(op, which, vector, size, x, label)
     batch = x.shape[:-1]
     if x.dim() != 2:

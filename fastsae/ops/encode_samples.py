@@ -9,18 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae._core import checks, seeds
+from fastsae._core import checks
 from fastsae.packed import PackedWeights
-from fastsae.reference import accumulator
-
-
-def _normal(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
-    return lambda *shape: seeds.normal(generator, shape).to(device=device, dtype=dtype)
+from fastsae.reference import accumulator, drawn
 
 
 def encode_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     """(x, W, b, b_pre, scale, features) over shapes, both weight layouts, ties, flat rows, NaN, infinities."""
-    normal = _normal(device, dtype, generator)
+    normal = drawn(device, dtype, generator)
     for rows, width, n in ((5, 16, 40), (1, 1, 1), (0, 8, 9), (3, 0, 7), (33, 31, 129), (4, 300, 64)):
         x, W = normal(rows, width), normal(n, width)
         yield x, W, normal(n), None, None, None
@@ -70,7 +66,7 @@ def topk_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gene
 def _opposite_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     """For a selection by magnitude: some of ``encode_samples``, and scores that are opposite to others, bit for bit."""
     yield from islice(encode_samples(device, dtype, generator), 0, None, 3)
-    normal = _normal(device, dtype, generator)
+    normal = drawn(device, dtype, generator)
     x, W = normal(7, 24), normal(40, 24)
     W[20:] = -W[:20]  # s and -s
     zeros = x.clone()
@@ -84,7 +80,7 @@ def _opposite_samples(device: torch.device, dtype: torch.dtype, generator: torch
 
 def threshold_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for count, (x, W, b, b_pre, scale, features) in enumerate(encode_samples(device, dtype, generator)):
-        per_feature = seeds.normal(generator, W.shape[0]).to(device=device, dtype=dtype)
+        per_feature = drawn(device, dtype, generator)(W.shape[0])
         for threshold, bandwidth in ((torch.zeros((), device=device, dtype=dtype), None), (per_feature, None), (per_feature, 0.5)):
             yield x, W, b, b_pre, scale, features, _packed(W, count), threshold, bandwidth, _room(x, W, count)
 
@@ -96,7 +92,7 @@ def batch_topk_samples(device: torch.device, dtype: torch.dtype, generator: torc
 
 
 def gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
-    normal = _normal(device, dtype, generator)
+    normal = drawn(device, dtype, generator)
     for count, (x, W, _, b_pre, _, features) in enumerate(encode_samples(device, dtype, generator)):
         if features is None:
             n = W.shape[0]
@@ -105,7 +101,7 @@ def gated_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
 
 def layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(x, W, b) of a moderate SAE with unit rows."""
-    normal = _normal(device, dtype, generator)
+    normal = drawn(device, dtype, generator)
     W = normal(16384, 512)
     return normal(256, 512), W / torch.linalg.vector_norm(W, dim=1, keepdim=True), normal(16384) / 10
 

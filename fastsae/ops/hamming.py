@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference
-from fastsae.reference import accumulator, chunks, merge_rows, product, select_rows
+from fastsae.reference import Best, accumulator, chunks, product
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -44,17 +44,11 @@ def hamming_reference(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def hamming_topk_reference(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    best: dict[int, tuple[Tensor, Tensor]] = {}
+    best = Best(k)
     for rows, columns, distance in _tiles(a, b):
-        near, index = select_rows(-distance, min(k, distance.shape[1]))
-        index = index + columns.start
-        if rows.start in best:
-            near, index = merge_rows([best[rows.start][0], near], [best[rows.start][1], index], k)
-        best[rows.start] = (near, index)
-    if not best:
-        return torch.empty(0, k, dtype=torch.int32, device=a.device), torch.empty(0, k, dtype=torch.int64, device=a.device)
-    kept = [best[start] for start in sorted(best)]
-    return (-torch.cat([near for near, _ in kept])).to(torch.int32), torch.cat([index for _, index in kept])
+        best.add(rows.start, columns.start, -distance)
+    near, index = best.result(a.device, torch.int32)
+    return -near, index
 
 
 # ---------------------------------------------------------------- samples and checks

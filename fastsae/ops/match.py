@@ -16,7 +16,7 @@ from fastsae._core import checks, seeds
 from fastsae._core.norms import unit_rows
 from fastsae.dispatch import Op, preference, then_any
 from fastsae.ops.decode import decode_slots, weight_gradient
-from fastsae.reference import accumulator, chunks, product, select_rows, tracks
+from fastsae.reference import Best, accumulator, chunks, drawn, product, tracks
 
 # ---------------------------------------------------------------- references
 
@@ -35,62 +35,34 @@ def _similarity_tiles(a: Tensor, b: Tensor, eps: float) -> Iterator[tuple[slice,
             yield rows, columns, product(unit_a[rows], unit_b[columns].T)
 
 
-class _Best:
-    """Running k best of each row of a dictionary over tiles whose columns ascend."""
-
-    def __init__(self, k: int, absolute: bool = False):
-        self.k, self.absolute = k, absolute
-        self.rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def add(self, start: int, offset: int, s: Tensor, excluded: Tensor | None = None) -> None:
-        rank = s.abs() if self.absolute else s
-        if excluded is not None:
-            rank = rank.masked_fill(excluded, -torch.inf)
-        rank, local = select_rows(rank, min(self.k, s.shape[1]))
-        value, index = s.gather(1, local), local + offset
-        if start in self.rows:
-            rank, value, index = (torch.cat(pair, 1) for pair in zip(self.rows[start], (rank, value, index)))
-            rank, order = rank.sort(dim=1, descending=True, stable=True)
-            rank, order = rank[:, : self.k], order[:, : self.k]
-            value, index = value.gather(1, order), index.gather(1, order)
-        self.rows[start] = (rank, value, index)
-
-    def result(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        kept = [self.rows[start] for start in sorted(self.rows)]
-        if not kept:
-            return like.new_empty(0, self.k), torch.empty(0, self.k, dtype=torch.int64, device=like.device)
-        return torch.cat([value for _, value, _ in kept]).to(like.dtype), torch.cat([index for _, _, index in kept])
-
-
 def match_cosine_reference(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_self: bool, eps: float) -> tuple[Tensor, Tensor]:
-    best = _Best(k, absolute)
+    best = Best(k, absolute)
     for rows, columns, s in _similarity_tiles(a, b, eps):
         same = None
         if exclude_self:
             row, column = (torch.arange(part.start, part.stop, device=s.device) for part in (rows, columns))
             same = row.unsqueeze(1) == column
         best.add(rows.start, columns.start, s, same)
-    return best.result(a)
+    return best.result(a.device, a.dtype)
 
 
 def match_pair_reference(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(similarity, index) a to b ``[N, k_ab]``; b to a ``[M, k_ba]``; the most negative match of each row of a ``[N]``."""
-    forward, backward, negative = _Best(k_ab), _Best(k_ba), _Best(1)
+    forward, backward, negative = Best(k_ab), Best(k_ba), Best(1)
     for rows, columns, s in _similarity_tiles(a, b, eps):
         forward.add(rows.start, columns.start, s)
         backward.add(columns.start, rows.start, s.T)
         negative.add(rows.start, columns.start, -s)
-    low, low_index = negative.result(a)
-    return *forward.result(a), *backward.result(b), -low[:, 0], low_index[:, 0]
+    where = a.device, a.dtype
+    low, low_index = negative.result(*where)
+    return *forward.result(*where), *backward.result(*where), -low[:, 0], low_index[:, 0]
 
 
 # ---------------------------------------------------------------- samples and checks
 
 
 def _dictionaries(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    def normal(*shape: int) -> Tensor:
-        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
-
+    normal = drawn(device, dtype, generator)
     for n, m, width in ((7, 9, 16), (1, 1, 1), (0, 4, 3), (65, 130, 33), (40, 33, 128)):
         yield normal(n, width), normal(m, width)
     yield normal(12, 20).T, normal(12, 31).T

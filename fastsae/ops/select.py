@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae._core import checks, seeds
+from fastsae._core import checks
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
-from fastsae.reference import chunks, select_rows, tracks
+from fastsae.reference import chunks, drawn, select_rows, tracks
 
 # ---------------------------------------------------------------- reference
 
@@ -30,9 +30,7 @@ def select_topk_reference(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor
 
 
 def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
-    def normal(*shape: int) -> Tensor:
-        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
-
+    normal = drawn(device, dtype, generator)
     for rows, n in ((5, 7), (1, 1), (0, 4), (3, 33), (2, 2049), (2, 2500)):
         for k in sorted({1, min(n, 17), n}):
             yield normal(rows, n), k, k % 2 == 1
@@ -63,10 +61,6 @@ def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     return check_equal((*parts[0], indices[:, :k]), (*parts[1], result[1]), "NaN,values,indices")
 
 
-def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
-    return seeds.normal(generator, (256, 16384)).to(device=device, dtype=dtype), 32, True
-
-
 # ---------------------------------------------------------------- rows
 
 SELECT_TOPK = Op(
@@ -75,7 +69,7 @@ SELECT_TOPK = Op(
     fake=lambda z, k, relu: (z.new_empty((z.shape[0], k)), z.new_empty((z.shape[0], k), dtype=torch.int64)),
     samples=_samples,
     check=_check,
-    workload=_workload,
+    workload=lambda *where: (drawn(*where)(256, 16384), 32, True),
     batched=(0,),
 )
 SELECT_TOPK.row("cuda", "fastsae.native.cuda:select_topk", "fastsae.native.cuda:refuses_select_topk")

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from fastsae import reference
-from fastsae._core import seeds
 from fastsae.dispatch import Op
 from fastsae.ops.adam import (
     DTYPES,
@@ -38,10 +37,10 @@ from fastsae.ops.adam import (
     gradient_tiles,
     kept_if_nan,
     matrices_refused,
-    matrix_samples,
     normalise_rows,
     size_of_gradient,
 )
+from fastsae.ops.adam import workload as adam_workload
 
 # ---------------------------------------------------------------- reference
 
@@ -112,11 +111,9 @@ def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     return check_values(new_y, moved(torch.float64, normalise), moved(y.dtype, normalise), size)
 
 
-def _workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
-    values = seeds.normal(generator, (256, 32)).to(device=device, dtype=dtype)
-    indices = torch.randint(0, 16384, (256, 32), generator=generator, device="cpu").to(device)
-    y, z, _ = matrix_samples(device, dtype, generator, 16384, 512, False)
-    return y, y + z, values @ y[:32], values, indices, None, 1e-3, 0.95, 0.1, False, False, None
+def _workload(*where: Any) -> tuple[Any, ...]:
+    W, m, _, grad, values, indices, *_ = adam_workload(*where)
+    return W, W + m, grad, values, indices, None, 1e-3, 0.95, 0.1, False, False, None
 
 
 # ---------------------------------------------------------------- rows

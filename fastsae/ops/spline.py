@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastsae._core import checks, seeds
 from fastsae.dispatch import Op, preference
+from fastsae.ops.encode import encoder_inputs
 from fastsae.packed import PackedWeights
-from fastsae.reference import chunks, scores
+from fastsae.reference import accumulator, chunks, drawn, scores
 
 _MASK = 0xFFFFFFFF
 
@@ -109,26 +110,24 @@ def _xor(active: Tensor, layer: int, seed: int, bits: int) -> Tensor:
 
 
 def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
-    for rows in chunks(x.shape[0], max(W.shape[0], x.shape[1])):
-        yield scores(x[rows].to(torch.float64 if x.dtype is torch.float64 else torch.float32), W, b)
+    """Tiles of rows, at least one."""
+    for rows in chunks(max(x.shape[0], 1), max(W.shape[0], x.shape[1])):
+        yield scores(x[rows].to(accumulator(x.dtype)), W, b)
 
 
-def _active(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
-    return (z > 0 for z in _scores(x, W, b))
+def _active(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Iterator[Tensor]:
+    neurons = _mask(neurons, W.shape[0])
+    return (_selected(z > 0, neurons) for z in _scores(x, W, b))
 
 
 def spline_code_reference(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed: Tensor | None = None) -> Tensor:
-    neurons = _mask(neurons, W.shape[0])
-    parts = [_pack(_selected(active, neurons)) for active in _active(x, W, b)]
-    return torch.cat(parts) if parts else torch.empty(0, (W.shape[0] + 63) // 64, dtype=torch.int64, device=x.device)
+    return torch.cat([_pack(active) for active in _active(x, W, b, neurons)])
 
 
 def spline_hash_reference(
     x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, layer: int, seed: int, bits: int, packed: Tensor | None = None
 ) -> Tensor:
-    neurons = _mask(neurons, W.shape[0])
-    parts = [_xor(_selected(active, neurons), layer, seed, bits) for active in _active(x, W, b)]
-    return torch.cat(parts) if parts else torch.empty((0,) if bits == 64 else (0, 2), dtype=torch.int64, device=x.device)
+    return torch.cat([_xor(active, layer, seed, bits) for active in _active(x, W, b, neurons)])
 
 
 def pack_signs_reference(z: Tensor, neurons: Tensor | None) -> Tensor:
@@ -141,17 +140,15 @@ def hash_signs_reference(z: Tensor, neurons: Tensor | None, layer: int, seed: in
 
 def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     neurons = _mask(neurons, words.shape[1] * 64)
-    parts = [_xor(_selected(unpack_bits(words[rows]), neurons), layer, seed, bits) for rows in chunks(words.shape[0], words.shape[1] * 64)]
-    return torch.cat(parts) if parts else torch.empty((0,) if bits == 64 else (0, 2), dtype=torch.int64, device=words.device)
+    tiles = chunks(max(words.shape[0], 1), words.shape[1] * 64)
+    return torch.cat([_xor(_selected(unpack_bits(words[rows]), neurons), layer, seed, bits) for rows in tiles])
 
 
 # ---------------------------------------------------------------- samples and checks
 
 
 def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
-    def normal(*shape: int) -> Tensor:
-        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
-
+    normal = drawn(device, dtype, generator)
     for rows, width, size in ((5, 16, 64), (1, 1, 1), (0, 4, 10), (3, 0, 65), (9, 33, 130), (4, 2, 63)):
         yield normal(rows, width), normal(size, width), normal(size), None
         mask = seeds.uniform(generator, size).to(device) > 0.5
@@ -164,10 +161,7 @@ def _layer_samples(device: torch.device, dtype: torch.dtype, generator: torch.Ge
 
 def _layer(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(x, W, b) of a moderate MLP layer."""
-
-    def normal(*shape: int) -> Tensor:
-        return seeds.normal(generator, shape).to(device=device, dtype=dtype)
-
+    normal = drawn(device, dtype, generator)
     return normal(2048, 384), normal(1536, 384), normal(1536)
 
 
@@ -327,22 +321,9 @@ def _signed(seed: int) -> int:
 
 def _layer_inputs(op: str, x: Any, W: Any, b: Any, neurons: Any) -> tuple[Any, ...]:
     """Checks, casts under autocast and flattens: (batch shape, x [rows, D], W, b, neurons, a handle's words)."""
-    checks.tensor(op, "x", x)
-    packed = None
-    if isinstance(W, PackedWeights):
-        packed, W = W.words(op), W.weight
-    checks.tensor(op, "W", W, like=x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have shape [.., D], got []")
-    if W.dim() != 2 or W.shape[1] != x.shape[-1]:
-        checks.shape(op, "W", W, (None, x.shape[-1]), f"[H, D={x.shape[-1]}] for x {list(x.shape)}")
-    made_of = W.dtype
-    x, W, b = checks.autocast(x.detach(), W.detach(), b)
-    packed = packed if W.dtype is made_of else None  # packed before the cast: of no use for the rounded weights
-    checks.same_dtype(op, "W", W, "x", x)
-    checks.vector(op, "b", b, W.shape[0], x, "H")
+    batch, x, W, packed, (b,) = encoder_inputs(op, x, W, "W", "H", b=b)
     neurons = checks.subset(op, "neurons", neurons, W.shape[0], x, "H")
-    return x.shape[:-1], x.reshape(x.shape[:-1].numel(), x.shape[-1]), W, None if b is None else b.detach(), neurons, packed
+    return batch, x.detach(), W.detach(), None if b is None else b.detach(), neurons, packed
 
 
 def _sign_inputs(op: str, z: Any, neurons: Any) -> tuple[Any, ...]:
@@ -479,8 +460,7 @@ def near_zero_counts(
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
     neurons = _mask(neurons, weights.shape[0])
-    parts = [_selected(z.abs() <= eps, neurons).sum(1) for z in _scores(x, weights, b)]
-    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=x.device)).reshape(batch)
+    return torch.cat([_selected(z.abs() <= eps, neurons).sum(1) for z in _scores(x, weights, b)]).reshape(batch)
 
 
 def combine_hashes(hashes: Iterable[Tensor]) -> Tensor:

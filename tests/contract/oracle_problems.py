@@ -202,7 +202,7 @@ class Problem:
             words = kernels.packed_words(n, d)
             raw = np.empty(words + 16, np.uint32)
             packed = raw[(-address(raw) % 64) // 4 :][:words]  # whole cache lines, as every torch tensor begins
-            assert kernels.pack(address(w_at), t, w_f, w_d, d, n, address(packed), 1) == -1
+            assert kernels.pack((address(w_at), t, w_f, w_d, d, n, 0, 0.0, 0), address(packed), 1) == -1
         made: dict[bool, Array] = {}
         said = f"x {x.shape}, w {w.shape}, type {t}, strides {(x_r, x_d)}, {(w_f, w_d)}, of {count}"
 
@@ -216,17 +216,17 @@ class Problem:
             path = draw.choice(paths)
             blob = address(packed) if len(packed) and draw.random() < 0.6 else 0
             arguments = (
-                (address(x_at), t, rows, d, x_r, x_d, address(centre), eps),
+                (address(x_at), t, rows, x_r, x_d, address(centre), eps),
                 (address(w_at), t, w_f, w_d, d, count, address(chosen), eps, blob),
             )  # fmt: skip
             return arguments, (PATHS[path], 0, draw.choice((1, 1, 1, 2, 3))), f"{path}{' packed' if blob else ''}, {said}"
 
-        def ragged(operation: str, name: str, entries: Any, m: int, *want: Array) -> None:
-            assert entries.status == -1
-            where = f"check({self.number}): {operation} at {self.said}, {name}"
-            assert entries.count == m, f"{where}: {entries.count} entries, the oracle says {m}"
+        def ragged(operation: str, name: str, status: int, m: int, *want: Array) -> None:
+            assert status == -1
+            where, count = f"check({self.number}): {operation} at {self.said}, {name}", kernels.entries_count(entries.address)
+            assert count == m, f"{where}: {count} entries, the oracle says {m}"
             got = np.empty(m, np.float32), np.empty(m, np.int64), np.empty(rows + 1, np.int64), np.zeros(m, np.uint8)
-            entries.copy(*(address(a) for a in got[:3]), address(got[3]) if len(want) > 3 else 0, 1)
+            kernels.copy_entries(entries.address, *(address(a) for a in got[:3]), address(got[3]) if len(want) > 3 else 0, 1)
             self.same(operation, name, **{
                 key: (a, b if key == "crow" else b[:m]) for key, a, b in zip(("values", "col", "crow", "flags"), got, want, strict=False)
             })  # fmt: skip
@@ -263,15 +263,17 @@ class Problem:
         theta, band = draw.array(n), draw.choice((-1.0, -1.0, 0.25, 2.0, 0.0))
         arguments, tail, name = begin(dense)
         found = C.threshold(p(self.now), i64(rows), i64(count), p(chosen), p(scale), p(bias), p(theta), ctypes.c_float(band), *map(p, out))
-        entries = kernels.encode_threshold(*arguments, address(scale), address(bias), address(theta), band, *tail)
-        ragged(f"encode_threshold(half_band={band})", name, entries, found, *out)
+        entries = kernels.Entries()
+        status = kernels.encode_threshold(*arguments, address(scale), address(bias), address(theta), band, entries.address, *tail)
+        ragged(f"encode_threshold(half_band={band})", name, status, found, *out)
 
-        total, least = draw.choice((1, rows, draw.randint(1, m), m)), np.empty(1, np.float32)
+        total, (least, kept) = draw.choice((1, rows, draw.randint(1, m), m)), np.empty((2, 1), np.float32)
         arguments, tail, name = begin(dense)
         found = C.batch_topk(p(self.now), i64(rows), i64(count), p(chosen), p(scale), p(bias), i64(total), *map(p, out[:3]), p(least))
-        entries = kernels.encode_batch_topk(*arguments, address(scale), address(bias), total, *tail)
-        ragged(f"encode_batch_topk({total})", name, entries, found, *out[:3])
-        self.same("encode_batch_topk", name, min_kept=(np.float32(entries.min_kept), least[0]))
+        entries = kernels.Entries()
+        status = kernels.encode_batch_topk(*arguments, address(scale), address(bias), total, address(kept), entries.address, *tail)
+        ragged(f"encode_batch_topk({total})", name, status, found, *out[:3])
+        self.same("encode_batch_topk", name, min_kept=(kept[0], least[0]))
 
         if chosen is None:
             gate, magnitude = draw.array(n), draw.array(n)
@@ -279,8 +281,9 @@ class Problem:
                 stretch = np.exp(draw.array(n))
             arguments, tail, name = begin(dense)
             found = C.gated(p(self.now), i64(rows), i64(n), p(gate), p(stretch), p(magnitude), *map(p, out[:3]))
-            entries = kernels.encode_gated(*arguments, address(gate), address(stretch), address(magnitude), *tail)
-            ragged("encode_gated", name, entries, found, *out[:3])
+            entries = kernels.Entries()
+            status = kernels.encode_gated(*arguments, address(gate), address(stretch), address(magnitude), entries.address, *tail)
+            ragged("encode_gated", name, status, found, *out[:3])
 
             arguments, tail, name = begin(dense)
             want, got = np.empty((2, rows, (n + 63) // 64), np.int64)
@@ -338,7 +341,7 @@ class Problem:
         indices = np.array([draw.randrange(few) for _ in range(n)], np.int64)
         given = indices.astype(np.int32) if draw.random() < 0.5 else indices
         self.kept.append(given)
-        where = (address(given), int(given is indices), 0 if dense else address(crow), rows, k if dense else 0, n)
+        where = (address(given), 0 if dense else address(crow), rows, k if dense else 0, n, features, int(given is indices))
         return where, crow, indices, draw.array(n, t=t)
 
     def sparse(self) -> None:
@@ -347,11 +350,11 @@ class Problem:
         features = draw.size(most=40, edges=(1, 64, 65, 130))
         d = draw.size(most=70, edges=(1, 15, 16, 17, 63, 64, 65, 128, 255, 256, 257, 300, 520))
         where, crow, indices, values = self.slots(features, t)
-        rows, n = where[3], where[5]
+        rows, n = where[2], where[4]
         w, grad, bias = draw.matrix(features, d, t), draw.matrix(rows, d, t), draw.maybe(d)
         w_at, w_f, w_d = draw.laid(w, t)
         values_at, grad_at = stored(values, t), stored(grad, t)
-        said = f"{where[3:6]}, w {w.shape}, type {t}, strides {(w_f, w_d)}"
+        said = f"{where[2:5]}, w {w.shape}, type {t}, strides {(w_f, w_d)}"
         read = {F32: np.float32, BF16: np.uint16, F16: np.float16}[t]
 
         def seen(a: Array) -> Array:
@@ -361,7 +364,7 @@ class Problem:
         got, want = np.empty((rows, d), read), np.empty((rows, d), np.float32)
         C.decode(p(values), p(indices), p(crow), i64(rows), p(w), i64(d), p(bias), t, p(want))
         status = kernels.decode(
-            *where, features, t, address(values_at), address(w_at), w_f, w_d, d, address(bias), address(got), draw.choice((1, 2))
+            where, t, address(values_at), (address(w_at), w_f, w_d, d), address(bias), address(got), draw.choice((1, 2))
         )
         assert status == -1
         self.same("decode", said, y=(seen(got), want))
@@ -369,9 +372,7 @@ class Problem:
         self.level()
         got, want = np.empty(n, read), np.empty(n, np.float32)
         C.dvalues(p(grad), p(indices), p(crow), i64(rows), p(w), i64(d), int(w_d != 1 and d > 1), t, p(want))
-        status = kernels.decode_dvalues(
-            *where, features, t, address(grad_at), address(w_at), w_f, w_d, d, address(got), draw.choice((1, 2))
-        )
+        status = kernels.decode_dvalues(where, t, address(grad_at), (address(w_at), w_f, w_d, d), address(got), draw.choice((1, 2)))
         assert status == -1
         self.same("decode_dvalues", said, dvalues=(seen(got), want))
 
@@ -382,7 +383,7 @@ class Problem:
         got = np.full((d, features) if transposed else (features, d), 7, read)
         strides = (1, features) if transposed else (d, 1)
         status = kernels.decode_dweight(
-            *where, features, t, address(values_at), address(grad_at), address(got), *strides, d, zero, draw.choice((1, 2))
+            where, t, address(values_at), address(grad_at), (address(got), *strides, d), zero, draw.choice((1, 2))
         )
         assert status == -1
         if not zero:
@@ -394,7 +395,7 @@ class Problem:
         features = draw.size(most=40, edges=(1, 127, 128, 129, 150))
         d = draw.size(most=70, edges=(1, 15, 16, 17, 64, 65, 255, 256, 257, 300))
         where, crow, indices, values = self.slots(features, F32)
-        rows = where[3]
+        rows = where[2]
         sparse = draw.random() < 0.6
         has = np.bincount(indices, minlength=features) > 0 if sparse else np.ones(features, bool)
         given = draw.matrix(rows, d, F32) if sparse else draw.matrix(features, d, F32)
@@ -412,7 +413,7 @@ class Problem:
         given_at = given
         if not sparse and draw.random() < 0.5 and transposed:
             given_at, gradient_strides = np.ascontiguousarray(given.T), (1, features)
-        source = (sparse, *where, address(values), address(given_at), *gradient_strides)
+        source = (sparse, where, address(values), address(given_at), *gradient_strides)
         factor = np.array([draw.choice((1.0, 0.37, 0.0, np.inf))], np.float32) if draw.random() < 0.5 else None
         project, normalise, threads = draw.random() < 0.5, draw.random() < 0.5, draw.choice((1, 2))
         said = f"{'slots' if sparse else 'dense'}, w {(features, d)}, transposed {transposed}, project {project}, normalise {normalise}"
@@ -432,7 +433,7 @@ class Problem:
         grad = gradient()
         C.adam(p(grad), p(has_at), i64(features), i64(d), ctypes.c_float(1.0 if factor is None else float(factor[0])), *map(p, want),
                *(ctypes.c_double(o) for o in options[:5]), i64(options[5]), int(project), int(normalise))  # fmt: skip
-        status = kernels.adam(*source, address(factor), *map(address, got), features, d, *strides, *options, threads)
+        status = kernels.adam(source, address(factor), (*map(address, got), features, d, *strides), options, threads)
         assert status == -1
         self.same(f"adam{options}", said, **{name: (there_back, w) for name, there_back, w in zip(
             "wmv", [a.T if transposed else a for a in got], want, strict=True)})  # fmt: skip
@@ -443,7 +444,8 @@ class Problem:
         grad = gradient()
         C.signum(p(grad), p(has_at), i64(features), i64(d), *map(p, want), *(ctypes.c_double(o) for o in (lr, momentum, share)),
                  int(project), int(normalise))  # fmt: skip
-        status = kernels.signum(*source, *map(address, got), features, d, *strides, lr, momentum, share, project, normalise, threads)
+        given_to = (*map(address, got), 0, features, d, *strides)
+        status = kernels.signum(source, given_to, (lr, momentum, share, project, normalise), threads)
         assert status == -1
         self.same("signum", said, **{name: (a.T if transposed else a, w) for name, a, w in zip("yz", got, want, strict=True)})
 
@@ -452,7 +454,7 @@ class Problem:
         got = np.empty(1, np.float32)
         grad = gradient()
         want = C.grad_squares(p(grad), p(has_at), i64(features), i64(d), p(matrices[0]), int(project))
-        assert kernels.grad_squares(*source, address(w), features, d, *strides, project, address(got), threads) == -1
+        assert kernels.grad_squares(source, (address(w), 0, 0, features, d, *strides), project, address(got), threads) == -1
         self.same("grad_squares", said, total=(got[0], np.float32(want)))
 
     # ---- codes
@@ -476,10 +478,10 @@ class Problem:
         hashes, hashed = np.empty((2, rows, bits // 64), np.int64)
         C.hash(p(want), i64(rows), i64(n_words), None, ctypes.c_uint32(layer), ctypes.c_uint64(seed), bits, p(hashes))
         self.level()
-        assert kernels.hash_signs(address(z_at), t, rows, n + gap, n, address(part), layer, seed, bits, address(hashed), 1) == -1
+        assert kernels.hash_signs(address(z_at), t, rows, n + gap, n, address(part), (layer, seed, bits), address(hashed), 1) == -1
         self.same("hash_signs", said, hashes=(hashed, hashes))
         self.level()
-        assert kernels.hash_code(address(want), rows, n_words, n_words, 0, layer, seed, bits, address(hashed), 1) == -1
+        assert kernels.hash_code(address(want), rows, n_words, n_words, 0, (layer, seed, bits), address(hashed), 1) == -1
         self.same("hash_code", said, hashes=(hashed, hashes))
 
         m, words = draw.size(most=70, edges=(1, 15, 16, 17, 64, 65, 150)), draw.size(most=5, edges=(1, 14, 15, 16, 17, 31))
@@ -495,11 +497,12 @@ class Problem:
         self.level()
         out = np.empty((m, rows), np.int32).T if draw.random() < 0.5 else np.empty((rows, m), np.int32)
         strides = [s // 4 for s in out.strides]
-        assert kernels.hamming(address(a), rows, words, address(b), m, words, words, address(out), *strides, count, 1) == -1
+        sides = (address(a), rows, words, words), (address(b), m, words, words)
+        assert kernels.hamming(*sides, address(out), *strides, count, 1) == -1
         self.same("hamming", f"{a.shape}, {b.shape}, vpopcnt {count}", out=(out, want))
         self.level()
         near, at = np.empty_like(distance), np.empty_like(index)
-        assert kernels.hamming_topk(address(a), rows, words, address(b), m, words, words, k, address(near), address(at), count, 1) == -1
+        assert kernels.hamming_topk(*sides, k, address(near), address(at), count, 1) == -1
         self.same(f"hamming_topk(k={k})", f"{a.shape}, {b.shape}, vpopcnt {count}", distance=(near, distance), index=(at, index))
 
         # count_codes is torch's sort: against a set.

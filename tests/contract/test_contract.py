@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import has_code
+from perturbed import perturb
 from surroundings import PRECISIONS, SETTINGS, surroundings
 from torch import Tensor
 
@@ -27,7 +28,7 @@ import fastsae
 from fastsae._core import triton_support
 from fastsae.dispatch import OPS, Op, Row
 from fastsae.native import encode as native_encode
-from fastsae.testing import Mismatch, perturb
+from fastsae.testing import Mismatch
 from fastsae.verify import affordable, call, devices, variants
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"

@@ -481,7 +481,7 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
         lambda x: (spline.spline_code(x, W, b, None),),
     )
     whole: list[tuple[Any, ...]] = [call(x) for call in calls]
-    monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 64, 64, 8, 1, parts=2))
+    monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 128, 64, 8, 1, parts=4))
     monkeypatch.setattr(_problem, "WORKSPACE", 1)
     monkeypatch.setattr(_problem, "PANEL", 1)
     for call, want in zip(calls, whole, strict=True):

@@ -5,9 +5,8 @@ namespace fastsae {
 namespace {
 
 const EngineKernels* const kTables[kLevels] = {
-    &portable::engine_kernels,           FASTSAE_AVX2(engine_kernels),        FASTSAE_AVX512(engine_kernels),
-    FASTSAE_AVX512_VNNI(engine_kernels), FASTSAE_AVX512_BF16(engine_kernels),
-};
+    &portable::engine_kernels, FASTSAE_IN(avx2, engine_kernels), FASTSAE_IN(avx512, engine_kernels),
+    FASTSAE_IN(avx512_vnni, engine_kernels), FASTSAE_IN(avx512_bf16, engine_kernels)};
 
 }  // namespace
 
