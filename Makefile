@@ -101,7 +101,7 @@ test-peers: $(VENV)/peers.stamp $(VENV)/demo.stamp ## accelerate, loaders and wr
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/interop/test_patch_saelens.py -k "transcoder or sparse_encode or restore"
 
 sanitize: ## the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
-	bash csrc/test/sanitize.sh
+	bash tests/native/sanitize.sh
 
 deep: $(VENV)/dev.stamp site ## many more drawn inputs than CI: a million cases of the oracle, mutants, fuzzing, settings, all architectures
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/contract/test_oracle.py

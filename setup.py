@@ -273,8 +273,8 @@ setup(
     ext_modules=[
         Extension(
             "fastsae._C",
-            sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith(("csrc/test", "csrc/cuda"))),
-            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/test/*.cpp")),  # what the sdist must hold besides the sources
+            sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith("csrc/cuda")),
+            depends=sorted(glob("csrc/**/*.h", recursive=True)),  # what the sdist must hold besides the sources
             language="c++",
             optional=True,  # tells setuptools that the library may be absent when it copies it
         ),

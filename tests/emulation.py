@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU (csrc/test/emulate.h), so that its kernels run where there is no GPU.
+"""Builds csrc/cuda for the CPU (tests/gpu/emulate.h), so that its kernels run where there is no GPU.
 
 ``module_path()`` compiles once into build/ and gives the path for FASTSAE_CUDA_EMULATION; ``load()`` the module itself.
 """
@@ -19,11 +19,11 @@ from typing import Any
 from places import ROOT
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-HEADERS = [ROOT / "csrc" / name for name in ("bind.h", "integers.h", "cpu/keys.h", "test/emulate.h")]
+HEADERS = [ROOT / name for name in ("csrc/bind.h", "csrc/integers.h", "csrc/cpu/keys.h", "tests/gpu/emulate.h")]
 HEADERS += (ROOT / "csrc" / "cuda").glob("*.h")
 # No fortification: its longjmp refuses to change stacks. -O1 is quick to compile and quick enough to run.
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-DFASTSAE_EMULATE", "-D_FORTIFY_SOURCE=0"]
-FLAGS += ["-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
+FLAGS += ["-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'gpu'}"]
 
 
 def compiler() -> str | None:

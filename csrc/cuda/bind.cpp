@@ -2,7 +2,7 @@
 #include "bind.h"
 
 #ifdef FASTSAE_EMULATE
-#include "test/emulate.h"
+#include "emulate.h"
 #else
 #include <cuda_runtime_api.h>
 #endif

@@ -7,7 +7,7 @@
 //   - Every function returns a cudaError_t as int: 0, or why a launch failed. Sizes of 0 are served.
 //   - No float atomics; the same inputs give the same bits.
 //   - A bad index is never followed: it sets *flag to 1.
-// csrc/test/emulate.h compiles the same sources for the CPU, where the tests run them.
+// tests/gpu/emulate.h compiles the same sources for the CPU, where the tests run them.
 #pragma once
 #include <cstdint>
 

@@ -1,9 +1,9 @@
-// What the kernels use of CUDA and of number formats. With FASTSAE_EMULATE the same names come from csrc/test/emulate.h.
+// What the kernels use of CUDA and of number formats. With FASTSAE_EMULATE the same names come from tests/gpu/emulate.h.
 #pragma once
 #include <cstdint>
 
 #ifdef FASTSAE_EMULATE
-#include "test/emulate.h"
+#include "emulate.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

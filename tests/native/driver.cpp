@@ -196,7 +196,7 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
 // Codes, on exact-size blocks with a gap between rows; `twist` varies strides, subsets and which pre-activations are special.
 void run_codes(int64_t n, int64_t m, int64_t words, int twist) {
   const auto draw64 = [](int64_t count) {
-    const auto a = block<int64_t>(count);
+    auto a = block<int64_t>(count);
     for (int64_t i = 0; i < count; ++i)
       a[i] = static_cast<int64_t>(static_cast<uint64_t>(draw()) << 42 ^ static_cast<uint64_t>(draw()) << 20 ^ draw());
     return a;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds csrc/ with AddressSanitizer and UBSan, one object a level as setup.py does, and runs driver.cpp. Usage: csrc/test/sanitize.sh [build folder]
+# Builds csrc/ with AddressSanitizer and UBSan, one object a level as setup.py does, and runs driver.cpp. Usage: tests/native/sanitize.sh [build folder]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/sanitize}
@@ -31,5 +31,5 @@ for job in $(jobs -p); do wait "$job"; done
 baseline=$(find csrc -name '*.cpp' ! -name '*.isa.cpp' ! -name bind.cpp)
 # -fopenmp: the driver has no torch that brings an OpenMP runtime.
 # shellcheck disable=SC2086
-$cxx $flags $built -fopenmp $baseline "${objects[@]}" -Wl,--no-as-needed -lgomp -ldl -o "$out/driver"
+$cxx $flags $built -fopenmp $baseline tests/native/driver.cpp "${objects[@]}" -Wl,--no-as-needed -lgomp -ldl -o "$out/driver"
 "$out/driver"
