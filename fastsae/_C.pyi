@@ -4,4 +4,4 @@
 
 from typing import Any
 
-def __getattr__(name: str) -> Any: ...
+def __getattr__(name: str) -> Any: ...  # pyright: ignore[reportIncompleteStub]  (functions are called by name)

@@ -40,15 +40,17 @@ int64_t first_bad_index(const I* indices, int64_t n, int64_t features) {
   return kOk;
 }
 
+// body(indices) with their type.
+template <class Body>
+auto with_indices(const Slots& s, const Body& body) {
+  return s.index == Index::i32 ? body(static_cast<const int32_t*>(s.indices)) : body(static_cast<const int64_t*>(s.indices));
+}
+
 template <class Visit>
 void for_each_slot(const Slots& s, const Visit& visit) {
-  const auto walk = [&](const auto* indices) {
+  with_indices(s, [&](const auto* indices) {
     for (int64_t i = 0; i < s.n; ++i) visit(i, static_cast<int64_t>(indices[i]));
-  };
-  if (s.index == Index::i32)
-    walk(static_cast<const int32_t*>(s.indices));
-  else
-    walk(static_cast<const int64_t*>(s.indices));
+  });
 }
 
 // The row that owns slot i.
@@ -162,8 +164,7 @@ int64_t check(const Slots& s) {
       if (s.crow[r + 1] < s.crow[r] || s.crow[r + 1] > s.n) return crow_error(r + 1);
     if (s.crow[s.rows] != s.n) return crow_error(s.rows);
   }
-  return s.index == Index::i32 ? first_bad_index(static_cast<const int32_t*>(s.indices), s.n, s.features)
-                               : first_bad_index(static_cast<const int64_t*>(s.indices), s.n, s.features);
+  return with_indices(s, [&](const auto* indices) { return first_bad_index(indices, s.n, s.features); });
 }
 
 const DecodeKernels& pick_decode_kernels() { return pick(kTables); }
@@ -190,12 +191,7 @@ FeatureMajor::FeatureMajor(const Slots& slots, Dtype t, const void* from, Worksp
   const auto bound = [&](int64_t part, int64_t of) { return of / count * part + of % count * part / count; };
   const auto for_each_part = [&](const auto& body) {
     for_each_unit(threads, count, [&](int64_t part) {
-      int64_t* const own = cursors + part * features;
-      const auto walk = [&](const auto* indices) { body(part, own, indices); };
-      if (slots.index == Index::i32)
-        walk(static_cast<const int32_t*>(slots.indices));
-      else
-        walk(static_cast<const int64_t*>(slots.indices));
+      with_indices(slots, [&](const auto* indices) { body(part, cursors + part * features, indices); });
     });
   };
   for_each_part([&](int64_t part, int64_t* own, const auto* indices) {

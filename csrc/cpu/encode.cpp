@@ -156,18 +156,10 @@ struct BatchTopkDriver : Candidates {
   int64_t fresh = 0;
   int32_t tau = 0;  // bits of a float, 0 at first: only positive scores are asked for
 
-  float load_tau() const {
-    const int32_t bits = __atomic_load_n(&tau, __ATOMIC_RELAXED);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
+  float load_tau() const { return std::bit_cast<float>(__atomic_load_n(&tau, __ATOMIC_RELAXED)); }
   // Under the mutex.
   void raise_to(float value) {
-    if (!(value > load_tau())) return;
-    int32_t bits;
-    std::memcpy(&bits, &value, 4);
-    __atomic_store_n(&tau, bits, __ATOMIC_RELAXED);
+    if (value > load_tau()) __atomic_store_n(&tau, std::bit_cast<int32_t>(value), __ATOMIC_RELAXED);
   }
   // The pool down to its best `total`; tau is then the score of the worst of them.
   void shrink() {

@@ -67,8 +67,7 @@ struct PairDriver : Candidates {
   }
   void begin(const Chunk& chunk) {
     best.begin(chunk);
-    const float none = -INFINITY;
-    for (int64_t r = 0; r < chunk.rows; ++r) std::memcpy(low_tau + r, &none, 4);
+    std::fill_n(low_tau, chunk.rows, std::bit_cast<int32_t>(-INFINITY));
     for (int t = 0; t < chunk.plan.threads; ++t) {
       std::fill(lowest[t], lowest[t] + chunk.rows, ~uint64_t{0});
       buffers[t] = {best.buffers[t], low_tau, column_lows, column_tau, padded_columns, k_columns};

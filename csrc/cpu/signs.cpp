@@ -32,14 +32,20 @@ struct KeyTable {
 
   static size_t bytes(int64_t words, int bits) { return static_cast<size_t>(bits / 64) * Workspace::size<int64_t>(words * kWordBits); }
 
-  KeyTable(Workspace& space, int64_t neurons, const uint8_t* taking_part, const HashKey& key)
+  // `key` by value: stores might change one that is referred to, and several keys are made at a time.
+  KeyTable(Workspace& space, int64_t neurons, const uint8_t* taking_part, const HashKey key)
       : lo(space.take<int64_t>(round_to(neurons, kWordBits))),
         hi(key.bits == 64 ? nullptr : space.take<int64_t>(round_to(neurons, kWordBits))) {
-    for (int64_t i = 0; i < round_to(neurons, kWordBits); ++i) {
-      const bool takes_part = i < neurons && (taking_part == nullptr || taking_part[i] != 0);
-      const NeuronKey made = takes_part ? neuron_key(static_cast<uint32_t>(i), key.layer, key.seed) : NeuronKey{0, 0};
+    for (int64_t i = 0; i < neurons; ++i) {
+      const NeuronKey made = neuron_key(static_cast<uint32_t>(i), key.layer, key.seed);
       lo[i] = made.lo;
       if (hi != nullptr) hi[i] = made.hi;
+    }
+    for (int64_t* const half : {lo, hi}) {
+      if (half == nullptr) continue;
+      for (int64_t i = 0; taking_part != nullptr && i < neurons; ++i)
+        if (taking_part[i] == 0) half[i] = 0;
+      std::fill(half + neurons, half + round_to(neurons, kWordBits), 0);
     }
   }
 

@@ -418,34 +418,16 @@ def encode_topk(
 
 @overload
 def encode_threshold(
-    x: Tensor,
-    W_enc: Tensor | PackedWeights,
-    b_enc: Tensor | None = None,
-    *,
-    threshold: float | Tensor = 0.0,
-    b_pre: Tensor | None = None,
-    scale: Tensor | None = None,
-    features: Tensor | None = None,
-    bandwidth: None = None,
-    capacity: int | None = None,
-    index_dtype: torch.dtype = torch.int64,
-    backend: str | None = None,
-) -> RaggedLatents: ...
+    x: Tensor, W_enc: Tensor | PackedWeights, b_enc: Tensor | None = None, *, threshold: float | Tensor = 0.0, b_pre: Tensor | None = None,
+    scale: Tensor | None = None, features: Tensor | None = None, bandwidth: None = None, capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64, backend: str | None = None,
+) -> RaggedLatents: ...  # fmt: skip
 @overload
 def encode_threshold(
-    x: Tensor,
-    W_enc: Tensor | PackedWeights,
-    b_enc: Tensor | None = None,
-    *,
-    threshold: float | Tensor = 0.0,
-    b_pre: Tensor | None = None,
-    scale: Tensor | None = None,
-    features: Tensor | None = None,
-    bandwidth: float,
-    capacity: int | None = None,
-    index_dtype: torch.dtype = torch.int64,
-    backend: str | None = None,
-) -> tuple[RaggedLatents, Tensor]: ...
+    x: Tensor, W_enc: Tensor | PackedWeights, b_enc: Tensor | None = None, *, threshold: float | Tensor = 0.0, b_pre: Tensor | None = None,
+    scale: Tensor | None = None, features: Tensor | None = None, bandwidth: float, capacity: int | None = None,
+    index_dtype: torch.dtype = torch.int64, backend: str | None = None,
+) -> tuple[RaggedLatents, Tensor]: ...  # fmt: skip
 def encode_threshold(
     x: Tensor,
     W_enc: Tensor | PackedWeights,

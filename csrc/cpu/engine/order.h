@@ -2,8 +2,8 @@
 // one key below all others. Baseline code.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cmath>
-#include <cstring>
 
 #include "fastsae.h"
 
@@ -11,17 +11,12 @@ namespace fastsae {
 
 inline uint32_t key_of(float score) {
   if (score != score) return 0;
-  uint32_t bits;
-  score += 0.0f;  // -0 to +0
-  std::memcpy(&bits, &score, 4);
+  const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 to +0
   return (bits & 0x80000000u) != 0 ? bits : 0x7fffffffu - bits;  // inf (0x7f800000) is 0x7fffff, so 0 is free for NaN
 }
 inline float score_of(uint32_t key) {
   if (key == 0) return std::nanf("");
-  const uint32_t bits = (key & 0x80000000u) != 0 ? key : 0x7fffffffu - key;
-  float score;
-  std::memcpy(&score, &bits, 4);
-  return score;
+  return std::bit_cast<float>((key & 0x80000000u) != 0 ? key : 0x7fffffffu - key);
 }
 inline uint64_t entry(float score, int64_t feature) { return (uint64_t{key_of(score)} << 32) | static_cast<uint64_t>(feature); }
 

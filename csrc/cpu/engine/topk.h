@@ -56,10 +56,9 @@ struct TopkDriver {
     }
   }
   void begin(const Chunk& chunk) {
-    const float lowest = -INFINITY;
     std::memset(shared.lock, 0, static_cast<size_t>(chunk.rows));
     for (int32_t* counts : {shared.kept, shared.fresh}) std::memset(counts, 0, static_cast<size_t>(chunk.rows) * sizeof(int32_t));
-    for (int64_t r = 0; r < chunk.rows; ++r) std::memcpy(shared.tau + r, &lowest, 4);
+    std::fill_n(shared.tau, chunk.rows, std::bit_cast<int32_t>(-INFINITY));
     shared.exact = chunk.exact;
     for (int t = 0; t < threads; ++t) {
       buffers[t].exact = chunk.exact;
