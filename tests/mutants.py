@@ -125,7 +125,7 @@ MUTANTS = [
     Mutant(MATCH_ISA, "_mm512_cmp_ps_mask(hi, _mm512_min_ps(tau, kth), _CMP_NLT_UQ)", "_mm512_cmp_ps_mask(hi, tau, _CMP_NLT_UQ)", PAIR),
     # ---- order, ties, clamps
     Mutant(ORDER, "if (score != score) return 0;", "", ORACLE),
-    Mutant(ORDER, "score += 0.0f;  // -0 to +0", "", EDGES),
+    Mutant(ORDER, "std::bit_cast<uint32_t>(score + 0.0f)", "std::bit_cast<uint32_t>(score)", EDGES),
     Mutant(ORDER, "values[row * k + i] = relu && score < 0 ? 0.0f : score;", "values[row * k + i] = score;", ORACLE),
     Mutant(ORDER, "if ((feature & 1) != 0) score = -score;", "", ORACLE),
     Mutant(DENSE, "(scores[j] < 0 ? 1 : 0)", "(scores[j] > 0 ? 1 : 0)", ORACLE),
@@ -164,7 +164,7 @@ MUTANTS = [
     Mutant(ADAM_ISA, "  if (norm < 1e-8f) return;", "", ORACLE),
     Mutant(ADAM_ISA, "norm < 1e-8f ? 1.0f : 1.0f / norm", "1.0f / norm", ORACLE),
     Mutant(ADAM_ISA, "if (kProject) gi = both(fma(load(minus_along + f), wi, gi), load(c.touched + f));", "if (kProject) gi = fma(load(minus_along + f), wi, gi);", ORACLE),
-    Mutant("csrc/cpu/signs.cpp", "k0 += 0x9E3779B9;", "k0 += 0x9E3779B8;", ORACLE),
+    Mutant("csrc/cpu/keys.h", "k0 += 0x9E3779B9;", "k0 += 0x9E3779B8;", ORACLE),
     # ---- the Triton engine's bound
     Mutant(TRITON, " + g * norm) * 1.00000095367431640625", ") * 1.00000095367431640625", FACTORS),
     Mutant(TRITON, "norm_factor = (loss + (q", "norm_factor = ((q", FACTORS),
