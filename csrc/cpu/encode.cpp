@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "cpu/engine/candidates.h"
@@ -142,10 +143,7 @@ struct Pooled {
   uint32_t key;  // of the score: ascending from the best
   int32_t feature;
   int64_t row;
-  bool operator<(const Pooled& o) const {
-    if (key != o.key) return key < o.key;
-    return row != o.row ? row < o.row : feature < o.feature;
-  }
+  bool operator<(const Pooled& o) const { return std::tie(key, row, feature) < std::tie(o.key, o.row, o.feature); }
 };
 
 struct BatchTopkDriver : Candidates {
@@ -214,7 +212,7 @@ struct BatchTopkDriver : Candidates {
     float least = INFINITY;
     if (!pool.empty()) least = score_of(std::max_element(pool.begin(), pool.end())->key);
     std::sort(pool.begin(), pool.end(),
-              [](const Pooled& a, const Pooled& b) { return a.row != b.row ? a.row < b.row : a.feature < b.feature; });
+              [](const Pooled& a, const Pooled& b) { return std::tie(a.row, a.feature) < std::tie(b.row, b.feature); });
     Entries::Part part{0, {}};
     part.kept.reserve(pool.size());
     size_t i = 0;

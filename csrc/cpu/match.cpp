@@ -22,33 +22,19 @@ struct Ranked {
 struct PairDriver : Candidates {
   const MatchKernels& match;
   TopkDriver best;
-  int64_t k_columns, columns, padded_columns;
+  int64_t k_columns;
   float* similarity_columns;
   int64_t* index_columns;
   float* low;  // [rows] the lowest similarity of a row, and where
   int64_t* low_index;
-  std::vector<Ranked> ranked;  // [columns][k_columns], ascending by key
-  std::vector<int64_t> found;  // [columns]
+  int64_t columns = p.w.features, padded_columns = packed_features(columns);
+  std::vector<Ranked> ranked = std::vector<Ranked>(static_cast<size_t>(columns * k_columns));  // [columns][k_columns], ascending by key
+  std::vector<int64_t> found = std::vector<int64_t>(static_cast<size_t>(columns));             // [columns]
   float* column_lows = nullptr;
   float* column_tau = nullptr;
   int32_t* low_tau = nullptr;
   uint64_t* lowest[kMostWorkers] = {};  // [rows] key of the negated score, and the feature
   PairBuffer buffers[kMostWorkers] = {};
-
-  PairDriver(const EncodeKernels& screens, const MatchKernels& match, const Problem& p, const TopkOutput& out, int64_t k_columns,
-             float* similarity_columns, int64_t* index_columns, float* low, int64_t* low_index)
-      : Candidates{p, &screens},
-        match(match),
-        best{screens, nullptr, p, out},
-        k_columns(k_columns),
-        columns(p.w.features),
-        padded_columns(packed_features(p.w.features)),
-        similarity_columns(similarity_columns),
-        index_columns(index_columns),
-        low(low),
-        low_index(low_index),
-        ranked(static_cast<size_t>(columns * k_columns)),
-        found(static_cast<size_t>(columns), 0) {}
 
   int64_t bytes(const Plan& plan) const {
     return Candidates::bytes(plan) + best.bytes(plan) + Workspace::size<float>(padded_columns * k_columns) +
@@ -150,7 +136,8 @@ int64_t match_pair(const Activations& a, const Weights& b, int64_t k_ab, int64_t
   const Plan plan = make_plan(p, {.bytes_a_row = topk_bytes_a_row(k_ab)});
   if (!plan.screens || k_ba > kMostColumnBest) return kUnsupported;
   const TopkOutput out{.k = k_ab, .relu = false, .values = ab, .indices = ab_index};
-  PairDriver driver(*encode_kernels(), *match_kernels(), p, out, k_ba, ba, ba_index, low, low_index);
+  const EncodeKernels& screens = *encode_kernels();
+  PairDriver driver{{p, &screens}, *match_kernels(), {screens, nullptr, p, out}, k_ba, ba, ba_index, low, low_index};
   const int64_t status = run_engine(p, plan, driver);
   if (status == kOk) driver.finish();
   return status;
