@@ -67,11 +67,9 @@ int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matr
 //   (offsets, rows, values) = stable counting sort of the slots by feature
 //   out = decode with those as (crow, indices, values), and grad as W: same blocks of 16, same bits rule
 //
-// Every row of out is written, zeros where a feature has no slot; with zero_untouched = false those rows keep what they hold (for a
-// caller that reuses `out` and knows which rows it dirtied). values [n], grad [rows, d] contiguous and out have type `t`; out has
-// any strides. Workspace: 8 * features + n * (4 + sizeof(t)) bytes, and the larger of 8 * features and 16 * n with several threads.
-int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, bool zero_untouched,
-                       int threads);
+// Every row of out is written, zeros where a feature has no slot. values [n], grad [rows, d] contiguous and out have type `t`; out has any
+// strides. Workspace: 8 * features + n * (4 + sizeof(t)) bytes, and the larger of 8 * features and 16 * n with several threads.
+int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, int threads);
 
 // ---- encode ----
 
@@ -126,7 +124,7 @@ int64_t pack(const Weights& w, uint32_t* packed, int threads);
 // 32 to 256 features. A strided, normalised or (without screening) half-precision W: 4 d * block more for each thread. C shrinks, down to
 // 64, to keep all buffers of entries within 64 MiB.
 enum class EncodePath : int { automatic = 0, dense = 1, screen = 2, rows = 3, blocks = 4 };
-struct EncodeStats {      // for tests and benches
+struct EncodeStats {      // for tests and benches; may be null
   int64_t screened_rows;  // rows whose result came from screening
   int64_t exact_rows;     // rows that were screened in vain, and scored densely
   int64_t scored;         // scores computed for screened rows
@@ -143,8 +141,7 @@ struct EncodeStats {      // for tests and benches
 // thread at most 256 KiB (or 12 rows) of upper ends, 4 bytes a feature and row, 5 d a row and 24 bytes a feature. blocks: that of the
 // engine, 8 MiB (or 12 rows) of upper ends, and 24 bytes a feature and thread.
 int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, bool absolute,
-                    float* values, int64_t* indices, uint8_t* survived,  // may be null, as stats; survived [rows, features] is or-ed
-                    EncodePath path, EncodeStats* stats, int threads);
+                    float* values, int64_t* indices, EncodePath path, EncodeStats* stats, int threads);
 
 // What an encoder with any number of latents a row keeps: owned here until it is copied out, because its size is known only then.
 struct Entries;

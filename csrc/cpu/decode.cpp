@@ -343,8 +343,7 @@ int64_t decode_dvalues(const Slots& slots, Dtype t, const void* grad, const Matr
   return kOk;
 }
 
-int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, bool zero_untouched,
-                       int threads) {
+int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const void* grad, const Matrix& out, int threads) {
   const int64_t status = check(slots);
   if (status != kOk) return status;
   const int64_t features = slots.features, d = out.d;
@@ -356,25 +355,19 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
   const FeatureMajor sorted(slots, t, values, space, threads);
 
   SumJob job{sorted.values, sorted.rows, sorted.offsets, 0, slots.n, grad, d, nullptr, out.data, out.stride_f, false};
-  job.stream = zero_untouched && features * d * element_size(t) >= kStreamBytes;
+  job.stream = features * d * element_size(t) >= kStreamBytes;
   const auto run = kernels.sum[static_cast<int>(t)][static_cast<int>(Index::i32)];
-  threads = useful_threads(threads, (slots.n + (zero_untouched ? features : 0)) * d);
+  threads = useful_threads(threads, (slots.n + features) * d);
   const auto hot = [&](int64_t f) { return threads > 1 && sorted.hot(f); };
 
   if (out.stride_d == 1 || d == 1) {
     constexpr int64_t kFeatures = 32, kColumns = 256;
     for_each_unit(threads, ceil_div(features, kFeatures), [&](int64_t unit) {
       const int64_t end = std::min((unit + 1) * kFeatures, features);
-      const auto here = [&](int64_t f) { return !hot(f) && (zero_untouched || sorted.has_slot(f)); };
-      for (int64_t f = unit * kFeatures; f < end;) {
-        if (!here(f)) {
-          ++f;
-          continue;
-        }
-        int64_t stop = f + 1;
-        while (stop < end && here(stop)) ++stop;
-        run(job, f, stop, 0, d);
-        f = stop;
+      for (int64_t f = unit * kFeatures; f < end; ++f) {
+        const int64_t first = f;
+        while (f < end && !hot(f)) ++f;
+        if (first < f) run(job, first, f, 0, d);
       }
     });
     if (threads > 1)
@@ -400,23 +393,8 @@ int64_t decode_dweight(const Slots& slots, Dtype t, const void* values, const vo
       part.stream = false;
       part.out = at(static_cast<void*>(tile), -(f0 * kScatterColumns) - d0, t);
       run(part, f0, f1, d0, d1);
-      const auto put = [&](int64_t a, int64_t b) {
-        const ScatterJob scatter{at(static_cast<const void*>(tile), (a - f0) * kScatterColumns, t),
-                                 kScatterColumns,
-                                 b - a,
-                                 d1 - d0,
-                                 at(out.data, a * out.stride_f + d0 * out.stride_d, t),
-                                 out.stride_f,
-                                 out.stride_d,
-                                 job.stream};
-        kernels.scatter[static_cast<int>(t)](scatter);
-      };
-      if (zero_untouched) {
-        put(f0, f1);
-        continue;
-      }
-      for (int64_t f = f0; f < f1; ++f)
-        if (sorted.has_slot(f)) put(f, f + 1);
+      void* const to = at(out.data, f0 * out.stride_f + d0 * out.stride_d, t);
+      kernels.scatter[static_cast<int>(t)]({tile, kScatterColumns, f1 - f0, d1 - d0, to, out.stride_f, out.stride_d, job.stream});
     }
   });
   return kOk;

@@ -263,7 +263,7 @@ int64_t run_entries(const Problem& p, EncodePath path, Driver& driver) {
 }  // namespace
 
 int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, bool absolute,
-                    float* values, int64_t* indices, uint8_t* survived, EncodePath path, EncodeStats* stats, int threads) {
+                    float* values, int64_t* indices, EncodePath path, EncodeStats* stats, int threads) {
   if (stats != nullptr) *stats = {};
   if (x.rows == 0 || k == 0) return kOk;
   const EncodeKernels* const screens = encode_kernels();
@@ -275,8 +275,7 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
                   .threads = threads,
                   .stats = stats,
                   .absolute = absolute};
-  const TopkOutput out{
-      .k = k, .relu = relu, .values = values, .indices = indices, .list = w.list, .absolute = absolute, .survived = survived};
+  const TopkOutput out{.k = k, .relu = relu, .values = values, .indices = indices, .list = w.list, .absolute = absolute};
   PlanRequest request = encode_request(w, path);
   request.least_features = std::max(request.least_features, 32 * k);
   request.rowwise_k = k;

@@ -106,11 +106,10 @@ def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor
     return dvalues
 
 
-def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor, *, zero_untouched: bool = True) -> None:
+def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> None:
     """The gradient of `decode` in W, written into out [F, D] (any strides): out[f] = the sum of value · grad[row] over the slots of f.
 
-    Every row is written, zeros where a feature has no slot; `zero_untouched=False` leaves those rows as they are, for a caller that
-    reuses `out` and knows which rows it wrote last.
+    Every row is written, zeros where a feature has no slot.
     """
     (features, d), dtype = out.shape, out.dtype
     where, rows, _held = slot_arguments(indices, crow, features)
@@ -118,5 +117,5 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
         raise ValueError(f"values {list(values.shape)}, indices {list(indices.shape)}, grad {list(grad.shape)} for out {list(out.shape)}")
     expect(dtype, values, grad)
     values, grad = values.contiguous(), grad.contiguous()
-    arguments = where, DTYPES[dtype], values.data_ptr(), grad.data_ptr(), (out.data_ptr(), *out.stride(), d), zero_untouched
+    arguments = where, DTYPES[dtype], values.data_ptr(), grad.data_ptr(), (out.data_ptr(), *out.stride(), d)
     call("decode_dweight", *arguments, slots=(indices, crow, features))

@@ -107,14 +107,12 @@ def encode_topk(
     *,
     path: str = "auto",
     stats: dict[str, int] | None = None,
-    survived: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best scores of each row (``absolute``: by magnitude) and their features, exact by the score of csrc/fastsae.h.
 
     Args:
         inputs: any strides, read in place; ``packed``: None, or what `pack` returned for W.
         path, stats: as in ``call_engine``.
-        survived: [rows, features] uint8, set where a score was computed and not yet dropped.
     """
     given, rows = Arguments("encode_topk", inputs), inputs.x.shape[0]
     if not 0 <= k <= given.count:
@@ -123,7 +121,7 @@ def encode_topk(
     indices = torch.empty((rows, k), dtype=torch.int64, device="cpu")
     call_engine(
         "encode_topk", path, stats,
-        *given.addresses, *given.affine, k, relu, absolute, values.data_ptr(), indices.data_ptr(), address(survived),
+        *given.addresses, *given.affine, k, relu, absolute, values.data_ptr(), indices.data_ptr(),
     )  # fmt: skip
     return rounded(values, inputs.x.dtype), indices
 

@@ -69,7 +69,7 @@ void run(Dtype t, int64_t rows, int64_t k, int64_t features, int64_t d, bool tra
   const Matrix matrix{w.bytes.get(), sf, sd, d};
   expect(decode(slots, t, values.bytes.get(), matrix, nullptr, y.bytes.get(), threads) == kOk, "status", t, d, transposed);
   expect(decode_dvalues(slots, t, grad.bytes.get(), matrix, dvalues.bytes.get(), threads) == kOk, "status", t, d, transposed);
-  expect(decode_dweight(slots, t, values.bytes.get(), grad.bytes.get(), {out.bytes.get(), sf, sd, d}, true, threads) == kOk, "status", t, d,
+  expect(decode_dweight(slots, t, values.bytes.get(), grad.bytes.get(), {out.bytes.get(), sf, sd, d}, threads) == kOk, "status", t, d,
          transposed);
 
   if (n == 0) return;
@@ -137,7 +137,7 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
       int64_t status = kOk;
       for (const bool absolute : {false, true}) {
         status = encode_topk(rows_of, in, maybe_scale, maybe_bias, kept, !absolute && twist % 2 != 0, absolute, values.get(), indices.get(),
-                             nullptr, path, nullptr, 2);
+                             path, nullptr, 2);
         now.add(&status, 1), now.add(values.get(), rows * kept), now.add(indices.get(), rows * kept);
       }
       Entries* held;
@@ -256,7 +256,7 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
   const float factor = 0.5f;
 
   const auto matrix = block<float>(size);
-  expect(decode_dweight(slots, Dtype::f32, values.get(), grad.get(), {matrix.get(), d, 1, d}, true, threads) == kOk, "status", Dtype::f32,
+  expect(decode_dweight(slots, Dtype::f32, values.get(), grad.get(), {matrix.get(), d, 1, d}, threads) == kOk, "status", Dtype::f32,
          d, false);
   const auto transposed = [&](const std::unique_ptr<float[]>& from, int64_t columns) {
     auto to = block<float>(size);

@@ -263,17 +263,6 @@ def test_inputs_may_lie_anyhow(level: str) -> None:
     assert torch.equal(kernels.decode(values, indices, None, column, b), kernels.decode(values, indices, None, column.clone(), b))
 
 
-@pytest.mark.parametrize("how", ["rows", "transposed"])
-def test_untouched_rows_can_be_left(how: str) -> None:
-    values, indices, W, _, grad = draw((3, 20, 100, 4), torch.float32)
-    out, full = layout(torch.full_like(W, 5.0), how), torch.empty_like(W)
-    kernels.decode_dweight(values, indices, None, grad, out, zero_untouched=False)
-    kernels.decode_dweight(values, indices, None, grad, full)
-    touched = torch.zeros(100, dtype=torch.bool).index_fill_(0, indices.flatten(), True)
-    assert torch.equal(out[touched], full[touched])
-    assert (out[~touched] == 5).all()
-
-
 @pytest.mark.slow
 def test_an_unknown_level_in_the_environment_is_an_error_on_use() -> None:
     code = "from fastsae.native import loader; assert loader.unavailable() is None; loader.isa()"

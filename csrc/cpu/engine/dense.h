@@ -149,14 +149,11 @@ inline int64_t dense_topk_all(const Problem& p, const TopkOutput& out) {
   return kOk;
 }
 
-// The rows of a chunk that screening left to the exact path, to `list`: how many. Counts them and the others, and what is survived by all.
-inline int64_t collect_exact(const Problem& p, const TopkOutput& out, const uint8_t* exact, int64_t base, int64_t rows, int32_t* list) {
+// The rows of a chunk that screening left to the exact path, to `list`: how many. Counts them and the others.
+inline int64_t collect_exact(const Problem& p, const uint8_t* exact, int64_t rows, int32_t* list) {
   int64_t count = 0;
   for (int64_t r = 0; r < rows; ++r)
-    if (exact[r] != 0) {
-      list[count++] = static_cast<int32_t>(r);
-      if (out.survived != nullptr) std::memset(out.survived + (base + r) * p.w.features, 1, static_cast<size_t>(p.w.features));
-    }
+    if (exact[r] != 0) list[count++] = static_cast<int32_t>(r);
   if (p.stats != nullptr) {
     __atomic_fetch_add(&p.stats->screened_rows, rows - count, __ATOMIC_RELAXED);
     __atomic_fetch_add(&p.stats->exact_rows, count, __ATOMIC_RELAXED);

@@ -26,8 +26,7 @@ struct TopkOutput {
   float* values;
   int64_t* indices;
   const int32_t* list = nullptr;
-  bool absolute = false;        // entries number 2 * feature + (1 where the score is negative)
-  uint8_t* survived = nullptr;  // [rows, features], or-ed
+  bool absolute = false;  // entries number 2 * feature + (1 where the score is negative)
 
   // The k best of n entries (all different) to the output row.
   void select(int64_t row, uint64_t* entries, int64_t n) const {

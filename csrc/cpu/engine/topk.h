@@ -78,15 +78,12 @@ struct TopkDriver {
       survivors.fetch_add(n, std::memory_order_relaxed);
       for (int64_t i = 0; i < n; ++i) entries[worker][i] = entry(shared.score[base + i], shared.feature[base + i]);
       out.select(chunk.base + r, entries[worker], n);
-      if (out.survived != nullptr)
-        for (int64_t i = 0; i < n; ++i)
-          out.survived[(chunk.base + r) * p.w.features + (shared.feature[base + i] >> (p.absolute ? 1 : 0))] = 1;
     });
     if (p.stats != nullptr) {
       p.stats->survivors += survivors;
       for (int t = 0; t < threads; ++t) p.stats->scored += std::exchange(*buffers[t].scored, 0);
     }
-    const int64_t count = collect_exact(p, out, chunk.exact, chunk.base, chunk.rows, list);
+    const int64_t count = collect_exact(p, chunk.exact, chunk.rows, list);
     return count > 0 ? dense_topk(p, out, chunk.xc, chunk.base, list, count) : kOk;
   }
 };

@@ -50,8 +50,6 @@ struct RowwiseWorker {
       for (int64_t i = 0; i < n; ++i) entries[i] = entry(top.open.hi[i], top.open.id[i]);
       out.select(base + row, entries, n);
     }
-    if (out.survived != nullptr)
-      for (int64_t i = 0; i < n; ++i) out.survived[(base + row) * panels.features + (top.open.id[i] >> (top.absolute ? 1 : 0))] = 1;
     survivors += n;
   }
   void note(EncodeStats* stats) {
@@ -121,7 +119,7 @@ struct RowwiseDriver {
     for_each_unit_by_worker(threads, chunk.rows,
                             [&](int64_t r, int worker) { workers[worker].finish(screens, of, job, out, r, chunk.base, chunk.exact); });
     for (int t = 0; t < threads; ++t) workers[t].note(p.stats);
-    const int64_t count = collect_exact(p, out, chunk.exact, chunk.base, chunk.rows, list);
+    const int64_t count = collect_exact(p, chunk.exact, chunk.rows, list);
     return count > 0 ? dense_topk(p, out, chunk.xc, chunk.base, list, count) : kOk;
   }
 };
@@ -218,7 +216,7 @@ inline int64_t rowwise_topk(const EncodeKernels& screens, const Problem& p, cons
       const ScoreJob job{.xc = o.rows.xc, .padded = padded, .d = d, .w = w.data, .t = w.t, .stride_f = w.stride_f, .list = w.list};
       for (int64_t r = 0; r < rows; ++r) o.finish(screens, of, job, out, r, base, exact);
     }
-    const int64_t count = collect_exact(p, out, exact, base, rows, o.list);
+    const int64_t count = collect_exact(p, exact, rows, o.list);
     if (!screened)
       --o.unscreened;
     else if (count * 2 > rows)
