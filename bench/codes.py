@@ -24,6 +24,7 @@ from torch import Tensor
 import fastsae
 from fastsae._core import files
 from fastsae._core.machine import machine
+from fastsae._core.progress import Bar
 from fastsae._core.timing import alternate, milliseconds
 from fastsae.lm import packaged
 from fastsae.plots import figure
@@ -49,8 +50,6 @@ def arguments() -> argparse.Namespace:
 @torch.inference_mode()
 def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list[str], Tensor, list[str]]:
     """(codes a layer, hashes a layer, names of the layers, token numbers, the vocabulary)."""
-    from tqdm import tqdm
-
     model, tokenizer = packaged.load("minilm")
     sequences = packaged.minilm_windows(tokenizer, tokens)
     inner = torch.ones_like(sequences)
@@ -60,7 +59,7 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
     with (
         fastsae.codes.trace(model, "encoder.*", emit="hash") as hashed,
         fastsae.codes.trace(model, "encoder.*", emit="code") as packed,
-        tqdm(total=int(inner.sum()), desc="reading", unit=" tokens", mininterval=0.5) as progress,
+        Bar(True, int(inner.sum()), of="token", label="reading") as progress,
     ):
         for part, mask in zip(sequences.split(batch), inner.split(batch)):
             hashed.mask = packed.mask = mask

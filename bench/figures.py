@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.report import Plots, bars, chip, conditions, digest, drawn_from, keep, plots, rivals, slug, times, times_faster
+from bench.report import Plots, chip, conditions, digest, drawn_from, keep, plots, rivals, slug, times, times_faster
 from fastsae._core import files
 from fastsae.compare import MMCS_VARIANTS
-from fastsae.plots import figure
+from fastsae.plots import bars, figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -24,6 +24,7 @@ from torch.nn import functional
 from bench import training
 from fastsae._core import files
 from fastsae._core.machine import machine
+from fastsae._core.progress import Bar
 from fastsae._core.timing import Stopwatch
 from fastsae.lm import harvest, packaged
 from fastsae.optim import warmup_linear_decay
@@ -93,8 +94,6 @@ def fvu(weights: training.Weights, x: Tensor, k: int) -> float:
 
 def train(args: argparse.Namespace, seed: int, x: Tensor, held: Tensor) -> dict[str, list[dict[str, float]]]:
     """By name: points ``{"step", "seconds", "cpu_seconds", "fvu"}``, the first before any step."""
-    from tqdm import tqdm
-
     directions = torch.randn(args.features, x.shape[1], generator=torch.Generator().manual_seed(seed))
     W = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
     start = training.Start(W, x.mean(0), args.k, args.lr, (0.9, 0.99))
@@ -107,7 +106,7 @@ def train(args: argparse.Namespace, seed: int, x: Tensor, held: Tensor) -> dict[
     batches = iter(Batches(x, size=args.batch, seed=seed))
     turn = max(1, args.steps // 15)
     order = list(runners)
-    with tqdm(total=args.steps * len(runners), desc=f"seed {seed}", unit=" steps", mininterval=0.5) as progress:
+    with Bar(True, args.steps * len(runners), label=f"seed {seed}") as progress:
         for first in range(0, args.steps, turn):
             steps = range(first, min(first + turn, args.steps))
             rows = [next(batches)["x"] for _ in steps]

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastsae._core import files
 from fastsae.native import loader
-from fastsae.plots import figure
+from fastsae.plots import bars, figure
 
 
 @dataclass
@@ -159,21 +159,6 @@ def print_table(entries: list[dict[str, Any]]) -> None:
                 f"{ratio:>8.2f} {memory_text:>9}"
             )
     print("* a floor: part of the work only. Medians of alternating runs; only ratios within one run count.")
-
-
-def bars(axes: Any, values: Sequence[float], labels: Sequence[str], texts: Sequence[str], colours: Sequence[str]) -> None:
-    """Times faster from above to below on a logarithmic axis; the right end of the axis is for the texts."""
-    axes.barh(range(len(values)), [value - 1 for value in values], left=1, color=colours, height=0.7)
-    axes.axvline(1, color="0.2", linewidth=1)
-    for place, (value, text) in enumerate(zip(values, texts)):
-        axes.text(1.04 * max(value, 1), place, text, va="center", fontsize=8)
-    low, high = min(0.7, 0.8 * min(values)), max(1.6, *values)
-    axes.set(xscale="log", xlim=(low, high * (high / low) ** 0.9), ylim=(len(values) - 0.4, -0.6))
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
-    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_yticks(range(len(values)), labels, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
-from fastsae.lm.harvesting import SeenAll, evaluating, kept_positions, shown_progress
+from fastsae._core.progress import track
+from fastsae.lm.harvesting import SeenAll, evaluating, kept_positions
 from fastsae.lm.hooks import call, find, first_tensor, plain, watch
 from fastsae.patch import is_transcoder, reconstruct, report
 from fastsae.plots import feature_density
@@ -195,7 +196,7 @@ class _Parts(NamedTuple):
     def shown(self, name: str) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """(ids, positions that are no padding or None, positions that count), on the model's device."""
         device = next(self.model.parameters(), self.tokens).device
-        for start in shown_progress(range(0, len(self.tokens), self.batch), name if self.progress else ""):
+        for start in track(range(0, len(self.tokens), self.batch), name, self.progress):
             part = slice(start, start + self.batch)
             yield self.tokens[part].to(device), None if self.real is None else self.real[part].to(device), self.keep[part].to(device)
 

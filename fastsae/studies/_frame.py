@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import math
@@ -11,8 +10,7 @@ import pkgutil
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +21,7 @@ import fastsae
 from fastsae import plots
 from fastsae._core import checks, files
 from fastsae._core.machine import machine, versions
+from fastsae._core.progress import Bar, track
 from fastsae._core.seeds import stream_seed
 from fastsae._core.timing import Stopwatch
 from fastsae.formats import weight_files
@@ -94,28 +93,13 @@ class Study:
         self.parts.mkdir(parents=True, exist_ok=True)
         files.replace_text(record, json.dumps(own))
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """``items`` with a progress bar (tqdm's; a line every ten seconds where tqdm is missing or stderr is a file)."""
-        with self.bar(label, total if total is not None else len(items) if hasattr(items, "__len__") else None) as advance:  # pyright: ignore[reportArgumentType]
-            for item in items:
-                yield item
-                advance()
+    def track(self, items: Collection[T], label: str) -> Iterator[T]:
+        """``items`` with a progress bar."""
+        return track(items, label, self.progress)
 
-    @contextlib.contextmanager
-    def bar(self, label: str, total: int | None = None) -> Generator[Any]:
-        """A progress bar to advance by hand: ``with study.bar("training", 100) as advance: advance(); advance(10)``."""
-        if not self.progress:
-            yield lambda count=1: None
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            tqdm = None
-        if tqdm is None or not sys.stderr.isatty():
-            yield _Lines(label, total).advance
-            return
-        with tqdm(total=total, desc=label, leave=False, mininterval=0.5) as shown:
-            yield lambda count=1: shown.update(count) and None
+    def bar(self, label: str, total: int | None = None) -> Bar:
+        """A progress bar to advance by hand: ``with study.bar("training", 100) as bar: bar.update(10)``."""
+        return Bar(self.progress, total, label=label)
 
     def table(self, name: str, rows: Any) -> None:
         """Prints a table and keeps it for the JSON file.
@@ -143,7 +127,7 @@ class Study:
     def save(self, canvas: Any, name: str) -> Path:
         """Writes a figure to ``NAME.png`` in the output folder."""
         path = self.out / f"{name}.png"
-        files.replace_figure(path, canvas, dpi=150)
+        plots.finish(canvas, path)
         self.plots.append(path.name)
         return path
 
@@ -179,20 +163,6 @@ def write_page(report: Path) -> Path:
     path = report.with_name("README.md")
     files.replace_text(path, text)
     return path
-
-
-class _Lines:
-    def __init__(self, label: str, total: int | None):
-        self.label, self.total, self.done = label, total, 0
-        self.begun = self.shown = time.monotonic()
-
-    def advance(self, count: int = 1) -> None:
-        self.done += count
-        if (now := time.monotonic()) - self.shown > 10:
-            self.shown = now
-            left = (now - self.begun) * ((self.total or 0) / max(self.done, 1) - 1)
-            of = "" if self.total is None else f" of {self.total}, about {left / 60:.1f} min left"
-            print(f"{self.label}: {self.done}{of}", file=sys.stderr, flush=True)
 
 
 def _slug(name: str) -> str:

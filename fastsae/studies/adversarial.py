@@ -110,6 +110,5 @@ def run(study: Study) -> None:
     axes[2].set(ylabel="mean norm", title="Distance of the polytopes reached from the origin")
     for axis in axes:
         axis.set(xlabel="norm of the perturbation")
-        axis.legend(frameon=False)
     axes[0].set_ylim(bottom=0)
     study.save(canvas, "adversarial")

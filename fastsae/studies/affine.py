@@ -149,6 +149,4 @@ def draw(
     line = torch.linspace(1, furthest, 50, device="cpu", dtype=torch.float32)
     axes[2].plot(line, (line * float(norms.square().mean())).sqrt(), "k--", lw=1, label="orthogonal contributions, mean norms")
     axes[2].set(xlabel="Hamming distance", ylabel="Frobenius distance", title=f"Pairs of samples, correlation {correlation:.2f}")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "affine")

@@ -77,7 +77,7 @@ def run(study: Study) -> None:
         "pre-activations, Euclidean": lambda: euclidean_graph(z, k),
         "MLP inputs, Euclidean": lambda: euclidean_graph(data.x, k),
     }
-    labels = {name: cluster(make(), least, samples) for name, make in study.track(graphs.items(), "clustering", len(graphs))}
+    labels = {name: cluster(make(), least, samples) for name, make in study.track(graphs.items(), "clustering")}
     rows = []
     for name, found in labels.items():
         inside = found >= 0
@@ -122,7 +122,6 @@ def run(study: Study) -> None:
         sizes = torch.bincount(labels[name][labels[name] >= 0]).sort(descending=True).values
         axes[1].plot(range(1, len(sizes) + 1), sizes, ".-", label=name)
     axes[1].set(xlabel="cluster, by size", ylabel="samples", yscale="log", title="Sizes of clusters")
-    axes[1].legend(frameon=False)
     generator = study.generator(5)
     a, b = torch.randint(len(z), (2, 20_000), generator=generator, device="cpu")
     packed = fastsae.codes.pack_signs(z)

@@ -124,10 +124,8 @@ def draw(
             ylabel="boundaries a ray and doubling of the distance",
             title=f"{network} network",
         )
-        axis.legend(frameon=False, fontsize=8)
     axes[2].plot([c["scale"] for c in curve], [c["code_changed"] for c in curve], label="share of later bits changed")
     axes[2].plot([c["scale"] for c in curve], [c["prediction_changed"] for c in curve], label="predictions changed")
     axes[2].axvspan(*valid, color="C2", alpha=0.4, label="no bit changes (median interval)")
     axes[2].set(xlabel="scale of the first hidden layer's activations", ylabel="share", title="Range of validity of a direction")
-    axes[2].legend(frameon=False, fontsize=8)
     study.save(canvas, "shell")
