@@ -127,6 +127,21 @@ class Bench:
         """An operation by every backend that serves it."""
         return {backend: lambda i, backend=backend: OPS[op](*args(i), backend=backend) for backend in self.backends(op, args(0))}
 
+    def operation(
+        self, op: str, label: str, shape: str, args: Args, others: Mapping[str, Call], *, few: int, cut: tuple[int, ...] = (0,),
+        first: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        """A row of one operation, verified on the first ``few`` rows of its results and of the arguments in ``cut``; ``first``: by the
+        backend alone that is preferred."""
+
+        def verify(backend: str) -> None:
+            found = OPS[op](*args(0), backend=backend)
+            given = tuple(arg[:few] if place in cut else arg for place, arg in enumerate(args(0)))
+            OPS[op].check(given, found[:few] if isinstance(found, Tensor) else tuple(part[:few] for part in found))
+
+        ours = self.ours(op, args)
+        self.row(label, shape, dict([*ours.items()][:1]) if first else ours, others, verify=verify, **options)
+
     def row(
         self,
         op: str,

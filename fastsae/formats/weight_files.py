@@ -64,12 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors``, ``.pt`` or ``.npz`` file on the CPU, only those in ``names`` where given; or ValueError."""
-    return read(path, names)[0]
-
-
-def read(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(``read_tensors``, what ``files`` has written about them or None)."""
-    return _read(path, names)[:2]
+    return _read(path, names).tensors
 
 
 class Read(NamedTuple):
@@ -410,7 +405,7 @@ def _of_configuration(folder: Path, candidates: list[str]) -> list[str]:
     """The candidates that the configuration beside leaves."""
     names = {FILES[name][0] for name in candidates}
     if names == {"sae.safetensors"}:
-        about, config = read(folder / "sae.safetensors", ())[1], folder / "cfg.json"
+        about, config = _read(folder / "sae.safetensors", ()).about, folder / "cfg.json"
         own = "dead_after" in read_json(config) if about is None and config.is_file() else False
         return [str(about["format"]) if about is not None else "fastsae" if own else "sparsify"]
     if names == {"sae_weights.safetensors"} and len(candidates) > 1:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsae._core import checks, files
 from fastsae.formats.weight_files import read_json
 from fastsae.latents import RaggedLatents, TopKLatents
-from fastsae.store.columns import Shard, digest, map_safetensors
+from fastsae.store.columns import Shard, digest, map_safetensors, save
 
 MANIFEST = "latents.json"
 _MEMORY = 512 << 20
@@ -40,16 +40,6 @@ class Examples(NamedTuple):
     position: Tensor
     tokens: Tensor
     activations: Tensor
-
-
-def _save(path: Path, columns: Mapping[str, Tensor]) -> dict[str, Any]:
-    """One file of columns; its entry in a manifest."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("LatentWriter needs safetensors: pip install 'fastsae-kernels[store]'") from error
-    files.replace(path, lambda part: save_file({name: column.contiguous() for name, column in columns.items()}, part))
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 class LatentWriter:
@@ -130,7 +120,7 @@ class LatentWriter:
         counts, feature, value, token = (torch.cat(parts) for parts in zip(*self._pending))
         crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         path = self.folder / f"{self.writer:03d}-{len(self._parts):06d}.safetensors"
-        made = _save(path, {"crow": crow, "feature": feature, "value": value, "token": token})
+        made = save("LatentWriter", path, {"crow": crow, "feature": feature, "value": value, "token": token})
         parts = [*self._parts, made | {"sequences": len(token) // self.context, "entries": len(value)}]
         files.replace_text(self._manifest(), json.dumps({"format": 1, **self._facts, "parts": parts}, indent=1) + "\n")
         self._parts, self._pending = parts, []
@@ -250,7 +240,7 @@ class LatentStore:
             made = sparse.hstack(pieces, format="csr")  # rows ascend within a feature, as they do over the runs
             row, value = torch.from_numpy(made.indices), torch.from_numpy(made.data).view(self.dtype)
             columns = {"crow": torch.from_numpy(made.indptr).long(), "row": row, "value": value}
-            ranges.append(_save(folder / f"{len(ranges):06d}.safetensors", columns) | {"start": start, "stop": stop})
+            ranges.append(save("LatentStore", folder / f"{len(ranges):06d}.safetensors", columns) | {"start": start, "stop": stop})
             start = stop
         for run in runs:
             run.path.unlink()
@@ -540,10 +530,5 @@ def _by_token(latents: TopKLatents | RaggedLatents) -> tuple[Tensor, Tensor, Ten
 
 def entries_of(latents: TopKLatents | RaggedLatents) -> tuple[Tensor, Tensor, Tensor]:
     """(row of the flattened batch, feature, value) of every slot."""
-    if isinstance(latents, TopKLatents):
-        rows = torch.arange(latents.values.shape[:-1].numel(), device=latents.values.device)
-        return rows.repeat_interleave(latents.values.shape[-1]), latents.indices.flatten().long(), latents.values.flatten()
-    rows = torch.arange(latents.crow.numel() - 1, device=latents.values.device)
-    row = torch.repeat_interleave(rows, latents.crow.diff(), output_size=None)
-    used = int(latents.crow[-1])  # slots after it are padding
-    return row, latents.col[:used].long(), latents.values[:used]
+    slots = (latents.trim() if isinstance(latents, RaggedLatents) else latents).slots
+    return slots.row_of(), slots.indices.flatten().long(), slots.values.flatten()

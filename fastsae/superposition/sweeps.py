@@ -119,20 +119,13 @@ class Run:
     def row(self) -> dict[str, Any]:
         """Its line in the data frame."""
         truth = self.similarity
+        own = ("l0", "fvu", "loss", "steps", "converged", "seconds", "cpu_seconds")
         return {
-            "l1": self.l1,
-            "n_features": self.n_features,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in ("l1", "n_features", "seed")},
             "mmcs": float("nan") if truth is None else float(truth.double().mean()),
             "recovered": float("nan") if truth is None else float((truth > 0.9).double().mean()),
             "dead": int(self.dead.sum()),
-            "l0": self.l0,
-            "fvu": self.fvu,
-            "loss": self.loss,
-            "steps": self.steps,
-            "converged": self.converged,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
+            **{name: getattr(self, name) for name in own},
         }
 
 
