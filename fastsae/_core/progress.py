@@ -17,9 +17,9 @@ class Bar:
 
     def __init__(self, wanted: bool, total: int | None, start: int = 0, of: str = "step", label: str | None = None):
         self.bar: Any = None
-        self.wanted, self.step, self.total, self.of, self.label = wanted and sys.stderr is not None, start, total, of, label
+        self.wanted, self.step, self.total, self.of, self.label = wanted, start, total, of, label
         self.said = time.monotonic()
-        if self.wanted:
+        if wanted and sys.stderr is not None:
             with contextlib.suppress(ImportError):
                 from tqdm.auto import tqdm
 

@@ -385,7 +385,7 @@ def _assembled(found: list[tuple[Tensor, ...]], start: Tensor, widths: Sequence[
     hashes = prefix[1:] ^ (prefix[offsets[:-1]] ^ begin)[segment]
     hashes = hashes[:, 0] if bits == 64 else hashes
     where = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (t, layer, neuron, hashes, offsets))
-    return Crossings(*where, start)
+    return Crossings._make([*where, start])
 
 
 class Shell(NamedTuple):

@@ -25,7 +25,7 @@ from fastsae._core.progress import Bar, track
 from fastsae._core.seeds import stream_seed
 from fastsae._core.timing import Stopwatch
 from fastsae.formats import weight_files
-from fastsae.studies._page import index, page
+from fastsae.studies._page import cell, index, page
 
 T = TypeVar("T")
 
@@ -195,9 +195,6 @@ def _compact(report: dict[str, Any]) -> str:
 
 
 def _aligned(rows: list[dict[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
     if not rows:
         return "(no rows)"
     columns = list(rows[0])

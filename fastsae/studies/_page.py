@@ -60,16 +60,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "(no rows)"
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows[:_ROWS])]
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(column)) for column in columns] for row in rows[:_ROWS])]
     more = f"\n\n{len(rows) - _ROWS} more rows in the JSON file." if len(rows) > _ROWS else ""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + more
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return ", ".join(map(_cell, value)) or "-"
+        return ", ".join(map(cell, value)) or "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", r"\|")
 
 

@@ -9,6 +9,8 @@ cancel each other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,7 +115,7 @@ def run(study: Study) -> None:
     shown = few[:8000]
     some = (hamming[i[shown], j[shown]], distance[i[shown], j[shown]])
     most = float(max(distance.max(), shuffled.max())), float(hamming.max())
-    draw(study, norms, across, groups, *most, some, (hamming[same], distance[same]), correlation)
+    draw(study, norms, across, groups, most, some, (hamming[same], distance[same]), correlation)
 
 
 def orthogonal(bits: Tensor, weight: Tensor) -> Tensor:
@@ -123,17 +125,10 @@ def orthogonal(bits: Tensor, weight: Tensor) -> Tensor:
 
 
 def draw(
-    study: Study,
-    norms: Tensor,
-    across: Tensor,
-    groups: dict[str, tuple[Tensor, str]],
-    largest: float,
-    furthest: float,
-    some: tuple[Tensor, Tensor],
-    same: tuple[Tensor, Tensor],
-    correlation: float,
+    study: Study, norms: Tensor, across: Tensor, groups: dict[str, tuple[Tensor, str]], most: Any, some: Any, same: Any, correlation: float
 ) -> None:
-    """``groups``: distances and colour; ``largest``: of them; ``furthest``: largest Hamming distance; ``some``, ``same``: both of pairs."""
+    """``groups``: distances and colour; ``most``: the largest and the largest Hamming distance; ``some``, ``same``: both of pairs."""
+    largest, furthest = most
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     axes[0].hist(across.numpy(), 60, density=True, alpha=0.6, label=f"crossed between samples, mean {float(across.mean()):.3g}")
     axes[0].hist(

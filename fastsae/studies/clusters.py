@@ -110,9 +110,8 @@ def run(study: Study) -> None:
 
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     names = list(labels)
-    for place, (column, title) in enumerate(
-        (("with_words", "AMI with the kinds"), ("purity", "purity of clusters"), ("noise", "share of noise"))
-    ):
+    measures = {"with_words": "AMI with the kinds", "purity": "purity of clusters", "noise": "share of noise"}
+    for place, (column, title) in enumerate(measures.items()):
         axes[0].barh([i + 0.27 * (place - 1) for i in range(len(rows))], [row[column] for row in rows], height=0.25, label=title)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
@@ -131,11 +130,8 @@ def run(study: Study) -> None:
     correlation = float(torch.corrcoef(torch.stack([hamming, euclid]))[0, 1])
     axes[2].plot(hamming[~same], euclid[~same], ",", color="0.6", label="different kinds")
     axes[2].plot(hamming[same], euclid[same], ".", ms=3, color="C0", label="same kind")
-    axes[2].set(
-        xlabel="Hamming distance of codes",
-        ylabel="Euclidean distance of activations",
-        title=f"Pairs of samples, correlation {correlation:.2f}",
-    )
+    axes[2].set(xlabel="Hamming distance of codes", ylabel="Euclidean distance of activations")
+    axes[2].set_title(f"Pairs of samples, correlation {correlation:.2f}")
     axes[2].legend(frameon=False, markerscale=3)
     study.say(f"Hamming distance of codes and Euclidean distance of activations of random pairs correlate at {correlation:.3f}.")
     study.save(canvas, "clusters")
