@@ -86,9 +86,6 @@ def prune(reports: Reports) -> None:
                 gone.unlink()
 
 
-# ---------------------------------------------------------------- tables
-
-
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     heads = list(heads)
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
@@ -214,9 +211,6 @@ def page(name: str, reports: Reports) -> str:
             lines.append([row["op"], row["shape"], row["backend"], f"{row['ours']['median']:.3g}", others or "-", memory])
         parts.append(table(["operation", "size", "backend", "fastsae, ms", "times faster than", "extra MB, ours / first"], lines))
     return "\n\n".join(parts) + "\n"
-
-
-# ---------------------------------------------------------------- files
 
 
 def documents() -> list[Path]:

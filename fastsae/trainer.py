@@ -26,15 +26,11 @@ from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 
-# ---------------------------------------------------------------- schedules
-
 
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
     """From ``start`` to ``end`` in ``steps`` steps, then constant: for ``Trainer(anneal={"k": linear(256, 64, 1000)})``."""
     return lambda step: start + (end - start) * min(step / max(steps, 1), 1.0)
 
-
-# ---------------------------------------------------------------- the loop
 
 _MOST_SKIPPED = 100  # batches in a row
 

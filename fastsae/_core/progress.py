@@ -17,13 +17,14 @@ class Bar:
 
     def __init__(self, wanted: bool, total: int | None, start: int = 0, of: str = "step", label: str | None = None):
         self.bar: Any = None
-        self.wanted, self.step, self.total, self.of, self.label = wanted, start, total, of, label
+        stderr = sys.stderr
+        self.wanted, self.step, self.total, self.of, self.label = wanted and stderr is not None, start, total, of, label
         self.said = time.monotonic()
-        if wanted and sys.stderr is not None:
+        if wanted and stderr is not None:
             with contextlib.suppress(ImportError):
                 from tqdm.auto import tqdm
 
-                interval = 0.5 if sys.stderr.isatty() else 10
+                interval = 0.5 if stderr.isatty() else 10
                 self.bar = tqdm(total=total, initial=start, unit=f" {of}s", desc=label, mininterval=interval)
 
     def update(self, steps: int = 1) -> None:

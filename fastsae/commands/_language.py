@@ -85,9 +85,6 @@ def _transformers() -> Any:
     return transformers
 
 
-# ---------------------------------------------------------------- text
-
-
 def windows_of(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, list[int]]:
     """(``[sequences, context]`` int64, ids that are left out) of what TEXT or ``--dataset`` names."""
     ignored = [] if options.keep_special else sorted(set(tokenizer.all_special_ids))
@@ -157,9 +154,6 @@ def _of_dataset(names: list[str], split: str) -> Iterator[str]:
         if not isinstance(row.get("text"), str):
             raise ValueError(f"--dataset {names[0]}: its rows must have a column text, got {', '.join(row)}")
         yield row["text"]
-
-
-# ---------------------------------------------------------------- dictionaries
 
 
 def dictionary_of(source: str) -> SAE:

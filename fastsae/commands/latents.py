@@ -58,9 +58,6 @@ def run(options: argparse.Namespace) -> int:
     return options.verb_run(options)
 
 
-# ---------------------------------------------------------------- build
-
-
 def _build(options: argparse.Namespace) -> int:
     sae, shards = _language.dictionary_of(options.sae).to(options.device), open_activations(options.shards)
     column = _column(shards, options.column, sae)
@@ -125,9 +122,6 @@ def _placed(sae: SAE, x: Tensor, rows: Tensor, shape: torch.Size) -> RaggedLaten
     counts = torch.bincount(rows.to(row.device)[row], minlength=shape.numel())
     crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return RaggedLatents(value, crow, feature, sae.d_sae, shape)
-
-
-# ---------------------------------------------------------------- show
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -200,9 +194,6 @@ def _examples(found: Examples, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 _BEFORE = 16
-
-
-# ---------------------------------------------------------------- delphi
 
 
 def _delphi(options: argparse.Namespace) -> int:

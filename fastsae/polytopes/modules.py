@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from fastsae._core import checks
 from fastsae.polytopes.net import Activation, Add, Affine, Net, Norm, Operator, Save, Stage, Times
 
-# ---------------------------------------------------------------- from modules
-
 _HF_ACTIVATIONS = {
     "GELUActivation": "gelu",
     "AccurateGELUActivation": "gelu_tanh",

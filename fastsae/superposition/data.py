@@ -451,9 +451,6 @@ its number of active features, exponent, rank and law are our choice, and its hi
 """
 
 
-# ---------------------------------------------------------------- features of a toy model of superposition
-
-
 class ToyModel(NamedTuple):
     """``features [G, D]``: row g is what feature g becomes in the D hidden dimensions; ``bias [G]``; the ``loss`` of the last batch."""
 

@@ -213,8 +213,6 @@ class ActivationStatistics:
             "quantiles": dict(zip(map(float, q), quantiles.tolist())),
         }
 
-    # ------------------------------------------------------------ state
-
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, for files and other processes."""
         names = ("_moments", "_zeros", "_positive", "_range", "_bins")
