@@ -21,19 +21,15 @@ def powers(first: float, last: float, count: int) -> list[float]:
 
 
 def train(study: Study, label: str, data: SuperpositionData | Tensor, **options: Any) -> list[Run]:
-    """``train_many`` with a bar, in as many processes as there are cores (in this one for the smallest size)."""
-    sizes = [len(options[name]) if isinstance(options[name], Sequence) else 1 for name in ("l1", "n_features")]
-    seeds = options.setdefault("seeds", [study.seed])
+    """``train_many`` in as many processes as there are cores (in this one for the smallest size); a resumed run has those of before."""
+    options.setdefault("seeds", [study.seed])
     workers = 1 if study.size == "smoke" else os.cpu_count() or 1
     known = [Run(**run) for run in study.kept(label)]
 
     def keep(run: Run) -> None:
         study.part(label, f"{run.n_features} {run.l1} {run.seed}", lambda: vars(run))
-        bar.update()
 
-    with study.bar(label, math.prod(sizes) * len(seeds)) as bar:
-        bar.update(len(known))
-        return train_many(data, **options, workers=workers, callback=keep, known=known)
+    return train_many(data, **options, workers=workers, callback=keep, known=known, progress=study.progress)
 
 
 def sources(study: Study) -> SuperpositionData:

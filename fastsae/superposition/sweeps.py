@@ -313,6 +313,7 @@ def train_many(
     keep: str | os.PathLike[str] | None = None,
     callback: Callable[[Run], object] | None = None,
     known: Sequence[Run] = (),
+    progress: bool = False,
     **training: Any,
 ) -> list[Run]:
     """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed). ``known``: those of an earlier
@@ -341,19 +342,23 @@ def train_many(
     runs = {(run.l1, run.n_features, run.seed): run for run in known}
     missing = [job for job in jobs if job not in runs]
 
-    def done(run: Run) -> None:
-        runs[run.l1, run.n_features, run.seed] = run
-        if callback is not None:
-            callback(run)
-
     content = pickle.dumps(data)
     workers = min(workers, len(missing)) or 1
     groups = _groups(missing, workers)
-    if workers == 1 and keep is None:
-        for size, members in groups:
-            _together(pickle.loads(content), size, members, options, done)
-    else:
-        _by_joblib(content, groups, options, workers, keep, done)
+    with Bar(progress, len(missing), of="run") as bar:
+
+        def done(run: Run) -> None:
+            runs[run.l1, run.n_features, run.seed] = run
+            bar.update()
+            bar.show(f"F {run.n_features}, l1 {run.l1:g}, seed {run.seed}: FVU {run.fvu:.3f}")
+            if callback is not None:
+                callback(run)
+
+        if workers == 1 and keep is None:
+            for size, members in groups:
+                _together(pickle.loads(content), size, members, options, done)
+        else:
+            _by_joblib(content, groups, options, workers, keep, done)
     return [runs[job] for job in jobs]
 
 
@@ -487,15 +492,6 @@ def sweep(
         import pandas
     except ImportError as error:
         raise ImportError("sweep needs pandas: pip install 'fastsae-kernels[studies]'") from error
-    grid = [_several("sweep", *pair) for pair in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
-    with Bar(progress, math.prod(map(len, grid)), of="run") as bar:
-
-        def done(run: Run) -> None:
-            bar.update(1)
-            bar.show(f"F {run.n_features}, l1 {run.l1:g}, seed {run.seed}: FVU {run.fvu:.3f}")
-            if callback is not None:
-                callback(run)
-
-        options: Any = {"workers": workers, "keep": keep, "callback": done, "stop": stop, **training}
-        runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, **options)
+    options: Any = {"workers": workers, "keep": keep, "callback": callback, "progress": progress, "stop": stop, **training}
+    runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, **options)
     return pandas.DataFrame([run.row() for run in runs])
