@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,16 @@ class Missing(Exception):
     """A row that cannot be measured here; the message is the reason."""
 
 
-@contextmanager
-def precision(name: str) -> Generator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def at_precision(name: str, call: Call) -> Call:
+    def run(i: int) -> object:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(name)
+        try:
+            return call(i)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
 
 
 def told(error: Exception) -> str:

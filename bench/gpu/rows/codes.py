@@ -81,11 +81,7 @@ def signs(b: Bench) -> None:
     rows, size = b.shape(*SIGNS)
     z = [b.normal(rows, size).bfloat16() for _ in range(b.sets(rows * size * 2))]
     for op, rest, written in (("pack_signs", (None,), size // 8), ("hash_signs", (None, 0, 0, 64), 8)):
-
-        def args(i: int, rest: tuple[Any, ...] = rest) -> tuple[Any, ...]:
-            return (z[i % len(z)], *rest)
-
         b.operation(
-            op, f"{op} bfloat16", f"{rows}x{size}", args, {"z > 0": lambda i: z[i % len(z)] > 0}, few=64,
-            n_bytes=rows * (size * 2 + written), n_sets=len(z),
+            op, f"{op} bfloat16", f"{rows}x{size}", lambda i, rest=rest: (z[i % len(z)], *rest),
+            {"z > 0": lambda i: z[i % len(z)] > 0}, few=64, n_bytes=rows * (size * 2 + written), n_sets=len(z),
         )  # fmt: skip

@@ -57,9 +57,6 @@ def _label(op: str, W: Tensor) -> str:
 
 
 def _forward(b: Bench, shape: str, W: Tensor, sets: Sets, theirs: Any) -> None:
-    def args(i: int) -> tuple[Any, ...]:
-        return *sets[i % 2], None, W, None
-
     others: dict[str, Call] = {
         "torch embedding_bag": lambda i: functional.embedding_bag(sets[i % 2][1], W, per_sample_weights=sets[i % 2][0], mode="sum"),
         "torch.sparse CSR @ W": _csr(b, sets, W),
@@ -67,17 +64,14 @@ def _forward(b: Bench, shape: str, W: Tensor, sets: Sets, theirs: Any) -> None:
     if theirs is not None:
         others["sparsify's decoder"] = lambda i: theirs(sets[i % 2][1], sets[i % 2][0], W.mT)
     b.operation(
-        "decode", _label("decode", W), shape, args, others, few=8, cut=(0, 1),
+        "decode", _label("decode", W), shape, lambda i: (*sets[i % 2], None, W, None), others, few=8, cut=(0, 1),
         n_bytes=_row_bytes(W, sets) + sets[0][0].shape[0] * W.shape[1] * W.itemsize, targets=[("copy", 0.7, 0.9)],
     )  # fmt: skip
 
 
 def _dvalues(b: Bench, shape: str, W: Tensor, sets: Sets, grads: list[Tensor]) -> None:
-    def args(i: int) -> tuple[Any, ...]:
-        return grads[i % 2], sets[i % 2][1], None, W
-
     b.operation(
-        "decode_dvalues", _label("decode_dvalues", W), shape, args, {}, few=8, cut=(0, 1),
+        "decode_dvalues", _label("decode_dvalues", W), shape, lambda i: (grads[i % 2], sets[i % 2][1], None, W), {}, few=8, cut=(0, 1),
         n_bytes=_row_bytes(W, sets) + grads[0].numel() * W.itemsize, targets=[("copy", 0.7, 0.9)],
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae
-from bench.gpu.harness import Bench, Call, Missing, precision
+from bench.gpu.harness import Bench, Call, Missing, at_precision
 from bench.harness import name
 from fastsae._core.timing import milliseconds
 from fastsae.dispatch import OPS
@@ -43,17 +43,8 @@ def _encode(b: Bench, dtype: torch.dtype, sizes: tuple[tuple[int, ...], tuple[in
     floor = "bf16 GEMM alone"
     others[floor] = lambda i: torch.mm(low_xs[i % len(xs)], low_W.T, out=product)
     if dtype is torch.float32:
-
-        def tf32(i: int) -> object:
-            with precision("high"):
-                return functional.linear(xs[i % len(xs)], W, bias).relu().topk(k)
-
-        def alone(i: int) -> object:
-            with precision("highest"):
-                return functional.linear(xs[i % len(xs)], W, bias)
-
-        others["TF32 linear+relu+topk (inexact)"] = tf32
-        others["float32 GEMM alone"] = alone
+        others["TF32 linear+relu+topk (inexact)"] = at_precision("high", plain)
+        others["float32 GEMM alone"] = at_precision("highest", lambda i: functional.linear(xs[i % len(xs)], W, bias))
         targets = [(floor, 2.0, 1.5), ("TF32 linear+relu+topk (inexact)", 1.0, 1.0), ("float32 GEMM alone", 1 / 5, 1 / 5)]
     else:
         others["torch linear+relu+topk"] = plain
