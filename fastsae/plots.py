@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 
 from fastsae._core import files
+from fastsae._core.extras import needed
 
 
 def figure(**options: Any) -> Any:
     """``matplotlib`` figure and axes that need no display; a clear error where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'fastsae-kernels[plot]'") from error
     rows, columns = options.pop("rows", 1), options.pop("columns", 1)
-    result = Figure(layout="constrained", **options)
-    FigureCanvasAgg(result)
+    result = needed("matplotlib.figure", "plots need matplotlib", "plot").Figure(layout="constrained", **options)
     return result, result.subplots(rows, columns)
 
 

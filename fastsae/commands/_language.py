@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsae._core import files
 from fastsae._core.checkout import checkout_hidden
+from fastsae._core.extras import needed
 from fastsae.formats import weight_files
 from fastsae.lm import token_windows
 from fastsae.sae import SAE
@@ -78,11 +79,7 @@ def _file(gguf: str | None) -> dict[str, str]:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("models and tokenisers need transformers: pip install 'fastsae-kernels[lm]'") from error
-    return transformers
+    return needed("transformers", "models and tokenisers need transformers", "lm")
 
 
 def windows_of(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, list[int]]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import files
+from fastsae._core.extras import needed
 
 FILES: dict[str, tuple[str, str | None]] = {
     "fastsae": ("sae.safetensors", "cfg.json"),
@@ -155,13 +156,10 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _read_safetensors(path: Path, names: Collection[str] | None, mapped: bool) -> Read:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(f"reading {path.name} needs safetensors: pip install 'fastsae-kernels[hub]'") from error
+    safetensors = needed("safetensors", f"reading {path.name} needs safetensors", "hub")
     try:
         # safetensors opens the name twice, and it may be another file's by then: a process's own name of an open file stays.
-        with open(path, "rb") as held, safe_open(_own_name(held, path), framework="pt") as file:  # pyright: ignore[reportArgumentType]
+        with open(path, "rb") as held, safetensors.safe_open(_own_name(held, path), framework="pt") as file:
             about = _unsealed((file.metadata() or {}).get(_ENTRY))
             # What safetensors returns is the file itself, mapped, and changes or goes with it: a copy is what the checksum is of.
             kept = mapped and about is None
@@ -176,7 +174,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None, mapped: bool) -
         for name, tensor in tensors.items():
             if sums is not None and sums.get(name) != _checksum(tensor):
                 raise ValueError(f"{name} is damaged: its checksum is another")
-    except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, RecursionError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     return Read(tensors, about)
 

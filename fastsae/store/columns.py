@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import files
+from fastsae._core.extras import needed
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -99,10 +100,7 @@ def shard(path: Path, columns: Mapping[str, Tensor], offsets: Mapping[str, int])
 
 def save(op: str, path: Path, columns: Mapping[str, Tensor]) -> dict[str, Any]:
     """One file of columns; its entry in a manifest."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError(f"{op} needs safetensors: pip install 'fastsae-kernels[store]'") from error
+    save_file = needed("safetensors.torch", f"{op} needs safetensors", "store").save_file
     files.replace(path, lambda part: save_file({name: column.contiguous() for name, column in columns.items()}, part))
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks, files
+from fastsae._core.extras import needed
 from fastsae.formats.weight_files import read_json
 from fastsae.latents import RaggedLatents, TopKLatents
 from fastsae.store.columns import Shard, digest, map_safetensors, save
@@ -499,11 +500,7 @@ _INDEX = "index.json"
 
 
 def _scipy_sparse() -> Any:
-    try:
-        import scipy.sparse
-    except ImportError as error:
-        raise ImportError("LatentStore by feature needs SciPy: pip install 'fastsae-kernels[store]'") from error
-    return scipy.sparse
+    return needed("scipy.sparse", "LatentStore by feature needs SciPy", "store")
 
 
 def _bits(values: Tensor) -> Any:

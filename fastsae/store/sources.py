@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsae._core.extras import needed
 from fastsae.store.columns import Shard, from_readonly, map_safetensors, shard
 from fastsae.store.shards import ActivationShards
 from fastsae.store.writer import MANIFEST
@@ -54,10 +55,7 @@ def _npy(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
 
 
 def _arrow(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise ImportError(f"open_activations: {path} needs pyarrow: pip install 'fastsae-kernels[store]'") from error
+    pa = needed("pyarrow", f"open_activations: {path} needs pyarrow", "store")
     try:
         batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
     except pa.ArrowInvalid as error:

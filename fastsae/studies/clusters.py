@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastsae
+from fastsae._core.extras import needed
 from fastsae.polytopes.net import Activation, activate
 from fastsae.studies import Study
 from fastsae.studies._networks import tokens
@@ -63,10 +64,7 @@ def euclidean_graph(x: Tensor, k: int) -> Any:
 
 
 def run(study: Study) -> None:
-    try:
-        from sklearn.metrics import adjusted_mutual_info_score as agreement
-    except ImportError as error:
-        raise ImportError("clusters needs scikit-learn and SciPy: pip install 'fastsae-kernels[studies]'") from error
+    agreement = needed("sklearn.metrics", "clusters needs scikit-learn and SciPy", "studies").adjusted_mutual_info_score
     data = tokens(study)
     z = data.net.preactivations(data.x)[0]
     act = next(stage for stage in data.net.stages if isinstance(stage, Activation))

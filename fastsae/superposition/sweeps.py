@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae._core.extras import needed
 from fastsae._core.progress import Bar
 from fastsae._core.seeds import stream_seed
 from fastsae.compare.matching import match
@@ -390,20 +391,17 @@ def _several(op: str, name: str, value: Any) -> list[Any]:
 def _by_joblib(
     content: bytes, groups: list[_Group], options: Training, workers: int, keep: str | os.PathLike[str] | None, done: Callable[[Run], None]
 ) -> None:
-    try:
-        import cloudpickle
-        from joblib import Memory, Parallel, delayed
-    except ImportError as error:
-        raise ImportError("sweep with workers or keep needs joblib and cloudpickle: pip install 'fastsae-kernels[studies]'") from error
-    job: Any = _job if keep is None else Memory(os.fspath(keep), verbose=0).cache(_job, ignore=["packed"])
+    missing = "sweep with workers or keep needs joblib and cloudpickle"
+    cloudpickle, joblib = (needed(name, missing, "studies") for name in ("cloudpickle", "joblib"))
+    job: Any = _job if keep is None else joblib.Memory(os.fspath(keep), verbose=0).cache(_job, ignore=["packed"])
     data = "" if keep is None else _digest(pickle.loads(content))
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
     # Cloudpickle's, which hold a ``start`` of the caller's script or notebook whole: workers do not import that.
     jobs = (
-        delayed(job)("" if keep is None else _digest((data, *group, options)), cloudpickle.dumps((content, *group, options)))
+        joblib.delayed(job)("" if keep is None else _digest((data, *group, options)), cloudpickle.dumps((content, *group, options)))
         for group in groups
     )
-    for packed in Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
+    for packed in joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
         for run in pickle.loads(packed):  # pyright: ignore[reportArgumentType] # what _job returns
             done(run)
 
@@ -488,10 +486,7 @@ def sweep(
         >>> frame = sweep(data, l1=[0.05, 0.1, 0.2], n_features=[64, 128, 256], stop="converged")
         >>> frame.pivot(index="l1", columns="n_features", values="mmcs")
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError("sweep needs pandas: pip install 'fastsae-kernels[studies]'") from error
+    pandas = needed("pandas", "sweep needs pandas", "studies")
     options: Any = {"workers": workers, "keep": keep, "callback": callback, "progress": progress, "stop": stop, **training}
     runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, **options)
     return pandas.DataFrame([run.row() for run in runs])
