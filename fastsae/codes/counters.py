@@ -231,8 +231,7 @@ class CodeCounter:
         Raises: TypeError: not a CodeCounter. ValueError: other layers, or another kind or size of sketch.
         """
         op = "CodeCounter.merge"
-        if not isinstance(other, CodeCounter):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
-            raise TypeError(f"{op}: other must be a CodeCounter, got {type(other).__name__}")
+        checks.instance(op, "other", other, CodeCounter, "a CodeCounter")
         if other.names != self.names:
             raise ValueError(f"{op}: other must count the layers {_list(self.names)}, got {_list(other.names)}")
         kinds = [c.sketch if c.sketch is None else f"{c.sketch} with lg_k={c.lg_k}" for c in (self, other)]

@@ -153,8 +153,7 @@ def _both(op: str, name: str, pair: Any) -> tuple[Any, Any]:
     """An optional pair for a and b."""
     if pair is None:
         return None, None
-    if not isinstance(pair, (tuple, list)):
-        raise TypeError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {type(pair).__name__}")
+    checks.instance(op, name, pair, (tuple, list), "a pair (for a, for b) of tensors or None")
     if len(pair) != 2:
         raise ValueError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {len(pair)}")
     return pair[0], pair[1]

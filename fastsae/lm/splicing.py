@@ -90,8 +90,7 @@ def splice(
         if name not in saes:
             raise ValueError(f"{op}: edit names {name!r}, expected of {', '.join(saes)}")
         for one in several:
-            if not isinstance(one, Edit):
-                raise TypeError(f"{op}: edits must be Edit, got {type(one).__name__}")
+            checks.instance(op, "edits", one, Edit, "Edit")
     state = Spliced()
     with contextlib.ExitStack() as stack:
         for point in points:

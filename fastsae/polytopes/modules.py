@@ -57,8 +57,7 @@ def _stages(op: str, module: Any) -> list[Stage]:
         return list(module.stages)
     if isinstance(module, (nn.Sequential, list, tuple)):
         return [stage for part in module for stage in _stages(op, part)]
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{op}: module must be a torch.nn.Module, a Net or a list of them, got {type(module).__name__}")
+    checks.instance(op, "module", module, nn.Module, "a torch.nn.Module, a Net or a list of them")
     act = _activation(op, module)
     if act is not None:
         return [act]
@@ -259,8 +258,7 @@ def mlp_block(model: nn.Module, layer: int, *, norm: bool = True, residual: bool
     Raises: TypeError: not a module. ValueError: layer out of range; an MLP that is not known; other gated layers, by name.
     """
     op = "mlp_block"
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.instance(op, "model", model, nn.Module, "a torch.nn.Module")
     blocks = _blocks(op, model)
     layer = checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")
     checks.flag(op, "norm", norm)

@@ -293,8 +293,7 @@ def full_products(function: Function) -> Function:
 
 
 def check_net(op: str, net: Any) -> Net:
-    if not isinstance(net, Net):
-        raise TypeError(f"{op}: net must be a Net (fastsae.polytopes.as_net, fastsae.polytopes.mlp_block), got {type(net).__name__}")
+    checks.instance(op, "net", net, Net, "a Net (fastsae.polytopes.as_net, fastsae.polytopes.mlp_block)")
     if net.d_in is None:
         raise ValueError(f"{op}: net must hold at least one Linear layer, got {net!r}")
     return net
