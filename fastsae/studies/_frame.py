@@ -30,6 +30,7 @@ from fastsae.studies._page import cell, index, page
 T = TypeVar("T")
 
 _SIZES = ("smoke", "quick", "default")
+REFUSED = (ValueError,)
 
 
 def names() -> list[str]:
@@ -253,11 +254,10 @@ def run_study(
 
 
 def write_pages(folder: Path) -> int:
-    """README.md of every ``NAME/NAME.json`` in a folder, and of the folder itself; exit code 2 if there is none."""
+    """README.md of every ``NAME/NAME.json`` in a folder, and of the folder itself; ValueError if there is none."""
     found = [path for name in names() if (path := folder / name / f"{name}.json").exists()]
     if not found:
-        print(f"fastsae study: --pages: no NAME/NAME.json of a study in {folder}", file=sys.stderr)
-        return 2
+        raise ValueError(f"study: --pages: no NAME/NAME.json of a study in {folder}")
     titles = {path.stem: (_module(path.stem).__doc__ or path.stem).strip().splitlines()[0] for path in found}
     for path in found:
         write_page(path)
@@ -288,13 +288,9 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name:<13} {minutes:<16} {(module.__doc__ or '').strip().splitlines()[0]}")
         return 0
     size = "smoke" if options.smoke else "quick" if options.quick else "default"
-    try:
-        if options.pages is not None:
-            return write_pages(options.pages)
-        minutes = _module(options.name).SIZES[size]["minutes"]
-        print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} min on two cores", file=sys.stderr)
-        run_study(options.name, size, out=options.out, seed=options.seed, resume=options.resume)
-    except (ValueError, ImportError) as error:
-        print(f"fastsae study: {error}", file=sys.stderr)
-        return 2
+    if options.pages is not None:
+        return write_pages(options.pages)
+    minutes = _module(options.name).SIZES[size]["minutes"]
+    print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} min on two cores", file=sys.stderr)
+    run_study(options.name, size, out=options.out, seed=options.seed, resume=options.resume)
     return 0
