@@ -287,8 +287,7 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
     dtype = getattr(x, "dtype", None)
     net, x = _map_inputs(op, net, x)
     refuse_curved(op, net)
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
+    checks.shape(op, "x", x, (None, net.d_in), f"[B, d_in={net.d_in}]")
     result = [x.new_empty(x.shape[0], width) for width in net.widths]
     for rows in chunks(x.shape[0], max((*net.widths, x.shape[1])) * (x.shape[1] + (net.d_out or 1))):
         _, _, layers = _map(op, net, x[rows], lambda z, act: unit_pieces(z, act, None))

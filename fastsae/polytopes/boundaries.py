@@ -406,8 +406,7 @@ class Shell(NamedTuple):
 
 def unit_directions(op: str, directions: Tensor) -> Tensor:
     """Directions at length 1 in float64."""
-    if directions.dim() != 2:
-        raise ValueError(f"{op}: directions must have shape [M, d_in={directions.shape[-1]}], got {list(directions.shape)}")
+    checks.shape(op, "directions", directions, (None, None), f"[M, d_in={directions.shape[-1]}]")
     unit = directions.detach().double()
     length = unit.norm(dim=1, keepdim=True)
     if not bool((length.isfinite() & (length > 0)).all()):
@@ -487,8 +486,7 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     op = "local_complexity"
     net = check_net(op, net)
     check_points(op, "x", x, net, same=True)
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
+    checks.shape(op, "x", x, (None, net.d_in), f"[B, d_in={net.d_in}]")
     radius = float(checks.number(op, "radius", radius))
     vertices = checks.integer(op, "vertices", vertices, 2, 2 * x.shape[1], "2 d_in")
     seed = checks.integer(op, "seed", seed, 0)
