@@ -30,7 +30,7 @@ def open_activations(path: str | os.PathLike[str]) -> ActivationShards:
     path = Path(path)
     if (path / MANIFEST).exists() or any(path.glob(f"{Path(MANIFEST).stem}-*.json")):
         return ActivationShards(path)
-    for ending, read in ((".arrow", _arrow), (".safetensors", _safetensors), (".npy", _npy)):
+    for ending, read in ((".arrow", _arrow), (".safetensors", lambda file, _: [map_safetensors(file)]), (".npy", _npy)):
         found = [path] if path.is_file() and path.suffix == ending else sorted(path.glob(f"*{ending}")) if path.is_dir() else []
         if found:
             about: dict[str, Any] = {}
@@ -38,10 +38,6 @@ def open_activations(path: str | os.PathLike[str]) -> ActivationShards:
     if not path.exists():
         raise FileNotFoundError(f"open_activations: {path} is neither a file nor a folder")
     raise FileNotFoundError(f"open_activations: {path} holds no {MANIFEST} and no .npy, .safetensors or .arrow files")
-
-
-def _safetensors(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
-    yield map_safetensors(path)
 
 
 def _npy(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
