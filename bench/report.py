@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,33 +176,22 @@ def plot(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) ->
 
 def plot_growth(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) -> None:
     """Time a row and extra memory over features and over rows, of entries named "... growth" with shapes B x D x F x K."""
-    shapes = [(tuple(map(int, entry["shape"].split("x"))), entry) for entry in entries]
-    canvas, axes = figure(rows=1, columns=2, figsize=(11, 4))
-    common = {
-        place: max(set(values), key=values.count) for place, values in ((0, [s[0] for s, _ in shapes]), (2, [s[2] for s, _ in shapes]))
-    }
-    for axis, grows, fixed, name in ((axes[0], 2, 0, "features F"), (axes[1], 0, 2, "rows B")):
-        line = sorted({s[grows]: (s, entry) for s, entry in shapes if s[fixed] == common[fixed]}.values(), key=lambda item: item[0][grows])
-        x = [s[grows] for s, _ in line]
+    shapes = [tuple(map(int, entry["shape"].split("x"))) for entry in entries]
+    canvas, panels = figure(rows=1, columns=2, figsize=(11, 4))
+    for axes, grows, fixed, what in zip(panels, (2, 0), (0, 2), ("features F", "rows B")):
+        common = statistics.mode(s[fixed] for s in shapes)
+        found = {s[grows]: (s, entry) for s, entry in zip(shapes, entries) if s[fixed] == common}
+        x, line = sorted(found), [found[size] for size in sorted(found)]
         each = [1000 * entry["ours"]["median"] / s[0] for s, entry in line]
-        axis.plot(x, each, "o-", label="microseconds a row")
-        axis.plot(
-            x, [each[-1] * (v / x[-1] if grows == 2 else 1) for v in x], "k:", lw=1, label="proportional to F" if grows == 2 else "constant"
-        )
-        dense = [s[0] * s[2] * 4 / 2**20 for s, _ in line]
-        axis.plot(
-            x,
-            [max(entry["extra_mb"].get("ours") or 0, 0.1) for _, entry in line],
-            "s-",
-            color="C2",
-            label="extra MB, results included (drawn from 0.1)",
-        )
-        axis.plot(x, dense, "--", color="0.6", label="MB of a [B, F] matrix")
-        fixed_text = f"B = {line[0][0][0]}" if grows == 2 else f"F = {line[0][0][2]}"
-        axis.set(
-            xscale="log", yscale="log", xlabel=name, title=f"{line[0][1]['op'].removesuffix(' growth')}: {fixed_text}, D = {line[0][0][1]}"
-        )
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        axes.plot(x, each, "o-", label="microseconds a row")
+        expected = [each[-1] * (size / x[-1] if grows == 2 else 1) for size in x]
+        axes.plot(x, expected, "k:", lw=1, label="proportional to F" if grows == 2 else "constant")
+        extra = [max(entry["extra_mb"].get("ours") or 0, 0.1) for _, entry in line]
+        axes.plot(x, extra, "s-", color="C2", label="extra MB, results included (drawn from 0.1)")
+        axes.plot(x, [s[0] * s[2] * 4 / 2**20 for s, _ in line], "--", color="0.6", label="MB of a [B, F] matrix")
+        constant = f"{'B' if grows == 2 else 'F'} = {common}, D = {line[0][0][1]}"
+        axes.set(xscale="log", yscale="log", xlabel=what, title=f"{line[0][1]['op'].removesuffix(' growth')}: {constant}")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
     canvas.suptitle(title, fontsize=9)
     keep(path, canvas, key)
