@@ -431,19 +431,13 @@ def recognised(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return found[0]
 
 
-class Found(NamedTuple):
-    """What ``read_configured`` found; ``more`` as in ``contents``."""
-
-    format: str
-    weights: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    more: dict[str, Any]
-
-
-def read_configured(source: str | os.PathLike[str], format: str | None = None) -> Found:  # noqa: A002
-    """What ``locate`` finds, without the prefixes that wrappers put before names; tensors may be the file itself. A configuration inside
-    the weights' file counts; a warning says so where the file beside is another."""
+def read_configured(
+    source: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+) -> tuple[str, Path, dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """(format, weights' file, configuration, tensors, ``more`` as in ``contents``) of what ``locate`` finds, without the prefixes that
+    wrappers put before names; tensors may be the file itself. A configuration inside the weights' file counts; a warning says so where the
+    file beside is another."""
     found, weights, beside = locate(source, format)
     tensors, about, inside = _read(weights, None, mapped=True)
     if about is not None:
@@ -451,7 +445,7 @@ def read_configured(source: str | os.PathLike[str], format: str | None = None) -
             said = f"{beside} is not the configuration inside {weights.name}, which counts: save again to change it"
             warnings.warn(said, stacklevel=5)
         # Another save may have come since ``locate``.
-        return Found(format or about["format"], weights, about["config"], tensors, about)
+        return format or about["format"], weights, about["config"], tensors, about
     tensors = unwrapped(tensors)
     found = found or ("dictionary_learning" if isinstance(inside.get("config"), dict) else recognised(weights, tensors))
     config = inside if beside is None else {**inside, **read_json(beside)}
@@ -461,7 +455,7 @@ def read_configured(source: str | os.PathLike[str], format: str | None = None) -
         raise FileNotFoundError(f"{source}: format {found!r} needs the file {FILES[found][1]}, which is not there")
     if found == "saelens" and (weights.parent / "activation_scaler.json").is_file():  # of a trainer's checkpoint
         config["activation_scaler"] = read_json(weights.parent / "activation_scaler.json").get("scaling_factor")
-    return Found(found, weights, {**config, "path": str(weights)} if found == "qwen_scope" else config, tensors, {})
+    return found, weights, {**config, "path": str(weights)} if found == "qwen_scope" else config, tensors, {}
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
