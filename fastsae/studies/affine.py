@@ -95,23 +95,18 @@ def run(study: Study) -> None:
     study.table("nearest", [{"distance": name, "same_kind": share} for name, share in hits.items()])
     study.say(
         f"Neighbouring polytopes differ by {rows[3]['of_a_map']:.2%} of a map's norm, samples of the same kind by "
-        f"{rows[0]['of_a_map']:.1%}, of different kinds by "
-        f"{rows[1]['of_a_map']:.1%}. Neurons that change together add up to {rows[1]['squares_over_orthogonal']:.2f} times the square "
-        f"of orthogonal "
-        f"contributions ({rows[2]['squares_over_orthogonal']:.2f} with the neurons shuffled)."
+        f"{rows[0]['of_a_map']:.1%}, of different kinds by {rows[1]['of_a_map']:.1%}. Neurons that change together add up to "
+        f"{rows[1]['squares_over_orthogonal']:.2f} times the square of orthogonal contributions "
+        f"({rows[2]['squares_over_orthogonal']:.2f} with the neurons shuffled)."
     )
     study.say(
         f"Hamming and Frobenius distance of pairs correlate at {correlation:.3f}; the nearest other sample is of the same kind for "
-        f"{hits['Hamming']:.1%} "
-        f"(Hamming) and {hits['Frobenius']:.1%} (Frobenius)."
+        f"{hits['Hamming']:.1%} (Hamming) and {hits['Frobenius']:.1%} (Frobenius)."
     )
     study.record(correlation=correlation, boundary_norms=norms)
 
-    groups = {
-        "same kind": (distance[same], "C0"),
-        "different kinds": (distance[different], "0.5"),
-        "neurons shuffled": (shuffled[apart], "C1"),
-    }
+    groups = {"same kind": (distance[same], "C0"), "different kinds": (distance[different], "0.5")}
+    groups["neurons shuffled"] = (shuffled[apart], "C1")
     shown = few[:8000]
     some = (hamming[i[shown], j[shown]], distance[i[shown], j[shown]])
     most = float(max(distance.max(), shuffled.max())), float(hamming.max())

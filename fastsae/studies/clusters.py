@@ -92,10 +92,9 @@ def run(study: Study) -> None:
     codes, activations = rows[0], rows[1]
     study.say(
         f"Codes give {codes['clusters']} clusters ({codes['noise']:.0%} noise, purity {codes['purity']:.2f}), activations "
-        f"{activations['clusters']} "
-        f"({activations['noise']:.0%} noise, purity {activations['purity']:.2f}); adjusted mutual information with the kinds "
-        f"{codes['with_words']:.3f} and "
-        f"{activations['with_words']:.3f}, with each other {activations['with_codes_clusters']:.3f}."
+        f"{activations['clusters']} ({activations['noise']:.0%} noise, purity {activations['purity']:.2f}); adjusted mutual information "
+        f"with the kinds {codes['with_words']:.3f} and {activations['with_words']:.3f}, with each other "
+        f"{activations['with_codes_clusters']:.3f}."
     )
     found = labels["codes, Hamming"]
     examples = []
