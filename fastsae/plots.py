@@ -34,12 +34,8 @@ def histogram_of_matches(counts: Mapping[str, Tensor], means: Mapping[str, float
             share.numpy(), edges, label=label + mean, fill=name == "null", alpha=0.35 if name == "null" else 1, color=colour, lw=1.5
         )
     low = min(float(edges[int(counts[name].nonzero().min())]) for name in labels if bool(counts[name].any()))
-    axes.set(
-        xlabel="best cosine similarity",
-        ylabel="share of features",
-        xlim=(max(-1, low - 0.05), 1.02),
-        title=f"MMCS {sum(means.values()) / 2:.3f}",
-    )
+    axes.set(xlabel="best cosine similarity", ylabel="share of features", xlim=(max(-1, low - 0.05), 1.02))
+    axes.set_title(f"MMCS {sum(means.values()) / 2:.3f}")
     finish(canvas, path)
 
 
@@ -103,12 +99,8 @@ def feature_density(fired: Mapping[str, Tensor], samples: int, path: str | os.Pa
     for label, count in fired.items():
         alive = count[count > 0].float().cpu()
         heights = torch.histogram((alive / samples).log10().clamp(float(edges[0]), 0), edges).hist
-        axes.stairs(
-            heights.numpy(),
-            edges.numpy(),
-            label=f"{label}: {count.shape[0] - alive.shape[0]} of {count.shape[0]} features never fire",
-            lw=1.5,
-        )
+        dead = f"{count.shape[0] - alive.shape[0]} of {count.shape[0]} features never fire"
+        axes.stairs(heights.numpy(), edges.numpy(), label=f"{label}: {dead}", lw=1.5)
     axes.set(xlabel=f"log10 of the share of the {samples} tokens on which a feature fires", ylabel="features", title="Feature density")
     axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     finish(canvas, path)
@@ -136,16 +128,11 @@ def code_distances(same: Tensor, different: Tensor, kind: str, path: str | os.Pa
         share = torch.nn.functional.pad(counts, (0, -counts.shape[0] % step)).view(-1, step).sum(1).double() / total
         mean = float((counts * torch.arange(counts.shape[0], device="cpu")).sum()) / total
         edges = torch.arange(share.shape[0] + 1, device="cpu") * step
-        axes.stairs(
-            share.numpy(), edges.numpy(), fill=True, alpha=0.45, color=colour, label=f"{label}: {total:,} pairs, mean {mean:.0f} bits"
-        )
+        told = f"{label}: {total:,} pairs, mean {mean:.0f} bits"
+        axes.stairs(share.numpy(), edges.numpy(), fill=True, alpha=0.45, color=colour, label=told)
         axes.stairs(share.numpy(), edges.numpy(), color=colour)
-    axes.set(
-        xlabel=f"Hamming distance of the spline codes (of {same.shape[0] - 1} neurons)",
-        ylabel=f"share of pairs per {step} bits",
-        xlim=(0, last * 1.03),
-    )
-    axes.set(title=f"Distances of spline codes by {kind}", ylim=(0, 1.3 * axes.get_ylim()[1]))
+    axes.set(xlabel=f"Hamming distance of the spline codes (of {same.shape[0] - 1} neurons)", ylabel=f"share of pairs per {step} bits")
+    axes.set(xlim=(0, last * 1.03), title=f"Distances of spline codes by {kind}", ylim=(0, 1.3 * axes.get_ylim()[1]))
     axes.legend(frameon=False, loc="upper left")
     finish(canvas, path)
 

@@ -30,14 +30,8 @@ _ENDINGS = (".txt", ".md", ".rst", ".py", ".jsonl")
 def add_arguments(parser: argparse.ArgumentParser, batch: int) -> None:
     """Model and text: what ``model_of`` and ``windows_of`` read."""
     parser.add_argument("model", metavar="MODEL", help="name or folder of a Hugging Face model")
-    known = ", ".join(_ENDINGS)
-    parser.add_argument(
-        "text",
-        nargs="*",
-        type=Path,
-        metavar="TEXT",
-        help=f'files or folders ({known} with "text"), or a folder of `fastsae harvest`',
-    )
+    known = f'files or folders ({", ".join(_ENDINGS)} with "text"), or a folder of `fastsae harvest`'
+    parser.add_argument("text", nargs="*", type=Path, metavar="TEXT", help=known)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="name (and configuration) of a data set instead, its column text")
     parser.add_argument("--split", default="train", help="of the data set (default: train)")
     parser.add_argument("--lines", action="store_true", help="every line of a text file is a document (default: the file is one)")

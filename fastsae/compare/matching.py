@@ -225,13 +225,5 @@ def match(
     n, m = side_a.shape[0], side_b.shape[0]
     eps = checked_eps(op, eps, side_a)
     ab, ab_at, ba, ba_at, low, low_at = MATCH_PAIR(side_a, side_b, min(candidates, m), min(candidates, n), eps, backend=preference(backend))
-    return Match(
-        Matches(ab, rows_b[ab_at]),
-        Matches(ba, rows_a[ba_at]),
-        Matches(low, rows_b[low_at]),
-        (rows_a, rows_b),
-        (checked[0], checked[1]),
-        (n, m, side_a.shape[1]),
-        sides,
-        eps,
-    )
+    a_to_b, b_to_a, negative = Matches(ab, rows_b[ab_at]), Matches(ba, rows_a[ba_at]), Matches(low, rows_b[low_at])
+    return Match(a_to_b, b_to_a, negative, (rows_a, rows_b), (checked[0], checked[1]), (n, m, side_a.shape[1]), sides, eps)

@@ -136,19 +136,9 @@ class Study:
         """The JSON file."""
         where = machine()
         where["versions"] = versions("matplotlib", "pandas", "scikit-learn", "scipy")
-        report = {
-            "study": self.name,
-            "size": self.size,
-            "seed": self.seed,
-            "parameters": _plain(self.parameters),
-            "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu_seconds, 1),
-            **where,
-            "findings": self.findings,
-            "tables": self.tables,
-            "results": self.results,
-            "plots": self.plots,
-        }
+        report = {"study": self.name, "size": self.size, "seed": self.seed, "parameters": _plain(self.parameters)}
+        report |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), **where}
+        report |= {name: getattr(self, name) for name in ("findings", "tables", "results", "plots")}
         path = self.out / f"{self.name}.json"
         files.replace_text(path, _compact(report) + "\n")
         return path

@@ -39,13 +39,8 @@ def page(report: Mapping[str, Any], about: str) -> str:
 def index(reports: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
     """Markdown that lists runs, each in a folder of its name. titles: first lines of the studies' docstrings."""
     rows = [
-        {
-            "study": f"[{r['study']}]({r['study']}/README.md)",
-            "question": titles[r["study"]],
-            "size": r["size"],
-            "seconds": r["seconds"],
-            "CPU seconds": r.get("cpu_seconds"),
-        }
+        {"study": f"[{r['study']}]({r['study']}/README.md)", "question": titles[r["study"]]}
+        | {"size": r["size"], "seconds": r["seconds"], "CPU seconds": r.get("cpu_seconds")}
         for r in sorted(reports, key=lambda r: r["study"])
     ]
     return f"# Studies\n\n`fastsae study NAME` repeats one and writes its page.\n\n{table(rows)}\n"

@@ -348,13 +348,8 @@ class SuperpositionData:
             values = torch.cat([values, values.new_ones(added.shape)])[order]
             counts = counts + empty
         crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        latents = RaggedLatents(
-            values.to(device=self.device, dtype=self.dtype),
-            crow.to(self.device),
-            columns.to(self.device),
-            self.n_features,
-            torch.Size((n,)),
-        )
+        values, crow, columns = values.to(self.device, self.dtype), crow.to(self.device), columns.to(self.device)
+        latents = RaggedLatents(values, crow, columns, self.n_features, torch.Size((n,)))
         with full_precision(self.device):
             x = decode(latents, self.features)
         if self.noise:

@@ -185,20 +185,9 @@ class _Member:
                 self.converged, self.end = True, min(step + training.cooldown, training.max_steps)
 
     def run(self, step: int, sae: SAE, x: Tensor, truth: Tensor | None) -> Run:
-        return Run(
-            l1=self.l1,
-            n_features=sae.d_sae,
-            seed=self.seed,
-            steps=step,
-            converged=self.converged,
-            seconds=self.seconds,
-            cpu_seconds=self.cpu_seconds,
-            loss=self.windows[-1],
-            dictionary=sae.W_dec.detach().clone(),
-            losses=self.windows,
-            snapshots=self.snapshots,
-            **_evaluated(x, sae, truth),
-        )
+        own = {name: getattr(self, name) for name in ("l1", "seed", "converged", "seconds", "cpu_seconds", "snapshots")}
+        own |= {"loss": self.windows[-1], "losses": self.windows, "dictionary": sae.W_dec.detach().clone()}
+        return Run(n_features=sae.d_sae, steps=step, **own, **_evaluated(x, sae, truth))
 
 
 def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: int, seed: int = 0, training: Training | None = None) -> Run:
