@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -70,8 +71,8 @@ def topk(compare: Callable[..., None], label: str, x: Tensor, W: Tensor, k: int,
 
     others, floor = plain(x, W, b, k)
     if absolute:
-        others, floor = {"torch linear+abs+topk+gather": by_magnitude}, None
-        others["ours, by score"] = lambda: fastsae.encode_topk(x, weights, b, k=k)
+        by_score = partial(fastsae.encode_topk, x, weights, b, k=k)
+        others, floor = {"torch linear+abs+topk+gather": by_magnitude, "ours, by score": by_score}, None
     shape = name((*x.shape, W.shape[0], k))
     compare(f"encode_topk {label}{' packed' if packed else ''}", shape, ours, others, verify, floor=floor)
 

@@ -79,7 +79,7 @@ def laid(W: Tensor, layout: str) -> Tensor:
     return W.T.contiguous().T if layout == "DF" else W
 
 
-def checks(op: str, *args: Any) -> Callable[[], None]:
+def checks(op: str, *args: Any) -> Call:
     """What raises unless an operation's result agrees with its specification: of arguments with few rows."""
     return lambda: OPS[op].check(args, OPS[op](*args))
 

@@ -190,16 +190,9 @@ def saelens(start: Start) -> Runner:
     features, width = start.W.shape
     sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=start.k, device=str(start.W.device)))
     copy_((sae.W_enc, start.W.T), (sae.b_enc, 0), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
-    config = SAETrainerConfig(
-        total_training_samples=10**12,
-        train_batch_size_samples=1024,
-        device=str(start.W.device),
-        lr=start.lr,
-        lr_end=start.lr,
-        lr_scheduler_name="constant",
-        adam_beta1=start.betas[0],
-        adam_beta2=start.betas[1],
-    )
+    options: dict[str, Any] = {"total_training_samples": 10**12, "train_batch_size_samples": 1024, "lr_scheduler_name": "constant"}
+    options |= {"lr": start.lr, "lr_end": start.lr, "adam_beta1": start.betas[0], "adam_beta2": start.betas[1]}
+    config = SAETrainerConfig(device=str(start.W.device), **options)
     trainer: Any = SAETrainer(config, sae, iter([]))
 
     def weights() -> Weights:
@@ -214,18 +207,9 @@ def dictionary_learning(start: Start) -> Runner:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     features, width = start.W.shape
-    trainer: Any = TopKTrainer(
-        steps=10**12,
-        activation_dim=width,
-        dict_size=features,
-        k=start.k,
-        layer=0,
-        lm_name="none",
-        lr=start.lr,
-        warmup_steps=0,
-        device=str(start.W.device),
-        seed=0,
-    )
+    options: dict[str, Any] = {"activation_dim": width, "dict_size": features, "k": start.k, "lr": start.lr, "seed": 0}
+    options |= {"steps": 10**12, "warmup_steps": 0, "layer": 0, "lm_name": "none"}
+    trainer: Any = TopKTrainer(device=str(start.W.device), **options)
     ae = trainer.ae
     copy_((ae.encoder.weight, start.W), (ae.encoder.bias, 0), (ae.decoder.weight, start.W.T), (ae.b_dec, start.b_dec))
     for group in trainer.optimizer.param_groups:
