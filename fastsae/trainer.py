@@ -335,9 +335,8 @@ class Trainer:
             return
         reason = finite.spoilt(dict(self.sae.named_parameters()))
         if not self.sae.world.agree("Trainer.save", reason is None):
-            raise FloatingPointError(
-                f"Trainer.save: {reason or 'a parameter on another process is not finite'}; {path} has not been touched"
-            )
+            reason = reason or "a parameter on another process is not finite"
+            raise FloatingPointError(f"Trainer.save: {reason}; {path} has not been touched")
         extra = {"step": self.step, "rng": torch.get_rng_state(), "skipped": self.skipped, "left_out": int(self.left_out)}
         if self.scheduler is not None:
             extra["scheduler"] = {"class": type(self.scheduler).__name__, "state": self.scheduler.state_dict()}

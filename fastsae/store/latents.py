@@ -173,10 +173,8 @@ class LatentStore:
         self.about: dict[str, Any] = facts["about"]
         for part in self._parts:
             path = self.folder / str(part["file"])
-            if not path.exists() or path.stat().st_size != part["bytes"]:
-                raise ValueError(
-                    f"LatentStore: {path} must have {part['bytes']} bytes, got {path.stat().st_size if path.exists() else 'no file'}"
-                )
+            if (size := path.stat().st_size if path.exists() else "no file") != part["bytes"]:
+                raise ValueError(f"LatentStore: {path} must have {part['bytes']} bytes, got {size}")
         self.sequences = sum(int(part["sequences"]) for part in self._parts)
         self.rows, self.entries = self.sequences * self.context, sum(int(part["entries"]) for part in self._parts)
 
@@ -185,10 +183,8 @@ class LatentStore:
         index = self.folder / "by_feature" / _INDEX
         ranges = [({**entry, "file": f"by_feature/{entry['file']}"}) for entry in (read_json(index)["ranges"] if index.exists() else [])]
         for part in (*self._parts, *ranges):
-            if digest(self.folder / part["file"]) != part["sha256"]:
-                raise ValueError(
-                    f"LatentStore.verify: {self.folder / part['file']} is damaged: its content has another hash than it was written with"
-                )
+            if digest(path := self.folder / part["file"]) != part["sha256"]:
+                raise ValueError(f"LatentStore.verify: {path} is damaged: its content has another hash than it was written with")
 
     def parts(self) -> Iterator[tuple[int, RaggedLatents, Tensor]]:
         """By token: (first row, latents ``[sequences, context]``, tokens of that shape) of each part, in memory one after the other."""
@@ -308,10 +304,8 @@ class LatentStore:
         ``[F]``; None: all."""
         op = "LatentStore.tops"
         k, before, after = checks.integer(op, "k", k, 1), checks.integer(op, "before", before, 0), checks.integer(op, "after", after, 0)
-        chosen = checks.sorted_subset(
-            None if features is None else torch.as_tensor(features, device="cpu"), self.n_features, f"{op}: features"
-        )
-        every = torch.arange(self.n_features, device="cpu") if chosen is None else chosen
+        given = torch.arange(self.n_features, device="cpu") if features is None else torch.as_tensor(features, device="cpu")
+        every: Any = checks.sorted_subset(given, self.n_features, f"{op}: features")
         shift = torch.arange(-before, after + 1, device="cpu")
         most = max(1, self.memory // (256 * self._candidates(k, one_a_sequence) + 128 * k * len(shift)))  # features at a time
 

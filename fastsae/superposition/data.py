@@ -154,9 +154,8 @@ class SuperpositionData:
         if link == "copula" and (covariance is None or redraw != "sample" or rescale != "expected"):
             raise ValueError(f"{op}: link='copula' needs a covariance, redraw='sample' and rescale='expected'")
         if rescale is None and covariance is not None:
-            raise ValueError(
-                f"{op}: rescale=None goes with covariance=None, got {covariance if isinstance(covariance, str) else 'a tensor'}"
-            )
+            got = covariance if isinstance(covariance, str) else "a tensor"
+            raise ValueError(f"{op}: rescale=None goes with covariance=None, got {got}")
         if parents is not None:
             parents = _checked_parents(op, parents, n_features)
 
