@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch.nn import functional
 import fastsae
 from bench.harness import DEVICE, extra_megabytes, has_onednn, normal
 from bench.training import Runner, check_gradients, codes
+from fastsae._core.timing import Stopwatch
 from fastsae.sae import CrossLayerTranscoder
 
 Shape = tuple[int, ...]
@@ -102,18 +102,14 @@ def measure(side: str, shape: Shape, steps: int) -> dict[str, float]:
     built.step(*batch)
     seconds, busy = [], []
     for _ in range(steps):
-        began = time.perf_counter(), time.process_time()
+        watch = Stopwatch()
         built.step(*batch)
-        seconds.append(time.perf_counter() - began[0])
-        busy.append(time.process_time() - began[1])
+        seconds.append(watch.seconds())
+        busy.append(watch.cpu_seconds())
     extra = extra_megabytes(lambda: built.step(*batch))
     held = 3 * sum(t.numel() for t in built.named.values()) * 4 / 2**20
-    return {
-        "seconds": statistics.median(seconds),
-        "cpu_seconds": statistics.median(busy),
-        "extra_mb": -1.0 if extra is None else extra,
-        "held_mb": held,
-    }
+    times = {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(busy)}
+    return {**times, "extra_mb": -1.0 if extra is None else extra, "held_mb": held}
 
 
 def main() -> None:
