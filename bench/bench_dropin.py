@@ -14,23 +14,15 @@ import torch
 
 import fastsae
 from bench import peers, training
-from bench.harness import DEVICE, name, normal, shapes, unit_rows
-
-SHAPES = shapes([(256, 768, 24576, 32), (1024, 512, 8192, 32)], [(32, 64, 2048, 8)])
-
-
-def inputs(shape: tuple[int, ...]) -> tuple[training.Start, torch.Tensor]:
-    rows, width, features, k = shape
-    start = training.Start(unit_rows(features, width), torch.zeros(width, device=DEVICE), k)
-    return start, training.distinct_rows(normal(rows + rows // 4, width, seed=1), start, rows)
+from bench.harness import name
 
 
 @pytest.mark.parametrize("way", ["sparse", "sparse, packed once", "as it returns"])
 @pytest.mark.parametrize("library", peers.PEERS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape", training.SHAPES, ids=name)
 def test_encode(shape: tuple[int, ...], library: str, way: str, compare: Callable[..., None]) -> None:
     peer = peers.PEERS[library]
-    start, x = inputs(shape)
+    start, x = training.inputs(shape)
     theirs, mine = (training.build(library, peer.sae, start) for _ in range(2))
     if theirs is None:
         pytest.skip(f"{library} is not installed")
@@ -52,10 +44,10 @@ def test_encode(shape: tuple[int, ...], library: str, way: str, compare: Callabl
 
 
 @pytest.mark.parametrize("library", peers.PEERS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape", training.SHAPES, ids=name)
 def test_step(shape: tuple[int, ...], library: str, compare: Callable[..., None]) -> None:
     make = peers.PEERS[library].training
-    start, x = inputs(shape)
+    start, x = training.inputs(shape)
     theirs, mine = (training.build(library, make, start) for _ in range(2))
     if theirs is None or mine is None:
         pytest.skip(f"{library} is not installed")

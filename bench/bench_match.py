@@ -12,35 +12,37 @@ import torch
 from torch import Tensor
 
 import fastsae
-from bench.harness import DEVICE, has_onednn, name, onednn_linear, optional, shapes, unit_rows
-from fastsae.dispatch import OPS
+from bench.harness import DEVICE, checks, has_onednn, name, onednn_linear, optional, shapes, unit_rows
 
 SHAPES = shapes([(4096, 4096, 512), (16384, 16384, 768)], [(256, 300, 32)])
 LARGE = shapes([(65536, 32768, 512)], [(300, 256, 32)])
 STEP = 1024
 FLOOR = "oneDNN product alone (rows / 1024 times)"
 
-Reduce = Callable[[Tensor], object]
+Calls = dict[str, Callable[[], object]]
 
 
-def _rivals(a: Tensor, b: Tensor, reduce: Reduce) -> dict[str, Callable[[], object]]:
+def _inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
+
+
+def _rivals(a: Tensor, b: Tensor, reduce: Callable[[Tensor], object], what: str = "max") -> Calls:
     """Chunked products that ``reduce`` takes what it needs from, and the product alone."""
     parts, low_a, low_b = a.split(STEP), a.bfloat16(), b.bfloat16()
-
-    others: dict[str, Callable[[], object]] = {
-        "torch chunked mm+max": lambda: [reduce(rows @ b.T) for rows in parts],
-        "bf16 mm+max (inexact)": lambda: [reduce(rows @ low_b.T) for rows in low_a.split(STEP)],
+    others: Calls = {
+        f"torch chunked mm+{what}": lambda: [reduce(rows @ b.T) for rows in parts],
+        f"bf16 mm+{what} (inexact)": lambda: [reduce(rows @ low_b.T) for rows in low_a.split(STEP)],
     }
     if has_onednn() and a.shape[0] % min(STEP, a.shape[0]) == 0:
         packed: Callable[..., Tensor] = onednn_linear(parts[0], b)  # all parts are as long: the same one again takes the same time
-        others["oneDNN chunked+max"] = lambda: [reduce(packed()) for _ in parts]
+        others[f"oneDNN chunked+{what}"] = lambda: [reduce(packed()) for _ in parts]
         others[FLOOR] = lambda: [packed() for _ in parts]
     return others
 
 
-def _indexes(a: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], object]]:
+def _indexes(a: Tensor, b: Tensor, k: int) -> Calls:
     """Exact searches of the libraries that are installed."""
-    others: dict[str, Callable[[], object]] = {}
+    others: Calls = {}
     if DEVICE.type != "cpu":
         return others
     if (faiss := optional("faiss", "faiss-cpu")) is not None:
@@ -55,57 +57,31 @@ def _indexes(a: Tensor, b: Tensor, k: int) -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.seconds(60)
+@pytest.mark.parametrize("k", [1, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_match_cosine(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
-    a, b = unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
-
-    def verify() -> None:
-        few = fastsae.match_cosine(a[:16], b)
-        OPS["match_cosine"].check((a[:16], b, 1, False, False, 1e-8), (few.similarity, few.index))
-
-    others = {**_rivals(a, b, lambda s: s.max(1)), **_indexes(a, b, 1)}
-    compare("match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), others, verify, floor=FLOOR if FLOOR in others else None)
+def test_match_cosine(shape: tuple[int, int, int], k: int, compare: Callable[..., None]) -> None:
+    a, b = _inputs(shape)
+    others = _rivals(a, b, lambda s: s.max(1)) if k == 1 else _rivals(a, b, lambda s: s.topk(k), "topk")
+    others |= _indexes(a, b, k)
+    label, verify = name(shape) + (f" k={k}" if k > 1 else ""), checks("match_cosine", a[:16], b, k, False, False, 1e-8)
+    compare("match_cosine", label, lambda: fastsae.match_cosine(a, b, k=k), others, verify, floor=FLOOR if FLOOR in others else None)
 
 
 @pytest.mark.seconds(160)
 @pytest.mark.parametrize("shape", LARGE, ids=name)
 def test_large(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     """Beside the fastest plain torch only: a round takes a quarter of a minute."""
-    a, b = unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
-
-    def verify() -> None:
-        few = fastsae.match_cosine(a[:16], b)
-        OPS["match_cosine"].check((a[:16], b, 1, False, False, 1e-8), (few.similarity, few.index))
-
+    a, b = _inputs(shape)
     others = _rivals(a, b, lambda s: s.max(1))
     best = "oneDNN chunked+max" if "oneDNN chunked+max" in others else "torch chunked mm+max"
+    verify = checks("match_cosine", a[:16], b, 1, False, False, 1e-8)
     compare("match_cosine", name(shape), lambda: fastsae.match_cosine(a, b), {best: others[best]}, verify)
-
-
-@pytest.mark.seconds(60)
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_match_cosine_k8(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
-    a, b = unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
-
-    def verify() -> None:
-        few = fastsae.match_cosine(a[:16], b, k=8)
-        OPS["match_cosine"].check((a[:16], b, 8, False, False, 1e-8), (few.similarity, few.index))
-
-    others = {key.replace("+max", "+topk"): call for key, call in _rivals(a, b, lambda s: s.topk(8)).items()} | _indexes(a, b, 8)
-    label = f"{name(shape)} k=8"
-    compare("match_cosine", label, lambda: fastsae.match_cosine(a, b, k=8), others, verify, floor=FLOOR if FLOOR in others else None)
 
 
 @pytest.mark.seconds(70)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_match(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     """Both directions and each row's most negative; the rivals find both directions only."""
-    a, b = unit_rows(shape[0], shape[2]), unit_rows(shape[1], shape[2], seed=1)
-
-    def verify() -> None:
-        few = fastsae.match(a[:17], b)
-        result = (*few.a_to_b, *few.b_to_a, *few.most_negative)
-        OPS["match_pair"].check((a[:17], b, 1, 1, 1e-8), result)
-
-    others = _rivals(a, b, lambda s: (s.max(1), s.max(0)))
+    a, b = _inputs(shape)
+    others, verify = _rivals(a, b, lambda s: (s.max(1), s.max(0))), checks("match_pair", a[:17], b, 1, 1, 1e-8)
     compare("match, both directions", name(shape), lambda: fastsae.match(a, b), others, verify, floor=FLOOR if FLOOR in others else None)

@@ -7,6 +7,7 @@ nearest centre (rows, centres, D).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -120,14 +121,8 @@ def test_dictionary_crossings(shape: tuple[int, int, int, int], compare: Callabl
         "encode at 100 points of each (misses changes)": lambda: [sae.encode(torch.lerp(p, q, i / 99)) for i in range(100)],
         "all scores of both ends, float64": lambda: ends.double() @ W.T,
     }
-    compare(
-        "dictionary_crossings",
-        name(shape),
-        lambda: polytopes.dictionary_crossings(sae, p, q),
-        others,
-        verify,
-        floor="packed encode of both ends",
-    )
+    floor, ours = "packed encode of both ends", partial(polytopes.dictionary_crossings, sae, p, q)
+    compare("dictionary_crossings", name(shape), ours, others, verify, floor=floor)
 
 
 @pytest.mark.parametrize("shape", CODES, ids=name)
@@ -154,13 +149,8 @@ def test_frobenius_pairs(shape: tuple[int, int, int], compare: Callable[..., Non
             expected = ((W_out.double() * s) @ W_in.double()).norm()
             torch.testing.assert_close(found[i, j], expected, rtol=1e-10, atol=0)
 
-    compare(
-        "frobenius_pairs",
-        name(shape),
-        lambda: polytopes.frobenius_pairs(net, packed),
-        {"forming the maps (float32)": forming},
-        verify,
-    )
+    others = {"forming the maps (float32)": forming}
+    compare("frobenius_pairs", name(shape), lambda: polytopes.frobenius_pairs(net, packed), others, verify)
 
 
 @pytest.mark.parametrize("shape", CENTRES, ids=name)

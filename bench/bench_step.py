@@ -9,25 +9,16 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
 
 from bench import training
-from bench.harness import DEVICE, name, normal, shapes, unit_rows
-
-SHAPES = shapes([(256, 768, 24576, 32), (1024, 512, 8192, 32)], [(32, 64, 2048, 8)])
-
-
-def inputs(shape: tuple[int, ...]) -> tuple[training.Start, torch.Tensor]:
-    rows, width, features, k = shape
-    start = training.Start(unit_rows(features, width), torch.zeros(width, device=DEVICE), k)
-    return start, training.distinct_rows(normal(rows + rows // 4, width, seed=1), start, rows)
+from bench.harness import name
 
 
 @pytest.mark.seconds(25)
 @pytest.mark.parametrize("way", ["fused", "autograd"])
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape", training.SHAPES, ids=name)
 def test_step(shape: tuple[int, ...], way: str, compare: Callable[..., None]) -> None:
-    start, x = inputs(shape)
+    start, x = training.inputs(shape)
     make = training.ours if way == "fused" else training.ours_autograd
     mine, others = make(start), training.plain_ways(start)
 
@@ -39,13 +30,12 @@ def test_step(shape: tuple[int, ...], way: str, compare: Callable[..., None]) ->
     compare(f"training step {way}", name(shape), lambda: mine.step(x), calls, verify)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape", training.SHAPES, ids=name)
 def test_signum_step(shape: tuple[int, ...], compare: Callable[..., None]) -> None:
     """Sparsify's default optimiser: ours beside its own step, where it is installed, and beside our Adam step."""
-    start, x = inputs(shape)
-    mine, adam = training.ours_signum(start), training.ours(start)
-    others = {"our Adam step": partial(adam.step, x)}
-    others |= {who: partial(runner.step, x) for who, runner in training.peers(start, ["sparsify, its signum"]).items()}
+    start, x = training.inputs(shape)
+    mine, others = training.ours_signum(start), {"our Adam step": training.ours(start)}
+    others |= training.peers(start, ["sparsify, its signum"])
 
     def verify() -> None:
         """The first step moves every weight that has a gradient by lr, before rows of norm 1."""
@@ -55,4 +45,5 @@ def test_signum_step(shape: tuple[int, ...], compare: Callable[..., None]) -> No
         if not bool(((moved < 1e-7) | ((moved - start.lr).abs() < 1e-6)).all()):
             raise AssertionError("a weight of the encoder moved by something else than lr")
 
-    compare("training step signum", name(shape), lambda: mine.step(x), others, verify)
+    calls = {who: partial(runner.step, x) for who, runner in others.items()}
+    compare("training step signum", name(shape), lambda: mine.step(x), calls, verify)

@@ -15,10 +15,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +24,12 @@ from torch.nn import functional
 
 import fastsae
 from bench.harness import DEVICE, extra_megabytes, has_onednn, normal
+from bench.training import Runner, check_gradients, codes
+from fastsae._core.timing import Stopwatch
 from fastsae.sae import CrossLayerTranscoder
 
 Shape = tuple[int, ...]
 """(B, L, D, F, k)."""
-
-
-class Side(NamedTuple):
-    """A step, and its parameters' and moments' by our names."""
-
-    step: Callable[[Tensor, Tensor], object]
-    weights: dict[str, Tensor]
-    moments: Callable[[], dict[str, Tensor]]
 
 
 def start(shape: Shape) -> CrossLayerTranscoder:
@@ -49,23 +41,13 @@ def rows(shape: Shape) -> tuple[Tensor, Tensor]:
     return normal(*shape[:3], seed=1), normal(*shape[:3], seed=2)
 
 
-def ours(shape: Shape, lr: float = 1e-4) -> Side:
+def ours(shape: Shape, lr: float = 1e-4) -> Runner:
     clt = start(shape)
     opt = fastsae.optim.Adam(clt, lr=lr)
-    weights = {name: p.detach() for name, p in clt.named_parameters() if p.requires_grad}
-    return Side(opt.step, weights, lambda: {name: state["exp_avg"] for name, state in opt.state_dict()["state"].items()})
+    return Runner(opt.step, opt, clt.state_dict, named={name: p for name, p in clt.named_parameters() if p.requires_grad})
 
 
-def _codes(x: Tensor, W: Tensor, b: Tensor, k: int, gathered: bool) -> tuple[Tensor, Tensor]:
-    if not gathered:
-        values, indices = functional.linear(x, W, b).topk(k, sorted=False)
-        return values.relu(), indices
-    with torch.no_grad():
-        indices = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "").topk(k, sorted=False).indices
-    return (torch.bmm(functional.embedding(indices, W), x.unsqueeze(2)).squeeze(2) + b[indices]).relu(), indices
-
-
-def plain(shape: Shape, way: str = "bag", lr: float = 1e-4) -> Side:
+def plain(shape: Shape, way: str = "bag", lr: float = 1e-4) -> Runner:
     """``bag``: top-k and ``embedding_bag`` over decoder rows that hold all targets; ``gathered``: the encoder's gradient from gathered rows
     besides. ``dense``: a [B, F] code of every layer and a product for each pair of layers, as llamascopium and clt-training compute it."""
     _, layers, width, features, k = shape
@@ -76,16 +58,16 @@ def plain(shape: Shape, way: str = "bag", lr: float = 1e-4) -> Side:
     def outputs(x: Tensor) -> Tensor:
         y = p["layers.0.b_dec"].view(layers, width)
         if way == "dense":
-            codes = []
+            dense = []
             for n in range(layers):
                 z = functional.linear(x[:, n], p[f"layers.{n}.W_enc"], p[f"layers.{n}.b_enc"]).relu()
                 values, indices = z.topk(k, sorted=False)
-                codes.append(torch.zeros_like(z).scatter(1, indices, values))
+                dense.append(torch.zeros_like(z).scatter(1, indices, values))
             decoders = [p[f"layers.{n}.W_dec"].view(features, -1, width) for n in range(layers)]
-            return torch.stack([sum((codes[n] @ decoders[n][:, m - n] for n in range(m + 1)), y[m]) for m in range(layers)], 1)
+            return torch.stack([sum((dense[n] @ decoders[n][:, m - n] for n in range(m + 1)), y[m]) for m in range(layers)], 1)
         parts = []
         for n in range(layers):
-            values, indices = _codes(x[:, n], p[f"layers.{n}.W_enc"], p[f"layers.{n}.b_enc"], k, way == "gathered")
+            values, indices = codes(x[:, n], p[f"layers.{n}.W_enc"], p[f"layers.{n}.b_enc"], k, way == "gathered")
             part = functional.embedding_bag(indices, p[f"layers.{n}.W_dec"], per_sample_weights=values, mode="sum")
             parts.append(functional.pad(part, (n * width, 0)))
         return sum(parts[1:], parts[0]).view(-1, layers, width) + y
@@ -95,25 +77,21 @@ def plain(shape: Shape, way: str = "bag", lr: float = 1e-4) -> Side:
         opt.step()
         opt.zero_grad()
 
-    return Side(step, {name: t.detach() for name, t in p.items()}, lambda: {name: opt.state[t]["exp_avg"] for name, t in p.items()})
+    return Runner(step, opt, clt.state_dict, named=p)
 
 
-def sides() -> dict[str, Callable[[Shape], Side]]:
-    made: dict[str, Callable[[Shape], Side]] = {"ours": ours, "plain": plain}
+def sides() -> dict[str, Callable[[Shape], Runner]]:
+    made: dict[str, Callable[[Shape], Runner]] = {"ours": ours, "plain": plain}
     if has_onednn():
         made["gathered"] = lambda shape: plain(shape, "gathered")
     return made | {"dense": lambda shape: plain(shape, "dense")}
 
 
-def check(mine: Side, theirs: Side, x: Tensor, target: Tensor) -> None:
+def check(mine: Runner, theirs: Runner, x: Tensor, target: Tensor) -> None:
     """AssertionError unless the gradients of a first step agree: first moments to 1e-3 of their norm, which leaves room for a near tie."""
     mine.step(x, target)
     theirs.step(x, target)
-    a, b = mine.moments(), theirs.moments()
-    for name in b:
-        error = float(torch.linalg.vector_norm(a[name] - b[name]) / torch.linalg.vector_norm(b[name]))
-        if not error < 1e-3:
-            raise AssertionError(f"gradient of {name} differs by {error:.1e} of its norm")
+    check_gradients(mine, theirs, 1e-3)
 
 
 def measure(side: str, shape: Shape, steps: int) -> dict[str, float]:
@@ -124,18 +102,14 @@ def measure(side: str, shape: Shape, steps: int) -> dict[str, float]:
     built.step(*batch)
     seconds, busy = [], []
     for _ in range(steps):
-        began = time.perf_counter(), time.process_time()
+        watch = Stopwatch()
         built.step(*batch)
-        seconds.append(time.perf_counter() - began[0])
-        busy.append(time.process_time() - began[1])
+        seconds.append(watch.seconds())
+        busy.append(watch.cpu_seconds())
     extra = extra_megabytes(lambda: built.step(*batch))
-    held = 3 * sum(t.numel() for t in built.weights.values()) * 4 / 2**20
-    return {
-        "seconds": statistics.median(seconds),
-        "cpu_seconds": statistics.median(busy),
-        "extra_mb": -1.0 if extra is None else extra,
-        "held_mb": held,
-    }
+    held = 3 * sum(t.numel() for t in built.named.values()) * 4 / 2**20
+    times = {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(busy)}
+    return {**times, "extra_mb": -1.0 if extra is None else extra, "held_mb": held}
 
 
 def main() -> None:

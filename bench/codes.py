@@ -1,20 +1,17 @@
-"""Spline codes of a real model: how many distinct ones a layer has, which tokens are neighbours, and what plain ways of asking cost.
+"""Spline codes of a real model: how many distinct ones a layer has, and which tokens are neighbours.
 
     python -m bench.codes [--smoke] [--tokens 56000] [--out bench/results/codes]
 
 all-MiniLM-L6-v2 reads Python's documentation; ``fastsae.codes.trace`` hashes and packs the signs before its six GELUs.
 ``CodeCounter`` counts codes of all neurons, ``count_codes`` those of nested random subsets; ``neighbour_graph`` joins tokens of near codes.
-The plain ways are the products of 0/1 matrices of NASWOT (Mellor et al. 2021, agreement of all pairs) and TE-NAS (Chen, Gong & Wang 2021,
-distinct patterns from all pairs), written here from their formulas. Writes ``codes.json`` and four plots. Needs the extra ``demo``.
+Writes ``codes.json`` and a plot. Needs the extra ``demo``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,12 @@ import torch
 from torch import Tensor
 
 import fastsae
+from fastsae import plots
 from fastsae._core import files
 from fastsae._core.machine import machine
-from fastsae._core.timing import alternate, milliseconds
+from fastsae._core.progress import Bar
 from fastsae.lm import packaged
-from fastsae.plots import figure
 
-ROUNDS = 5
 FREQUENT = 12
 
 
@@ -49,8 +45,6 @@ def arguments() -> argparse.Namespace:
 @torch.inference_mode()
 def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list[str], Tensor, list[str]]:
     """(codes a layer, hashes a layer, names of the layers, token numbers, the vocabulary)."""
-    from tqdm import tqdm
-
     model, tokenizer = packaged.load("minilm")
     sequences = packaged.minilm_windows(tokenizer, tokens)
     inner = torch.ones_like(sequences)
@@ -60,7 +54,7 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
     with (
         fastsae.codes.trace(model, "encoder.*", emit="hash") as hashed,
         fastsae.codes.trace(model, "encoder.*", emit="code") as packed,
-        tqdm(total=int(inner.sum()), desc="reading", unit=" tokens", mininterval=0.5) as progress,
+        Bar(True, int(inner.sum()), of="token", label="reading") as progress,
     ):
         for part, mask in zip(sequences.split(batch), inner.split(batch)):
             hashed.mask = packed.mask = mask
@@ -76,17 +70,10 @@ def read(tokens: int, batch: int = 32) -> tuple[list[Tensor], list[Tensor], list
 
 def count(codes: list[Tensor], hashes: list[Tensor], neurons: int) -> dict[str, Any]:
     """Distinct codes of every layer, of the layers up to it, and of nested random subsets of its neurons."""
-    layers = [f"layer {i}" for i in range(len(codes))]
-    counter = fastsae.codes.CodeCounter([*layers, *(f"layers 0..{i}" for i in range(1, len(codes)))])
-    step = 8192
-    for start in range(0, codes[0].shape[0], step):
-        part = [h[start : start + step] for h in hashes]
-        counter.update(
-            {
-                **dict(zip(layers, part)),
-                **{f"layers 0..{i}": fastsae.codes.combine_hashes(part[: i + 1]) for i in range(1, len(codes))},
-            }
-        )
+    layers = {f"layer {i}": one for i, one in enumerate(hashes)}
+    upto = {f"layers 0..{i}": fastsae.codes.combine_hashes(hashes[: i + 1]) for i in range(1, len(hashes))}
+    counter = fastsae.codes.CodeCounter([*layers, *upto])
+    counter.update({**layers, **upto})
     table = counter.table()
     print(table)
     order = torch.randperm(neurons, generator=torch.Generator().manual_seed(0))
@@ -118,118 +105,19 @@ def neighbours(codes: list[Tensor], kind: Tensor, words: list[str], sample: int,
         shares = between.view(FREQUENT + 1, -1)[:FREQUENT].double()
         shares /= shares.sum(1, keepdim=True)
         parts = int(connected_components(graph, directed=False)[0])
-        rows.append(
-            {
-                "layer": layer,
-                "same_token": same,
-                "mean_distance": float(graph.data.mean()),
-                "components": parts,
-                "shares": [[round(share, 4) for share in line] for line in shares.tolist()],
-            }
-        )
+        found = {"layer": layer, "same_token": same, "mean_distance": float(graph.data.mean()), "components": parts}
+        rows.append({**found, "shares": [[round(share, 4) for share in line] for line in shares.tolist()]})
         print(f"layer {layer}: {100 * same:.1f} % of the {k} nearest are the same token (chance {100 * chance:.1f} %), {parts} components")
     return {"sample": len(chosen), "k": k, "chance": chance, "frequent": [words[t] for t in frequent.tolist()], "layers": rows}
 
 
-def unpacked(codes: Tensor, neurons: int) -> Tensor:
-    return ((codes.unsqueeze(-1) >> torch.arange(64)) & 1).flatten(1)[:, :neurons].float()
-
-
-def naswot(bits: Tensor) -> Tensor:
-    """Neurons on which a pair agrees: ``C C' + (1 - C)(1 - C)'``."""
-    return bits @ bits.T + (1 - bits) @ (1 - bits).T
-
-
-def te_nas(bits: Tensor) -> int:
-    """Distinct rows from all pairs: a row of n equal ones counts 1 / n."""
-    apart = bits @ (1 - bits).T
-    equal = (apart + apart.T == 0).sum(1)
-    return round(float((1 / equal.double()).sum()))
-
-
-def timing(code: Tensor, neurons: int, sizes: list[int]) -> list[dict[str, Any]]:
-    """Medians of alternating calls; every pair of ways is checked to agree first."""
-    rows: list[dict[str, Any]] = []
-    for n in sizes:
-        words = code[:n]
-        bits = unpacked(words, neurons)
-        z = 2 * bits - 1  # what a layer would hand over: its signs are the code
-        out = torch.empty(n, n, dtype=torch.int32)
-        ours: dict[str, Callable[[], Any]] = {
-            "hamming, fastsae (packed codes)": lambda w=words, o=out: fastsae.codes.hamming(w, w, o),
-            "agreement, NASWOT (0/1 floats)": lambda c=bits: naswot(c),
-            "distinct, fastsae (pre-activations: hash_signs, count_codes)": lambda p=z: fastsae.codes.count_codes(
-                fastsae.codes.hash_signs(p)
-            ),
-            "distinct, TE-NAS (0/1 floats)": lambda c=bits: te_nas(c),
-            "distinct, torch.unique of rows": lambda c=bits: torch.unique(c, dim=0),
-        }
-        agreement, counts = naswot(bits), [fastsae.codes.count_codes(fastsae.codes.hash_signs(z)).unique.shape[0], te_nas(bits)]
-        if not torch.equal(neurons - fastsae.codes.hamming(words, words, out), agreement.int()) or len({*counts}) > 1:
-            raise RuntimeError(f"codes: the ways disagree at {n} samples ({counts})")
-        ways = {name: lambda _, call=call: milliseconds(lambda _: call()) for name, call in ours.items()}
-        times = alternate(ways, least=ROUNDS, most=ROUNDS, seconds=0)
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        rows.append({"samples": n, "distinct": counts[0], "milliseconds": medians})
-        print(f"{n} samples: " + ", ".join(f"{name} {value:.2f} ms" for name, value in medians.items()))
-    return rows
-
-
-def draw(out: Path, results: dict[str, Any]) -> list[str]:
-    counts, near, tokens = results["counts"], results["neighbours"], results["tokens"]
-
-    def finish(canvas: Any, axes: Any, name: str) -> None:
-        axes.spines[["top", "right"]].set_visible(False)
-        files.replace_figure(out / name, canvas, dpi=130)
-
-    canvas, axes = figure(figsize=(7, 4.2))
-    sizes = counts["sizes"]
-    axes.plot(sizes, [min(2 ** min(n, 62), tokens) for n in sizes], ":", color="0.5", label="most possible: min(2^neurons, tokens)")
-    for i, (name, distinct) in enumerate(counts["distinct"].items()):
-        axes.plot(sizes, distinct, "o-", ms=3, color=(0.15 * i, 0.3, 0.9 - 0.15 * i), label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [str(n) for n in sizes], fontsize=8)
-    axes.set(xlabel="neurons that take part (nested random subsets)", ylabel=f"distinct codes of {tokens:,} tokens", title="Distinct codes")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
-    finish(canvas, axes, "distinct.png")
-
-    canvas, axes = figure(figsize=(7, 3.8))
+def draw(near: dict[str, Any], path: Path) -> None:
+    canvas, axes = plots.figure(figsize=(7, 3.8))
     axes.bar([row["layer"] for row in near["layers"]], [100 * row["same_token"] for row in near["layers"]], color="C0", width=0.6)
     axes.axhline(100 * near["chance"], color="C1", ls="--", label=f"by chance: {100 * near['chance']:.1f} %")
-    axes.set(
-        xlabel="layer", ylabel=f"% of the {near['k']} nearest that are\nthe same token", title="Neighbours by Hamming distance of codes"
-    )
-    axes.legend(frameon=False)
-    finish(canvas, axes, "neighbours.png")
-
-    canvas, panels = figure(figsize=(11, 5), columns=2)
-    labels = near["frequent"]
-    images: list[Any] = []
-    for axes, row in zip(panels, (near["layers"][0], near["layers"][-1])):
-        images.append(axes.imshow(row["shares"], vmin=0, vmax=1, cmap="viridis"))
-        axes.set_xticks(range(len(labels) + 1), [*labels, "any other"], rotation=60, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set(title=f"layer {row['layer']}", xlabel="token of the neighbour", ylabel="token")
-    canvas.colorbar(images[-1], ax=panels, shrink=0.8, label=f"share of the {near['k']} nearest")
-    files.replace_figure(out / "graph.png", canvas, dpi=130, bbox_inches="tight")
-
-    canvas, axes = figure(figsize=(7.5, 4.4))
-    rows = results["timing"]
-    for name in rows[0]["milliseconds"]:
-        style = "o-" if "fastsae" in name else "s--"
-        colour = "C0" if name.startswith(("hamming", "agreement")) else "C1" if "unique of rows" not in name else "C2"
-        axes.plot([r["samples"] for r in rows], [r["milliseconds"][name] for r in rows], style, color=colour, ms=4, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks([r["samples"] for r in rows], [str(r["samples"]) for r in rows])
-    axes.set(xlabel="samples", ylabel="ms", title=f"{results['neurons']} neurons of one layer, {results['threads']} thread(s)")
-    axes.set_ylim(top=30 * axes.get_ylim()[1])
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    finish(canvas, axes, "timing.png")
-    return ["distinct.png", "neighbours.png", "graph.png", "timing.png"]
+    axes.set(xlabel="layer", ylabel=f"% of the {near['k']} nearest that are\nthe same token")
+    axes.set_title("Neighbours by Hamming distance of codes")
+    plots.finish(canvas, path)
 
 
 def main() -> int:
@@ -245,24 +133,12 @@ def main() -> int:
     for number, (code, value) in enumerate(zip(codes, hashes)):
         if not torch.equal(fastsae.codes.hash_code(code, layer=number), value):
             raise RuntimeError(f"codes: hashes of {names[number]} while it ran and of its packed codes differ")
-    counts = count(codes, hashes, neurons)
+    about = {"model": "all-MiniLM-L6-v2", "tokens": kind.shape[0], "kinds": int(kind.unique().shape[0]), "neurons": neurons}
     near = neighbours(codes, kind, words, args.sample, args.k)
-    sizes = [128, 256, 512] if args.smoke else [512, 1024, 2048, 4096]
-    results = {
-        "model": "all-MiniLM-L6-v2",
-        "tokens": kind.shape[0],
-        "kinds": int(kind.unique().shape[0]),
-        "neurons": neurons,
-        "layers": names,
-        "threads": args.threads,
-        "machine": machine(),
-        "counts": counts,
-        "neighbours": near,
-        "timing": timing(codes[len(codes) // 2], neurons, sizes),
-    }
-    files.replace_text(args.out / "codes.json", json.dumps(results, indent=1) + "\n")
-    written = draw(args.out, results)
-    print(f"wrote codes.json, {', '.join(written)} into {args.out}")
+    results = {**about, "layers": names, "threads": args.threads, "machine": machine(), "counts": count(codes, hashes, neurons)}
+    files.replace_text(args.out / "codes.json", json.dumps({**results, "neighbours": near}, indent=1) + "\n")
+    draw(near, args.out / "neighbours.png")
+    print(f"wrote codes.json and neighbours.png into {args.out}")
     return 0
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int:
-    """Exit code of ``fastsae bench``: 0, 1 where a row failed, 2 where nothing could be run."""
+    """Exit code of ``fastsae bench``: 0, 1 where a row failed; ValueError, ImportError where nothing can be run."""
     out = (options.out or root / "bench" / "results").resolve()
     if not options.list:
         out.mkdir(parents=True, exist_ok=True)  # a file of that name is said now, not after the first row
@@ -28,14 +28,11 @@ def run(options: argparse.Namespace, root: Path, machine: dict[str, Any]) -> int
         return table.listed() if options.list else table.command(out, minutes=options.minutes, quick=options.quick)
     known = sorted(path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py"))
     if unknown := [op for op in options.ops if op not in known]:
-        print(f"fastsae bench: unknown {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     if find_spec("pytest_benchmark") is None:
-        print("fastsae bench needs pytest-benchmark: pip install 'fastsae-kernels[bench]'", file=sys.stderr)
-        return 2
+        raise ImportError("it needs pytest-benchmark: pip install 'fastsae-kernels[bench]'")
     if options.device != "cpu" and not options.list and not torch.cuda.is_available():
-        print("fastsae bench: no CUDA device (torch.cuda.is_available() is False)", file=sys.stderr)
-        return 2
+        raise ValueError("no CUDA device (torch.cuda.is_available() is False)")
     more = (*options.ops, *([options.rows] if options.rows else []))
     kept = report.Report.begin(out, machine, options.device, quick=options.quick, more=more)
     session, code = rows(kept, [root / "bench" / f"bench_{op}.py" for op in options.ops or known], options)

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.report import Plots, bars, chip, conditions, digest, drawn_from, keep, plots, rivals, slug, times, times_faster
+from bench.report import Plots, chip, conditions, digest, drawn_from, keep, plots, rivals, slug, times, times_faster
 from fastsae._core import files
 from fastsae.compare import MMCS_VARIANTS
-from fastsae.plots import figure
+from fastsae.plots import bars, figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -84,9 +84,6 @@ def prune(reports: Reports) -> None:
             del reports[path]
             for gone in (path, *path.parent.glob(f"{path.stem}*.png")):
                 gone.unlink()
-
-
-# ---------------------------------------------------------------- tables
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -214,9 +211,6 @@ def page(name: str, reports: Reports) -> str:
             lines.append([row["op"], row["shape"], row["backend"], f"{row['ours']['median']:.3g}", others or "-", memory])
         parts.append(table(["operation", "size", "backend", "fastsae, ms", "times faster than", "extra MB, ours / first"], lines))
     return "\n\n".join(parts) + "\n"
-
-
-# ---------------------------------------------------------------- files
 
 
 def documents() -> list[Path]:

@@ -24,6 +24,7 @@ from torch.nn import functional
 from bench import training
 from fastsae._core import files
 from fastsae._core.machine import machine
+from fastsae._core.progress import Bar
 from fastsae._core.timing import Stopwatch
 from fastsae.lm import harvest, packaged
 from fastsae.optim import warmup_linear_decay
@@ -93,8 +94,6 @@ def fvu(weights: training.Weights, x: Tensor, k: int) -> float:
 
 def train(args: argparse.Namespace, seed: int, x: Tensor, held: Tensor) -> dict[str, list[dict[str, float]]]:
     """By name: points ``{"step", "seconds", "cpu_seconds", "fvu"}``, the first before any step."""
-    from tqdm import tqdm
-
     directions = torch.randn(args.features, x.shape[1], generator=torch.Generator().manual_seed(seed))
     W = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
     start = training.Start(W, x.mean(0), args.k, args.lr, (0.9, 0.99))
@@ -107,7 +106,7 @@ def train(args: argparse.Namespace, seed: int, x: Tensor, held: Tensor) -> dict[
     batches = iter(Batches(x, size=args.batch, seed=seed))
     turn = max(1, args.steps // 15)
     order = list(runners)
-    with tqdm(total=args.steps * len(runners), desc=f"seed {seed}", unit=" steps", mininterval=0.5) as progress:
+    with Bar(True, args.steps * len(runners), label=f"seed {seed}") as progress:
         for first in range(0, args.steps, turn):
             steps = range(first, min(first + turn, args.steps))
             rows = [next(batches)["x"] for _ in steps]
@@ -128,17 +127,11 @@ def summary(curves: list[dict[str, list[dict[str, float]]]]) -> dict[str, dict[s
     """At the end, by name: FVU and seconds of each seed, ours divided by theirs."""
     result: dict[str, dict[str, Any]] = {}
     for who in curves[0]:
-        ends = [(seed[who][-1], seed[OURS][-1]) for seed in curves]
-        ratios = [mine["fvu"] / theirs["fvu"] for theirs, mine in ends]
-        result[who] = {
-            "fvu": [theirs["fvu"] for theirs, _ in ends],
-            "seconds": [theirs["seconds"] for theirs, _ in ends],
-            "cpu_seconds": [theirs["cpu_seconds"] for theirs, _ in ends],
-            "ours_to_theirs_fvu": ratios,
-            "ours_to_theirs_seconds": [mine["seconds"] / theirs["seconds"] for theirs, mine in ends],
-            "ours_to_theirs_cpu_seconds": [mine["cpu_seconds"] / theirs["cpu_seconds"] for theirs, mine in ends],
-            "within_bound": max(ratios) <= BOUND,
-        }
+        theirs, mine = ([seed[name][-1] for seed in curves] for name in (who, OURS))
+        names = ("fvu", "seconds", "cpu_seconds")
+        found: dict[str, Any] = {name: [end[name] for end in theirs] for name in names}
+        found |= {f"ours_to_theirs_{name}": [a[name] / b[name] for a, b in zip(mine, theirs)] for name in names}
+        result[who] = {**found, "within_bound": max(found["ours_to_theirs_fvu"]) <= BOUND}
     return result
 
 
@@ -147,15 +140,9 @@ def plot(curves: list[dict[str, list[dict[str, float]]]], title: str, path: Path
     for axes, key, label in zip(panels, ("cpu_seconds", "step"), ("CPU seconds of training", "steps")):
         for number, who in enumerate(curves[0]):
             for seed, curve in enumerate(curves):
-                points = curve[who][1:]
-                axes.plot(
-                    [p[key] for p in points],
-                    [p["fvu"] for p in points],
-                    color=f"C{number}",
-                    lw=1.2,
-                    alpha=0.8,
-                    label=f"{who}: {statistics.mean(c[who][-1]['fvu'] for c in curves):.4f}" if seed == 0 else None,
-                )
+                x, y = ([point[name] for point in curve[who][1:]] for name in (key, "fvu"))
+                label_of = f"{who}: {statistics.mean(c[who][-1]['fvu'] for c in curves):.4f}" if seed == 0 else None
+                axes.plot(x, y, color=f"C{number}", lw=1.2, alpha=0.8, label=label_of)
         axes.set(xlabel=label, yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastsae.dispatch import OPS
 
 QUICK = os.environ.get("FASTSAE_BENCH_QUICK") == "1"
 DEVICE = torch.device(os.environ.get("FASTSAE_BENCH_DEVICE", "cpu"))
@@ -56,13 +59,29 @@ def _status(key: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key + ":"))
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def unit_rows(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+def unit_rows(rows: int, width: int, seed: int = 0) -> Tensor:
     value = normal(rows, width, seed=seed)
     return value / torch.linalg.vector_norm(value, dim=1, keepdim=True)
+
+
+def slots(rows: int, features: int, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices ``[rows, k]``, no feature twice in a row."""
+    indices = torch.rand(rows, features, generator=torch.Generator().manual_seed(1)).topk(k).indices
+    return normal(rows, k), indices.to(DEVICE)
+
+
+def laid(W: Tensor, layout: str) -> Tensor:
+    """``W [F, D]`` as it is ("FD"), or as the transpose of a ``[D, F]`` matrix ("DF")."""
+    return W.T.contiguous().T if layout == "DF" else W
+
+
+def checks(op: str, *args: Any) -> Call:
+    """What raises unless an operation's result agrees with its specification: of arguments with few rows."""
+    return lambda: OPS[op].check(args, OPS[op](*args))
 
 
 def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
@@ -75,13 +94,13 @@ def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
     return True
 
 
-def onednn_linear(x: torch.Tensor, W: torch.Tensor) -> Callable[[str, torch.Tensor | None], torch.Tensor]:
+def onednn_linear(x: Tensor, W: Tensor) -> Callable[[str, Tensor | None], Tensor]:
     """oneDNN's float32 product, which on many CPUs beats the MKL one behind ``torch.mm``; weight packed outside the timing."""
     nn: Any = torch._C._nn  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] (torch has no public name for the packing)
     packed = nn.mkldnn_reorder_linear_weight(W.to_mkldnn(), x.shape[0]) if hasattr(nn, "mkldnn_reorder_linear_weight") else None
     weight = packed if packed is not None else W
 
-    def run(post: str = "none", bias: torch.Tensor | None = None) -> torch.Tensor:
+    def run(post: str = "none", bias: Tensor | None = None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], "")
 
     return run

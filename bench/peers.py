@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastsae
-from bench.training import Start, copy_, dictionary_learning_trainer, saelens_trainer, sparsify_coder, sparsify_step
+from bench import training
+from bench.training import Runner, Start, copy_, sparsify_coder, sparsify_step
 from fastsae.patch import sparsify
-
-
-@dataclass(frozen=True)
-class Training:
-    """A trainer and its step.
-
-    Attributes:
-        target: what ``accelerate`` takes. step: one training step. module: the SAE. optimiser: its Adam.
-    """
-
-    target: Any
-    step: Callable[[Tensor], object]
-    module: torch.nn.Module
-    optimiser: torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,7 @@ class Peer:
     sae: Callable[[Start], Any]
     encode: Callable[[Any, Tensor], Any]
     dense: Callable[[Any], Tensor]
-    training: Callable[[Start], Training]
+    training: Callable[[Start], Runner]
     encoder: Callable[[Any], Tensor] | None = None
 
 
@@ -68,24 +55,18 @@ def _saelens_sae(start: Start) -> Any:
     return sae
 
 
-def _saelens_training(start: Start) -> Training:
-    sae, trainer = saelens_trainer(start)
-    return Training(trainer, trainer.step, sae, trainer.optimizer)
-
-
 def _sparsify_dense(out: Any) -> Tensor:
     return torch.zeros(out.top_acts.shape[0], out.pre_acts.shape[1]).scatter(1, out.top_indices, out.top_acts)
 
 
-def _sparsify_training(start: Start) -> Training:
+def _sparsify_training(start: Start) -> Runner:
     """As it is by the library's own calls, accelerated by ``train_step``."""
-    coder = sparsify_coder(start)
-    optimiser = torch.optim.Adam(coder.parameters(), lr=start.lr, betas=start.betas)
+    made = training.sparsify(start)
 
     def step(x: Tensor) -> object:
-        return (sparsify.train_step if fastsae.report(coder).accelerated else sparsify_step)(coder, optimiser, x)
+        return (sparsify.train_step if fastsae.report(made.target).accelerated else sparsify_step)(made.target, made.opt, x)
 
-    return Training(coder, step, coder, optimiser)
+    return replace(made, step=step)
 
 
 def _dictionary_learning_sae(start: Start) -> Any:
@@ -97,15 +78,10 @@ def _dictionary_learning_sae(start: Start) -> Any:
     return ae
 
 
-def _dictionary_learning_training(start: Start) -> Training:
-    trainer = dictionary_learning_trainer(start)
-    return Training(trainer, lambda x: trainer.update(1, x), trainer.ae, trainer.optimizer)  # step 0 would centre b_dec
-
-
 PEERS = {
-    "SAELens": Peer(_saelens_sae, lambda sae, x: sae.encode(x), lambda acts: acts, _saelens_training, lambda sae: sae.W_enc.detach().T),
+    "SAELens": Peer(_saelens_sae, lambda sae, x: sae.encode(x), lambda acts: acts, training.saelens, lambda sae: sae.W_enc.detach().T),
     "sparsify": Peer(sparsify_coder, lambda coder, x: coder.encode(x), _sparsify_dense, _sparsify_training),
-    "dictionary_learning": Peer(_dictionary_learning_sae, lambda ae, x: ae.encode(x), lambda acts: acts, _dictionary_learning_training),
+    "dictionary_learning": Peer(_dictionary_learning_sae, lambda ae, x: ae.encode(x), lambda acts: acts, training.dictionary_learning),
 }
 
 
@@ -118,7 +94,7 @@ def check_encode(peer: Peer, sae: Any, accelerated: Any, x: Tensor) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def check_step(mine: Training, theirs: Training, x: Tensor, lr: float) -> None:
+def check_step(mine: Runner, theirs: Runner, x: Tensor, lr: float) -> None:
     """Raises AssertionError unless one step of both is the same up to rounding, in weights and moments; tolerances of ``training``.
 
     A factor within 1e-3 of 1 between the moments is torch's: ``clip_grad_norm_`` sums millions of squares in float32 (against float64 it is
@@ -128,7 +104,7 @@ def check_step(mine: Training, theirs: Training, x: Tensor, lr: float) -> None:
     theirs.step(x)
     for (name, p), q in zip(mine.module.named_parameters(), theirs.module.parameters(), strict=True):
         for moment in ("exp_avg", "exp_avg_sq"):
-            a, b = mine.optimiser.state[p][moment], theirs.optimiser.state[q][moment]
+            a, b = mine.opt.state[p][moment], theirs.opt.state[q][moment]
             factor = float((a * b).sum(dtype=torch.float64) / a.square().sum(dtype=torch.float64).clamp_min(1e-30))
             error = float(torch.linalg.vector_norm(a * factor - b) / torch.linalg.vector_norm(b).clamp_min(1e-30))
             if not (error < 1e-5 and abs(factor - 1) < 1e-3):

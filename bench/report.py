@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 from fastsae._core import files
 from fastsae.native import loader
-from fastsae.plots import figure
+from fastsae.plots import bars, figure
 
 
 @dataclass
@@ -161,21 +162,6 @@ def print_table(entries: list[dict[str, Any]]) -> None:
     print("* a floor: part of the work only. Medians of alternating runs; only ratios within one run count.")
 
 
-def bars(axes: Any, values: Sequence[float], labels: Sequence[str], texts: Sequence[str], colours: Sequence[str]) -> None:
-    """Times faster from above to below on a logarithmic axis; the right end of the axis is for the texts."""
-    axes.barh(range(len(values)), [value - 1 for value in values], left=1, color=colours, height=0.7)
-    axes.axvline(1, color="0.2", linewidth=1)
-    for place, (value, text) in enumerate(zip(values, texts)):
-        axes.text(1.04 * max(value, 1), place, text, va="center", fontsize=8)
-    low, high = min(0.7, 0.8 * min(values)), max(1.6, *values)
-    axes.set(xscale="log", xlim=(low, high * (high / low) ** 0.9), ylim=(len(values) - 0.4, -0.6))
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
-    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_yticks(range(len(values)), labels, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def plot(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) -> None:
     """How many times faster ours is than the fastest rival, by operation and shape."""
     canvas, axes = figure(figsize=(9, 1.4 + 0.26 * len(entries)))
@@ -190,33 +176,22 @@ def plot(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) ->
 
 def plot_growth(entries: Sequence[dict[str, Any]], path: Path, title: str, key: str) -> None:
     """Time a row and extra memory over features and over rows, of entries named "... growth" with shapes B x D x F x K."""
-    shapes = [(tuple(map(int, entry["shape"].split("x"))), entry) for entry in entries]
-    canvas, axes = figure(rows=1, columns=2, figsize=(11, 4))
-    common = {
-        place: max(set(values), key=values.count) for place, values in ((0, [s[0] for s, _ in shapes]), (2, [s[2] for s, _ in shapes]))
-    }
-    for axis, grows, fixed, name in ((axes[0], 2, 0, "features F"), (axes[1], 0, 2, "rows B")):
-        line = sorted({s[grows]: (s, entry) for s, entry in shapes if s[fixed] == common[fixed]}.values(), key=lambda item: item[0][grows])
-        x = [s[grows] for s, _ in line]
+    shapes = [tuple(map(int, entry["shape"].split("x"))) for entry in entries]
+    canvas, panels = figure(rows=1, columns=2, figsize=(11, 4))
+    for axes, grows, fixed, what in zip(panels, (2, 0), (0, 2), ("features F", "rows B")):
+        common = statistics.mode(s[fixed] for s in shapes)
+        found = {s[grows]: (s, entry) for s, entry in zip(shapes, entries) if s[fixed] == common}
+        x, line = sorted(found), [found[size] for size in sorted(found)]
         each = [1000 * entry["ours"]["median"] / s[0] for s, entry in line]
-        axis.plot(x, each, "o-", label="microseconds a row")
-        axis.plot(
-            x, [each[-1] * (v / x[-1] if grows == 2 else 1) for v in x], "k:", lw=1, label="proportional to F" if grows == 2 else "constant"
-        )
-        dense = [s[0] * s[2] * 4 / 2**20 for s, _ in line]
-        axis.plot(
-            x,
-            [max(entry["extra_mb"].get("ours") or 0, 0.1) for _, entry in line],
-            "s-",
-            color="C2",
-            label="extra MB, results included (drawn from 0.1)",
-        )
-        axis.plot(x, dense, "--", color="0.6", label="MB of a [B, F] matrix")
-        fixed_text = f"B = {line[0][0][0]}" if grows == 2 else f"F = {line[0][0][2]}"
-        axis.set(
-            xscale="log", yscale="log", xlabel=name, title=f"{line[0][1]['op'].removesuffix(' growth')}: {fixed_text}, D = {line[0][0][1]}"
-        )
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        axes.plot(x, each, "o-", label="microseconds a row")
+        expected = [each[-1] * (size / x[-1] if grows == 2 else 1) for size in x]
+        axes.plot(x, expected, "k:", lw=1, label="proportional to F" if grows == 2 else "constant")
+        extra = [max(entry["extra_mb"].get("ours") or 0, 0.1) for _, entry in line]
+        axes.plot(x, extra, "s-", color="C2", label="extra MB, results included (drawn from 0.1)")
+        axes.plot(x, [s[0] * s[2] * 4 / 2**20 for s, _ in line], "--", color="0.6", label="MB of a [B, F] matrix")
+        constant = f"{'B' if grows == 2 else 'F'} = {common}, D = {line[0][0][1]}"
+        axes.set(xscale="log", yscale="log", xlabel=what, title=f"{line[0][1]['op'].removesuffix(' growth')}: {constant}")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
     canvas.suptitle(title, fontsize=9)
     keep(path, canvas, key)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae
-from bench.harness import absent, has_onednn
+from bench.harness import DEVICE, absent, has_onednn, normal, shapes, unit_rows
 from fastsae._core.checkout import checkout_hidden
 
 Built = TypeVar("Built")
@@ -45,28 +45,48 @@ class Start:
 
 @dataclass(frozen=True)
 class Runner:
-    step: Callable[[Tensor], object]
-    weights: Callable[[], Weights]
-    set_lr: Callable[[float], None]
-    moments: Callable[[], dict[str, Tensor]] | None = None
-    """Adam's first moments by our names of the parameters."""
+    """Somebody's training step.
+
+    Attributes:
+        step: of a batch. opt: its optimiser. weights: as ``Weights``. module: the SAE. target: what ``accelerate`` takes.
+        named: the parameters by our names, where each has one.
+    """
+
+    step: Callable[..., object]
+    opt: Any
+    weights: Callable[[], Any]
+    module: Any = None
+    target: Any = None
+    named: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's first moments."""
+        return {name: self.opt.state[parameter]["exp_avg"] for name, parameter in self.named.items()}
+
+
+SHAPES = shapes([(256, 768, 24576, 32), (1024, 512, 8192, 32)], [(32, 64, 2048, 8)])
+
+
+def inputs(shape: tuple[int, ...]) -> tuple[Start, Tensor]:
+    """Where a row of a bench starts, and its batch; shapes are (B, D, F, k)."""
+    rows, width, features, k = shape
+    start = Start(unit_rows(features, width), torch.zeros(width, device=DEVICE), k)
+    return start, distinct_rows(normal(rows + rows // 4, width, seed=1), start, rows)
 
 
 def ours(start: Start) -> Runner:
     sae = _sae(start)
-    opt = fastsae.optim.Adam(sae, lr=start.lr, betas=start.betas)
-
-    def moments() -> dict[str, Tensor]:
-        return {name: state["exp_avg"] for name, state in opt.state_dict()["state"].items()}
-
-    return Runner(opt.step, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), lambda lr: setattr(opt, "lr", lr), moments)
+    return _own(sae, opt := fastsae.optim.Adam(sae, lr=start.lr, betas=start.betas), opt.step)
 
 
 def ours_signum(start: Start) -> Runner:
     """sparsify's default rule through our fused step."""
     sae = _sae(start)
-    opt = fastsae.optim.Signum(sae, lr=start.lr)
-    return Runner(opt.step, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), lambda lr: setattr(opt, "lr", lr))
+    return _own(sae, opt := fastsae.optim.Signum(sae, lr=start.lr), opt.step)
 
 
 def ours_autograd(start: Start) -> Runner:
@@ -81,7 +101,17 @@ def ours_autograd(start: Start) -> Runner:
         sae.normalise_decoder_()
         opt.zero_grad()
 
-    return _runner(step, opt, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), dict(sae.named_parameters()))
+    return _own(sae, opt, step)
+
+
+def codes(x: Tensor, W: Tensor, b: Tensor, k: int, gathered: bool) -> tuple[Tensor, Tensor]:
+    """Values and indices of a plain top-k; ``gathered``: see ``plain``."""
+    if not gathered:
+        values, indices = functional.linear(x, W, b).topk(k, sorted=False)
+        return values.relu(), indices
+    with torch.no_grad():
+        indices = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "").topk(k, sorted=False).indices
+    return (torch.bmm(functional.embedding(indices, W), x.unsqueeze(2)).squeeze(2) + b[indices]).relu(), indices
 
 
 def plain(start: Start, way: Literal["bag", "gathered", "dense"] = "bag") -> Runner:
@@ -98,23 +128,13 @@ def plain(start: Start, way: Literal["bag", "gathered", "dense"] = "bag") -> Run
     W_enc, b_enc, W_dec, b_dec = parameters.values()
     opt = torch.optim.Adam(parameters.values(), lr=start.lr, betas=start.betas, fused=True)
 
-    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-        centred = x - b_dec
-        if way != "gathered":
-            values, indices = functional.linear(centred, W_enc, b_enc).topk(start.k, sorted=False)
-            return values.relu(), indices
-        with torch.no_grad():
-            indices = torch.ops.mkldnn._linear_pointwise(centred, W_enc, b_enc, "none", [], "").topk(start.k, sorted=False).indices
-        rows = functional.embedding(indices, W_enc)
-        return (torch.bmm(rows, centred.unsqueeze(2)).squeeze(2) + b_enc[indices]).relu(), indices
-
     def decode(values: Tensor, indices: Tensor) -> Tensor:
         if way != "dense":
             return functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
         return torch.zeros(values.shape[0], W_dec.shape[0], device=values.device).scatter(1, indices, values) @ W_dec + b_dec
 
     def step(x: Tensor) -> None:
-        ((decode(*encode(x)) - x).square().sum() / x.shape[0]).backward()
+        ((decode(*codes(x - b_dec, W_enc, b_enc, start.k, way == "gathered")) - x).square().sum() / x.shape[0]).backward()
         with torch.no_grad():
             grad = W_dec.grad
             assert grad is not None
@@ -123,7 +143,7 @@ def plain(start: Start, way: Literal["bag", "gathered", "dense"] = "bag") -> Run
             W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
         opt.zero_grad()
 
-    return _runner(step, opt, lambda: _detached(W_enc, b_enc, W_dec, b_dec), parameters)
+    return Runner(step, opt, lambda: _detached(W_enc, b_enc, W_dec, b_dec), named=parameters)
 
 
 def sparsify_coder(start: Start) -> Any:
@@ -159,70 +179,44 @@ def sparsify(start: Start, signum: bool = False) -> Runner:
     else:
         opt = torch.optim.Adam(coder.parameters(), lr=start.lr, betas=start.betas)
     weights = (coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec)
-    return _runner(lambda x: sparsify_step(coder, opt, x), opt, lambda: _detached(*weights))
+    return Runner(lambda x: sparsify_step(coder, opt, x), opt, lambda: _detached(*weights), coder, coder)
 
 
-def saelens_trainer(start: Start) -> tuple[Any, Any]:
-    """(SAE, trainer)."""
+def saelens(start: Start) -> Runner:
+    """SAELens's ``SAETrainer.step``: rows of any norm, latents scaled by it; gradients clipped to norm 1; AuxK once features are dead."""
     from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
 
     features, width = start.W.shape
     sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=start.k, device=str(start.W.device)))
     copy_((sae.W_enc, start.W.T), (sae.b_enc, 0), (sae.W_dec, start.W), (sae.b_dec, start.b_dec))
-    config = SAETrainerConfig(
-        total_training_samples=10**12,
-        train_batch_size_samples=1024,
-        device=str(start.W.device),
-        lr=start.lr,
-        lr_end=start.lr,
-        lr_scheduler_name="constant",
-        adam_beta1=start.betas[0],
-        adam_beta2=start.betas[1],
-    )
-    return sae, SAETrainer(config, sae, iter([]))
-
-
-def saelens(start: Start) -> Runner:
-    """SAELens's ``SAETrainer.step``: rows of any norm, latents scaled by it; gradients clipped to norm 1; AuxK once features are dead."""
-    sae, trainer = saelens_trainer(start)
+    options: dict[str, Any] = {"total_training_samples": 10**12, "train_batch_size_samples": 1024, "lr_scheduler_name": "constant"}
+    options |= {"lr": start.lr, "lr_end": start.lr, "adam_beta1": start.betas[0], "adam_beta2": start.betas[1]}
+    config = SAETrainerConfig(device=str(start.W.device), **options)
+    trainer: Any = SAETrainer(config, sae, iter([]))
 
     def weights() -> Weights:
         norm = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)  # folded in: score times norm, row over norm
         return _detached(sae.W_enc.T * norm, sae.b_enc * norm.squeeze(1), sae.W_dec / norm, sae.b_dec)
 
-    return _runner(trainer.step, trainer.optimizer, weights)
-
-
-def dictionary_learning_trainer(start: Start) -> Any:
-    from dictionary_learning.trainers.top_k import TopKTrainer
-
-    features, width = start.W.shape
-    trainer = TopKTrainer(
-        steps=10**12,
-        activation_dim=width,
-        dict_size=features,
-        k=start.k,
-        layer=0,
-        lm_name="none",
-        lr=start.lr,
-        warmup_steps=0,
-        device=str(start.W.device),
-        seed=0,
-    )
-    ae: Any = trainer.ae
-    copy_((ae.encoder.weight, start.W), (ae.encoder.bias, 0), (ae.decoder.weight, start.W.T), (ae.b_dec, start.b_dec))
-    for group in trainer.optimizer.param_groups:
-        group["betas"] = start.betas
-    return trainer
+    return Runner(trainer.step, trainer.optimizer, weights, sae, trainer)
 
 
 def dictionary_learning(start: Start) -> Runner:
     """dictionary_learning's ``TopKTrainer.update``: gradients clipped to norm 1, a running threshold, AuxK once features are dead."""
-    trainer = dictionary_learning_trainer(start)
-    ae, steps = trainer.ae, itertools.count(1)  # from 1: at step 0 it would set b_dec
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    features, width = start.W.shape
+    options: dict[str, Any] = {"activation_dim": width, "dict_size": features, "k": start.k, "lr": start.lr, "seed": 0}
+    options |= {"steps": 10**12, "warmup_steps": 0, "layer": 0, "lm_name": "none"}
+    trainer: Any = TopKTrainer(device=str(start.W.device), **options)
+    ae = trainer.ae
+    copy_((ae.encoder.weight, start.W), (ae.encoder.bias, 0), (ae.decoder.weight, start.W.T), (ae.b_dec, start.b_dec))
+    for group in trainer.optimizer.param_groups:
+        group["betas"] = start.betas
+    steps = itertools.count(1)  # from 1: at step 0 it would set b_dec
     weights = (ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec)
-    return _runner(lambda x: trainer.update(next(steps), x), trainer.optimizer, lambda: _detached(*weights))
+    return Runner(lambda x: trainer.update(next(steps), x), trainer.optimizer, lambda: _detached(*weights), ae, trainer)
 
 
 PEERS: dict[str, Callable[[Start], Runner]] = {
@@ -276,16 +270,20 @@ def check_step(mine: Runner, theirs: Runner, x: Tensor, lr: float) -> None:
     """
     mine.step(x)
     theirs.step(x)
-    if mine.moments is None or theirs.moments is None:
-        raise TypeError("check_step: both runners must give their moments")
-    a, b = mine.moments(), theirs.moments()
+    check_gradients(mine, theirs, 1e-5)
     for name in Weights._fields:
-        error = float(torch.linalg.vector_norm(a[name] - b[name]) / torch.linalg.vector_norm(b[name]))
-        if not error < 1e-5:
-            raise AssertionError(f"gradient of {name} differs by {error:.1e} of its norm")
         off = (getattr(mine.weights(), name) - getattr(theirs.weights(), name)).abs() > 1e-3 * lr + 1e-6
         if not float(off.double().mean()) < 1e-3:
             raise AssertionError(f"{name} differs in {int(off.sum())} of {off.numel()} elements after one step")
+
+
+def check_gradients(mine: Runner, theirs: Runner, most: float) -> None:
+    """AssertionError unless first moments agree to this share of their norm."""
+    a, b = mine.moments(), theirs.moments()
+    for name in b:
+        error = float(torch.linalg.vector_norm(a[name] - b[name]) / torch.linalg.vector_norm(b[name]))
+        if not error < most:
+            raise AssertionError(f"gradient of {name} differs by {error:.1e} of its norm")
 
 
 def _sae(start: Start) -> fastsae.SAE:
@@ -304,16 +302,5 @@ def _detached(*tensors: Tensor) -> Weights:
     return Weights(*(tensor.detach() for tensor in tensors))
 
 
-def _runner(
-    step: Callable[[Tensor], object], opt: Any, weights: Callable[[], Weights], named: dict[str, torch.nn.Parameter] | None = None
-) -> Runner:
-    """Over a torch optimiser."""
-
-    def set_lr(lr: float) -> None:
-        for group in opt.param_groups:
-            group["lr"] = lr
-
-    def moments() -> dict[str, Tensor]:
-        return {name: opt.state[parameter]["exp_avg"] for name, parameter in (named or {}).items()}
-
-    return Runner(step, weights, set_lr, None if named is None else moments)
+def _own(sae: fastsae.SAE, opt: Any, step: Callable[[Tensor], object]) -> Runner:
+    return Runner(step, opt, lambda: _detached(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), sae, sae, dict(sae.named_parameters()))

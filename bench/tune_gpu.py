@@ -3,10 +3,10 @@
     python -m bench.tune_gpu --out DIR --minutes 8
     TRITON_INTERPRET=1 python -m bench.tune_gpu --device cpu --quick       the same code in the interpreter, tiny
 
-For each workload and dtype: first the shapes of a tile with their warps and stages, then, for the fastest, how many row tiles share their
-features and how many programs a multiprocessor gets. Every candidate alternates with the tile that the table has now; a figure is the
-median of the ratio to it. Candidates are compiled in parallel before anything is timed. One whose shared memory does not fit, or whose
-result has other bits, is named and cannot win. DIR / <date>-<device>-tiles.json is written anew after each figure.
+For each workload and dtype two rows: the shapes of a tile with their warps and stages, then, for the fastest, how many row tiles share
+their features and how many programs a multiprocessor gets. In a row all candidates alternate with the tile that the table has now. They are
+compiled in parallel before anything is timed. One whose shared memory does not fit, or whose result has other bits, is named and cannot
+win. DIR / <date>-<device>-tiles.json is written anew after each row.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,13 +28,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.gpu.harness import Bench
+from bench.gpu.harness import Bench, Call
 from fastsae._core import triton_support
 from fastsae._core.machine import machine
-from fastsae._core.timing import alternate
 from fastsae.dispatch import OPS
-
-Run = Callable[[], Any]
 
 # (rows, columns, depth, warps) of a tile, columns a multiple of 64 (the words of a packed code); stages from what fits.
 SHAPES = [
@@ -46,7 +42,7 @@ STAGES = (2, 3, 4, 5)
 QUICK_SHAPES = [(16, 64, 64, 4)]
 GROUPS = (4, 8, 16)
 PROGRAMS = (1, 2, 3, 4)
-ROUNDS = 7
+NOW = "now"
 
 
 def tiles() -> Any:
@@ -80,7 +76,7 @@ class Config:
 @dataclass
 class Workload:
     name: str
-    run: Run
+    run: Callable[[], Any]
 
     def result(self, config: Config) -> tuple[Tensor, ...]:
         with config.set():
@@ -116,117 +112,93 @@ def now(device: torch.device) -> Config:
     return Config(tiles().tile_for(device), tiles()._PROGRAMS)
 
 
-def shared_limit(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def shapes(start: Config, limit: int, quick: bool) -> list[Config]:
-    """The first stage's candidates: for each shape the deepest pipelines that fit, once for a program a multiprocessor and once for two."""
+    """The first row's candidates: for each shape the deepest pipelines that fit, once for a program a multiprocessor and once for two."""
     found = []
     for rows, columns, depth, warps in QUICK_SHAPES if quick else SHAPES:
         made = [replace(start.tile, rows=rows, columns=columns, depth=depth, warps=warps, stages=stages) for stages in STAGES]
-        configs = [Config(tile, programs) for programs in (1, 2) for tile in made if Config(tile, 1).shared_bytes() * programs <= limit]
         for programs in (1, 2):
-            found += [config for config in configs if config.programs == programs][-1 if quick else -2 :]
+            fits = [Config(tile, programs) for tile in made if Config(tile, 1).shared_bytes() * programs <= limit]
+            found += fits[-1 if quick else -2 :]
     return [config for config in dict.fromkeys(found) if config != start]
 
 
 def around(config: Config) -> list[Config]:
-    """The second stage's."""
+    """The second row's."""
     grouped = [Config(replace(config.tile, group=group), config.programs) for group in GROUPS]
     return [c for c in dict.fromkeys([*grouped, *(Config(config.tile, programs) for programs in PROGRAMS)]) if c != config]
 
 
-class Tuner:
-    def __init__(self, bench: Bench):
-        self.bench, self.start = bench, now(bench.device)
-        bench.report.path = bench.report.path.with_name(bench.report.path.name.replace("-gpu", "-tiles"))
-        self.results = bench.report.entries
-
-    def candidates(self) -> list[Config]:
-        return shapes(self.start, shared_limit(self.bench.device), self.bench.quick)
-
-    def time(self, work: Workload, config: Config, expected: tuple[Tensor, ...]) -> float | None:
-        """The median ratio of the candidate's time to the table's tile; None where it cannot be used. Both are kept."""
-        entry: dict[str, Any] = {"work": work.name, "config": str(config), **asdict(config)}
-        self.results.append(entry)
-        try:
-            got = work.result(config)
-            if not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
-                entry["failed"] = "other bits"
-            else:
-                entry.update(self._alternate(work, config))
-        except Exception as error:
-            entry["failed"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
-            self.bench.wait()  # a broken device ends the run here
-        self.bench.say(f"{work.name:<26} {config}: {entry.get('failed') or '{ratio:.3f} of now, {milliseconds:.3f} ms'.format(**entry)}")
-        self.save()
-        return entry.get("ratio")
-
-    def _alternate(self, work: Workload, config: Config) -> dict[str, float]:
-        rounds = 1 if self.bench.quick else ROUNDS
-        ways = {who: lambda _, one=one: self._once(work, one) for who, one in (("mine", config), ("now", self.start))}
-        times = alternate(ways, least=rounds, most=rounds, seconds=0)
-        ratios = [mine / now for mine, now in zip(times["mine"], times["now"])]
-        return {
-            "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
-            "milliseconds": statistics.median(times["mine"]), "now": statistics.median(times["now"]),
-        }  # fmt: skip
-
-    def _once(self, work: Workload, config: Config) -> float:
-        with config.set():
-            return self.bench.milliseconds(lambda _: work.run(), 1, 0)
-
-    def tune(self, work: Workload) -> None:
-        expected = work.result(self.start)
-        best, least = self.start, 1.0
-        for stage in range(2):
-            for config in around(best)[: 1 if self.bench.quick else None] if stage else self.candidates():
-                if self.bench.left() < 0:
-                    self.bench.note(work.name, "", f"out of time before {config}")
-                    self.save()
-                    return
-                ratio = self.time(work, config, expected)
-                if ratio is not None and ratio < least:
-                    best, least = config, ratio
-
-    def winners(self) -> dict[str, str]:
-        """The fastest configuration of each workload, and of all of them together by the geometric mean of ratios."""
-        timed = [entry for entry in self.results if "ratio" in entry]
-        found = {}
-        for work in dict.fromkeys(entry["work"] for entry in timed):
-            best = min((entry for entry in timed if entry["work"] == work), key=lambda entry: entry["ratio"])
-            found[work] = f"{best['config']}: {best['ratio']:.3f}" if best["ratio"] < 1 else f"as it is: {self.start}"
-        works = len(found)
-        means: dict[str, float] = {}
-        for config in dict.fromkeys(entry["config"] for entry in timed):
-            ratios = [entry["ratio"] for entry in timed if entry["config"] == config]
-            if len(ratios) == works:
-                means[config] = math.exp(statistics.fmean(map(math.log, ratios)))
-        if means:
-            best = min(means, key=lambda config: means[config])
-            found["all"] = f"{best}: {means[best]:.3f}" if means[best] < 1 else f"as it is: {self.start}"
-        return found
-
-    def save(self) -> None:
-        b = self.bench
-        b.report.save(
-            capability=list(torch.cuda.get_device_capability(b.device)) if b.device.type == "cuda" else None, now=str(self.start),
-            seconds=time.monotonic() - b.start, winners=self.winners(),
-        )  # fmt: skip
+def candidates(b: Bench) -> list[Config]:
+    limit = torch.cuda.get_device_properties(b.device).shared_memory_per_block_optin if b.device.type == "cuda" else 227 << 10
+    return shapes(now(b.device), limit, b.quick)
 
 
-def compile_all(tuner: Tuner, dtypes: list[torch.dtype], part: int, parts: int) -> None:
+def tune(b: Bench, work: Workload) -> None:
+    """Both rows of a workload."""
+    start = now(b.device)
+    expected = work.result(start)
+    ways = {str(config): config for config in candidates(b)}
+    for stage in range(2):
+        if b.left() < 0:
+            b.note(work.name, "", "out of time")
+            return
+        ways |= {NOW: start}
+
+        def verify(way: str, ways: dict[str, Config] = ways) -> None:
+            if not all(torch.equal(one, other) for one, other in zip(expected, work.result(ways[way]), strict=True)):
+                raise AssertionError("other bits")
+
+        ours: dict[str, Call] = {way: lambda _, config=config: work.result(config) for way, config in ways.items()}
+        b.row(work.name, f"stage {stage + 1}", {NOW: ours.pop(NOW), **ours}, {}, verify=verify, n_sets=1)
+        best = min(ratios := measured(b.report.entries[-1]), key=lambda way: ratios[way], default=NOW)
+        ways = {str(config): config for config in around(ways[best])[: 1 if b.quick else None]}
+        save(b)
+
+
+def measured(entry: dict[str, Any]) -> dict[str, float]:
+    """Each candidate's time over that of the table's tile."""
+    times = {who[len("fastsae (") : -1]: found["median"] for who, found in entry["others"].items()} if "ours" in entry else {}
+    return {NOW: 1.0, **{way: median / entry["ours"]["median"] for way, median in times.items()}}
+
+
+def winners(b: Bench) -> dict[str, str]:
+    """The fastest configuration of each workload, and of all of them together by the geometric mean of ratios."""
+    works: dict[str, dict[str, float]] = {}
+    for entry in b.report.entries:
+        works[entry["op"]] = {**measured(entry), **works.get(entry["op"], {})}
+    common = set[str]().union(*works.values()).intersection(*works.values())
+    means = {way: math.exp(statistics.fmean(math.log(ratios[way]) for ratios in works.values())) for way in sorted(common)}
+    found = {work: min(ratios.items(), key=lambda item: item[1]) for work, ratios in {**works, "all": means}.items() if ratios}
+    return {work: f"{now(b.device) if way == NOW else way}: {ratio:.3f}" for work, (way, ratio) in found.items()}
+
+
+def save(b: Bench) -> None:
+    capability = list(torch.cuda.get_device_capability(b.device)) if b.device.type == "cuda" else None
+    b.report.save(capability=capability, now=str(now(b.device)), winners=winners(b))
+
+
+def compile_part(b: Bench, dtypes: list[torch.dtype], part: int, parts: int) -> None:
     """Runs every ``parts``-th candidate once, which leaves its kernels in Triton's cache."""
-    for work in workloads(tuner.bench, dtypes):
-        for config in tuner.candidates()[part::parts]:
+    for work in workloads(b, dtypes):
+        for config in candidates(b)[part::parts]:
             try:
                 work.result(config)
-                tuner.bench.wait()
+                b.wait()
             except Exception as error:  # said again where it is timed
                 print(f"{work.name} {config}: {type(error).__name__}", file=sys.stderr)
+
+
+def compile_all(b: Bench, command: list[str], most: float) -> None:
+    n = max(1, min(12, (os.cpu_count() or 2) - 2))
+    b.say(f"compiling {len(candidates(b))} configurations in {n} processes")
+    children = [subprocess.Popen([*command, "--compile", f"{i}/{n}"]) for i in range(n)]
+    for child in children:
+        try:
+            child.wait(max(1.0, b.left() - most))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,29 +216,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.tune_gpu: {reason}", file=sys.stderr)
         return 2
     dtypes = [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float16, torch.float32]
-    tuner = Tuner(Bench(device, options.out, options.minutes, options.quick, machine()))
+    b = Bench(device, options.out, options.minutes, options.quick, machine())
+    b.report.path = b.report.path.with_name(b.report.path.name.replace("-gpu", "-tiles"))
     if options.compile:
-        part, _, parts = options.compile.partition("/")
-        compile_all(tuner, dtypes, int(part), int(parts))
+        compile_part(b, dtypes, *map(int, options.compile.split("/")))
         return 0
     if device.type == "cuda":
-        n = max(1, min(12, (os.cpu_count() or 2) - 2))
-        tuner.bench.say(f"compiling {len(tuner.candidates())} configurations in {n} processes")
         command = [sys.executable, "-m", "bench.tune_gpu", "--device", options.device, "--out", str(options.out)]
-        command += ["--quick"] if options.quick else []
-        children = [subprocess.Popen([*command, "--compile", f"{i}/{n}"]) for i in range(n)]
-        for child in children:
-            try:  # half of the time at the most
-                child.wait(max(1.0, tuner.bench.left() - options.minutes * 30))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-    for work in workloads(tuner.bench, dtypes):
-        tuner.tune(work)
-    tuner.save()
-    for work, text in tuner.winners().items():
+        compile_all(b, command + ["--quick"] * options.quick, options.minutes * 30)  # half of the time at the most
+    for work in workloads(b, dtypes):
+        tune(b, work)
+    save(b)
+    for work, text in winners(b).items():
         print(f"{work:<26} {text}")
-    tuner.bench.say(f"stored {tuner.bench.report.path}")
+    b.say(f"stored {b.report.path}")
     return 0
 
 

@@ -26,15 +26,11 @@ from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 
-# ---------------------------------------------------------------- schedules
-
 
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
     """From ``start`` to ``end`` in ``steps`` steps, then constant: for ``Trainer(anneal={"k": linear(256, 64, 1000)})``."""
     return lambda step: start + (end - start) * min(step / max(steps, 1), 1.0)
 
-
-# ---------------------------------------------------------------- the loop
 
 _MOST_SKIPPED = 100  # batches in a row
 
@@ -159,11 +155,7 @@ class Trainer:
         check_batches(op, batches)
         if steps is not None:
             steps = checks.integer(op, "steps", steps, 0)
-        self._begin(op, resume)
-        if resume and self._stored():
-            self.load(self.checkpoint, batches)  # pyright: ignore[reportArgumentType] # which is there
-        if resume:
-            self._check_alike()
+        self._begin(op, resume, batches)
         with Bar(self.progress, steps, self.step) as bar, self._late():
             for batch in endless(op, batches, steps, lambda: self.step, lambda: self.skipped):
                 before = self.step
@@ -187,7 +179,7 @@ class Trainer:
     def _stored(self) -> bool:
         return self.checkpoint is not None and self._files.exists(self.checkpoint)
 
-    def _begin(self, op: str, resume: bool) -> None:
+    def _begin(self, op: str, resume: bool, batches: Any = None) -> None:
         """What comes before the first batch."""
         if resume and self.checkpoint is None:
             raise ValueError(f"{op}: resume needs a file to go on from, Trainer(checkpoint=..)")
@@ -202,6 +194,10 @@ class Trainer:
         self._last: dict[str, float] = {}
         self._result: dict[str, Tensor] = {}
         self._row = 0  # batches skipped, one after the other
+        if resume and self._stored():
+            self.load(self.checkpoint, batches)  # pyright: ignore[reportArgumentType] # which is there
+        if resume:
+            self._check_alike()
 
     def _take(self, op: str, batch: Any, steps: int | None, batches: Any) -> bool:
         """A batch, and what is due after it: metrics (True where they have been read), the checkpoint."""
@@ -339,9 +335,8 @@ class Trainer:
             return
         reason = finite.spoilt(dict(self.sae.named_parameters()))
         if not self.sae.world.agree("Trainer.save", reason is None):
-            raise FloatingPointError(
-                f"Trainer.save: {reason or 'a parameter on another process is not finite'}; {path} has not been touched"
-            )
+            reason = reason or "a parameter on another process is not finite"
+            raise FloatingPointError(f"Trainer.save: {reason}; {path} has not been touched")
         extra = {"step": self.step, "rng": torch.get_rng_state(), "skipped": self.skipped, "left_out": int(self.left_out)}
         if self.scheduler is not None:
             extra["scheduler"] = {"class": type(self.scheduler).__name__, "state": self.scheduler.state_dict()}
@@ -436,10 +431,6 @@ def fit_all(
         raise ValueError(f"{op}: columns must name {', '.join(trainers)}, got {', '.join(columns)}")
     for trainer in trainers.values():
         trainer._begin(op, resume)
-        if resume and trainer._stored():
-            trainer.load(trainer.checkpoint)  # pyright: ignore[reportArgumentType] # which is there
-        if resume:
-            trainer._check_alike()
     waiting = dict.fromkeys(trainers, 0)  # batches that a trainer has seen already
     if resume:
         last = min(trainers.values(), key=lambda trainer: trainer.step + trainer.skipped)
@@ -450,13 +441,10 @@ def fit_all(
     def done() -> int:
         return min(trainer.step for trainer in trainers.values())
 
-    def skipped() -> int:
-        return sum(trainer.skipped for trainer in trainers.values())
-
     with Bar(progress, steps, done()) as bar, contextlib.ExitStack() as late:
         for trainer in trainers.values():
             late.enter_context(trainer._late())
-        for batch in endless(op, batches, steps, done, skipped):
+        for batch in endless(op, batches, steps, done, lambda: sum(trainer.skipped for trainer in trainers.values())):
             before, shown = done(), False
             for name, trainer in trainers.items():
                 waiting[name] -= 1

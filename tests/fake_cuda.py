@@ -214,8 +214,7 @@ class FakeCuda:
             stack.enter_context(mock.patch.object(triton.compiler, "compile", lambda src, **_: src))
             stack.enter_context(mock.patch.dict(triton_support._reasons, {self.device: None}))
             stack.enter_context(mock.patch.dict(native_cuda._devices, {self.device: reason}))
-            for raised in (flags._flags, flags._overflows):
-                stack.enter_context(mock.patch.dict(raised))
+            stack.enter_context(mock.patch.dict(flags._flags))
             if self.cuda_module:
                 stack.enter_context(mock.patch.object(native_cuda, "_module", self._module()))
             # The dispatcher would ask an operation's fake for the shapes; here its body runs.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,16 @@ class Missing(Exception):
     """A row that cannot be measured here; the message is the reason."""
 
 
-@contextmanager
-def precision(name: str) -> Generator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def at_precision(name: str, call: Call) -> Call:
+    def run(i: int) -> object:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(name)
+        try:
+            return call(i)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
 
 
 def told(error: Exception) -> str:
@@ -126,6 +127,21 @@ class Bench:
     def ours(self, op: str, args: Args) -> dict[str, Call]:
         """An operation by every backend that serves it."""
         return {backend: lambda i, backend=backend: OPS[op](*args(i), backend=backend) for backend in self.backends(op, args(0))}
+
+    def operation(
+        self, op: str, label: str, shape: str, args: Args, others: Mapping[str, Call], *, few: int, cut: tuple[int, ...] = (0,),
+        first: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        """A row of one operation, verified on the first ``few`` rows of its results and of the arguments in ``cut``; ``first``: by the
+        backend alone that is preferred."""
+
+        def verify(backend: str) -> None:
+            found = OPS[op](*args(0), backend=backend)
+            given = tuple(arg[:few] if place in cut else arg for place, arg in enumerate(args(0)))
+            OPS[op].check(given, found[:few] if isinstance(found, Tensor) else tuple(part[:few] for part in found))
+
+        ours = self.ours(op, args)
+        self.row(label, shape, dict([*ours.items()][:1]) if first else ours, others, verify=verify, **options)
 
     def row(
         self,

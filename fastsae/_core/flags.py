@@ -14,26 +14,23 @@ import torch
 from torch import Tensor
 
 _watched: weakref.WeakSet[Any] = weakref.WeakSet()  # optimisers with a flag of their own
-_flags: dict[torch.device, Tensor] = {}
-_overflows: dict[torch.device, Tensor] = {}
+_flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
 _lock = threading.Lock()
 
 
 def flag(device: torch.device) -> Tensor:
     """The int32 flag [1] of a device for bad indices, made at the first call."""
-    found = _flags.get(device)
-    return found if found is not None else _create(device)[0]
+    return (_flags.get(device) or _create(device))[0]
 
 
 def overflow(device: torch.device) -> Tensor:
     """The int32 flag [1] of a device for latents that did not fit."""
-    found = _overflows.get(device)
-    return found if found is not None else _create(device)[1]
+    return (_flags.get(device) or _create(device))[1]
 
 
 def _create(device: torch.device) -> tuple[Tensor, Tensor]:
     with _lock:
-        if device not in _flags or device not in _overflows:
+        if device not in _flags:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 # Made here it would lie in the graph's own memory, and each replay would clear it.
                 raise RuntimeError(f"fastsae: the first operation on {device} must run before a CUDA graph is captured")
@@ -42,8 +39,8 @@ def _create(device: torch.device) -> tuple[Tensor, Tensor]:
                 made = torch.zeros(2, dtype=torch.int32, device=device)
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()  # once: other streams will write to it
-            _flags[device], _overflows[device] = made[:1], made[1:]
-        return _flags[device], _overflows[device]
+            _flags[device] = made[:1], made[1:]
+        return _flags[device]
 
 
 def watch(optimiser: Any) -> None:
@@ -54,7 +51,7 @@ def watch(optimiser: Any) -> None:
 def raise_if_set() -> None:
     """Waits for every device that has flags, clears them, and raises if one was set: IndexError, ValueError for a capacity, or
     FloatingPointError for a training step."""
-    bad, full = _take(_flags), _take(_overflows)
+    bad, full = _take(0), _take(1)
     if bad:
         raise IndexError(
             f"an index was out of range in an operation on {', '.join(bad)} since the last fastsae.check(): rows that used it are NaN, "
@@ -68,12 +65,12 @@ def raise_if_set() -> None:
         optimiser.settle()
 
 
-def _take(flags: dict[torch.device, Tensor]) -> list[str]:
+def _take(which: int) -> list[str]:
     found = []
-    for device, value in list(flags.items()):
+    for device, pair in list(_flags.items()):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if int(value):
-            value.zero_()
+        if int(pair[which]):
+            pair[which].zero_()
             found.append(str(device))
     return found

@@ -24,26 +24,7 @@ from fastsae.ops.spline import (
 )
 
 __all__ = [
-    "BoundaryDensity",
-    "CodeCount",
-    "CodeCounter",
-    "CodeTable",
-    "Neighbours",
-    "Trace",
-    "UniqueCodes",
-    "boundary_density",
-    "combine_hashes",
-    "count_codes",
-    "hamming",
-    "hamming_topk",
-    "hash_code",
-    "hash_signs",
-    "near_zero_counts",
-    "neighbour_graph",
-    "pack_signs",
-    "spline_code",
-    "spline_hash",
-    "spline_keys",
-    "trace",
-    "trace_points",
-]
+    "BoundaryDensity", "CodeCount", "CodeCounter", "CodeTable", "Neighbours", "Trace", "UniqueCodes", "boundary_density",
+    "combine_hashes", "count_codes", "hamming", "hamming_topk", "hash_code", "hash_signs", "near_zero_counts", "neighbour_graph",
+    "pack_signs", "spline_code", "spline_hash", "spline_keys", "trace", "trace_points",
+]  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks, files
+from fastsae._core.extras import needed
 from fastsae.formats import weight_files
 
 _FORMAT = "fastsae CodeCounter 1"
@@ -105,7 +106,8 @@ class _Sketch:
     """An Apache DataSketches HLL or CPC sketch of mixed hashes."""
 
     def __init__(self, kind: str, lg_k: int, data: bytes | None = None) -> None:
-        self.kind, self.lg_k, self.library = kind, lg_k, _datasketches()
+        self.kind, self.lg_k = kind, lg_k
+        self.library = needed("datasketches", "CodeCounter: sketches need Apache DataSketches", "studies")
         self.type = self.library.hll_sketch if kind == "hll" else self.library.cpc_sketch
         if data is not None:
             self.sketch = self.type.deserialize(data)
@@ -132,14 +134,6 @@ class _Sketch:
     def summary(self) -> tuple[int, int | None]:
         # Of a union of two: its estimate depends on the content alone, an unmerged sketch's also on the order of updates.
         return round(self._union(self.sketch, self.sketch).get_estimate()), None
-
-
-def _datasketches() -> Any:
-    try:
-        import datasketches
-    except ImportError as error:
-        raise ImportError("CodeCounter: sketches need Apache DataSketches; pip install 'fastsae-kernels[studies]'") from error
-    return datasketches
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
@@ -237,8 +231,7 @@ class CodeCounter:
         Raises: TypeError: not a CodeCounter. ValueError: other layers, or another kind or size of sketch.
         """
         op = "CodeCounter.merge"
-        if not isinstance(other, CodeCounter):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
-            raise TypeError(f"{op}: other must be a CodeCounter, got {type(other).__name__}")
+        checks.instance(op, "other", other, CodeCounter, "a CodeCounter")
         if other.names != self.names:
             raise ValueError(f"{op}: other must count the layers {_list(self.names)}, got {_list(other.names)}")
         kinds = [c.sketch if c.sketch is None else f"{c.sketch} with lg_k={c.lg_k}" for c in (self, other)]

@@ -43,8 +43,7 @@ def trace_points(model: nn.Module) -> dict[str, str]:
 
     Raises: TypeError: not a module.
     """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
-        raise TypeError(f"trace_points: model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.instance("trace_points", "model", model, nn.Module, "a torch.nn.Module")
     return {name: type(module).__name__ for name, module in _all_names(model) if _is_activation(module)}
 
 
@@ -289,8 +288,7 @@ def trace(
         are). Inside the block, from the model's call: a mask or ``neurons`` that does not fit.
     """
     op = "trace"
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.instance(op, "model", model, nn.Module, "a torch.nn.Module")
     if emit not in _EMITS:
         raise ValueError(f"{op}: emit must be one of {', '.join(_EMITS)}, got {emit!r}")
     if mask is not None and not isinstance(mask, (Tensor, str)):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsae._core import files
 from fastsae._core.checkout import checkout_hidden
+from fastsae._core.extras import needed
 from fastsae.formats import weight_files
 from fastsae.lm import token_windows
 from fastsae.sae import SAE
@@ -29,14 +30,8 @@ _ENDINGS = (".txt", ".md", ".rst", ".py", ".jsonl")
 def add_arguments(parser: argparse.ArgumentParser, batch: int) -> None:
     """Model and text: what ``model_of`` and ``windows_of`` read."""
     parser.add_argument("model", metavar="MODEL", help="name or folder of a Hugging Face model")
-    known = ", ".join(_ENDINGS)
-    parser.add_argument(
-        "text",
-        nargs="*",
-        type=Path,
-        metavar="TEXT",
-        help=f'files or folders ({known} with "text"), or a folder of `fastsae harvest`',
-    )
+    known = f'files or folders ({", ".join(_ENDINGS)} with "text"), or a folder of `fastsae harvest`'
+    parser.add_argument("text", nargs="*", type=Path, metavar="TEXT", help=known)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="name (and configuration) of a data set instead, its column text")
     parser.add_argument("--split", default="train", help="of the data set (default: train)")
     parser.add_argument("--lines", action="store_true", help="every line of a text file is a document (default: the file is one)")
@@ -78,14 +73,7 @@ def _file(gguf: str | None) -> dict[str, str]:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("models and tokenisers need transformers: pip install 'fastsae-kernels[lm]'") from error
-    return transformers
-
-
-# ---------------------------------------------------------------- text
+    return needed("transformers", "models and tokenisers need transformers", "lm")
 
 
 def windows_of(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, list[int]]:
@@ -157,9 +145,6 @@ def _of_dataset(names: list[str], split: str) -> Iterator[str]:
         if not isinstance(row.get("text"), str):
             raise ValueError(f"--dataset {names[0]}: its rows must have a column text, got {', '.join(row)}")
         yield row["text"]
-
-
-# ---------------------------------------------------------------- dictionaries
 
 
 def dictionary_of(source: str) -> SAE:

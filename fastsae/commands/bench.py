@@ -9,6 +9,8 @@ from pathlib import Path
 from fastsae._core.checkout import checkout
 from fastsae._core.machine import machine
 
+REFUSED = (ValueError,)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ops", nargs="*", help="names of bench/bench_*.py; default all")
@@ -24,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     root = checkout()
     if root is None:
-        print("fastsae bench: the benches live in a source checkout; clone the repository and run `make bench` there.", file=sys.stderr)
-        return 2
+        raise ValueError("the benches live in a source checkout; clone the repository and run `make bench` there.")
     sys.path.insert(0, str(root))
     from bench import command
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from fastsae import plots
 from fastsae._core import files
+from fastsae._core.progress import Bar
 from fastsae.commands import _language
 from fastsae.lm import Evaluation, evaluate
 
@@ -36,25 +36,16 @@ def run(options: argparse.Namespace) -> int:
     tokens, ignored = _language.windows_of(options, _language.tokenizer_of(options.model, options.gguf))
     facts = {"sae": options.sae, "model": options.model, "hook": options.hook, "windows": list(tokens.shape), "ignore": ignored}
     so_far, partial = _SoFar(facts, -(-len(tokens) // max(options.batch, 1)), options.out), False
-    try:
-        found = evaluate(
-            sae.to(next(model.parameters()).device),
-            model,
-            tokens,
-            options.hook,
-            ignore=ignored,
-            ablations=options.ablations.split(","),
-            batch=options.batch,
-            callback=so_far,
-            progress=False,
-        )
-    except KeyboardInterrupt:
-        if so_far.last is None:
-            raise
-        found, partial = so_far.last, True
-        print("\nfastsae eval: interrupted; these are the numbers so far", file=sys.stderr)
-    finally:
-        so_far.close()
+    options_of: dict[str, Any] = {"ignore": ignored, "ablations": options.ablations.split(","), "batch": options.batch, "progress": False}
+    with so_far.bar:
+        try:
+            on = next(model.parameters()).device
+            found = evaluate(sae.to(on), model, tokens, options.hook, callback=so_far, **options_of)
+        except KeyboardInterrupt:
+            if so_far.last is None:
+                raise
+            found, partial = so_far.last, True
+            print("\nfastsae eval: interrupted; these are the numbers so far", file=sys.stderr)
     report = so_far.write(found, partial=partial)
     print(json.dumps(report, indent=1) if options.json else found)
     if options.out is not None:
@@ -68,19 +59,13 @@ class _SoFar:
     def __init__(self, facts: dict[str, Any], batches: int, out: Path | None):
         self.facts, self.out, self.written = facts, out, 0.0
         self.last: Evaluation | None = None
-        self.bar: Any = None
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=batches, unit=" batches", desc="eval", mininterval=0.5)
+        self.bar = Bar(True, batches, label="eval")
 
     def __call__(self, found: Evaluation) -> None:
         self.last = found
-        if self.bar is not None:
-            shown = {name: f"{found.values[name]:.4g}" for name in _SHOWN if name in found.values}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
+        self.bar.update()
         if time.monotonic() - self.written > 1:
+            self.bar.show(", ".join(f"{name} {found.values[name]:.4g}" for name in _SHOWN if name in found.values))
             self.write(found, partial=True)
             self.written = time.monotonic()
 
@@ -89,7 +74,3 @@ class _SoFar:
         if self.out is not None:
             files.replace_text(self.out / "evaluation.json", json.dumps(report, indent=1) + "\n")
         return report
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,17 +38,8 @@ def run(options: argparse.Namespace) -> int:
     about = {"gguf": options.gguf} if options.gguf else {}
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
-        store = harvest(
-            model,
-            tokens,
-            options.hooks.split(","),
-            options.out,
-            ignore=ignored,
-            batch=options.batch,
-            dtype=dtype,
-            rows_a_shard=_ROWS_A_SHARD,
-            about=about,
-        )
+        how: dict[str, Any] = {"ignore": ignored, "batch": options.batch, "dtype": dtype, "rows_a_shard": _ROWS_A_SHARD, "about": about}
+        store = harvest(model, tokens, options.hooks.split(","), options.out, **how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{options.out} keeps its whole shards, and the same command goes on behind them") from None
     columns = {name: [str(dtype).removeprefix("torch."), *shape] for name, (dtype, shape) in store.columns.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,19 +31,10 @@ def table(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def _level_problem() -> str | None:
-    """Why FASTSAE_ISA names no level that runs here, or None."""
+def _problem(call: Callable[..., object], *args: str) -> str | None:
+    """Why a setting of the environment is none, or None."""
     try:
-        loader.isa()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _request_problem() -> str | None:
-    """Why FASTSAE_BACKEND is no request, or None."""
-    try:
-        parse_request(os.environ["FASTSAE_BACKEND"], "FASTSAE_BACKEND")
+        call(*args)
     except ValueError as error:
         return str(error)
     return None
@@ -61,7 +53,7 @@ def _cpu_backend(problem: str | None) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    problem = loader.unavailable() or _level_problem()
+    problem = loader.unavailable() or _problem(loader.isa)
     report: dict[str, Any] = machine()
     report["request"] = os.environ.get("FASTSAE_BACKEND") or None
     cpu = report["cpu_backend"] = _cpu_backend(problem)
@@ -84,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
         kept = f"; compiled kernels in {report['triton_cache']}" if device.startswith("cuda") else ""
         print(f"triton  {device}: {reason or 'available' + kept}")
     if report["request"]:
-        print("request", _request_problem() or f"FASTSAE_BACKEND={report['request']}, before the order below")
+        problem = _problem(parse_request, report["request"], "FASTSAE_BACKEND")
+        print("request", problem or f"FASTSAE_BACKEND={report['request']}, before the order below")
     print()
     notes: dict[str, int] = {}
     for row in report["operations"]:

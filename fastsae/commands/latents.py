@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastsae import plots
+from fastsae._core.progress import track
 from fastsae.commands import _language
 from fastsae.latents import RaggedLatents
-from fastsae.lm.harvesting import shown_progress
 from fastsae.sae import SAE
 from fastsae.store import ActivationShards, Examples, LatentStore, LatentWriter, open_activations
 from fastsae.store.latents import entries_of
@@ -58,9 +58,6 @@ def run(options: argparse.Namespace) -> int:
     return options.verb_run(options)
 
 
-# ---------------------------------------------------------------- build
-
-
 def _build(options: argparse.Namespace) -> int:
     sae, shards = _language.dictionary_of(options.sae).to(options.device), open_activations(options.shards)
     column = _column(shards, options.column, sae)
@@ -71,7 +68,7 @@ def _build(options: argparse.Namespace) -> int:
     step = max(1, _ROWS // tokens.shape[1])
     try:
         with torch.no_grad(), LatentWriter(options.out, sae.d_sae, tokens.shape[1], about, dtype=dtype) as writer:
-            for start in shown_progress(range(writer.sequences, len(tokens), step), "latents"):
+            for start in track(range(writer.sequences, len(tokens), step), "latents"):
                 part = tokens[start : start + step]
                 first, last = (int(torch.searchsorted(rows, at * tokens.shape[1])) for at in (start, start + len(part)))
                 x = shards.read(first, last, [column])[column].to(sae.W_dec.device, sae.W_dec.dtype)
@@ -125,9 +122,6 @@ def _placed(sae: SAE, x: Tensor, rows: Tensor, shape: torch.Size) -> RaggedLaten
     counts = torch.bincount(rows.to(row.device)[row], minlength=shape.numel())
     crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return RaggedLatents(value, crow, feature, sae.d_sae, shape)
-
-
-# ---------------------------------------------------------------- show
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -200,9 +194,6 @@ def _examples(found: Examples, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 _BEFORE = 16
-
-
-# ---------------------------------------------------------------- delphi
 
 
 def _delphi(options: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from fastsae.compare.dictionaries import as_dictionaries
 from fastsae.formats.weight_files import read_tensors
 from fastsae.sae import SAE
 from fastsae.sae.checkpoints import load_checkpoint
+
+REFUSED = (TypeError, ValueError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,35 +32,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     paths = options.dictionaries
     if len(paths) < 2 or (options.plot and len(paths) > 2) or (options.variant and (options.plot or len(paths) > 2)):
-        print("fastsae mmcs: give two dictionaries, or more of them without --plot and --variant", file=sys.stderr)
-        return 2
-    try:
-        loaded = as_dictionaries("mmcs", paths, paths)
-        alive = [_alive(path, options.dead_after) if options.alive else slice(None) for path in paths]
-        shapes = [list(weight.shape) for weight in loaded]
-        loaded = [weight[some] for weight, some in zip(loaded, alive)]
-        for path, weight in zip(paths, loaded):
-            if broken := int((~weight.isfinite()).any(1).sum()):
-                raise ValueError(
-                    f"mmcs: {path}: {broken} of {len(weight)} features are not finite (fastsae.mmcs(.., alive=) leaves them out)"
-                )
-        report: dict[str, Any] = {"dictionaries": [{"path": str(p), "shape": shape} for p, shape in zip(paths, shapes)]}
-        for one, weight in zip(report["dictionaries"] if options.alive else (), loaded):
-            one["alive"] = len(weight)
-        if options.variant:
-            report[options.variant] = fastsae.mmcs(loaded[0], loaded[1], variant=options.variant)
-        elif len(paths) > 2:
-            report["a_to_b"] = fastsae.compare.mmcs_matrix(loaded).tolist()
-        else:
-            found = fastsae.match(*loaded)
-            report |= {direction: found.mmcs(direction) for direction in ("a_to_b", "b_to_a", "mean")}
-            sides = {"a_to_b": found.a_to_b, "b_to_a": found.b_to_a}
-            report["above 0.9"] = {name: float((side.similarity > 0.9).double().mean()) for name, side in sides.items()}
-            if options.plot:
-                found.plot(options.plot)
-    except (TypeError, ValueError) as error:
-        print(f"fastsae {error}", file=sys.stderr)
-        return 2
+        raise ValueError("give two dictionaries, or more of them without --plot and --variant")
+    loaded = as_dictionaries("mmcs", paths, paths)
+    alive = [_alive(path, options.dead_after) if options.alive else slice(None) for path in paths]
+    shapes = [list(weight.shape) for weight in loaded]
+    loaded = [weight[some] for weight, some in zip(loaded, alive)]
+    for path, weight in zip(paths, loaded):
+        if broken := int((~weight.isfinite()).any(1).sum()):
+            raise ValueError(f"mmcs: {path}: {broken} of {len(weight)} features are not finite (fastsae.mmcs(.., alive=) leaves them out)")
+    report: dict[str, Any] = {"dictionaries": [{"path": str(p), "shape": shape} for p, shape in zip(paths, shapes)]}
+    for one, weight in zip(report["dictionaries"] if options.alive else (), loaded):
+        one["alive"] = len(weight)
+    if options.variant:
+        report[options.variant] = fastsae.mmcs(loaded[0], loaded[1], variant=options.variant)
+    elif len(paths) > 2:
+        report["a_to_b"] = fastsae.compare.mmcs_matrix(loaded).tolist()
+    else:
+        found = fastsae.match(*loaded)
+        report |= {direction: found.mmcs(direction) for direction in ("a_to_b", "b_to_a", "mean")}
+        sides = {"a_to_b": found.a_to_b, "b_to_a": found.b_to_a}
+        report["above 0.9"] = {name: float((side.similarity > 0.9).double().mean()) for name, side in sides.items()}
+        if options.plot:
+            found.plot(options.plot)
     if options.json:
         print(json.dumps(report, indent=1))
         return 0

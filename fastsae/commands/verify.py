@@ -11,6 +11,8 @@ from fastsae import verify
 from fastsae._core.machine import machine
 from fastsae.dispatch import OPS, parse_request
 
+REFUSED = (ValueError,)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", help="comma-separated operations; default all")
@@ -21,15 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     request = options.backend or os.environ.get("FASTSAE_BACKEND")
-    try:
-        backends = None if not request else [name for name in parse_request(request) if name != "*"] or None
-    except ValueError as error:
-        print(f"fastsae verify: {error}", file=sys.stderr)
-        return 2
+    backends = None if not request else [name for name in parse_request(request) if name != "*"] or None
     names = options.ops.split(",") if options.ops else None
     if names and (unknown := [name for name in names if name not in OPS]):
-        print(f"fastsae verify: unknown operation {', '.join(unknown)}; known: {', '.join(OPS)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"unknown operation {', '.join(unknown)}; known: {', '.join(OPS)}")
     live = sys.stderr.isatty() and not options.json
     results = verify.run(
         ops=names,

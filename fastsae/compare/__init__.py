@@ -15,19 +15,6 @@ from fastsae.compare.mmcs_variants import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs
 from fastsae.ops.match import Matches, match_cosine
 
 __all__ = [
-    "MMCS_VARIANTS",
-    "Dictionary",
-    "Match",
-    "Matches",
-    "MmcsVariant",
-    "OneToOne",
-    "exclusive",
-    "latent_scaling",
-    "layer_cosines",
-    "match",
-    "match_cosine",
-    "mmcs",
-    "mmcs_matrix",
-    "relative_norms",
-    "shared",
-]
+    "MMCS_VARIANTS", "Dictionary", "Match", "Matches", "MmcsVariant", "OneToOne", "exclusive", "latent_scaling", "layer_cosines",
+    "match", "match_cosine", "mmcs", "mmcs_matrix", "relative_norms", "shared",
+]  # fmt: skip

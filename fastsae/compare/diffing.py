@@ -5,8 +5,6 @@ They take a crosscoder's ``decoders [F, L, D]``; L of two models is 2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -84,13 +82,9 @@ def latent_scaling(latents: Latents, decoder: Tensor, y: Tensor) -> Tensor:
     checks.tensor(op, "decoder", decoder)
     checks.shape(op, "decoder", decoder, (latents.n_features, None), f"[F={latents.n_features}, D]")
     checks.tensor(op, "y", y, (decoder.dtype,), decoder)
-    ragged = isinstance(latents, RaggedLatents)
-    found: Any = latents
-    batch = tuple(found.batch_shape if ragged else found.values.shape[:-1])
-    want = (*batch, decoder.shape[1])
+    want = (*latents.batch_shape, decoder.shape[1])
     checks.shape(op, "y", y, want, str(list(want)))
-    values, indices = (found.values, found.col) if ragged else (found.values.flatten(0, -2), found.indices.flatten(0, -2))
-    crow, backend = found.crow if ragged else None, then_any(preference(None))
+    (values, indices, crow), backend = latents.slots, then_any(preference(None))
     values, decoder, rows = values.detach(), decoder.detach(), y.detach().reshape(-1, decoder.shape[1])
     along = DECODE_DVALUES(rows, indices, crow, decoder, backend=backend)
     wide = torch.promote_types(values.dtype, torch.float32)

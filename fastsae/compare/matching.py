@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsae._core import checks, seeds
+from fastsae._core.extras import needed
 from fastsae.compare.dictionaries import Dictionary, as_dictionaries
 from fastsae.dispatch import preference
 from fastsae.ops.match import MATCH_PAIR, Matches, checked_eps, match_cosine
@@ -105,12 +107,7 @@ class Match:
         A feature that finds none of its candidates free takes a dummy worth its last candidate, so ``bound`` is an upper bound on the
         optimum, and exact where no dummy is used. Needs SciPy (extra ``studies``).
         """
-        try:
-            import numpy as np
-            from scipy.sparse import csr_matrix
-            from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-        except ImportError as error:
-            raise ImportError("Match.one_to_one needs SciPy: pip install 'fastsae-kernels[studies]'") from error
+        sparse, graphs = (needed(name, "Match.one_to_one needs SciPy", "studies") for name in ("scipy.sparse", "scipy.sparse.csgraph"))
         small = 0 if self.shape[0] <= self.shape[1] else 1
         forward = self._candidates(small, candidates, checks.flag("Match.one_to_one", "absolute", absolute))
         if bool(forward.similarity.isnan().any()):
@@ -123,7 +120,7 @@ class Match:
         # Weights must not be zero for SciPy's sparse format; 2 - similarity is in 1 .. 3.
         worth = np.concatenate([similarity, similarity[:, -1:]], axis=1)
         cost = (2 - worth + np.concatenate([np.zeros((n, k)), np.full((n, 1), 1e-12)], axis=1)).ravel()
-        chosen, partner = min_weight_full_bipartite_matching(csr_matrix((cost, (rows, columns)), shape=(n, width + n)))
+        chosen, partner = graphs.min_weight_full_bipartite_matching(sparse.csr_matrix((cost, (rows, columns)), shape=(n, width + n)))
         dummy = partner >= width
         value = np.where(dummy, similarity[chosen, -1], 0.0)
         at = np.argmax(forward.index.cpu().numpy()[chosen] == partner[:, None], axis=1)
@@ -156,8 +153,7 @@ def _both(op: str, name: str, pair: Any) -> tuple[Any, Any]:
     """An optional pair for a and b."""
     if pair is None:
         return None, None
-    if not isinstance(pair, (tuple, list)):
-        raise TypeError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {type(pair).__name__}")
+    checks.instance(op, name, pair, (tuple, list), "a pair (for a, for b) of tensors or None")
     if len(pair) != 2:
         raise ValueError(f"{op}: {name} must be a pair (for a, for b) of tensors or None, got {len(pair)}")
     return pair[0], pair[1]
@@ -229,13 +225,5 @@ def match(
     n, m = side_a.shape[0], side_b.shape[0]
     eps = checked_eps(op, eps, side_a)
     ab, ab_at, ba, ba_at, low, low_at = MATCH_PAIR(side_a, side_b, min(candidates, m), min(candidates, n), eps, backend=preference(backend))
-    return Match(
-        Matches(ab, rows_b[ab_at]),
-        Matches(ba, rows_a[ba_at]),
-        Matches(low, rows_b[low_at]),
-        (rows_a, rows_b),
-        (checked[0], checked[1]),
-        (n, m, side_a.shape[1]),
-        sides,
-        eps,
-    )
+    a_to_b, b_to_a, negative = Matches(ab, rows_b[ab_at]), Matches(ba, rows_a[ba_at]), Matches(low, rows_b[low_at])
+    return Match(a_to_b, b_to_a, negative, (rows_a, rows_b), (checked[0], checked[1]), (n, m, side_a.shape[1]), sides, eps)

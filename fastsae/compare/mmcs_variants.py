@@ -78,26 +78,7 @@ MMCS_VARIANTS: Mapping[str, MmcsVariant] = {
         source="KempnerInstitute/overcomplete, metrics.py, dictionary_collinearity: the largest off-diagonal magnitude",
     ),
 }
-"""Published variants of MMCS by the names that papers and code use; see ``mmcs``.
-
-===========================  ===========================================================================
-name                         mean (or what it says) of
-===========================  ===========================================================================
-``truth_recovery``           each true feature (a): best signed cosine among the learned ones (b)
-``representedness``          the same, under the later code's name
-``larger_dictionary``        each feature of the smaller dictionary: best in the larger one
-``mcs_duplicates``           each feature of b, the model: best in a, "ground"; the reverse direction
-``big_sweep``                each feature of the larger dictionary: best in the smaller one
-``both_directions``          a to b and b to a
-``absolute``                 both directions, by magnitude
-``hungarian``                pairs of the optimal one-to-one assignment
-``hungarian_above``          the same pairs: the share above 0.9
-``mcc``                      pairs of the optimal assignment by magnitude
-``cosine_hungarian_loss``    the sum of 1 - cosine over the optimal pairs
-``self_similarity``          each feature: best among the others of the dictionary
-``dictionary_collinearity``  the largest magnitude between two features of the dictionary
-===========================  ===========================================================================
-"""
+"""Published variants of MMCS by the names that papers and code use; see ``mmcs``. The guide on MMCS has them as a table."""
 
 
 def mmcs(a: Dictionary, b: Dictionary, direction: str = "mean", *, variant: str | MmcsVariant | None = None, **options: Any) -> float:

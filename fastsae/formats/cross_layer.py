@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,8 @@ def write(op: str, folder: str | os.PathLike[str], layers: Sequence[tuple[dict[s
         out = {name.split(".")[-1]: tensor.cpu() for name, tensor in out.items()}
         out |= {"b_dec": b_dec[i].cpu().clone(), "W_dec": out["W_dec"].unflatten(1, (-1, D))}
         parts = {"dec": {f"W_dec_{i}": out.pop("W_dec")}, "enc": {f"{name}_{i}": tensor for name, tensor in out.items()}}
-        filled |= {folder / f"W_{part}_{i}.safetensors": _fill(held) for part, held in parts.items()}
+        fill, about = weight_files.save_safetensors, {"format": "circuit_tracer", "config": {}}
+        filled |= {folder / f"W_{part}_{i}.safetensors": partial(fill, tensors=held, about=about) for part, held in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     files.replace_all(filled)
     return folder
-
-
-def _fill(tensors: dict[str, Tensor]) -> files.Fill:
-    return lambda part: weight_files.save_safetensors(part, tensors, {"format": "circuit_tracer", "config": {}})

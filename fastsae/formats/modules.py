@@ -104,8 +104,7 @@ def from_pretrained(
 ) -> M:
     """``SAE.from_pretrained``; ``options`` unchecked."""
     op = "SAE.from_pretrained"
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"{op}: source must be a path or the name of a Hub repository, got {type(source).__name__}")
+    checks.instance(op, "source", source, (str, os.PathLike), "a path or the name of a Hub repository")
     if format is not None and format not in pretrained.FORMATS:
         raise ValueError(f"{op}: format must be one of {', '.join(pretrained.FORMATS)} or None, got {format!r}")
     for name in ("fold_decoder_norm", "pre_bias"):

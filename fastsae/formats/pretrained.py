@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks, files
+from fastsae._core.extras import needed
 from fastsae.formats import common, releases, weight_files
 
 Writable = Literal["fastsae", "saelens", "sparsify", "dictionary_learning", "circuit_tracer"]
@@ -321,15 +322,12 @@ def fetch(repository: str, subfolder: str | None, revision: str | None, format: 
     names, or the file that ``subfolder`` names with the configurations beside."""
     op = "SAE.from_pretrained"
     parts = check_subfolder(op, subfolder)
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(f"{op}: reading from the Hub needs huggingface_hub: pip install 'fastsae-kernels[hub]'") from error
+    hub = needed("huggingface_hub", f"{op}: reading from the Hub needs huggingface_hub", "hub")
     of_file = parts[-1].endswith(weight_files.ENDS)
     names = weight_files.downloads([format] if format else FORMATS, parts[-1] if of_file else None)
     prefix = "/".join([*(parts[:-1] if of_file else parts), ""]).lstrip("/")
     try:
-        root = snapshot_download(repository, revision=revision, allow_patterns=sorted(prefix + name for name in names))
+        root = hub.snapshot_download(repository, revision=revision, allow_patterns=sorted(prefix + name for name in names))
     except FileNotFoundError as error:  # no connection, and not in the cache
         raise FileNotFoundError(f"{op}: {repository} is no folder or file here, and not to be had from the Hub: {error}") from error
     folder = Path(root, *parts) if subfolder else Path(root)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import files
+from fastsae._core.extras import needed
 
 FILES: dict[str, tuple[str, str | None]] = {
     "fastsae": ("sae.safetensors", "cfg.json"),
@@ -64,12 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors``, ``.pt`` or ``.npz`` file on the CPU, only those in ``names`` where given; or ValueError."""
-    return read(path, names)[0]
-
-
-def read(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(``read_tensors``, what ``files`` has written about them or None)."""
-    return _read(path, names)[:2]
+    return _read(path, names).tensors
 
 
 class Read(NamedTuple):
@@ -160,13 +156,10 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _read_safetensors(path: Path, names: Collection[str] | None, mapped: bool) -> Read:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(f"reading {path.name} needs safetensors: pip install 'fastsae-kernels[hub]'") from error
+    safetensors = needed("safetensors", f"reading {path.name} needs safetensors", "hub")
     try:
         # safetensors opens the name twice, and it may be another file's by then: a process's own name of an open file stays.
-        with open(path, "rb") as held, safe_open(_own_name(held, path), framework="pt") as file:  # pyright: ignore[reportArgumentType]
+        with open(path, "rb") as held, safetensors.safe_open(_own_name(held, path), framework="pt") as file:
             about = _unsealed((file.metadata() or {}).get(_ENTRY))
             # What safetensors returns is the file itself, mapped, and changes or goes with it: a copy is what the checksum is of.
             kept = mapped and about is None
@@ -181,7 +174,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None, mapped: bool) -
         for name, tensor in tensors.items():
             if sums is not None and sums.get(name) != _checksum(tensor):
                 raise ValueError(f"{name} is damaged: its checksum is another")
-    except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, RecursionError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     return Read(tensors, about)
 
@@ -410,7 +403,7 @@ def _of_configuration(folder: Path, candidates: list[str]) -> list[str]:
     """The candidates that the configuration beside leaves."""
     names = {FILES[name][0] for name in candidates}
     if names == {"sae.safetensors"}:
-        about, config = read(folder / "sae.safetensors", ())[1], folder / "cfg.json"
+        about, config = _read(folder / "sae.safetensors", ()).about, folder / "cfg.json"
         own = "dead_after" in read_json(config) if about is None and config.is_file() else False
         return [str(about["format"]) if about is not None else "fastsae" if own else "sparsify"]
     if names == {"sae_weights.safetensors"} and len(candidates) > 1:
@@ -438,19 +431,13 @@ def recognised(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return found[0]
 
 
-class Found(NamedTuple):
-    """What ``read_configured`` found; ``more`` as in ``contents``."""
-
-    format: str
-    weights: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    more: dict[str, Any]
-
-
-def read_configured(source: str | os.PathLike[str], format: str | None = None) -> Found:  # noqa: A002
-    """What ``locate`` finds, without the prefixes that wrappers put before names; tensors may be the file itself. A configuration inside
-    the weights' file counts; a warning says so where the file beside is another."""
+def read_configured(
+    source: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+) -> tuple[str, Path, dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """(format, weights' file, configuration, tensors, ``more`` as in ``contents``) of what ``locate`` finds, without the prefixes that
+    wrappers put before names; tensors may be the file itself. A configuration inside the weights' file counts; a warning says so where the
+    file beside is another."""
     found, weights, beside = locate(source, format)
     tensors, about, inside = _read(weights, None, mapped=True)
     if about is not None:
@@ -458,7 +445,7 @@ def read_configured(source: str | os.PathLike[str], format: str | None = None) -
             said = f"{beside} is not the configuration inside {weights.name}, which counts: save again to change it"
             warnings.warn(said, stacklevel=5)
         # Another save may have come since ``locate``.
-        return Found(format or about["format"], weights, about["config"], tensors, about)
+        return format or about["format"], weights, about["config"], tensors, about
     tensors = unwrapped(tensors)
     found = found or ("dictionary_learning" if isinstance(inside.get("config"), dict) else recognised(weights, tensors))
     config = inside if beside is None else {**inside, **read_json(beside)}
@@ -468,7 +455,7 @@ def read_configured(source: str | os.PathLike[str], format: str | None = None) -
         raise FileNotFoundError(f"{source}: format {found!r} needs the file {FILES[found][1]}, which is not there")
     if found == "saelens" and (weights.parent / "activation_scaler.json").is_file():  # of a trainer's checkpoint
         config["activation_scaler"] = read_json(weights.parent / "activation_scaler.json").get("scaling_factor")
-    return Found(found, weights, {**config, "path": str(weights)} if found == "qwen_scope" else config, tensors, {})
+    return found, weights, {**config, "path": str(weights)} if found == "qwen_scope" else config, tensors, {}
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

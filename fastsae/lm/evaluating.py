@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
-from fastsae.lm.harvesting import SeenAll, evaluating, kept_positions, shown_progress
+from fastsae._core.progress import track
+from fastsae.lm.harvesting import SeenAll, evaluating, kept_positions
 from fastsae.lm.hooks import call, find, first_tensor, plain, watch
 from fastsae.patch import is_transcoder, reconstruct, report
 from fastsae.plots import feature_density
@@ -160,16 +161,24 @@ def evaluate(
     keep, real = kept_positions(op, tokens, mask, ignore)
     if not bool(keep.any()):
         raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
+    batch = checks.integer(op, "batch", batch, 1)
     state = _State(sae, point.is_input or not is_transcoder(sae))
+
+    def parts(label: str) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """(ids, positions that are no padding or None, positions that count) of a batch at a time, on the model's device."""
+        device = next(model.parameters(), tokens).device
+        for start in track(range(0, len(tokens), batch), label, progress):
+            part = slice(start, start + batch)
+            yield tokens[part].to(device), None if real is None else real[part].to(device), keep[part].to(device)
+
     with torch.no_grad(), evaluating(model), contextlib.ExitStack() as stack:
         if isinstance(sae, nn.Module):
             stack.enter_context(evaluating(sae))
         stack.callback(point.module.register_forward_pre_hook(state.read, with_kwargs=True).remove)
         stack.callback(watch(point, state.at_hook).remove)
-        parts = _Parts(model, tokens, real, keep, checks.integer(op, "batch", batch, 1), progress)
         if "mean" in ablations:
-            state.mean = _mean(model, state, parts)
-        for ids, padding, kept in parts.shown("evaluate"):
+            state.mean = _mean(model, state, parts("mean"))
+        for ids, padding, kept in parts("evaluate"):
             state.replace = None
             clean = _logits(call(model, ids, padding)).log_softmax(-1, dtype=torch.float32)
             state.measure(kept)
@@ -182,34 +191,17 @@ def evaluate(
     return state.result(ablations)
 
 
-class _Parts(NamedTuple):
-    """The sequences, a batch at a time."""
-
-    model: nn.Module
-    tokens: Tensor
-    real: Tensor | None
-    keep: Tensor
-    batch: int
-    progress: bool
-
-    def shown(self, name: str) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """(ids, positions that are no padding or None, positions that count), on the model's device."""
-        device = next(self.model.parameters(), self.tokens).device
-        for start in shown_progress(range(0, len(self.tokens), self.batch), name if self.progress else ""):
-            part = slice(start, start + self.batch)
-            yield self.tokens[part].to(device), None if self.real is None else self.real[part].to(device), self.keep[part].to(device)
-
-
-def _mean(model: nn.Module, state: _State, parts: _Parts) -> Tensor:
+def _mean(model: nn.Module, state: _State, parts: Iterator[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
     """Of what the module gives, over the tokens that count."""
-    total, count = torch.zeros((), dtype=torch.float64, device=parts.tokens.device), 0
+    total, count = 0, 0
     state.ends = True
-    for ids, padding, kept in parts.shown("mean"):
+    for ids, padding, kept in parts:
         with contextlib.suppress(SeenAll):
             call(model, ids, padding)
         rows = state.seen()[1][kept].double()
-        total, count = total.to(rows.device) + rows.sum(0), count + len(rows)
+        total, count = total + rows.sum(0), count + len(rows)
     state.ends = False
+    assert isinstance(total, Tensor)
     return total / count
 
 
@@ -230,31 +222,24 @@ class _State:
         self.ends = False
         self.means = _Means()
         self.mean: Tensor | None = None
-        self.fired: Tensor | None = None
-        self.sequences: Tensor | None = None
-        self.sum_y: Tensor | None = None
-        self._input: Tensor | None = None
+        self.fired = self.sequences = self.sum_y = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._input: Any = None
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._x_hat: Tensor | None = None
-        self._kept: Tensor | None = None
+        self._x_hat: Any = None
+        self._kept: Any = None
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._input = first_tensor(args if args else kwargs)
 
     def at_hook(self, y: Tensor) -> Tensor | None:
         if self.replace is None:
-            self._seen = (y if self.same else self.input(), y)
+            self._seen = (y if self.same else self._input, y)
             if self.ends:
                 raise SeenAll
             return None
         if self.replace == "spliced":
-            assert self._x_hat is not None and self._kept is not None
             return torch.where(self._kept[..., None], self._x_hat, y)
         return torch.zeros_like(y) if self.replace == "zero" or self.mean is None else self.mean.to(y.dtype).expand_as(y)
-
-    def input(self) -> Tensor:
-        assert self._input is not None
-        return self._input
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """(what the dictionary reads, what it stands for) of the last clean call."""
@@ -286,13 +271,10 @@ class _State:
         add("l0", counts.view_as(kept), kept)
         size = torch.zeros(kept.numel(), dtype=torch.float64, device=kept.device).index_add_(0, row, values[active].abs().double())
         add("l1", size.view_as(kept), kept)
-        fired = torch.bincount(feature, minlength=latents.n_features)
         pairs = (row.cpu() // kept.shape[1] * latents.n_features + feature).unique() % latents.n_features
-        sequences = torch.bincount(pairs, minlength=latents.n_features)
-        total = y[kept].double().sum(0).cpu()
-        self.fired = fired if self.fired is None else self.fired + fired
-        self.sequences = sequences if self.sequences is None else self.sequences + sequences
-        self.sum_y = total if self.sum_y is None else self.sum_y + total
+        self.fired = self.fired + torch.bincount(feature, minlength=latents.n_features)
+        self.sequences = self.sequences + torch.bincount(pairs, minlength=latents.n_features)
+        self.sum_y = self.sum_y + y[kept].double().sum(0).cpu()
 
     def model_loss(self, name: str, clean: Tensor, logits: Tensor, ids: Tensor, kept: Tensor) -> None:
         """Cross-entropy of the next token where this one counts, and the divergence from the clean model's log-probabilities."""
@@ -317,7 +299,6 @@ class _State:
 
         squares, counts = m.of("square")
         residual, _ = m.of("mse")
-        assert self.sum_y is not None and self.fired is not None and self.sequences is not None
         tokens = int(counts.sum())
         variance = squares - counts * (self.sum_y.square().sum() / tokens**2)
         put("fvu", residual, variance)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks, processes
+from fastsae._core.progress import track
 from fastsae.lm.hooks import Point, call, find, plain, watch
 from fastsae.store import ActivationShards, ShardWriter
 
@@ -83,7 +83,7 @@ def harvest(
     with writer, torch.no_grad(), evaluating(model):
         have = writer.rows
         device = next(model.parameters(), tokens).device
-        for start in shown_progress(range(first, last, batch), "harvest" if progress else ""):
+        for start in track(range(first, last, batch), "harvest", progress):
             part = slice(start, min(start + batch, last))
             kept = keep[part]
             n = int(kept.sum())
@@ -147,13 +147,3 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
     finally:
         for module in training:
             module.training = True
-
-
-def shown_progress(starts: range, shown: str) -> Iterable[int]:
-    """With a tqdm bar of that name, where it is one and tqdm is installed."""
-    if shown and sys.stderr is not None:
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            return tqdm(starts, unit=" batches", desc=shown, mininterval=0.5)
-    return starts

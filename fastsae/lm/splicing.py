@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
-from fastsae.latents import Latents, RaggedLatents, TopKLatents
+from fastsae.latents import Latents
 from fastsae.lm.hooks import Point, find, first_tensor, plain, watch
 from fastsae.patch import decoder, encode, is_transcoder, reconstruct, report
 from fastsae.sae import SAE
+from fastsae.store.latents import entries_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +90,7 @@ def splice(
         if name not in saes:
             raise ValueError(f"{op}: edit names {name!r}, expected of {', '.join(saes)}")
         for one in several:
-            if not isinstance(one, Edit):
-                raise TypeError(f"{op}: edits must be Edit, got {type(one).__name__}")
+            checks.instance(op, "edits", one, Edit, "Edit")
     state = Spliced()
     with contextlib.ExitStack() as stack:
         for point in points:
@@ -175,9 +175,8 @@ def _fitting(where: Tensor, batch: torch.Size) -> Tensor:
     try:
         return where.expand(batch)
     except RuntimeError as error:
-        raise ValueError(
-            f"splice: an edit's where must have the hidden states' batch shape {list(batch)}, got {list(where.shape)}"
-        ) from error
+        got = f"{list(batch)}, got {list(where.shape)}"
+        raise ValueError(f"splice: an edit's where must have the hidden states' batch shape {got}") from error
 
 
 def numbers(edit: Edit) -> Tensor:
@@ -202,16 +201,8 @@ def _change(sae: Any, latents: Latents, batch: torch.Size, edits: list[Edit]) ->
 
 def _of_features(latents: Latents, features: Tensor) -> Tensor:
     """``[*batch, n]``: the latents of a few features (ascending), without the others."""
-    if isinstance(latents, TopKLatents):
-        values, columns = latents.values, latents.indices.long()
-        at = torch.searchsorted(features, columns).clamp_(max=len(features) - 1)
-        hit = torch.where(features[at] == columns, values, 0.0)
-        found = values.new_zeros((*values.shape[:-1], len(features)))
-        return found.scatter_add(-1, at, hit)
-    assert isinstance(latents, RaggedLatents)
-    at = torch.searchsorted(features, latents.col.long()).clamp_(max=len(features) - 1)
-    hit = features[at] == latents.col
-    rows = torch.repeat_interleave(torch.arange(latents.crow.numel() - 1, device=at.device), latents.crow.diff(), output_size=at.numel())
-    found = latents.values.new_zeros((latents.crow.numel() - 1, len(features)))
-    found = found.index_put((rows, at), torch.where(hit, latents.values, 0.0), accumulate=True)
+    row, columns, values = entries_of(latents)
+    at = torch.searchsorted(features, columns).clamp_(max=len(features) - 1)
+    found = values.new_zeros((latents.slots.rows, len(features)))
+    found = found.index_put((row, at), torch.where(features[at] == columns, values, 0.0), accumulate=True)
     return found.reshape(*latents.batch_shape, len(features))

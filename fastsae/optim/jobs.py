@@ -80,12 +80,8 @@ class Job:
         height = max(height - height % self.gradient.block, self.gradient.block)
         for start in range(0, W.shape[0], height):
             part = slice(start, min(start + height, W.shape[0]))
-            yield (
-                tuple(view[part] for view in self.views),
-                checked_gradient(
-                    self.op, f"gradient of {self.name}", self.gradient.compute(part).to(W.dtype), W[part]
-                ),  # of autocast: narrower
-            )
+            tile = self.gradient.compute(part).to(W.dtype)  # of autocast: narrower
+            yield tuple(view[part] for view in self.views), checked_gradient(self.op, f"gradient of {self.name}", tile, W[part])
 
 
 def _shifted(compute: Callable[[slice], Tensor], by: int, rows: slice) -> Tensor:

@@ -122,9 +122,8 @@ class Optimiser(torch.optim.Optimizer):
             return self.apply()
         step_gradients = getattr(self.module, "step_gradients", None)
         if self.module is None or step_gradients is None:
-            raise TypeError(
-                f"{kind}.step: needs a module with step_gradients, got {type(self.module).__name__}; use {kind}.apply(gradients)"
-            )
+            got = type(self.module).__name__
+            raise TypeError(f"{kind}.step: needs a module with step_gradients, got {got}; use {kind}.apply(gradients)")
         if self.world.virtual == 1:
             processes.refuse(
                 f"{kind}.step",
@@ -324,12 +323,8 @@ class Optimiser(torch.optim.Optimizer):
         self.settle()
         state = {name: self._entry(s) for name, s in self._states.items()}
         group = {name: value for name, value in self.param_groups[0].items() if name not in self.defaults and name != "params"}
-        return {
-            "steps": self.steps,
-            **{name: getattr(self, name) for name in self._OPTIONS},
-            "state": state,
-            **({"group": group} if group else {}),
-        }
+        options = {name: getattr(self, name) for name in self._OPTIONS}
+        return {"steps": self.steps, **options, "state": state, **({"group": group} if group else {})}
 
     def _entry(self, s: State) -> dict[str, Any]:
         return {"step": s.step, **dict(zip(self._BUFFERS, s.buffers)), **({} if s.master is None else {"master": s.master})}

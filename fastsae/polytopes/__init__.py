@@ -27,25 +27,7 @@ from fastsae.polytopes.rays import Validity, validity
 from fastsae.polytopes.soft import expected_hamming, soft_code
 
 __all__ = [
-    "Crossings",
-    "DictionaryCrossings",
-    "NearestAffine",
-    "Net",
-    "Shell",
-    "Validity",
-    "affine_map",
-    "as_net",
-    "boundary_norms",
-    "crossings",
-    "dictionary_crossings",
-    "expected_hamming",
-    "frobenius_distance",
-    "frobenius_pairs",
-    "frobenius_topk",
-    "local_complexity",
-    "mlp_block",
-    "shell",
-    "soft_affine_map",
-    "soft_code",
-    "validity",
-]
+    "Crossings", "DictionaryCrossings", "NearestAffine", "Net", "Shell", "Validity", "affine_map", "as_net", "boundary_norms", "crossings",
+    "dictionary_crossings", "expected_hamming", "frobenius_distance", "frobenius_pairs", "frobenius_topk", "local_complexity", "mlp_block",
+    "shell", "soft_affine_map", "soft_code", "validity",
+]  # fmt: skip

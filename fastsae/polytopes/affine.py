@@ -78,6 +78,12 @@ def _map_inputs(op: str, net: Any, x: Any) -> tuple[Net, Tensor]:
     return net.to(wide), x.detach().to(wide)
 
 
+def _maps(net: Net, x: Tensor, rows: Tensor, op: str, beta: float | None) -> tuple[Tensor, Tensor]:
+    """Those at x, ``rows`` of it in the dtype of sums."""
+    A, c, _ = _map(op, net, rows.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, beta))
+    return A.reshape(*x.shape[:-1], *A.shape[1:]).to(x.dtype), c.reshape(*x.shape[:-1], c.shape[1]).to(x.dtype)
+
+
 @torch.no_grad()
 @full_products
 def affine_map(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,8 +101,7 @@ def affine_map(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     op = "affine_map"
     wide, rows = _map_inputs(op, net, x)
     refuse_curved(op, wide)
-    A, c, _ = _map(op, wide, rows.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, None))
-    return A.reshape(*x.shape[:-1], *A.shape[1:]).to(x.dtype), c.reshape(*x.shape[:-1], c.shape[1]).to(x.dtype)
+    return _maps(wide, x, rows, op, None)
 
 
 @torch.no_grad()
@@ -121,8 +126,7 @@ def soft_affine_map(net: Net, x: Tensor, beta: float | None = None) -> tuple[Ten
     """
     op = "soft_affine_map"
     wide, rows = _map_inputs(op, net, x)
-    A, c, _ = _map(op, wide, rows.reshape(-1, x.shape[-1]), lambda z, act: unit_pieces(z, act, beta))
-    return A.reshape(*x.shape[:-1], *A.shape[1:]).to(x.dtype), c.reshape(*x.shape[:-1], c.shape[1]).to(x.dtype)
+    return _maps(wide, x, rows, op, beta)
 
 
 # ---------------------------------------------------------------- distances
@@ -283,8 +287,7 @@ def boundary_norms(net: Net, x: Tensor | None = None) -> list[Tensor]:
     dtype = getattr(x, "dtype", None)
     net, x = _map_inputs(op, net, x)
     refuse_curved(op, net)
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
+    checks.shape(op, "x", x, (None, net.d_in), f"[B, d_in={net.d_in}]")
     result = [x.new_empty(x.shape[0], width) for width in net.widths]
     for rows in chunks(x.shape[0], max((*net.widths, x.shape[1])) * (x.shape[1] + (net.d_out or 1))):
         _, _, layers = _map(op, net, x[rows], lambda z, act: unit_pieces(z, act, None))

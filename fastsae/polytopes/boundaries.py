@@ -121,10 +121,8 @@ def _walk(block: _Block, stages: Sequence[Stage], columns: Mapping[Affine, Tenso
     for place, stage in enumerate(stages):
         h = block.h
         if isinstance(stage, (Affine, Operator)):
-            if block.scale is not None:
-                block = block._replace(h=stage.linear(h), scale=(block.scale[0], stage(block.scale[1])))
-            else:
-                block = block._replace(h=stage(h))
+            scaled = None if block.scale is None else (block.scale[0], stage(block.scale[1]))
+            block = block._replace(h=stage(h) if scaled is None else stage.linear(h), scale=scaled)
         elif isinstance(stage, Norm):
             block = _normalised(block, stage)
         elif isinstance(stage, Save):
@@ -132,8 +130,7 @@ def _walk(block: _Block, stages: Sequence[Stage], columns: Mapping[Affine, Tenso
         elif isinstance(stage, Add):
             block = block._replace(h=h + block.saved[-1], saved=block.saved[:-1])
         elif isinstance(stage, Activation):
-            crossed = _straight(block) if block.scale is None else _curved(block)
-            piece, neuron, t, u = crossed
+            piece, neuron, t, u = _straight(block) if block.scale is None else _curved(block)
             found.append((block.segment[piece], t, torch.full_like(piece, layer), neuron))
             rest = stages[place + 1 :]
             if not rest:
@@ -387,8 +384,8 @@ def _assembled(found: list[tuple[Tensor, ...]], start: Tensor, widths: Sequence[
     begin = start.cpu().numpy().reshape(start.shape[0], bits // 64)
     hashes = prefix[1:] ^ (prefix[offsets[:-1]] ^ begin)[segment]
     hashes = hashes[:, 0] if bits == 64 else hashes
-    where = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (t, layer, neuron, hashes, offsets)]
-    return Crossings(where[0], where[1], where[2], where[3], where[4], start)
+    where = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (t, layer, neuron, hashes, offsets))
+    return Crossings._make([*where, start])
 
 
 class Shell(NamedTuple):
@@ -409,8 +406,7 @@ class Shell(NamedTuple):
 
 def unit_directions(op: str, directions: Tensor) -> Tensor:
     """Directions at length 1 in float64."""
-    if directions.dim() != 2:
-        raise ValueError(f"{op}: directions must have shape [M, d_in={directions.shape[-1]}], got {list(directions.shape)}")
+    checks.shape(op, "directions", directions, (None, None), f"[M, d_in={directions.shape[-1]}]")
     unit = directions.detach().double()
     length = unit.norm(dim=1, keepdim=True)
     if not bool((length.isfinite() & (length > 0)).all()):
@@ -463,8 +459,7 @@ def shell(
         # On and falling, or off and rising; a neuron that is 0 here and rises is on behind the origin.
         ray, neuron = torch.where(z > 0, slope < 0, slope > 0).nonzero(as_tuple=True)
         found.append((ray + rows.start, (z[ray, neuron] / slope[ray, neuron]).abs(), torch.zeros_like(ray), neuron))
-    result = _assembled(found, torch.cat(starts), net.widths, seed, bits)
-    return Shell(*result)
+    return Shell(*_assembled(found, torch.cat(starts), net.widths, seed, bits))
 
 
 @torch.no_grad()
@@ -491,8 +486,7 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     op = "local_complexity"
     net = check_net(op, net)
     check_points(op, "x", x, net, same=True)
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x must have shape [B, d_in={net.d_in}], got {list(x.shape)}")
+    checks.shape(op, "x", x, (None, net.d_in), f"[B, d_in={net.d_in}]")
     radius = float(checks.number(op, "radius", radius))
     vertices = checks.integer(op, "vertices", vertices, 2, 2 * x.shape[1], "2 d_in")
     seed = checks.integer(op, "seed", seed, 0)

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from fastsae._core import checks
 from fastsae.polytopes.net import Activation, Add, Affine, Net, Norm, Operator, Save, Stage, Times
 
-# ---------------------------------------------------------------- from modules
-
 _HF_ACTIVATIONS = {
     "GELUActivation": "gelu",
     "AccurateGELUActivation": "gelu_tanh",
@@ -26,6 +24,7 @@ _HF_ACTIVATIONS = {
     "QuickGELUActivation": "quick_gelu",
     "SiLUActivation": "silu",
 }
+_ACTIVATIONS = ((nn.ReLU, "relu"), (nn.SiLU, "silu"), (nn.Sigmoid, "sigmoid"), (nn.Tanh, "tanh"), (nn.Softmax, "softmax"))
 _IGNORED = (nn.Identity, nn.Dropout)
 _KNOWN = (
     "Linear, ReLU, LeakyReLU, GELU, SiLU, Sigmoid, Tanh, Softmax, LayerNorm, RMSNorm, BatchNorm, Conv2d, "
@@ -43,23 +42,13 @@ def _hf(module: nn.Module) -> str:
 
 
 def _activation(op: str, module: nn.Module) -> Activation | None:
-    if isinstance(module, nn.ReLU):
-        return Activation("relu")
     if isinstance(module, nn.LeakyReLU):
         return Activation("leaky_relu", float(module.negative_slope))
     if isinstance(module, nn.GELU):
         return Activation("gelu" if module.approximate == "none" else "gelu_tanh")
-    if isinstance(module, nn.SiLU):
-        return Activation("silu")
-    if isinstance(module, nn.Sigmoid):
-        return Activation("sigmoid")
-    if isinstance(module, nn.Tanh):
-        return Activation("tanh")
-    if isinstance(module, nn.Softmax):
-        if module.dim != -1:
-            raise ValueError(f"{op}: Softmax must be over the neurons (dim=-1), got dim={module.dim}")
-        return Activation("softmax")
-    kind = _HF_ACTIVATIONS.get(_hf(module))
+    if isinstance(module, nn.Softmax) and module.dim != -1:
+        raise ValueError(f"{op}: Softmax must be over the neurons (dim=-1), got dim={module.dim}")
+    kind = next((name for known, name in _ACTIVATIONS if isinstance(module, known)), _HF_ACTIVATIONS.get(_hf(module)))
     return None if kind is None else Activation(kind)
 
 
@@ -68,8 +57,7 @@ def _stages(op: str, module: Any) -> list[Stage]:
         return list(module.stages)
     if isinstance(module, (nn.Sequential, list, tuple)):
         return [stage for part in module for stage in _stages(op, part)]
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{op}: module must be a torch.nn.Module, a Net or a list of them, got {type(module).__name__}")
+    checks.instance(op, "module", module, nn.Module, "a torch.nn.Module, a Net or a list of them")
     act = _activation(op, module)
     if act is not None:
         return [act]
@@ -78,13 +66,12 @@ def _stages(op: str, module: Any) -> list[Stage]:
     if _hf(module) == "Conv1D":
         parameters: Any = module  # of transposed weights
         return [Affine(parameters.weight.T, parameters.bias)]
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         if len(module.normalized_shape) != 1:
-            raise ValueError(f"{op}: LayerNorm must be over the last dimension alone, got normalized_shape={module.normalized_shape}")
-        return [Norm(True, module.weight, module.bias, float(module.eps))]
-    if isinstance(module, nn.RMSNorm):
-        if len(module.normalized_shape) != 1:
-            raise ValueError(f"{op}: RMSNorm must be over the last dimension alone, got normalized_shape={module.normalized_shape}")
+            kind = type(module).__name__
+            raise ValueError(f"{op}: {kind} must be over the last dimension alone, got normalized_shape={module.normalized_shape}")
+        if isinstance(module, nn.LayerNorm):
+            return [Norm(True, module.weight, module.bias, float(module.eps))]
         weight: Any = module.weight
         eps = torch.finfo(torch.float32 if weight is None else weight.dtype).eps if module.eps is None else module.eps
         return [Norm(False, weight, None, float(eps))]
@@ -95,9 +82,8 @@ def _stages(op: str, module: Any) -> list[Stage]:
         return [image]
     if _is_gated(module):
         raise ValueError(f"{op}: {_gated_name(module)} ({type(module).__name__}) multiplies two branches and has no piecewise affine form")
-    raise ValueError(
-        f"{op}: {type(module).__name__} is not supported; supported: {_KNOWN}, and a list of such parts of a module of your own"
-    )
+    kind = type(module).__name__
+    raise ValueError(f"{op}: {kind} is not supported; supported: {_KNOWN}, and a list of such parts of a module of your own")
 
 
 def _image_stage(op: str, module: nn.Module) -> Operator | None:
@@ -130,18 +116,18 @@ def _placed(op: str, stages: Iterable[Stage], shape: tuple[int, ...] | None) -> 
     for stage in stages:
         if isinstance(stage, Operator):
             if not stage.into:
-                if shape is None and stage.run is not _flat:
-                    raise ValueError(f"{op}: input_shape must be given, [C, H, W] of the images that the first layer gets")
                 if stage.run is _flat:
                     shape = None if shape is None else (prod(shape),)
                     continue
+                if shape is None:
+                    raise ValueError(f"{op}: input_shape must be given, [C, H, W] of the images that the first layer gets")
                 blank = [None if t is None else torch.empty_like(t, device="meta") for t in stage.tensors]
                 dtype = next((t.dtype for t in blank if t is not None), torch.float32)
                 try:
-                    out = stage.run(torch.empty(1, *(shape or ()), device="meta", dtype=dtype), *blank).shape[1:]
+                    out = stage.run(torch.empty(1, *shape, device="meta", dtype=dtype), *blank).shape[1:]
                 except (RuntimeError, ValueError) as error:
-                    raise ValueError(f"{op}: a layer does not fit its input of shape {list(shape or ())}: {error}") from None
-                stage = replace(stage, into=shape or (), out=tuple(out))
+                    raise ValueError(f"{op}: a layer does not fit its input of shape {list(shape)}: {error}") from None
+                stage = replace(stage, into=shape, out=tuple(out))
             shape = stage.out
         elif isinstance(stage, Save):
             saved.append(shape)
@@ -149,8 +135,8 @@ def _placed(op: str, stages: Iterable[Stage], shape: tuple[int, ...] | None) -> 
             saved.pop()
         elif shape is not None and len(shape) > 1 and not (isinstance(stage, Activation) and stage.kind != "softmax"):
             raise ValueError(f"{op}: {type(stage).__name__} must follow Flatten, got images of shape {list(shape)}")
-        if isinstance(stage, (Affine, Times)):
-            shape = (stage.W.shape[0],) if isinstance(stage, Affine) else shape
+        if isinstance(stage, Affine):
+            shape = (stage.W.shape[0],)
         result.append(stage)
     return result
 
@@ -192,8 +178,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 def _gated_name(module: nn.Module) -> str:
-    acts = [child for child in module.modules() if _activation("mlp_block", child) is not None or isinstance(child, nn.SiLU)]
-    kinds = {act.kind for child in acts if (act := _activation("mlp_block", child)) is not None}
+    kinds = {act.kind for child in module.modules() if (act := _activation("mlp_block", child)) is not None}
     return "SwiGLU" if "silu" in kinds else "GeGLU" if kinds & {"gelu", "gelu_tanh"} else "a gated MLP"
 
 
@@ -273,8 +258,7 @@ def mlp_block(model: nn.Module, layer: int, *, norm: bool = True, residual: bool
     Raises: TypeError: not a module. ValueError: layer out of range; an MLP that is not known; other gated layers, by name.
     """
     op = "mlp_block"
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # of callers without a type checker
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.instance(op, "model", model, nn.Module, "a torch.nn.Module")
     blocks = _blocks(op, model)
     layer = checks.integer(op, "layer", layer, 0, len(blocks) - 1, "the number of layers less 1")
     checks.flag(op, "norm", norm)

@@ -22,8 +22,6 @@ from fastsae._core.precision import full_precision
 PIECEWISE = ("relu", "leaky_relu")
 GATES = ("gelu", "gelu_tanh", "silu", "quick_gelu")
 """Activations ``z * q(z)`` with a gate q between 0 and 1."""
-ASSIGNMENTS = ("sigmoid", "tanh", "softmax")
-"""Activations that are soft assignments to constants."""
 _DENSE = 1 << 22
 """Most elements of a convolution or a pooling as a matrix, 32 MiB in float64; a larger one is applied as an operator."""
 
@@ -82,7 +80,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Activation:
-    """One of ``PIECEWISE``, ``GATES``, ``ASSIGNMENTS``; ``slope`` is what a leaky ReLU does below 0."""
+    """One of ``PIECEWISE``, ``GATES``, or a soft assignment to constants (sigmoid, tanh, softmax); ``slope``: a leaky ReLU's below 0."""
 
     kind: str
     slope: float = 0.0
@@ -123,22 +121,20 @@ class Times:
 Stage = Affine | Operator | Activation | Norm | Save | Add | Times
 
 
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softmax": lambda z: z.softmax(-1),
+}
+
+
 def activate(z: Tensor, act: Activation) -> Tensor:
-    if act.kind == "relu":
-        return z.relu()
-    if act.kind == "leaky_relu":
-        return F.leaky_relu(z, act.slope)
-    if act.kind == "gelu":
-        return F.gelu(z)
-    if act.kind == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    if act.kind == "silu":
-        return F.silu(z)
-    if act.kind == "quick_gelu":
-        return z * torch.sigmoid(1.702 * z)
-    if act.kind == "sigmoid":
-        return z.sigmoid()
-    return z.tanh() if act.kind == "tanh" else z.softmax(-1)
+    return F.leaky_relu(z, act.slope) if act.kind == "leaky_relu" else _FUNCTIONS[act.kind](z)
 
 
 def normalise(h: Tensor, norm: Norm) -> Tensor:
@@ -297,8 +293,7 @@ def full_products(function: Function) -> Function:
 
 
 def check_net(op: str, net: Any) -> Net:
-    if not isinstance(net, Net):
-        raise TypeError(f"{op}: net must be a Net (fastsae.polytopes.as_net, fastsae.polytopes.mlp_block), got {type(net).__name__}")
+    checks.instance(op, "net", net, Net, "a Net (fastsae.polytopes.as_net, fastsae.polytopes.mlp_block)")
     if net.d_in is None:
         raise ValueError(f"{op}: net must hold at least one Linear layer, got {net!r}")
     return net
@@ -345,13 +340,11 @@ def check_points(op: str, name: str, x: Any, net: Net, like: Tensor | None = Non
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """``W_out act(W_in x + b_in) + b_out (+ x)``, what the closed forms of one layer take."""
+    """``W_out act(W_in x + ..) + .. (+ x)``, what the closed forms of one layer take."""
 
     W_in: Tensor
-    b_in: Tensor | None
     act: Activation
     W_out: Tensor
-    b_out: Tensor | None
     residual: bool
 
 
@@ -367,5 +360,5 @@ def one_mlp(op: str, net: Net) -> Mlp:
     if len(stages) == 3:
         first, act, second = stages
         if isinstance(first, Affine) and isinstance(act, Activation) and isinstance(second, Affine):
-            return Mlp(first.W, first.b, act, second.W, second.b, residual)
+            return Mlp(first.W, act, second.W, residual)
     raise ValueError(f"{op}: net must be one MLP (Linear, activation, Linear; a norm before it and a residual are fine), got {net!r}")

@@ -28,10 +28,9 @@ def _logistic(z: Tensor, beta: float) -> Tensor:
 def _beta(op: str, beta: Any) -> float | None:
     if beta is None:
         return None
-    value = checks.number(op, "beta", beta, positive=False)
-    if not 0 <= value <= 1:
+    if not 0 <= checks.number(op, "beta", beta, positive=False) <= 1:
         raise ValueError(f"{op}: beta must be in [0, 1], got {beta}")
-    return float(value)
+    return float(beta)
 
 
 def _code(op: str, z: Tensor, kind: str, beta: float | None) -> Tensor:

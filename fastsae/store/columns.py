@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastsae._core import files
+from fastsae._core.extras import needed
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -75,9 +79,7 @@ def map_safetensors(path: Path, *, same_rows: bool = True) -> Shard:
     storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     columns: dict[str, Tensor] = {}
     for name, (dtype, shape, start, stop) in entries.items():
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         if not shape or min(shape) < 0 or not 0 <= start <= stop <= size - 8 - length or stop - start != count * dtype.itemsize:
             raise ValueError(f"{path} is damaged: {name} claims {dtype} {shape} in bytes {start} to {stop} of {size - 8 - length}")
         raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 8 + length + start, (stop - start,))  # pyright: ignore[reportCallIssue, reportArgumentType]  # torch's stub lacks it
@@ -94,6 +96,13 @@ def shard(path: Path, columns: Mapping[str, Tensor], offsets: Mapping[str, int])
     if len(rows) != 1:
         raise ValueError(f"{path} must hold columns of equally many rows, got { ({n: list(c.shape) for n, c in columns.items()}) }")
     return Shard(path, rows.pop(), columns, offsets)
+
+
+def save(op: str, path: Path, columns: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One file of columns; its entry in a manifest."""
+    save_file = needed("safetensors.torch", f"{op} needs safetensors", "store").save_file
+    files.replace(path, lambda part: save_file({name: column.contiguous() for name, column in columns.items()}, part))
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 def digest(path: Path) -> str:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks, files
+from fastsae._core.extras import needed
 from fastsae.formats.weight_files import read_json
 from fastsae.latents import RaggedLatents, TopKLatents
-from fastsae.store.columns import Shard, digest, map_safetensors
+from fastsae.store.columns import Shard, digest, map_safetensors, save
 
 MANIFEST = "latents.json"
 _MEMORY = 512 << 20
@@ -40,16 +41,6 @@ class Examples(NamedTuple):
     position: Tensor
     tokens: Tensor
     activations: Tensor
-
-
-def _save(path: Path, columns: Mapping[str, Tensor]) -> dict[str, Any]:
-    """One file of columns; its entry in a manifest."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("LatentWriter needs safetensors: pip install 'fastsae-kernels[store]'") from error
-    files.replace(path, lambda part: save_file({name: column.contiguous() for name, column in columns.items()}, part))
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 class LatentWriter:
@@ -130,7 +121,7 @@ class LatentWriter:
         counts, feature, value, token = (torch.cat(parts) for parts in zip(*self._pending))
         crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         path = self.folder / f"{self.writer:03d}-{len(self._parts):06d}.safetensors"
-        made = _save(path, {"crow": crow, "feature": feature, "value": value, "token": token})
+        made = save("LatentWriter", path, {"crow": crow, "feature": feature, "value": value, "token": token})
         parts = [*self._parts, made | {"sequences": len(token) // self.context, "entries": len(value)}]
         files.replace_text(self._manifest(), json.dumps({"format": 1, **self._facts, "parts": parts}, indent=1) + "\n")
         self._parts, self._pending = parts, []
@@ -182,10 +173,8 @@ class LatentStore:
         self.about: dict[str, Any] = facts["about"]
         for part in self._parts:
             path = self.folder / str(part["file"])
-            if not path.exists() or path.stat().st_size != part["bytes"]:
-                raise ValueError(
-                    f"LatentStore: {path} must have {part['bytes']} bytes, got {path.stat().st_size if path.exists() else 'no file'}"
-                )
+            if (size := path.stat().st_size if path.exists() else "no file") != part["bytes"]:
+                raise ValueError(f"LatentStore: {path} must have {part['bytes']} bytes, got {size}")
         self.sequences = sum(int(part["sequences"]) for part in self._parts)
         self.rows, self.entries = self.sequences * self.context, sum(int(part["entries"]) for part in self._parts)
 
@@ -194,10 +183,8 @@ class LatentStore:
         index = self.folder / "by_feature" / _INDEX
         ranges = [({**entry, "file": f"by_feature/{entry['file']}"}) for entry in (read_json(index)["ranges"] if index.exists() else [])]
         for part in (*self._parts, *ranges):
-            if digest(self.folder / part["file"]) != part["sha256"]:
-                raise ValueError(
-                    f"LatentStore.verify: {self.folder / part['file']} is damaged: its content has another hash than it was written with"
-                )
+            if digest(path := self.folder / part["file"]) != part["sha256"]:
+                raise ValueError(f"LatentStore.verify: {path} is damaged: its content has another hash than it was written with")
 
     def parts(self) -> Iterator[tuple[int, RaggedLatents, Tensor]]:
         """By token: (first row, latents ``[sequences, context]``, tokens of that shape) of each part, in memory one after the other."""
@@ -250,7 +237,7 @@ class LatentStore:
             made = sparse.hstack(pieces, format="csr")  # rows ascend within a feature, as they do over the runs
             row, value = torch.from_numpy(made.indices), torch.from_numpy(made.data).view(self.dtype)
             columns = {"crow": torch.from_numpy(made.indptr).long(), "row": row, "value": value}
-            ranges.append(_save(folder / f"{len(ranges):06d}.safetensors", columns) | {"start": start, "stop": stop})
+            ranges.append(save("LatentStore", folder / f"{len(ranges):06d}.safetensors", columns) | {"start": start, "stop": stop})
             start = stop
         for run in runs:
             run.path.unlink()
@@ -317,10 +304,8 @@ class LatentStore:
         ``[F]``; None: all."""
         op = "LatentStore.tops"
         k, before, after = checks.integer(op, "k", k, 1), checks.integer(op, "before", before, 0), checks.integer(op, "after", after, 0)
-        chosen = checks.sorted_subset(
-            None if features is None else torch.as_tensor(features, device="cpu"), self.n_features, f"{op}: features"
-        )
-        every = torch.arange(self.n_features, device="cpu") if chosen is None else chosen
+        given = torch.arange(self.n_features, device="cpu") if features is None else torch.as_tensor(features, device="cpu")
+        every: Any = checks.sorted_subset(given, self.n_features, f"{op}: features")
         shift = torch.arange(-before, after + 1, device="cpu")
         most = max(1, self.memory // (256 * self._candidates(k, one_a_sequence) + 128 * k * len(shift)))  # features at a time
 
@@ -509,11 +494,7 @@ _INDEX = "index.json"
 
 
 def _scipy_sparse() -> Any:
-    try:
-        import scipy.sparse
-    except ImportError as error:
-        raise ImportError("LatentStore by feature needs SciPy: pip install 'fastsae-kernels[store]'") from error
-    return scipy.sparse
+    return needed("scipy.sparse", "LatentStore by feature needs SciPy", "store")
 
 
 def _bits(values: Tensor) -> Any:
@@ -540,10 +521,5 @@ def _by_token(latents: TopKLatents | RaggedLatents) -> tuple[Tensor, Tensor, Ten
 
 def entries_of(latents: TopKLatents | RaggedLatents) -> tuple[Tensor, Tensor, Tensor]:
     """(row of the flattened batch, feature, value) of every slot."""
-    if isinstance(latents, TopKLatents):
-        rows = torch.arange(latents.values.shape[:-1].numel(), device=latents.values.device)
-        return rows.repeat_interleave(latents.values.shape[-1]), latents.indices.flatten().long(), latents.values.flatten()
-    rows = torch.arange(latents.crow.numel() - 1, device=latents.values.device)
-    row = torch.repeat_interleave(rows, latents.crow.diff(), output_size=None)
-    used = int(latents.crow[-1])  # slots after it are padding
-    return row, latents.col[:used].long(), latents.values[:used]
+    slots = (latents.trim() if isinstance(latents, RaggedLatents) else latents).slots
+    return slots.row_of(), slots.indices.flatten().long(), slots.values.flatten()

@@ -59,12 +59,10 @@ class ActivationShards:
                     file = folder / Path(str(entry["file"])).name
                     if file.stat().st_size != entry["bytes"]:
                         raise ValueError(f"{file} must have {entry['bytes']} bytes, got {file.stat().st_size}")
-                    shards.append(map_safetensors(file))
-                    if shards[-1].rows != entry["rows"] or set(shards[-1].columns) != set(names):
-                        raise ValueError(
-                            f"{file} must have {entry['rows']} rows of {names}, got {shards[-1].rows} of {list(shards[-1].columns)}"
-                        )
-                    shards[-1] = replace(shards[-1], columns={name: shards[-1].columns[name] for name in names})
+                    found = map_safetensors(file)
+                    if found.rows != entry["rows"] or set(found.columns) != set(names):
+                        raise ValueError(f"{file} must have {entry['rows']} rows of {names}, got {found.rows} of {list(found.columns)}")
+                    shards.append(replace(found, columns={name: found.columns[name] for name in names}))
                     self._digests[file] = str(entry["sha256"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"ActivationShards: {path} is damaged: {error!s}") from error
@@ -320,9 +318,5 @@ class ShardBatches:
         )
 
     def _order(self) -> dict[str, int]:
-        return {
-            "rows": len(self.store),
-            "shards": len(self.store.shards),
-            "size": self.size,
-            "window": self.options.get("window", _WINDOW_BLOCKS),
-        }
+        window = self.options.get("window", _WINDOW_BLOCKS)
+        return {"rows": len(self.store), "shards": len(self.store.shards), "size": self.size, "window": window}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsae._core.extras import needed
 from fastsae.store.columns import Shard, from_readonly, map_safetensors, shard
 from fastsae.store.shards import ActivationShards
 from fastsae.store.writer import MANIFEST
@@ -29,7 +30,7 @@ def open_activations(path: str | os.PathLike[str]) -> ActivationShards:
     path = Path(path)
     if (path / MANIFEST).exists() or any(path.glob(f"{Path(MANIFEST).stem}-*.json")):
         return ActivationShards(path)
-    for ending, read in ((".arrow", _arrow), (".safetensors", _safetensors), (".npy", _npy)):
+    for ending, read in ((".arrow", _arrow), (".safetensors", lambda file, _: [map_safetensors(file)]), (".npy", _npy)):
         found = [path] if path.is_file() and path.suffix == ending else sorted(path.glob(f"*{ending}")) if path.is_dir() else []
         if found:
             about: dict[str, Any] = {}
@@ -37,10 +38,6 @@ def open_activations(path: str | os.PathLike[str]) -> ActivationShards:
     if not path.exists():
         raise FileNotFoundError(f"open_activations: {path} is neither a file nor a folder")
     raise FileNotFoundError(f"open_activations: {path} holds no {MANIFEST} and no .npy, .safetensors or .arrow files")
-
-
-def _safetensors(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
-    yield map_safetensors(path)
 
 
 def _npy(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
@@ -54,10 +51,7 @@ def _npy(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
 
 
 def _arrow(path: Path, about: dict[str, Any]) -> Iterator[Shard]:
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise ImportError(f"open_activations: {path} needs pyarrow: pip install 'fastsae-kernels[store]'") from error
+    pa = needed("pyarrow", f"open_activations: {path} needs pyarrow", "store")
     try:
         batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
     except pa.ArrowInvalid as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsae._core import checks, files
 from fastsae.formats.weight_files import read_json
-from fastsae.store.columns import DTYPES, digest
+from fastsae.store.columns import DTYPES, save
 
 MANIFEST = "activations.json"
 
@@ -106,15 +106,11 @@ class ShardWriter:
             self.close()
 
     def _write(self, rows: int) -> None:
-        try:
-            from safetensors.torch import save_file
-        except ImportError as error:
-            raise ImportError("ShardWriter needs safetensors: pip install 'fastsae-kernels[store]'") from error
         whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self._pending.items()}
         self._pending = {name: [column] for name, column in whole.items()}
         path = self.folder / f"{self.writer:03d}-{len(self._shards):06d}.safetensors"
-        files.replace(path, lambda part: save_file({name: column[:rows].contiguous() for name, column in whole.items()}, part))
-        shards = [*self._shards, {"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest(path)}]
+        made = save("ShardWriter", path, {name: column[:rows] for name, column in whole.items()})
+        shards = [*self._shards, made | {"rows": rows}]
         manifest = {"format": 1, "about": self.about, "columns": self.columns, "shards": shards}
         files.replace_text(self.folder / manifest_name(self.writer), json.dumps(manifest, indent=1) + "\n")
         self._shards, self._waiting = shards, self._waiting - rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import math
@@ -11,8 +10,7 @@ import pkgutil
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,14 +21,16 @@ import fastsae
 from fastsae import plots
 from fastsae._core import checks, files
 from fastsae._core.machine import machine, versions
+from fastsae._core.progress import Bar, track
 from fastsae._core.seeds import stream_seed
 from fastsae._core.timing import Stopwatch
 from fastsae.formats import weight_files
-from fastsae.studies._page import index, page
+from fastsae.studies._page import cell, index, page
 
 T = TypeVar("T")
 
 _SIZES = ("smoke", "quick", "default")
+REFUSED = (ValueError,)
 
 
 def names() -> list[str]:
@@ -94,28 +94,13 @@ class Study:
         self.parts.mkdir(parents=True, exist_ok=True)
         files.replace_text(record, json.dumps(own))
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """``items`` with a progress bar (tqdm's; a line every ten seconds where tqdm is missing or stderr is a file)."""
-        with self.bar(label, total if total is not None else len(items) if hasattr(items, "__len__") else None) as advance:  # pyright: ignore[reportArgumentType]
-            for item in items:
-                yield item
-                advance()
+    def track(self, items: Collection[T], label: str) -> Iterator[T]:
+        """``items`` with a progress bar."""
+        return track(items, label, self.progress)
 
-    @contextlib.contextmanager
-    def bar(self, label: str, total: int | None = None) -> Generator[Any]:
-        """A progress bar to advance by hand: ``with study.bar("training", 100) as advance: advance(); advance(10)``."""
-        if not self.progress:
-            yield lambda count=1: None
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            tqdm = None
-        if tqdm is None or not sys.stderr.isatty():
-            yield _Lines(label, total).advance
-            return
-        with tqdm(total=total, desc=label, leave=False, mininterval=0.5) as shown:
-            yield lambda count=1: shown.update(count) and None
+    def bar(self, label: str, total: int | None = None) -> Bar:
+        """A progress bar to advance by hand: ``with study.bar("training", 100) as bar: bar.update(10)``."""
+        return Bar(self.progress, total, label=label)
 
     def table(self, name: str, rows: Any) -> None:
         """Prints a table and keeps it for the JSON file.
@@ -143,7 +128,7 @@ class Study:
     def save(self, canvas: Any, name: str) -> Path:
         """Writes a figure to ``NAME.png`` in the output folder."""
         path = self.out / f"{name}.png"
-        files.replace_figure(path, canvas, dpi=150)
+        plots.finish(canvas, path)
         self.plots.append(path.name)
         return path
 
@@ -151,19 +136,9 @@ class Study:
         """The JSON file."""
         where = machine()
         where["versions"] = versions("matplotlib", "pandas", "scikit-learn", "scipy")
-        report = {
-            "study": self.name,
-            "size": self.size,
-            "seed": self.seed,
-            "parameters": _plain(self.parameters),
-            "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu_seconds, 1),
-            **where,
-            "findings": self.findings,
-            "tables": self.tables,
-            "results": self.results,
-            "plots": self.plots,
-        }
+        report = {"study": self.name, "size": self.size, "seed": self.seed, "parameters": _plain(self.parameters)}
+        report |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), **where}
+        report |= {name: getattr(self, name) for name in ("findings", "tables", "results", "plots")}
         path = self.out / f"{self.name}.json"
         files.replace_text(path, _compact(report) + "\n")
         return path
@@ -179,20 +154,6 @@ def write_page(report: Path) -> Path:
     path = report.with_name("README.md")
     files.replace_text(path, text)
     return path
-
-
-class _Lines:
-    def __init__(self, label: str, total: int | None):
-        self.label, self.total, self.done = label, total, 0
-        self.begun = self.shown = time.monotonic()
-
-    def advance(self, count: int = 1) -> None:
-        self.done += count
-        if (now := time.monotonic()) - self.shown > 10:
-            self.shown = now
-            left = (now - self.begun) * ((self.total or 0) / max(self.done, 1) - 1)
-            of = "" if self.total is None else f" of {self.total}, about {left / 60:.1f} min left"
-            print(f"{self.label}: {self.done}{of}", file=sys.stderr, flush=True)
 
 
 def _slug(name: str) -> str:
@@ -225,9 +186,6 @@ def _compact(report: dict[str, Any]) -> str:
 
 
 def _aligned(rows: list[dict[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
     if not rows:
         return "(no rows)"
     columns = list(rows[0])
@@ -286,11 +244,10 @@ def run_study(
 
 
 def write_pages(folder: Path) -> int:
-    """README.md of every ``NAME/NAME.json`` in a folder, and of the folder itself; exit code 2 if there is none."""
+    """README.md of every ``NAME/NAME.json`` in a folder, and of the folder itself; ValueError if there is none."""
     found = [path for name in names() if (path := folder / name / f"{name}.json").exists()]
     if not found:
-        print(f"fastsae study: --pages: no NAME/NAME.json of a study in {folder}", file=sys.stderr)
-        return 2
+        raise ValueError(f"study: --pages: no NAME/NAME.json of a study in {folder}")
     titles = {path.stem: (_module(path.stem).__doc__ or path.stem).strip().splitlines()[0] for path in found}
     for path in found:
         write_page(path)
@@ -321,13 +278,9 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name:<13} {minutes:<16} {(module.__doc__ or '').strip().splitlines()[0]}")
         return 0
     size = "smoke" if options.smoke else "quick" if options.quick else "default"
-    try:
-        if options.pages is not None:
-            return write_pages(options.pages)
-        minutes = _module(options.name).SIZES[size]["minutes"]
-        print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} min on two cores", file=sys.stderr)
-        run_study(options.name, size, out=options.out, seed=options.seed, resume=options.resume)
-    except (ValueError, ImportError) as error:
-        print(f"fastsae study: {error}", file=sys.stderr)
-        return 2
+    if options.pages is not None:
+        return write_pages(options.pages)
+    minutes = _module(options.name).SIZES[size]["minutes"]
+    print(f"fastsae {fastsae.__version__}: {options.name}, {size} size, about {minutes:g} min on two cores", file=sys.stderr)
+    run_study(options.name, size, out=options.out, seed=options.seed, resume=options.resume)
     return 0

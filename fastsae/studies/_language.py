@@ -72,10 +72,13 @@ def language(study: Study) -> Language:
     """
     source, rows = study["source"], study["train_tokens"] + study["held_tokens"]
     if source == "random":
+        vocabulary, width, options = 97, 16, dict[str, Any](dtype=torch.float32, device="cpu")
         with torch.random.fork_rng():
             torch.manual_seed(study.seed)
-            model = _Tiny().eval()
-        ids = torch.randint(1, _Tiny.vocabulary, (4096,), generator=study.generator(1), device="cpu")
+            layers = nn.Sequential(*(nn.Sequential(nn.Linear(width, width, **options), nn.GELU()) for _ in range(2)))
+            embed, head = nn.Embedding(vocabulary, width, **options), nn.Linear(width, vocabulary, **options)
+        model = nn.Sequential(OrderedDict(embed=embed, layers=layers, head=head)).eval()
+        ids = torch.randint(1, vocabulary, (4096,), generator=study.generator(1), device="cpu")
         return Language(model, "layers.{}", [0], [ids.tolist()])
     if source == "superposition":
         width, rows = study["width"], rows + 256
@@ -152,31 +155,3 @@ def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor)
     fires[:, 0] = False  # BOS, which the dictionary has not seen
     kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
-
-
-class _Tiny(nn.Module):
-    """A residual stream of two layers without attention."""
-
-    vocabulary, width = 97, 16
-
-    def __init__(self) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        self.embed = nn.Embedding(self.vocabulary, self.width, **options)
-        self.layers = nn.ModuleList([_Layer(nn.Linear(self.width, self.width, **options)) for _ in range(2)])
-        self.head = nn.Linear(self.width, self.vocabulary, **options)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-class _Layer(nn.Module):
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear, self.activation = linear, nn.GELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.activation(self.linear(x))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsae._core.extras import needed
 from fastsae.lm import harvest, packaged
 from fastsae.polytopes import Net, as_net, mlp_block
 from fastsae.studies import Study
@@ -36,11 +36,7 @@ class Digits:
 
 def digits(study: Study) -> Digits:
     """Trains ``study["hidden"]`` ReLU layers for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, two thirds of the images."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install 'fastsae-kernels[studies]'") from error
-    found: Any = load_digits()
+    found = needed("sklearn.datasets", "the digits need scikit-learn", "studies").load_digits()
     x, y = torch.tensor(found.data / 16, dtype=torch.float32, device="cpu"), torch.tensor(found.target, device="cpu")
     order = torch.randperm(x.shape[0], generator=study.generator(1), device="cpu")
     train, test = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]

@@ -39,13 +39,8 @@ def page(report: Mapping[str, Any], about: str) -> str:
 def index(reports: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
     """Markdown that lists runs, each in a folder of its name. titles: first lines of the studies' docstrings."""
     rows = [
-        {
-            "study": f"[{r['study']}]({r['study']}/README.md)",
-            "question": titles[r["study"]],
-            "size": r["size"],
-            "seconds": r["seconds"],
-            "CPU seconds": r.get("cpu_seconds"),
-        }
+        {"study": f"[{r['study']}]({r['study']}/README.md)", "question": titles[r["study"]]}
+        | {"size": r["size"], "seconds": r["seconds"], "CPU seconds": r.get("cpu_seconds")}
         for r in sorted(reports, key=lambda r: r["study"])
     ]
     return f"# Studies\n\n`fastsae study NAME` repeats one and writes its page.\n\n{table(rows)}\n"
@@ -60,16 +55,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "(no rows)"
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows[:_ROWS])]
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(column)) for column in columns] for row in rows[:_ROWS])]
     more = f"\n\n{len(rows) - _ROWS} more rows in the JSON file." if len(rows) > _ROWS else ""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + more
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return ", ".join(map(_cell, value)) or "-"
+        return ", ".join(map(cell, value)) or "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", r"\|")
 
 

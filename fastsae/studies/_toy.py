@@ -21,19 +21,21 @@ def powers(first: float, last: float, count: int) -> list[float]:
 
 
 def train(study: Study, label: str, data: SuperpositionData | Tensor, **options: Any) -> list[Run]:
-    """``train_many`` with a bar, in as many processes as there are cores (in this one for the smallest size)."""
-    sizes = [len(options[name]) if isinstance(options[name], Sequence) else 1 for name in ("l1", "n_features")]
-    seeds = options.setdefault("seeds", [study.seed])
+    """``train_many`` in as many processes as there are cores (in this one for the smallest size); a resumed run has those of before."""
+    options.setdefault("seeds", [study.seed])
     workers = 1 if study.size == "smoke" else os.cpu_count() or 1
     known = [Run(**run) for run in study.kept(label)]
 
     def keep(run: Run) -> None:
         study.part(label, f"{run.n_features} {run.l1} {run.seed}", lambda: vars(run))
-        advance()
 
-    with study.bar(label, math.prod(sizes) * len(seeds)) as advance:
-        advance(len(known))
-        return train_many(data, **options, workers=workers, callback=keep, known=known)
+    return train_many(data, **options, workers=workers, callback=keep, known=known, progress=study.progress)
+
+
+def sources(study: Study) -> SuperpositionData:
+    """The data of a study's preset."""
+    changes = {name: study[name] for name in ("n_features", "d", "mean_active", "rate")}
+    return SuperpositionData.preset(study["preset"], **changes, seed=1000 + study.seed)
 
 
 def antipodal(dictionary: Tensor, alive: Tensor | None = None, below: float = -0.9) -> float:
@@ -102,7 +104,6 @@ def ridgeline(axes: Any, distributions: Sequence[Distribution], title: str) -> N
         axes.text(0.62, 0.45 - place, f"mean {mean:.2f}", fontsize=7)
     axes.set_yticks([-place for place in range(len(distributions))], [label for label, _, _ in distributions], fontsize=8)
     axes.set(title=title, xlabel="best cosine of a true feature", xlim=(0, 1.01), ylim=(0.9 - len(distributions), 1.05))
-    tidy(axes)
 
 
 def colours(count: int) -> list[Any]:
@@ -110,15 +111,3 @@ def colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](place / max(count, 1)) for place in range(count)]
-
-
-def tidy(axes: Any) -> None:
-    """No frame; plain numbers (200, not 2 × 10²) on a logarithmic axis of a few decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        if isinstance(axis.get_major_locator(), LogLocator) and high / low < 1e4:  # ticks that the study chose stay
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-    axes.spines[["top", "right"]].set_visible(False)

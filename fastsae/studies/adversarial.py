@@ -61,13 +61,8 @@ def run(study: Study) -> None:
     gradient = _unit(_gradient(data, x, y))
     rows = []
     for radius in study.track(study["radii"], "perturbations"):
-        ways = {
-            "random": radius * random,
-            "to another image": radius * others,
-            "gradient": radius * gradient,
-            "ascent": ascent(data, x, y, radius),
-        }
-        for kind, delta in ways.items():
+        ways = {"random": radius * random, "to another image": radius * others, "gradient": radius * gradient}
+        for kind, delta in {**ways, "ascent": ascent(data, x, y, radius)}.items():
             found = fastsae.polytopes.crossings(data.net, x, x + delta)
             crossed = found.counts.double()
             by_layer = [float((found.layer == layer).sum()) / len(x) / radius for layer in range(len(data.net.widths))]
@@ -88,15 +83,11 @@ def run(study: Study) -> None:
     ours, chance, other = (at(kind, middle) for kind in ("ascent", "random", "to another image"))
     study.say(
         f"At r = {middle:g}, where ascent fools {ours['wrong']:.0%} (random: {chance['wrong']:.0%}), it crosses {ours['per_unit']:.1f} "
-        f"boundaries per unit, random "
-        f"directions {chance['per_unit']:.1f} and directions to other images {other['per_unit']:.1f}: "
-        f"{ours['per_unit'] / chance['per_unit']:.2f} and "
-        f"{ours['per_unit'] / other['per_unit']:.2f} times as many."
+        f"boundaries per unit, random directions {chance['per_unit']:.1f} and directions to other images {other['per_unit']:.1f}: "
+        f"{ours['per_unit'] / chance['per_unit']:.2f} and {ours['per_unit'] / other['per_unit']:.2f} times as many."
     )
-    study.say(
-        f"The polytopes reached are at a mean norm of {ours['norm']:.2f} (ascent), {chance['norm']:.2f} (random), {other['norm']:.2f} "
-        f"(to another image)."
-    )
+    norms = f"{ours['norm']:.2f} (ascent), {chance['norm']:.2f} (random), {other['norm']:.2f} (to another image)"
+    study.say(f"The polytopes reached are at a mean norm of {norms}.")
 
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     for kind in ("random", "to another image", "gradient", "ascent"):
@@ -105,11 +96,9 @@ def run(study: Study) -> None:
         axes[0].errorbar(radii, [row["per_unit"] for row in mine], [row["standard_error"] for row in mine], fmt="o-", ms=4, label=kind)
         axes[1].plot(radii, [row["wrong"] for row in mine], "o-", ms=4, label=kind)
         axes[2].plot(radii, [row["norm"] for row in mine], "o-", ms=4, label=kind)
-    axes[0].set(ylabel="boundaries per unit of perturbation", title="Boundaries crossed")
+    axes[0].set(ylabel="boundaries per unit of perturbation", title="Boundaries crossed", ylim=(0, None))
     axes[1].set(ylabel="share of images", title="Predictions changed")
     axes[2].set(ylabel="mean norm", title="Distance of the polytopes reached from the origin")
     for axis in axes:
         axis.set(xlabel="norm of the perturbation")
-        axis.legend(frameon=False)
-    axes[0].set_ylim(bottom=0)
     study.save(canvas, "adversarial")

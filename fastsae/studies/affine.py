@@ -9,6 +9,8 @@ cancel each other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,27 +95,22 @@ def run(study: Study) -> None:
     study.table("nearest", [{"distance": name, "same_kind": share} for name, share in hits.items()])
     study.say(
         f"Neighbouring polytopes differ by {rows[3]['of_a_map']:.2%} of a map's norm, samples of the same kind by "
-        f"{rows[0]['of_a_map']:.1%}, of different kinds by "
-        f"{rows[1]['of_a_map']:.1%}. Neurons that change together add up to {rows[1]['squares_over_orthogonal']:.2f} times the square "
-        f"of orthogonal "
-        f"contributions ({rows[2]['squares_over_orthogonal']:.2f} with the neurons shuffled)."
+        f"{rows[0]['of_a_map']:.1%}, of different kinds by {rows[1]['of_a_map']:.1%}. Neurons that change together add up to "
+        f"{rows[1]['squares_over_orthogonal']:.2f} times the square of orthogonal contributions "
+        f"({rows[2]['squares_over_orthogonal']:.2f} with the neurons shuffled)."
     )
     study.say(
         f"Hamming and Frobenius distance of pairs correlate at {correlation:.3f}; the nearest other sample is of the same kind for "
-        f"{hits['Hamming']:.1%} "
-        f"(Hamming) and {hits['Frobenius']:.1%} (Frobenius)."
+        f"{hits['Hamming']:.1%} (Hamming) and {hits['Frobenius']:.1%} (Frobenius)."
     )
     study.record(correlation=correlation, boundary_norms=norms)
 
-    groups = {
-        "same kind": (distance[same], "C0"),
-        "different kinds": (distance[different], "0.5"),
-        "neurons shuffled": (shuffled[apart], "C1"),
-    }
+    groups = {"same kind": (distance[same], "C0"), "different kinds": (distance[different], "0.5")}
+    groups["neurons shuffled"] = (shuffled[apart], "C1")
     shown = few[:8000]
     some = (hamming[i[shown], j[shown]], distance[i[shown], j[shown]])
     most = float(max(distance.max(), shuffled.max())), float(hamming.max())
-    draw(study, norms, across, groups, *most, some, (hamming[same], distance[same]), correlation)
+    draw(study, norms, across, groups, most, some, (hamming[same], distance[same]), correlation)
 
 
 def orthogonal(bits: Tensor, weight: Tensor) -> Tensor:
@@ -123,17 +120,10 @@ def orthogonal(bits: Tensor, weight: Tensor) -> Tensor:
 
 
 def draw(
-    study: Study,
-    norms: Tensor,
-    across: Tensor,
-    groups: dict[str, tuple[Tensor, str]],
-    largest: float,
-    furthest: float,
-    some: tuple[Tensor, Tensor],
-    same: tuple[Tensor, Tensor],
-    correlation: float,
+    study: Study, norms: Tensor, across: Tensor, groups: dict[str, tuple[Tensor, str]], most: Any, some: Any, same: Any, correlation: float
 ) -> None:
-    """``groups``: distances and colour; ``largest``: of them; ``furthest``: largest Hamming distance; ``some``, ``same``: both of pairs."""
+    """``groups``: distances and colour; ``most``: the largest and the largest Hamming distance; ``some``, ``same``: both of pairs."""
+    largest, furthest = most
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     axes[0].hist(across.numpy(), 60, density=True, alpha=0.6, label=f"crossed between samples, mean {float(across.mean()):.3g}")
     axes[0].hist(
@@ -149,6 +139,4 @@ def draw(
     line = torch.linspace(1, furthest, 50, device="cpu", dtype=torch.float32)
     axes[2].plot(line, (line * float(norms.square().mean())).sqrt(), "k--", lw=1, label="orthogonal contributions, mean norms")
     axes[2].set(xlabel="Hamming distance", ylabel="Frobenius distance", title=f"Pairs of samples, correlation {correlation:.2f}")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "affine")

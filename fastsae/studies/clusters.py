@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastsae
+from fastsae._core.extras import needed
 from fastsae.polytopes.net import Activation, activate
 from fastsae.studies import Study
 from fastsae.studies._networks import tokens
@@ -63,10 +64,7 @@ def euclidean_graph(x: Tensor, k: int) -> Any:
 
 
 def run(study: Study) -> None:
-    try:
-        from sklearn.metrics import adjusted_mutual_info_score as agreement
-    except ImportError as error:
-        raise ImportError("clusters needs scikit-learn and SciPy: pip install 'fastsae-kernels[studies]'") from error
+    agreement = needed("sklearn.metrics", "clusters needs scikit-learn and SciPy", "studies").adjusted_mutual_info_score
     data = tokens(study)
     z = data.net.preactivations(data.x)[0]
     act = next(stage for stage in data.net.stages if isinstance(stage, Activation))
@@ -77,7 +75,7 @@ def run(study: Study) -> None:
         "pre-activations, Euclidean": lambda: euclidean_graph(z, k),
         "MLP inputs, Euclidean": lambda: euclidean_graph(data.x, k),
     }
-    labels = {name: cluster(make(), least, samples) for name, make in study.track(graphs.items(), "clustering", len(graphs))}
+    labels = {name: cluster(make(), least, samples) for name, make in study.track(graphs.items(), "clustering")}
     rows = []
     for name, found in labels.items():
         inside = found >= 0
@@ -94,10 +92,9 @@ def run(study: Study) -> None:
     codes, activations = rows[0], rows[1]
     study.say(
         f"Codes give {codes['clusters']} clusters ({codes['noise']:.0%} noise, purity {codes['purity']:.2f}), activations "
-        f"{activations['clusters']} "
-        f"({activations['noise']:.0%} noise, purity {activations['purity']:.2f}); adjusted mutual information with the kinds "
-        f"{codes['with_words']:.3f} and "
-        f"{activations['with_words']:.3f}, with each other {activations['with_codes_clusters']:.3f}."
+        f"{activations['clusters']} ({activations['noise']:.0%} noise, purity {activations['purity']:.2f}); adjusted mutual information "
+        f"with the kinds {codes['with_words']:.3f} and {activations['with_words']:.3f}, with each other "
+        f"{activations['with_codes_clusters']:.3f}."
     )
     found = labels["codes, Hamming"]
     examples = []
@@ -110,9 +107,8 @@ def run(study: Study) -> None:
 
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     names = list(labels)
-    for place, (column, title) in enumerate(
-        (("with_words", "AMI with the kinds"), ("purity", "purity of clusters"), ("noise", "share of noise"))
-    ):
+    measures = {"with_words": "AMI with the kinds", "purity": "purity of clusters", "noise": "share of noise"}
+    for place, (column, title) in enumerate(measures.items()):
         axes[0].barh([i + 0.27 * (place - 1) for i in range(len(rows))], [row[column] for row in rows], height=0.25, label=title)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
@@ -122,7 +118,6 @@ def run(study: Study) -> None:
         sizes = torch.bincount(labels[name][labels[name] >= 0]).sort(descending=True).values
         axes[1].plot(range(1, len(sizes) + 1), sizes, ".-", label=name)
     axes[1].set(xlabel="cluster, by size", ylabel="samples", yscale="log", title="Sizes of clusters")
-    axes[1].legend(frameon=False)
     generator = study.generator(5)
     a, b = torch.randint(len(z), (2, 20_000), generator=generator, device="cpu")
     packed = fastsae.codes.pack_signs(z)
@@ -132,11 +127,8 @@ def run(study: Study) -> None:
     correlation = float(torch.corrcoef(torch.stack([hamming, euclid]))[0, 1])
     axes[2].plot(hamming[~same], euclid[~same], ",", color="0.6", label="different kinds")
     axes[2].plot(hamming[same], euclid[same], ".", ms=3, color="C0", label="same kind")
-    axes[2].set(
-        xlabel="Hamming distance of codes",
-        ylabel="Euclidean distance of activations",
-        title=f"Pairs of samples, correlation {correlation:.2f}",
-    )
+    axes[2].set(xlabel="Hamming distance of codes", ylabel="Euclidean distance of activations")
+    axes[2].set_title(f"Pairs of samples, correlation {correlation:.2f}")
     axes[2].legend(frameon=False, markerscale=3)
     study.say(f"Hamming distance of codes and Euclidean distance of activations of random pairs correlate at {correlation:.3f}.")
     study.save(canvas, "clusters")

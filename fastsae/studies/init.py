@@ -8,14 +8,13 @@ experiment believed that orthogonal starts help and expected better ones to exis
 from __future__ import annotations
 
 import statistics
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastsae.studies import Study
-from fastsae.studies._toy import tidy, train
-from fastsae.superposition import SuperpositionData
+from fastsae.studies._toy import sources, train
 from fastsae.superposition import init as starts
 
 SIZES = {
@@ -34,42 +33,16 @@ SIZES = {
 }  # fmt: skip
 
 
-def orthogonal(F: int, x: Tensor, seed: int) -> Tensor:
-    return starts.orthogonal(F, x.shape[1], seed=seed)
-
-
-def random(F: int, x: Tensor, seed: int) -> Tensor:
-    return starts.random_directions(F, x.shape[1], seed=seed)
-
-
-def axes(F: int, x: Tensor, seed: int) -> Tensor:
-    return starts.noised_unit_vectors(F, x.shape[1], noise=0.3, seed=seed)
-
-
-def singular(weight: Tensor, F: int, x: Tensor, seed: int) -> Tensor:
-    return starts.noised_singular_vectors(weight, F, noise=0.3, seed=seed)
-
-
-def components(F: int, x: Tensor, seed: int) -> Tensor:
-    return starts.principal_components(x, F, noise=0.3, seed=seed)
-
-
-def points(F: int, x: Tensor, seed: int) -> Tensor:
-    return starts.data_points(x, F, seed=seed)
-
-
 def run(study: Study) -> None:
-    data = SuperpositionData.preset(
-        study["preset"], n_features=study["n_features"], d=study["d"], mean_active=study["mean_active"], rate=study["rate"],
-        seed=1000 + study.seed,
-    )  # fmt: skip
-    schemes = {
-        "random directions": random,
-        "orthogonal": orthogonal,
-        "singular vectors, noised": partial(singular, data.features.T),
-        "axes, noised": axes,
-        "principal components, noised": components,
-        "data points": points,
+    data, d = sources(study), study["d"]
+    weight = data.features.T
+    schemes: dict[str, Callable[[int, Tensor, int], Tensor]] = {
+        "random directions": lambda F, x, seed: starts.random_directions(F, d, seed=seed),
+        "orthogonal": lambda F, x, seed: starts.orthogonal(F, d, seed=seed),
+        "singular vectors, noised": lambda F, x, seed: starts.noised_singular_vectors(weight, F, noise=0.3, seed=seed),
+        "axes, noised": lambda F, x, seed: starts.noised_unit_vectors(F, d, noise=0.3, seed=seed),
+        "principal components, noised": lambda F, x, seed: starts.principal_components(x, F, noise=0.3, seed=seed),
+        "data points": lambda F, x, seed: starts.data_points(x, F, seed=seed),
     }
     snapshots = list(range(0, study["steps"] + 1, study["every"]))
     seeds = [study.seed + i for i in range(study["seeds"])]
@@ -111,7 +84,6 @@ def run(study: Study) -> None:
         title=f"Starts of F = {study['dictionary']} (G = {study['n_features']}, D = {study['d']}, L1 = {study['l1']:g}, {len(seeds)} seeds)"
     )
     axis.legend(frameon=False, fontsize=8, loc="lower right")
-    tidy(axis)
     study.save(canvas, "starts")
 
 

@@ -13,7 +13,7 @@ import torch
 
 import fastsae
 from fastsae.studies import Study
-from fastsae.studies._toy import best, distribution, frame, powers, ridgeline, tidy, train
+from fastsae.studies._toy import best, distribution, frame, powers, ridgeline, train
 from fastsae.superposition import SuperpositionData, unit_features
 
 SIZES = {
@@ -76,7 +76,5 @@ def run(study: Study) -> None:
     axes[0].set_xscale("log", base=2)
     axes[0].set(xlabel="G / D", ylim=(0, 1.02), title=f"D = {D}, {study['mean_active']:g} active, F = {study['over']} G, best L1")
     axes[0].set_xticks(ratios, list(map(str, ratios)))
-    axes[0].legend(frameon=False, fontsize=8)
-    tidy(axes[0])
     ridgeline(axes[1], found, "At the end (heights: roots of shares)")
     study.save(canvas, "interference")

@@ -9,13 +9,12 @@ page shows the path from a model to a judged dictionary, not the best dictionary
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae import SAE, BatchTopK, TopK
+from fastsae import SAE, BatchTopK, TopK, plots
 from fastsae.lm import Evaluation, evaluate, harvest
 from fastsae.studies import Study
 from fastsae.studies._language import language, name_features, train
@@ -47,7 +46,7 @@ def run(study: Study) -> None:
     shards = harvest(found.model, windows, hooks, folder, ignore=found.special, dtype=torch.bfloat16, progress=study.progress)
     study.record(tokens=shards.rows, held_out=held.numel(), hooks=hooks)
     rows: list[dict[str, Any]] = []
-    densities: dict[str, Tensor] = {}
+    fired: dict[str, Tensor] = {}
     saes: dict[tuple[str, str, int], SAE] = {}
     for hook in hooks:
         for name, several in study["k"].items():
@@ -63,7 +62,7 @@ def run(study: Study) -> None:
                 alive = int((~sae.dead_features).sum())
                 rows.append({"layer": hook, "kind": name, "k": k, "alive": alive, **judged.values})
                 rows[-1] |= {f"{value}_error": judged.errors[value] for value in ("ce_recovered", "fvu", "ce_spliced")}
-                densities[f"{hook} {name} {k}"] = judged.density
+                fired[f"{hook} {name} {k}"] = judged.fired
     columns = ["layer", "kind", "k", "l0", "fvu", "ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "ce_recovered_error", "kl_spliced"]
     study.table("dictionaries", [{name: row[name] for name in (*columns, "alive", "dead", "dense")} for row in rows])
     for hook in hooks:
@@ -83,10 +82,10 @@ def run(study: Study) -> None:
             f"{strongest['nats_there']:.3f} nats (KL), most for feature {strongest['feature']} ({strongest['peaks']})."
         )
     study.record(evaluations=rows)
-    draw(study, rows, densities)
+    draw(study, rows, fired)
 
 
-def draw(study: Study, rows: list[dict[str, Any]], densities: dict[str, Tensor]) -> None:
+def draw(study: Study, rows: list[dict[str, Any]], fired: dict[str, Tensor]) -> None:
     canvas, axes = study.figure(rows=1, columns=2, figsize=(11, 4.5))
     groups = sorted({(row["layer"], row["kind"]) for row in rows})
     for axis, (value, label) in zip(axes, (("ce_recovered", "cross-entropy recovered"), ("fvu", "fraction of variance unexplained"))):
@@ -97,16 +96,8 @@ def draw(study: Study, rows: list[dict[str, Any]], densities: dict[str, Tensor])
         axis.set(xscale="log", xlabel="latents a token (L0)", ylabel=label)
         axis.set_xticks(ticks := sorted({k for several in study["k"].values() for k in several}), [str(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.legend(frameon=False)
     canvas.suptitle(f"Dictionaries of {study['features']} features on windows that they were not trained on (bars: standard errors)")
     study.save(canvas, "loss_recovered")
 
-    canvas, axes = study.figure(figsize=(7, 4))
-    tokens = study.results["held_out"]
-    edges = torch.linspace(-math.log10(max(tokens, 2)), 0, 41, dtype=torch.float64, device="cpu")
-    for label, density in densities.items():
-        heights = torch.histogram(density[density > 0].log10().clamp(float(edges[0]), 0), edges).hist
-        axes.stairs(heights.numpy(), edges.numpy(), label=label, lw=1.5)
-    axes.set(xlabel=f"log10 of the share of the {tokens} tokens on which a feature fires", ylabel="features", title="Feature density")
-    axes.legend(frameon=False, fontsize="small")
-    study.save(canvas, "density")
+    study.plots.append("density.png")
+    plots.feature_density(fired, study.results["held_out"], study.out / "density.png")

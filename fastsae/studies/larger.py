@@ -12,8 +12,7 @@ from itertools import pairwise
 
 import fastsae
 from fastsae.studies import Study
-from fastsae.studies._toy import frame, powers, tidy, train
-from fastsae.superposition import SuperpositionData
+from fastsae.studies._toy import frame, powers, sources, train
 
 SIZES = {
     "smoke": {
@@ -34,11 +33,8 @@ AS_GOOD = 0.02
 
 def run(study: Study) -> None:
     G, sizes = study["n_features"], study["sizes"]
-    data = SuperpositionData.preset(
-        study["preset"], n_features=G, d=study["d"], mean_active=study["mean_active"], rate=study["rate"], seed=1000 + study.seed
-    )
     options = {name: study[name] for name in ("stop", "max_steps", "cooldown", "l1")}
-    runs = train(study, "dictionaries", data, n_features=sizes, **options)
+    runs = train(study, "dictionaries", sources(study), n_features=sizes, **options)
     by_place = {(r.l1, r.n_features): r for r in runs}
     rows = []
     for row in frame(runs):
@@ -94,7 +90,5 @@ def run(study: Study) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, list(map(str, sizes)))
         axis.set(xlabel="dictionary size F (dotted: true features)", title=title)
-        tidy(axis)
     axes[2].axhline(G, color="0.6", ls=":")
-    axes[0].legend(frameon=False, fontsize=8)
     study.save(canvas, "larger")

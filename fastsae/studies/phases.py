@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.studies import Study
-from fastsae.studies._toy import colours, share_between, tidy, train
+from fastsae.studies._toy import colours, share_between, train
 from fastsae.superposition import SuperpositionData
 
 SIZES = {
@@ -83,9 +83,6 @@ def run(study: Study) -> None:
         axes[2].scatter(seen[~known].tolist(), [1.2 * steps[-1]] * int((~known).sum()), s=8, marker="x", color="C3", label="never")
     axes[2].set(xlabel="times a feature is active in a step", ylabel="step at which it is learnt", xscale="log", yscale="log")
     axes[2].set(title="When each feature is learnt")
-    axes[2].legend(frameon=False)
-    for axis in axes[1:]:
-        tidy(axis)
     study.save(canvas, "phases")
 
 

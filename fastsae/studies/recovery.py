@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastsae.studies import Study
-from fastsae.studies._toy import Distribution, best, distribution, frame, heat, powers, ridgeline, share_between, train
-from fastsae.superposition import SuperpositionData
+from fastsae.studies._toy import Distribution, best, distribution, frame, heat, powers, ridgeline, share_between, sources, train
 
 SIZES = {
     "smoke": {
@@ -34,11 +33,8 @@ SIZES = {
 
 def run(study: Study) -> None:
     G, D = study["n_features"], study["d"]
-    data = SuperpositionData.preset(
-        study["preset"], n_features=G, d=D, mean_active=study["mean_active"], rate=study["rate"], seed=1000 + study.seed
-    )
     options = {name: study[name] for name in ("stop", "max_steps", "cooldown", "snapshots", "l1")}
-    runs = train(study, "dictionaries", data, n_features=study["sizes"], **options)
+    runs = train(study, "dictionaries", sources(study), n_features=study["sizes"], **options)
     rows = frame(runs)
     study.table("runs", rows)
 

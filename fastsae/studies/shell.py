@@ -72,23 +72,17 @@ def run(study: Study) -> None:
     found = fastsae.polytopes.crossings(back, torch.zeros_like(h), top * h)
     scale = found.t * top
     # The interval around 1 within which the code of all later layers stays.
-    below = torch.zeros(len(h), dtype=torch.float64, device="cpu").scatter_reduce(0, found.segment[scale <= 1], scale[scale <= 1], "amax")
-    above = torch.full((len(h),), top, dtype=torch.float64, device="cpu").scatter_reduce(
-        0, found.segment[scale > 1], scale[scale > 1], "amin"
-    )
+    inside, none = scale <= 1, torch.zeros(len(h), dtype=torch.float64, device="cpu")
+    below = none.scatter_reduce(0, found.segment[inside], scale[inside], "amax")
+    above = (none + top).scatter_reduce(0, found.segment[~inside], scale[~inside], "amin")
     base = fastsae.codes.pack_signs(torch.cat(back.preactivations(h), 1))
     predicted = back(h).argmax(1)
     curve: list[dict[str, float]] = []
     for s in torch.linspace(0, top, 49, device="cpu", dtype=torch.float32).tolist():
         code = fastsae.codes.pack_signs(torch.cat(back.preactivations(s * h), 1))
         changed = fastsae.codes.boundary_density(base, code).pairs / sum(back.widths)
-        curve.append(
-            {
-                "scale": s,
-                "code_changed": float(changed.mean()),
-                "prediction_changed": float((back(s * h).argmax(1) != predicted).float().mean()),
-            }
-        )
+        moved = float((back(s * h).argmax(1) != predicted).float().mean())
+        curve.append({"scale": s, "code_changed": float(changed.mean()), "prediction_changed": moved})
     study.table("scaling", curve[:: max(1, len(curve) // 12)])
     halved, doubled = (min(curve, key=lambda row, s=s: abs(row["scale"] - s)) for s in (0.5, 2.0))
     study.say(
@@ -103,31 +97,18 @@ def run(study: Study) -> None:
     draw(study, edges, profiles, curve, norm, (float(below.median()), float(above.median())))
 
 
-def draw(
-    study: Study,
-    edges: Tensor,
-    profiles: dict[tuple[str, str], Tensor],
-    curve: list[dict[str, float]],
-    norm: float,
-    valid: tuple[float, float],
-) -> None:
+def draw(study: Study, edges: Tensor, profiles: dict[tuple[str, str], Tensor], curve: Any, norm: float, valid: tuple[float, float]) -> None:
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
     centres = (edges[1:] * edges[:-1]).sqrt()
     for axis, network in zip(axes, ("trained", "untrained")):
         for kind, style in (("through images", "-"), ("random", ":")):
             for layer, line in enumerate(profiles[network, kind]):
                 axis.plot(centres, line, style, color=f"C{layer}", label=f"layer {layer}, {kind}")
-        axis.set_xscale("log")
         axis.axvline(norm, color="0.6", lw=1)
-        axis.set(
-            xlabel="distance from the origin (grey: images)",
-            ylabel="boundaries a ray and doubling of the distance",
-            title=f"{network} network",
-        )
-        axis.legend(frameon=False, fontsize=8)
+        axis.set(xscale="log", xlabel="distance from the origin (grey: images)", title=f"{network} network")
+        axis.set_ylabel("boundaries a ray and doubling of the distance")
     axes[2].plot([c["scale"] for c in curve], [c["code_changed"] for c in curve], label="share of later bits changed")
     axes[2].plot([c["scale"] for c in curve], [c["prediction_changed"] for c in curve], label="predictions changed")
     axes[2].axvspan(*valid, color="C2", alpha=0.4, label="no bit changes (median interval)")
     axes[2].set(xlabel="scale of the first hidden layer's activations", ylabel="share", title="Range of validity of a direction")
-    axes[2].legend(frameon=False, fontsize=8)
     study.save(canvas, "shell")

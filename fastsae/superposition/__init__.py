@@ -22,21 +22,7 @@ from fastsae.superposition.statistics import ActivationStatistics
 from fastsae.superposition.sweeps import Run, Training, sweep, train_dictionary, train_many
 
 __all__ = [
-    "PRESETS",
-    "ActivationStatistics",
-    "Run",
-    "SuperpositionBatch",
-    "SuperpositionData",
-    "SuperpositionStream",
-    "ToyModel",
-    "Training",
-    "init",
-    "sample_tokens",
-    "start_from",
-    "sweep",
-    "token_positions",
-    "toy_model_features",
-    "train_dictionary",
-    "train_many",
-    "unit_features",
-]
+    "PRESETS", "ActivationStatistics", "Run", "SuperpositionBatch", "SuperpositionData", "SuperpositionStream", "ToyModel",
+    "Training", "init", "sample_tokens", "start_from", "sweep", "token_positions", "toy_model_features", "train_dictionary",
+    "train_many", "unit_features",
+]  # fmt: skip

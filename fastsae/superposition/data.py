@@ -154,9 +154,8 @@ class SuperpositionData:
         if link == "copula" and (covariance is None or redraw != "sample" or rescale != "expected"):
             raise ValueError(f"{op}: link='copula' needs a covariance, redraw='sample' and rescale='expected'")
         if rescale is None and covariance is not None:
-            raise ValueError(
-                f"{op}: rescale=None goes with covariance=None, got {covariance if isinstance(covariance, str) else 'a tensor'}"
-            )
+            got = covariance if isinstance(covariance, str) else "a tensor"
+            raise ValueError(f"{op}: rescale=None goes with covariance=None, got {got}")
         if parents is not None:
             parents = _checked_parents(op, parents, n_features)
 
@@ -348,13 +347,8 @@ class SuperpositionData:
             values = torch.cat([values, values.new_ones(added.shape)])[order]
             counts = counts + empty
         crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        latents = RaggedLatents(
-            values.to(device=self.device, dtype=self.dtype),
-            crow.to(self.device),
-            columns.to(self.device),
-            self.n_features,
-            torch.Size((n,)),
-        )
+        values, crow, columns = values.to(self.device, self.dtype), crow.to(self.device), columns.to(self.device)
+        latents = RaggedLatents(values, crow, columns, self.n_features, torch.Size((n,)))
         with full_precision(self.device):
             x = decode(latents, self.features)
         if self.noise:
@@ -449,9 +443,6 @@ Sources: HoagyC/sparse_coding, ``replicate_toy_models.py`` and ``sc_datasets/ran
 the names of their generators. ``synth_sae_bench`` has the size, the copula and the kind of marginals of SynthSAEBench (arXiv 2602.14687);
 its number of active features, exponent, rank and law are our choice, and its hierarchy is left to ``parents``.
 """
-
-
-# ---------------------------------------------------------------- features of a toy model of superposition
 
 
 class ToyModel(NamedTuple):

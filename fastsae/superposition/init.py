@@ -138,9 +138,6 @@ def start_from(sae: S, rows: Tensor) -> S:
     return sae
 
 
-# ---------------------------------------------------------------- tokens
-
-
 def token_positions(length: int, count: int = 6, *, skip: int = 100) -> Tensor:
     """``[count]`` int64: positions evenly spaced over ``skip .. length - 1``, both ends among them.
 

@@ -83,7 +83,7 @@ class ActivationStatistics:
         self._combine(x.shape[0], moments)
         self._zeros += (x.abs() <= self.zero).sum(0)
         self._positive += (x > self.zero).sum(0)
-        self._range = torch.stack([torch.minimum(self._range[0], x.amin(0)), torch.maximum(self._range[1], x.amax(0))])
+        self._widen(x.amin(0), x.amax(0))
         place = self._place(x) + torch.arange(self.n_neurons, device="cpu") * self._bins.shape[1]
         self._bins += torch.bincount(place.flatten(), minlength=self._bins.numel()).view_as(self._bins)
 
@@ -123,8 +123,11 @@ class ActivationStatistics:
         self._zeros += other._zeros
         self._positive += other._positive
         self._bins += other._bins
-        self._range = torch.stack([torch.minimum(self._range[0], other._range[0]), torch.maximum(self._range[1], other._range[1])])
+        self._widen(*other._range)
         return self
+
+    def _widen(self, low: Tensor, high: Tensor) -> None:
+        self._range = torch.stack([torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)])
 
     # ------------------------------------------------------------ results, [D] in float64
 
@@ -202,18 +205,13 @@ class ActivationStatistics:
         quantiles = self._quantiles("ActivationStatistics.overall", q, self._bins.sum(0, keepdim=True), low, high)[:, 0]
         return {
             "count": one.count,
-            "mean": float(one.mean()),
-            "variance": float(one.variance()),
-            "skewness": float(one.skewness()),
-            "kurtosis": float(one.kurtosis()),
+            **{name: float(getattr(one, name)()) for name in ("mean", "variance", "skewness", "kurtosis")},
             "sparsity": float(self._zeros.sum()) / one.count,
             "positive": float(self._positive.sum()) / one.count,
             "minimum": float(low),
             "maximum": float(high),
             "quantiles": dict(zip(map(float, q), quantiles.tolist())),
         }
-
-    # ------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, for files and other processes."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
+from fastsae._core.extras import needed
 from fastsae._core.progress import Bar
 from fastsae._core.seeds import stream_seed
 from fastsae.compare.matching import match
@@ -119,20 +120,13 @@ class Run:
     def row(self) -> dict[str, Any]:
         """Its line in the data frame."""
         truth = self.similarity
+        own = ("l0", "fvu", "loss", "steps", "converged", "seconds", "cpu_seconds")
         return {
-            "l1": self.l1,
-            "n_features": self.n_features,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in ("l1", "n_features", "seed")},
             "mmcs": float("nan") if truth is None else float(truth.double().mean()),
             "recovered": float("nan") if truth is None else float((truth > 0.9).double().mean()),
             "dead": int(self.dead.sum()),
-            "l0": self.l0,
-            "fvu": self.fvu,
-            "loss": self.loss,
-            "steps": self.steps,
-            "converged": self.converged,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
+            **{name: getattr(self, name) for name in own},
         }
 
 
@@ -191,20 +185,9 @@ class _Member:
                 self.converged, self.end = True, min(step + training.cooldown, training.max_steps)
 
     def run(self, step: int, sae: SAE, x: Tensor, truth: Tensor | None) -> Run:
-        return Run(
-            l1=self.l1,
-            n_features=sae.d_sae,
-            seed=self.seed,
-            steps=step,
-            converged=self.converged,
-            seconds=self.seconds,
-            cpu_seconds=self.cpu_seconds,
-            loss=self.windows[-1],
-            dictionary=sae.W_dec.detach().clone(),
-            losses=self.windows,
-            snapshots=self.snapshots,
-            **_evaluated(x, sae, truth),
-        )
+        own = {name: getattr(self, name) for name in ("l1", "seed", "converged", "seconds", "cpu_seconds", "snapshots")}
+        own |= {"loss": self.windows[-1], "losses": self.windows, "dictionary": sae.W_dec.detach().clone()}
+        return Run(n_features=sae.d_sae, steps=step, **own, **_evaluated(x, sae, truth))
 
 
 def train_dictionary(data: SuperpositionData | Tensor, l1: float, n_features: int, seed: int = 0, training: Training | None = None) -> Run:
@@ -320,6 +303,7 @@ def train_many(
     keep: str | os.PathLike[str] | None = None,
     callback: Callable[[Run], object] | None = None,
     known: Sequence[Run] = (),
+    progress: bool = False,
     **training: Any,
 ) -> list[Run]:
     """The dictionaries behind ``sweep``, same arguments; ``Run``s in the order of (n_features, l1, seed). ``known``: those of an earlier
@@ -348,19 +332,23 @@ def train_many(
     runs = {(run.l1, run.n_features, run.seed): run for run in known}
     missing = [job for job in jobs if job not in runs]
 
-    def done(run: Run) -> None:
-        runs[run.l1, run.n_features, run.seed] = run
-        if callback is not None:
-            callback(run)
-
     content = pickle.dumps(data)
     workers = min(workers, len(missing)) or 1
     groups = _groups(missing, workers)
-    if workers == 1 and keep is None:
-        for size, members in groups:
-            _together(pickle.loads(content), size, members, options, done)
-    else:
-        _by_joblib(content, groups, options, workers, keep, done)
+    with Bar(progress, len(missing), of="run") as bar:
+
+        def done(run: Run) -> None:
+            runs[run.l1, run.n_features, run.seed] = run
+            bar.update()
+            bar.show(f"F {run.n_features}, l1 {run.l1:g}, seed {run.seed}: FVU {run.fvu:.3f}")
+            if callback is not None:
+                callback(run)
+
+        if workers == 1 and keep is None:
+            for size, members in groups:
+                _together(pickle.loads(content), size, members, options, done)
+        else:
+            _by_joblib(content, groups, options, workers, keep, done)
     return [runs[job] for job in jobs]
 
 
@@ -392,20 +380,17 @@ def _several(op: str, name: str, value: Any) -> list[Any]:
 def _by_joblib(
     content: bytes, groups: list[_Group], options: Training, workers: int, keep: str | os.PathLike[str] | None, done: Callable[[Run], None]
 ) -> None:
-    try:
-        import cloudpickle
-        from joblib import Memory, Parallel, delayed
-    except ImportError as error:
-        raise ImportError("sweep with workers or keep needs joblib and cloudpickle: pip install 'fastsae-kernels[studies]'") from error
-    job: Any = _job if keep is None else Memory(os.fspath(keep), verbose=0).cache(_job, ignore=["packed"])
+    missing = "sweep with workers or keep needs joblib and cloudpickle"
+    cloudpickle, joblib = (needed(name, missing, "studies") for name in ("cloudpickle", "joblib"))
+    job: Any = _job if keep is None else joblib.Memory(os.fspath(keep), verbose=0).cache(_job, ignore=["packed"])
     data = "" if keep is None else _digest(pickle.loads(content))
     # Bytes, not tensors: torch would pass those through shared files that end with their process.
     # Cloudpickle's, which hold a ``start`` of the caller's script or notebook whole: workers do not import that.
     jobs = (
-        delayed(job)("" if keep is None else _digest((data, *group, options)), cloudpickle.dumps((content, *group, options)))
+        joblib.delayed(job)("" if keep is None else _digest((data, *group, options)), cloudpickle.dumps((content, *group, options)))
         for group in groups
     )
-    for packed in Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
+    for packed in joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):  # loky, or the backend of a parallel_config
         for run in pickle.loads(packed):  # pyright: ignore[reportArgumentType] # what _job returns
             done(run)
 
@@ -490,19 +475,7 @@ def sweep(
         >>> frame = sweep(data, l1=[0.05, 0.1, 0.2], n_features=[64, 128, 256], stop="converged")
         >>> frame.pivot(index="l1", columns="n_features", values="mmcs")
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError("sweep needs pandas: pip install 'fastsae-kernels[studies]'") from error
-    grid = [_several("sweep", *pair) for pair in (("n_features", n_features), ("l1", l1), ("seeds", seeds))]
-    with Bar(progress, math.prod(map(len, grid)), of="run") as bar:
-
-        def done(run: Run) -> None:
-            bar.update(1)
-            bar.show(f"F {run.n_features}, l1 {run.l1:g}, seed {run.seed}: FVU {run.fvu:.3f}")
-            if callback is not None:
-                callback(run)
-
-        options: Any = {"workers": workers, "keep": keep, "callback": done, "stop": stop, **training}
-        runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, **options)
+    pandas = needed("pandas", "sweep needs pandas", "studies")
+    options: Any = {"workers": workers, "keep": keep, "callback": callback, "progress": progress, "stop": stop, **training}
+    runs = train_many(data, l1=l1, n_features=n_features, seeds=seeds, **options)
     return pandas.DataFrame([run.row() for run in runs])

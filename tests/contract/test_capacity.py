@@ -144,7 +144,6 @@ def test_check_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: an overflow is flagged, once; a bad index comes first."""
     cpu = torch.device("cpu")
     monkeypatch.setattr(flags, "_flags", {})
-    monkeypatch.setattr(flags, "_overflows", {})
     flags.flag(cpu)
     fastsae.check()
     flags.overflow(cpu).fill_(1)

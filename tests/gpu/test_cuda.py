@@ -495,7 +495,6 @@ def test_gpu_overflow_of_a_capacity_is_flagged() -> None:
 @on_gpu
 def test_gpu_first_operation_in_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flags, "_flags", {})
-    monkeypatch.setattr(flags, "_overflows", {})
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="must run before a CUDA graph is captured"), torch.cuda.graph(graph):
         flags.flag(torch.device("cuda", torch.cuda.current_device()))

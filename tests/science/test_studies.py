@@ -14,6 +14,7 @@ import torch
 from places import ROOT
 
 from fastsae.__main__ import main
+from fastsae._core import progress
 from fastsae.studies import Study, _frame, _page, _toy, names, run_study
 from fastsae.superposition import Run, SuperpositionData, train_many
 
@@ -47,9 +48,9 @@ def test_study_has_its_three_sizes(name: str) -> None:
 @pytest.fixture
 def coin(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(study: Study) -> None:
-        with study.bar("throwing") as advance:
+        with study.bar("throwing") as bar:
             heads = torch.rand(study["throws"], generator=study.generator()) < 0.5
-            advance(study["throws"])
+            bar.update(study["throws"])
         share = float(heads.float().mean())
         study.table("heads", [{"throws": study["throws"], "share": share, "odds": math.inf, "side": None}])
         study.record(first=heads[:3], count=np.int64(7), nested={"a": [np.float32(0.5), (1, math.nan)]}, path=study.out)
@@ -150,12 +151,12 @@ def test_command_lists_the_studies(coin: Any, capsys: pytest.CaptureFixture[str]
 
 
 def test_bar_without_tqdm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(_frame.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     study = Study("coin", "smoke", 0, tmp_path, {})
     assert list(study.track(range(4), "throwing")) == [0, 1, 2, 3]
-    assert capsys.readouterr().err.startswith("throwing: 2 of 4, about 0.2 min left\n")
+    assert capsys.readouterr().err.startswith("throwing 2 of 4\n")
 
 
 def test_an_interrupted_study_goes_on(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

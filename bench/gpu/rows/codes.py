@@ -71,14 +71,9 @@ def hamming(b: Bench) -> None:
         floor="filling the output", n_bytes=n * n * 4,
     )  # fmt: skip
 
-    def check_topk(backend: str) -> None:
-        distance, index = OPS["hamming_topk"](*codes, k, backend=backend)
-        OPS["hamming_topk"].check((codes[0][:16], codes[1], k), (distance[:16], index[:16]))
-
-    b.row(
-        "hamming_topk", f"{n}x{n} {bits} bits k={k}", b.ours("hamming_topk", lambda i: (*codes, k)),
-        {"bf16 product of unpacked bits + topk (inexact)": lambda i: product(i).topk(k, largest=False)},  # pyright: ignore
-        verify=check_topk,
+    b.operation(
+        "hamming_topk", "hamming_topk", f"{n}x{n} {bits} bits k={k}", lambda i: (*codes, k),
+        {"bf16 product of unpacked bits + topk (inexact)": lambda i: product(i).topk(k, largest=False)}, few=16,  # pyright: ignore
     )  # fmt: skip
 
 
@@ -86,14 +81,7 @@ def signs(b: Bench) -> None:
     rows, size = b.shape(*SIGNS)
     z = [b.normal(rows, size).bfloat16() for _ in range(b.sets(rows * size * 2))]
     for op, rest, written in (("pack_signs", (None,), size // 8), ("hash_signs", (None, 0, 0, 64), 8)):
-
-        def args(i: int, rest: tuple[Any, ...] = rest) -> tuple[Any, ...]:
-            return (z[i % len(z)], *rest)
-
-        def verify(backend: str, op: str = op, rest: tuple[Any, ...] = rest) -> None:
-            OPS[op].check((z[0][:64], *rest), OPS[op](*args(0, rest), backend=backend)[:64])
-
-        b.row(
-            f"{op} bfloat16", f"{rows}x{size}", b.ours(op, args), {"z > 0": lambda i: z[i % len(z)] > 0}, verify=verify,
-            n_bytes=rows * (size * 2 + written), n_sets=len(z),
+        b.operation(
+            op, f"{op} bfloat16", f"{rows}x{size}", lambda i, rest=rest: (z[i % len(z)], *rest),
+            {"z > 0": lambda i: z[i % len(z)] > 0}, few=64, n_bytes=rows * (size * 2 + written), n_sets=len(z),
         )  # fmt: skip

@@ -57,35 +57,21 @@ def _label(op: str, W: Tensor) -> str:
 
 
 def _forward(b: Bench, shape: str, W: Tensor, sets: Sets, theirs: Any) -> None:
-    def args(i: int) -> tuple[Any, ...]:
-        return *sets[i % 2], None, W, None
-
-    def verify(backend: str) -> None:
-        values, indices = sets[0]
-        OPS["decode"].check((values[:8], indices[:8], None, W, None), OPS["decode"](*args(0), backend=backend)[:8])
-
     others: dict[str, Call] = {
         "torch embedding_bag": lambda i: functional.embedding_bag(sets[i % 2][1], W, per_sample_weights=sets[i % 2][0], mode="sum"),
         "torch.sparse CSR @ W": _csr(b, sets, W),
     }
     if theirs is not None:
         others["sparsify's decoder"] = lambda i: theirs(sets[i % 2][1], sets[i % 2][0], W.mT)
-    b.row(
-        _label("decode", W), shape, b.ours("decode", args), others, verify=verify,
+    b.operation(
+        "decode", _label("decode", W), shape, lambda i: (*sets[i % 2], None, W, None), others, few=8, cut=(0, 1),
         n_bytes=_row_bytes(W, sets) + sets[0][0].shape[0] * W.shape[1] * W.itemsize, targets=[("copy", 0.7, 0.9)],
     )  # fmt: skip
 
 
 def _dvalues(b: Bench, shape: str, W: Tensor, sets: Sets, grads: list[Tensor]) -> None:
-    def args(i: int) -> tuple[Any, ...]:
-        return grads[i % 2], sets[i % 2][1], None, W
-
-    def verify(backend: str) -> None:
-        result = OPS["decode_dvalues"](*args(0), backend=backend)
-        OPS["decode_dvalues"].check((grads[0][:8], sets[0][1][:8], None, W), result[:8])
-
-    b.row(
-        _label("decode_dvalues", W), shape, b.ours("decode_dvalues", args), {}, verify=verify,
+    b.operation(
+        "decode_dvalues", _label("decode_dvalues", W), shape, lambda i: (grads[i % 2], sets[i % 2][1], None, W), {}, few=8, cut=(0, 1),
         n_bytes=_row_bytes(W, sets) + grads[0].numel() * W.itemsize, targets=[("copy", 0.7, 0.9)],
     )  # fmt: skip
 

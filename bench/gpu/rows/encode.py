@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae
-from bench.gpu.harness import Bench, Call, Missing, Target, precision
+from bench.gpu.harness import Bench, Call, Missing, at_precision
 from bench.harness import name
 from fastsae._core.timing import milliseconds
 from fastsae.dispatch import OPS
@@ -28,13 +28,6 @@ def _encode(b: Bench, dtype: torch.dtype, sizes: tuple[tuple[int, ...], tuple[in
     def args(i: int) -> tuple[Any, ...]:
         return xs[i % len(xs)], W, bias, None, None, None, None, k, True
 
-    ours = b.ours("encode_topk", args)
-
-    def verify(backend: str) -> None:
-        few = (xs[0][:4], *args(0)[1:])
-        whole = OPS["encode_topk"](*args(0), backend=backend)
-        OPS["encode_topk"].check(few, (whole[0][:4], whole[1][:4]))
-
     def plain(i: int) -> object:
         return functional.linear(xs[i % len(xs)], W, bias).relu().topk(k)
 
@@ -43,28 +36,22 @@ def _encode(b: Bench, dtype: torch.dtype, sizes: tuple[tuple[int, ...], tuple[in
     if compiled:
         fast = torch.compile(lambda x: functional.linear(x, W, bias).relu().topk(k))
         others: dict[str, Call] = {"torch.compile linear+relu+topk": lambda i: fast(xs[i % len(xs)])}
-        return b.row(label + " compiled", shape, ours, others, verify=verify, n_sets=len(xs))
+        return b.operation("encode_topk", label + " compiled", shape, args, others, few=4, n_sets=len(xs))
     others = {}
     low_xs, low_W = ([x.bfloat16() for x in xs], W.bfloat16()) if dtype is torch.float32 else (xs, W)
     product = torch.empty(rows, features, device=b.device, dtype=torch.bfloat16)
-    floor, memory = "bf16 GEMM alone", ("MiB", 256.0, 64.0)
+    floor = "bf16 GEMM alone"
     others[floor] = lambda i: torch.mm(low_xs[i % len(xs)], low_W.T, out=product)
     if dtype is torch.float32:
-
-        def tf32(i: int) -> object:
-            with precision("high"):
-                return functional.linear(xs[i % len(xs)], W, bias).relu().topk(k)
-
-        def alone(i: int) -> object:
-            with precision("highest"):
-                return functional.linear(xs[i % len(xs)], W, bias)
-
-        others["TF32 linear+relu+topk (inexact)"] = tf32
-        others["float32 GEMM alone"] = alone
-        targets: list[Target] = [(floor, 2.0, 1.5), ("TF32 linear+relu+topk (inexact)", 1.0, 1.0), ("float32 GEMM alone", 1 / 5, 1 / 5)]
-        return b.row(label, shape, ours, others, verify=verify, floor=floor, targets=[*targets, memory], n_sets=len(xs))
-    others["torch linear+relu+topk"] = plain
-    return b.row(label, shape, ours, others, verify=verify, floor=floor, targets=[(floor, 1.35, 1.10), memory], n_sets=len(xs))
+        others["TF32 linear+relu+topk (inexact)"] = at_precision("high", plain)
+        others["float32 GEMM alone"] = at_precision("highest", lambda i: functional.linear(xs[i % len(xs)], W, bias))
+        targets = [(floor, 2.0, 1.5), ("TF32 linear+relu+topk (inexact)", 1.0, 1.0), ("float32 GEMM alone", 1 / 5, 1 / 5)]
+    else:
+        others["torch linear+relu+topk"] = plain
+        targets = [(floor, 1.35, 1.10)]
+    return b.operation(
+        "encode_topk", label, shape, args, others, few=4, floor=floor, targets=[*targets, ("MiB", 256.0, 64.0)], n_sets=len(xs)
+    )
 
 
 def encode_bf16(b: Bench) -> None:
@@ -118,13 +105,8 @@ def growth(b: Bench) -> None:
     for rows, width, features in GROWTH[b.quick]:
         x, W = b.normal(rows, width).bfloat16(), b.unit_rows(features, width, torch.bfloat16)
         args = (x, W, None, None, None, None, None, 32, True)
-        first = list(b.ours("encode_topk", lambda _, args=args: args).items())[:1]
-
-        def verify(backend: str, args: tuple[Any, ...] = args) -> None:
-            few = tuple(t[:4] for t in OPS["encode_topk"](*args, backend=backend))
-            OPS["encode_topk"].check((args[0][:4], *args[1:]), few)
-
-        b.row("encode_topk growth bfloat16", name((rows, width, features)), dict(first), {}, verify=verify)
+        shape = name((rows, width, features))
+        b.operation("encode_topk", "encode_topk growth bfloat16", shape, lambda _, args=args: args, {}, few=4, first=True)
         del x, W, args
         b.clear()
 

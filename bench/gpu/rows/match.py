@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from bench.gpu.harness import Bench
-from fastsae.dispatch import OPS
 
 MATCH = (131072, 4096, 8), (256, 32, 3)
 
@@ -15,10 +12,6 @@ MATCH = (131072, 4096, 8), (256, 32, 3)
 def match(b: Bench) -> None:
     rows, width, k = b.shape(*MATCH)
     a, other = b.unit_rows(rows, width), b.unit_rows(rows, width)
-
-    def args(_: int) -> tuple[Any, ...]:
-        return a, other, k, False, False, 1e-8
-
     low_a, low_b, part = a.bfloat16(), other.bfloat16(), min(rows, 8192)
     product = torch.empty(part, rows, device=b.device, dtype=torch.bfloat16)
 
@@ -29,13 +22,9 @@ def match(b: Bench) -> None:
     def inexact(_: int) -> object:
         return [(rows_of @ low_b.T).topk(k) for rows_of in low_a.split(part)]
 
-    def verify(backend: str) -> None:
-        similarity, index = OPS["match_cosine"](*args(0), backend=backend)
-        OPS["match_cosine"].check((a[:4], *args(0)[1:]), (similarity[:4], index[:4]))
-
-    b.row(
-        "match_cosine", f"{rows}x{rows}x{width} k={k}", b.ours("match_cosine", args),
-        {"bf16 GEMM alone": floor, "bf16 GEMM + topk (inexact)": inexact}, verify=verify, floor="bf16 GEMM alone",
+    b.operation(
+        "match_cosine", "match_cosine", f"{rows}x{rows}x{width} k={k}", lambda _: (a, other, k, False, False, 1e-8),
+        {"bf16 GEMM alone": floor, "bf16 GEMM + topk (inexact)": inexact}, few=4, floor="bf16 GEMM alone",
         targets=[("bf16 GEMM alone", 1.35, 1.1)],
     )  # fmt: skip
 
@@ -52,16 +41,8 @@ def select(b: Bench) -> None:
     for sizes, dtype in SELECT:
         rows, n, k = b.shape(*sizes)
         zs = [b.normal(rows, n).to(dtype) for _ in range(b.sets(rows * n * dtype.itemsize))]
-
-        def args(i: int, zs: Any = zs, k: int = k) -> tuple[Any, ...]:
-            return zs[i % len(zs)], k, False
-
-        def verify(backend: str, zs: Any = zs, k: int = k) -> None:
-            values, indices = OPS["select_topk"](zs[0], k, False, backend=backend)
-            OPS["select_topk"].check((zs[0][:16], k, False), (values[:16], indices[:16]))
-
-        b.row(
-            f"select_topk {str(dtype)[6:]}", f"{rows}x{n} k={k}", b.ours("select_topk", args),
-            {"torch.topk": lambda i, zs=zs, k=k: zs[i % len(zs)].topk(k)}, verify=verify,
+        b.operation(
+            "select_topk", f"select_topk {str(dtype)[6:]}", f"{rows}x{n} k={k}", lambda i, zs=zs, k=k: (zs[i % len(zs)], k, False),
+            {"torch.topk": lambda i, zs=zs, k=k: zs[i % len(zs)].topk(k)}, few=16,
             n_bytes=rows * n * dtype.itemsize + rows * k * (dtype.itemsize + 8), n_sets=len(zs),
         )  # fmt: skip
