@@ -243,6 +243,8 @@ def _refuse(op: str, sae: SAE) -> None:
     """ValueError where a sharded step is not there yet, by name."""
     for name, missing in {
         "AbsTopK": sae.activation.absolute,
+        "jump": sae.jump is not None,
+        "normalise_rows": sae.normalise_rows is not None,
         "a subclass of SAE": type(sae) is not SAE,
         "an SAE on the meta device": sae.W_dec.is_meta,
     }.items():

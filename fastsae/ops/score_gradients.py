@@ -95,6 +95,16 @@ def threshold_gradient(
 ) -> Tensor:
     """``[F]``: what thresholds get, straight-through: sums of ``-(threshold * dvalue + dl0) / bandwidth`` over slots in it.
 
+    Args: as ``band_gradient``.
+    """
+    per_slot = band_gradient(dvalues, dl0, flags, threshold, bandwidth, padded)
+    crow = dvalues.crow if not padded or dvalues.crow is None else pointers(dvalues.crow, dvalues.indices.shape[0])
+    return feature_sums(per_slot, dvalues.indices, crow, n_features, backend)
+
+
+def band_gradient(dvalues: Slots, dl0: Tensor | float, flags: Tensor, threshold: Tensor, bandwidth: float, padded: bool = False) -> Tensor:
+    """What each slot gives its threshold, straight-through; in the accumulation dtype.
+
     Args:
         dvalues: gradients of the values, where the slots are. flags: 2 in the band.
         dl0: the gradient of each row's number of active latents, or one for all.
@@ -111,5 +121,4 @@ def threshold_gradient(
         if padded and crow is not None:
             dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
         dl0 = dl0[Slots(grad, indices, crow).row_of()]
-    per_slot = torch.where((flags & 2).bool(), -(theta * grad.to(wide) + dl0) / bandwidth, 0)
-    return feature_sums(per_slot, indices, crow, n_features, backend)
+    return torch.where((flags & 2).bool(), -(theta * grad.to(wide) + dl0) / bandwidth, 0)

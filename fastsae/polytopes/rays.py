@@ -264,6 +264,8 @@ def _dictionary(op: str, sae: nn.Module, x: Any, directions: Any) -> tuple[Tenso
     kind = type(getattr(sae, "activation", None)).__name__
     if kind not in ("ReLU", "JumpReLU", "BatchTopK") or not hasattr(sae, "W_enc"):
         raise ValueError(f"{op}: net must be a Net, or an SAE with ReLU, JumpReLU or BatchTopK (at its running threshold), got {kind}")
+    if (rows := getattr(sae, "normalise_rows", None)) is not None:
+        raise ValueError(f"{op}: along a segment the scores of an SAE with normalise_rows={rows!r} are no straight lines")
     W, W_dec, b, b_dec = (getattr(sae, name).detach().double() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
     for name, value in (("x", x), ("directions", directions)):
         checks.tensor(op, name, value, like=W)

@@ -133,8 +133,8 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             if wrong := [name for name in got if got[name] != wanted.get(name)]:
                 message = f"layer {number} of {n} must have {wrong[0]}={wanted.get(wrong[0])!r}, got {got[wrong[0]]!r}"
                 raise ValueError(f"CrossLayerTranscoder: {message}")
-        if first.skip or first.tied or first.prefixes:
-            raise ValueError("CrossLayerTranscoder: its layers have no skip, no tied weights and no prefixes")
+        if first.skip or first.tied or first.prefixes or first.jump or first.normalise_rows:
+            raise ValueError("CrossLayerTranscoder: its layers have no skip, tied weights, prefixes, jump or normalise_rows")
         made = cls.__new__(cls)
         made._hold(layers)
         for number, layer in enumerate(layers[1:], 1):
