@@ -234,14 +234,15 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
     def encode(self, x: Tensor) -> L:
         """``[.., D]`` to latents over F features (after ``init_from(norm=)`` and until saved or folded: of the normalised input)."""
         self._check_input("SAE.encode", x)
-        return self._encode(self._scale_in(x)).latents  # pyright: ignore[reportReturnType] # of the activation's kind
+        return self._encode(self.encoder_rows(x)).latents  # pyright: ignore[reportReturnType] # of the activation's kind
 
     def _check_input(self, op: str, x: Tensor) -> None:
         check_x(op, x, self.d_in, self.W_dec)
         if not checks.autocasting(x.device):
             checks.narrower(op, "x", x, "the parameters", self.W_dec)
 
-    def _scale_in(self, x: Tensor) -> Tensor:
+    def encoder_rows(self, x: Tensor) -> Tensor:
+        """``x`` as the encoder sees it before ``b_dec`` is subtracted: scaled by ``init_from``'s number, or normalised by row."""
         x = checks.widened(x, self.W_dec)
         if self.normalise_rows is not None:
             return normalised(x, self.normalise_rows)[0]
@@ -278,7 +279,7 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
             self._check_input("SAE.decode", x)
             y = decode(latents, self.W_dec, self.b_dec)
             return normalised(checks.widened(x, self.W_dec), self.normalise_rows)[1].restored(y)
-        x = None if x is None or not self.skip else self._scale_in(x)
+        x = None if x is None or not self.skip else self.encoder_rows(x)
         y = decode(latents, self.W_dec, self.b_dec, x=x, skip=self.W_skip)
         return y / self.scale[1] if self._scaled else y
 
@@ -506,12 +507,12 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
         of a TopK is left out.
 
         ``normalise_decoder`` is what the library's trainer does (sparsify: its setting; dictionary_learning: yes, but not for
-        ``AutoEncoderNew``; Gemma Scope: yes; SAELens: no, but for old files that say so), and only where the decoder's rows have norm 1, up
-        to 2e-6 or the spacing of half precision: no step then changes what the file computes but by its learning rate.
+        ``AutoEncoderNew``; Gemma Scope, OpenAI: yes; SAELens: no, but for old files that say so), and only where the decoder's rows have
+        norm 1, up to 2e-6 or the spacing of half precision: no step then changes what the file computes but by its learning rate.
 
-        Refused by name: normalisations that depend on each row (``layer_norm``, ``constant_norm_rescale``, OpenAI's TopK), whitening that
-        is not folded, architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal),
-        cross-layer transcoders, and a square encoder of which nothing says whether it is ``[F, D]``.
+        Refused by name: whitening that is not folded, a skip of rows that are normalised, architectures other than those of ``SAE``
+        (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal), cross-layer transcoders (``CrossLayerTranscoder`` reads
+        those), and a square encoder of which nothing says whether it is ``[F, D]``.
 
         Nothing in a file is executed: tensors come from safetensors, torch's weights-only unpickler or arrays without pickles.
 
