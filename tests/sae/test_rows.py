@@ -14,7 +14,9 @@ from sae_cases import KINDS, plain
 from torch import Tensor
 
 from fastsae import SAE, AuxK, Gated, ReLU, SAEs, TopK, lm, optim
+from fastsae.distributed.module import _refuse as refused  # pyright: ignore[reportPrivateUsage] # which needs no process group
 from fastsae.gradients import densify
+from fastsae.polytopes import dictionary_crossings
 from fastsae.sae import Crosscoder
 
 D, F, K = 7, 20, 3
@@ -156,7 +158,7 @@ def test_rows_without_a_scale(by: str) -> None:
     assert run.x_hat[2].isnan().all() and run.x_hat[[0, 1, 3]].isfinite().all()
     with pytest.raises(FloatingPointError, match="x is not finite in row 2"):
         optim.Adam(build("topk", by, dtype=torch.float32), lr=1e-3).step(nan.float())
-    assert float(sae.loss(x[:0].detach()).loss) == 0
+    assert float(sae.loss(x[:0].detach()).loss.detach()) == 0
 
 
 @each
@@ -204,4 +206,8 @@ def test_what_is_refused() -> None:
         sae.decode(sae.encode(draw(3, D, dtype=torch.float32)))
     with pytest.raises(ValueError, match="no Crosscoder"):
         Crosscoder.from_config({**SAE(D, F, TopK(K), normalise_rows="norm", pre_bias=False).config(), "n_layers": 7})
+    with pytest.raises(ValueError, match="are no straight lines"):
+        dictionary_crossings(sae, draw(2, D, dtype=torch.float32), draw(2, D, seed=1, dtype=torch.float32))
+    with pytest.raises(ValueError, match="shard: normalise_rows is not there yet for a sharded SAE"):
+        refused("shard", sae)
     assert SAE.from_config(sae.config()).normalise_rows == "norm"
