@@ -199,8 +199,8 @@ def _change(sae: Any, x: Tensor, latents: Latents, batch: torch.Size, edits: lis
     step = new - old
     change = step @ decoder(sae)[features].to(step.dtype)
     if isinstance(sae, SAE):
-        plain = sae.normalise_rows is None or sae.transcoder
-        change = change / sae.scale[1] if plain else change * normalised(x, sae.normalise_rows)[1].size
+        by = None if sae.transcoder else sae.normalise_rows
+        change = change / sae.scale[1] if by is None else change * normalised(x, by)[1].size
     return change, (step != 0).any(-1)
 
 

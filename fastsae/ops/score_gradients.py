@@ -83,27 +83,9 @@ def score_gradients(
     return (dx if needs[0] else None), dW, db, db_pre, dscale
 
 
-def threshold_gradient(
-    dvalues: Slots,
-    dl0: Tensor | float,
-    flags: Tensor,
-    threshold: Tensor,
-    bandwidth: float,
-    n_features: int,
-    backend: str | None,
-    padded: bool = False,
-) -> Tensor:
-    """``[F]``: what thresholds get, straight-through: sums of ``-(threshold * dvalue + dl0) / bandwidth`` over slots in it.
-
-    Args: as ``band_gradient``.
-    """
-    per_slot = band_gradient(dvalues, dl0, flags, threshold, bandwidth, padded)
-    crow = dvalues.crow if not padded or dvalues.crow is None else pointers(dvalues.crow, dvalues.indices.shape[0])
-    return feature_sums(per_slot, dvalues.indices, crow, n_features, backend)
-
-
 def band_gradient(dvalues: Slots, dl0: Tensor | float, flags: Tensor, threshold: Tensor, bandwidth: float, padded: bool = False) -> Tensor:
-    """What each slot gives its threshold, straight-through; in the accumulation dtype.
+    """``-(threshold * dvalue + dl0) / bandwidth`` of the slots in it: what each gives its threshold, straight-through, in the accumulation
+    dtype; 0 of the others.
 
     Args:
         dvalues: gradients of the values, where the slots are. flags: 2 in the band.

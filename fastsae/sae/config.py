@@ -30,6 +30,7 @@ class Settings(Protocol):
     l0: float
     aux: AuxK | None
     jump: JumpLoss | None
+    dense: bool | None
     normalise_rows: By | None
     dead_after: int
 

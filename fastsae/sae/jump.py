@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae import latents
 from fastsae._core.precision import full_precision
 from fastsae.gradients import Gradient, TiledGradient
 from fastsae.reference import accumulator, centre, chunks, product
-from fastsae.sae.losses import JumpLoss, Weights, part_norms, quotient
+from fastsae.sae.losses import Weights, part_norms, quotient
 
 
 def penalised(values: Tensor, norm: Tensor, tanh: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,21 +20,10 @@ def penalised(values: Tensor, norm: Tensor, tanh: float | None) -> tuple[Tensor,
     return t, slope * norm, slope * values
 
 
-def of_target(active: Tensor, jump: JumpLoss) -> tuple[Tensor, Tensor | float]:
+def of_target(active: Tensor, target: float, of_batch: bool) -> tuple[Tensor, Tensor]:
     """What ``l0`` weighs, times the number of tokens, of each token's number of latents ``[B]``; and its slopes ``[B]``."""
-    if jump.target is None:
-        return active.sum(), 1.0
-    each = active.to(torch.promote_types(active.dtype, torch.float32))
-    off = (each.mean() if jump.of_batch and len(each) else each) / jump.target - 1
-    return off.square().expand_as(each).sum(), (2 * off / jump.target).expand_as(each)
-
-
-def active_a_row(slots: latents.Slots, rows: int, dtype: torch.dtype) -> Tensor:
-    """``[rows]``: numbers of slots that are not 0."""
-    held = torch.zeros(slots.values.shape[0] + 1, dtype=torch.int64, device=slots.values.device)
-    torch.cumsum(slots.values != 0, 0, out=held[1:])
-    assert slots.crow is not None
-    return held[slots.crow[1:]].sub_(held[slots.crow[:-1]]).to(dtype)[:rows]
+    off = (active.mean() if of_batch and len(active) else active) / target - 1
+    return off.square().expand_as(active).sum(), (2 * off / target).expand_as(active)
 
 
 class PreActs:

@@ -90,6 +90,7 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
     b_mag: nn.Parameter
     threshold: nn.Parameter  # with JumpReLU
     W_skip: nn.Parameter | None
+    normalise_rows: By | None
     silent: Tensor
     scale: Tensor
     running_threshold: Tensor
@@ -153,6 +154,7 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
         self.pre_bias, self.prefixes, self.objective, self.dead_after, self.dense = pre_bias, prefixes, objective, dead_after, dense
         self.normalise_decoder = not self.transcoder if normalise_decoder is None else normalise_decoder
         self.l1, self.l0, self.aux, self.jump, self.normalise_rows = l1, l0, aux, jump, normalise_rows
+        self.needs_x = skip or (normalise_rows is not None and not self.transcoder)  # for ``decode``
         self.l1, self.l0, *_ = checked_terms("SAE", self)
 
         for name, parameter in init.parameters(self, dtype, device, seed).items():
@@ -190,11 +192,6 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
     def unit_rows(self) -> tuple[str, ...]:
         """Parameters whose rows an optimiser keeps at norm 1 (their gradient without its component along each row)."""
         return ("W_dec",) if self.normalise_decoder else ()
-
-    @property
-    def needs_x(self) -> bool:
-        """Whether ``decode`` needs the input."""
-        return self.skip or (self.normalise_rows is not None and not self.transcoder)
 
     @property
     def dead_features(self) -> Tensor:

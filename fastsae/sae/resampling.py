@@ -79,10 +79,10 @@ def resample(
         checks.tensor(op, "dead", dead, (torch.bool,), sae.silent)
         checks.shape(op, "dead", dead, tuple(start.shape), str(list(start.shape)))
     start = (start if dead is None else dead).clone()
-    new: list[dict[str, Tensor]] = []
+    given, new = ((x, 3), (target, 3), (mask, 2)), list[dict[str, Tensor]]()
     for number, (member, own) in enumerate(zip(members, start.view(len(members), -1))):
-        given = (t[number] if t is not None and isinstance(sae, SAEs) and t.dim() == n else t for t, n in ((x, 3), (target, 3), (mask, 2)))
-        new.append(_anew(op, member, own, share, generator, *given))
+        batch: list[Any] = [t[number] if t is not None and len(start.shape) == 2 and t.dim() == n else t for t, n in given]
+        new.append(_anew(op, member, own, share, generator, *batch))
     for name, p in held.items():
         if (values := [each[name] for each in new if name in each]) and bool(start.any()):
             p[start] = torch.cat(values)

@@ -21,7 +21,7 @@ from fastsae._core.world import ALONE, World
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK, active_counts
 from fastsae.ops.score_gradients import band_gradient, feature_sums, score_gradients
 from fastsae.reference import accumulator, centre, running_sums
 from fastsae.sae import jump, selection, tiles
@@ -169,12 +169,10 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
     whole = spread(target, world) if whole is None else whole
     unit = whole[0] if inputs.objective == "fvu" else x.new_full((), tokens, dtype=wide)
-    scale = quotient(unit.new_full((), 2.0), unit)
+    scale = quotient(unit.new_full((), 2.0), unit) * (1 if inputs.rows is None else inputs.rows.size)
     grads = run.x_hats.to(wide) - target.to(wide)
     error = world.each_sum(grads.square())
     grads *= scale / P
-    scale = scale if inputs.rows is None else scale * inputs.rows.size
-    grads = grads if inputs.rows is None else grads * inputs.rows.size
     G = (grads if P == 1 else running_sums(grads.flip(0)).flip(0)).to(w.W_dec.dtype)
     dfrozen = None if run.frozen is None else ((run.frozen.to(wide) - target.to(wide)) * scale).to(w.W_dec.dtype)
 
@@ -201,9 +199,9 @@ def forward(inputs: Inputs, slots: Slots | None = None) -> tuple[tiles.TilePass 
         this = tiles.TilePass(x, w, bool(terms.l1))
     else:
         this = SlotPass(encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots, x, w, terms, inputs.world)
-        if terms.jump is not None and terms.l0:
-            return this, this.run
-    return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)) if terms.l0 else None)
+    if not terms.l0 or this.run.counted is not None:
+        return this, this.run
+    return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)))
 
 
 def backward(grad: Sum, this: tiles.TilePass | SlotPass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
@@ -238,22 +236,20 @@ class SlotPass:
         self.norms = part_norms(w.W_dec, w.layers) if terms.l1 else None
         self.norm = None if self.norms is None else self.norms.sum(1)
         self.sums = magnitude = counted = None  # of the penalised magnitudes of each feature
-        if self.norm is not None and world.virtual == 1:
-            magnitude = self._penalised()[0].sum()
-        elif self.norm is not None:
+        self.pull: Tensor | float = 1.0
+        if self.norm is not None:
+            values, norm = penalised.values.to(self.wide), self.norm[penalised.indices.long()]
+            weighed, self.slope, self.grown = jump.penalised(values, norm, None if self.jump is None else self.jump.tanh)
+            magnitude = weighed.sum()
+        if self.norm is not None and world.virtual > 1:
             self.sums = feature_sums(penalised.values.abs(), penalised.indices, penalised.crow, len(self.norm), self.backend)
             magnitude = world.tree(torch.stack([world.sum(part) for part in (self.sums * self.norm).tensor_split(world.cuts[1:-1])]))
         hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
         active = world.count((self.slots.values != 0).sum())
-        if self.jump is not None and terms.l0:
-            counted, self.pull = jump.of_target(jump.active_a_row(latents.Slots(*slots[:3]), x.shape[0], self.wide), self.jump)
+        if self.jump is not None and self.jump.target is not None and terms.l0:
+            assert slots.flags is not None and slots.crow is not None
+            counted, self.pull = jump.of_target(active_counts(slots.flags, slots.crow, self.wide), self.jump.target, self.jump.of_batch)
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, counted, active, hit, self.slots.min_kept)
-
-    def _penalised(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``jump.penalised`` of the slots."""
-        assert self.norm is not None
-        values, norm = self.penalised.values.to(self.wide), self.norm[self.penalised.indices.long()]
-        return jump.penalised(values, norm, None if self.jump is None else self.jump.tanh)
 
     def backward(self, grad: Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
         """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
@@ -267,15 +263,14 @@ class SlotPass:
         if gate is not None and dfrozen is not None:
             dgate = DECODE_DVALUES(dfrozen, gate.indices, gate.crow, w.W_dec, backend=self.backend)
         if self.norm is not None and self.norms is not None:
-            _, slope, grown = self._penalised()
-            slope = (l1 * slope).to(dvalues.dtype)
+            slope = (l1 * self.slope).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
             indices, crow = self.penalised.indices, self.penalised.crow
-            sums = feature_sums(grown, indices, crow, n_features, self.backend) if self.sums is None else self.sums
+            sums = feature_sums(self.grown, indices, crow, n_features, self.backend) if self.sums is None else self.sums
             grad.add("W_dec", shrinking(l1 * quotient(sums.unsqueeze(1), self.norms), w.W_dec, self.norms))
         if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
-            pull = l0 if self.jump is None or not l0 else l0 * self.pull
-            band = band_gradient(latents.Slots(dvalues, slots.indices, slots.crow), pull, slots.flags, w.threshold, w.bandwidth)
+            moved = latents.Slots(dvalues, slots.indices, slots.crow)
+            band = band_gradient(moved, l0 * self.pull, slots.flags, w.threshold, w.bandwidth)
             grad.add("threshold", feature_sums(band, slots.indices, slots.crow, n_features, self.backend))
             if self.jump is not None and self.jump.to_scores:
                 dvalues = torch.where(slots.passes, dvalues, 0) - band.to(dvalues.dtype)

@@ -280,7 +280,7 @@ def test_errors(tmp_path: Path) -> None:
 def test_gemma_scope_2_files(tmp_path: Path) -> None:
     """Against the formula in float64: each layer's latents write to its own layer and the later ones."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    n, x, want = 3, rows(5, 3, D, dtype=torch.float32), torch.zeros(5, 3, D, dtype=torch.float64)
+    n, x, want, small = 3, rows(5, 3, D, dtype=torch.float32), torch.zeros(5, 3, D, dtype=torch.float64), dict[str, Tensor]()
     for i in range(n):
         named = {"w_enc": rows(D, F, seed=i), "w_dec": rows(F, n, D, seed=9 + i), "b_enc": rows(F, seed=i), "b_dec": rows(D, seed=i)}
         named |= {"threshold": rows(F, seed=20 + i)}
