@@ -57,8 +57,7 @@ def resample(
         >>> sae, x = fastsae.SAE(16, 64, fastsae.ReLU(), l1=0.1, dead_after=256, seed=0), torch.randn(512, 16)
         >>> opt = fastsae.optim.Adam(sae, lr=1e-3)
         >>> revive = lambda step, metrics: resample(sae, opt, x, generator=torch.Generator().manual_seed(step))
-        >>> Trainer(sae, opt, callback=revive, log_every=10, progress=False).fit([x], 20)["dead"]
-        0.0
+        >>> metrics = fastsae.Trainer(sae, opt, callback=revive, log_every=10, progress=False).fit([x], 20)
 
     Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron Resampling".
     """
