@@ -433,8 +433,8 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
         return cls(**arguments(config), dtype=dtype, device=device, seed=seed)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``cfg.json`` and ``sae.safetensors`` into a folder, normalisation folded in; TopK ones load in EleutherAI's sparsify.
-        Needs safetensors.
+        """Writes ``cfg.json`` and ``sae.safetensors`` into a folder, normalisation folded in; TopK ones without ``normalise_rows`` load in
+        EleutherAI's sparsify. Needs safetensors.
 
         ``sae.safetensors`` holds checksums and the configuration too, which is what ``load`` takes: a reader gets the older module or the
         new one, whole, also where a save was interrupted; ``cfg.json`` is for other readers. What evaluation needs is kept: the running
