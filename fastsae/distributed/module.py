@@ -75,7 +75,7 @@ class ShardedSAE(SAE):
         op, world = "SAE.encode", self.world
         with world.together(op):
             self._check_input(op, x)
-            own = self._scale_in(x.reshape(-1, self.d_in))
+            own = self.encoder_rows(x.reshape(-1, self.d_in))
             self._begin(op, own)
             rows, activation = world.gather(own), self.activation
             weights = replace(self._weights(rows), bandwidth=None)
@@ -118,7 +118,7 @@ class ShardedSAE(SAE):
             slots = Slots(values[mine], features[mine] - world.start, crow)
             y = selection.decode_rows(slots, self.W_dec, world)[0] + self.b_dec
             if x is not None and self.W_skip is not None:
-                y += selection.skipped(self._scale_in(x).reshape(-1, self.d_in), self.W_skip, world)
+                y += selection.skipped(self.encoder_rows(x).reshape(-1, self.d_in), self.W_skip, world)
             y = y.reshape(*latents.batch_shape, self.d_out)
             return y / self.scale[1] if self._scaled else y
 
@@ -243,6 +243,8 @@ def _refuse(op: str, sae: SAE) -> None:
     """ValueError where a sharded step is not there yet, by name."""
     for name, missing in {
         "AbsTopK": sae.activation.absolute,
+        "jump": sae.jump is not None,
+        "normalise_rows": sae.normalise_rows is not None,
         "a subclass of SAE": type(sae) is not SAE,
         "an SAE on the meta device": sae.W_dec.is_meta,
     }.items():

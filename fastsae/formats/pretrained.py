@@ -61,6 +61,8 @@ SAELENS = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 _TOPK = ("topk", "abstopk")
+_ROWS = {"layer_norm": "layer_norm", "constant_norm_rescale": "norm"}
+"""SAELens' words for ``normalise_rows``."""
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATS}
 
 
@@ -101,7 +103,13 @@ def _read_saelens(config: dict[str, Any], tensors: dict[str, Tensor], options: c
         more |= {"k": k, "rate": config.get("topk_threshold_lr", 0.01), "prefixes": config.get("matryoshka_widths")}
     if kind == "jumprelu" and "jumprelu_bandwidth" in config:  # trainers' checkpoints say what they trained with
         more["bandwidth"] = config["jumprelu_bandwidth"]
-    factor = _input_factor(config, options)
+    if (rows := _ROWS.get(str(config.get("normalize_activations")))) is not None:
+        if "W_skip" in found:
+            raise ValueError("a normalisation by row does not go with a skip connection, which takes the rows as they are")
+        if options.scaling_factor is not None:
+            raise ValueError(f"scaling_factor does not go with normalize_activations {config['normalize_activations']!r}")
+        more["normalise_rows"] = rows
+    factor = 1.0 if rows else _input_factor(config, options)
     found = common.scale_inputs(found, factor)
     if common.flag(config, "rescale_acts_by_decoder_norm", False) and kind in (*_TOPK, "batchtopk"):
         found = common.fold_decoder_norm(found)
@@ -142,10 +150,9 @@ def _input_factor(config: dict[str, Any], options: common.Options) -> float:
             raise ValueError("scaling_factor does not go with normalize_activations 'none'")
         return 1.0
     if normalise not in ("expected_average_only_in", "constant_scalar_rescale"):
-        rows = "it depends on each row"
-        reasons = {"layer_norm": rows, "constant_norm_rescale": rows, "covariance_whitening": "the file does not hold its matrices"}
-        known = "none, expected_average_only_in, constant_scalar_rescale"
-        raise ValueError(f"normalize_activations {normalise!r} is not supported ({reasons.get(str(normalise), 'unknown')}); known: {known}")
+        known = f"none, expected_average_only_in, constant_scalar_rescale, {', '.join(_ROWS)}"
+        reason = "the file does not hold its matrices" if normalise == "covariance_whitening" else "unknown"
+        raise ValueError(f"normalize_activations {normalise!r} is not supported ({reason}); known: {known}")
     held = config.get("activation_normalization_factor") if normalise == "constant_scalar_rescale" else config.get("activation_scaler")
     if held is not None and options.scaling_factor is not None:
         raise ValueError(f"scaling_factor does not go with normalize_activations {normalise!r}, whose factor the file holds")
@@ -367,6 +374,8 @@ def written(op: str, format: str, config: Mapping[str, Any], tensors: dict[str, 
     writers = {"saelens": _write_saelens, "sparsify": _write_sparsify, "dictionary_learning": _write_dictionary_learning}
     writers["circuit_tracer"] = _write_circuit_tracer
     try:
+        if config.get("normalise_rows") is not None and format != "saelens":
+            raise ValueError("has no normalisation by row")
         return writers[format](dict(config), tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{op}: {format} {error}") from None
@@ -394,7 +403,7 @@ def _write_saelens(config: dict[str, Any], tensors: dict[str, Tensor], metadata:
         "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": config["pre_bias"],
-        "normalize_activations": "none",
+        "normalize_activations": {ours: theirs for theirs, ours in _ROWS.items()}.get(config["normalise_rows"], "none"),
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **metadata},
     }

@@ -6,7 +6,7 @@
     circuit_tracer   [F, D]     [F, D]      relu; z where z > threshold           skip [D, D]
     llama_scope      [F, D]     [D, F]      by its configuration                  mean norm of the inputs
                      [D, F]     [F, D]      under the names W_E, W_D
-    openai           [F, D]     [D, F]      relu; top k of rows made standard
+    openai           [F, D]     [D, F]      relu; top k of standard rows           k
     goodfire         [F, D]     [D, F]      relu
     deepseek_r1      [F, D]     [D, F]      relu
     qwen_scope       [F, D]     [D, F]      top k, k in the repository's name
@@ -127,12 +127,18 @@ def _input_factor(config: Mapping[str, Any], norms: list[float], D: int, options
 
 def openai(config: dict[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Loaded:
     """Of arXiv 2406.04093. ``config``: what is beside the tensors."""
-    if (kind := config.get("activation", "ReLU")) != "ReLU":
-        why = "it makes each row standard (mean 0, deviation 1), which SAE does not" if kind == "TopK" else "known: ReLU"
-        raise ValueError(f"OpenAI's activation {kind!r} is not supported: {why}")
+    if (kind := config.get("activation", "ReLU")) not in ("ReLU", "TopK"):
+        raise ValueError(f"OpenAI's activation {kind!r} is not supported; known: ReLU, TopK")
     names = {"encoder.weight": "W_enc", "latent_bias": "b_enc", "decoder.weight": "W_dec", "pre_bias": "b_dec"}
     found = common.take({name: tensor for name, tensor in tensors.items() if name not in STATISTICS}, names)
-    return _plain(found, options, pre_bias=True)
+    loaded = _plain(found, options, pre_bias=True, normalize_decoder=True)
+    if kind == "TopK":  # each row made standard first, ``postact_fn`` after
+        held = config.get("activation_state_dict", {})
+        if (after := held.get("postact_fn", "ReLU")) not in ("ReLU", "Identity"):
+            raise ValueError(f"OpenAI's postact_fn {after!r} is not supported; known: ReLU, Identity")
+        top = {"activation": "topk", "k": common.count("k", held.get("k", options.k)), "relu": after == "ReLU"}
+        return loaded._replace(config=loaded.config | top | {"normalise_rows": "layer_norm"})
+    return loaded
 
 
 def goodfire(config: dict[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Loaded:

@@ -16,6 +16,7 @@ from fastsae.lm.hooks import Point, find, first_tensor, plain, watch
 from fastsae.patch import decoder, encode, is_transcoder, reconstruct, report
 from fastsae.sae import SAE
 from fastsae.store.latents import entries_of
+from fastsae.sae.rows import normalised
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,7 @@ def _spliced(sae: Any, x: Tensor, y: Tensor, error: str, edits: list[Edit]) -> t
         made = y if x_hat is None else _Through.apply(y, x_hat.to(y.dtype))
     if edits:
         assert latents is not None
-        change, changed = _change(sae, latents, y.shape[:-1], edits)
+        change, changed = _change(sae, x, latents, y.shape[:-1], edits)
         made = torch.where(changed[..., None], (made.to(change.dtype) + change).to(y.dtype), made.to(y.dtype))
     return made.to(y.dtype), latents
 
@@ -185,7 +186,7 @@ def numbers(edit: Edit) -> Tensor:
     return edit.features
 
 
-def _change(sae: Any, latents: Latents, batch: torch.Size, edits: list[Edit]) -> tuple[Tensor, Tensor]:
+def _change(sae: Any, x: Tensor, latents: Latents, batch: torch.Size, edits: list[Edit]) -> tuple[Tensor, Tensor]:
     """(decode(z' - z) over the edited features ``[*batch, d_out]``, the rows where a latent changed ``[*batch]``)."""
     features = torch.cat([numbers(one) for one in edits]).unique()
     old = _of_features(latents, features)
@@ -196,7 +197,10 @@ def _change(sae: Any, latents: Latents, batch: torch.Size, edits: list[Edit]) ->
         new = edited if one.where is None else torch.where(_fitting(one.where.to(old.device), batch)[..., None], edited, new)
     step = new - old
     change = step @ decoder(sae)[features].to(step.dtype)
-    return change / sae.scale[1] if isinstance(sae, SAE) else change, (step != 0).any(-1)
+    if isinstance(sae, SAE):
+        by = None if sae.transcoder else sae.normalise_rows
+        change = change / sae.scale[1] if by is None else change * normalised(x, by)[1].size
+    return change, (step != 0).any(-1)
 
 
 def _of_features(latents: Latents, features: Tensor) -> Tensor:

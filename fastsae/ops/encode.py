@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference, then_any
-from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, to_capacity
+from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, pointers, to_capacity
 from fastsae.ops import encode_samples
-from fastsae.ops.score_gradients import score_gradients, threshold_gradient
+from fastsae.ops.score_gradients import band_gradient, feature_sums, score_gradients
 from fastsae.packed import PackedWeights
 from fastsae.reference import accumulator, centre, chunks, merge_rows, scores, select_rows, tracks
 
@@ -267,7 +267,7 @@ class _EncodeThreshold(torch.autograd.Function):
         passes = ~values.isnan() if bandwidth is None else (flags & 1).bool() & ~values.isnan()
         ctx.bandwidth = bandwidth
         _keep(ctx, outputs, passes, args[:5], backend, capacity, flags, threshold)
-        return outputs if bandwidth is None else (*outputs, _active_counts(flags, crow, accumulator(values.dtype)))
+        return outputs if bandwidth is None else (*outputs, active_counts(flags, crow, accumulator(values.dtype)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -276,13 +276,13 @@ class _EncodeThreshold(torch.autograd.Function):
             _, col, crow, _, W, *_, flags, threshold = ctx.saved_tensors
             dthreshold = torch.zeros_like(threshold)
             if ctx.bandwidth is not None:
-                slots = Slots(grad, col, crow)
-                sums = threshold_gradient(slots, rest[-1], flags, threshold, ctx.bandwidth, W.shape[0], ctx.backend, ctx.padded)
+                band = band_gradient(Slots(grad, col, crow), rest[-1], flags, threshold, ctx.bandwidth, ctx.padded)
+                sums = feature_sums(band, col, pointers(crow, col.shape[0]) if ctx.padded else crow, W.shape[0], ctx.backend)
                 dthreshold = (sums if threshold.dim() else sums.sum()).to(threshold.dtype)
         return *_through_scores(ctx, grad), None, None, dthreshold, None, None, None
 
 
-def _active_counts(flags: Tensor, crow: Tensor, dtype: torch.dtype) -> Tensor:
+def active_counts(flags: Tensor, crow: Tensor, dtype: torch.dtype) -> Tensor:
     """``[rows]``: active slots of each row."""
     before = torch.cat([crow.new_zeros(1), (flags & 1).long().cumsum(0)])
     return before[crow].diff().to(dtype)
@@ -490,7 +490,7 @@ def encode_threshold(
     latents = _latents(values, crow, col, dtype, F, batch, capacity)
     if bandwidth is None:
         return latents
-    return latents, (rest[0] if rest else _active_counts(flags, crow, wide)).reshape(batch)
+    return latents, (rest[0] if rest else active_counts(flags, crow, wide)).reshape(batch)
 
 
 def encode_batch_topk(

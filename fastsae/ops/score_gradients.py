@@ -83,17 +83,9 @@ def score_gradients(
     return (dx if needs[0] else None), dW, db, db_pre, dscale
 
 
-def threshold_gradient(
-    dvalues: Slots,
-    dl0: Tensor | float,
-    flags: Tensor,
-    threshold: Tensor,
-    bandwidth: float,
-    n_features: int,
-    backend: str | None,
-    padded: bool = False,
-) -> Tensor:
-    """``[F]``: what thresholds get, straight-through: sums of ``-(threshold * dvalue + dl0) / bandwidth`` over slots in it.
+def band_gradient(dvalues: Slots, dl0: Tensor | float, flags: Tensor, threshold: Tensor, bandwidth: float, padded: bool = False) -> Tensor:
+    """``-(threshold * dvalue + dl0) / bandwidth`` of the slots in it: what each gives its threshold, straight-through, in the accumulation
+    dtype; 0 of the others.
 
     Args:
         dvalues: gradients of the values, where the slots are. flags: 2 in the band.
@@ -111,5 +103,4 @@ def threshold_gradient(
         if padded and crow is not None:
             dl0 = torch.nn.functional.pad(dl0, (0, crow.shape[0] - 1 - dl0.shape[0]))
         dl0 = dl0[Slots(grad, indices, crow).row_of()]
-    per_slot = torch.where((flags & 2).bool(), -(theta * grad.to(wide) + dl0) / bandwidth, 0)
-    return feature_sums(per_slot, indices, crow, n_features, backend)
+    return torch.where((flags & 2).bool(), -(theta * grad.to(wide) + dl0) / bandwidth, 0)

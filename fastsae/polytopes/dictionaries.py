@@ -98,6 +98,8 @@ def planes_of(op: str, wanted: str, sae: Any, kinds: tuple[str, ...], **points: 
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
     if bool((getattr(sae, "scale", b) != 1).any()) and hasattr(sae, "scale"):
         raise ValueError(f"{op}: the SAE must be in the units of the data: call its fold_()")
+    if (rows := getattr(sae, "normalise_rows", None)) is not None:
+        raise ValueError(f"{op}: along a segment the scores of an SAE with normalise_rows={rows!r} are no straight lines")
     longest = 0.0
     for dtype in (torch.float32, torch.float64):  # what float32 overflows on
         longest = longest if 0 < longest < math.inf else float(torch.linalg.vector_norm(W.to(dtype), dim=1).amax()) * 1.001

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastsae.gradients import densify
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_threshold, encode_topk
 from fastsae.reference import accumulator
@@ -26,13 +30,35 @@ from fastsae.sae.losses import (
     squares,
     unranked,
 )
+from fastsae.sae.step import step
 
 
 def loss(inputs: Inputs) -> Loss:
-    run = forward(inputs)
+    if inputs.terms.jump is not None:
+        if torch.is_grad_enabled() and (inputs.x.requires_grad or inputs.target.requires_grad):
+            raise ValueError("SAE.loss: x and target must not require gradients with jump, got some that do: detach them")
+        return Loss(*_ByHand.apply(inputs, *inputs.parameters.values()))  # pyright: ignore[reportArgumentType] # what its forward returns
+    run = inputs.restored(forward(inputs))
     dead = inputs.observe(run)
     term = None if inputs.terms.aux is None else aux_term(inputs, run.x_hats[-1], dead, inputs.terms.aux)
     return combine(run, inputs.target, inputs.terms, inputs.objective, term)
+
+
+class _ByHand(torch.autograd.Function):
+    """The loss with the gradients of ``step``."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Inputs, *parameters: Tensor) -> tuple[Tensor, ...]:
+        metrics, gradients = step(inputs)
+        needed = zip(ctx.needs_input_grad[1:], gradients.values(), strict=True)
+        ctx.save_for_backward(*(densify(gradient) if asked else None for asked, gradient in needed))
+        ctx.mark_non_differentiable(metrics.fvu, metrics.l0)
+        return metrics[:3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *(None if gradient is None else (grad * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors)
 
 
 def forward(inputs: Inputs) -> Pass:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from fastsae._core import checks
 from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from fastsae.sae.losses import AuxK
+from fastsae.sae.losses import AuxK, JumpLoss
+from fastsae.sae.rows import By
 
 
 class Settings(Protocol):
@@ -28,6 +29,9 @@ class Settings(Protocol):
     l1: float
     l0: float
     aux: AuxK | None
+    jump: JumpLoss | None
+    dense: bool | None
+    normalise_rows: By | None
     dead_after: int
 
 
@@ -54,6 +58,8 @@ def to_json(sae: Settings) -> dict[str, Any]:
         "l1": checks.plain(sae.l1),
         "l0": checks.plain(sae.l0),
         "aux": None if sae.aux is None else asdict(sae.aux),
+        "jump": None if sae.jump is None else asdict(sae.jump),
+        "normalise_rows": sae.normalise_rows,
         "dead_after": checks.plain(sae.dead_after),
     }
 
@@ -76,11 +82,13 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         activation = ReLU() if kind == "relu" else Gated()
     else:
         raise ValueError(f"unknown activation {kind!r}")
-    options = {name: config[name] for name in ("prefixes", "tied", "objective", "l1", "l0", "dead_after", "pre_bias") if name in config}
+    same = ("prefixes", "tied", "objective", "l1", "l0", "dead_after", "pre_bias", "normalise_rows")
+    options = {name: config[name] for name in same if name in config}
     options |= {"skip": config.get("skip_connection", False), "normalise_decoder": config.get("normalize_decoder")}
     transcoder = checks.flag("SAE", "transcoder", config.get("transcoder", config.get("transcode", False)))
     options["d_out"] = config["d_out"] if transcoder else None
     if not transcoder and config.get("d_out") not in (None, config["d_in"]):
         raise ValueError(f"d_out={config['d_out']!r} is for transcoders")
     options["aux"] = None if config.get("aux") is None else AuxK(**config["aux"])
+    options["jump"] = None if config.get("jump") is None else JumpLoss(**config["jump"])
     return {"d_in": config["d_in"], "d_sae": config["num_latents"], "activation": activation, **options}

@@ -133,8 +133,8 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             if wrong := [name for name in got if got[name] != wanted.get(name)]:
                 message = f"layer {number} of {n} must have {wrong[0]}={wanted.get(wrong[0])!r}, got {got[wrong[0]]!r}"
                 raise ValueError(f"CrossLayerTranscoder: {message}")
-        if first.skip or first.tied or first.prefixes:
-            raise ValueError("CrossLayerTranscoder: its layers have no skip, no tied weights and no prefixes")
+        if first.skip or first.tied or first.prefixes or first.jump or first.normalise_rows:
+            raise ValueError("CrossLayerTranscoder: its layers have no skip, tied weights, prefixes, jump or normalise_rows")
         made = cls.__new__(cls)
         made._hold(layers)
         for number, layer in enumerate(layers[1:], 1):
@@ -380,20 +380,21 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         cls,
         folder: str | os.PathLike[str],
         *,
-        format: Literal["circuit_tracer"] = "circuit_tracer",  # noqa: A002
+        format: Literal["circuit_tracer", "gemma_scope_2"] | None = None,  # noqa: A002
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> CrossLayerTranscoder:
-        """Reads a folder of circuit-tracer's cross-layer files, ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so on; in evaluation
-        mode. JumpReLU where they hold thresholds, else ReLU.
+        """Reads a folder of circuit-tracer's cross-layer files, ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so on, or of Gemma
+        Scope 2's, ``params_layer_0.safetensors`` and so on; in evaluation mode. JumpReLU where they hold thresholds, else ReLU.
 
-        Raises: FileNotFoundError; ValueError: a file that is missing, damaged or does not fit the others, a threshold below 0.
+        Raises: FileNotFoundError; ValueError: a file that is missing, damaged or does not fit the others, circuit-tracer's threshold
+        below 0, Gemma Scope 2's affine skip connections, a layer that writes to earlier ones.
         """
         op = "CrossLayerTranscoder.from_pretrained"
-        if format != "circuit_tracer":
-            raise ValueError(f"{op}: format must be 'circuit_tracer', got {format!r}")
+        if format not in (None, "circuit_tracer", "gemma_scope_2"):
+            raise ValueError(f"{op}: format must be 'circuit_tracer', 'gemma_scope_2' or None, got {format!r}")
         try:
-            return cls.of([modules.made(SAE.from_config, loaded, dtype, device) for loaded in cross_layer.read(folder)])
+            return cls.of([modules.made(SAE.from_config, loaded, dtype, device) for loaded in cross_layer.read(folder, format)])
         except ValueError as error:
             raise ValueError(f"{op}: {folder}: {error}") from error
 

@@ -186,6 +186,7 @@ class Crosscoder(SAE[L]):
         options = arguments({name: value for name, value in config.items() if name != "n_layers"})
         d_in = checks.integer("Crosscoder", "d_in", options.pop("d_in"), n_layers)
         fixed = {"pre_bias": False, "tied": False, "skip": False, "normalise_decoder": False, "d_out": None}
+        fixed |= {"jump": None, "normalise_rows": None}
         if d_in % n_layers or any(options.pop(name, value) != value for name, value in fixed.items()):
             raise ValueError(f"it has settings that no Crosscoder of {n_layers} layers has")
         return cls(n_layers, d_in // n_layers, **options, dtype=dtype, device=device, seed=seed)

@@ -36,7 +36,7 @@ class Published(nn.Module):
     """A module with ``save_pretrained`` that can be uploaded."""
 
     d_in: int
-    skip: bool
+    needs_x: bool
 
     def save_pretrained(
         self,
@@ -97,7 +97,7 @@ class Published(nn.Module):
                     repository=repository,
                     subfolder=f', subfolder="{subfolder}"' if subfolder else "",
                     d_in=self.d_in,
-                    skip=", x" if self.skip else "",
+                    skip=", x" if self.needs_x else "",
                 )
                 (folder / "README.md").write_text(text, encoding="utf-8")
             done = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message)

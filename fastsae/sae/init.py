@@ -1,8 +1,9 @@
-"""Where an SAE starts: its parameters, the centre and scale of data, and that scale folded back into the weights."""
+"""Where an SAE starts: its parameters, the centre and scale of data, and that scale folded back into the weights (``Starting``)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,13 @@ from torch import Tensor, nn
 from fastsae._core import checks, finite, seeds
 from fastsae._core.precision import full_precision
 from fastsae.reference import accumulator
-from fastsae.sae.activations import Gated, JumpReLU
+from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU
 from fastsae.sae.config import Settings
+from fastsae.sae.inputs import check_x, checked_rows
+from fastsae.sae.rows import By, normalised
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def parameters(sae: Settings, dtype: torch.dtype, device: torch.device, seed: int | None) -> dict[str, nn.Parameter | None]:
@@ -115,3 +121,93 @@ def folded(tensors: dict[str, Tensor], scale: Tensor, transcoder: bool) -> dict[
     if transcoder:
         factors |= {"W_dec": s / t, "W_skip": s / t}
     return {name: (tensor * factors[name]).to(tensor.dtype) if name in factors else tensor for name, tensor in tensors.items()}
+
+
+class Starting(nn.Module):
+    """A module that starts from data."""
+
+    d_in: int
+    d_out: int
+    transcoder: bool
+    pre_bias: bool
+    normalise_rows: By | None
+    activation: Activation
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    scale: Tensor
+    running_threshold: Tensor
+    _scaled: bool
+
+    def buffers_changed(self) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def init_from(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        b_dec: Literal["mean", "geometric_median"] | None = "mean",
+        norm: Literal["rms"] | None = None,
+        encoder: Literal["transpose"] | None = "transpose",
+    ) -> Self:
+        """Starts from data: the decoder's bias at the centre of what is to be reconstructed, the encoder at the decoder's rows.
+
+        Args:
+            x: ``[.., D]``, a sample of activations. target, mask: as in ``loss``.
+            b_dec: "mean"; "geometric_median" (Weiszfeld's iteration, less moved by outliers); None leaves it. With ``normalise_rows`` of an
+                autoencoder that of the normalised rows of ``x``.
+            norm: "rms" multiplies inputs, and targets, by one number each such that their entries have mean square 1: learning rates and
+                penalties then mean the same on every layer. The loss is in these units. ``save`` and ``fold_`` fold the numbers into the
+                weights.
+            encoder: "transpose" sets ``W_enc = W_dec`` (where their shapes agree); None leaves it.
+
+        Returns: the module.
+
+        Raises: as ``loss``; ValueError: a row that is not finite, by its place; no row that counts; rows whose mean or normalisation is not
+        finite. The module is then as before.
+        """
+        op = "SAE.init_from"
+        check_options(op, b_dec, norm, encoder)
+        check_x(op, x, self.d_in, self.W_dec)
+        own: Any = self
+        rows, wanted = checked_rows(op, own, x, target, mask, self.W_dec)
+        check_rows(op, rows, x, target, mask)
+        if self.normalise_rows is not None:
+            if norm is not None:
+                raise ValueError(f"{op}: norm does not go with normalise_rows={self.normalise_rows!r}, which scales each row")
+            rows, wanted = normalised(rows, self.normalise_rows)[0], wanted if self.transcoder else None
+        if norm is not None and self.transcoder and self.pre_bias:
+            raise ValueError(f"{op}: norm does not go with a transcoder that has a pre_bias, whose b_dec would need two scales")
+        scale, centre = measured(op, rows, rows if wanted is None else wanted, b_dec, norm, self.scale)
+        self.scale.copy_(scale)
+        self.buffers_changed()
+        if centre is not None:
+            self.b_dec.copy_(centre * self.scale[1])
+        if encoder == "transpose" and self.d_out == self.d_in:
+            self.W_enc.copy_(self.W_dec)
+        return self
+
+    @torch.no_grad()
+    def fold_(self) -> Self:
+        """Folds the normalisation of ``init_from`` into the weights: latents and reconstructions are then in the units of the data."""
+        tensors, bandwidth = self._folded()
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
+        if isinstance(self.activation, JumpReLU):
+            self.activation = replace(self.activation, bandwidth=bandwidth)
+        self.scale.fill_(1)
+        self.buffers_changed()
+        return self
+
+    def _folded(self) -> tuple[dict[str, Tensor], float | None]:
+        """Parameters and the running threshold, and JumpReLU's bandwidth, in the units of the data."""
+        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        bandwidth = self.activation.bandwidth if isinstance(self.activation, JumpReLU) else None
+        if isinstance(self.activation, BatchTopK):
+            tensors["running_threshold"] = self.running_threshold
+        if not self._scaled:
+            return tensors, bandwidth
+        return folded(tensors, self.scale, self.transcoder), None if bandwidth is None else bandwidth / float(self.scale[0])

@@ -16,7 +16,8 @@ from fastsae.latents import Latents
 from fastsae.sae import tiles
 from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU
 from fastsae.sae.config import Settings
-from fastsae.sae.losses import AuxK, Pass, Terms, Weights
+from fastsae.sae.losses import AuxK, JumpLoss, Pass, Terms, Weights
+from fastsae.sae.rows import Rows
 
 
 class Encoded(NamedTuple):
@@ -41,6 +42,7 @@ class Inputs(NamedTuple):
         observe: takes notice of a pass (silent features, running threshold) where the module trains, and returns ``[F]`` bool, which
             features are dead.
         parameters: by name; a tied encoder has none of its own.
+        rows: how reconstructions come back to the units of the target, where ``x`` was normalised by row.
         world: the processes that hold the dictionary; where features are sharded ``weights`` and ``parameters`` are this process's part,
             and the rows those of all processes.
     """
@@ -57,7 +59,14 @@ class Inputs(NamedTuple):
     encode: Callable[[Tensor], Encoded]
     observe: Callable[[Pass], Tensor]
     parameters: dict[str, nn.Parameter]
+    rows: Rows | None = None
     world: World = ALONE
+
+    def restored(self, run: Pass) -> Pass:
+        if self.rows is None:
+            return run
+        frozen = None if run.frozen is None else self.rows.restored(run.frozen)
+        return run._replace(x_hats=self.rows.restored(run.x_hats), frozen=frozen)
 
 
 def check_x(op: str, x: Any, d_in: int, like: Tensor) -> None:
@@ -99,7 +108,14 @@ def checked_terms(op: str, sae: Settings, l1: Any = None, l0: Any = None, aux: A
         raise ValueError(f"{op}: aux does not go with Gated, whose gate has a reconstruction error of its own")
     if aux is not None and aux.relu and isinstance(sae.activation, AbsTopK):
         raise ValueError(f"{op}: aux must have relu=False with AbsTopK, whose scores may be negative, got {aux}")
-    return Terms(l1, l0, aux)
+    if aux is not None and sae.normalise_rows is not None and not sae.transcoder:
+        raise ValueError(f"{op}: aux does not go with normalise_rows: the error is in units of the data, its reconstruction is not")
+    jump = sae.jump
+    if jump is not None and not isinstance(jump, JumpLoss):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may have no checker
+        raise TypeError(f"{op}: jump must be a JumpLoss or None, got {type(jump).__name__}")
+    if jump is not None and (getattr(sae.activation, "bandwidth", None) is None or sae.dense):
+        raise ValueError(f"{op}: jump needs JumpReLU with a bandwidth, and not dense=True, got {sae.activation}, dense={sae.dense}")
+    return Terms(l1, l0, aux, jump)
 
 
 def cast(x: Tensor, w: Weights) -> tuple[Tensor, Weights]:

@@ -90,6 +90,40 @@ class AuxK:
         return cls(k, coefficient, denominator="total")
 
 
+@dataclass(frozen=True)
+class JumpLoss:
+    """What the published ways to train a JumpReLU add to the plain one, whose ``l0`` weighs the number of latents and reaches thresholds
+    alone. Needs ``JumpReLU`` with a bandwidth; with ``z`` the scores, ``f`` the latents, ``n`` the decoder's row norms:
+
+    Attributes:
+        target: ``l0`` weighs ``(L0 / target - 1)^2`` in place of ``L0``.
+        of_batch: ``L0`` is the batch's mean, not each token's.
+        tanh: ``l1`` weighs ``sum tanh(tanh * f n)`` in place of ``sum f n``.
+        pre_acts: weight of a further term, ``sum max(max(threshold, 0) - z, 0) n`` a token, over the dead features or all of them.
+        all_features: all of them; the term then takes as long as a dense encoder.
+        to_scores: scores in the band get the negative of what thresholds get from them, and so do encoder and biases.
+
+    Sources: Rajamanoharan et al. 2024 (arXiv 2407.14435, appendix F) for ``target``, a token's; "Circuits Updates, January 2025"
+    (Anthropic) for the last four: ``JumpLoss(tanh=4.0, pre_acts=3e-6, all_features=True, to_scores=True)`` with ``l1``. SAELens:
+    "quadratic" has ``l0 = 2 * target * l0_coefficient``; ``jumprelu_ste_to_input`` is ``to_scores``; its pre-activation loss is of dead
+    features. dictionary_learning: ``of_batch``, but that it looks for the band among latents, where scores below it are not.
+    """
+
+    target: float | None = None
+    of_batch: bool = False
+    tanh: float | None = None
+    pre_acts: float = 0.0
+    all_features: bool = False
+    to_scores: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("target", "tanh", "pre_acts"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checks.number("JumpLoss", name, value, positive=name != "pre_acts"))
+        for name in ("of_batch", "all_features", "to_scores"):
+            checks.flag("JumpLoss", name, getattr(self, name))
+
+
 AuxOption = AuxK | Literal[False] | None
 """Of one loss: False for none, None for the module's own."""
 
@@ -100,6 +134,7 @@ class Terms(NamedTuple):
     l1: float
     l0: float
     aux: AuxK | None
+    jump: JumpLoss | None
 
 
 class Pass(NamedTuple):

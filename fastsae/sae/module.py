@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
@@ -24,17 +23,18 @@ from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, Kind
 from fastsae.sae.config import arguments, to_json
 from fastsae.sae.hub import Published
 from fastsae.sae.inputs import Encoded, Inputs, autocast_off, cast, check_x, checked_rows, checked_terms, counted, is_dense
-from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Weights, squares
+from fastsae.sae.losses import AuxK, AuxOption, JumpLoss, Loss, Metrics, Pass, Weights, squares
 from fastsae.sae.packing import Packing
 from fastsae.sae.processes import Wrapped
 from fastsae.sae.reconstruction import Reconstruction
+from fastsae.sae.rows import KINDS, By, normalised
 from fastsae.sae.step import step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class SAE(Packing, Wrapped, Published, Generic[L]):
+class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
     """Sparse autoencoder: ``latents = activation(W_enc (x - b_dec) + b_enc)``, ``x_hat = W_dec^T latents + b_dec``.
 
     With ``d_out`` it is a transcoder: it reconstructs a ``target`` from ``x``, ``b_dec [d_out]`` is not subtracted from ``x``, and ``skip``
@@ -66,6 +66,11 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         pre_bias: subtract ``b_dec`` from ``x`` first; default: yes, but not for transcoders (True needs ``d_out = d_in``).
         objective: "mse", squared error a token (summed over d_out), or "fvu", fraction of variance unexplained.
         l1, l0, aux: the loss's further terms where a call gives none; see ``loss`` and ``AuxK``.
+        jump: how a JumpReLU is trained, where it is not by ``l0`` alone; see ``JumpLoss``. There is no dense regime then.
+        normalise_rows: each row of ``x`` is normalised by itself, and an autoencoder's reconstruction brought back: "layer_norm",
+            ``(x - mean) / (std + 1e-5)`` with the deviation over D - 1 and ``x_hat = y std + mean``; "norm", to the norm ``sqrt(D)``. Loss
+            and FVU are in units of the data. Rows that are constant (of norm 0) become 0. Not with ``skip`` or, but for transcoders,
+            ``aux``.
         dead_after: tokens without firing after which a feature counts as dead.
         normalise_decoder: decoder rows are meant to stay of norm 1, see ``unit_rows``; default: yes, but not for transcoders.
         dense: run the loss tile by tile over F; None: where more than 1/8 of the scores would be stored, by a sample of them
@@ -85,6 +90,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     b_mag: nn.Parameter
     threshold: nn.Parameter  # with JumpReLU
     W_skip: nn.Parameter | None
+    normalise_rows: By | None
     silent: Tensor
     scale: Tensor
     running_threshold: Tensor
@@ -106,6 +112,8 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         l1: float = 0.0,
         l0: float = 0.0,
         aux: AuxK | None = None,
+        jump: JumpLoss | None = None,
+        normalise_rows: By | None = None,
         dead_after: int = 10_000_000,
         normalise_decoder: bool | None = None,
         dense: bool | None = None,
@@ -135,6 +143,9 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
                 raise ValueError(f"SAE: prefixes must ascend strictly and end in d_sae={d_sae}, got {prefixes}")
         if objective not in ("mse", "fvu"):
             raise ValueError(f"SAE: objective must be 'mse' or 'fvu', got {objective!r}")
+        if normalise_rows is not None and (normalise_rows not in KINDS or skip or (normalise_rows == "layer_norm" and d_in == 1)):
+            wanted = "'layer_norm' (d_in > 1), 'norm' or None, and None with skip"
+            raise ValueError(f"SAE: normalise_rows must be {wanted}, got {normalise_rows!r} with d_in={d_in}, skip={skip}")
         dead_after = checks.integer("SAE", "dead_after", dead_after, 1)
         if dtype not in checks.FLOATS:
             raise TypeError(f"SAE: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -142,8 +153,9 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         self.transcoder, self.d_out, self.skip, self.tied = d_out is not None, d_out or d_in, skip, tied
         self.pre_bias, self.prefixes, self.objective, self.dead_after, self.dense = pre_bias, prefixes, objective, dead_after, dense
         self.normalise_decoder = not self.transcoder if normalise_decoder is None else normalise_decoder
-        self.l1, self.l0, self.aux = l1, l0, aux
-        self.l1, self.l0, _ = checked_terms("SAE", self)
+        self.l1, self.l0, self.aux, self.jump, self.normalise_rows = l1, l0, aux, jump, normalise_rows
+        self.needs_x = skip or (normalise_rows is not None and not self.transcoder)  # for ``decode``
+        self.l1, self.l0, *_ = checked_terms("SAE", self)
 
         for name, parameter in init.parameters(self, dtype, device, seed).items():
             self.register_parameter(name, parameter)
@@ -154,7 +166,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         self._scaled = False
 
     def extra_repr(self) -> str:
-        more = [f"{name}={getattr(self, name)}" for name in ("prefixes", "tied", "aux") if getattr(self, name)]
+        more = [f"{name}={getattr(self, name)}" for name in ("prefixes", "tied", "aux", "jump", "normalise_rows") if getattr(self, name)]
         if self.transcoder:
             more.append(f"d_out={self.d_out}, skip={self.skip}")
         if self.pre_bias is self.transcoder:
@@ -219,15 +231,18 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
     def encode(self, x: Tensor) -> L:
         """``[.., D]`` to latents over F features (after ``init_from(norm=)`` and until saved or folded: of the normalised input)."""
         self._check_input("SAE.encode", x)
-        return self._encode(self._scale_in(x)).latents  # pyright: ignore[reportReturnType] # of the activation's kind
+        return self._encode(self.encoder_rows(x)).latents  # pyright: ignore[reportReturnType] # of the activation's kind
 
     def _check_input(self, op: str, x: Tensor) -> None:
         check_x(op, x, self.d_in, self.W_dec)
         if not checks.autocasting(x.device):
             checks.narrower(op, "x", x, "the parameters", self.W_dec)
 
-    def _scale_in(self, x: Tensor) -> Tensor:
+    def encoder_rows(self, x: Tensor) -> Tensor:
+        """``x`` as the encoder sees it before ``b_dec`` is subtracted: scaled by ``init_from``'s number, or normalised by row."""
         x = checks.widened(x, self.W_dec)
+        if self.normalise_rows is not None:
+            return normalised(x, self.normalise_rows)[0]
         return x * self.scale[0] if self._scaled else x
 
     def _encode(self, x: Tensor, scale: Tensor | None = None) -> Encoded:
@@ -254,10 +269,14 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         return self.threshold if isinstance(self.activation, JumpReLU) else 0.0
 
     def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
-        """Latents to ``[.., d_out]``; with a skip connection also the input ``x [.., D]``."""
-        if self.skip and x is None:
-            raise ValueError("SAE.decode: x must be given, the skip connection needs it")
-        x = None if x is None or not self.skip else self._scale_in(x)
+        """Latents to ``[.., d_out]``; with a skip connection, and for an autoencoder that normalises rows, also the input ``x [.., D]``."""
+        if self.needs_x and x is None:
+            raise ValueError(f"SAE.decode: x must be given, {'the skip connection' if self.skip else 'normalise_rows'} needs it")
+        if x is not None and self.normalise_rows is not None and not self.transcoder:
+            self._check_input("SAE.decode", x)
+            y = decode(latents, self.W_dec, self.b_dec)
+            return normalised(checks.widened(x, self.W_dec), self.normalise_rows)[1].restored(y)
+        x = None if x is None or not self.skip else self.encoder_rows(x)
         y = decode(latents, self.W_dec, self.b_dec, x=x, skip=self.W_skip)
         return y / self.scale[1] if self._scaled else y
 
@@ -348,8 +367,12 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         self._check_input(op, x)
         terms = checked_terms(op, self, l1, l0, aux)
         x, target = checked_rows(op, self, x, target, mask, self.W_dec)
+        found = None
         if self._scaled:
             x, target = x * self.scale[0], None if target is None else target * self.scale[1]
+        if self.normalise_rows is not None:
+            target = x if target is None else target
+            x, found = normalised(x, self.normalise_rows)
         weights = self._weights(x)
         as_cast = cast(x, weights)
         return Inputs(
@@ -360,11 +383,12 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
             activation=self.activation,
             weights=weights,
             cast=as_cast,
-            dense=is_dense(self.activation, self.dense, *as_cast),
+            dense=self.jump is None and is_dense(self.activation, self.dense, *as_cast),
             autocast_off=autocast_off(x),
             encode=self._encode,
             observe=self._observe,
             parameters=dict(self.named_parameters()),
+            rows=None if self.transcoder else found,
         )
 
     def _weights(self, x: Tensor) -> Weights:
@@ -390,72 +414,6 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
             along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
 
-    # ------------------------------------------------------------ start
-
-    @torch.no_grad()
-    def init_from(
-        self,
-        x: Tensor,
-        target: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        b_dec: Literal["mean", "geometric_median"] | None = "mean",
-        norm: Literal["rms"] | None = None,
-        encoder: Literal["transpose"] | None = "transpose",
-    ) -> Self:
-        """Starts from data: the decoder's bias at the centre of what is to be reconstructed, the encoder at the decoder's rows.
-
-        Args:
-            x: ``[.., D]``, a sample of activations. target, mask: as in ``loss``.
-            b_dec: "mean"; "geometric_median" (Weiszfeld's iteration, less moved by outliers); None leaves it.
-            norm: "rms" multiplies inputs, and targets, by one number each such that their entries have mean square 1: learning rates and
-                penalties then mean the same on every layer. The loss is in these units. ``save`` and ``fold_`` fold the numbers into the
-                weights.
-            encoder: "transpose" sets ``W_enc = W_dec`` (where their shapes agree); None leaves it.
-
-        Returns: the module.
-
-        Raises: as ``loss``; ValueError: a row that is not finite, by its place; no row that counts; rows whose mean or normalisation is not
-        finite. The module is then as before.
-        """
-        op = "SAE.init_from"
-        init.check_options(op, b_dec, norm, encoder)
-        check_x(op, x, self.d_in, self.W_dec)
-        rows, wanted = checked_rows(op, self, x, target, mask, self.W_dec)
-        init.check_rows(op, rows, x, target, mask)
-        if norm is not None and self.transcoder and self.pre_bias:
-            raise ValueError(f"{op}: norm does not go with a transcoder that has a pre_bias, whose b_dec would need two scales")
-        scale, centre = init.measured(op, rows, rows if wanted is None else wanted, b_dec, norm, self.scale)
-        self.scale.copy_(scale)
-        self.buffers_changed()
-        if centre is not None:
-            self.b_dec.copy_(centre * self.scale[1])
-        if encoder == "transpose" and self.d_out == self.d_in:
-            self.W_enc.copy_(self.W_dec)
-        return self
-
-    @torch.no_grad()
-    def fold_(self) -> Self:
-        """Folds the normalisation of ``init_from`` into the weights: latents and reconstructions are then in the units of the data."""
-        tensors, bandwidth = self._folded()
-        for name, tensor in tensors.items():
-            getattr(self, name).copy_(tensor)
-        if isinstance(self.activation, JumpReLU):
-            self.activation = replace(self.activation, bandwidth=bandwidth)
-        self.scale.fill_(1)
-        self.buffers_changed()
-        return self
-
-    def _folded(self) -> tuple[dict[str, Tensor], float | None]:
-        """Parameters and the running threshold, and JumpReLU's bandwidth, in the units of the data."""
-        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        bandwidth = self.activation.bandwidth if isinstance(self.activation, JumpReLU) else None
-        if isinstance(self.activation, BatchTopK):
-            tensors["running_threshold"] = self.running_threshold
-        if not self._scaled:
-            return tensors, bandwidth
-        return init.folded(tensors, self.scale, self.transcoder), None if bandwidth is None else bandwidth / float(self.scale[0])
-
     # ------------------------------------------------------------ files
 
     def config(self) -> dict[str, Any]:
@@ -475,8 +433,8 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         return cls(**arguments(config), dtype=dtype, device=device, seed=seed)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``cfg.json`` and ``sae.safetensors`` into a folder, normalisation folded in; TopK ones load in EleutherAI's sparsify.
-        Needs safetensors.
+        """Writes ``cfg.json`` and ``sae.safetensors`` into a folder, normalisation folded in; TopK ones without ``normalise_rows`` load in
+        EleutherAI's sparsify. Needs safetensors.
 
         ``sae.safetensors`` holds checksums and the configuration too, which is what ``load`` takes: a reader gets the older module or the
         new one, whole, also where a save was interrupted; ``cfg.json`` is for other readers. What evaluation needs is kept: the running
@@ -546,12 +504,12 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         of a TopK is left out.
 
         ``normalise_decoder`` is what the library's trainer does (sparsify: its setting; dictionary_learning: yes, but not for
-        ``AutoEncoderNew``; Gemma Scope: yes; SAELens: no, but for old files that say so), and only where the decoder's rows have norm 1, up
-        to 2e-6 or the spacing of half precision: no step then changes what the file computes but by its learning rate.
+        ``AutoEncoderNew``; Gemma Scope, OpenAI: yes; SAELens: no, but for old files that say so), and only where the decoder's rows have
+        norm 1, up to 2e-6 or the spacing of half precision: no step then changes what the file computes but by its learning rate.
 
-        Refused by name: normalisations that depend on each row (``layer_norm``, ``constant_norm_rescale``, OpenAI's TopK), whitening that
-        is not folded, architectures other than those of ``SAE`` (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal),
-        cross-layer transcoders, and a square encoder of which nothing says whether it is ``[F, D]``.
+        Refused by name: whitening that is not folded, a skip of rows that are normalised, architectures other than those of ``SAE``
+        (sparsify's ``groupmax`` and signed top k; matching pursuit, temporal), cross-layer transcoders (``CrossLayerTranscoder`` reads
+        those), and a square encoder of which nothing says whether it is ``[F, D]``.
 
         Nothing in a file is executed: tensors come from safetensors, torch's weights-only unpickler or arrays without pickles.
 

@@ -34,7 +34,7 @@ from fastsae.sae.step import Slots, encode_slots, shrinking, step
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_SAME = ("n_layers", "d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder")
+_SAME = ("n_layers", "d_in", "d_sae", "d_out", "transcoder", "skip", "tied", "prefixes", "normalise_decoder", "normalise_rows")
 
 
 class SAEs(nn.Module):
@@ -263,8 +263,10 @@ class SAEs(nn.Module):
 
 def _slots(inputs: list[Inputs]) -> list[Slots] | None:
     """Latents of each member for one call of each further operation, or None where that does not serve: several prefixes, a gate, a skip,
-    AuxK, crosscoders, members with different bandwidths, numbers of latents or tokens."""
+    AuxK, ``jump``, normalised rows, crosscoders, members with different bandwidths, numbers of latents or tokens."""
     w = inputs[0].weights
+    if any(member.terms.jump is not None or member.rows is not None for member in inputs):
+        return None
     if len(w.prefixes) > 1 or w.skip is not None or w.r_mag is not None or w.layers > 1 or any(member.terms.aux for member in inputs):
         return None
     if len({(m.x.shape[0], m.x.dtype, bool(m.terms.l0), m.weights.bandwidth) for m in inputs}) > 1:

@@ -21,10 +21,10 @@ from fastsae._core.world import ALONE, World
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
-from fastsae.ops.score_gradients import feature_sums, score_gradients, threshold_gradient
+from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK, active_counts
+from fastsae.ops.score_gradients import band_gradient, feature_sums, score_gradients
 from fastsae.reference import accumulator, centre, running_sums
-from fastsae.sae import selection, tiles
+from fastsae.sae import jump, selection, tiles
 from fastsae.sae.activations import Activation, BatchTopK, TopK
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import (
@@ -163,12 +163,13 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     (x, w), target, terms = inputs.cast, inputs.target, inputs.terms
     P, wide, tokens, world = len(w.prefixes), accumulator(x.dtype), max(x.shape[0], 1), inputs.world
     this, run = forward(inputs)
+    run = inputs.restored(run)
     dead = inputs.observe(run)
 
     # dL/dx_hat of each prefix; a slot of group j reaches the prefixes from j on, hence the suffix sums.
     whole = spread(target, world) if whole is None else whole
     unit = whole[0] if inputs.objective == "fvu" else x.new_full((), tokens, dtype=wide)
-    scale = quotient(unit.new_full((), 2.0), unit)
+    scale = quotient(unit.new_full((), 2.0), unit) * (1 if inputs.rows is None else inputs.rows.size)
     grads = run.x_hats.to(wide) - target.to(wide)
     error = world.each_sum(grads.square())
     grads *= scale / P
@@ -183,6 +184,11 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     backward(grad, this, G, dfrozen, *rates)
     aux = None if terms.aux is None else aux_step(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
     loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole, world)
+    if terms.jump is not None and terms.jump.pre_acts:
+        short = jump.PreActs(x, w, None if terms.jump.all_features else dead, terms.jump.pre_acts / tokens)
+        loss = loss + short.loss
+        for name, gradient in short.gradients().items():
+            grad.add(name, gradient)
     return Metrics(loss, fvu, l0, world.count(dead.sum()), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
 
 
@@ -193,7 +199,9 @@ def forward(inputs: Inputs, slots: Slots | None = None) -> tuple[tiles.TilePass 
         this = tiles.TilePass(x, w, bool(terms.l1))
     else:
         this = SlotPass(encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots, x, w, terms, inputs.world)
-    return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)) if terms.l0 else None)
+    if not terms.l0 or this.run.counted is not None:
+        return this, this.run
+    return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)))
 
 
 def backward(grad: Sum, this: tiles.TilePass | SlotPass, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
@@ -212,7 +220,7 @@ class SlotPass:
 
     def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World):
         self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
-        self.slots = slots
+        self.slots, self.jump = slots, terms.jump
         self.groups = groups = Groups.of(slots, w.prefixes, x.shape[0], world.start)
         grouped = latents.Slots(groups.values, groups.indices, groups.crow)
         partial = decoded(grouped, w.W_dec, None, world, len(w.prefixes)).to(self.wide)
@@ -227,15 +235,21 @@ class SlotPass:
         self.penalised = penalised = self.gate or self.slots
         self.norms = part_norms(w.W_dec, w.layers) if terms.l1 else None
         self.norm = None if self.norms is None else self.norms.sum(1)
-        self.sums = magnitude = None  # of the penalised magnitudes of each feature
-        if self.norm is not None and world.virtual == 1:
-            magnitude = (penalised.values.to(self.wide).abs() * self.norm[penalised.indices.long()]).sum()
-        elif self.norm is not None:
+        self.sums = magnitude = counted = None  # of the penalised magnitudes of each feature
+        self.pull: Tensor | float = 1.0
+        if self.norm is not None:
+            values, norm = penalised.values.to(self.wide), self.norm[penalised.indices.long()]
+            weighed, self.slope, self.grown = jump.penalised(values, norm, None if self.jump is None else self.jump.tanh)
+            magnitude = weighed.sum()
+        if self.norm is not None and world.virtual > 1:
             self.sums = feature_sums(penalised.values.abs(), penalised.indices, penalised.crow, len(self.norm), self.backend)
             magnitude = world.tree(torch.stack([world.sum(part) for part in (self.sums * self.norm).tensor_split(world.cuts[1:-1])]))
         hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
         active = world.count((self.slots.values != 0).sum())
-        self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
+        if self.jump is not None and self.jump.target is not None and terms.l0:
+            assert slots.flags is not None and slots.crow is not None
+            counted, self.pull = jump.of_target(active_counts(slots.flags, slots.crow, self.wide), self.jump.target, self.jump.of_batch)
+        self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, counted, active, hit, self.slots.min_kept)
 
     def backward(self, grad: Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
         """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
@@ -249,19 +263,23 @@ class SlotPass:
         if gate is not None and dfrozen is not None:
             dgate = DECODE_DVALUES(dfrozen, gate.indices, gate.crow, w.W_dec, backend=self.backend)
         if self.norm is not None and self.norms is not None:
-            values, indices = self.penalised.values, self.penalised.indices
-            slope = (l1 * self.norm[indices.long()] * values.sign()).to(dvalues.dtype)
+            slope = (l1 * self.slope).to(dvalues.dtype)
             dvalues, dgate = (dvalues + slope, None) if dgate is None else (dvalues, dgate + slope)
-            sums = feature_sums(values.abs(), indices, self.penalised.crow, n_features, self.backend) if self.sums is None else self.sums
+            indices, crow = self.penalised.indices, self.penalised.crow
+            sums = feature_sums(self.grown, indices, crow, n_features, self.backend) if self.sums is None else self.sums
             grad.add("W_dec", shrinking(l1 * quotient(sums.unsqueeze(1), self.norms), w.W_dec, self.norms))
+        if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
+            moved = latents.Slots(dvalues, slots.indices, slots.crow)
+            band = band_gradient(moved, l0 * self.pull, slots.flags, w.threshold, w.bandwidth)
+            grad.add("threshold", feature_sums(band, slots.indices, slots.crow, n_features, self.backend))
+            if self.jump is not None and self.jump.to_scores:
+                dvalues = torch.where(slots.passes, dvalues, 0) - band.to(dvalues.dtype)
+                slots = slots._replace(passes=torch.ones_like(slots.passes))
         if gate is None or dgate is None:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_enc", self.backend, world=self.world)
         else:
             _through_scores(grad, slots, dvalues, x, xc, w, "b_mag", self.backend, w.r_mag, self.world)
             _through_scores(grad, gate, dgate, x, xc, w, "b_gate", self.backend, world=self.world)
-        if slots.flags is not None and w.threshold is not None and w.bandwidth is not None:
-            moved = latents.Slots(dvalues, slots.indices, slots.crow)
-            grad.add("threshold", threshold_gradient(moved, l0, slots.flags, w.threshold, w.bandwidth, n_features, self.backend))
 
 
 def _centred(x: Tensor, w: Weights) -> Tensor:

@@ -142,11 +142,20 @@ def test_saelens_input_scale_is_asked_for_and_folded(tmp_path: Path) -> None:
         SAE.from_pretrained(saelens(tmp_path / "without", {**config, "normalize_activations": "constant_scalar_rescale"}, LENS))
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "constant_norm_rescale", "covariance_whitening", ["a"], 3])
-def test_normalisations_that_depend_on_the_row_are_refused_by_name(tmp_path: Path, name: Any) -> None:
+@pytest.mark.parametrize("name", ["layer_norm", "constant_norm_rescale"])
+def test_what_does_not_go_with_rows_normalised_by_themselves(tmp_path: Path, name: str) -> None:
+    config = {"architecture": "skip_transcoder", "apply_b_dec_to_input": False, "normalize_activations": name}
+    with pytest.raises(ValueError, match="does not go with a skip connection, which takes the rows as they are"):
+        SAE.from_pretrained(saelens(tmp_path, config, {**LENS, "W_skip": draw(D, D)}))
+    folder = saelens(tmp_path / "factor", {"architecture": "standard", "normalize_activations": name}, LENS)
+    with pytest.raises(ValueError, match=f"scaling_factor does not go with normalize_activations '{name}'"):
+        SAE.from_pretrained(folder, scaling_factor=2.0)
+
+
+@pytest.mark.parametrize("name", ["covariance_whitening", ["a"], 3])
+def test_unknown_normalisations_are_refused_by_name(tmp_path: Path, name: Any) -> None:
     folder = saelens(tmp_path, {"architecture": "standard", "normalize_activations": name}, LENS)
-    why = {"covariance_whitening": "the file does not hold its matrices"}.get(str(name), "it depends on each row")
-    why = why if isinstance(name, str) else "unknown"
+    why = "the file does not hold its matrices" if isinstance(name, str) else "unknown"
     with pytest.raises(ValueError, match=rf"normalize_activations .* is not supported \({why}\)"):
         SAE.from_pretrained(folder)
 

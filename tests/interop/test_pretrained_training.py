@@ -39,6 +39,7 @@ from pretrained_files import (
 from torch import Tensor
 
 from fastsae import SAE, BatchTopK, Gated, JumpReLU, ReLU, SAEs, TopK, optim
+from fastsae.sae import JumpLoss
 from fastsae.trainer import Trainer
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
@@ -60,7 +61,10 @@ def loaded(name: str, folder: Path, W: Tensor) -> SAE:
     batch = {"b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(0.3)}
     dl_gated = {"encoder.weight": W_ENC, "decoder.weight": W.T, "decoder_bias": B_DEC, "gate_bias": GATES["b_gate"]}
     dl_gated |= {"r_mag": GATES["r_mag"], "mag_bias": GATES["b_mag"]}
-    jump = {"threshold": THRESHOLD}
+    jump, held = {"threshold": THRESHOLD}, torch.tensor(0.3, dtype=torch.float64)
+    small = {"w_" + name[2:] if name.startswith("W_") else name: tensor for name, tensor in bare.items()}
+    good = {name.replace(".", "_linear."): tensor for name, tensor in {**linear, "decoder.bias": B_DEC}.items()}
+    llama = {"W_E": W_ENC.T, "b_E": B_ENC, "W_D": W, "b_D": B_DEC}
     made: dict[str, Callable[[], Path]] = {
         "saelens standard": lambda: saelens(folder, {"architecture": "standard", **dtype}, lens),
         "saelens old, normalised": lambda: saelens(folder, {"activation_fn": "relu", "normalize_sae_decoder": True, **dtype}, lens),
@@ -71,6 +75,17 @@ def loaded(name: str, folder: Path, W: Tensor) -> SAE:
         "saelens jumprelu": lambda: saelens(folder, {"architecture": "jumprelu", **dtype}, {**lens, **jump}),
         "saelens gated": lambda: saelens(folder, {"architecture": "gated", **dtype}, gated),
         "saelens transcoder": lambda: saelens(folder, {"architecture": "transcoder", "apply_b_dec_to_input": False, **dtype}, lens),
+        "saelens abstopk": lambda: saelens(folder, {"architecture": "abstopk", "k": K, **dtype}, lens),
+        "saelens batchtopk": lambda: saelens(
+            folder, {"architecture": "batchtopk", "k": K, "rescale_acts_by_decoder_norm": False, **dtype}, {**lens, "topk_threshold": held}
+        ),
+        "saelens layer norm": lambda: saelens(folder, {"architecture": "standard", "normalize_activations": "layer_norm", **dtype}, lens),
+        "saelens by norm": lambda: saelens(
+            folder, {"architecture": "topk", "k": K, "normalize_activations": "constant_norm_rescale", **dtype}, lens
+        ),
+        "saelens skip transcoder": lambda: saelens(
+            folder, {"architecture": "jumprelu_skip_transcoder", "apply_b_dec_to_input": False, **dtype}, {**lens, **jump, "W_skip": W[:D]}
+        ),
         "sparsify": lambda: write(folder, CODER, cook, "sae.safetensors"),
         "sparsify, not normalised": lambda: write(folder, {**CODER, "normalize_decoder": False}, cook, "sae.safetensors"),
         "sparsify transcoder": lambda: write(folder, {**CODER, "transcode": True}, cook, "sae.safetensors"),
@@ -84,21 +99,43 @@ def loaded(name: str, folder: Path, W: Tensor) -> SAE:
             folder, "MatryoshkaBatchTopKSAE", {**bare, **batch, "group_sizes": torch.tensor([8, F - 8])}
         ),
         "gemma_scope": lambda: write(folder, None, {**bare, **jump}, "params.npz"),
+        "gemma_scope_2": lambda: write(folder, None, {**small, **jump, "affine_skip_connection": W[:D]}, "params.safetensors"),
+        "llama_scope": lambda: write(
+            folder, {"top_k": K, "act_fn": "topk", "norm_activation": "inference"}, llama, "sae_weights.safetensors", "config.json"
+        ),
+        "circuit_tracer": lambda: write(folder, None, {**lens, "W_enc": W_ENC}, "layer_0.safetensors") / "layer_0.safetensors",
+        "openai": lambda: of_openai(folder, linear, "ReLU"),
+        "openai topk": lambda: of_openai(folder, linear, "TopK"),
+        "goodfire": lambda: write(folder, None, good, "a.pt") / "a.pt",
+        "qwen_scope": lambda: write(folder, None, {**lens, "W_enc": W_ENC, "W_dec": W.T}, "a.sae.pt") / "a.sae.pt",
+        "deepseek_r1": lambda: write(folder, None, {**linear, "decoder.bias": B_DEC}, "a.pt") / "a.pt",
         "fastsae": lambda: own(folder, W, TopK(K)),
         "fastsae gated, tied": lambda: own(folder, W, Gated(), tied=True),
         "fastsae skip transcoder": lambda: own(folder, W, JumpReLU(0.1), d_out=D, skip=True),
+        "fastsae jump": lambda: own(folder, W, JumpReLU(0.1, 0.3), l0=0.1, jump=JumpLoss(4.0, pre_acts=0.1, to_scores=True)),
     }
-    return SAE.from_pretrained(made[name](), dtype=W.dtype)
+    options: dict[str, Any] = {"format": name} if name == "deepseek_r1" else {"k": K} if name == "qwen_scope" else {}
+    return SAE.from_pretrained(made[name](), dtype=W.dtype, **options)
+
+
+def of_openai(folder: Path, linear: dict[str, Tensor], activation: str) -> Path:
+    state: dict[str, Any] = {"encoder.weight": W_ENC, "latent_bias": B_ENC, "decoder.weight": linear["decoder.weight"], "pre_bias": B_DEC}
+    folder.mkdir(parents=True)
+    torch.save({**state, "activation": activation, "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}, folder / "1.pt")
+    return folder / "1.pt"
 
 
 # Whose trainers keep the rows at norm 1.
-RULES = {"saelens old, normalised", "sparsify", "gemma_scope", "fastsae", "fastsae gated, tied"}
+RULES = {"saelens old, normalised", "sparsify", "gemma_scope", "gemma_scope_2", "openai", "openai topk"}
+RULES |= {"fastsae", "fastsae gated, tied", "fastsae jump"}
 RULES |= {f"dl {name}" for name in ("AutoEncoder", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE")}
 RULES |= {"dl MatryoshkaBatchTopKSAE"}
 EVERY = ["saelens standard", "saelens old, normalised", "saelens topk", "saelens topk by norms", "saelens jumprelu", "saelens gated"]
 EVERY += ["saelens transcoder", "sparsify", "sparsify, not normalised", "sparsify transcoder", "dl AutoEncoder", "dl AutoEncoderNew"]
 EVERY += ["dl GatedAutoEncoder", "dl JumpReluAutoEncoder", "dl AutoEncoderTopK", "dl BatchTopKSAE", "dl MatryoshkaBatchTopKSAE"]
-EVERY += ["gemma_scope", "fastsae", "fastsae gated, tied", "fastsae skip transcoder"]
+EVERY += ["gemma_scope", "fastsae", "fastsae gated, tied", "fastsae skip transcoder", "fastsae jump", "saelens abstopk"]
+EVERY += ["saelens batchtopk", "saelens layer norm", "saelens by norm", "saelens skip transcoder", "gemma_scope_2", "llama_scope"]
+EVERY += ["circuit_tracer", "openai", "openai topk", "goodfire", "qwen_scope", "deepseek_r1"]
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -143,8 +143,15 @@ def test_openai_goodfire_qwen_scope_and_deepseek(tmp_path: Path) -> None:
     f = ((x - bd) @ We.T + be).relu()
     formula(SAE.from_pretrained(tmp_path / "7.pt"), f, f @ Wd + bd)
     torch.save({**state, "activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}, tmp_path / "8.pt")
-    with pytest.raises(ValueError, match="OpenAI's activation 'TopK' is not supported: it makes each row standard"):
-        SAE.from_pretrained(tmp_path / "8.pt")
+    mean, std = X.mean(1, keepdim=True), X.std(1, keepdim=True)
+    f = topk(((X - mean) / (std + 1e-5) - B_DEC) @ W_ENC.T + B_ENC)
+    agrees(SAE.from_pretrained(tmp_path / "8.pt"), f, (f @ W_DEC + B_DEC) * std + mean)
+    torch.save({**state, "activation": "Sine"}, tmp_path / "9.pt")
+    with pytest.raises(ValueError, match="OpenAI's activation 'Sine' is not supported; known: ReLU, TopK"):
+        SAE.from_pretrained(tmp_path / "9.pt")
+    torch.save({**state, "activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "GELU"}}, tmp_path / "9.pt")
+    with pytest.raises(ValueError, match="OpenAI's postact_fn 'GELU' is not supported"):
+        SAE.from_pretrained(tmp_path / "9.pt")
     f = (x @ We.T + be).relu()
     torch.save({name.replace(".", "_linear."): t for name, t in ROWS.items()}, tmp_path / "Llama-SAE-l19.pth")
     formula(SAE.from_pretrained(tmp_path / "Llama-SAE-l19.pth"), f, f @ Wd + bd)

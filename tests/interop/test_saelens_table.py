@@ -22,13 +22,14 @@ from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 PAGE = ROOT / "docs" / "saelens.md"
 
 KINDS = {
-    "sae_lens": "yes: folders of `save_model`, of versions before 6 too, and of its trainer's checkpoints; not with a normalisation by row "
-    "or a whitening that is not folded",
+    "sae_lens": "yes: folders of `save_model`, of versions before 6 too, and of its trainer's checkpoints, with every normalisation but a "
+    "whitening that is not folded (rows that are normalised: not with a skip)",
     "connor_rob_hook_z": "no: its configuration is of one release; `accelerate` SAELens' object, or save that and load it",
     "gemma_2": 'yes: `format="gemma_scope"` (embedding SAEs as the file says, without SAELens\' factor sqrt(D))',
     "gemma_2_transcoder": 'yes: `format="gemma_scope"`',
-    "gemma_3": 'yes: `format="gemma_scope_2"`, affine skips too; layers of its cross-layer transcoders are refused (SAELens sums their '
-    "decoders, which reconstructs nothing)",
+    "gemma_3": 'yes: `format="gemma_scope_2"`, affine skips too; the folder of a cross-layer transcoder by '
+    "`CrossLayerTranscoder.from_pretrained`, those with affine skips not (one layer alone, whose decoders SAELens sums, reconstructs "
+    "nothing and is refused)",
     "llama_scope": 'yes: `format="llama_scope"`, the scale of the inputs folded in',
     "llama_scope_r1_distill": 'yes: `format="llama_scope"`; `scaling_factor=` where the file does not hold the mean norm of the inputs',
     "dictionary_learning_1": 'yes: `format="dictionary_learning"`',
@@ -37,7 +38,8 @@ KINDS = {
     "qwen_scope": 'yes: `format="qwen_scope"`; `k=` where the path does not hold the repository\'s name',
     "sparsify": 'yes: `format="sparsify"`, as sparsify computes it (SAELens transposes its decoder)',
     "mwhanna_transcoder": 'yes: `format="circuit_tracer"`',
-    "mntss_clt_layer_transcoder": "no: a cross-layer transcoder, whose decoders write to many layers",
+    "mntss_clt_layer_transcoder": "not a layer alone, whose decoders write to many layers: the folder by "
+    "`CrossLayerTranscoder.from_pretrained`",
     "temporal": "no: its latents depend on the other tokens",
 }
 """What becomes of the files of each loader of SAELens."""
@@ -101,8 +103,8 @@ def page() -> str:
             "|---|---|",
             *kinds,
             "",
-            "Beyond these: circuit-tracer's per-layer transcoders (read and written), OpenAI's ReLU autoencoders (those of TopK make each",
-            "row standard, which `SAE` does not), dictionary_learning's checkpoints, backups and forks.",
+            "Beyond these: circuit-tracer's transcoders, of a layer and cross-layer (read and written), OpenAI's autoencoders,",
+            "dictionary_learning's checkpoints, backups and forks.",
             "",
         ]
     )

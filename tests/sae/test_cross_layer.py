@@ -275,3 +275,34 @@ def test_errors(tmp_path: Path) -> None:
         clt.save_pretrained(tmp_path, format="saelens")
     with pytest.raises(FileNotFoundError, match="W_enc_0"):
         CrossLayerTranscoder.from_pretrained(tmp_path)
+
+
+def test_gemma_scope_2_files(tmp_path: Path) -> None:
+    """Against the formula in float64: each layer's latents write to its own layer and the later ones."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    n, x, want, small = 3, rows(5, 3, D, dtype=torch.float32), torch.zeros(5, 3, D, dtype=torch.float64), dict[str, Tensor]()
+    for i in range(n):
+        named = {"w_enc": rows(D, F, seed=i), "w_dec": rows(F, n, D, seed=9 + i), "b_enc": rows(F, seed=i), "b_dec": rows(D, seed=i)}
+        named |= {"threshold": rows(F, seed=20 + i)}
+        named["w_dec"][:, :i] = 0
+        z = x[:, i].double() @ named["w_enc"] + named["b_enc"]
+        f = z.relu() * (z > named["threshold"])
+        want += torch.einsum("bf,fld->bld", f, named["w_dec"])
+        want[:, i] += named["b_dec"]
+        small = {name: tensor.float().contiguous() for name, tensor in named.items()}
+        safetensors.save_file(small, tmp_path / f"params_layer_{i}.safetensors")
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path)
+    torch.testing.assert_close(clt(x).double(), want, rtol=1e-5, atol=1e-4)
+    assert torch.equal(CrossLayerTranscoder.from_pretrained(tmp_path, format="gemma_scope_2")(x), clt(x))
+    for broken, message in (
+        ({"w_dec": torch.ones(F, n, D)}, "layer 2 writes to layers before it"),
+        ({"w_dec": torch.ones(F, n + 1, D)}, r"w_dec \[F, 3, D\] in layer 2"),
+        ({"affine_skip_connection": torch.ones(D, D)}, "affine skip connection"),
+    ):
+        safetensors.save_file({**small, **broken}, tmp_path / "params_layer_2.safetensors")
+        with pytest.raises(ValueError, match=message):
+            CrossLayerTranscoder.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="must hold W_enc_0"):
+        CrossLayerTranscoder.from_pretrained(tmp_path, format="circuit_tracer")
+    with pytest.raises(ValueError, match="format must be"):
+        CrossLayerTranscoder.from_pretrained(tmp_path, format="sparsify")  # pyright: ignore[reportArgumentType]
