@@ -260,8 +260,8 @@ class Trainer:
         if self.fused and not self.sharded:
             processes.refuse(
                 "Trainer.train_step",
-                "each would train a model of its own: shard the SAE (fastsae.distributed), over a mesh of 1 x n where each process has room "
-                "for all of it, or give Trainer a torch optimiser, whose gradients it averages",
+                "each would train a model of its own: shard the SAE (fastsae.distributed), over a mesh of 1 x n where each process has "
+                "room for all of it, or give Trainer a torch optimiser, whose gradients it averages",
             )
         if self.max_norm is not None:
             mask = without_high_norms(x, mask, self.max_norm)

@@ -32,7 +32,7 @@ class Ranks(World):
     What a process raises inside ``together`` reaches the others: before the first exchange through the numbers of rows, which it takes part
     in, so that all go on; after it through the store, whereupon it leaves its group, which ends what the others wait for.
 
-    With ``copies`` of the dictionary each is held by ``shards`` processes, ranks ``copy * shards + shard``, which score the rows that they own.
+    With ``copies`` of the dictionary each is held by ``shards`` processes, ranks ``copy * shards + shard``, which score the rows they own.
 
     Attributes:
         rows: of every process, of the operation that is running. share_rows: of those of this copy. sizes: features of every shard. sent:

@@ -147,10 +147,8 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
 
         for name, parameter in init.parameters(self, dtype, device, seed).items():
             self.register_parameter(name, parameter)
-        self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64, device=device))
-        self.register_buffer("scale", torch.ones(2, device=device, dtype=torch.float32))
-        if isinstance(self.activation, BatchTopK):
-            self.register_buffer("running_threshold", torch.full((), -1.0, device=device, dtype=torch.float32))
+        for name, buffer in init.buffers(self, d_sae, device).items():
+            self.register_buffer(name, buffer)
         self._scaled = False
 
     def extra_repr(self) -> str:

@@ -82,8 +82,8 @@ def top_k(x: Tensor, w: Weights, k: int, relu: bool, world: World, among: Tensor
 
 
 def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, Tensor]:
-    """Those of the ``int(k * rows)`` largest positive scores of all rows that are of ``world.share`` and features of this process: by score,
-    then row, then feature. And the smallest kept score of all, +inf where there is none."""
+    """Those of the ``int(k * rows)`` largest positive scores of all rows that are of ``world.share`` and of features of this process: by
+    score, then row, then feature. And the smallest kept score of all, +inf where there is none."""
     every, x, features = x.shape[0], world.share(x), w.W_enc.shape[0]
     total, rows = int(k * every), x.shape[0]
     if most := min(total, rows * features):

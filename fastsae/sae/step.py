@@ -63,7 +63,7 @@ class Slots(NamedTuple):
         if world.copies == 1 or self.crow is None:
             return self
         counts = world.shares(self.crow.diff())
-        values, indices, passes = (world.shares(t, counts) for t in self[:2] + (self.passes.to(torch.uint8),))
+        values, indices, passes = (world.shares(t, counts) for t in (*self[:2], self.passes.to(torch.uint8)))
         flags = None if self.flags is None else world.shares(self.flags, counts)
         return Slots(values, indices, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), passes.bool(), flags, self.min_kept)
 

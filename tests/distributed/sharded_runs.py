@@ -275,7 +275,9 @@ def refused(group: Group) -> None:
     raises(SettingsError, "'virtual': 8", lambda: group.shard(build("topk"), virtual=8 if first else 16))
     error, text = (ValueError, "virtual must") if first else (RankError, "rank 0 failed in shard: ValueError: shard: virtual must be")
     raises(error, text, lambda: group.shard(build("topk"), virtual=5 if first else 8))
-    raises(ValueError, "meta", lambda: group.shard(SAE(D, F, TopK(4), device="meta")))
+    raises(ValueError, "seed must be given", lambda: group.shard(SAE(D, F, TopK(4), device="meta")))
+    raises(ValueError, "and only for one, got 3", lambda: group.shard(build("topk"), seed=3))
+    raises(SettingsError, "'seed': 0", lambda: group.shard(SAE(D, F, TopK(4), device="meta"), seed=group.rank))
     flat, cube = init_device_mesh("cpu", (1, group.size)), init_device_mesh("cpu", (1, 1, group.size))
     raises(ValueError, "must have one dimension, or two and all", lambda: shard(build("topk"), cube))
     raises(ValueError, "virtual must be at least 2", lambda: shard(build("topk"), flat, virtual=1))
@@ -302,6 +304,21 @@ def broken(group: Group) -> None:
         os._exit(0)  # a process that is lost
     raises(RankError, "a process was lost, or has not answered within 30 s", lambda: sae.encode(torch.ones(2, D)))
     assert time.monotonic() - start < 25
+
+
+def drawn(group: Group) -> None:
+    """Each its own features of an SAE that never was anywhere: the bits of one process."""
+    for kind in ("batchtopk", "jumprelu", "transcoder", "relu", "few", "gated"):
+        options = {"features": F, **KINDS[kind]}
+        features = options.pop("features")
+        whole = SAE(D, features, **options, seed=3)
+        if options.get("d_out") == 7:
+            assert not torch.equal(whole.W_enc[:, :7], whole.W_dec)
+        sae = group.shard(SAE(D, features, **options, device="meta"), seed=3)
+        made = gathered(sae)
+        assert sae.training and (made is None) is (group.rank > 0)
+        assert made is None or all(torch.equal(t, made.state_dict()[name]) for name, t in whole.state_dict().items())
+        assert made is None or made.state_dict().keys() == whole.state_dict().keys()
 
 
 def counted(group: Group) -> dict[str, float]:
@@ -341,6 +358,7 @@ def over_meshes(group: Group, steps: int) -> Iterator[tuple[tuple[str, str, Any]
         yield ("resumed", kind, group.name), resumed(group, kind, 14)
     yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)
     yield ("looped", "topk", group.name), looped(group, "topk")
+    drawn(group)
 
 
 def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> None:
@@ -364,6 +382,7 @@ def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> No
             results["not_finite", "topk", group.size] = not_finite(group, "topk", steps)
             for kind in ("topk", "transcoder"):
                 results["planned", kind, group.size] = planned(group, kind)
+            drawn(group)
             results["looped", "topk", group.size] = looped(group, "topk")
             results["counted", "topk", group.size] = counted(group)
         dist.barrier()
