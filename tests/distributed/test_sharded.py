@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from places import TESTS
 from sharded_runs import KINDS, USED, build, optimiser, train
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from training_runs import launch
 
-from fastsae import SAE, distributed
+from fastsae import SAE, AuxK, TopK, distributed
 from fastsae._core.world import tree
+from fastsae.optim import Adam
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 SIZES, STEPS = ([1, 2, 4, 8], 1000) if DEEP else ([1, 2, 4], 15)
@@ -125,6 +129,54 @@ def test_a_plan_of_a_large_dictionary() -> None:
         distributed.plan(64, 8, tokens=1, rates=rates, ranks=0)
     with pytest.raises(ValueError, match=r"plan: rates.flops must be"):
         distributed.plan(64, 8, tokens=1, rates=rates._replace(flops=0))
+
+
+class Likeness:
+    """In place of gloo on one process of torch's fake group: all others have what this one has."""
+
+    def __init__(self, _: Any, rank: int, size: int, timeout: Any):
+        self.rank, self.size = rank, size
+
+    def alltoall_base(self, got: Tensor, flat: Tensor, got_sizes: list[int], sizes: list[int]) -> Any:
+        own = flat.split(sizes)[self.rank]
+        for part in got.split(got_sizes):
+            part.copy_(own[: part.numel()])
+        return self
+
+    def allreduce(self, tensors: list[Tensor]) -> Any:
+        tensors[0].mul_(self.size)
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("size", [64, 512, (16, 4), (1, 32)])
+def test_bytes_and_shapes_of_worlds_that_are_not_there(monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
+    shards, copies = size if isinstance(size, tuple) else (size, 1)
+    ranks, rows, d, features = shards * copies, 3, 12, 4 * max(shards, 16)
+    monkeypatch.setattr(dist, "ProcessGroupGloo", Likeness)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_: None)
+    dist.init_process_group("fake", rank=ranks - 1, world_size=ranks, store=FakeStore())
+    try:
+        mesh = None if copies == 1 else init_device_mesh("cpu", size)
+        whole = SAE(d, features, TopK(4), aux=AuxK(6), dead_after=1, device="meta")
+        sae: Any = distributed.shard(whole, mesh, virtual=max(shards, 2), seed=0)
+        sae.silent.fill_(5)
+        opt = Adam(sae, lr=1e-3)
+        before = sae.world.sent
+        metrics = opt.step(torch.randn(rows, d, generator=torch.Generator().manual_seed(0)))
+        rates = distributed.Rates(1e9, 1e9, 1e9, 1e-5)
+        found = distributed.plan(features, d, tokens=1, rates=rates, ranks=ranks, copies=copies, batch=rows * ranks, k=4, k_aux=6)
+        assert sae.W_enc.shape == sae.W_dec.shape == (features // shards, d) and sae.silent.shape == (features // shards,)
+        assert found.weights == 4 * sum(p.numel() for p in sae.parameters())
+        entries = opt.state_dict()["state"].values()
+        assert found.moments == 4 * sum(t.numel() for entry in entries for t in entry.values() if isinstance(t, Tensor))
+        assert int(metrics.dead) % shards == 0
+        # With copies the latents of this process's features are not quite as many as of others.
+        assert sae.world.sent - before == (pytest.approx(found.sent, rel=0.2) if copies > 1 else found.sent)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_needs_a_group() -> None:
