@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import zlib
 from collections.abc import Generator, Sequence
 from datetime import timedelta
@@ -224,9 +225,16 @@ class Ranks(World):
 
     def _told(self, key: str) -> str:
         """What a process has written before it left, or nothing."""
-        with contextlib.suppress(RuntimeError):  # of a store whose process is gone
-            return self._store.get(key).decode() if self._store.check([key]) else ""
-        return ""
+        said = [""]
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # of a store whose process is gone
+                said[0] = self._store.get(key).decode() if self._store.check([key]) else ""
+
+        asking = threading.Thread(target=ask, daemon=True)  # behind a link that is cut a store never answers
+        asking.start()
+        asking.join(min(5, self.timeout.total_seconds()))
+        return said[0]
 
     def _leave(self) -> None:
         """Closes the connections, so that the others' exchanges fail at once and not when their time is over."""
