@@ -165,7 +165,7 @@ def _entries(
     tensors = [(name, f"sae.{name}", t) for name, t in (local or sae.state_dict()).items()]
     for name, entry in state["state"].items() if state else ():
         tensors += [(name, f"opt.{name}.{key}", t) for key, t in entry.items() if isinstance(t, Tensor)]
-    first = world.rank * (len(world.cuts) - 1)
+    first = world.shard * (len(world.cuts) - 1)
     for name, entry, t in tensors:
         if not sharded(world, name):
             yield entry, t

@@ -15,8 +15,8 @@ from fastsae.latents import Latents
 from fastsae.lm.hooks import Point, find, first_tensor, plain, watch
 from fastsae.patch import decoder, encode, is_transcoder, reconstruct, report
 from fastsae.sae import SAE
-from fastsae.store.latents import entries_of
 from fastsae.sae.rows import normalised
+from fastsae.store.latents import entries_of
 
 
 @dataclass(frozen=True, eq=False)
