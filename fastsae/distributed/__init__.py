@@ -2,6 +2,7 @@
 
 shard, gathered                     an SAE's features onto the processes of a group, and back
 save_checkpoint, load_checkpoint    what training goes on from, each process its part
+part, Part                          a dictionary's rows on several processes, for match, mmcs and mmcs_matrix
 plan, Plan, Rates                   memory, bytes and time of a run, for given rates of the machine
 RankError                           what the others raise where one process fails
 SettingsError                       what all raise where they are called differently
@@ -10,8 +11,10 @@ SettingsError                       what all raise where they are called differe
 from fastsae.distributed.checkpoints import load_checkpoint, save_checkpoint
 from fastsae.distributed.costs import Plan, Rates, plan
 from fastsae.distributed.module import ShardedSAE, gathered, shard
+from fastsae.distributed.parts import Part, part
 from fastsae.distributed.world import RankError, SettingsError
 
 __all__ = [
-    "Plan", "RankError", "Rates", "SettingsError", "ShardedSAE", "gathered", "load_checkpoint", "plan", "save_checkpoint", "shard",
+    "Part", "Plan", "RankError", "Rates", "SettingsError", "ShardedSAE",
+    "gathered", "load_checkpoint", "part", "plan", "save_checkpoint", "shard",
 ]  # fmt: skip
