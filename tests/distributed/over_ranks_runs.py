@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -10,15 +11,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sharded_runs import Group, raises
+from sharded_runs import Group, V, build, digest, raises, train
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import fastsae
 from fastsae import SAE, TopK
+from fastsae.codes import CodeCounter
 from fastsae.compare import MMCS_VARIANTS
-from fastsae.distributed import RankError, SettingsError, part
+from fastsae.distributed import (
+    RankError,
+    SettingsError,
+    async_save_checkpoint,
+    checkpoints,
+    convert_checkpoint,
+    gathered,
+    load_checkpoint,
+    part,
+    save_checkpoint,
+)
+from fastsae.optim import Adam
+from fastsae.superposition import ActivationStatistics
 
 D = 6
 
@@ -71,11 +85,84 @@ def matched(group: Group) -> dict[str, Any]:
         raises(SettingsError, "must be called alike", lambda: fastsae.match(pa, pb, candidates=1 + group.rank))
         error, text = (ValueError, "alive[0] must have shape") if group.rank == 0 else (RankError, "rank 0 failed in match: ValueError")
         raises(error, text, lambda: fastsae.match(pa, pb, alive=(mine[0][:1] if group.rank == 0 else mine[0], None)))
-    assert all(torch.equal(x, y) for x, y in zip(numbers(fastsae.match(pa, pb, candidates=5)), found["torch.float32 5"]) if not x.isnan().any())
+    assert all(
+        torch.equal(x, y) for x, y in zip(numbers(fastsae.match(pa, pb, candidates=5)), found["torch.float32 5"]) if not x.isnan().any()
+    )
     return found
 
 
-WORK: dict[str, Callable[[Group], Any]] = {"matched": matched}
+def counted(group: Group) -> dict[str, Any]:
+    """A stream of which each process has seen some batches, the last one none."""
+    generator = torch.Generator().manual_seed(0)
+    counter, statistics = CodeCounter(["x", "y"]), ActivationStatistics(D)
+    for number in range(6):
+        codes, x = torch.randint(0, 9, (5, 2), generator=generator), torch.randn(7, D, generator=generator)
+        if number % max(group.size - 1, 1) == group.rank:
+            counter.update(codes)
+            statistics.update(x)
+    before = counter.table()
+    merged, found = counter.merged(group.group), statistics.merged(group.group)
+    assert counter.table() == before
+    kinds = CodeCounter(2 + group.rank)
+    if group.size > 1:
+        raises(ValueError, "other must count the layers", lambda: kinds.merged(group.group))
+    return {"table": merged.table(), **found.state_dict()}
+
+
+def saved(group: Group) -> dict[str, Any]:
+    """In the background, while training goes on; an error there; from a folder to a file and back."""
+    folder = group.folder / f"saved-{group.size}"
+
+    def fresh() -> tuple[Any, Adam]:
+        sae = group.shard(build("topk"))
+        return sae, Adam(sae, lr=1e-2, clip=1.0)
+
+    def go_on(sae: SAE, opt: Adam, steps: range) -> str:
+        train(sae, opt, "topk", steps, group.rank, group.size)
+        return digest(sae.state_dict().values())
+
+    sae, opt = fresh()
+    go_on(sae, opt, range(2))
+    done = async_save_checkpoint(folder, sae, opt, {"note": 1})
+    last = go_on(sae, opt, range(2, 4))
+    assert done.result() == folder and sorted(path.name for path in folder.iterdir()) == ["data-1", "manifest.json"]
+    other, again = fresh()
+    assert load_checkpoint(folder, other, again) == {"note": 1}
+    assert go_on(other, again, range(2, 4)) == last, "a step after the call is in what was saved"
+
+    name = checkpoints._name
+    if group.rank == 0:
+        checkpoints._name = lambda *_: name(folder / "missing", folder)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        lost = async_save_checkpoint(folder, sae, opt)
+        error = lost.exception()
+        raises(RuntimeError, "save_checkpoint: the save in the background before it has failed", lambda: save_checkpoint(folder, sae, opt))
+    checkpoints._name = name
+    assert isinstance(error, OSError) and any("nothing has been written" in str(w.message) for w in seen)
+    assert load_checkpoint(folder, *fresh()) == {"note": 1}, "the older state is there"
+    async_save_checkpoint(folder, sae, opt, {"note": 2})
+    save_checkpoint(folder, sae, opt, {"note": 3})  # waits for it
+    assert load_checkpoint(folder, *fresh()) == {"note": 3}
+    assert sorted(path.name for path in folder.iterdir()) == ["data-3", "manifest.json"]
+
+    file, back = folder.with_suffix(".pt"), folder.with_name(f"back-{group.size}")
+    if group.rank == 0:
+        convert_checkpoint(folder, file)
+        convert_checkpoint(file, back, virtual=V)
+        raises(ValueError, "virtual must be given where source is a file", lambda: convert_checkpoint(file, back))
+    whole, one = gathered(sae), build("topk")
+    dist.barrier(group.group)
+    stepped = Adam(one, lr=1.0)
+    assert fastsae.load_checkpoint(file, one, stepped).extra == {"note": 3} and stepped.steps == 4 and stepped.clip == 1.0
+    assert whole is None or digest(whole.state_dict().values()) == digest(one.state_dict().values())
+    other, again = fresh()
+    load_checkpoint(back, other, again)
+    assert go_on(other, again, range(4, 6)) == go_on(sae, opt, range(4, 6))
+    return {} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()}
+
+
+WORK: dict[str, Callable[[Group], Any]] = {"matched": matched, "counted": counted, "saved": saved}
 
 
 def main(rank: int, sizes: list[int], folder: Path, port: int) -> None:

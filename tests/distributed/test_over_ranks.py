@@ -26,7 +26,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"import sys, runpy; sys.path.insert(0, {str(TESTS / 'distributed')!r}); runpy.run_module('over_ranks_runs', run_name='__main__')"
+    code = (
+        f"import sys, runpy; sys.path.insert(0, {str(TESTS / 'distributed')!r}); runpy.run_module('over_ranks_runs', run_name='__main__')"
+    )
     arguments = (",".join(map(str, SIZES)), folder, port)
     processes = [launch(code, rank, *arguments, OMP_NUM_THREADS="1") for rank in range(SIZES[-1])]
     try:
@@ -66,3 +68,18 @@ def test_dictionaries_match_as_on_one_process(results: dict[Any, Any]) -> None:
             assert set(of_rank) == set(want)
             wrong = [name for name, value in of_rank.items() if not same(value, want[name])]
             assert not wrong, (size, wrong)
+
+
+def test_counters_are_those_of_one_stream(results: dict[Any, Any]) -> None:
+    """Moments up to the rounding of float64, the same bits on every process; all else exactly."""
+    (first,) = results["counted", 1]
+    assert first["table"][0].seen == 30 and first["count"] == 42
+    for size in SIZES[1:]:
+        for of_rank in results["counted", size]:
+            torch.testing.assert_close(of_rank["moments"], first["moments"], rtol=1e-12, atol=1e-12)
+            assert torch.equal(of_rank["moments"], results["counted", size][0]["moments"])
+            assert all(same(value, first[name]) for name, value in of_rank.items() if name != "moments")
+
+
+def test_a_save_in_the_background(results: dict[Any, Any]) -> None:
+    assert all(results["saved", size][0] == results["saved", 1][0] for size in SIZES)
