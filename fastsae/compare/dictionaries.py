@@ -56,8 +56,6 @@ def as_dictionaries(op: str, values: Sequence[Dictionary], names: Sequence[str])
 def _dictionary(op: str, name: str, value: Any) -> Tensor:
     """A ``[F, D]`` tensor from a tensor, an SAE with ``W_dec [F, D]`` or a linear ``decoder``, or weights on disk that hold one."""
     if isinstance(value, Tensor):
-        if hasattr(value, "to_local"):
-            raise TypeError(f"{op}: {name} is a DTensor, of which this process holds a part: give fastsae.distributed.part({name})")
         return value
     weight = getattr(value, "W_dec", None)
     if isinstance(weight, Tensor):

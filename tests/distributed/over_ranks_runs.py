@@ -31,7 +31,9 @@ from fastsae.distributed import (
     part,
     save_checkpoint,
 )
+from fastsae.lm import harvest
 from fastsae.optim import Adam
+from fastsae.store import ActivationShards, LatentStore, LatentWriter, ShardWriter, join
 from fastsae.superposition import ActivationStatistics
 
 D = 6
@@ -79,7 +81,8 @@ def matched(group: Group) -> dict[str, Any]:
     found["sae"] = numbers(fastsae.match(sae, pb))
     whole = distribute_tensor(a, DeviceMesh.from_group(group.group, "cpu"), [Shard(0)])
     found["dtensor"] = numbers(fastsae.match(part(whole), pb, candidates=2))
-    raises(TypeError, "a is a DTensor, of which this process holds a part", lambda: fastsae.match(whole, b))
+    for call in (lambda: fastsae.match(whole, b), lambda: fastsae.encode_topk(b, whole, k=2)):
+        raises(TypeError, "is a DTensor, of which this process holds a part", call)
     raises(ValueError, "need an alive feature", lambda: fastsae.match(pa, pb, alive=(mine[0] & False, None)))
     if group.size > 1:
         raises(SettingsError, "must be called alike", lambda: fastsae.match(pa, pb, candidates=1 + group.rank))
@@ -162,7 +165,48 @@ def saved(group: Group) -> dict[str, Any]:
     return {} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()}
 
 
-WORK: dict[str, Callable[[Group], Any]] = {"matched": matched, "counted": counted, "saved": saved}
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block = torch.nn.Embedding(20, D), torch.nn.Linear(D, D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.block(self.embed(ids))
+
+
+def stored(group: Group) -> dict[str, Any]:
+    """Activations, and latents, of which each process writes its part; the same command once more writes nothing."""
+    torch.manual_seed(0)
+    model, tokens, out = Model(), torch.randint(0, 20, (23, 5)), group.folder / f"shards-{group.size}"
+    mask = torch.rand(23, 5) < 0.8
+    options = {"mask": mask, "ignore": [3], "batch": 2, "rows_a_shard": 7, "rank": group.rank, "ranks": group.size, "progress": False}
+    for _ in range(2):
+        store = harvest(model, tokens, "block", out, **options)
+        dist.barrier(group.group)
+        assert [path.name for path in out.glob("*.json")] == ["activations.json"]
+    rows = ActivationShards(out).read(0, int((mask & (tokens != 3)).sum()))
+    assert store.about == ActivationShards(out).about
+    raises(ValueError, "and nothing can be added", lambda: ShardWriter(out, store.about).append(rows))
+
+    sae, folder = SAE(D, 41, TopK(3), seed=0).eval(), group.folder / f"latents-{group.size}"
+    own = slice(*bounds(len(tokens), group.size)[group.rank : group.rank + 2])
+    with torch.no_grad(), LatentWriter(folder, 41, 5, tokens_a_part=10, writer=group.rank) as writer:
+        for part_ in tokens[own].split(2):
+            writer.append(sae.encode(model.embed(part_)), part_)
+    dist.barrier(group.group)
+    if group.rank == 0:
+        join(folder)
+    dist.barrier(group.group)
+    assert [path.name for path in folder.glob("*.json")] == ["latents.json"]
+    latents = LatentStore(folder)
+    found = {"fired": latents.fired(), "top": [latents.top(f, 4, before=1, after=1) for f in (0, 7)]}  # all sort at the same time
+    latents.verify()
+    dist.barrier(group.group)
+    assert not list(folder.glob(".by_feature*"))
+    return {**rows, **found, "about": store.about}
+
+
+WORK: dict[str, Callable[[Group], Any]] = {"matched": matched, "counted": counted, "saved": saved, "stored": stored}
 
 
 def main(rank: int, sizes: list[int], folder: Path, port: int) -> None:

@@ -83,3 +83,12 @@ def test_counters_are_those_of_one_stream(results: dict[Any, Any]) -> None:
 
 def test_a_save_in_the_background(results: dict[Any, Any]) -> None:
     assert all(results["saved", size][0] == results["saved", 1][0] for size in SIZES)
+
+
+def test_what_lies_on_disk_has_the_rows_of_one_process_in_their_order(results: dict[Any, Any]) -> None:
+    first = results["stored", 1][0]
+    assert torch.equal(first["sequence"], first["sequence"].sort().values) and int(first["sequence"][-1]) == 22
+    for size in SIZES:
+        for of_rank in results["stored", size]:
+            wrong = [name for name, value in of_rank.items() if not same(value, first[name])]
+            assert not wrong, (size, wrong)
