@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,7 +79,7 @@ def _work(rank: int, port: int, orders: Any) -> None:
 
 
 @contextmanager
-def pair() -> Iterator[Callable[..., list[Any]]]:
+def pair() -> Generator[Callable[..., list[Any]]]:
     """``ask(what, *arguments, of=2)``: "step" with those of ``one``, or "rates"; the answers of the first ``of`` processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -257,9 +257,8 @@ def match(
         settings = [(side.features, side.weights is None) for side in own]
         world.begin(op, 0, (candidates, eps, str(dtype), sides[0].shape[1], settings))
         counts = sharded.counts([len(side.rows) for side in own], world)
-        numbers, weighed = (
-            [None if side[at] is None else sharded.everyone(side[at], each, world) for side, each in zip(own, counts)] for at in (1, 2)
-        )
+        rows_a, rows_b = (sharded.everyone(side.numbers, each, world) for side, each in zip(own, counts))
+        weighed = [None if side.weights is None else sharded.everyone(side.weights, each, world) for side, each in zip(own, counts)]
     n, m = map(sum, counts)
     if not n or not m:
         raise ValueError(f"{op}: both dictionaries need an alive feature, got {n} in a and {m} in b")
@@ -269,10 +268,9 @@ def match(
                 f"{op}: weights[{position}] of the alive features must be finite and non-negative with a positive sum, "
                 f"got a least of {float(weight.min())} and a sum of {float(weight.sum())}"
             )
-    rows = own[0].rows, own[1].rows
+    taken = own[0].rows, own[1].rows
     with world.together(op):
         world.begin(op)
-        found = sharded.pair(*rows, min(candidates, m), min(candidates, n), eps, preference(backend), world)
-    others = numbers[1], numbers[0], numbers[1]
-    matches = [Matches(similarity.to(dtype), of[index]) for similarity, index, of in zip(found[::2], found[1::2], others)]
-    return Match(*matches, tuple(numbers), tuple(weighed), (n, m, sides[0].shape[1]), rows, eps, world)
+        found = sharded.pair(*taken, min(candidates, m), min(candidates, n), eps, preference(backend), world)
+    ab, ba, low = (Matches(found[at].to(dtype), rows[found[at + 1]]) for at, rows in ((0, rows_b), (2, rows_a), (4, rows_b)))
+    return Match(ab, ba, low, (rows_a, rows_b), (weighed[0], weighed[1]), (n, m, sides[0].shape[1]), taken, eps, world)

@@ -50,7 +50,8 @@ def pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float, backend: str | 
             back = _best(back, (found[2], found[3] + start))
             low = _best(low, (lowest.unsqueeze(1), at.unsqueeze(1) + first), torch.neg)
         of = (world.rank - turn) % world.size  # whose rows were matched with this process's
-        backward = _best(backward, tuple(_sent(t, owner, of, len(b), world) for t in back))
+        values, index = (_sent(t, owner, of, len(b), world) for t in back)
+        backward = _best(backward, (values, index))
     found = [everyone(t, sizes, world) for best, sizes in ((forward, ours), (backward, theirs), (low, ours)) for t in best]
     return *found[:4], found[4].squeeze(1), found[5].squeeze(1)
 

@@ -144,30 +144,24 @@ def _commit(world: Ranks, folder: Path, data: Path, entries: dict[str, Any]) -> 
             return f"{type(error).__name__} on rank {world.rank}: {error}"
         return ""
 
-    number = _SAVERS[world].number
+    number, store = _SAVERS[world].number, world._store  # pyright: ignore[reportPrivateUsage] # of this folder
+
+    def heard(key: str) -> str:  # waited for without holding the store, which training may need
+        end = time.monotonic() + world.timeout.total_seconds()
+        while not store.check([f"save {number} {key}"]):
+            if time.monotonic() > end:
+                return f"a process was lost, or has written for {world.timeout.total_seconds():g} s longer than rank {world.rank}"
+            time.sleep(0.01)
+        return store.get(f"save {number} {key}").decode()[1:]
+
     said = attempt(lambda: save(entries, checkpoint_id=data / f"part-{world.rank}", no_dist=True))
-    _tell(world, f"{number}/{world.rank}", said)
+    store.set(f"save {number} {world.rank}", f" {said}")  # a store keeps nothing empty
     if world.rank == 0:
-        said = next(filter(None, [_heard(world, f"{number}/{rank}") for rank in range(world.size)]), "")
-        said = said or attempt(lambda: _name(folder, data, world.size))
-        _tell(world, f"{number}/named", said)
-    if said := _heard(world, f"{number}/named"):
+        said = next(filter(None, map(heard, map(str, range(world.size)))), "") or attempt(lambda: _name(folder, data, world.size))
+        store.set(f"save {number} named", f" {said}")
+    if said := heard("named"):
         raise OSError(f"save_checkpoint: {said}")
     return folder
-
-
-def _tell(world: Ranks, key: str, said: str) -> None:
-    world._store.set(f"save/{key}", f" {said}")  # a store keeps nothing empty
-
-
-def _heard(world: Ranks, key: str) -> str:
-    """What another process says, waited for without holding the store, which training may need."""
-    end = time.monotonic() + world.timeout.total_seconds()
-    while not world._store.check([f"save/{key}"]):
-        if time.monotonic() > end:
-            return f"a process was lost, or has written for {world.timeout.total_seconds():g} s longer than rank {world.rank}"
-        time.sleep(0.01)
-    return world._store.get(f"save/{key}").decode()[1:]
 
 
 def _name(folder: Path, data: Path, parts: int) -> None:
