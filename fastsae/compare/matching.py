@@ -49,7 +49,7 @@ class Match:
     weights: tuple[Tensor | None, Tensor | None]
     shape: tuple[int, int, int]
     sides: tuple[Tensor, Tensor]
-    """Their rows, of sharded dictionaries those of this process, for ``one_to_one`` with more candidates than the pass kept."""
+    """Their rows that took part, of sharded dictionaries this process's, for ``one_to_one`` with more candidates than were kept."""
     eps: float
     world: World = ALONE
 
@@ -240,13 +240,13 @@ def match(
     Source: Sharkey, Braun & Millidge 2022, "Taking features out of superposition with sparse autoencoders".
     """
     op = "match"
-    sides = as_dictionaries(op, (a, b), "ab")
     world = sharded.common(op, (world_of(a), world_of(b)))
-    dtype = sides[0].dtype
-    if dtype != sides[1].dtype:
-        dtype = torch.promote_types(torch.promote_types(dtype, sides[1].dtype), torch.float32)
-    wide = dtype if world is ALONE else torch.promote_types(dtype, torch.float32)  # a rounded score says nothing of ties
     with world.together(op):
+        sides = as_dictionaries(op, (a, b), "ab")
+        dtype = sides[0].dtype
+        if dtype != sides[1].dtype:
+            dtype = torch.promote_types(torch.promote_types(dtype, sides[1].dtype), torch.float32)
+        wide = dtype if world is ALONE else torch.promote_types(dtype, torch.float32)  # a rounded score says nothing of ties
         candidates = checks.integer(op, "candidates", candidates, 1)
         eps = checked_eps(op, eps, sides[0].to(wide))
         options = zip(sides, (a, b), _both(op, "alive", alive), _both(op, "weights", weights))
