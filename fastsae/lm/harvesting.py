@@ -57,9 +57,8 @@ def harvest(
         about: more to be stored in the manifest.
         progress: a tqdm bar where tqdm is installed.
 
-    Returns: ``ActivationShards`` of the folder: in a process group of all rows, otherwise of those that are there.
-    Columns: one a hook, and ``token``, ``position`` and
-    ``sequence`` (int32) of each row.
+    Returns: ``ActivationShards`` of the folder: in a process group of all rows, otherwise of those that are there. Columns: one a hook,
+    and ``token``, ``position`` and ``sequence`` (int32) of each row.
 
     Raises: TypeError, ValueError: wrong arguments; ``out`` holds activations of another model, other tokens or hooks; a module that does
     not give ``[batch, context, D]`` or that the model never calls.
@@ -74,9 +73,7 @@ def harvest(
     keep, real = kept_positions(op, tokens, mask, ignored)
     if not bool(keep.any()):
         raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
-    group = (processes.rank(), processes.ranks()) if processes.grouped() else tuple(int(os.environ.get(n, d)) for n, d in _TORCHRUN)
-    ranks = checks.integer(op, "ranks", group[1] if ranks is None else ranks, 1)
-    rank = checks.integer(op, "rank", group[0] if rank is None else rank, 0, ranks - 1, "ranks - 1")
+    rank, ranks = _place(op, rank, ranks)
     batches = -(-len(tokens) // batch)
     first, last = (min(batches * number // ranks * batch, len(tokens)) for number in (rank, rank + 1))
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -103,14 +100,25 @@ def harvest(
             columns |= {"token": tokens[part][kept].to(torch.int32), "position": where[:, 1], "sequence": where[:, 0] + start}
             writer.append({name: column[have:] for name, column in columns.items()})
             have = 0
+    _ended(out, int(keep.sum()), rank, ranks)
+    return ActivationShards(out)
+
+
+def _place(op: str, rank: int | None, ranks: int | None) -> tuple[int, int]:
+    group = (processes.rank(), processes.ranks()) if processes.grouped() else tuple(int(os.environ.get(n, d)) for n, d in _TORCHRUN)
+    ranks = checks.integer(op, "ranks", group[1] if ranks is None else ranks, 1)
+    return checks.integer(op, "rank", group[0] if rank is None else rank, 0, ranks - 1, "ranks - 1"), ranks
+
+
+def _ended(out: str | os.PathLike[str], rows: int, rank: int, ranks: int) -> None:
+    """One manifest, by the last one that ends; in a group when all have, and by rank 0."""
     together = ranks > 1 and (rank, ranks) == (processes.rank(), processes.ranks())
     if together:
-        processes.everyones(None)  # have written
+        processes.everyones(None)
     if not together or rank == 0:
-        join(out, rows=int(keep.sum()))
+        join(out, rows=rows)
     if together:
         processes.everyones(None)
-    return ActivationShards(out)
 
 
 def kept_positions(op: str, tokens: Any, mask: Tensor | None, ignore: Iterable[int]) -> tuple[Tensor, Tensor | None]:
