@@ -100,8 +100,7 @@ def harvest(
             columns |= {"token": tokens[part][kept].to(torch.int32), "position": where[:, 1], "sequence": where[:, 0] + start}
             writer.append({name: column[have:] for name, column in columns.items()})
             have = 0
-    _ended(out, int(keep.sum()), rank, ranks)
-    return ActivationShards(out)
+    return _ended(out, int(keep.sum()), rank, ranks)
 
 
 def _place(op: str, rank: int | None, ranks: int | None) -> tuple[int, int]:
@@ -110,8 +109,8 @@ def _place(op: str, rank: int | None, ranks: int | None) -> tuple[int, int]:
     return checks.integer(op, "rank", group[0] if rank is None else rank, 0, ranks - 1, "ranks - 1"), ranks
 
 
-def _ended(out: str | os.PathLike[str], rows: int, rank: int, ranks: int) -> None:
-    """One manifest, by the last one that ends; in a group when all have, and by rank 0."""
+def _ended(out: str | os.PathLike[str], rows: int, rank: int, ranks: int) -> ActivationShards:
+    """What is there, with one manifest, by the last one that ends; in a group when all have, and by rank 0."""
     together = ranks > 1 and (rank, ranks) == (processes.rank(), processes.ranks())
     if together:
         processes.everyones(None)
@@ -119,6 +118,7 @@ def _ended(out: str | os.PathLike[str], rows: int, rank: int, ranks: int) -> Non
         join(out, rows=rows)
     if together:
         processes.everyones(None)
+    return ActivationShards(out)
 
 
 def kept_positions(op: str, tokens: Any, mask: Tensor | None, ignore: Iterable[int]) -> tuple[Tensor, Tensor | None]:
