@@ -37,6 +37,8 @@ def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOAT
     """``value`` is a dense tensor of one of ``dtypes`` on the device of ``like``; TypeError otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":  # whose class is slow to import
+        raise TypeError(f"{op}: {name} is a DTensor, of which this process holds a part: for match and mmcs give fastsae.distributed.part")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must have dtype {_names(dtypes)}, got {_names([value.dtype])}")
     if value.layout is not torch.strided or value.is_nested:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 
 
@@ -23,3 +26,12 @@ def refuse(op: str, what: str) -> None:
     """RuntimeError in a group of several processes; ``what`` goes wrong there, and what to do instead."""
     if (n := ranks()) > 1:
         raise RuntimeError(f"{op}: in a process group of {n} {what}")
+
+
+def everyones(value: Any, group: Any = None) -> list[Any]:
+    """``value`` of all processes of a group (None: the default one), pickled; without a group a copy of this one's."""
+    if not grouped():
+        return [copy.deepcopy(value)]
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, value, group)
+    return found

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae._core import checks, files
+from fastsae._core import checks, files, processes
 from fastsae._core.extras import needed
 from fastsae.formats import weight_files
 
@@ -241,6 +241,17 @@ class CodeCounter:
             self._seen[place] += other._seen[place]
             self._layers[place].merge(layer)  # pyright: ignore[reportArgumentType]
         return self
+
+    def merged(self, group: Any = None) -> CodeCounter:
+        """What the counters of all processes of a torch.distributed group have seen together: a new counter, the same on each of them;
+        called by all. None: the default group; a copy without one. Memory: the counters of all.
+
+        Raises: as ``merge``, on all processes.
+        """
+        first, *others = processes.everyones(self, group)
+        for other in others:
+            first.merge(other)
+        return first
 
     def table(self) -> CodeTable:
         """One ``CodeCount`` a layer, in the order of ``names``; printable."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fastsae._core.world import ALONE, World
 from fastsae.formats import weight_files
 from fastsae.ops.match import check_dictionaries
 
@@ -34,8 +35,15 @@ class HasDecoderLayer(Protocol):
 Dictionary: TypeAlias = Tensor | HasDecoderRows | HasDecoderLayer | str | bytes | os.PathLike[str]
 
 
+def world_of(value: Any) -> World:
+    """The processes on which a dictionary's features lie."""
+    world = getattr(value, "world", ALONE)
+    return world if isinstance(world, World) and world.virtual > 1 else ALONE
+
+
 def as_dictionaries(op: str, values: Sequence[Dictionary], names: Sequence[str]) -> list[Tensor]:
-    """Each value as a ``[F, D]`` tensor, that of a file on the device of those that are none, of one D and on one device."""
+    """Each value as a ``[F, D]`` tensor, that of a file on the device of those that are none, of one D and on one device. Of what is
+    sharded (``world_of``) this process's part."""
     sides = [_dictionary(op, name, value).detach() for name, value in zip(names, values)]
     files = [_is_path(value) for value in values]
     device = next((side.device for side, file in zip(sides, files) if not file), None)
@@ -50,8 +58,6 @@ def _dictionary(op: str, name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     weight = getattr(value, "W_dec", None)
-    if getattr(getattr(value, "world", None), "virtual", 1) > 1:
-        raise ValueError(f"{op}: {name} is sharded, this process holds a part of it: fastsae.distributed.gathered(sae) is the whole one")
     if isinstance(weight, Tensor):
         return _beside_biases(f"{op}: {name}.W_dec", weight, getattr(value, "b_dec", None), getattr(value, "b_enc", None))
     decoder = getattr(value, "decoder", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastsae._core import checks, seeds
 from fastsae._core.extras import needed
-from fastsae.compare.dictionaries import Dictionary, as_dictionaries
+from fastsae._core.world import ALONE, World
+from fastsae.compare import sharded
+from fastsae.compare.dictionaries import Dictionary, as_dictionaries, world_of
 from fastsae.dispatch import preference
-from fastsae.ops.match import MATCH_PAIR, Matches, checked_eps, match_cosine
+from fastsae.ops.match import Matches, checked_eps, match_cosine
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +51,9 @@ class Match:
     weights: tuple[Tensor | None, Tensor | None]
     shape: tuple[int, int, int]
     sides: tuple[Tensor, Tensor]
-    """The dictionaries as given (no copies), for ``one_to_one`` with more candidates than the pass kept."""
+    """Their rows that took part, of sharded dictionaries this process's, for ``one_to_one`` with more candidates than were kept."""
     eps: float
+    world: World = ALONE
 
     def mmcs(self, direction: str = "mean") -> float:
         """Mean max cosine similarity.
@@ -137,9 +140,16 @@ class Match:
             k = min(checks.integer("Match.one_to_one", "candidates", candidates, 1), self.shape[1 - small])
         if k <= kept.index.shape[1] and not absolute:
             return Matches(kept.similarity[:, :k], kept.index[:, :k])
-        few, many = self.sides[small][self.rows[small]], self.sides[1 - small][self.rows[1 - small]]
-        found = match_cosine(few, many, k=k, absolute=absolute, eps=self.eps)
+        found = self.nearest(small, k, absolute=absolute)
         return Matches(found.similarity.abs() if absolute else found.similarity, self.rows[1 - small][found.index])
+
+    def nearest(self, side: int, k: int = 1, *, absolute: bool = False, exclude_self: bool = False, backend: str | None = None) -> Matches:
+        """Another pass: ``match_cosine`` of the rows of a (``side`` 0) or of b (1) that took part; indices are places in ``rows``."""
+        few, many = self.sides[side], self.sides[1 - side]
+        with self.world.together("match"):
+            self.world.begin("match", 0, (side, k, absolute, exclude_self))
+            found = sharded.cosine(few, many, k, absolute, exclude_self, self.eps, preference(backend), self.world)
+        return Matches(found[0].to(self.a_to_b.similarity.dtype), found[1])
 
     def plot(self, path: Any, bins: int = 60) -> None:
         """Draws both directions' histograms with the random null. Needs matplotlib (extra ``plot``)."""
@@ -165,6 +175,28 @@ def _alive(op: str, mask: Any, position: int, rows: int, like: Tensor) -> Tensor
     checks.tensor(op, f"alive[{position}]", mask, (torch.bool,), like)
     checks.shape(op, f"alive[{position}]", mask, (rows,), f"[{rows}]")
     return mask.nonzero().flatten()
+
+
+class _Own(NamedTuple):
+    """Of one dictionary the rows of this process that take part, their numbers and weights, and the features of all processes."""
+
+    rows: Tensor
+    numbers: Tensor
+    weights: Tensor | None
+    features: int
+
+
+def _own(op: str, position: int, side: Tensor, held: World, world: Any, mask: Any, weight: Any) -> _Own:
+    rows = _alive(op, mask, position, side.shape[0], side)
+    if weight is not None:
+        checks.tensor(op, f"weights[{position}]", weight, like=side)
+        checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
+    features, start = (held.features, held.start) if held is not ALONE else (side.shape[0], 0)
+    if held is ALONE and world is not ALONE:  # each process takes a share of what all of them have
+        bounds = [side.shape[0] * rank // world.size for rank in (world.rank, world.rank + 1)]
+        rows = rows[(rows >= bounds[0]) & (rows < bounds[1])]
+    taken = side if rows.shape[0] == side.shape[0] else side[rows]
+    return _Own(taken, rows + start, None if weight is None else weight.detach()[rows].double(), features)
 
 
 def match(
@@ -195,35 +227,46 @@ def match(
         ``Match``: ``a_to_b``, ``b_to_a`` and ``most_negative`` as ``Matches``; ``mmcs(direction)``, ``fraction_above``, ``histogram``,
         ``one_to_one``, ``plot``.
 
+    Sharded dictionaries (of ``fastsae.distributed.shard``, or ``fastsae.distributed.part``): called by all processes, which get the same
+    ``Match`` of the whole dictionaries, the bits of one process. Masks and weights are then of what each process gives: its own part, or
+    the whole of a dictionary that is not sharded. A process's rows stay where they are and those of b go round; half precision is widened.
+
     No gradients. Raises as ``match_cosine``; ValueError where no feature is alive.
 
     Source: Sharkey, Braun & Millidge 2022, "Taking features out of superposition with sparse autoencoders".
     """
     op = "match"
-    side_a, side_b = as_dictionaries(op, (a, b), "ab")
-    if side_a.dtype != side_b.dtype:
-        dtype = torch.promote_types(torch.promote_types(side_a.dtype, side_b.dtype), torch.float32)
-        side_a, side_b = side_a.to(dtype), side_b.to(dtype)
-    sides = side_a, side_b
-    rows_a, rows_b = (_alive(op, mask, i, side.shape[0], side) for i, (mask, side) in enumerate(zip(_both(op, "alive", alive), sides)))
-    if not rows_a.shape[0] or not rows_b.shape[0]:
-        raise ValueError(f"{op}: both dictionaries need an alive feature, got {rows_a.shape[0]} in a and {rows_b.shape[0]} in b")
-    candidates = checks.integer(op, "candidates", candidates, 1)
-    checked: list[Tensor | None] = []
-    for position, (side, rows, weight) in enumerate(zip(sides, (rows_a, rows_b), _both(op, "weights", weights))):
-        if weight is not None:
-            checks.tensor(op, f"weights[{position}]", weight, like=side)
-            checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
-            weight = weight.detach()[rows].double()
-            if not bool((weight >= 0).all()) or not 0 < float(weight.sum()) < float("inf"):
-                raise ValueError(
-                    f"{op}: weights[{position}] of the alive features must be finite and non-negative with a positive sum, "
-                    f"got a least of {float(weight.min())} and a sum of {float(weight.sum())}"
-                )
-        checked.append(weight)
-    side_a, side_b = (side if rows.shape[0] == side.shape[0] else side[rows] for side, rows in zip(sides, (rows_a, rows_b)))
-    n, m = side_a.shape[0], side_b.shape[0]
-    eps = checked_eps(op, eps, side_a)
-    ab, ab_at, ba, ba_at, low, low_at = MATCH_PAIR(side_a, side_b, min(candidates, m), min(candidates, n), eps, backend=preference(backend))
-    a_to_b, b_to_a, negative = Matches(ab, rows_b[ab_at]), Matches(ba, rows_a[ba_at]), Matches(low, rows_b[low_at])
-    return Match(a_to_b, b_to_a, negative, (rows_a, rows_b), (checked[0], checked[1]), (n, m, side_a.shape[1]), sides, eps)
+    world = sharded.common(op, (world_of(a), world_of(b)))
+    with world.together(op):
+        sides = as_dictionaries(op, (a, b), "ab")
+        dtype = sides[0].dtype
+        if dtype != sides[1].dtype:
+            dtype = torch.promote_types(torch.promote_types(dtype, sides[1].dtype), torch.float32)
+        wide = dtype if world is ALONE else torch.promote_types(dtype, torch.float32)  # a rounded score says nothing of ties
+        candidates = checks.integer(op, "candidates", candidates, 1)
+        eps = checked_eps(op, eps, sides[0].to(wide))
+        options = zip(sides, (a, b), _both(op, "alive", alive), _both(op, "weights", weights))
+        own = [
+            _own(op, position, side.to(wide), world_of(value), world, mask, weight)
+            for position, (side, value, mask, weight) in enumerate(options)
+        ]
+        settings = [(side.features, side.weights is None) for side in own]
+        world.begin(op, 0, (candidates, eps, str(dtype), sides[0].shape[1], settings))
+        counts = sharded.counts([len(side.rows) for side in own], world)
+        rows_a, rows_b = (sharded.everyone(side.numbers, each, world) for side, each in zip(own, counts))
+        weighed = [None if side.weights is None else sharded.everyone(side.weights, each, world) for side, each in zip(own, counts)]
+    n, m = map(sum, counts)
+    if not n or not m:
+        raise ValueError(f"{op}: both dictionaries need an alive feature, got {n} in a and {m} in b")
+    for position, weight in enumerate(weighed):
+        if weight is not None and (not bool((weight >= 0).all()) or not 0 < float(weight.sum()) < float("inf")):
+            raise ValueError(
+                f"{op}: weights[{position}] of the alive features must be finite and non-negative with a positive sum, "
+                f"got a least of {float(weight.min())} and a sum of {float(weight.sum())}"
+            )
+    taken = own[0].rows, own[1].rows
+    with world.together(op):
+        world.begin(op)
+        found = sharded.pair(*taken, min(candidates, m), min(candidates, n), eps, preference(backend), world)
+    ab, ba, low = (Matches(found[at].to(dtype), rows[found[at + 1]]) for at, rows in ((0, rows_b), (2, rows_a), (4, rows_b)))
+    return Match(ab, ba, low, (rows_a, rows_b), (weighed[0], weighed[1]), (n, m, sides[0].shape[1]), taken, eps, world)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
-from fastsae.compare.dictionaries import Dictionary, as_dictionaries
+from fastsae._core.world import ALONE
+from fastsae.compare.dictionaries import Dictionary, as_dictionaries, world_of
 from fastsae.compare.matching import Match, match
-from fastsae.ops.match import match_cosine
 
 _DIRECTIONS = ("a_to_b", "b_to_a", "mean", "small_to_large", "large_to_small")
 _SUMMARIES = ("mean", "max", "above", "distance_sum")
@@ -129,15 +129,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _best(found: Match, direction: str, variant: MmcsVariant, backend: str | None) -> Tensor:
     if not variant.absolute and not variant.exclude_self:
         return getattr(found, direction).similarity[:, 0]
-    if variant.exclude_self and not (_same(*found.sides) and torch.equal(*found.rows)):
+    same = not variant.exclude_self or (_same(*found.sides) and torch.equal(*found.rows))
+    if not found.world.agree("mmcs", same):
         raise ValueError(
             "mmcs: a variant with exclude_self compares a dictionary to itself: a and b must be equal and have the same alive features, "
-            f"got {list(found.sides[0].shape)} and {list(found.sides[1].shape)} with {len(found.rows[0])} and {len(found.rows[1])} alive"
+            f"got {list(found.shape[::2])} and {list(found.shape[1:])} with {len(found.rows[0])} and {len(found.rows[1])} alive"
         )
     first = int(direction == "b_to_a")
-    few, many = (found.sides[side][found.rows[side]] for side in (first, 1 - first))
-    best = match_cosine(few, many, absolute=variant.absolute, exclude_self=variant.exclude_self, eps=found.eps, backend=backend)
-    best = best.similarity[:, 0]
+    best = found.nearest(first, absolute=variant.absolute, exclude_self=variant.exclude_self, backend=backend).similarity[:, 0]
     return best.abs() if variant.absolute else best
 
 
@@ -171,7 +170,8 @@ def mmcs_matrix(dictionaries: Sequence[Dictionary], direction: str = "a_to_b", *
     if direction not in ("a_to_b", "b_to_a", "mean"):
         raise ValueError(f"mmcs_matrix: direction must be 'a_to_b', 'b_to_a' or 'mean', got {direction!r}")
     dictionaries = list(dictionaries)
-    sides = as_dictionaries("mmcs_matrix", dictionaries, [f"dictionaries[{i}]" for i in range(len(dictionaries))])
+    loaded = as_dictionaries("mmcs_matrix", dictionaries, [f"dictionaries[{i}]" for i in range(len(dictionaries))])
+    sides = [side if world_of(value) is ALONE else value for value, side in zip(dictionaries, loaded)]
     result = torch.eye(len(sides), dtype=torch.float64, device="cpu")
     for i in range(len(sides)):
         for j in range(i):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastsae._core import checks, processes
 from fastsae._core.progress import track
 from fastsae.lm.hooks import Point, call, find, plain, watch
-from fastsae.store import ActivationShards, ShardWriter
+from fastsae.store import ActivationShards, ShardWriter, join
 
 
 class SeenAll(Exception):
@@ -50,13 +50,15 @@ def harvest(
         ignore: ids of tokens that are left out of the shards (BOS and other special ones), but not of the model's input.
         batch: sequences a forward call.
         dtype: of the stored activations; None: as the model gives them.
-        rank, ranks: this process takes the ``rank``-th part of the sequences; None: as torch.distributed's group or torchrun says.
+        rank, ranks: this process takes the ``rank``-th part of the batches; None: as torch.distributed's group or torchrun says. The last
+            one that ends makes one manifest of all (``fastsae.store.join``). The rows, their bits and their order are those of one process;
+            where a shard ends differs.
         rows_a_shard: see ``ShardWriter``.
         about: more to be stored in the manifest.
         progress: a tqdm bar where tqdm is installed.
 
-    Returns: ``ActivationShards`` of the folder, of all ranks' shards that are there. Columns: one a hook, and ``token``, ``position`` and
-    ``sequence`` (int32) of each row.
+    Returns: ``ActivationShards`` of the folder: in a process group of all rows, otherwise of those that are there. Columns: one a hook,
+    and ``token``, ``position`` and ``sequence`` (int32) of each row.
 
     Raises: TypeError, ValueError: wrong arguments; ``out`` holds activations of another model, other tokens or hooks; a module that does
     not give ``[batch, context, D]`` or that the model never calls.
@@ -71,15 +73,16 @@ def harvest(
     keep, real = kept_positions(op, tokens, mask, ignored)
     if not bool(keep.any()):
         raise ValueError(f"{op}: no position counts: mask and ignore leave nothing of {list(tokens.shape)}")
-    group = (processes.rank(), processes.ranks()) if processes.grouped() else tuple(int(os.environ.get(n, d)) for n, d in _TORCHRUN)
-    ranks = checks.integer(op, "ranks", group[1] if ranks is None else ranks, 1)
-    rank = checks.integer(op, "rank", group[0] if rank is None else rank, 0, ranks - 1, "ranks - 1")
-    first, last = len(tokens) * rank // ranks, len(tokens) * (rank + 1) // ranks
+    rank, ranks = _place(op, rank, ranks)
+    batches = -(-len(tokens) // batch)
+    first, last = (min(batches * number // ranks * batch, len(tokens)) for number in (rank, rank + 1))
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     digest = hashlib.sha256(tokens.cpu().to(torch.int64).contiguous().numpy().tobytes() + keep.cpu().numpy().tobytes()).hexdigest()
     facts = {"model": name, "hooks": [p.name for p in points], "context": tokens.shape[1], "sequences": len(tokens), "tokens": digest}
-    facts |= {"ignore": ignored, "ranks": ranks, "batch": batch, **(about or {})}
-    writer = ShardWriter(out, facts, rows_a_shard=rows_a_shard, writer=rank)
+    facts |= {"ignore": ignored, "batch": batch, **(about or {})}
+    writer = ShardWriter(out, facts, rows_a_shard=rows_a_shard, writer=rank, writers=ranks)
+    if writer.joined:
+        return ActivationShards(out)
     with writer, torch.no_grad(), evaluating(model):
         have = writer.rows
         device = next(model.parameters(), tokens).device
@@ -97,6 +100,24 @@ def harvest(
             columns |= {"token": tokens[part][kept].to(torch.int32), "position": where[:, 1], "sequence": where[:, 0] + start}
             writer.append({name: column[have:] for name, column in columns.items()})
             have = 0
+    return _ended(out, int(keep.sum()), rank, ranks)
+
+
+def _place(op: str, rank: int | None, ranks: int | None) -> tuple[int, int]:
+    group = (processes.rank(), processes.ranks()) if processes.grouped() else tuple(int(os.environ.get(n, d)) for n, d in _TORCHRUN)
+    ranks = checks.integer(op, "ranks", group[1] if ranks is None else ranks, 1)
+    return checks.integer(op, "rank", group[0] if rank is None else rank, 0, ranks - 1, "ranks - 1"), ranks
+
+
+def _ended(out: str | os.PathLike[str], rows: int, rank: int, ranks: int) -> ActivationShards:
+    """What is there, with one manifest, by the last one that ends; in a group when all have, and by rank 0."""
+    together = ranks > 1 and (rank, ranks) == (processes.rank(), processes.ranks())
+    if together:
+        processes.everyones(None)
+    if not together or rank == 0:
+        join(out, rows=rows)
+    if together:
+        processes.everyones(None)
     return ActivationShards(out)
 
 

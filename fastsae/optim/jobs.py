@@ -47,6 +47,17 @@ class Job:
         grad, values, *_ = self.gradient
         return norm(grad) if values is None else norm(values) * norm(grad)
 
+    def sizes(self, cuts: Sequence[int]) -> list[Tensor]:
+        """``size`` of each range of features."""
+        whole = self.gradient
+        if isinstance(whole, TiledGradient) or whole[1] is None or whole[2] is None:
+            return [part.size() for part in self.parts(cuts)]
+        ends = torch.tensor(cuts[1:-1], dtype=torch.int64, device=whole[1].device)
+        place = torch.bucketize(whole[2].flatten(), ends, right=True)
+        sums = whole[1].new_zeros(len(cuts) - 1, dtype=torch.float64)
+        sums.index_add_(0, place, whole[1].flatten().double().square())
+        return [*(sums.sqrt().to(torch.float32) * norm(whole[0]))]
+
     def squares(self) -> list[Tensor]:
         """Sums of the squares of the gradient's elements, by ranges."""
         return [GRAD_SQUARES(views[0], *tile, self.unit) for views, tile in self.tiles()]
@@ -105,8 +116,8 @@ def squares(jobs: Sequence[Job], world: World) -> list[Tensor]:
 
 def sizes(jobs: Sequence[Job], world: World) -> list[Tensor]:
     """The size of each job; where features are sharded of its part of each virtual shard, so that a bound on them is everybody's."""
-    shards, shared = by_shard(jobs, world)
-    return [job.size() for each in [*shards, shared] for job in each]
+    whole = world.virtual == 1
+    return [size for job in jobs for size in ([job.size()] if whole or job.name in world.replicated else job.sizes(world.cuts))]
 
 
 def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pieces:

@@ -126,7 +126,7 @@ def restore(
         checks.instance("load_checkpoint", "sae", sae, KINDS, "an SAE, SAEs or a CrossLayerTranscoder")
     with contextlib.ExitStack() as undo:
         try:
-            content, fresh = _read(path)
+            content, fresh = read(path)
             if sae is None:
                 sae = fresh.to_empty(device=device or "cpu")
                 for name, buffer in sae.named_buffers():  # which the earliest files do not all have
@@ -157,7 +157,7 @@ def restore(
     return Checkpoint(sae, content["extra"])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Trained]:
+def read(path: Path) -> tuple[dict[str, Any], Trained]:
     """What a file holds, checked, and a module of its configuration that holds nothing yet."""
     content, _ = weight_files.load(path)
     config, state, extra = content["config"], content["sae"], content["extra"]

@@ -319,18 +319,15 @@ def _through_scores(
     _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
     if w.b_pre is not None and world.virtual > 1 and db is not None:
         sums = db if stretch is None else db * stretch
-        db_pre = -world.tree(DECODE(sums, *_ranges(world, db.device), w.W_enc, None, backend=backend))
+        moved = sums.nonzero().squeeze(1)  # of few features, mostly
+        shards = torch.searchsorted(moved, torch.tensor(world.cuts, device=db.device))
+        db_pre = -world.tree(DECODE(sums[moved], moved, shards, w.W_enc, None, backend=backend))
     through = dscore if stretch is None else (dscore * stretch[slots.indices.long()]).to(dscore.dtype)
     grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
     grad.add(bias, db)
     grad.add("b_dec", db_pre)
     if dstretch is not None and stretch is not None:
         grad.add("r_mag", dstretch * stretch)
-
-
-def _ranges(world: World, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A slot for each feature of this process, a row for each of its virtual shards: indices and ``crow``."""
-    return torch.arange(world.cuts[-1], device=device), torch.tensor(world.cuts, device=device)
 
 
 def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:

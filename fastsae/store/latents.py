@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +24,7 @@ from fastsae._core.extras import needed
 from fastsae.formats.weight_files import read_json
 from fastsae.latents import RaggedLatents, TopKLatents
 from fastsae.store.columns import Shard, digest, map_safetensors, save
+from fastsae.store.writer import manifest_of, manifests
 
 MANIFEST = "latents.json"
 _MEMORY = 512 << 20
@@ -52,7 +55,7 @@ class LatentWriter:
         about: what it is, as JSON values. A folder with another one is refused.
         dtype: of the stored values, float32 or float16.
         tokens_a_part: of each part but the last. Memory: their latents, while they are written.
-        writer: number of this writer, of several that fill one folder at the same time.
+        writer: number of this writer, of several that fill one folder at the same time; see ``fastsae.store.join``.
 
     ``append(latents, tokens)`` takes what an encoder returned for ``[sequences, context]`` and token ids of that shape; latents of 0 are
     not stored. ``close``, or the end of a ``with`` block, writes the rest. A killed writer leaves whole parts.
@@ -84,15 +87,12 @@ class LatentWriter:
         self._parts: list[dict[str, Any]] = []
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # counts of each token, features, values, tokens
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._manifest()
-        if path.exists():
+        self._manifest, self.joined = manifest_of(self.folder, self.writer, MANIFEST)
+        if (path := self._manifest).exists():
             found = read_json(path)
             if wrong := [name for name, value in self._facts.items() if found.get(name) != value]:
                 raise ValueError(f"{op}: {path} has {wrong[0]}={found.get(wrong[0])!r}, got {self._facts[wrong[0]]!r}")
             self._parts = found["parts"]
-
-    def _manifest(self) -> Path:
-        return self.folder / (MANIFEST if self.writer == 0 else f"latents-{self.writer}.json")
 
     @property
     def sequences(self) -> int:
@@ -102,6 +102,8 @@ class LatentWriter:
     def append(self, latents: object, tokens: Tensor) -> None:
         """Adds sequences; see the class."""
         op = "LatentWriter.append"
+        if self.joined:
+            raise ValueError(f"{op}: {self.folder} holds all of its writers' parts, and nothing can be added")
         checks.tensor(op, "tokens", tokens, (torch.int64, torch.int32, torch.int16))
         checks.shape(op, "tokens", tokens, (None, self.context), f"[sequences, context={self.context}]")
         if not isinstance(latents, (TopKLatents, RaggedLatents)):
@@ -123,7 +125,7 @@ class LatentWriter:
         path = self.folder / f"{self.writer:03d}-{len(self._parts):06d}.safetensors"
         made = save("LatentWriter", path, {"crow": crow, "feature": feature, "value": value, "token": token})
         parts = [*self._parts, made | {"sequences": len(token) // self.context, "entries": len(value)}]
-        files.replace_text(self._manifest(), json.dumps({"format": 1, **self._facts, "parts": parts}, indent=1) + "\n")
+        files.replace_text(self._manifest, json.dumps({"format": 1, **self._facts, "parts": parts}, indent=1) + "\n")
         self._parts, self._pending = parts, []
 
     def __enter__(self) -> LatentWriter:
@@ -151,14 +153,12 @@ class LatentStore:
     def __init__(self, folder: str | os.PathLike[str], *, memory: int = _MEMORY):
         self.folder = Path(folder)
         self.memory = checks.integer("LatentStore", "memory", memory, 1)
-        manifests = sorted(self.folder.glob("latents*.json"), key=lambda path: (len(path.name), path.name))
-        manifests = [path for path in manifests if path.name != _INDEX]
-        if not manifests:
+        if not (paths := manifests(self.folder, MANIFEST)[0]):
             raise FileNotFoundError(f"LatentStore: {self.folder} holds no {MANIFEST}")
         facts: dict[str, Any] = {}
         self._parts: list[dict[str, Any]] = []
         self._ranges: list[dict[str, Any]] | None = None
-        for number, path in enumerate(manifests):
+        for number, path in enumerate(paths):
             found = read_json(path)
             try:
                 own = {name: found[name] for name in ("format", "n_features", "context", "dtype", "about")}
@@ -166,7 +166,7 @@ class LatentStore:
             except (KeyError, TypeError) as error:
                 raise ValueError(f"LatentStore: {path} is damaged: it holds no {error}") from error
             if number and own != facts:
-                raise ValueError(f"LatentStore: {path} holds {own}, {manifests[0]} {facts}")
+                raise ValueError(f"LatentStore: {path} holds {own}, {paths[0]} {facts}")
             facts = own
         self.n_features, self.context = int(facts["n_features"]), int(facts["context"])
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[facts["dtype"]]
@@ -202,18 +202,23 @@ class LatentStore:
 
     def _by_feature(self) -> list[dict[str, Any]]:
         """The ranges of features on disk, made where they are missing or of other parts."""
-        if self._ranges is not None:
-            return self._ranges
         path, made_of = self.folder / "by_feature" / _INDEX, [part["sha256"] for part in self._parts]
-        if path.exists():
-            found = read_json(path)
-            if found.get("made_of") == made_of:
-                self._ranges = found["ranges"]
-                return found["ranges"]
-        shutil.rmtree(path.parent, ignore_errors=True)
-        path.parent.mkdir()
-        self._ranges = self._merge(path.parent)
-        files.replace_text(path, json.dumps({"made_of": made_of, "ranges": self._ranges}, indent=1) + "\n")
+
+        def known() -> list[dict[str, Any]] | None:
+            found = read_json(path) if path.exists() else {}
+            return found["ranges"] if found.get("made_of") == made_of else None
+
+        self._ranges = self._ranges or known()
+        if self._ranges is None:
+            beside = self.folder / f".by_feature-{secrets.token_hex(8)}"  # another process may be making it too
+            beside.mkdir()
+            self._ranges = self._merge(beside)
+            files.replace_text(beside / _INDEX, json.dumps({"made_of": made_of, "ranges": self._ranges}, indent=1) + "\n")
+            if known() is None:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                with contextlib.suppress(OSError):  # the other was quicker
+                    beside.rename(path.parent)
+            shutil.rmtree(beside, ignore_errors=True)
         return self._ranges
 
     def _merge(self, folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from fastsae._core import checks
 from fastsae._core.seeds import stream_seed
 from fastsae.formats.weight_files import read_json
 from fastsae.store.columns import Shard, digest, map_safetensors
-from fastsae.store.writer import MANIFEST
+from fastsae.store.writer import MANIFEST, manifests
 
 _BLOCK_BYTES = 4 << 20  # of the widest column, read in one piece
 _WINDOW_BLOCKS = 8  # 32 MiB, which the disk is asked for ahead
@@ -43,13 +43,12 @@ class ActivationShards:
 
     def __init__(self, folder: str | os.PathLike[str]):
         folder = Path(folder)
-        manifests = sorted(folder.glob(f"{Path(MANIFEST).stem}*.json"), key=lambda path: (len(path.name), path.name))
-        if not manifests:
+        if not (paths := manifests(folder)[0]):
             raise FileNotFoundError(f"ActivationShards: {folder} holds no {MANIFEST}")
         self.about: dict[str, Any] = {}
         self._digests: dict[Path, str] = {}
         shards: list[Shard] = []
-        for number, path in enumerate(manifests):
+        for number, path in enumerate(paths):
             try:
                 manifest = read_json(path)
                 about, entries, names = dict(manifest["about"]), list(manifest["shards"]), list(manifest["columns"])
@@ -67,7 +66,7 @@ class ActivationShards:
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"ActivationShards: {path} is damaged: {error!s}") from error
             if number and about != self.about:
-                raise ValueError(f"ActivationShards: {path} is about {about!r}, {manifests[0]} about {self.about!r}")
+                raise ValueError(f"ActivationShards: {path} is about {about!r}, {paths[0]} about {self.about!r}")
             self.about = about
         self._take(folder, shards)
 

@@ -19,9 +19,51 @@ from fastsae.store.columns import DTYPES, save
 MANIFEST = "activations.json"
 
 
-def manifest_name(writer: int) -> str:
-    """Of the file that says which shards one writer has finished."""
-    return MANIFEST if writer == 0 else f"activations-{writer}.json"
+def manifests(folder: Path, first: str = MANIFEST) -> tuple[list[Path], bool]:
+    """The files that say what each writer of a folder has finished, ``first`` of writer 0; and whether it is one of all, by ``join``."""
+    found = sorted(folder.glob(f"{Path(first).stem}*.json"), key=lambda path: (len(path.name), path.name))
+    joined = bool(found) and found[0].name == first and bool(read_json(found[0]).get("joined"))
+    return found[:1] if joined else found, joined
+
+
+def manifest_of(folder: Path, writer: int, first: str = MANIFEST) -> tuple[Path, bool]:
+    """That of one writer, and whether it is the one of all."""
+    joined = manifests(folder, first)[1]
+    return folder / (first if joined or writer == 0 else f"{Path(first).stem}-{writer}.json"), joined
+
+
+def join(folder: str | os.PathLike[str], *, rows: int | None = None) -> bool:
+    """Makes one manifest of those that several ``ShardWriter`` or ``LatentWriter`` of a folder have written, one writer's files after the
+    other's; called by one process when all have ended, or with ``rows`` by each that ends.
+
+    Args:
+        rows: of activations in all: while there are fewer, others are at work, and nothing is done.
+
+    The folder is closed then: any writer of the same ``about`` finds all that is there, and cannot add to it. Returns whether it is.
+
+    Raises: FileNotFoundError: nothing was written. ValueError: writers differ.
+    """
+    folder = Path(folder)
+    first, what = (MANIFEST, "shards") if manifests(folder)[0] else ("latents.json", "parts")
+    paths, joined = manifests(folder, first)
+    if not paths:
+        raise FileNotFoundError(f"join: {folder} holds no {MANIFEST} and no {first}")
+    if not joined:
+        try:
+            found = [read_json(path) for path in paths]
+        except FileNotFoundError:  # another process has just done it
+            return True
+        facts = [{name: value for name, value in manifest.items() if name not in (what, "writers")} for manifest in found]
+        if wrong := next((path for path, own in zip(paths, facts) if own != facts[0]), None):
+            raise ValueError(f"join: {wrong} must be of what {paths[0]} is of")
+        entries = [entry for manifest in found for entry in manifest[what]]
+        if rows is not None and sum(entry["rows"] for entry in entries) < rows:
+            return False
+        files.replace_text(folder / first, json.dumps({**facts[0], what: entries, "joined": True}, indent=1) + "\n")
+        for path in paths:
+            if path.name != first:
+                path.unlink(missing_ok=True)
+    return True
 
 
 class ShardWriter:
@@ -33,7 +75,8 @@ class ShardWriter:
         about: what the activations are, as JSON values: model, hook, layer, tokeniser, context length. A folder with another one is
             refused.
         rows_a_shard: rows of each shard but the last. Memory: as many rows.
-        writer: number of this writer, of several that fill one folder at the same time (a rank); each has its own shards and manifest.
+        writer: number of this writer, of several that fill one folder at the same time (a rank); each has its own shards and manifest,
+            which ``fastsae.store.join`` makes one of. writers: how many there are, if a folder of another number is to be refused.
 
     ``append`` takes columns by name: ``[rows, ..]`` tensors of one height, float32, bfloat16, float16, integers or bool, on any device;
     the first call says which there are. A shard that is full is written, flushed to the disk, hashed (SHA-256) and entered into the
@@ -44,7 +87,13 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], about: Mapping[str, Any] | None = None, *, rows_a_shard: int = 1 << 16, writer: int = 0
+        self,
+        folder: str | os.PathLike[str],
+        about: Mapping[str, Any] | None = None,
+        *,
+        rows_a_shard: int = 1 << 16,
+        writer: int = 0,
+        writers: int | None = None,
     ):
         self.folder = Path(folder)
         self.rows_a_shard = checks.integer("ShardWriter", "rows_a_shard", rows_a_shard, 1)
@@ -55,9 +104,12 @@ class ShardWriter:
         self._pending: dict[str, list[Tensor]] = {}
         self._waiting = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / manifest_name(self.writer)
-        if path.exists():
+        self.writers = writers
+        self._manifest, self.joined = manifest_of(self.folder, self.writer)
+        if (path := self._manifest).exists():
             found = read_json(path)
+            if not self.joined and found.get("writers") != writers:
+                raise ValueError(f"ShardWriter: {path} is of {found.get('writers')} writers, got {writers}: go on with as many")
             if found.get("about") != self.about:
                 raise ValueError(f"ShardWriter: {path} is about {found.get('about')!r}, got about={self.about!r}")
             self.columns, self._shards = found["columns"], found["shards"]
@@ -70,6 +122,8 @@ class ShardWriter:
     def append(self, columns: Mapping[str, Tensor]) -> None:
         """Adds rows; see the class."""
         op = "ShardWriter.append"
+        if self.joined:
+            raise ValueError(f"{op}: {self.folder} holds all of its writers' shards, and nothing can be added")
         if not columns:
             raise ValueError(f"{op}: columns must name at least one column, got none")
         found: dict[str, list[Any]] = {}
@@ -112,6 +166,7 @@ class ShardWriter:
         made = save("ShardWriter", path, {name: column[:rows] for name, column in whole.items()})
         shards = [*self._shards, made | {"rows": rows}]
         manifest = {"format": 1, "about": self.about, "columns": self.columns, "shards": shards}
-        files.replace_text(self.folder / manifest_name(self.writer), json.dumps(manifest, indent=1) + "\n")
+        manifest |= {} if self.writers is None else {"writers": self.writers}
+        files.replace_text(self._manifest, json.dumps(manifest, indent=1) + "\n")
         self._shards, self._waiting = shards, self._waiting - rows
         self._pending = {name: [column[rows:]] for name, column in whole.items()} if self._waiting else {}

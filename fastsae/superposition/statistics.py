@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae._core import checks
+from fastsae._core import checks, processes
 
 _LOW, _HIGH = -24, 16
 """Binary exponents of the magnitudes that have bins of their own: 2^-24 to 2^16."""
@@ -128,6 +128,14 @@ class ActivationStatistics:
 
     def _widen(self, low: Tensor, high: Tensor) -> None:
         self._range = torch.stack([torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)])
+
+    def merged(self, group: Any = None) -> ActivationStatistics:
+        """What those of all processes of a torch.distributed group have seen together: a new object, of the same bits on each of them;
+        called by all. None: the default group; a copy without one. Raises as ``merge``, on all processes."""
+        first, *others = processes.everyones(self, group)
+        for other in others:
+            first.merge(other)
+        return first
 
     # ------------------------------------------------------------ results, [D] in float64
 

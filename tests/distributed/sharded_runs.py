@@ -265,7 +265,6 @@ def refused(group: Group) -> None:
     opt.step(x)
     raises(ValueError, "init_from: call it before", lambda: sae.init_from(x))
     raises(ValueError, "gathered(sae) is the whole one", lambda: sae.portable())
-    raises(ValueError, "gathered(sae) is the whole one", lambda: fastsae.match(sae, sae))
     raises(ValueError, "fastsae.distributed.save_checkpoint", lambda: fastsae.save_checkpoint(group.folder / "x.pt", sae))
     raises(FileNotFoundError, "manifest.json", lambda: load_checkpoint(group.folder / "nowhere", sae, opt))
     raises(ValueError, "a stack takes whole SAEs", lambda: fastsae.SAEs([sae]))
