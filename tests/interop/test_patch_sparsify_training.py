@@ -183,15 +183,14 @@ def test_fit_of_the_real_trainer(case: str, tmp_path: Path) -> None:
             folder = {"save_dir": str(tmp_path), "run_name": str(accelerated), "log_to_wandb": False}
             coder = SparseCoderConfig(num_latents=F, k=K, multi_topk="acc" in case)
             trainer = Trainer(TrainConfig(coder, batch_size=2, **options, **folder), data, model)  # pyright: ignore[reportArgumentType]
-            before = set(vars(trainer.optimizers[0]))
             if accelerated:
                 fastsae.accelerate(trainer)
                 assert fastsae.report(trainer).now == ({"fit": "there are several optimisers"} if case == "muon" else {})
             trainer.fit()
-            assert set(vars(trainer.optimizers[0])) == before
             trainers.append(trainer)
     mine, theirs = trainers
     for optimizer, other in zip(mine.optimizers, theirs.optimizers, strict=True):
+        assert vars(optimizer).keys() == vars(other).keys() and getattr(optimizer.step, "__func__", 0) is getattr(other.step, "__func__", 0)
         assert optimizer.param_groups[0].keys() == other.param_groups[0].keys()
         for key, value in optimizer.param_groups[0].items():
             assert key == "params" or value == pytest.approx(other.param_groups[0][key]), key
@@ -203,7 +202,7 @@ def test_fit_of_the_real_trainer(case: str, tmp_path: Path) -> None:
             assert p.grad is None
         saved = SparseCoder.load_from_disk(tmp_path / "True" / name)
         other = SparseCoder.load_from_disk(tmp_path / "False" / name)
-        assert all(float((a - b).abs().mean()) < 1e-4 for a, b in zip(saved.parameters(), other.parameters(), strict=True))
+        assert all(float((a - b).detach().abs().mean()) < 1e-4 for a, b in zip(saved.parameters(), other.parameters(), strict=True))
 
 
 def test_hooks_on_the_coder_fire() -> None:
