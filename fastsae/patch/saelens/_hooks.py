@@ -60,8 +60,10 @@ class Points:
         if not point._forward_hooks:
             return
         with torch.enable_grad():
-            leaf = make().requires_grad_(name != "hook_sae_input")
-            seen = leaf.clone()
+            leaf = seen = make()
+            if name != "hook_sae_input":  # of whose input no one asks a gradient, and which is the target, too
+                leaf = leaf.detach().requires_grad_()
+                seen = leaf.clone()
             version = seen._version
             out = point(seen)
         self.shown.append((name, point, leaf, out))
@@ -78,7 +80,7 @@ def replayed(shown: list[Shown]) -> Generator[None, None, None]:
     before = [(point, point._forward_hooks) for _, point, _, _ in shown]
     for _, point, leaf, out in shown:
         point._forward_hooks = OrderedDict()
-        vars(point)["forward"] = lambda given, leaf=leaf, out=out: _Replay.apply(given, leaf, out)
+        vars(point)["forward"] = lambda given, pair=(leaf, out): _Replay.apply(given, pair) if given.requires_grad else pair[1]
     try:
         yield
     finally:
@@ -91,12 +93,13 @@ class _Replay(torch.autograd.Function):
     """``out``, which was computed from ``leaf``, as a function of what equals ``leaf``."""
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, leaf: Tensor, out: Tensor) -> Tensor:
-        ctx.leaf, ctx.out = leaf, out
-        return out.detach().clone()
+    def forward(ctx: Any, given: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.pair = pair
+        return pair[1].detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.out.requires_grad:  # into parameters, too, that a hook has used
-            torch.autograd.backward(ctx.out, grad)
-        return ctx.leaf.grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        leaf, out = ctx.pair
+        if out.requires_grad:  # into parameters, too, that a hook has used
+            torch.autograd.backward(out, grad)
+        return leaf.grad, None

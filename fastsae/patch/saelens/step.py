@@ -69,7 +69,7 @@ class Step:
         sae, x = self.sae, self.x
         if self.kind == "jumprelu":
             sae.threshold.data.clamp_(min=0.0)
-        self.hooks.show("hook_sae_input", lambda: sae.reshape_fn_in(x.clone()))
+        self.hooks.show("hook_sae_input", lambda: sae.reshape_fn_in(x))
         with _hooks.replayed(self.hooks.shown):
             sae_in = sae.process_sae_in(x)
         self.sae_in = sae_in.to(self.low)

@@ -96,6 +96,8 @@ def why_not_fused(trainer: Any, sae: Any, sae_in: Tensor, dead: Tensor) -> str |
     """Why forward and backward of this step are the library's own, or None."""
     if reason := why_never_fused(sae):
         return reason
+    if not torch.is_grad_enabled():
+        return "gradients are disabled"
     kind, low = kind_of(sae).activation, _autocast(trainer, sae_in)
     if low is not None and (kind not in _BEST or low is not torch.bfloat16):
         return f"autocast to {str(low)[6:]} is on"
