@@ -35,7 +35,7 @@ from fastsae._core import checks
 from fastsae.formats import pretrained
 from fastsae.latents import Latents
 from fastsae.packed import PackedWeights
-from fastsae.patch._adapter import BASE, LIBRARIES, STATE, Adapter, Library, State, base_class, class_name
+from fastsae.patch._adapter import BASE, LIBRARIES, STATE, Adapter, Library, State, base_class, class_name, warn_once
 from fastsae.sae import reconstruction as _operation
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
@@ -108,7 +108,7 @@ def accelerate(obj: T, *, any_version: bool = False) -> T:
     for part in adapter.parts(obj).values():
         if not _is_accelerated(part) and _is_supported(part):
             state.parts.append(accelerate(part, any_version=any_version))
-    if adapter.mixin is not None or adapter.during:
+    if adapter.mixin is not None or adapter.during or adapter.makes:
         obj.__class__ = _accelerated_class(type(obj))
     vars(obj)[STATE] = state
     return obj
@@ -341,6 +341,7 @@ def _accelerated_class(base: type) -> type:
     bases = (base,) if adapter.mixin is None else (adapter.mixin, base)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     more = {BASE: base, "__reduce_ex__": _reduce_ex, **{method: _during(base, method) for method in adapter.during}}
+    more |= {method: _making(base, method, name) for method, name in adapter.makes.items()}
     return types.new_class(base.__name__, bases, exec_body=lambda space: space.update(names | more))
 
 
@@ -348,6 +349,19 @@ def _during(base: type, method: str) -> Callable[[Any, Any], Any]:
     def run(self: Any, trainer: Any) -> Any:
         with accelerated(trainer):
             return getattr(base, method)(self, trainer)
+
+    return run
+
+
+def _making(base: type, method: str, name: str) -> Callable[..., Any]:
+    def run(self: Any) -> Any:
+        own = getattr(base, method)
+        if name not in own.__code__.co_names or not isinstance(own.__globals__.get(name), type):
+            warn_once(self, f"{method} makes no {name}")
+            return own(self)
+        # The library's function, in whose eyes alone the class is another one: its module stays as it is.
+        made = {name: lambda *args, **options: accelerate(own.__globals__[name](*args, **options))}
+        return types.FunctionType(own.__code__, own.__globals__ | made, method, own.__defaults__, own.__closure__)(self)
 
     return run
 

@@ -14,7 +14,7 @@ import torch.optim.optimizer as _every_optimiser
 from torch import Tensor, nn
 
 from fastsae.dispatch import preference, then_any
-from fastsae.gradients import Gradient, RowGradient, TiledGradient
+from fastsae.gradients import Gradient, RowGradient, TiledGradient, densify
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient
 from fastsae.ops.decode import DECODE_DWEIGHT
 
@@ -30,17 +30,19 @@ class Feature:
 
 def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
     """Why ``step`` cannot stand for ``optimizer.step()``, or None; ``adam`` is the class that it must be of."""
-    if type(optimizer) is not adam:
+    if type(optimizer) not in ((adam, torch.optim.AdamW) if adam is torch.optim.Adam else (adam,)):
         return f"the optimiser is {type(optimizer).__module__}.{type(optimizer).__qualname__}, not torch.optim.Adam"
     kinds = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
     every = [hook for kind in kinds for hook in getattr(_every_optimiser, kind).values()]
     foreign = any(getattr(hook, "__module__", "").split(".")[0] != "fastsae" for hook in every)
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or foreign:
         return "the optimiser has step hooks"
-    if "step" in vars(optimizer) and getattr(optimizer.step, "__wrapped__", None) is not adam.step:  # schedulers wrap it
+    if "step" in vars(optimizer) and getattr(optimizer.step, "__wrapped__", None) is not type(optimizer).step:  # schedulers wrap it
         return "the optimiser's step was replaced in the instance"
     for group in optimizer.param_groups:
-        for name, plain in (("weight_decay", 0), ("amsgrad", False), ("maximize", False), ("capturable", False), ("differentiable", False)):
+        if group["weight_decay"] != 0 and not _decoupled(optimizer, group):
+            return f"the optimiser's weight_decay is {group['weight_decay']}"
+        for name, plain in (("amsgrad", False), ("maximize", False), ("capturable", False), ("differentiable", False)):
             if group.get(name, plain) != plain:
                 return f"the optimiser's {name} is {group[name]}"
         if isinstance(group["lr"], Tensor) or any(isinstance(beta, Tensor) for beta in group["betas"]):
@@ -53,6 +55,26 @@ def refuses(optimizer: Any, adam: type = torch.optim.Adam) -> str | None:
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 return "a parameter has gradient hooks"
     return None
+
+
+def _decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool:
+    """Whether weights decay by themselves and not through the gradient."""
+    return isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+
+
+def dense(p: Tensor, gradient: Gradient | Feature) -> Tensor:
+    """A gradient as ``p.grad`` holds it, laid out like ``p``."""
+    turned = isinstance(gradient, Feature)
+    given = gradient.gradient if turned else gradient
+    if isinstance(given, Tensor):
+        return (given.T if turned else given).to(p.dtype)
+    out = torch.empty_like(p)
+    rows = out.T if turned else out
+    if isinstance(given, RowGradient):
+        DECODE_DWEIGHT(*given.slots, given.rows, rows, backend=then_any(preference(None)))
+    else:
+        rows.copy_(densify(given))
+    return out
 
 
 def holds(optimizer: Any, module: nn.Module) -> bool:
@@ -99,7 +121,7 @@ def step(
             jobs.append((group, state, tensors, gradient, id(p) in projected, id(p) in normalised))
     norm = factor = None
     if max_norm is not None:
-        squares = [GRAD_SQUARES(W[rows], *tile, unit) for _, _, (W, *_), gradient, unit, _ in jobs for rows, tile in _tiles(W, gradient)]
+        squares = [GRAD_SQUARES(W[rows], *tile, unit) for _, _, (W, *_), gradient, unit, _ in jobs for rows, tile in tiles(W, gradient)]
         nothing = torch.zeros((), dtype=torch.float32, device="cpu")
         norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt() if squares else nothing
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -108,8 +130,9 @@ def step(
         beta1, beta2 = group["betas"]
         # The library's step makes everything NaN of a norm that is; a NaN here would leave everything as it is.
         scale = None if factor is None else factor.nan_to_num(torch.inf).to(W)
-        options = (float(group["lr"]), beta1, beta2, group["eps"], 0.0, int(state["step"]), unit, normal)
-        for rows, tile in _tiles(W, gradient):
+        decay = float(group["weight_decay"])
+        options = (float(group["lr"]), beta1, beta2, group["eps"], decay, int(state["step"]), unit, normal)
+        for rows, tile in tiles(W, gradient):
             ADAM(W[rows], m[rows], v[rows], *tile, scale, *options)
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # what schedulers look for before their first step
     return norm
@@ -130,7 +153,7 @@ def _oriented(gradient: Gradient, tensors: tuple[Tensor, ...], whole: bool) -> t
     return out, tensors
 
 
-def _tiles(W: Tensor, gradient: Any) -> Any:
+def tiles(W: Tensor, gradient: Any) -> Any:
     if not isinstance(gradient, TiledGradient):
         return [(slice(None), checked_gradient("step", "gradient", gradient, W))]
     height = max(1, _TILE // max(W.shape[1], 1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]  # torch has no public name for it
 
+from fastsae.gradients import Gradient
 from fastsae.latents import Latents
 from fastsae.patch import _tested
 from fastsae.sae.reconstruction import Reconstruction
@@ -36,6 +37,7 @@ class Adapter:
         leaves: ``{method or part: why it is left alone}``.
         parts: ``{attribute: object}`` that are accelerated with it (a trainer's SAE).
         during: methods that get a trainer, which is accelerated while they run.
+        makes: ``{method: class}``: of their module, whose instances that the method makes are accelerated.
         now: ``{method: why}`` of what takes the library's own way as the object stands (a hook that needs dense numbers).
         encode: ``(sae, x) -> Latents``, on an object patched or not. packs: it takes ``packed=`` too, a handle of the encoder's weights.
         reconstruct: ``(sae, x, target) -> Reconstruction``, likewise.
@@ -49,6 +51,7 @@ class Adapter:
     leaves: Mapping[str, str] = field(default_factory=dict)
     parts: Callable[[Any], Mapping[str, Any]] = _nothing
     during: tuple[str, ...] = ()
+    makes: Mapping[str, str] = field(default_factory=dict)
     now: Callable[[Any], Mapping[str, str]] = _nothing
     encode: Callable[..., Latents] | None = None
     reconstruct: Callable[[Any, Tensor, Tensor | None], Reconstruction] | None = None
@@ -92,10 +95,14 @@ class Library:
 
 @dataclass
 class State:
-    """``parts``: what was accelerated together with the object, for ``restore``. ``warned``: reasons given so far."""
+    """``parts``: what was accelerated together with the object, for ``restore``. ``warned``: reasons given so far. ``writers``: ids of
+    hooks that have changed what they were shown. ``pending``: gradients
+    by parameter that wait for an optimiser's step; None: for none."""
 
     parts: list[Any] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
+    writers: frozenset[int] = frozenset()
+    pending: list[Mapping[Tensor, Gradient]] | None = None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -123,13 +130,13 @@ def tampered(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in kinds) or "forward" in module.__dict__
 
 
-def warn_once(obj: Any, reason: str, stacklevel: int = 3) -> None:
+def warn_once(obj: Any, reason: str, stacklevel: int = 3, how: str = "runs as without fastsae") -> None:
     """Says once an object why it takes the library's own way."""
     state = vars(obj).get(STATE)
     if state is None or reason not in state.warned:
         if state is not None:
             state.warned.add(reason)
-        warnings.warn(f"fastsae: {type(obj).__name__} runs as without fastsae: {reason}", stacklevel=stacklevel)
+        warnings.warn(f"fastsae: {type(obj).__name__} {how}: {reason}", stacklevel=stacklevel)
 
 
 def library_way(obj: Any, reason: str | None) -> bool:

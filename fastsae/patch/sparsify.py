@@ -14,8 +14,10 @@ fewer than k positive scores) passes its gradient on, as there; which features s
 order that is defined. ``k_decay_steps`` starts at k = 10 d_in, where such rows are common: those features' encoder rows then move
 otherwise than with the library's own coder. ``encode`` takes inputs of any number of dimensions, and its gradients here do too.
 
-The trainer calls its coders, then an optimiser on dense gradients; ``train_step`` does the same for one batch and, for
-``torch.optim.Adam``, forms none.
+``fit`` forms no dense gradient where its optimiser is the default one, schedule-free sign descent, or ``torch.optim.Adam``, and its loss
+"fvu": the coders' gradients stay slots until the optimiser's step, which works on its own state; ``grad_acc_steps`` and
+``micro_acc_steps`` add slots up. Its signs of gradients that cancel may be others. ``train_step`` does the same for one batch with Adam.
+With muon, 8-bit Adam, the losses "ce" and "kl", several processes or a GPU the optimiser reads dense gradients, as a warning says.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), two CPU cores (``fastsae bench dropin``):
 ``train_step`` 0.15 and 0.37, ``fastsae.encode`` 0.28 and 0.42, ``encode`` 0.29 and 0.30; ``Trainer.fit`` about 0.75.
@@ -24,7 +26,7 @@ Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 51
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +39,10 @@ from fastsae.latents import TopKLatents
 from fastsae.ops.decode import DECODE, DECODE_DVALUES, decode
 from fastsae.ops.encode import ENCODE_TOPK, encode_topk
 from fastsae.ops.score_gradients import feature_sums, score_gradients
+from fastsae.ops.signum import SIGNUM
 from fastsae.packed import Unchanged
 from fastsae.patch import _adam
-from fastsae.patch._adapter import LIBRARIES, Adapter, Library, changed, library_way, need_slots, tampered
+from fastsae.patch._adapter import LIBRARIES, STATE, Adapter, Library, changed, library_way, need_slots, tampered
 from fastsae.patch._slots import reconstruction
 from fastsae.sae.reconstruction import Reconstruction
 
@@ -221,11 +224,18 @@ class CoderMethods:
     ) -> Any:
         if library_way(self, why_dense(self)):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)  # pyright: ignore[reportAttributeAccessIssue]
+        pending = vars(self)[STATE].pending
+        if pending is not None and torch.is_grad_enabled() and _why_not_by_hand(self, x, y) is None:
+            out, backward = _by_hand(self, x, x if y is None else y, dead_mask, total_variance)
+            losses = _Waiting.apply(self.b_dec, pending, backward, out.fvu, out.auxk_loss, out.multi_topk_fvu)
+            return out._replace(fvu=losses[0], auxk_loss=losses[1], multi_topk_fvu=losses[2])  # pyright: ignore[reportOptionalSubscript]
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=_BF16):
             return _forward(self, x, y, dead_mask, total_variance)
 
     @torch.no_grad()
     def remove_gradient_parallel_to_decoder_directions(self: Any) -> None:
+        if vars(self)[STATE].pending:  # the optimiser's step does it
+            return
         if self.W_dec is None or self.W_dec.grad is None or library_way(self, changed(self, *_METHODS)):
             super().remove_gradient_parallel_to_decoder_directions()  # pyright: ignore[reportAttributeAccessIssue]
         else:
@@ -278,8 +288,8 @@ def train_step(
     if project:
         coder.set_decoder_norm_to_unit_norm()
     if _why_not_fused(coder, optimizer, x, y) is None:
-        out, gradients = _gradients(coder, x, x if y is None else y, dead_mask, auxk_alpha)
-        _adam.step(optimizer, gradients, project=(coder.W_dec,) if project else ())  # pyright: ignore[reportArgumentType]
+        out, backward = _by_hand(coder, x, x if y is None else y, dead_mask, None)
+        _adam.step(optimizer, backward(1.0, auxk_alpha, 1 / 8), project=(coder.W_dec,) if project else ())  # pyright: ignore[reportArgumentType]
         return out
     out = coder(x=x, y=y, dead_mask=dead_mask)
     (out.fvu + auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8).backward()
@@ -291,16 +301,20 @@ def train_step(
 
 
 def _why_not_fused(coder: Any, optimizer: Any, x: Tensor, y: Tensor | None) -> str | None:
-    reason = why_dense(coder) or _adam.refuses(optimizer)
-    if reason is not None:
+    if (reason := why_dense(coder) or _adam.refuses(optimizer)) is not None:
         return reason
+    return _why_not_by_hand(coder, x, y) if _adam.holds(optimizer, coder) else "the optimiser does not hold the coder's parameters"
+
+
+def _why_not_by_hand(coder: Any, x: Tensor, y: Tensor | None) -> str | None:
+    """Why forward and backward go by autograd, or None."""
     parameters = list(coder.parameters())
-    if not _adam.holds(optimizer, coder):
-        return "the optimiser does not hold the coder's parameters"
     if tampered(coder) or not isinstance(coder.W_dec, nn.Parameter) or not isinstance(coder.b_dec, nn.Parameter):
         return "the coder has a hook, or a parameter that is computed from another"
     if any(p.grad is not None or not p.is_contiguous() or not p.requires_grad for p in parameters):
         return "a parameter has a gradient already, is frozen or is not contiguous"
+    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+        return "a parameter has gradient hooks"
     if torch.cuda.is_available() or checks.autocasting(x.device):
         return "autocast is on"  # the library turns it on wherever there is a GPU
     if any(t.dtype is not coder.dtype or t.dim() != 2 or t.requires_grad for t in (x, x if y is None else y)):
@@ -308,9 +322,12 @@ def _why_not_fused(coder: Any, optimizer: Any, x: Tensor, y: Tensor | None) -> s
     return None
 
 
+Backward = Callable[[Any, Any, Any], dict[Tensor, Gradient]]
+
+
 @torch.no_grad()
-def _gradients(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, alpha: float) -> tuple[Any, Mapping[Tensor, Gradient]]:
-    """``forward`` and its backward by slots."""
+def _by_hand(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, variance: Tensor | None) -> tuple[Any, Backward]:
+    """``forward`` by slots, and its backward: gradients by parameter, given those of ``fvu``, ``auxk_loss`` and ``multi_topk_fvu``."""
     inputs, k, backend = _inputs(coder, x), coder.cfg.k, then_any(preference(None))
     xc, W, b = inputs
     F, W_dec = W.shape[0], coder.W_dec
@@ -319,39 +336,141 @@ def _gradients(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, alpha
     if coder.W_skip is not None:
         out = out + x @ coder.W_skip.mT
     error = y - out
-    variance = (y - y.mean(0)).pow(2).sum()
-    G = error * (-2 / variance)
-    b_dec = G.sum(0)
-    decoder: list[Gradient] = [RowGradient(values, indices, None, G, F)]
-    dvalues = DECODE_DVALUES(G, indices, None, W_dec, backend=backend)
+    variance = (y - y.mean(0)).pow(2).sum() if variance is None else variance
     fvu, auxk_loss, multi = error.pow(2).sum() / variance, out.new_tensor(0.0), out.new_tensor(0.0)
+    extra: list[tuple[int, Tensor, Tensor, Tensor]] = []  # (which loss, slots, d loss / d what they decode to)
     if dead_mask is not None and (dead := int(dead_mask.sum())) > 0:
         most = y.shape[-1] // 2
-        aux_values, aux_indices = _aux(inputs, dead_mask, min(most, dead))
-        difference = DECODE(aux_values, aux_indices, None, W_dec, None, backend=backend) - error
+        aux = _aux(inputs, dead_mask, min(most, dead))
+        difference = DECODE(*aux, None, W_dec, None, backend=backend) - error
         scale = min(dead / most, 1.0) / variance
         auxk_loss = scale * difference.pow(2).sum()
-        decoder.append(RowGradient(aux_values, aux_indices, None, difference * (2 * alpha * scale), F))
+        extra.append((1, *aux, difference * (2 * scale)))
     latents = values, indices
     if coder.cfg.multi_topk:
         latents = _best(coder, xc, W, b, 4 * k)
         out = DECODE(*latents, None, W_dec, None, backend=backend) + coder.b_dec
         difference = out - y
         multi = difference.pow(2).sum() / variance
-        rows = difference * (2 / (8 * variance))
-        decoder.append(RowGradient(*latents, None, rows, F))
-        b_dec += rows.sum(0)
-    if not coder.cfg.transcode:
-        b_dec -= DECODE(dvalues, indices, None, W, None, backend=backend).sum(0)
-    gradients: dict[Tensor, Gradient] = {
-        coder.encoder.weight: RowGradient(dvalues, indices, None, xc, F),
-        coder.encoder.bias: feature_sums(dvalues, indices, None, F, backend).to(b.dtype),
-        W_dec: total(decoder),
-        coder.b_dec: b_dec,
-    }
-    if coder.W_skip is not None:
-        gradients[coder.W_skip] = G.mT @ x
-    return sys.modules["sparsify.sparse_coder"].ForwardOutput(out, *latents, fvu, auxk_loss, multi), gradients
+        extra.append((2, *latents, difference * (2 / variance)))
+
+    @torch.no_grad()
+    def backward(*grads: Any) -> dict[Tensor, Gradient]:
+        G = error * (-2 / variance * grads[0])
+        b_dec = G.sum(0)
+        decoder: list[Gradient] = [RowGradient(values, indices, None, G, F)]
+        for which, acts, where, rows in extra:
+            decoder.append(RowGradient(acts, where, None, rows * grads[which], F))
+            b_dec += (rows * grads[which]).sum(0) if which == 2 else 0
+        dvalues = DECODE_DVALUES(G, indices, None, W_dec, backend=backend)
+        if not coder.cfg.transcode:
+            b_dec -= DECODE(dvalues, indices, None, W, None, backend=backend).sum(0)
+        gradients: dict[Tensor, Gradient] = {
+            coder.encoder.weight: RowGradient(dvalues, indices, None, xc, F),
+            coder.encoder.bias: feature_sums(dvalues, indices, None, F, backend).to(b.dtype),
+            W_dec: total(decoder),
+            coder.b_dec: b_dec,
+        }
+        return gradients if coder.W_skip is None else {**gradients, coder.W_skip: G.mT @ x}
+
+    return sys.modules["sparsify.sparse_coder"].ForwardOutput(out, *latents, fvu, auxk_loss, multi), backward
+
+
+# ---------------------------------------------------------------- the trainer
+
+
+class _Waiting(torch.autograd.Function):
+    """Losses whose backward leaves gradients in ``pending``, for the optimiser's step."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, pending: list[Any], backward: Backward, *losses: Tensor) -> tuple[Tensor, ...]:
+        ctx.pending, ctx.back = pending, backward
+        return tuple(loss.clone() for loss in losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.pending.append(ctx.back(*grads))
+        return (None,) * 6
+
+
+class TrainerMethods:
+    """``fit``, whose coders leave gradients as slots and whose optimiser takes them so."""
+
+    def fit(self: Any) -> None:
+        if library_way(self, why_not_fit(self)):
+            super().fit()  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        optimizer, coders = self.optimizers[0], [coder for coder in self.saes.values() if STATE in vars(coder)]
+        before = vars(optimizer).get("step")
+
+        def step(*args: Any, **options: Any) -> None:
+            gradients = {p: [p.grad] for coder in coders for p in coder.parameters() if p.grad is not None}
+            pending = [part for coder in coders for part in vars(coder)[STATE].pending]
+            if not pending:
+                own(*args, **options)
+                return
+            for p, gradient in (item for part in pending for item in part.items()):
+                gradients.setdefault(p, []).append(gradient)
+            project = [coder.W_dec for coder in coders if coder.cfg.normalize_decoder and not coder.cfg.transcode]
+            take = _adam.step if type(optimizer) is torch.optim.Adam else _signum
+            take(optimizer, {p: total(parts) for p, parts in gradients.items()}, project=project)
+            for coder in coders:
+                vars(coder)[STATE].pending.clear()
+
+        own = optimizer.step
+        step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]  # schedulers look for it
+        try:
+            optimizer.step = step
+            for coder in coders:
+                vars(coder)[STATE].pending = []
+            super().fit()  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            del optimizer.step
+            if before is not None:
+                optimizer.step = before
+            for coder in coders:
+                vars(coder)[STATE].pending = None
+
+
+def why_not_fit(trainer: Any) -> str | None:
+    """Why ``fit`` steps on dense gradients, or None."""
+    if (reason := changed(trainer, "fit")) is not None:
+        return reason
+    if trainer.cfg.loss_fn != "fvu" or torch.distributed.is_initialized():
+        return f"loss_fn is {trainer.cfg.loss_fn!r}, or there are several processes"
+    if len(trainer.optimizers) != 1:
+        return "there are several optimisers"
+    (optimizer,) = trainer.optimizers
+    if type(optimizer).__qualname__ != "ScheduleFreeWrapper":
+        return _adam.refuses(optimizer)
+    base = optimizer.base
+    if type(base).__module__ != "sparsify.sign_sgd" or optimizer.weight_decay_at_y != 0 or {"step"} & (vars(optimizer) | vars(base)).keys():
+        return f"the optimiser is a ScheduleFreeWrapper of {type(base).__name__} with settings that sparsify's trainer does not make"
+    return "the optimiser has step hooks" if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks else None
+
+
+@torch.no_grad()
+def _signum(optimizer: Any, gradients: Mapping[Tensor, Any], project: list[Tensor]) -> None:
+    """``ScheduleFreeWrapper.step`` of ``SignSGD``, on its own state."""
+    if not optimizer.train_mode:
+        raise RuntimeError("fit: the optimiser is not in train mode")
+    projected = {id(p) for p in project}
+    for group in optimizer.param_groups:
+        rate = group["lr"] * group.get("d", 1.0)
+        group["lr_max"] = max(rate, group.get("lr_max", 0))
+        weight = (group.get("k", 0) + 1) ** optimizer.r * group["lr_max"] ** optimizer.weight_lr_power
+        group["weight_sum"] = group.get("weight_sum", 0.0) + weight
+        group["k"] = group.get("k", 0) + 1
+        for p in group["params"]:
+            if p not in gradients:
+                continue
+            state, gradient = optimizer.state[p], gradients[p]
+            if "z" not in state:
+                state["z"] = p.detach().clone(memory_format=torch.preserve_format)
+            y, z = (t.detach() if t.dim() == 2 else t.detach().reshape(1, -1) for t in (p, state["z"]))
+            gradient = gradient if p.dim() == 2 else gradient.reshape(1, -1)
+            for rows, tile in _adam.tiles(y, gradient):
+                SIGNUM(y[rows], z[rows], *tile, group["lr"], optimizer.momentum, weight / group["weight_sum"], id(p) in projected, False)
 
 
 # ---------------------------------------------------------------- the table
@@ -387,13 +506,15 @@ LIBRARY = LIBRARIES["sparsify"] = Library(
             decoder=lambda coder: coder.W_dec,
         ),
         "sparsify.trainer.Trainer": Adapter(
-            None,
-            leaves={
-                "fit": "it calls its coders, which are accelerated, and an optimiser on dense gradients",
+            TrainerMethods,
+            {"fit": "its coders' gradients stay slots; projection and Adam or schedule-free sign descent in one pass"},
+            {
+                "fit": "muon, 8-bit Adam, ce and kl losses and several processes need dense gradients; the coders are accelerated",
                 "k_decay_steps": "keeps latents of value 0 at first, which get gradients: which, is a tie that torch.topk breaks otherwise",
             },
             parts=lambda trainer: {f"saes[{name!r}]": coder for name, coder in trainer.saes.items()},
+            now=lambda trainer: {} if (reason := why_not_fit(trainer)) is None else {"fit": reason},
         ),
     },
-    "257437e02778 041341b52c3b",  # with Triton's decoder and without
+    "257437e02778 041341b52c3b 61cea09ef991 95278206d48c",  # coder and fit, with Triton's decoder and without
 )

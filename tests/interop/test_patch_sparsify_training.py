@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -141,16 +142,27 @@ def test_a_trainer_takes_its_coders_along() -> None:
 
     trainer = object.__new__(Trainer)  # its constructor wants a model and its dataset
     trainer.saes = {"layers.0": make(), "layers.1": make(transcode=True)}
+    trainer.cfg, trainer.optimizers = SimpleNamespace(loss_fn="kl"), []  # pyright: ignore[reportAttributeAccessIssue]
     fastsae.accelerate(trainer)
     report = fastsae.report(trainer)
     assert all(fastsae.report(coder).accelerated for coder in trainer.saes.values())
-    assert "saes['layers.1'].encode" in report.replaced and "optimiser on dense gradients" in report.left["fit"]
+    assert "saes['layers.1'].encode" in report.replaced and "slots" in report.replaced["fit"] and "loss_fn is 'kl'" in report.now["fit"]
     fastsae.restore(trainer)
     assert all(type(coder) is SparseCoder for coder in trainer.saes.values())
 
 
-def test_fit_of_the_real_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``Trainer.fit`` on a small model: the same coder after three batches, accelerated or not."""
+FITS: dict[str, dict[str, Any]] = {
+    "signum": {"optimizer": "signum", "lr": 1e-3},
+    "adam": {"optimizer": "adam", "lr": 1e-3, "lr_warmup_steps": 1, "auxk_alpha": 1 / 32, "dead_feature_threshold": 20},
+    "adam, accumulated": {"optimizer": "adam", "lr": 1e-3, "lr_warmup_steps": 1, "grad_acc_steps": 2, "micro_acc_steps": 2},
+    "signum, accumulated": {"optimizer": "signum", "lr": 1e-3, "grad_acc_steps": 2, "micro_acc_steps": 2, "layers": [0, 1]},
+    "muon": {"optimizer": "muon", "lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_fit_of_the_real_trainer(case: str, tmp_path: Path) -> None:
+    """``Trainer.fit`` on a small model: the same coder, files and optimiser's state after ten batches, accelerated or not."""
     from sparsify.config import TrainConfig
     from sparsify.trainer import Trainer
     from transformers import GPT2Config, GPT2Model
@@ -159,35 +171,38 @@ def test_fit_of_the_real_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def select(self, indices: Any) -> Any:
             return Rows(self[i] for i in indices)
 
-    tokens = torch.randint(0, 50, (6, 8), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 50, (20, 8), generator=torch.Generator().manual_seed(0))
     data = Rows({"input_ids": row} for row in tokens)
-    coders = []
+    trainers: list[Any] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for accelerated in (True, False):
             torch.manual_seed(0)
             model = GPT2Model(GPT2Config(vocab_size=50, n_positions=8, n_embd=D, n_layer=2, n_head=2)).eval()
-            config = TrainConfig(
-                SparseCoderConfig(num_latents=F, k=K),
-                batch_size=2,
-                optimizer="adam",
-                lr=1e-3,
-                lr_warmup_steps=1,
-                auxk_alpha=1 / 32,
-                dead_feature_threshold=20,
-                hookpoints=["h.0"],
-                log_to_wandb=False,
-                save_dir=str(tmp_path),
-                run_name="run",
-            )
-            trainer = Trainer(config, data, model)  # pyright: ignore[reportArgumentType]
+            options = FITS[case] if "layers" in FITS[case] else {"hookpoints": ["h.0"], **FITS[case]}
+            folder = {"save_dir": str(tmp_path), "run_name": str(accelerated), "log_to_wandb": False}
+            coder = SparseCoderConfig(num_latents=F, k=K, multi_topk="acc" in case)
+            trainer = Trainer(TrainConfig(coder, batch_size=2, **options, **folder), data, model)  # pyright: ignore[reportArgumentType]
             if accelerated:
                 fastsae.accelerate(trainer)
+                assert fastsae.report(trainer).now == ({"fit": "there are several optimisers"} if case == "muon" else {})
             trainer.fit()
-            coders.append(trainer.saes["h.0"])
-    same(coders[0](rows()).sae_out, coders[1](rows()).sae_out, of=1e-4)
-    for p, q in zip(coders[0].parameters(), coders[1].parameters()):
-        assert float((p - q).detach().abs().max()) <= 0.1 * 1e-3
+            trainers.append(trainer)
+    mine, theirs = trainers
+    for optimizer, other in zip(mine.optimizers, theirs.optimizers, strict=True):
+        assert vars(optimizer).keys() == vars(other).keys() and getattr(optimizer.step, "__func__", 0) is getattr(other.step, "__func__", 0)
+        assert optimizer.param_groups[0].keys() == other.param_groups[0].keys()
+        for key, value in optimizer.param_groups[0].items():
+            assert key == "params" or value == pytest.approx(other.param_groups[0][key]), key
+    for name, coder in mine.saes.items():
+        same(coder(rows()).sae_out, theirs.saes[name](rows()).sae_out, of=1e-3)
+        for (which, p), q in zip(coder.named_parameters(), theirs.saes[name].parameters(), strict=True):
+            off = (p - q).detach().abs() > 0.1 * 1e-3
+            assert float(off.double().mean()) <= (0.01 if "signum" in case else 0.0), which  # signs of gradients that cancel
+            assert p.grad is None
+        saved = SparseCoder.load_from_disk(tmp_path / "True" / name)
+        other = SparseCoder.load_from_disk(tmp_path / "False" / name)
+        assert all(float((a - b).detach().abs().mean()) < 1e-4 for a, b in zip(saved.parameters(), other.parameters(), strict=True))
 
 
 def test_hooks_on_the_coder_fire() -> None:

@@ -81,11 +81,11 @@ def _of_sae(kind: _sae.Kind) -> Adapter:
 
 
 def _trainer_now(trainer: Any) -> Mapping[str, str]:
-    reason = _train.why_not_adam(trainer) or _train.why_never_fused(trainer.sae)
+    reason = _train.why_not_ours(trainer) or _train.why_not_adam(trainer) or _train.why_never_fused(trainer.sae)
     if reason is None:
         sample = trainer.sae.W_enc.new_zeros(1, trainer.sae.W_enc.shape[0])
         reason = _train.why_not_fused(trainer, trainer.sae, sample, trainer.dead_neurons)
-    return {} if reason in (None, _train.MANY_FIRE) else {"_train_step": str(reason)}
+    return {} if reason is None else {"_train_step": reason}
 
 
 _STEP = "slots for latents and gradients, clipping and Adam in one pass"
@@ -125,6 +125,12 @@ LIBRARY = LIBRARIES["sae_lens"] = Library(
             {"_run_with_interruption_handling": "the trainers made in run are accelerated for the run"},
             parts=lambda runner: {f"saes[{name!r}]": sae for name, sae in runner.saes.items()},
             during=("_run_with_interruption_handling",),
+        ),
+        "sae_lens.synthetic.synthetic_sae_runner.SyntheticSAERunner": Adapter(
+            None,
+            {"run": "the trainer made in run is accelerated"},
+            parts=lambda runner: {"sae": runner.sae},
+            makes={"run": "SAETrainer"},
         ),
     },
     "e235e34e565a 7a5ca6822dd0 e6bb47f9f213 8d388ed67ce6 6f188b664885 20ba9adbaa7e db430324b95a ee8b898e4c53 8da3e941dd9f "
