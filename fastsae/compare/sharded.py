@@ -22,6 +22,11 @@ def common(op: str, worlds: Sequence[World]) -> Any:
     places = {(world.rank, world.size) for world in found}
     if len(places) > 1:
         raise ValueError(f"{op}: both dictionaries must lie on the same processes, got (rank, number) {sorted(places)}")
+    if copies := [world.copies for world in found if world.copies > 1]:
+        raise ValueError(
+            f"{op}: a dictionary that lies on processes in several copies ({copies[0]}, of a mesh of two dimensions) is not there yet: "
+            "fastsae.distributed.gathered(sae) is the whole one"
+        )
     return found[0] if found else ALONE
 
 
