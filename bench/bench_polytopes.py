@@ -1,4 +1,5 @@
-"""Boundaries on segments (segments, layers, width), distances of maps (codes, neurons, D), maps by nearest centre (rows, centres, D).
+"""Boundaries on segments (segments, layers, width) and of dictionaries (segments, D, F, k), distances of maps (codes, neurons, D), maps by
+nearest centre (rows, centres, D).
 
 ``fastsae bench polytopes``; the walks from region to region take minutes at the full size.
 """
@@ -16,6 +17,7 @@ from bench.harness import DEVICE, name, normal, shapes
 from fastsae import polytopes
 
 SEGMENTS = shapes([(256, 4, 256)], [(6, 3, 24)])
+ACTIVE = shapes([(64, 768, 65536, 32)], [(4, 16, 400, 4)])
 CODES = shapes([(4096, 512, 128)], [(64, 70, 16)])
 CENTRES = shapes([(65536, 1024, 64)], [(300, 9, 8)])
 
@@ -97,6 +99,37 @@ def test_crossings(shape: tuple[int, int, int], compare: Callable[..., None]) ->
 
 
 @pytest.mark.seconds(40)
+@pytest.mark.parametrize("shape", ACTIVE, ids=name)
+def test_dictionary_crossings(shape: tuple[int, int, int, int], compare: Callable[..., None]) -> None:
+    segments, d, size, k = shape
+    sae = fastsae.SAE(d, size, fastsae.TopK(k), device=DEVICE).eval()
+    p, q = normal(segments, d, seed=1), normal(segments, d, seed=2)
+    ends, sae.packed = torch.cat([p, q]), True
+    W = sae.W_enc.detach().double()
+
+    def verify() -> None:
+        found = polytopes.dictionary_crossings(sae, p[:2], q[:2])
+        for s in range(2):
+            middle = torch.lerp(p[s], q[s], 0.5).double()
+            here = (found.segment == s) & (found.t <= 0.5)
+            held = set(sae.encode(p[s : s + 1]).indices[0].tolist()) - set(found.leaves[here].tolist()) | set(found.enters[here].tolist())
+            assert set((W @ middle).topk(k).indices.tolist()) <= held
+
+    others = {
+        "packed encode of both ends": lambda: sae.encode(ends),
+        "encode at 100 points of each (misses changes)": lambda: [sae.encode(torch.lerp(p, q, i / 99)) for i in range(100)],
+        "all scores of both ends, float64": lambda: ends.double() @ W.T,
+    }
+    compare(
+        "dictionary_crossings",
+        name(shape),
+        lambda: polytopes.dictionary_crossings(sae, p, q),
+        others,
+        verify,
+        floor="packed encode of both ends",
+    )
+
+
 @pytest.mark.parametrize("shape", CODES, ids=name)
 def test_frobenius_pairs(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     codes, neurons, d = shape

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fastsae._core import checks
 from fastsae.polytopes.affine import affine_map, refuse_curved
 from fastsae.polytopes.boundaries import crossings, unit_directions
+from fastsae.polytopes.dictionaries import planes_of
 from fastsae.polytopes.net import Net, check_net, check_points, linear_signs, one_layer, one_mlp
 from fastsae.reference import chunks
 
@@ -259,23 +260,14 @@ def _along(net: Net, x: Tensor, unit: Tensor, radius: float, asked: _Asked) -> T
 # ---------------------------------------------------------------- public
 
 
-def _dictionary(op: str, sae: nn.Module, x: Any, directions: Any) -> tuple[Tensor, ...]:
+def _dictionary(op: str, sae: Any, x: Any, directions: Any) -> tuple[Tensor, ...]:
     """(W_enc, bias with threshold and pre-bias, W_dec, thresholds, W_skip or nothing) in float64 of an SAE whose set is cut by planes."""
-    kind = type(getattr(sae, "activation", None)).__name__
-    if kind not in ("ReLU", "JumpReLU", "BatchTopK") or not hasattr(sae, "W_enc"):
-        raise ValueError(f"{op}: net must be a Net, or an SAE with ReLU, JumpReLU or BatchTopK (at its running threshold), got {kind}")
-    W, W_dec, b, b_dec = (getattr(sae, name).detach().double() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
-    for name, value in (("x", x), ("directions", directions)):
-        checks.tensor(op, name, value, like=W)
-        if value.dim() == 0 or value.shape[-1] != W.shape[1]:
-            raise ValueError(f"{op}: {name} must have shape [.., D={W.shape[1]}], got {list(value.shape)}")
-    if bool((getattr(sae, "scale", b) != 1).any()) and hasattr(sae, "scale"):
-        raise ValueError(f"{op}: the SAE must be in the units of the data: call its fold_()")
-    raw = {"JumpReLU": "threshold", "BatchTopK": "running_threshold"}.get(kind)
-    threshold = torch.zeros_like(b) if raw is None else getattr(sae, raw).detach().double().clamp_min(0).expand_as(b)
-    bias = b - threshold - (W @ b_dec if getattr(sae, "pre_bias", True) else 0)
+    planes = planes_of(op, "net must be a Net, or", sae, ("ReLU", "JumpReLU", "BatchTopK"), x=x, directions=directions)
+    assert planes.threshold is not None
+    W, b = planes.W.double(), planes.b.double() - planes.threshold
+    bias = b if planes.b_pre is None else b - W @ planes.b_pre.double()
     skip = getattr(sae, "W_skip", None)
-    return W, bias, W_dec, threshold, *(() if skip is None else (skip.detach().double(),))
+    return W, bias, sae.W_dec.detach().double(), planes.threshold, *(() if skip is None else (skip.detach().double(),))
 
 
 def _feature_layer(sae: tuple[Tensor, ...], x: Tensor, unit: Tensor) -> _Layer:
