@@ -225,7 +225,7 @@ def shard(
         sums = {name: 0 if meta else zlib.crc32(t.detach().cpu().contiguous().numpy()) for name, t in sae.state_dict().items()}
         settings = {"virtual": virtual, "config": sae.config(), "training": sae.training, "seed": seed, "checksums": sums}
         world.begin(op, 0, settings)
-    options = {**arguments(sae.config()), "activation": sae.activation}
+    options: dict[str, Any] = {**arguments(sae.config()), "activation": sae.activation}
     if virtual == 1:
         made = SAE(**options, device=device, seed=seed)
         if not meta:
@@ -239,7 +239,7 @@ def shard(
     def part(name: str, t: Tensor) -> Tensor:
         return (t.detach()[own] if sharded(world, name) else t.detach()).clone()
 
-    drawn = init.parameters(sae, torch.float32, device, seed, own) if meta else {}
+    drawn: dict[str, Any] = init.parameters(sae, torch.float32, device, seed, own) if meta else {}
     for name, p in sae.named_parameters():
         made.register_parameter(name, nn.Parameter(drawn[name] if meta else part(name, p), p.requires_grad))
     if made.tied:
@@ -251,7 +251,8 @@ def shard(
 
 
 def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timedelta, device: torch.device) -> Ranks:
-    copies, order, group = 1, None, dist.group.WORLD if mesh is None else mesh
+    copies, order = 1, None
+    group: Any = dist.group.WORLD if mesh is None else mesh
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim > 2 or (mesh.ndim == 2 and mesh.size() != processes.ranks()):
             raise ValueError(f"{op}: a mesh must have one dimension, or two and all {processes.ranks()} processes, got {mesh}")
@@ -259,7 +260,6 @@ def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timede
         if mesh.ndim == 2:
             copies, order = mesh.size(1), mesh.mesh.t().flatten().tolist()
     checks.instance(op, "mesh_or_group", group, dist.ProcessGroup, "a DeviceMesh, a ProcessGroup or None")
-    assert group is not None
     return Ranks(group, timeout, device, copies, order)
 
 
