@@ -149,6 +149,25 @@ def test_weights_are_laid_out_feature_major_and_files_stay(tmp_path: Path) -> No
         assert float((p - r).detach().abs().max()) <= 0.1 * LR
 
 
+def test_train_sae_of_accelerated_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documented way: a function in the place of the trainer's class."""
+    from dictionary_learning.training import trainSAE
+
+    fused: list[int] = []
+    monkeypatch.setitem(train.STEPS, "TopKTrainer", lambda *args, own=train.STEPS["TopKTrainer"]: fused.append(1) or own(*args))
+    config = {"activation_dim": D, "dict_size": F, "k": K, "lr": 1e-3, "layer": 0, "lm_name": "m", "steps": 20, "device": "cpu", "seed": 0}
+    for name, cls in (("mine", lambda **more: fastsae.accelerate(TopKTrainer(**more))), ("theirs", TopKTrainer)):
+        data = [rows(seed=i) for i in range(12)]
+        trainSAE(data, [{"trainer": cls, **config}], steps=10, save_dir=str(tmp_path / name), save_steps=[5], device="cpu")
+    assert len(fused) == 10
+    for file in ("ae.pt", "checkpoints/ae_5.pt"):
+        mine, theirs = (torch.load(tmp_path / name / "trainer_0" / file) for name in ("mine", "theirs"))
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert float((mine[name] - theirs[name]).abs().max()) < 1e-5, name
+    assert (tmp_path / "mine/trainer_0/config.json").read_text() == (tmp_path / "theirs/trainer_0/config.json").read_text()
+
+
 def test_features_that_are_not_unit_get_the_librarys_projection() -> None:
     mine, theirs = fastsae.accelerate(trainer("TopK", True)), trainer("TopK", True)
     with torch.no_grad():
@@ -263,7 +282,7 @@ def test_what_needs_the_librarys_own_update_gets_it_and_is_reported(reason: str)
     mine, theirs = trainer("TopK", True), trainer("TopK", True)
     for made in (mine, theirs):
         if reason == "optimiser":
-            made.optimizer = torch.optim.AdamW(made.ae.parameters(), lr=LR)
+            made.optimizer = torch.optim.SGD(made.ae.parameters(), lr=LR)
         if reason == "hook":
             made.ae.decoder.register_forward_hook(lambda module, args, out: out * 1.5)
         if reason == "frozen":

@@ -3,6 +3,8 @@
     ae = fastsae.accelerate(AutoEncoderTopK.from_pretrained(...))
     trainer = fastsae.accelerate(TopKTrainer(...)); trainer.update(step, x)
 
+    trainSAE(data, [{"trainer": lambda **config: fastsae.accelerate(TopKTrainer(**config)), "k": 32, ..}], steps)
+
 What changes: ``encode`` forms no dense pre-activations and scatters the selected ones into the dense tensor that the library returns;
 ``forward`` and ``decode`` multiply slots; ``fastsae.encode(ae, x)`` returns the slots themselves. ``update`` of the TopK, BatchTopK,
 Matryoshka, Standard, Gated and JumpReLU trainers forms neither dense latents nor dense gradients, and projects, clips, applies Adam and

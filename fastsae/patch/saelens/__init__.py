@@ -7,19 +7,27 @@ what 6.49 and 6.50 do otherwise (JumpReLU in training) stays the library's own.
 
 What changes: ``encode`` forms no dense pre-activations and scatters the selected ones into the dense tensor that the library returns;
 ``forward`` and ``decode`` multiply slots; ``fastsae.encode(sae, x)`` returns the slots themselves. A matching pursuit scores packed weights
-at every step; ``fastsae.encode(sae, x, packed=fastsae.sae.PursuitWeights(sae.W_dec))`` seldom does. A trainer's step of a TopK, AbsTopK,
-BatchTopK, Matryoshka BatchTopK or JumpReLU SAE forms neither dense latents nor dense gradients, and clips and applies Adam in one pass over
-each weight, on the state of the trainer's own optimiser; that of a matching pursuit forms no dense latents. Of other SAEs it is the
-optimiser's step alone that changes.
+at every step; ``fastsae.encode(sae, x, packed=fastsae.sae.PursuitWeights(sae.W_dec))`` seldom does.
+
+A trainer's step of any of its training SAEs is by hand: slots for latents and gradients of TopK, AbsTopK, BatchTopK and Matryoshka
+BatchTopK SAEs, and of standard, gated and JumpReLU SAEs (every sparsity loss, the pre-activation loss) of which at most 1/8 fire; torch's
+products in fewer passes where more do; clipping and Adam or AdamW in one pass over each weight, on the state of the trainer's own
+optimiser. That of a matching pursuit forms no dense latents. Of what is left (``lp_norm`` other than 1, AuxK a level, gated SAEs with a
+normalisation by row, classes of one's own) it is the optimiser's step alone that changes.
+
+Any other optimiser, coupled weight decay and weights in bfloat16 (whose moments depend on every rounding) step as they do, on dense
+gradients that are made from the slots. Under autocast to bfloat16 steps of TopK's kind multiply rounded numbers and sum in float32. Hooks
+see the dense tensor that the library shows them; as long as they only read, the step stays what it is.
 
 What does not: parameters, ``state_dict``, files, hooks and what they see, normalisations, ``reshape_activations``, the error term,
 learning-rate and coefficient schedulers, checkpoints, the statistics of firing and dead features, AuxK, BatchTopK's threshold. Latents,
 outputs, losses and gradients agree up to rounding, selections outside ties; under autocast selections are those of the rounded inputs.
 
-What costs the speed again, and is said once by a warning and by ``fastsae.report``: a hook on ``hook_sae_acts_pre`` (it needs dense
-pre-activations), a hook on ``hook_sae_acts_post`` in ``forward``, any hook, autocast, ``compile_sae`` or a ``.grad`` that is there before a
-step while training, methods or an ``activation_fn`` of one's own. ReLU, gated and
-JumpReLU SAEs of which more than 1/8 of the latents fire take torch's product, and so does the decoder's from 1/20 on: it is faster there.
+What costs the speed again, and is said once by a warning and by ``fastsae.report``: in ``encode`` and ``forward`` a hook on
+``hook_sae_acts_pre`` (it needs dense pre-activations), in ``forward`` also one on ``hook_sae_acts_post``; while training a hook that writes
+or is none of ``add_hook``'s forward ones, autocast of other kinds of SAE, ``compile_sae`` or a ``.grad`` that is there before a step;
+methods or an ``activation_fn`` of one's own. Where more than 1/8 of the latents of ReLU, gated and JumpReLU SAEs fire they take torch's
+product, and so does the decoder's from 1/20 on: it is faster there.
 
 Three things differ. ``clip_grad_norm_`` sums all squares in float32, which at millions of weights is off by 1e-5 to 1e-4 (measured
 against float64); the fused norm is not, so that clipped gradients differ by that factor. The output of a fused step has no ``hidden_pre``
