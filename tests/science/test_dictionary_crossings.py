@@ -150,6 +150,7 @@ def test_sizes_and_wrong_arguments() -> None:
         (fastsae.SAE(5, 40, fastsae.Gated()), x, x, ValueError, "sae must be an SAE with TopK, .* or BatchTopK .*got Gated"),
         (3, x, x, ValueError, "sae must be an SAE with .*, got NoneType in int"),
         (scaled, x, x, ValueError, "the SAE must be in the units of the data"),
+        (fastsae.SAE(5, 40, fastsae.TopK(3), normalise_rows="layer_norm"), x, x, ValueError, "the SAE normalises each row"),
         (broken, x, x, ValueError, "W_enc and b_enc of the SAE must be finite"),
         (sae, x[:, 1:], x[:, 1:], ValueError, r"p must have two dimensions, \[.., D=5\], got \[2, 4\]"),
         (sae, x, x[:1], ValueError, r"p and q must have the same shape \[S, D\], got \[2, 5\] and \[1, 5\]"),
