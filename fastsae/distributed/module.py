@@ -222,7 +222,9 @@ def shard(
         if meta is (seed is None):
             raise ValueError(f"{op}: seed must be given for an SAE on the meta device, and only for one, got {seed}")
         seed = None if seed is None else checks.integer(op, "seed", seed, -(2**63), 2**64 - 1)
-        sums = {name: 0 if meta else zlib.crc32(t.detach().cpu().contiguous().numpy()) for name, t in sae.state_dict().items()}
+        tensors = {} if meta else sae.state_dict()
+        sums: dict[str, Any] = {name: zlib.crc32(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()}
+        sums |= {"activation": str(sae.activation)} if meta else {}  # its thresholds are not in the configuration
         settings = {"virtual": virtual, "config": sae.config(), "training": sae.training, "seed": seed, "checksums": sums}
         world.begin(op, 0, settings)
     options: dict[str, Any] = {**arguments(sae.config()), "activation": sae.activation}
@@ -232,6 +234,12 @@ def shard(
             made.load_state_dict(sae.state_dict())
         return made.train(sae.training)
     world.cut(sae.d_sae, virtual)
+    return _part(sae, options, world, device, seed)
+
+
+def _part(sae: SAE, options: dict[str, Any], world: Ranks, device: torch.device, seed: int | None) -> ShardedSAE:
+    """The features of this process; drawn where ``sae`` is on the meta device."""
+    meta = sae.W_dec.is_meta
     made = ShardedSAE(**options, device="meta").train(sae.training)
     made.world = world
     own = slice(world.start, world.start + world.cuts[-1])

@@ -56,7 +56,7 @@ def start(size: int, kind: str, folder: Path, kill: Callable[[int, int, Any], No
 def killed(seed: int, kind: str, folder: Path, others: list[int]) -> None:
     """One of four, at a drawn exchange and some milliseconds after it; then a run on each of ``others`` from what it has left."""
     draw = random.Random(seed)
-    victim, at, exchange, delay = draw.randrange(4), draw.randrange(2, STEPS), draw.randrange(40), draw.random() * 0.02
+    victim, at, exchange, delay = draw.randrange(4), draw.randrange(2, STEPS - 3), draw.randrange(30), draw.random() * 0.02
 
     def kill(rank: int, step: int, world: Any) -> None:
         if (rank, step) != (victim, at):
