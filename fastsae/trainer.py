@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,10 +58,11 @@ class Trainer:
             is kept in the checkpoint. (ReduceLROnPlateau needs a metric: step it in ``callback``.)
         anneal: attributes of ``sae`` as functions of the step: ``{"k": linear(256, 64, 1000), "l1": ...}``.
         clip: largest norm of all gradients together (torch optimisers).
-        reduce: called with the parameters between backward and step, e.g. to average gradients over processes. In a process group of
-            several it must be given (``lambda parameters: None`` where each process trains a model of its own), but for the SAE of
-            ``distributed.shard``; all processes then take the same batches, steps and decisions, rank 0 saves, and metrics are those of
-            each process's rows.
+        reduce: called with the parameters between backward and step. None: in a process group of several a torch optimiser's gradients
+            are averaged over its processes, each with as much weight as it has rows that count, ``silent`` counts the rows of all, and the
+            first step starts from rank 0's weights and buffers (BatchTopK and fused optimisers raise RuntimeError: shard the SAE,
+            ``fastsae.distributed``). ``lambda parameters: None``: each process trains a model of its own. In one model all processes take
+            as many batches, the same steps and decisions; rank 0 saves; loss, fvu and l0 are those of each process's rows.
         max_norm: rows of a batch do not count whose norm is above ``max_norm`` times the median of the norms of those that the mask counts
             (of an even number of them, of the lower of the two in the middle): first tokens and attention sinks, whose norm is tens of
             times that of others. They are left to the mask, so that a batch keeps its size and they count in nothing; a row of exactly
@@ -135,6 +136,7 @@ class Trainer:
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else self._files.file_of("Trainer", checkpoint), every
         self.step = self.skipped = 0
+        self._alike = False  # whether processes that average have started from the same weights
 
     def fit(self, batches: Iterable[Any], steps: int | None = None, *, resume: bool = False) -> dict[str, float]:
         """Trains on batches until step ``steps`` (counted from the very first, over resumes; None: until the batches end).
@@ -195,12 +197,13 @@ class Trainer:
             file = "" if self.checkpoint is None else f" and writes {self.checkpoint}"
             warnings.warn(
                 f"{op}: WORLD_SIZE is {alone} and there is no process group: each process trains a model of its own{file}. For one model "
-                "call torch.distributed.init_process_group() and give Trainer(reduce=..); otherwise give each process its own file",
+                "call torch.distributed.init_process_group(); otherwise give each process its own file",
                 stacklevel=3,
             )
         self.sae.train()
         self._last: dict[str, float] = {}
         self._result: dict[str, Tensor] = {}
+        self._alike = False
         self._row = 0  # batches skipped, one after the other
 
     def _take(self, op: str, batch: Any, steps: int | None, batches: Any) -> bool:
@@ -254,11 +257,11 @@ class Trainer:
 
     def train_step(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
         """One step; the metrics as 0-d tensors. It has not been taken where ``skipped`` counts one more."""
-        if self.reduce is None and not self.sharded:
+        if self.fused and not self.sharded:
             processes.refuse(
                 "Trainer.train_step",
-                "each would train a model of its own: shard the SAE (fastsae.distributed), or give Trainer a torch optimiser and reduce=, "
-                "which averages the gradients (or does nothing, lambda parameters: None, where each process is to train its own)",
+                "each would train a model of its own: shard the SAE (fastsae.distributed), over a mesh of 1 x n where each process has "
+                "room for all of it, or give Trainer a torch optimiser, whose gradients it averages",
             )
         if self.max_norm is not None:
             mask = without_high_norms(x, mask, self.max_norm)
@@ -290,6 +293,13 @@ class Trainer:
         rate = 1.0 if self.schedule is None else self.schedule(self.step)
         if not 0 <= rate < float("inf"):
             raise ValueError(f"Trainer: schedule must give a finite factor of at least 0, got {rate} at step {self.step}")
+        shared = processes.ranks() > 1
+        self.sae.averaged = averaged = shared and self.reduce is None
+        if averaged and not self._alike:
+            for t in self.sae.state_dict().values():
+                torch.distributed.broadcast(t, 0)
+            self.sae.buffers_changed()
+            self._alike = True
         buffers = [(buffer, buffer.clone()) for buffer in self.sae.buffers()]
         refused = True
         try:
@@ -298,17 +308,19 @@ class Trainer:
             result.loss.backward()
             parameters: list[Tensor] = [p for p in self.sae.parameters() if p.grad is not None]
             loss = result.loss.detach()
-            shared = self.reduce is not None and processes.ranks() > 1
             if shared and not bool(loss.isfinite()):  # into the gradients, which all processes see
                 for p in parameters:
                     p.grad.fill_(torch.nan)  # pyright: ignore[reportOptionalMemberAccess]
             if self.reduce is not None:
                 self.reduce(parameters)
+            elif averaged:
+                _average(parameters, x.shape[:-1].numel() if mask is None else mask.sum())
             if self.sae.unit_rows:
                 self.sae.remove_parallel_gradient_()
             sizes = [norm(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
             refused = not bool(finite.finite(sizes))
         finally:
+            self.sae.averaged = False
             if refused:
                 self.opt.zero_grad()
                 for buffer, before in buffers:
@@ -395,6 +407,15 @@ class Trainer:
             torch.distributed.all_gather_object(steps, self.step)
             if len(set(steps)) > 1:
                 raise RuntimeError(f"Trainer.fit: resume must find {self.checkpoint} on all ranks, which are at the steps {steps} now")
+
+
+def _average(parameters: Sequence[Tensor], rows: int | Tensor) -> None:
+    """Of the gradients of all processes, by their numbers of rows."""
+    own = parameters[0].new_tensor(float(rows), dtype=torch.float32)
+    whole = own.clone()
+    torch.distributed.all_reduce(whole)
+    for p in parameters:
+        torch.distributed.all_reduce(p.grad.mul_(own / whole.clamp_min(1)))  # pyright: ignore[reportOptionalMemberAccess] # they have one
 
 
 def fit_all(

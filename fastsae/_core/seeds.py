@@ -19,6 +19,22 @@ def normal(generator: torch.Generator | None, *shape: Any) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
+def normal_rows(generator: torch.Generator | None, n: int, width: int, own: slice) -> Tensor:
+    """``normal(generator, n, width)[own]`` to the bit, in the memory of these rows.
+
+    torch draws 16 numbers at a time, and what is left over at the end anew with those before it: pieces are of such groups, the last one of
+    at least one.
+    """
+    bounds = [*range(0, n, -(-(1 << 20) // (16 * width)) * 16)]
+    if len(bounds) > 1 and (n - bounds[-1]) * width < 16:
+        bounds.pop()
+    kept = []
+    for start, stop in zip(bounds, [*bounds[1:], n]):
+        piece = normal(generator, stop - start, width)
+        kept.append(piece[max(own.start - start, 0) : max(own.stop - start, 0)].clone())
+    return torch.cat(kept)
+
+
 def uniform(generator: torch.Generator | None, *shape: Any) -> Tensor:
     """As ``normal``, in 0 .. 1."""
     return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -20,11 +20,12 @@ class World:
     Attributes:
         virtual: number of virtual shards of all processes. cuts: where those of this process begin and end among its features (none where
             features are not cut). start: its first feature. features: of all processes.
+        copies: how many processes hold the same features; they divide the rows among them. first: rows before this process's share.
         replicated: parameters that every process holds whole.
     """
 
-    virtual = 1
-    start = 0
+    virtual = copies = 1
+    start = first = 0
     features = 0
     cuts: tuple[int, ...] = ()
     replicated: tuple[str, ...] = ()
@@ -33,9 +34,21 @@ class World:
         """The rows of all processes, one after the other, from those that each has."""
         return rows
 
+    def share(self, rows: Tensor) -> Tensor:
+        """Those of all rows that this process scores: all of them, but where others hold the same features."""
+        return rows
+
+    def shares(self, t: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """What the processes with the same features have, in the order of rows; ``sizes``, where it is not of one a row of their share."""
+        return t
+
     def home(self, t: Tensor) -> Tensor:
-        """``[processes, own rows, ..]``: what each process has for the rows of this one, from ``t`` for all rows."""
+        """``[processes, own rows, ..]``: what the processes of all features have for the rows of this one, from ``t`` for its share."""
         return t.unsqueeze(0)
+
+    def back(self, t: Tensor) -> Tensor:
+        """For the rows of this process's share what their owners have, from ``t`` for own rows."""
+        return t
 
     def tree(self, parts: Tensor) -> Tensor:
         """The sum over all virtual shards, on every process, from ``parts [own virtual shards, ..]``."""

@@ -65,6 +65,7 @@ def plan(
     tokens: int,
     rates: Rates,
     ranks: int = 1,
+    copies: int = 1,
     batch: int = 8192,
     k: int = 64,
     k_aux: int = 0,
@@ -74,30 +75,36 @@ def plan(
 
     Args:
         features, d, d_out: F, D, and D_out of a transcoder, whose targets are gathered too.
+        ranks, copies: processes, and copies of the dictionary among them (a mesh of ``ranks / copies`` x ``copies``).
         tokens: of the run. batch: tokens a step, of all processes together, evenly owned.
         rates: of the machine; there are no defaults: measure them (``fastsae bench`` for the product and the copy).
         k, k_aux: latents a token, and of the AuxK term (0: none, or nothing is dead).
 
-    ``sent`` is what ``world.sent`` counts, to the byte where rows are even and without ``clip`` (which adds 4 to each other process).
+    ``sent`` is what ``world.sent`` counts, to the byte where rows are even and without ``clip`` (which adds 4 to each other process of a
+    copy); with copies where each process's features also have as many latents.
     ``weights`` and ``moments`` are exact, ``rows`` is an estimate. Times are a model: no overlap, no stragglers.
 
     Raises: TypeError, ValueError.
     """
     op = "plan"
-    features, d, tokens, ranks, batch, k = (
-        checks.integer(op, name, value, 1)
-        for name, value in (("features", features), ("d", d), ("tokens", tokens), ("ranks", ranks), ("batch", batch), ("k", k))
-    )
+    given = {"features": features, "d": d, "tokens": tokens, "ranks": ranks, "copies": copies, "batch": batch, "k": k}
+    features, d, tokens, ranks, copies, batch, k = (checks.integer(op, name, value, 1) for name, value in given.items())
+    if ranks % copies:
+        raise ValueError(f"{op}: ranks must be a multiple of copies={copies}, got {ranks}")
     k_aux = checks.integer(op, "k_aux", k_aux, 0)
     out = d if d_out is None else checks.integer(op, "d_out", d_out, 1)
     rates = Rates(*(checks.number(op, f"rates.{name}", value) for name, value in zip(Rates._fields, rates)))
-    own = -(-features // ranks)  # of the largest process
+    shards = ranks // copies
+    own = -(-features // shards)  # of the largest process
     weights = 4 * (own * (d + out + 1) + out)
     selections = [k, k_aux] if k_aux else [k]
     pre_bias = 4 * d * len(selections) if d_out is None else 0
     others, mine = ranks - 1, -(-batch // ranks)
-    a_row = 4 * (d + (0 if d_out is None else out)) + sum(8 * kept + 8 + 8 * out for kept in selections)
-    sent = others * (mine * a_row + pre_bias + 2 * 16)  # the last: that all are here, and that the step is taken
+    to_all = 4 * (d + (0 if d_out is None else out)) + 4 * out * len(selections)
+    in_copy = sum(8 * kept + 8 + 4 * out for kept in selections)
+    slots_of = sum(13 * kept + 8 * shards for kept in selections)  # value, feature, whether it is active; and how many a row
+    sent = others * (mine * to_all + 2 * 16)  # the last: that all are here, and that the step is taken
+    sent += (shards - 1) * (mine * in_copy + pre_bias) + (copies - 1) * mine * slots_of
     slots = batch * sum(selections)
     adam = 6 * weights  # weights and two moments, read and written
     gathered = 4 * slots * (2 * out + out + d) // ranks  # decode, its two gradients, the encoder's
@@ -110,7 +117,7 @@ def plan(
         rows=4 * batch * (2 * d + 4 * out) + 40 * slots + 8 * own,
         sent=sent,
         exchanges=exchanges,
-        product=2 * batch * own * d / rates.flops,
+        product=2 * -(-batch // copies) * own * d / rates.flops,
         passes=(adam + gathered) / rates.memory,
         network=sent / rates.network + exchanges * rates.latency,
         steps=-(-tokens // batch),

@@ -16,7 +16,7 @@ from fastsae._core import checks, processes
 from fastsae.distributed.world import Ranks
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents
-from fastsae.sae import selection
+from fastsae.sae import init, selection
 from fastsae.sae.activations import TopK
 from fastsae.sae.config import arguments
 from fastsae.sae.inputs import Inputs
@@ -81,7 +81,7 @@ class ShardedSAE(SAE):
             weights = replace(self._weights(rows), bandwidth=None)
             if isinstance(activation, TopK):
                 k = activation.k
-                found = selection.candidates(rows, weights, k, world)
+                found = selection.candidates(world.share(rows), weights, k, world, absolute=activation.absolute)
                 scores, features = selection.unkeyed(selection.merged(found.keys, k, world))
                 values = selection.rectified(scores, activation.relu)
                 return TopKLatents(values.reshape(*x.shape[:-1], k), features.reshape(*x.shape[:-1], k), self.d_sae)
@@ -89,8 +89,9 @@ class ShardedSAE(SAE):
             assert slots.crow is not None
             counts = slots.crow.diff()
             each = world.home(counts)  # [processes, own rows]
-            keys = selection.keys(slots.values, slots.indices + world.start).split([int(part.sum()) for part in counts.split(world.rows)])
-            got = torch.cat(world.swap(keys, each.sum(1).tolist()))
+            sizes = [int(part.sum()) for part in counts.split(world.share_rows)]
+            keys = selection.keys(slots.values, slots.indices + world.start).split(sizes)
+            got = torch.cat(world.within(keys, each.sum(1).tolist()))
             row = torch.arange(each.shape[1], device=x.device).repeat(len(each)).repeat_interleave(each.reshape(-1))
             values, col = selection.unkeyed(got[torch.sort(row, stable=True).indices])  # a process's features lie above those before it
             crow = torch.cat([each.new_zeros(1), each.sum(0).cumsum(0)])
@@ -110,9 +111,9 @@ class ShardedSAE(SAE):
             assert own.crow is not None
             checks.tensor(op, "latents.values", own.values, (torch.float32,), self.W_dec)
             self._begin(op, own.crow[1:])
-            counts = world.gather(own.crow.diff())
-            sizes = [int(part.sum()) for part in counts.split(world.rows)]
-            values, features = (world.gather(t, sizes) for t in (own.values, own.indices))
+            counts = world.back(own.crow.diff())
+            sizes = [int(part.sum()) for part in counts.split(world.share_rows)]
+            values, features = (torch.cat(world.within([t] * world.shards, sizes)) for t in (own.values, own.indices))
             mine = (features >= world.start) & (features < world.start + world.cuts[-1])
             crow = torch.cat([counts.new_zeros(1), mine.cumsum(0)])[torch.cat([counts.new_zeros(1), counts.cumsum(0)])]
             slots = Slots(values[mine], features[mine] - world.start, crow)
@@ -160,7 +161,12 @@ class ShardedSAE(SAE):
 
 
 def shard(
-    sae: SAE, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None, *, virtual: int | None = None, timeout: float = 120
+    sae: SAE,
+    mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None,
+    *,
+    virtual: int | None = None,
+    timeout: float = 120,
+    seed: int | None = None,
 ) -> SAE:
     """An SAE like this one whose features lie on the processes of a group, to the same bits on any number of them.
 
@@ -171,12 +177,17 @@ def shard(
     each has; with the backends "cpu" and "triton", not the reference.
 
     Args:
-        sae: float32, of any kind but ``AbsTopK``. It stays as it is, and is no longer needed.
-        mesh_or_group: of torch.distributed; a mesh has one dimension. None: the default group.
-        virtual: the number of virtual shards, the number of processes n times a power of two (on one process: any). It is part of the
-            result: keep it for a run on other numbers of processes. Default n. With 1, on one process, this is a copy of ``sae``, and the
-            bits are those of an SAE that was never sharded; they differ in rounding from those of more virtual shards.
+        sae: float32, with any activation. It stays as it is, and is no longer needed. One on the "meta" device takes no memory: every
+            process draws its own features on torch's default device, with the numbers of ``SAE(.., seed=seed)``. (It draws all, piece by
+            piece, and keeps its own: a second for some 10^8 numbers.)
+        mesh_or_group: of torch.distributed. A mesh of n x m, of all processes of the default group, holds m copies of the dictionary, each
+            on n processes; a copy scores the rows that its processes own, and all copies take the same step. The order of rows is then
+            that of the copies, and in each that of its processes. A mesh of one dimension, or a group: one copy. None: the default group.
+        virtual: the number of virtual shards, n times a power of two (for n = 1: any, with copies at least 2). It is part of the result:
+            keep it for a run on other numbers of processes. Default n (at least 2 with copies). With 1, on one process, this is a copy of
+            ``sae``, and the bits are those of an SAE that was never sharded; they differ in rounding from those of more virtual shards.
         timeout: seconds that a process waits for the others in an exchange.
+        seed: for an SAE on the meta device.
 
     Each process reads all rows (``B * D`` numbers, gathered), scores them against its own features, and sends ``8 k + 8`` bytes a row for
     a selection, ``4 D`` for a reconstruction. Memory beyond the parameters: ``O(B (D + k))``. Nothing is chosen by what one process holds:
@@ -197,41 +208,59 @@ def shard(
     op = "shard"
     if not processes.grouped():
         raise RuntimeError(f"{op}: there is no process group: call torch.distributed.init_process_group() first")
-    if isinstance(mesh_or_group, DeviceMesh):
-        if mesh_or_group.ndim != 1:
-            raise ValueError(f"{op}: a mesh must have one dimension (more are not there yet), got {mesh_or_group}")
-        mesh_or_group = mesh_or_group.get_group()
-    group = dist.group.WORLD if mesh_or_group is None else mesh_or_group
-    checks.instance(op, "mesh_or_group", group, dist.ProcessGroup, "a DeviceMesh, a ProcessGroup or None")
-    assert group is not None
-    device = sae.W_dec.device if isinstance(sae, SAE) else torch.device("cpu")  # pyright: ignore[reportUnnecessaryIsInstance]
-    world = Ranks(group, timedelta(seconds=checks.number(op, "timeout", timeout)), device)
+    meta = isinstance(sae, SAE) and sae.W_dec.is_meta  # pyright: ignore[reportUnnecessaryIsInstance]
+    device = torch.get_default_device() if meta or not isinstance(sae, SAE) else sae.W_dec.device  # pyright: ignore[reportUnnecessaryIsInstance]
+    world = _world(op, mesh_or_group, timedelta(seconds=checks.number(op, "timeout", timeout)), device)
+    shards, least = world.shards, 2 if world.copies > 1 else 1
     with world.together(op):
-        virtual = world.size if virtual is None else checks.integer(op, "virtual", virtual, 1)
-        each = virtual // world.size
-        if virtual % world.size or (world.size > 1 and each & (each - 1)):
-            raise ValueError(f"{op}: virtual must be the {world.size} processes of the group times a power of two, got {virtual}")
+        virtual = max(shards, least) if virtual is None else checks.integer(op, "virtual", virtual, least)
+        each = virtual // shards
+        if virtual % shards or (shards > 1 and each & (each - 1)):
+            raise ValueError(f"{op}: virtual must be the {shards} processes that hold a dictionary times a power of two, got {virtual}")
         checks.instance(op, "sae", sae, SAE, "an SAE")
         _refuse(op, sae)
-        sums = {name: zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes()) for name, t in sae.state_dict().items()}
-        world.begin(op, 0, {"virtual": virtual, "config": sae.config(), "training": sae.training, "checksums": sums})
+        if meta is (seed is None):
+            raise ValueError(f"{op}: seed must be given for an SAE on the meta device, and only for one, got {seed}")
+        seed = None if seed is None else checks.integer(op, "seed", seed, -(2**63), 2**64 - 1)
+        sums = {name: 0 if meta else zlib.crc32(t.detach().cpu().contiguous().numpy()) for name, t in sae.state_dict().items()}
+        settings = {"virtual": virtual, "config": sae.config(), "training": sae.training, "seed": seed, "checksums": sums}
+        world.begin(op, 0, settings)
+    options = {**arguments(sae.config()), "activation": sae.activation}
     if virtual == 1:
-        made = SAE.from_config(sae.config(), device=sae.W_dec.device)
-        made.load_state_dict(sae.state_dict())
+        made = SAE(**options, device=device, seed=seed)
+        if not meta:
+            made.load_state_dict(sae.state_dict())
         return made.train(sae.training)
     world.cut(sae.d_sae, virtual)
-    made = ShardedSAE(**arguments(sae.config()), device="meta").train(sae.training)
+    made = ShardedSAE(**options, device="meta").train(sae.training)
     made.world = world
     own = slice(world.start, world.start + world.cuts[-1])
+
+    def part(name: str, t: Tensor) -> Tensor:
+        return (t.detach()[own] if sharded(world, name) else t.detach()).clone()
+
+    drawn = init.parameters(sae, torch.float32, device, seed, own) if meta else {}
     for name, p in sae.named_parameters():
-        part = p.detach()[own] if sharded(world, name) else p.detach()
-        made.register_parameter(name, nn.Parameter(part.clone(), p.requires_grad))
+        made.register_parameter(name, nn.Parameter(drawn[name] if meta else part(name, p), p.requires_grad))
     if made.tied:
         made.W_enc = made.W_dec
-    for name, buffer in sae.named_buffers():
-        made.register_buffer(name, (buffer[own] if sharded(world, name) else buffer).clone())
+    for name, buffer in init.buffers(sae, world.cuts[-1], device).items():
+        made.register_buffer(name, buffer if meta else part(name, sae.get_buffer(name)))
     made.buffers_changed()
     return made
+
+
+def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timedelta, device: torch.device) -> Ranks:
+    copies, order, group = 1, None, dist.group.WORLD if mesh is None else mesh
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim > 2 or (mesh.ndim == 2 and mesh.size() != processes.ranks()):
+            raise ValueError(f"{op}: a mesh must have one dimension, or two and all {processes.ranks()} processes, got {mesh}")
+        group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+        if mesh.ndim == 2:
+            copies, order = mesh.size(1), mesh.mesh.t().flatten().tolist()
+    checks.instance(op, "mesh_or_group", group, dist.ProcessGroup, "a DeviceMesh, a ProcessGroup or None")
+    assert group is not None
+    return Ranks(group, timeout, device, copies, order)
 
 
 def sharded(world: Ranks, name: str) -> bool:
@@ -242,9 +271,7 @@ def sharded(world: Ranks, name: str) -> bool:
 def _refuse(op: str, sae: SAE) -> None:
     """ValueError where a sharded step is not there yet, by name."""
     for name, missing in {
-        "AbsTopK": sae.activation.absolute,
         "a subclass of SAE": type(sae) is not SAE,
-        "an SAE on the meta device": sae.W_dec.is_meta,
     }.items():
         if missing:
             raise ValueError(f"{op}: {name} is not there yet for a sharded SAE")
@@ -266,8 +293,9 @@ def gathered(sae: SAE) -> SAE | None:
             if not sharded(world, name):
                 state[name] = t
                 continue
-            to_first = [t, *[t[:0]] * (world.size - 1)]  # nobody else needs room for a whole dictionary
-            state[name] = torch.cat(world.swap(to_first, world.sizes if world.rank == 0 else [0] * world.size))
+            to_first = [t if world.copy == 0 else t[:0], *[t[:0]] * (world.size - 1)]  # nobody else needs room for a whole dictionary
+            sizes = world.sizes if world.rank == 0 else []
+            state[name] = torch.cat(world.swap(to_first, sizes + [0] * (world.size - len(sizes))))
     if world.rank:
         return None
     made = SAE.from_config(sae.config(), device=sae.W_dec.device).train(sae.training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import zlib
 from collections.abc import Generator, Sequence
 from datetime import timedelta
@@ -32,17 +33,26 @@ class Ranks(World):
     What a process raises inside ``together`` reaches the others: before the first exchange through the numbers of rows, which it takes part
     in, so that all go on; after it through the store, whereupon it leaves its group, which ends what the others wait for.
 
+    With ``copies`` of the dictionary each is held by ``shards`` processes, ranks ``copy * shards + shard``, which score the rows they own.
+
     Attributes:
-        rows: of every process, of the operation that is running. sizes: features of every process. sent: bytes that this process has sent
-            to others.
+        rows: of every process, of the operation that is running. share_rows: of those of this copy. sizes: features of every shard. sent:
+            bytes that this process has sent to others.
     """
 
     replicated = ("b_dec", "W_skip")
 
-    def __init__(self, group: dist.ProcessGroup, timeout: timedelta, device: torch.device):
+    def __init__(
+        self, group: dist.ProcessGroup, timeout: timedelta, device: torch.device, copies: int = 1, order: Sequence[int] | None = None
+    ):
+        """``order``: ranks of the group, by copy and shard."""
         self.callers, self.timeout = group, timeout
         self.device = device if device.type == "cuda" else torch.device("cpu")
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.size, self.copies = dist.get_world_size(group), copies
+        self.order = list(range(self.size)) if order is None else list(order)
+        self.rank, self.shards = self.order.index(dist.get_rank(group)), self.size // copies
+        self.copy, self.shard = divmod(self.rank, self.shards)
+        self._of_copy = slice(self.copy * self.shards, (self.copy + 1) * self.shards)
         name = [secrets.token_hex(8)]
         dist.broadcast_object_list(name, dist.get_global_rank(group, 0), group)
         default = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
@@ -57,9 +67,9 @@ class Ranks(World):
 
     def cut(self, features: int, virtual: int) -> None:
         """Says which features this process holds."""
-        width, each = -(-features // virtual), virtual // self.size
+        width, each = -(-features // virtual), virtual // self.shards
         bounds = [min(width * shard, features) for shard in range(virtual + 1)]
-        own = bounds[self.rank * each : (self.rank + 1) * each + 1]
+        own = bounds[self.shard * each : (self.shard + 1) * each + 1]
         self.features, self.virtual, self.start, self.cuts = features, virtual, own[0], tuple(bound - own[0] for bound in own)
         self.sizes = [b - a for a, b in pairwise(bounds[::each])]
 
@@ -88,14 +98,47 @@ class Ranks(World):
     def gather(self, rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         return torch.cat(self.swap([rows] * self.size, self.rows if sizes is None else sizes))
 
+    def within(self, out: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+        """``swap`` among the processes of this copy."""
+        return self._some(self._of_copy, out, rows)
+
+    def _some(self, which: slice, out: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+        every, sizes = [out[0][:0]] * self.size, [0] * self.size
+        every[which], sizes[which] = out, rows
+        return self.swap(every, sizes)[which]
+
+    @property
+    def share_rows(self) -> list[int]:
+        return self.rows[self._of_copy]
+
+    @property
+    def first(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] # of the operation that is running
+        return sum(self.rows[: self._of_copy.start])
+
+    def share(self, rows: Tensor) -> Tensor:
+        return rows[self.first : self.first + sum(self.share_rows)]
+
+    def shares(self, t: Tensor, sizes: Tensor | None = None) -> Tensor:
+        if self.copies == 1:
+            return t
+        of = self._shares if sizes is None else [int(part.sum()) for part in sizes.split(self._shares)]
+        return torch.cat(self._some(slice(self.shard, None, self.shards), [t] * self.copies, of))
+
+    @property
+    def _shares(self) -> list[int]:
+        return [sum(self.rows[copy * self.shards : (copy + 1) * self.shards]) for copy in range(self.copies)]
+
     def home(self, t: Tensor) -> Tensor:
-        return torch.stack(self.swap(t.split(self.rows), [self.rows[self.rank]] * self.size))
+        return torch.stack(self.within(t.split(self.share_rows), [self.rows[self.rank]] * self.shards))
+
+    def back(self, t: Tensor) -> Tensor:
+        return torch.cat(self.within([t] * self.shards, self.share_rows))
 
     def each(self, t: Tensor) -> Tensor:
         return self.gather(t.unsqueeze(0), [1] * self.size)
 
     def tree(self, parts: Tensor) -> Tensor:
-        return tree(self.each(tree(parts)))
+        return tree(torch.cat(self.within([tree(parts).unsqueeze(0)] * self.shards, [1] * self.shards)))
 
     def count(self, n: Tensor) -> Tensor:
         if self.size > 1:
@@ -110,7 +153,7 @@ class Ranks(World):
         except RuntimeError as error:
             self._broken = self._told("broken") or f"a process was lost, or has not answered within {self.timeout.total_seconds():g} s"
             self._leave()
-            raise RankError(f"{self._op}: {self._broken}; rank {self.rank} ends here, go on from a checkpoint") from error
+            raise RankError(f"{self._op}: {self._broken}; rank {self.order[self.rank]} ends here, go on from a checkpoint") from error
 
     # ------------------------------------------------------------ agreement
 
@@ -146,7 +189,10 @@ class Ranks(World):
             text = torch.tensor(list(said.encode()), dtype=torch.uint8, device=self.device)
             sizes = self.each(torch.tensor(len(text), device=self.device)).tolist()
             every = [bytes(part.tolist()).decode() for part in self.gather(text, sizes).split(sizes)]
-            raise SettingsError(f"{op}: all processes must be called alike, got {every[0]} on rank 0 and {every[other]} on rank {other}")
+            raise SettingsError(
+                f"{op}: all processes must be called alike, got {every[0]} on rank {self.order[0]} and {every[other]} on rank "
+                f"{self.order[other]}"
+            )
         return [n for n, _ in heads]
 
     @contextlib.contextmanager
@@ -167,7 +213,7 @@ class Ranks(World):
             self._inside = False
 
     def _tell(self, op: str, error: BaseException) -> None:
-        said = f"rank {self.rank} failed in {op}: {type(error).__name__}: {error}"
+        said = f"rank {self.order[self.rank]} failed in {op}: {type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):  # the store, or the others, may be gone
             if self._begun or not isinstance(error, Exception):
                 self._store.set("broken", said)
@@ -179,9 +225,16 @@ class Ranks(World):
 
     def _told(self, key: str) -> str:
         """What a process has written before it left, or nothing."""
-        with contextlib.suppress(RuntimeError):  # of a store whose process is gone
-            return self._store.get(key).decode() if self._store.check([key]) else ""
-        return ""
+        said = [""]
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # of a store whose process is gone
+                said[0] = self._store.get(key).decode() if self._store.check([key]) else ""
+
+        asking = threading.Thread(target=ask, daemon=True)  # behind a link that is cut a store never answers
+        asking.start()
+        asking.join(min(5, self.timeout.total_seconds()))
+        return said[0]
 
     def _leave(self) -> None:
         """Closes the connections, so that the others' exchanges fail at once and not when their time is over."""

@@ -128,9 +128,10 @@ class Optimiser(torch.optim.Optimizer):
         if self.world.virtual == 1:
             processes.refuse(
                 f"{kind}.step",
-                "each would train a model of its own. For one model: shard it (fastsae.distributed), or wrap a module whose forward "
-                f"returns sae.loss(x).loss in DistributedDataParallel and call {kind}.apply() after backward(). For a model of its own in "
-                f"each: {kind}.apply(sae.step_gradients(x)[1]), or train before the group is made",
+                "each would train a model of its own. For one model: shard it (fastsae.distributed), over a mesh of 1 x n where each has "
+                "room for all of it, or wrap a module whose forward returns sae.loss(x).loss in DistributedDataParallel and call "
+                f"{kind}.apply() after backward(). For a model of its own in each: {kind}.apply(sae.step_gradients(x)[1]), or train before "
+                "the group is made",
             )
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:

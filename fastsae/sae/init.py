@@ -10,12 +10,24 @@ from torch import Tensor, nn
 from fastsae._core import checks, finite, seeds
 from fastsae._core.precision import full_precision
 from fastsae.reference import accumulator
-from fastsae.sae.activations import Gated, JumpReLU
+from fastsae.sae.activations import BatchTopK, Gated, JumpReLU
 from fastsae.sae.config import Settings
 
 
-def parameters(sae: Settings, dtype: torch.dtype, device: torch.device, seed: int | None) -> dict[str, nn.Parameter | None]:
-    """By name, in the order of an SAE's state: decoder rows uniform on the sphere, the encoder at them where shapes agree, biases 0."""
+def buffers(sae: Settings, features: int, device: torch.device) -> dict[str, Tensor]:
+    """By name, of an SAE that has seen nothing."""
+    made = {"silent": torch.zeros(features, dtype=torch.int64, device=device)}
+    made["scale"] = torch.ones(2, device=device, dtype=torch.float32)
+    if isinstance(sae.activation, BatchTopK):
+        made["running_threshold"] = torch.full((), -1.0, device=device, dtype=torch.float32)
+    return made
+
+
+def parameters(
+    sae: Settings, dtype: torch.dtype, device: torch.device, seed: int | None, own: slice | None = None
+) -> dict[str, nn.Parameter | None]:
+    """By name, in the order of an SAE's state: decoder rows uniform on the sphere, the encoder at them where shapes agree, biases 0.
+    ``own``: a range of features, whose numbers are those that the whole has."""
     generator = None
     if seed is not None:
         generator = torch.Generator().manual_seed(checks.integer("SAE", "seed", seed, -(2**63), 2**64 - 1))
@@ -23,16 +35,18 @@ def parameters(sae: Settings, dtype: torch.dtype, device: torch.device, seed: in
     def directions(width: int) -> Tensor:
         if device.type == "meta":
             return torch.empty(sae.d_sae, width, device=device, dtype=dtype)
-        rows = seeds.normal(generator, sae.d_sae, width)
+        every = own is None
+        rows = seeds.normal(generator, sae.d_sae, width) if every else seeds.normal_rows(generator, sae.d_sae, width, own)
         return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(device=device, dtype=dtype)
 
     W = directions(sae.d_out)
 
     def vector(start: float | Tensor | None) -> nn.Parameter:
         if isinstance(start, Tensor):
-            return nn.Parameter(W.new_zeros(sae.d_sae) + start.detach().to(W))
+            start = start.detach()[own] if own is not None and start.dim() else start.detach()
+            return nn.Parameter(W.new_zeros(len(W)) + start.to(W))
         number = torch.tensor(start or 0.0, dtype=torch.float64, device="cpu").to(dtype).item()  # infinite beyond the dtype
-        return nn.Parameter(W.new_full((sae.d_sae,), number))  # no sum: on the meta device torch's compiler would be imported for it
+        return nn.Parameter(W.new_full((len(W),), number))  # no sum: on the meta device torch's compiler would be imported for it
 
     made: dict[str, nn.Parameter | None] = {}
     if not sae.tied:

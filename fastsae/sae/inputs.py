@@ -127,6 +127,6 @@ def is_dense(activation: Activation, asked: bool | None, x: Tensor, w: Weights) 
 
 def counted(inputs: Inputs) -> str | None:
     """What a loss uses that is counted over batches, and so by each process for itself."""
-    if inputs.terms.aux is not None:
-        return "dead features"
-    return "BatchTopK's threshold" if isinstance(inputs.activation, BatchTopK) else None
+    if isinstance(inputs.activation, BatchTopK):
+        return "BatchTopK's threshold"
+    return None if inputs.terms.aux is None else "dead features"

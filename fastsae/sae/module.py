@@ -147,10 +147,8 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
 
         for name, parameter in init.parameters(self, dtype, device, seed).items():
             self.register_parameter(name, parameter)
-        self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64, device=device))
-        self.register_buffer("scale", torch.ones(2, device=device, dtype=torch.float32))
-        if isinstance(self.activation, BatchTopK):
-            self.register_buffer("running_threshold", torch.full((), -1.0, device=device, dtype=torch.float32))
+        for name, buffer in init.buffers(self, d_sae, device).items():
+            self.register_buffer(name, buffer)
         self._scaled = False
 
     def extra_repr(self) -> str:
@@ -207,7 +205,8 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         """Counts silent features and moves the running threshold, in training mode; which features are dead."""
         if not self.training:
             return self.dead_features
-        self.silent.add_(run.x_hats.shape[1]).masked_fill_(run.fired, 0)
+        rows, fired = self._in_all(run.x_hats.shape[1], run.fired)
+        self.silent.add_(rows).masked_fill_(fired, 0)
         if run.min_kept is not None and isinstance(self.activation, BatchTopK):
             now, new = self.running_threshold, run.min_kept.to(self.running_threshold.dtype)
             moved = torch.where(now < 0, new, now + self.activation.rate * (new - now))
@@ -239,6 +238,7 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         if isinstance(activation, Gated):
             return Encoded(encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, b_pre=b_pre), None, None)
         if isinstance(activation, BatchTopK) and self.training:
+            self._refuse_selection("SAE.encode")
             latents, min_kept = encode_batch_topk(x, W_enc, b_enc, k=activation.k, b_pre=b_pre, scale=scale)
             return Encoded(latents, None, min_kept)
         bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else None
@@ -299,9 +299,10 @@ class SAE(Packing, Wrapped, Published, Generic[L]):
         Returns:
             ``Loss(loss, fvu, l0)``. ``fvu = sum (x - x_hat)^2 / sum (x - mean x)^2`` of the whole dictionary, 0/0 = 0.
 
-        In a process group of several a training mode's loss raises RuntimeError where each process would count for itself what the loss
-        uses (AuxK's dead features, BatchTopK's threshold), and where ``DistributedDataParallel(sae).module.loss`` would average nothing;
-        ``silent`` counts each process's rows.
+        In a process group of several, in training mode: in the forward of ``DistributedDataParallel``, and in ``Trainer`` where it
+        averages, ``silent`` counts the rows of all processes, and the loss is that of each one's rows, AuxK's denominator too. Elsewhere
+        ``silent`` counts each process's own, and AuxK raises RuntimeError. So does BatchTopK in both, which selects from and learns a
+        threshold of one batch, and a loss past ``DistributedDataParallel``, of which nothing would be averaged.
 
         Where ReLU, JumpReLU or Gated fire on more than 1/8 of the scores this runs tile by tile over F (see ``dense``) with the same
         result up to rounding. Memory: the latents, or ``[B, tile]``.

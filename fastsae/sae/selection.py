@@ -22,21 +22,24 @@ from fastsae.reference import product
 from fastsae.sae.losses import Weights
 
 LEAST = -(1 << 63)
-_LAST = 0xFFFFFFFF
+_WORD, _LAST = 0xFFFFFFFF, 0x7FFFFFFF
 _DIGIT = 11  # bits that a histogram of a radix selection tells apart
 
 
-def keys(scores: Tensor, features: Tensor) -> Tensor:
-    """int64 in the order of a selection: NaN first, then score descending, -0 as +0, then feature ascending."""
-    bits = (scores + 0.0).view(torch.int32).to(torch.int64)
-    bits = torch.where(scores.isnan(), 0x7FFFFFFF, torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-    return (bits << 32) | (_LAST - features)
+def keys(scores: Tensor, features: Tensor, absolute: bool = False) -> Tensor:
+    """int64 in the order of a selection: NaN first, then score descending, -0 as +0, then feature ascending. ``absolute``: by magnitude,
+    the sign in the last bit."""
+    negative = scores < 0 if absolute else torch.zeros_like(features)
+    bits = ((scores.abs() if absolute else scores) + 0.0).view(torch.int32).to(torch.int64)
+    bits = torch.where(scores.isnan(), _LAST, torch.where(bits < 0, bits ^ _LAST, bits))
+    return (bits << 32) | ((_LAST - features) << 1) | negative
 
 
 def unkeyed(key: Tensor) -> tuple[Tensor, Tensor]:
     """(score, feature) of keys; a score of -0 comes out as +0."""
     bits = (key >> 32).to(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32), _LAST - (key & _LAST)
+    scores = torch.where(bits < 0, bits ^ _LAST, bits).view(torch.float32)
+    return torch.where((key & 1).bool(), -scores, scores), _LAST - ((key & _WORD) >> 1)
 
 
 def rectified(scores: Tensor, relu: bool) -> Tensor:
@@ -53,15 +56,15 @@ class Found(NamedTuple):
     keys: Tensor
 
 
-def candidates(x: Tensor, w: Weights, k: int, world: World, among: Tensor | None = None) -> Found:
+def candidates(x: Tensor, w: Weights, k: int, world: World, among: Tensor | None = None, absolute: bool = False) -> Found:
     """What of this process can be among the k best of all; ``among [own features]``: those that take part."""
     most = min(k, w.W_enc.shape[0] if among is None else int(among.sum()))
     if most:
         inputs = (x, w.W_enc, w.b_enc, w.b_pre, None, among, None)
-        scores, indices = ENCODE_TOPK(*inputs, most, False, False, backend=preference(None))
+        scores, indices = ENCODE_TOPK(*inputs, most, False, absolute, backend=preference(None))
     else:
         scores, indices = x.new_empty(x.shape[0], 0), torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-    own = keys(scores, indices + world.start)
+    own = keys(scores, indices + world.start, absolute)
     return Found(scores, indices, torch.nn.functional.pad(own, (0, k - most), value=LEAST))
 
 
@@ -70,19 +73,19 @@ def merged(own: Tensor, k: int, world: World) -> Tensor:
     return world.home(own).transpose(0, 1).flatten(1).topk(k, dim=1).values
 
 
-def top_k(x: Tensor, w: Weights, k: int, relu: bool, world: World, among: Tensor | None = None) -> Slots:
-    """Those of each row's k best that are features of this process."""
-    scores, indices, own = candidates(x, w, k, world, among)
-    kept = (own >= world.gather(merged(own, k, world)[:, -1:]))[:, : scores.shape[1]]
+def top_k(x: Tensor, w: Weights, k: int, relu: bool, world: World, among: Tensor | None = None, absolute: bool = False) -> Slots:
+    """Those of the k best of each row of ``world.share`` that are features of this process."""
+    scores, indices, own = candidates(x, w, k, world, among, absolute)
+    kept = (own >= world.back(merged(own, k, world)[:, -1:]))[:, : scores.shape[1]]
     crow = torch.cat([indices.new_zeros(1), kept.sum(1).cumsum(0)])
     return Slots(rectified(scores[kept], relu), indices[kept], crow)
 
 
 def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, Tensor]:
-    """Those of the ``int(k * rows)`` largest positive scores of all rows that are features of this process: by score, then row, then
-    feature. And the smallest kept score of all, +inf where there is none."""
-    rows, features = x.shape[0], w.W_enc.shape[0]
-    total = int(k * rows)
+    """Those of the ``int(k * rows)`` largest positive scores of all rows that are of ``world.share`` and of features of this process: by
+    score, then row, then feature. And the smallest kept score of all, +inf where there is none."""
+    every, x, features = x.shape[0], world.share(x), w.W_enc.shape[0]
+    total, rows = int(k * every), x.shape[0]
     if most := min(total, rows * features):
         inputs = (x, w.W_enc, w.b_enc, w.b_pre, None, None, None)
         values, indices, crow, _ = ENCODE_BATCH_TOPK(*inputs, (most + 0.5) / rows, backend=preference(None))
@@ -91,11 +94,11 @@ def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, T
     key = keys(values, indices + world.start)
     if int(world.count(crow[-1])) > total:
         row = Slots(values, indices, crow).row_of()
-        score, earlier = key >> 32, rows * world.features - 1 - (row * world.features + indices + world.start)
+        score, earlier = key >> 32, every * world.features - 1 - ((row + world.first) * world.features + indices + world.start)
         last, left, equal = nth(score, total, 31, world)
         kept = score >= last
         if left < equal:
-            among, _, _ = nth(earlier[score == last], left, (rows * world.features).bit_length(), world)
+            among, _, _ = nth(earlier[score == last], left, (every * world.features).bit_length(), world)
             kept = (score > last) | ((score == last) & (earlier >= among))
         values, indices, key = values[kept], indices[kept], key[kept]
         crow = torch.cat([crow.new_zeros(1), torch.bincount(row[kept], minlength=rows).cumsum(0)])
@@ -121,8 +124,8 @@ def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, in
 
 
 def decode_rows(slots: Slots, W: Tensor, world: World, groups: int = 1) -> Tensor:
-    """``[groups, own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for all
-    rows of each group."""
+    """``[groups, own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for the
+    rows of ``world.share`` of each group."""
     partial = DECODE(*slots.by_range(world.cuts), W, None, backend=then_any(preference(None)))
     rows = tree(partial.reshape(len(world.cuts) - 1, slots.rows, W.shape[1])).reshape(groups, -1, W.shape[1]).transpose(0, 1)
     return tree(world.home(rows)).transpose(0, 1)

@@ -58,13 +58,22 @@ class Slots(NamedTuple):
     def row_of(self) -> Tensor:
         return latents.Slots(self.values, self.indices, self.crow).row_of()
 
+    def complete(self, world: World) -> Slots:
+        """Of all rows, from those of the rows of each process's share."""
+        if world.copies == 1 or self.crow is None:
+            return self
+        counts = world.shares(self.crow.diff())
+        values, indices, passes = (world.shares(t, counts) for t in (*self[:2], self.passes.to(torch.uint8)))
+        flags = None if self.flags is None else world.shares(self.flags, counts)
+        return Slots(values, indices, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), passes.bool(), flags, self.min_kept)
+
 
 def encode_slots(x: Tensor, w: Weights, activation: Activation, world: World = ALONE) -> Slots:
     """The latents of any activation; BatchTopK's by a threshold where ``w`` has one, else those that the batch selects. Of a sharded
-    dictionary those that are features of this process."""
-    backend = preference(None)
+    dictionary those that are features of this process, of the rows of ``world.share``."""
+    backend, rows, x = preference(None), x, world.share(x)
     if isinstance(activation, TopK) and world.virtual > 1:
-        found = selection.top_k(x, w, int(activation.k), activation.relu, world)
+        found = selection.top_k(x, w, int(activation.k), activation.relu, world, absolute=activation.absolute)
         return Slots(*found, found.values > 0 if activation.relu else ~found.values.isnan())
     if isinstance(activation, TopK):
         rule = int(activation.k), activation.relu, activation.absolute
@@ -77,7 +86,7 @@ def encode_slots(x: Tensor, w: Weights, activation: Activation, world: World = A
     if isinstance(activation, BatchTopK) and w.threshold is None:
         k = float(activation.k)
         if world.virtual > 1:
-            found, min_kept = selection.batch_top_k(x, w, k, world)
+            found, min_kept = selection.batch_top_k(rows, w, k, world)
             return Slots(*found, ~found.values.isnan(), min_kept=min_kept)
         values, col, crow, min_kept = ENCODE_BATCH_TOPK(x, w.W_enc, *w.ranking, None, None, k, backend=backend)
         values = unranked(values, col, w.rank)
@@ -98,7 +107,7 @@ def _threshold_slots(
 
 
 def decoded(slots: Slots | latents.Slots, W: Tensor, b: Tensor | None, world: World, groups: int = 1) -> Tensor:
-    """``[groups * rows, D]`` of all rows, on every process."""
+    """``[groups * rows, D]`` of all rows, on every process; ``slots`` of the rows of ``world.share``."""
     if world.virtual == 1:
         return DECODE(slots.values, slots.indices, slots.crow, W, b, backend=then_any(preference(None)))
     own = selection.decode_rows(latents.Slots(*slots[:3]), W, world, groups)
@@ -183,7 +192,9 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     backward(grad, this, G, dfrozen, *rates)
     aux = None if terms.aux is None else aux_step(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
     loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole, world)
-    return Metrics(loss, fvu, l0, world.count(dead.sum()), loss.new_zeros(()) if aux is None else aux), grad.result(inputs.parameters)
+    return Metrics(loss, fvu, l0, world.count(dead.sum()) // world.copies, loss.new_zeros(()) if aux is None else aux), grad.result(
+        inputs.parameters
+    )
 
 
 def forward(inputs: Inputs, slots: Slots | None = None) -> tuple[tiles.TilePass | SlotPass, Pass]:
@@ -212,8 +223,10 @@ class SlotPass:
 
     def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World):
         self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
-        self.slots = slots
-        self.groups = groups = Groups.of(slots, w.prefixes, x.shape[0], world.start)
+        active = world.count((slots.values != 0).sum())
+        groups = Groups.of(slots, w.prefixes, world.share(x).shape[0], world.start)
+        self.slots = slots.complete(world)
+        self.groups = groups if self.slots is slots else Groups.of(self.slots, w.prefixes, x.shape[0], world.start)
         grouped = latents.Slots(groups.values, groups.indices, groups.crow)
         partial = decoded(grouped, w.W_dec, None, world, len(w.prefixes)).to(self.wide)
         x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
@@ -222,8 +235,9 @@ class SlotPass:
             x_hats += selection.skipped(x, w.skip, world)
         self.gate = frozen = None
         if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
-            self.gate = gate = _threshold_slots(x, w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
+            gate = _threshold_slots(world.share(x), w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
             frozen = decoded(gate, w.W_dec, w.b_dec.to(w.W_dec.dtype), world)
+            self.gate = gate.complete(world)
         self.penalised = penalised = self.gate or self.slots
         self.norms = part_norms(w.W_dec, w.layers) if terms.l1 else None
         self.norm = None if self.norms is None else self.norms.sum(1)
@@ -234,7 +248,6 @@ class SlotPass:
             self.sums = feature_sums(penalised.values.abs(), penalised.indices, penalised.crow, len(self.norm), self.backend)
             magnitude = world.tree(torch.stack([world.sum(part) for part in (self.sums * self.norm).tensor_split(world.cuts[1:-1])]))
         hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
-        active = world.count((self.slots.values != 0).sum())
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, None, active, hit, self.slots.min_kept)
 
     def backward(self, grad: Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
@@ -309,23 +322,23 @@ def aux_step(
     grad: Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool, world: World
 ) -> Tensor | None:
     """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
-    k, share = dead_share(aux, x.shape[1], int(world.count(dead.sum())))
+    k, share = dead_share(aux, x.shape[1], int(world.count(dead.sum())) // world.copies)
     if k == 0 or x.shape[0] == 0:
         return None
     wide, backend = accumulator(x.dtype), then_any(preference(None))
     if world.virtual > 1:
-        slots = selection.top_k(x, w, k, aux.relu, world, dead)
+        slots = selection.top_k(world.share(x), w, k, aux.relu, world, dead, absolute)
     else:
         values, indices = ENCODE_TOPK(x, w.W_enc, *w.ranking, dead, None, k, aux.relu, absolute, backend=backend)
         slots = latents.Slots(unranked(values, indices, w.rank), indices, None)
-    values, indices, crow = slots
     e_hat = decoded(slots, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, world).to(wide)
     residual = target.to(wide) - x_hat.to(wide)
     denominator = aux_denominator(aux, residual, target, world)
+    passes = slots.values > 0 if aux.relu else ~slots.values.isnan()
+    values, indices, crow, passes, *_ = Slots(*slots, passes).complete(world)
     difference = e_hat - residual
     g = (difference * quotient(denominator.new_full((), 2 * aux.coefficient * share), denominator)).to(w.W_dec.dtype)
     dvalues = DECODE_DVALUES(g, indices, crow, w.W_dec, backend=backend)
-    passes = values > 0 if aux.relu else ~values.isnan()
     grad.add("W_dec", RowGradient(values, indices, crow, g, w.W_enc.shape[0]))
     if aux.bias:
         grad.add("b_dec", world.row_sum(g))

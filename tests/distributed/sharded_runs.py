@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastsae
 from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer
@@ -36,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "dead_after": 60,
         "objective": "fvu",
     },
+    "absolute": {"activation": fastsae.AbsTopK(4), "aux": AuxK(5, relu=False), "dead_after": 40},
     "signed": {"activation": TopK(3, relu=False), "aux": AuxK(4, relu=False, denominator="tokens", share=False), "dead_after": 40},
     "transcoder": {"activation": TopK(4), "d_out": 7, "normalise_decoder": True},
     "relu": {"activation": ReLU(), "tied": True, "l1": 0.02, "aux": AuxK(4), "dead_after": 30},
@@ -108,19 +110,29 @@ def train(sae: SAE, opt: Any, kind: str, steps: range, rank: int, size: int) -> 
     return seen
 
 
-class Group:
-    """A group of the first processes, as one of them sees it."""
+USED = ("topk", "batchtopk", "absolute", "few", "jumprelu", "gated")
 
-    def __init__(self, size: int, folder: Path):
-        self.group, self.rank, self.size, self.folder = dist.new_group(list(range(size))), dist.get_rank(), size, folder
+
+class Group:
+    """A group of the first processes, or a mesh of all, as one of them sees it; ``rank``: in the order of rows."""
+
+    def __init__(self, size: int | tuple[int, int], folder: Path):
+        self.name, self.folder, self.rank = size, folder, dist.get_rank()
+        if isinstance(size, tuple):
+            self.group = init_device_mesh("cpu", size)
+            self.shards, self.size = size[0], size[0] * size[1]
+            shard, copy = divmod(self.rank, size[1])
+            self.rank = copy * self.shards + shard
+        else:
+            self.group, self.shards, self.size = dist.new_group(list(range(size))), size, size
 
     def shard(self, sae: SAE, **options: Any) -> SAE:
         return shard(sae, self.group, **{"virtual": V, "timeout": 60, **options})
 
     def all(self, value: Any) -> list[Any]:
         every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, value, self.group)
-        return every
+        dist.all_gather_object(every, (self.rank, value), None if isinstance(self.group, DeviceMesh) else self.group)
+        return [value for _, value in sorted(every, key=lambda of: of[0])]
 
 
 def trained(group: Group, kind: str, steps: int) -> dict[str, Any]:
@@ -134,7 +146,8 @@ def trained(group: Group, kind: str, steps: int) -> dict[str, Any]:
     assert len({same for same, _ in every}) == 1
     result = {"metrics": digest(seen), "last": digest(seen[-1:]), "numbers": torch.stack(seen)}
     for name in gradients:
-        parts = [own[name] for _, own in every]
+        parts = [own[name] for _, own in every[: group.shards]]
+        assert all(torch.equal(own[name], parts[n % group.shards]) for n, (_, own) in enumerate(every))  # of copies
         result[f"gradient of {name}"] = digest(parts[:1] if name in ("b_dec", "W_skip") else [torch.cat(parts)])
     return result | ({} if whole is None else {name: digest([t]) for name, t in whole.state_dict().items()})
 
@@ -186,7 +199,7 @@ def save_half(group: Group, kind: str, steps: int) -> None:
 
 def looped(group: Group, kind: str) -> dict[str, Any]:
     """By ``Trainer``, whose second half goes on from a folder."""
-    folder = group.folder / f"trainer-{kind}-{group.size}"
+    folder = group.folder / f"trainer-{kind}-{group.name}"
     rows = torch.randn(120, D, generator=torch.Generator().manual_seed(2)).split(12)
     own = [part(x, group.rank, group.size, step) for step, x in enumerate(rows)]
     made, last, whole = [], {}, None
@@ -261,11 +274,12 @@ def refused(group: Group) -> None:
     raises(SettingsError, "'virtual': 8", lambda: group.shard(build("topk"), virtual=8 if first else 16))
     error, text = (ValueError, "virtual must") if first else (RankError, "rank 0 failed in shard: ValueError: shard: virtual must be")
     raises(error, text, lambda: group.shard(build("topk"), virtual=5 if first else 8))
-    for name, options in {
-        "AbsTopK": {"activation": fastsae.AbsTopK(4)},
-        "meta": {"device": "meta"},
-    }.items():
-        raises(ValueError, f"{name}", lambda options=options: group.shard(SAE(D, F, **{"activation": TopK(4), "seed": 0, **options})))
+    raises(ValueError, "seed must be given", lambda: group.shard(SAE(D, F, TopK(4), device="meta")))
+    raises(ValueError, "and only for one, got 3", lambda: group.shard(build("topk"), seed=3))
+    raises(SettingsError, "'seed': 0", lambda: group.shard(SAE(D, F, TopK(4), device="meta"), seed=group.rank))
+    flat, cube = init_device_mesh("cpu", (1, group.size)), init_device_mesh("cpu", (1, 1, group.size))
+    raises(ValueError, "must have one dimension, or two and all", lambda: shard(build("topk"), cube))
+    raises(ValueError, "virtual must be at least 2", lambda: shard(build("topk"), flat, virtual=1))
     raises(TypeError, "must be float32", lambda: group.shard(build("topk").double()))
     raises(TypeError, "sae must be", lambda: group.shard(torch.nn.Linear(2, 2)))
 
@@ -289,6 +303,21 @@ def broken(group: Group) -> None:
         os._exit(0)  # a process that is lost
     raises(RankError, "a process was lost, or has not answered within 30 s", lambda: sae.encode(torch.ones(2, D)))
     assert time.monotonic() - start < 25
+
+
+def drawn(group: Group) -> None:
+    """Each its own features of an SAE that never was anywhere: the bits of one process."""
+    for kind in ("batchtopk", "jumprelu", "transcoder", "relu", "few", "gated"):
+        options = {"features": F, **KINDS[kind]}
+        features = options.pop("features")
+        whole = SAE(D, features, **options, seed=3)
+        if options.get("d_out") == 7:
+            assert not torch.equal(whole.W_enc[:, :7], whole.W_dec)
+        sae = group.shard(SAE(D, features, **options, device="meta"), seed=3)
+        made = gathered(sae)
+        assert sae.training and (made is None) is (group.rank > 0)
+        assert made is None or all(torch.equal(t, made.state_dict()[name]) for name, t in whole.state_dict().items())
+        assert made is None or made.state_dict().keys() == whole.state_dict().keys()
 
 
 def counted(group: Group) -> dict[str, float]:
@@ -316,12 +345,28 @@ def planned(group: Group, kind: str) -> dict[str, float]:
     return {"counted": sae.world.sent - before, "planned": found.sent}
 
 
+def over_meshes(group: Group, steps: int) -> Iterator[tuple[tuple[str, str, Any], Any]]:
+    """What is the same as on one process where several hold the same features."""
+    deep = steps > 7
+    for kind in KINDS if deep else ("topk", "batchtopk", "absolute", "gated", "matryoshka") if group.shards > 1 else ("topk",):
+        long = kind in ("topk", "batchtopk")
+        yield ("stopped" if long else "trained", kind, group.name), trained(group, kind, 14 if long else steps)
+    for kind in USED if deep else ("absolute", "gated"):
+        yield ("used", kind, group.name), used(group, kind, steps)
+    for kind in ("topk", "batchtopk") if deep else ("batchtopk",):
+        yield ("resumed", kind, group.name), resumed(group, kind, 14)
+    yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)
+    yield ("looped", "topk", group.name), looped(group, "topk")
+    drawn(group)
+
+
 def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=max(sizes), timeout=timedelta(seconds=300))
     short = 50 if steps > 100 else 7
     results: dict[Any, Any] = {}
     groups = [Group(size, folder) for size in sizes]
+    meshes = [Group((n, sizes[-1] // n), folder) for n in ((2, 1) if short == 7 else (2, 4, 1))]
     for kind in ("topk", "batchtopk"):
         save_half(groups[-1], kind, 14)
     for group in groups:
@@ -331,14 +376,17 @@ def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> No
                 if kind in ("topk", "batchtopk"):
                     results["stopped", kind, group.size] = trained(group, kind, 14)
                     results["resumed", kind, group.size] = resumed(group, kind, 14)
-            for kind in ("topk", "batchtopk", "few", "jumprelu", "gated"):
+            for kind in USED:
                 results["used", kind, group.size] = used(group, kind, steps)
             results["not_finite", "topk", group.size] = not_finite(group, "topk", steps)
             for kind in ("topk", "transcoder"):
                 results["planned", kind, group.size] = planned(group, kind)
+            drawn(group)
             results["looped", "topk", group.size] = looped(group, "topk")
             results["counted", "topk", group.size] = counted(group)
         dist.barrier()
+    for group in meshes:
+        results |= over_meshes(group, short)
     refused(groups[-1])
     if rank == 0:
         torch.save(results, folder / "results.pt")
