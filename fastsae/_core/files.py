@@ -7,9 +7,14 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Fill = Callable[[Path], object]
 
@@ -17,6 +22,15 @@ Fill = Callable[[Path], object]
 def replace(path: Path, fill: Fill) -> None:
     """``replace_all`` of one file."""
     replace_all({path: fill})
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Generator[None]:
+    """One process at a time; of one that is killed the lock ends. Where the system knows no such locks nobody waits."""
+    with open(path, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def replace_text(path: Path, text: str) -> None:

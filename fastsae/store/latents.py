@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -223,15 +221,13 @@ class LatentStore:
 
         self._ranges = self._ranges or known()
         if self._ranges is None:
-            beside = self.folder / f".by_feature-{secrets.token_hex(8)}"  # another process may be making it too
-            beside.mkdir()
-            self._ranges = self._merge(beside)
-            files.replace_text(beside / _INDEX, json.dumps({"made_of": made_of, "ranges": self._ranges}, indent=1) + "\n")
-            if known() is None:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                with contextlib.suppress(OSError):  # the other was quicker
-                    beside.rename(path.parent)
-            shutil.rmtree(beside, ignore_errors=True)
+            with files.locked(self.folder / ".by_feature.lock"):  # another process may be making it
+                self._ranges = known()
+                if self._ranges is None:
+                    shutil.rmtree(path.parent, ignore_errors=True)
+                    path.parent.mkdir()
+                    self._ranges = self._merge(path.parent)
+                    files.replace_text(path, json.dumps({"made_of": made_of, "ranges": self._ranges}, indent=1) + "\n")
         return self._ranges
 
     def _merge(self, folder: Path) -> list[dict[str, Any]]:
