@@ -222,16 +222,24 @@ def shard(
         if meta is (seed is None):
             raise ValueError(f"{op}: seed must be given for an SAE on the meta device, and only for one, got {seed}")
         seed = None if seed is None else checks.integer(op, "seed", seed, -(2**63), 2**64 - 1)
-        sums = {name: 0 if meta else zlib.crc32(t.detach().cpu().contiguous().numpy()) for name, t in sae.state_dict().items()}
+        tensors = {} if meta else sae.state_dict()
+        sums: dict[str, Any] = {name: zlib.crc32(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()}
+        sums |= {"activation": str(sae.activation)} if meta else {}  # its thresholds are not in the configuration
         settings = {"virtual": virtual, "config": sae.config(), "training": sae.training, "seed": seed, "checksums": sums}
         world.begin(op, 0, settings)
-    options = {**arguments(sae.config()), "activation": sae.activation}
+    options: dict[str, Any] = {**arguments(sae.config()), "activation": sae.activation}
     if virtual == 1:
         made = SAE(**options, device=device, seed=seed)
         if not meta:
             made.load_state_dict(sae.state_dict())
         return made.train(sae.training)
     world.cut(sae.d_sae, virtual)
+    return _part(sae, options, world, device, seed)
+
+
+def _part(sae: SAE, options: dict[str, Any], world: Ranks, device: torch.device, seed: int | None) -> ShardedSAE:
+    """The features of this process; drawn where ``sae`` is on the meta device."""
+    meta = sae.W_dec.is_meta
     made = ShardedSAE(**options, device="meta").train(sae.training)
     made.world = world
     own = slice(world.start, world.start + world.cuts[-1])
@@ -239,7 +247,7 @@ def shard(
     def part(name: str, t: Tensor) -> Tensor:
         return (t.detach()[own] if sharded(world, name) else t.detach()).clone()
 
-    drawn = init.parameters(sae, torch.float32, device, seed, own) if meta else {}
+    drawn: dict[str, Any] = init.parameters(sae, torch.float32, device, seed, own) if meta else {}
     for name, p in sae.named_parameters():
         made.register_parameter(name, nn.Parameter(drawn[name] if meta else part(name, p), p.requires_grad))
     if made.tied:
@@ -251,7 +259,8 @@ def shard(
 
 
 def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timedelta, device: torch.device) -> Ranks:
-    copies, order, group = 1, None, dist.group.WORLD if mesh is None else mesh
+    copies, order = 1, None
+    group: Any = dist.group.WORLD if mesh is None else mesh
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim > 2 or (mesh.ndim == 2 and mesh.size() != processes.ranks()):
             raise ValueError(f"{op}: a mesh must have one dimension, or two and all {processes.ranks()} processes, got {mesh}")
@@ -259,7 +268,6 @@ def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timede
         if mesh.ndim == 2:
             copies, order = mesh.size(1), mesh.mesh.t().flatten().tolist()
     checks.instance(op, "mesh_or_group", group, dist.ProcessGroup, "a DeviceMesh, a ProcessGroup or None")
-    assert group is not None
     return Ranks(group, timeout, device, copies, order)
 
 

@@ -35,8 +35,8 @@ def parameters(
     def directions(width: int) -> Tensor:
         if device.type == "meta":
             return torch.empty(sae.d_sae, width, device=device, dtype=dtype)
-        every = own is None
-        rows = seeds.normal(generator, sae.d_sae, width) if every else seeds.normal_rows(generator, sae.d_sae, width, own)
+        shape = sae.d_sae, width
+        rows = seeds.normal(generator, *shape) if own is None else seeds.normal_rows(generator, *shape, own)
         return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).to(device=device, dtype=dtype)
 
     W = directions(sae.d_out)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
-import socket
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import ended, fork, port
 from sharded_runs import batches, build, digest, optimiser, part
 
 from fastsae.distributed import gathered, load_checkpoint, save_checkpoint, shard
@@ -42,47 +41,22 @@ def train(rank: int, size: int, kind: str, folder: Path, kill: Callable[[int, An
         (folder / f"end-{size}").write_text(digest([*whole.state_dict().values(), torch.tensor(state["steps"])]))
 
 
-def fork(size: int, kind: str, folder: Path, kill: Callable[[int, int, Any], None] = lambda rank, step, world: None) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(size):
-        if not (pid := os.fork()):
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, timeout=timedelta(seconds=60))
-                train(rank, size, kind, folder, lambda step, world, rank=rank: kill(rank, step, world))
-                dist.barrier()
-                code = 0
-            except BaseException:
-                (folder / f"error-{rank}").write_text(traceback.format_exc())
-            os._exit(code)  # torch would wait for the process that is gone
-        pids.append(pid)
-    return pids
+def start(size: int, kind: str, folder: Path, kill: Callable[[int, int, Any], None] = lambda rank, step, world: None) -> list[int]:
+    meet = port()
 
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{meet}", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        train(rank, size, kind, folder, lambda step, world: kill(rank, step, world))
+        dist.barrier()
 
-def ended(pids: list[int], within: float) -> tuple[list[int], list[float]]:
-    """Exit codes (None: it had to be killed), and when each ended."""
-    codes: dict[int, int] = {}
-    times: dict[int, float] = {}
-    end = time.monotonic() + within
-    while len(codes) < len(pids):
-        for pid in set(pids) - set(codes):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                codes[pid], times[pid] = os.waitstatus_to_exitcode(status), time.monotonic()
-            elif time.monotonic() > end:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    return [codes[pid] for pid in pids], [times[pid] for pid in pids]
+    return fork(size, run, lambda rank, text: (folder / f"error-{rank}").write_text(text))
 
 
 def killed(seed: int, kind: str, folder: Path, others: list[int]) -> None:
     """One of four, at a drawn exchange and some milliseconds after it; then a run on each of ``others`` from what it has left."""
     draw = random.Random(seed)
-    victim, at, exchange, delay = draw.randrange(4), draw.randrange(2, STEPS), draw.randrange(40), draw.random() * 0.02
+    victim, at, exchange, delay = draw.randrange(4), draw.randrange(2, STEPS - 3), draw.randrange(30), draw.random() * 0.02
 
     def kill(rank: int, step: int, world: Any) -> None:
         if (rank, step) != (victim, at):
@@ -99,18 +73,21 @@ def killed(seed: int, kind: str, folder: Path, others: list[int]) -> None:
 
     folder.mkdir()
     said = f"seed {seed}: rank {victim} of 4 at step {at}, exchange {exchange}, {delay * 1e3:.0f} ms"
-    codes, times = ended(fork(4, kind, folder, kill), 120)
+    codes, times = zip(*ended(start(4, kind, folder, kill), 120))
     errors = {rank: (folder / f"error-{rank}").read_text() for rank in range(4) if (folder / f"error-{rank}").exists()}
     late = max(times) - times[victim]
-    assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(4)], (said, codes, errors)
+    assert [*codes] == [-signal.SIGKILL if rank == victim else 1 for rank in range(4)], (said, codes, errors)
     assert late < TIMEOUT + 7, (said, late)
     assert all("was lost" in text or "Connection" in text for text in errors.values()), (said, errors)
     wanted = (folder.parent / f"{kind}/end-1").read_text()
     for size in others:  # each from the same checkpoint
         again = folder.with_name(f"{folder.name}-{size}")
-        os.system(f"cp -r '{folder}' '{again}'")
-        codes, _ = ended(fork(size, kind, again), 240)
-        assert codes == [0] * size, (said, size, [path.read_text() for path in again.glob("error-*")])
+        shutil.copytree(folder, again)
+        assert not any(code for code, _ in ended(start(size, kind, again), 240)), (
+            said,
+            size,
+            [path.read_text() for path in again.glob("error-*")],
+        )
         assert (again / f"end-{size}").read_text() == wanted, (said, size)
     print(
         f"{said}; the others ended {late:.2f} s after it: {sorted({text.splitlines()[-1][:120] for text in errors.values()})}", flush=True
@@ -121,6 +98,6 @@ if __name__ == "__main__":
     base, first, times, others = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(size) for size in sys.argv[4].split(",")]
     for kind in ("topk", "batchtopk"):
         (base / kind).mkdir()
-        assert ended(fork(1, kind, base / kind), 240)[0] == [0], (base / kind / "error-0").read_text()
+        assert ended(start(1, kind, base / kind), 240)[0][0] == 0, (base / kind / "error-0").read_text()
     for seed in range(first, first + times):
         killed(seed, ("topk", "batchtopk")[seed % 2], base / f"run-{seed}", others)

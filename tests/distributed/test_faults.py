@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from places import ROOT, TESTS
+from forks import script
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 
@@ -16,8 +14,5 @@ DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 @pytest.mark.slow
 def test_killed_runs_end_and_go_on_in_the_same_bits(tmp_path: Path) -> None:
     seed, times, others = (0, 20, "2,8,1") if DEEP else (0, 1, "2,1")
-    paths = [str(ROOT), str(TESTS), str(TESTS / "distributed")]
-    command = [sys.executable, str(TESTS / "distributed/kill_runs.py"), str(tmp_path), str(seed), str(times), others]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=7200 if DEEP else 400, check=False)
-    assert done.returncode == 0 and done.stdout.count("the others ended") == times, done.stdout + done.stderr
+    said = script("kill_runs.py", tmp_path, seed, times, others)
+    assert said.count("the others ended") == times, said
