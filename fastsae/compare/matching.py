@@ -193,7 +193,7 @@ def _own(op: str, position: int, side: Tensor, held: World, world: Any, mask: An
         checks.shape(op, f"weights[{position}]", weight, (side.shape[0],), f"[{side.shape[0]}]")
     features, start = (held.features, held.start) if held is not ALONE else (side.shape[0], 0)
     if held is ALONE and world is not ALONE:  # each process takes a share of what all of them have
-        bounds = [side.shape[0] * rank // world.size for rank in (world.rank, world.rank + 1)]
+        bounds = [side.shape[0] * shard // world.shards for shard in (world.shard, world.shard + 1)]
         rows = rows[(rows >= bounds[0]) & (rows < bounds[1])]
     taken = side if rows.shape[0] == side.shape[0] else side[rows]
     return _Own(taken, rows + start, None if weight is None else weight.detach()[rows].double(), features)

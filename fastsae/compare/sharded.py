@@ -19,25 +19,23 @@ _NONE = 1 << 62
 def common(op: str, worlds: Sequence[World]) -> Any:
     """The processes that hold either dictionary; ValueError where they are others."""
     found: list[Any] = [world for world in worlds if world is not ALONE]
-    places = {(world.rank, world.size) for world in found}
+    places = {(world.shard, world.shards, world.copies) for world in found}
     if len(places) > 1:
-        raise ValueError(f"{op}: both dictionaries must lie on the same processes, got (rank, number) {sorted(places)}")
-    if copies := [world.copies for world in found if world.copies > 1]:
-        raise ValueError(
-            f"{op}: a dictionary that lies on processes in several copies ({copies[0]}, of a mesh of two dimensions) is not there yet: "
-            "fastsae.distributed.gathered(sae) is the whole one"
-        )
+        raise ValueError(f"{op}: both dictionaries must lie on the same processes, got (shard, shards, copies) {sorted(places)}")
     return found[0] if found else ALONE
 
 
 def everyone(t: Tensor, sizes: Sequence[int], world: Any) -> Tensor:
-    """The rows of all processes, of which each has so many."""
-    return t if world is ALONE else world.gather(t, sizes)
+    """The rows of all processes, or of those of this copy, of which each has so many."""
+    return t if world is ALONE else torch.cat(world.within([t] * world.shards, sizes))
 
 
 def counts(numbers: Sequence[int], world: Any) -> list[list[int]]:
     """These numbers of every process, one list a number."""
-    return [[n] for n in numbers] if world is ALONE else world.each(torch.tensor(numbers, device=world.device)).T.tolist()
+    if world is ALONE:
+        return [[n] for n in numbers]
+    own = torch.tensor([numbers], device=world.device)
+    return torch.cat(world.within([own] * world.shards, [1] * world.shards)).T.tolist()
 
 
 def pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float, backend: str | None, world: Any) -> Sequence[Tensor]:
@@ -45,7 +43,7 @@ def pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float, backend: str | 
     if world is ALONE:
         return MATCH_PAIR(a, b, k_ab, k_ba, eps, backend=backend)
     ours, theirs = counts((len(a), len(b)), world)
-    start = sum(ours[: world.rank])
+    start = sum(ours[: world.shard])
     forward, backward, low = _none(a, k_ab), _none(b, k_ba), _none(a, 1)
     for turn, (owner, first, block) in enumerate(_blocks(b, theirs, world)):
         back = _none(block, k_ba)
@@ -54,7 +52,7 @@ def pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float, backend: str | 
             forward = _best(forward, (found[0], found[1] + first))
             back = _best(back, (found[2], found[3] + start))
             low = _best(low, (lowest.unsqueeze(1), at.unsqueeze(1) + first), torch.neg)
-        of = (world.rank - turn) % world.size  # whose rows were matched with this process's
+        of = (world.shard - turn) % world.shards  # whose rows were matched with this process's
         values, index = (_sent(t, owner, of, len(b), world) for t in back)
         backward = _best(backward, (values, index))
     found = [everyone(t, sizes, world) for best, sizes in ((forward, ours), (backward, theirs), (low, ours)) for t in best]
@@ -70,7 +68,7 @@ def cosine(
     ours, theirs = counts((len(a), len(b)), world)
     best = _none(a, k)
     for owner, first, block in _blocks(b, theirs, world):
-        own = exclude_self and owner == world.rank
+        own = exclude_self and owner == world.shard
         if len(a) and len(block) > own:
             values, index = MATCH_COSINE(a, block, min(k, len(block) - own), absolute, own, eps, backend=backend)
             best = _best(best, (values, index + first), torch.abs if absolute else None)
@@ -79,18 +77,18 @@ def cosine(
 
 def _blocks(b: Tensor, sizes: Sequence[int], world: Any) -> Iterator[tuple[int, int, Tensor]]:
     """(whose, first row of all, rows): every process's rows, this one's first."""
-    for turn in range(world.size):
-        owner, after = ((world.rank + turn + more) % world.size for more in (0, 1))
+    for turn in range(world.shards):
+        owner, after = ((world.shard + turn + more) % world.shards for more in (0, 1))
         yield owner, sum(sizes[:owner]), b
-        if turn + 1 < world.size:
-            b = _sent(b, (world.rank - 1) % world.size, (world.rank + 1) % world.size, sizes[after], world)
+        if turn + 1 < world.shards:
+            b = _sent(b, (world.shard - 1) % world.shards, (world.shard + 1) % world.shards, sizes[after], world)
 
 
 def _sent(t: Tensor, to: int, source: int, rows: int, world: Any) -> Tensor:
     """``t`` goes to one process; what comes from another, of so many rows."""
-    out = [t[:0]] * world.size
+    out = [t[:0]] * world.shards
     out[to] = t
-    return world.swap(out, [rows * (rank == source) for rank in range(world.size)])[source]
+    return world.within(out, [rows * (rank == source) for rank in range(world.shards)])[source]
 
 
 def _none(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

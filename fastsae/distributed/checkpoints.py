@@ -119,7 +119,7 @@ def _begun(
     if world.rank == 0:
         _make(data, rest)
     _agreed(world, 0)
-    return folder, data, dict(_entries(world, sae.state_dict(), state))
+    return folder, data, {} if world.copy else dict(_entries(world, sae.state_dict(), state))
 
 
 def _rest(config: dict[str, Any], virtual: int, extra: Mapping[str, Any] | None, state: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _commit(world: Ranks, folder: Path, data: Path, entries: dict[str, Any]) -> 
         try:
             write()
         except (Exception, CheckpointException) as error:  # the others wait for what it says
-            return f"{type(error).__name__} on rank {world.rank}: {error}"
+            return f"{type(error).__name__} on rank {world.order[world.rank]}: {error}"
         return ""
 
     number, store = _SAVERS[world].number, world._store  # pyright: ignore[reportPrivateUsage] # of this folder
@@ -150,7 +150,9 @@ def _commit(world: Ranks, folder: Path, data: Path, entries: dict[str, Any]) -> 
         end = time.monotonic() + world.timeout.total_seconds()
         while not store.check([f"save {number} {key}"]):
             if time.monotonic() > end:
-                return f"a process was lost, or has written for {world.timeout.total_seconds():g} s longer than rank {world.rank}"
+                return (
+                    f"a process was lost, or has written for {world.timeout.total_seconds():g} s longer than rank {world.order[world.rank]}"
+                )
             time.sleep(0.01)
         return store.get(f"save {number} {key}").decode()[1:]
 
@@ -209,7 +211,7 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
     features, virtual = fresh.d_sae, checks.integer(op, "virtual", virtual, 2)
     width = -(-features // virtual)
     cuts = [min(width * shard, features) for shard in range(virtual + 1)]
-    world = SimpleNamespace(rank=0, cuts=cuts, replicated=Ranks.replicated)
+    world = SimpleNamespace(shard=0, cuts=cuts, replicated=Ranks.replicated)
     data = target / f"data-{_number(target) + 1}"
     _make(data, _rest(content["config"], virtual, content["extra"], content["opt"]))
     save(dict(_entries(world, content["sae"], content["opt"])), checkpoint_id=data / "part-0", no_dist=True)
