@@ -156,6 +156,7 @@ def test_train_sae_of_accelerated_trainers(tmp_path: Path, monkeypatch: pytest.M
     fused: list[int] = []
     monkeypatch.setitem(train.STEPS, "TopKTrainer", lambda *args, own=train.STEPS["TopKTrainer"]: fused.append(1) or own(*args))
     config = {"activation_dim": D, "dict_size": F, "k": K, "lr": 1e-3, "layer": 0, "lm_name": "m", "steps": 20, "device": "cpu", "seed": 0}
+    config["warmup_steps"] = 2
     for name, cls in (("mine", lambda **more: fastsae.accelerate(TopKTrainer(**more))), ("theirs", TopKTrainer)):
         data = [rows(seed=i) for i in range(12)]
         trainSAE(data, [{"trainer": cls, **config}], steps=10, save_dir=str(tmp_path / name), save_steps=[5], device="cpu")
