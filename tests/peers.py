@@ -117,7 +117,13 @@ def same_call(
     mine.to(dtype=dtype)
     theirs.to(dtype=dtype)
     with MODES[mode]():
-        got, expected = (call(obj, x.clone() if mode == "inference" else x) for obj in (mine, theirs))
+        try:
+            expected = call(theirs, x.clone() if mode == "inference" else x)
+        except IndexError as error:  # of the library's own, as matching pursuit of one row under autocast
+            with pytest.raises(type(error)):
+                call(mine, x.clone() if mode == "inference" else x)
+            return
+        got = call(mine, x.clone() if mode == "inference" else x)
         assert described(got) == described(expected)
         if dtype is not torch.bfloat16 and mode != "autocast":
             for a, b in zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]:

@@ -434,9 +434,9 @@ def test_runner() -> None:
             steps = []
             if accelerate:
                 assert fastsae.report(runner.sae).accelerated
-                original = saelens._train._Step.run
+                original = saelens._train.Step.run
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(saelens._train._Step, "run", lambda step: steps.append(1) or original(step))
+                    patch.setattr(saelens._train.Step, "run", lambda step: steps.append(1) or original(step))
                     sae = runner.run()
                 assert len(steps) == 20 and fastsae.report(runner.sae).accelerated
             else:
