@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=kind, required=True, help=text)
     parser.add_argument("--latency", type=float, default=2e-5, help="seconds an exchange (default 2e-5)")
     parser.add_argument("--ranks", type=numbers, default="1,8,64,512", metavar="N,M", help="numbers of processes (default 1,8,64,512)")
+    parser.add_argument("--copies", type=int, default=1, help="copies of the dictionary among them (default 1)")
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step of all processes (default 8192)")
     parser.add_argument("--k", type=int, default=64, help="latents a token (default 64)")
     parser.add_argument("--k-aux", type=int, default=0, help="of the AuxK term (default 0)")
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     rates = Rates(options.flops, options.memory, options.network, options.latency)
-    sizes = {"tokens": int(options.tokens), "batch": options.batch, "k": options.k, "k_aux": options.k_aux}
+    sizes = {"tokens": int(options.tokens), "batch": options.batch, "k": options.k, "k_aux": options.k_aux, "copies": options.copies}
     plans = [plan(options.features, options.d, rates=rates, ranks=ranks, **sizes) for ranks in options.ranks]
     if options.json:
         print(json.dumps([{**asdict(p), "memory": p.memory, "step": p.step, "seconds": p.seconds} for p in plans], indent=1))
