@@ -22,6 +22,7 @@ from bench.gpu.harness import Bench
 from fastsae._core.machine import machine
 
 CPU = torch.device("cpu")
+DEEP = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="make deep runs it")
 A_CPU = {**machine(), "gpu": [], "cpu": "A CPU"}
 
 
@@ -93,6 +94,7 @@ def test_inputs_pass_the_cache(bench: Bench) -> None:
     assert bench.sets(bench.l2 * 100) == 2
 
 
+@DEEP
 @pytest.mark.slow
 def test_a_killed_run_keeps_what_was_measured(tmp_path: Path) -> None:
     code = (
@@ -238,6 +240,7 @@ sys.exit(tune_gpu.main(["--device", "cpu", "--quick", "--out", sys.argv[1]]))
 """
 
 
+@DEEP
 @pytest.mark.slow
 def test_the_tuner_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -266,6 +269,7 @@ def test_the_tuner_offers_what_fits() -> None:
     assert any(c.tile.rows * c.tile.columns == 128 * 128 and c.programs == 2 for c in tune_gpu.shapes(start, 227 << 10, quick=False))
 
 
+@DEEP
 @pytest.mark.slow
 @pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler: the CUDA C++ kernels were NOT run")
 def test_the_sanitizers_program_in_the_emulation() -> None:
