@@ -40,7 +40,7 @@ build: $(VENV)/build.stamp ## a virtual environment with the package in it
 
 test: $(VENV)/dev.stamp ## everything CI runs: lint, contract, interpreter, ahead-of-time, install, smoke runs
 	$(MAKE) --no-print-directory -j 2 --output-sync=target lint smoke-verify smoke-bench
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=25 tests
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=25 tests/project tests  # the slowest first
 
 smoke-verify: $(VENV)/dev.stamp # these two and lint use one core each: two at a time
 	$(BIN)/fastsae info
