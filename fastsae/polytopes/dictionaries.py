@@ -96,8 +96,6 @@ def planes_of(op: str, wanted: str, sae: Any, kinds: tuple[str, ...], **points: 
             raise ValueError(f"{op}: {name} must have two dimensions, [.., D={W.shape[1]}], got {list(value.shape)}")
         if not bool(value.isfinite().all()):
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
-    if getattr(sae, "normalise_rows", None) is not None:
-        raise ValueError(f"{op}: the SAE normalises each row ({sae.normalise_rows!r}): its scores are no lines")
     if bool((getattr(sae, "scale", b) != 1).any()) and hasattr(sae, "scale"):
         raise ValueError(f"{op}: the SAE must be in the units of the data: call its fold_()")
     if (rows := getattr(sae, "normalise_rows", None)) is not None:

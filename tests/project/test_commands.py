@@ -311,7 +311,7 @@ def test_wrong_input_after_a_harvest(work: Path, capsys: pytest.CaptureFixture[s
 
 def test_what_is_not_installed_is_named(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for module, arguments, extra in (
-        ("matplotlib.backends.backend_agg", [*EVAL, "--out", "ev"], "fastsae-kernels[plot]"),
+        ("matplotlib.figure", [*EVAL, "--out", "ev"], "fastsae-kernels[plot]"),
         ("datasets", [*HARVEST[:2], *HARVEST[3:], "--dataset", "x"], "pip install datasets"),
         ("transformers", HARVEST, "pip install 'fastsae-kernels[lm]'"),
         ("transformers", EVAL, "pip install 'fastsae-kernels[lm]'"),

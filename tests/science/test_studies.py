@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def coin(monkeypatch: pytest.MonkeyPatch) -> Any:
     sizes = {size: {"minutes": 0.1, "throws": 10**power} for size, power in (("smoke", 1), ("quick", 2), ("default", 3))}
     module = types.SimpleNamespace(SIZES=sizes, run=run, __doc__="How often does a fair coin show heads?\n\nMore.")
     monkeypatch.setattr(_frame, "names", lambda: ["coin"])
-    monkeypatch.setattr(_frame.importlib, "import_module", lambda _: module)
+    monkeypatch.setitem(sys.modules, "fastsae.studies.coin", module)
     return module
 
 
