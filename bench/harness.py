@@ -64,7 +64,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def unit_rows(rows: int, width: int, seed: int = 0) -> Tensor:
-    value = normal(rows, width, seed=seed)
+    value = normal(rows, width, seed=1000 + seed)  # apart from activations, of which a row would be a multiple
     return value / torch.linalg.vector_norm(value, dim=1, keepdim=True)
 
 

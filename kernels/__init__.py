@@ -3,4 +3,8 @@
 # pyright: basic, reportMissingImports=false
 
 if __name__ != "fastsae.kernels":
-    raise ImportError(f"this folder is the package fastsae.kernels and not {__name__!r}; install the checkout: pip install -e .")
+    # In the checkout's root libraries (transformers) that look for a package of this name find the folder: it must import, and be empty.
+    __path__ = []
+
+    def __getattr__(name):
+        raise AttributeError(f"this folder is the package fastsae.kernels and not {__name__!r}, got {name!r} asked of it; pip install -e .")

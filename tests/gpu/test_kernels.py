@@ -360,10 +360,12 @@ def test_reasons_do_not_import_triton() -> None:
 
 def test_the_folder_is_no_package_of_its_own() -> None:
     path = kernels.__file__
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(path))!r}); import {os.path.basename(os.path.dirname(path))}"
+    name = os.path.basename(os.path.dirname(path))
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(path))!r}); import {name} as found\n"
+    code += "assert getattr(found, '__version__', 'N/A') == 'N/A'\ntry: import " + name + ".decode\nexcept ImportError: found.decode"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "is the package fastsae.kernels" in done.stderr
+    assert "AttributeError: this folder is the package fastsae.kernels" in done.stderr
 
 
 # ---------------------------------------------------------------- ahead of time
