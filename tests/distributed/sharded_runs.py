@@ -338,7 +338,7 @@ def planned(group: Group, kind: str) -> dict[str, float]:
     """Bytes that a process sends in a step, as counted and as ``plan`` says."""
     sae: Any = group.shard(build(kind))
     sae.silent.fill_(1000 if kind == "topk" else 0)
-    opt, n = Adam(sae, lr=1e-3), 8
+    opt, n = Adam(sae, lr=1e-3), 32 // group.size  # of many rows fewer than k_aux features would stay dead
     x = torch.randn(n, D, generator=torch.Generator().manual_seed(group.rank))
     target = torch.randn(n, KINDS[kind]["d_out"]) if "d_out" in KINDS[kind] else None
     before = sae.world.sent
