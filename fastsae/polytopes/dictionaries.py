@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F_
 
 from fastsae._core import checks
+from fastsae._core.precision import full_precision
 from fastsae.ops.encode import encode_threshold, encode_topk
 from fastsae.reference import chunks
 
@@ -331,12 +332,13 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
         raise ValueError(f"{op}: p and q must have the same shape [S, D], got {list(p.shape)} and {list(q.shape)}")
     S, p, q = p.shape[0], p.detach().double(), q.detach().double()
     activation: Any = sae.activation
-    if planes.threshold is None:
-        found = _by_level(planes, p, q, activation.k, activation.relu, activation.absolute)
-    else:
-        per_segment = 4 * planes.W.shape[0]
-        parts = [(part.start, _by_threshold(planes, p[part], q[part])) for part in chunks(S, per_segment)]
-        found = [torch.cat(part) for part in zip(*([rows + first, *rest] for first, (rows, *rest) in parts))] if parts else []
+    with full_precision(p.device):  # autocast would round the encoder's lists by more than the proof counts in
+        if planes.threshold is None:
+            found = _by_level(planes, p, q, activation.k, activation.relu, activation.absolute)
+        else:
+            per_segment = 4 * planes.W.shape[0]
+            parts = [(part.start, _by_threshold(planes, p[part], q[part])) for part in chunks(S, per_segment)]
+            found = [torch.cat(part) for part in zip(*([rows + first, *rest] for first, (rows, *rest) in parts))] if parts else []
     if not found:
         empty = torch.zeros(0, dtype=torch.int64, device=p.device)
         found = [empty, p.new_empty(0), empty, empty, empty]

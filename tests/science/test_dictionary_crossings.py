@@ -133,6 +133,26 @@ def test_lists_of_the_encoder_prove_and_where_they_do_not_all_features_are_asked
         torch.testing.assert_close(found.t, again.t, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", [fastsae.TopK(4), fastsae.JumpReLU(1.5)], ids=["topk", "jumprelu"])
+def test_autocast_rounds_nothing(activation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of the encoder in bfloat16 would be off by more than their bound counts in."""
+    torch.manual_seed(0)
+    sae, seen = made(activation, 64, 4096, 1), list[torch.dtype]()
+    p, q = torch.randn(2, 3, 64)
+    for name in ("encode_topk", "encode_threshold"):
+        encode = getattr(dictionaries, name)
+
+        def watched(*arguments: Any, encode: Any = encode, **options: Any) -> Any:
+            seen.append((latents := encode(*arguments, **options)).values.dtype)
+            return latents
+
+        monkeypatch.setattr(dictionaries, name, watched)
+    want = dictionary_crossings(sae, p, q)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dictionary_crossings(sae, p, q)
+    assert set(seen) == {torch.float32} and all(map(torch.equal, want, found))
+
+
 def test_sizes_and_wrong_arguments() -> None:
     sae = made(fastsae.TopK(3), 5, 40, 0)
     none = dictionary_crossings(sae, torch.zeros(0, 5), torch.zeros(0, 5))
