@@ -17,6 +17,6 @@ from fastsae.compare.stability import Stability, principal_angles, stability
 from fastsae.ops.match import Matches, match_cosine
 
 __all__ = [
-    "MMCS_VARIANTS", "Dictionary", "Match", "Matches", "MmcsVariant", "OneToOne", "Stability", "exclusive", "latent_scaling", "layer_cosines",
-    "match", "match_cosine", "mmcs", "mmcs_matrix", "principal_angles", "relative_norms", "shared", "stability",
+    "MMCS_VARIANTS", "Dictionary", "Match", "Matches", "MmcsVariant", "OneToOne", "Stability", "exclusive", "latent_scaling",
+    "layer_cosines", "match", "match_cosine", "mmcs", "mmcs_matrix", "principal_angles", "relative_norms", "shared", "stability",
 ]  # fmt: skip

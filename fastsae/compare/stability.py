@@ -96,8 +96,9 @@ def stability(
         sums /= len(sides) - 1
         if mask is not None:
             sums[~mask.cpu()] = torch.nan
-    numbers: list[Any] = [torch.tensor(values, dtype=torch.float64, device="cpu") for values in (shared, most, means)]
-    return Stability(pairs, levels, *numbers, torch.tensor(exact, dtype=torch.bool, device="cpu"), total)
+    wide: Any = {"dtype": torch.float64, "device": "cpu"}
+    found_all = torch.tensor(exact, dtype=torch.bool, device="cpu")
+    return Stability(pairs, levels, torch.tensor(shared, **wide), torch.tensor(most, **wide), torch.tensor(means, **wide), found_all, total)
 
 
 def _matched(a: Tensor, b: Tensor, alive: Any, least: float, k: int, most: int, backend: str | None) -> tuple[Match, OneToOne]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,13 +99,28 @@ def language(study: Study) -> Language:
     return Language(model, "model.layers.{}", [tokenizer.bos_token_id], texts, tokenizer)
 
 
-def train(study: Study, shards: ActivationShards, hook: str, kind: Any, file: Path, seed: int = 0, **options: Any) -> SAE:
-    """One dictionary of a layer, from its shards; ``file``: its checkpoint, from which it goes on. options: of ``Trainer``."""
+def train(
+    study: Study,
+    shards: ActivationShards,
+    hook: str,
+    kind: Any,
+    file: Path,
+    seed: int = 0,
+    features: int | None = None,
+    watch: Callable[[int, SAE], object] | None = None,
+    **options: Any,
+) -> SAE:
+    """One dictionary of a layer, from its shards; ``file``: its checkpoint, from which it goes on. features: None: ``study["features"]``.
+    watch: called every ``log_every`` steps. options: of ``Trainer``."""
     steps, d = study["steps"], shards.columns[hook][1][0]
     batches = shards.batches(study["batch"], hook, seed=seed, dtype=torch.float32)
     first = shards.read(0, min(shards.rows, 16_384), [hook])[hook].float()
-    sae = SAE(d, study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=seed).init_from(first, norm="rms")
+    sae = SAE(d, features or study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=seed).init_from(
+        first, norm="rms"
+    )
     opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
+    if watch is not None:
+        options["callback"] = lambda step, _: watch(step, sae)
     trainer = Trainer(sae, opt, progress=study.progress, checkpoint=file, every=50, **options)
     trainer.fit(batches, steps, resume=file.exists())
     return sae.fold_().eval()
