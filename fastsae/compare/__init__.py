@@ -13,7 +13,7 @@ from fastsae.compare.dictionaries import Dictionary
 from fastsae.compare.diffing import exclusive, latent_scaling, layer_cosines, relative_norms, shared
 from fastsae.compare.matching import Match, OneToOne, match
 from fastsae.compare.mmcs_variants import MMCS_VARIANTS, MmcsVariant, mmcs, mmcs_matrix
-from fastsae.compare.stability import Stability, principal_angles, stability
+from fastsae.compare.several import Stability, principal_angles, stability
 from fastsae.ops.match import Matches, match_cosine
 
 __all__ = [

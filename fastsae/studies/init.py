@@ -112,9 +112,8 @@ def of_a_model(study: Study) -> None:
     windows, _ = found.split(study["train_tokens"], study["held_tokens"], study["context"])
     layer = found.layer.format(study["layer"])
     hooks = {"residual": layer, "neurons": layer + study["neurons"]}
-    weights = {
-        name: found.model.get_submodule(layer + study[to]).weight.detach() for name, to in (("residual", "write"), ("neurons", "read"))
-    }
+    part: Any = found.model.get_submodule
+    weights = {name: part(layer + study[to]).weight.detach() for name, to in (("residual", "write"), ("neurons", "read"))}
     folder = study.parts / "activations"
     shards = harvest(found.model, windows, [*hooks.values()], folder, ignore=found.special, dtype=torch.float32, progress=study.progress)
     rows: list[dict[str, Any]] = []

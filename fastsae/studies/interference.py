@@ -23,8 +23,8 @@ from fastsae.superposition import Run, SuperpositionData, unit_features
 SIZES = {
     "smoke": {
         "minutes": 0.05, "truths": ["random", "toy model"], "toy_steps": 50, "d": 12, "ratios": [1, 4], "mean_active": 2.0,
-        "over": 2, "l1": [0.1, 0.2], "seeds": 1, "max_steps": 60, "cooldown": 10, "window": 20, "limit": 4,
-        "limit_over": [2], "limit_steps": [60, 120],
+        "over": 2, "l1": [0.1], "seeds": 1, "max_steps": 60, "cooldown": 10, "window": 20, "limit": 4,
+        "limit_over": [2], "limit_steps": [60],
     },
     "quick": {
         "minutes": 4, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 2, 4, 8, 16], "mean_active": 2.0,
