@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae import SAE, Trainer
-from fastsae.lm import Edit, packaged, splice, token_windows
+from fastsae import SAE, TopK, Trainer
+from fastsae.lm import Edit, harvest, packaged, splice, token_windows
 from fastsae.lm.hooks import call
 from fastsae.optim import Adam, warmup_linear_decay
+from fastsae.polytopes import Net, as_net, mlp_block
 from fastsae.store import ActivationShards, LatentStore, LatentWriter
 from fastsae.studies import Study
 from fastsae.superposition import SuperpositionData
@@ -171,3 +172,36 @@ def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor)
     fires[:, 0] = False  # BOS, which the dictionary has not seen
     kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
+
+
+@dataclass(frozen=True)
+class IntoMlp:
+    """The residual stream where it enters an MLP, and a dictionary of it.
+
+    Attributes:
+        net: the MLP as a function of x. hook: where x is. windows: of tokens. x: ``[N, D]``, tokens' rows. sae: TopK.
+    """
+
+    found: Language
+    net: Net
+    hook: str
+    windows: Tensor
+    x: Tensor
+    sae: SAE
+
+
+def into_mlp(study: Study) -> IntoMlp:
+    """Of ``study["layer"]``; the dictionary has ``study["features"]`` and ``study["k"]``."""
+    found = language(study)
+    windows, held = found.split(study["train_tokens"], study["held_tokens"], study["context"])
+    layer = found.layer.format(study["layer"])
+    random = study["source"] == "random"
+    net = as_net(found.model.get_submodule(layer)) if random else mlp_block(found.model, study["layer"])
+    hook = (
+        layer + {"random": ".0:input", "minilm": ".intermediate.dense:input", "smollm2": ".post_attention_layernorm:input"}[study["source"]]
+    )
+    options: dict[str, Any] = {"ignore": found.special, "dtype": torch.float32, "progress": study.progress}
+    shards = harvest(found.model, windows, hook, study.parts / "activations", **options)
+    sae = train(study, shards, hook, TopK(study["k"]), study.parts / "dictionary", study.seed)
+    rows = harvest(found.model, held, hook, study.parts / "held", **options)
+    return IntoMlp(found, net, hook, held, rows.read(0, rows.rows, [hook])[hook], sae)
