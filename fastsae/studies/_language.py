@@ -179,14 +179,17 @@ class IntoMlp:
     """The residual stream where it enters an MLP, and a dictionary of it.
 
     Attributes:
-        net: the MLP as a function of x. hook: where x is. windows: of tokens. x: ``[N, D]``, tokens' rows. sae: TopK.
+        net: the MLP as a function of x. hook: where x is. training: what the dictionary ``sae`` (TopK) was trained on. windows: others.
+        x: ``[N, D]``, their rows. tokens: ``[N]``.
     """
 
     found: Language
     net: Net
     hook: str
+    training: ActivationShards
     windows: Tensor
     x: Tensor
+    tokens: Tensor
     sae: SAE
 
 
@@ -204,4 +207,5 @@ def into_mlp(study: Study) -> IntoMlp:
     shards = harvest(found.model, windows, hook, study.parts / "activations", **options)
     sae = train(study, shards, hook, TopK(study["k"]), study.parts / "dictionary", study.seed)
     rows = harvest(found.model, held, hook, study.parts / "held", **options)
-    return IntoMlp(found, net, hook, held, rows.read(0, rows.rows, [hook])[hook], sae)
+    x, tokens = rows.read(0, rows.rows, [hook, "token"]).values()
+    return IntoMlp(found, net, hook, shards, held, x, tokens, sae)
