@@ -21,7 +21,7 @@ SIZES = {
         "batch": 128, "steps": 10, "lr": 1e-2, "segments": 12, "shifts": 10, "bins": 8,
     },
     "quick": {
-        "minutes": 2, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 1_024, "layer": 3, "features": 1024,
+        "minutes": 5, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 1_024, "layer": 3, "features": 1024,
         "k": 16, "batch": 1024, "steps": 200, "lr": 2e-3, "segments": 200, "shifts": 50, "bins": 20,
     },
     "default": {

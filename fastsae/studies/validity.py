@@ -116,18 +116,18 @@ def divergence(made: IntoMlp, module: nn.Module, push: Tensor, clean: Tensor) ->
 
 
 def draw(study: Study, curves: dict[str, Tensor], effects: list[dict[str, Any]], strong: float) -> None:
-    canvas, axes = study.figure(rows=1, columns=2, figsize=(12, 4.6))
+    canvas, axes = study.figure(rows=1, columns=2 if effects else 1, figsize=(12 if effects else 6.5, 4.6))
+    first, second = axes if effects else (axes, None)
     for name, distances in curves.items():
-        axes[0].plot(
-            distances[:: max(1, len(distances) // 500)], torch.linspace(0, 1, len(distances))[:: max(1, len(distances) // 500)], label=name
-        )
-        own = [row for row in effects if row["directions"] == name]
-        axes[1].plot([row["scale"] for row in own], [row["kl"] for row in own], "o-", label=name)
-    axes[0].axvline(strong, color="0.6", ls=":", label="a feature's 99th percentile (median)")
-    axes[0].set(xscale="log", xlabel=f"distance to {study['share']:.0%} changed bits, over the tokens' norm", ylabel="share of pairs")
-    axes[1].set(xlabel="push, in 99th percentiles of the feature", ylabel="KL of the next token (nats)")
-    if effects:
-        axes[1].set(xscale="log", yscale="log")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
+        some = distances[:: max(1, len(distances) // 500)]
+        first.plot(some, torch.linspace(0, 1, len(some), dtype=torch.float32, device="cpu"), label=name)
+    first.axvline(strong, color="0.6", ls=":", label="a feature's 99th percentile (median)")
+    first.set(xscale="log", xlabel=f"distance to {study['share']:.0%} changed bits, over the tokens' norm", ylabel="share of pairs")
+    first.legend(frameon=False, fontsize=8)
+    if second is not None:
+        for name in curves:
+            own = [row for row in effects if row["directions"] == name]
+            second.plot([row["scale"] for row in own], [row["kl"] for row in own], "o-", label=name)
+        second.set(xscale="log", yscale="log", xlabel="push, in 99th percentiles of the feature", ylabel="KL of the next token (nats)")
+        second.legend(frameon=False, fontsize=8)
     study.save(canvas, "validity")
