@@ -390,6 +390,7 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
             observe=self._observe,
             parameters=dict(self.named_parameters()),
             rows=None if self.transcoder else found,
+            world=self.world,
         )
 
     def _weights(self, x: Tensor) -> Weights:
