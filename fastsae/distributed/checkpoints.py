@@ -29,7 +29,7 @@ from fastsae.distributed.world import Ranks
 from fastsae.formats import weight_files
 from fastsae.optim.optimiser import Optimiser
 from fastsae.sae.activations import BatchTopK, TopK
-from fastsae.sae.checkpoints import Checkpoint, Trained, alike, read, storable, trained_of
+from fastsae.sae.checkpoints import KINDS, Checkpoint, Trained, alike, read, storable, trained_of
 from fastsae.sae.module import SAE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)  # of a part, which one process writes alone
@@ -304,7 +304,7 @@ def exists(folder: Path) -> bool:
 
 
 def _world(op: str, sae: Any) -> Ranks:
-    world = getattr(sae, "world", None)
+    world = sae.world if isinstance(sae, KINDS) else None
     if not isinstance(world, Ranks):
         raise TypeError(f"{op}: sae must be what fastsae.distributed.shard returned for several virtual shards, got {type(sae).__name__}")
     return world
