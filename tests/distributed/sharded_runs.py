@@ -110,7 +110,7 @@ def batches(kind: str, steps: int) -> Iterator[tuple[Tensor, Tensor | None, Tens
     """(x, target, mask) of all processes: rows of zeros, rows that are equal, and few enough dimensions for many ties."""
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
-        rows = 0 if step == 5 else 17 + step % 9
+        rows = 0 if step == (2 if kind in MANY else 5) else 17 + step % 9
         x = (torch.randn(rows, D, generator=generator) * 3).round()
         width = D if "clt" in kind else KINDS[kind].get("d_out") if kind in KINDS else None
         target = torch.randn(rows, width, generator=generator) if width else None
@@ -166,7 +166,7 @@ USED = ("topk", "batchtopk", "absolute", "few", "jumprelu", "gated")
 LONG, STOP = ("topk", "batchtopk"), 16
 """Whose runs are long, and stop and go on."""
 MANY_USED = ("crosscoder topk", "crosscoder batchtopk", "clt topk", "clt batchtopk", "clt few")
-MANY_LONG, MANY_STOP = ("crosscoder batchtopk", "clt batchtopk", "stack topk"), 6
+MANY_LONG, MANY_STOP = ("crosscoder batchtopk", "clt batchtopk", "stack topk"), 4
 
 
 class Group:
@@ -261,11 +261,12 @@ def save_half(group: Group, kind: str, steps: int) -> None:
     sae = group.shard(build(kind))
     opt = optimiser(sae, kind)
     folder = group.folder / f"checkpoint-{kind}"
-    for upto in (range(1), range(1, steps // 2)):  # the second save takes the place of the first
+    half = steps // 2
+    for upto in [range(half)] if kind in MANY else [range(1), range(1, half)]:  # the second save takes the place of the first
         train(sae, opt, kind, upto, group.rank, group.size)
         save = save_checkpoint if kind in LONG else lambda *arguments: async_save_checkpoint(*arguments).result()
         save(folder, sae, opt, {"note": [1.0, 2.0]})
-    assert sorted(path.name for path in folder.iterdir()) == ["data-2", "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["data-1" if kind in MANY else "data-2", "manifest.json"]
     dist.barrier()
     if kind in MANY and group.rank == 0:
         convert_checkpoint(folder, folder.with_suffix(".pt"))
@@ -392,9 +393,9 @@ def broken(group: Group) -> None:
     assert time.monotonic() - start < 25
 
 
-def drawn(group: Group) -> None:
+def drawn(group: Group, *kinds: str) -> None:
     """Each its own features of an SAE that never was anywhere: the bits of one process."""
-    for kind in ("batchtopk", "jumprelu", "transcoder", "relu", "few", "gated", "crosscoder topk", "clt jumprelu", "stack topk"):
+    for kind in kinds:
         whole = module(kind, (3, 3))
         if kind == "transcoder":
             assert not torch.equal(whole.W_enc[:, :7], whole.W_dec)
@@ -450,24 +451,35 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
             yield ("stopped", kind, group.name), trained(group, kind, STOP)
         if kind not in LONG or (deep and not mesh):
             yield ("trained", kind, group.name), trained(group, kind, steps if kind in LONG else 50 if deep else 7)
-    for kind in MANY_LONG if few else MANY:
-        yield ("stopped", kind, group.name), trained(group, kind, 50 if deep else MANY_STOP)
-    for kind in ("absolute", "gated", "crosscoder topk", "clt batchtopk") if few else (*USED, *MANY_USED):
+    for kind in ("absolute", "gated") if few else USED:
         yield ("used", kind, group.name), used(group, kind, steps)
     for kind in LONG[1:] if few else LONG:
         yield ("resumed", kind, group.name), resumed(group, kind, STOP)
-    for kind in MANY_LONG:
-        yield ("resumed", kind, group.name), resumed(group, kind, 50 if deep else MANY_STOP)
     if group.shards > 1 or not few:
-        drawn(group)
+        drawn(group, "batchtopk", "jumprelu", "transcoder", "relu", "few", "gated")
         yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)
-        for kind in ("topk", "crosscoder topk"):
-            yield ("looped", kind, group.name), looped(group, kind)
+        yield ("looped", "topk", group.name), looped(group, "topk")
     if not mesh:
-        yield ("counted", "clt topk", group.name), sent(group)
         yield ("counted", "topk", group.name), counted(group)
         for kind in ("topk", "transcoder"):
             yield ("planned", kind, group.name), planned(group, kind)
+
+
+def of_many(group: Group, deep: bool) -> Iterator[tuple[tuple[str, str, Any], Any]]:
+    """The same of several layers or dictionaries."""
+    all_of, stop = deep or group.name in (1, 4), 50 if deep else MANY_STOP
+    kinds = MANY if all_of else MANY_LONG if group.shards > 1 else ["clt batchtopk"]
+    for kind in kinds:
+        yield ("stopped", kind, group.name), trained(group, kind, stop)
+        if kind in MANY_LONG and all_of:
+            yield ("resumed", kind, group.name), resumed(group, kind, stop)
+        if kind in MANY_USED and (deep or group.name == 1 or kind in ("crosscoder topk", "clt batchtopk")):
+            yield ("used", kind, group.name), used(group, kind, stop)
+    if deep or group.name in (1, 2):
+        drawn(group, "crosscoder topk", "clt jumprelu", "stack topk")
+        yield ("looped", "crosscoder topk", group.name), looped(group, "crosscoder topk")
+    if group.size == group.shards:
+        yield ("counted", "clt topk", group.name), sent(group)
 
 
 def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> None:
@@ -482,6 +494,7 @@ def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> No
     for group in [*groups, *meshes]:
         if rank < group.size:
             results |= of(group, steps, deep)
+            results |= of_many(group, deep)
         dist.barrier()
     refused(groups[-1])
     if rank == 0:
