@@ -221,7 +221,7 @@ class ShardedCrossLayerTranscoder(CrossLayerTranscoder):
             return super().step_gradients(*arguments, **options)
 
 
-K = TypeVar("K", SAE, SAEs, CrossLayerTranscoder)
+K = TypeVar("K", bound=Trained)
 
 
 def shard(
@@ -303,17 +303,15 @@ def shard(
     world.cut(members[0].d_sae, virtual)
     layered = isinstance(sae, CrossLayerTranscoder)
     seeds = [None if seed is None else seed + layered * number for number in range(len(members))]
-    parts = [_part(member, world if virtual > 1 else ALONE, device, own) for member, own in zip(members, seeds)]
-    if layered and virtual > 1:
-        return cast(K, ShardedCrossLayerTranscoder.of(parts))
-    return cast(K, _joined(sae, parts))
+    return _joined(sae, [_part(member, world if virtual > 1 else ALONE, device, own) for member, own in zip(members, seeds)])
 
 
-def _joined(like: Trained, parts: Sequence[SAE]) -> Trained:
+def _joined(like: K, parts: Sequence[SAE]) -> K:
     """What is of the kind of ``like``."""
     if isinstance(like, SAE):
-        return parts[0]
-    return SAEs(parts) if isinstance(like, SAEs) else CrossLayerTranscoder.of(parts)
+        return cast(K, parts[0])
+    kind = CrossLayerTranscoder if parts[0].world.virtual == 1 else ShardedCrossLayerTranscoder
+    return cast(K, SAEs(parts) if isinstance(like, SAEs) else kind.of(parts))
 
 
 def _part(sae: SAE, world: World, device: torch.device, seed: int | None) -> SAE:
@@ -323,7 +321,7 @@ def _part(sae: SAE, world: World, device: torch.device, seed: int | None) -> SAE
     made = kind.from_config(sae.config(), device="meta").train(sae.training)
     made.activation, made.dense = sae.activation, sae.dense
     if world.virtual > 1:
-        made.world, made.dense = world, False
+        made.world = world
     features = world.cuts[-1] if world.cuts else sae.d_sae
     own = slice(world.start, world.start + features)
 
@@ -376,7 +374,7 @@ def gathered(sae: K) -> K | None:
         return sae
     whole = [_gathered(cast(ShardedSAE, member)) for member in ([sae] if isinstance(sae, SAE) else sae)]
     found = [member for member in whole if member is not None]
-    return cast(K, _joined(sae, found)) if found else None
+    return _joined(sae, found) if found else None
 
 
 def _gathered(sae: ShardedSAE) -> SAE | None:

@@ -238,10 +238,9 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         total, running = int(self.activation.k * every * self.n_layers), self[0].running_threshold.to(accumulator(x.dtype))
         x = world.share(x)
         found = self._above(x, 0.9 * running) if total and bool(running > 0) else []
-        sizes = [latents.values.numel() for latents in found]
-        if not found or int(world.count(torch.tensor(sum(sizes), device=x.device))) < total:
+        there = sum(latents.values.numel() for latents in found)
+        if not found or (there if world.virtual == 1 else int(world.count(torch.tensor(there, device=x.device)))) < total:
             found = self._above(x, self._bound(x.detach(), total))
-            sizes = [latents.values.numel() for latents in found]
         values = torch.cat([latents.values for latents in found]).detach()
         if world.virtual > 1:
             places = every * world.features  # of a layer
@@ -251,7 +250,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             order = values.argsort(descending=True, stable=True)[:total]  # NaN first
             kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, order, True)
             least = values[order[-1]] if len(order) else values.new_full((), torch.inf)
-        return [_only(latents, mask) for latents, mask in zip(found, kept.split(sizes))], least
+        return [_only(latents, mask) for latents, mask in zip(found, kept.split([each.values.numel() for each in found]))], least
 
     def _above(self, x: Tensor, bound: Tensor | float) -> list[RaggedLatents]:
         return [encode_threshold(x[:, n], layer.W_enc, layer.b_enc, threshold=bound) for n, layer in enumerate(self)]

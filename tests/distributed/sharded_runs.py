@@ -82,7 +82,7 @@ LAYERS = 3
 
 def build(kind: str) -> Any:
     """Features that are equal, and so are their scores, on both sides of the borders of virtual shards; and on those of layers."""
-    sae = module(kind, range(2))
+    sae: Any = module(kind, range(2))
     for one in [sae] if isinstance(sae, SAE) else [*sae]:
         if one.d_sae == F:
             with torch.no_grad():

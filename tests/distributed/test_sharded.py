@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastsae import SAE, AuxK, TopK, distributed
+from fastsae import SAE, AuxK, BatchTopK, SAEs, TopK, distributed
 from fastsae._core.world import tree
 from fastsae.optim import Adam
+from fastsae.sae import Crosscoder, CrossLayerTranscoder
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 SIZES, STEPS = ([1, 2, 4, 8], 1000) if DEEP else ([1, 2, 4], STOP)
@@ -154,32 +156,51 @@ class Likeness:
         pass
 
 
-@pytest.mark.parametrize("size", [64, 512, (16, 4), (1, 32)])
-def test_bytes_and_shapes_of_worlds_that_are_not_there(monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch, size: Any) -> Iterator[tuple[int, int, Any]]:
+    """(processes to a copy, copies, mesh) of a world that is not there."""
     shards, copies = size if isinstance(size, tuple) else (size, 1)
-    ranks, rows, d, features = shards * copies, 3, 12, 4 * max(shards, 16)
     monkeypatch.setattr(dist, "ProcessGroupGloo", Likeness)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda *_: None)
-    dist.init_process_group("fake", rank=ranks - 1, world_size=ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=shards * copies - 1, world_size=shards * copies, store=FakeStore())
     try:
-        mesh = None if copies == 1 else init_device_mesh("cpu", size)
-        whole = SAE(d, features, TopK(4), aux=AuxK(6), dead_after=1, device="meta")
-        sae: Any = distributed.shard(whole, mesh, virtual=max(shards, 2), seed=0)
-        sae.silent.fill_(5)
-        opt = Adam(sae, lr=1e-3)
-        before = sae.world.sent
-        metrics = opt.step(torch.randn(rows, d, generator=torch.Generator().manual_seed(0)))
-        rates = distributed.Rates(1e9, 1e9, 1e9, 1e-5)
-        found = distributed.plan(features, d, tokens=1, rates=rates, ranks=ranks, copies=copies, batch=rows * ranks, k=4, k_aux=6)
-        assert sae.W_enc.shape == sae.W_dec.shape == (features // shards, d) and sae.silent.shape == (features // shards,)
-        assert found.weights == 4 * sum(p.numel() for p in sae.parameters())
-        entries = opt.state_dict()["state"].values()
-        assert found.moments == 4 * sum(t.numel() for entry in entries for t in entry.values() if isinstance(t, Tensor))
-        assert int(metrics.dead) % shards == 0
-        # With copies the latents of this process's features are not quite as many as of others.
-        assert sae.world.sent - before == (pytest.approx(found.sent, rel=0.2) if copies > 1 else found.sent)
+        yield shards, copies, None if copies == 1 else init_device_mesh("cpu", size)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [64, (16, 4)])
+def test_shapes_of_layers_and_stacks_in_worlds_that_are_not_there(pretended: tuple[int, int, Any]) -> None:
+    shards, copies, mesh = pretended
+    features, rows, x = 4 * shards, 3 * shards * copies, torch.randn(2, 3, 5, 4)
+    clt = distributed.shard(CrossLayerTranscoder(5, 4, features, BatchTopK(2), device="meta"), mesh, virtual=shards, seed=0)
+    assert float(Adam(clt, lr=1e-3).step(*x).l0) == 10 and [layer.W_dec.shape for layer in clt] == [(4, 4 * (5 - n)) for n in range(5)]
+    assert clt.encode(x[0])[4].n_features == features and clt.decode(clt.eval().encode(x[0])).shape == (3, 5, 4)
+    whole = SAEs(Crosscoder(5, 4, features, TopK(4), seed=n) for n in range(2))
+    saes = distributed.shard(whole, mesh, virtual=shards)
+    assert Adam(saes, lr=1e-3, clip=1.0).step(x[0].flatten(1)).loss.shape == (2,) and saes.W_dec.shape == (2, 4, 20)
+    assert saes[0].silent.shape == (4,) and int(saes[0].silent.max()) == rows
+
+
+@pytest.mark.parametrize("size", [64, 512, (16, 4), (1, 32)])
+def test_bytes_and_shapes_of_worlds_that_are_not_there(pretended: tuple[int, int, Any]) -> None:
+    shards, copies, mesh = pretended
+    ranks, rows, d, features = shards * copies, 3, 12, 4 * max(shards, 16)
+    whole = SAE(d, features, TopK(4), aux=AuxK(6), dead_after=1, device="meta")
+    sae: Any = distributed.shard(whole, mesh, virtual=max(shards, 2), seed=0)
+    sae.silent.fill_(5)
+    opt = Adam(sae, lr=1e-3)
+    before = sae.world.sent
+    metrics = opt.step(torch.randn(rows, d, generator=torch.Generator().manual_seed(0)))
+    rates = distributed.Rates(1e9, 1e9, 1e9, 1e-5)
+    found = distributed.plan(features, d, tokens=1, rates=rates, ranks=ranks, copies=copies, batch=rows * ranks, k=4, k_aux=6)
+    assert sae.W_enc.shape == sae.W_dec.shape == (features // shards, d) and sae.silent.shape == (features // shards,)
+    assert found.weights == 4 * sum(p.numel() for p in sae.parameters())
+    entries = opt.state_dict()["state"].values()
+    assert found.moments == 4 * sum(t.numel() for entry in entries for t in entry.values() if isinstance(t, Tensor))
+    assert int(metrics.dead) % shards == 0
+    # With copies the latents of this process's features are not quite as many as of others.
+    assert sae.world.sent - before == (pytest.approx(found.sent, rel=0.2) if copies > 1 else found.sent)
 
 
 def test_what_needs_a_group() -> None:
