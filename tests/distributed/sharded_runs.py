@@ -89,7 +89,7 @@ def build(kind: str) -> Any:
                 for W in (one.W_enc, one.W_dec):
                     W[[9, 10, 39, 40, 74]] = W[0].clone()
                     W[20] = W[19]
-    if "clt" in kind:
+    if isinstance(sae, CrossLayerTranscoder):
         with torch.no_grad():
             sae[1].W_enc.copy_(sae[0].W_enc)
     return sae
