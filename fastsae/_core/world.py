@@ -21,7 +21,7 @@ class World:
         virtual: number of virtual shards of all processes. cuts: where those of this process begin and end among its features (none where
             features are not cut). start: its first feature. features: of all processes.
         copies: how many processes hold the same features; they divide the rows among them. first: rows before this process's share.
-        replicated: parameters that every process holds whole.
+        replicated: names of parameters and buffers that every process holds whole.
     """
 
     virtual = copies = 1
@@ -29,6 +29,10 @@ class World:
     features = 0
     cuts: tuple[int, ...] = ()
     replicated: tuple[str, ...] = ()
+
+    def whole(self, name: str) -> bool:
+        """Whether every process holds all of a parameter or buffer of this name, also of a module within a module."""
+        return name.rpartition(".")[2] in self.replicated
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes, one after the other, from those that each has."""

@@ -40,7 +40,7 @@ class Ranks(World):
             bytes that this process has sent to others.
     """
 
-    replicated = ("b_dec", "W_skip")
+    replicated = ("b_dec", "W_skip", "scale", "running_threshold")
 
     def __init__(
         self, group: dist.ProcessGroup, timeout: timedelta, device: torch.device, copies: int = 1, order: Sequence[int] | None = None

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
+from fastsae._core.world import World
 from fastsae.formats import cross_layer, modules
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents, RaggedLatents
-from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_threshold
 from fastsae.reference import accumulator
-from fastsae.sae import autograd
+from fastsae.sae import autograd, selection
 from fastsae.sae.activations import Activation, BatchTopK, Gated, Kind, L, TopK
 from fastsae.sae.inputs import Encoded, Inputs, checked_terms, counted
-from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Terms, combine, layer_fvu
+from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Terms, combine, layer_fvu, spread
 from fastsae.sae.module import SAE
 from fastsae.sae.processes import Wrapped
-from fastsae.sae.step import Slots, Sum, aux_step, backward, forward
+from fastsae.sae.step import SlotPass, Slots, Sum, aux_step, backward, forward
 
 
 class _Shared:
@@ -156,6 +156,11 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         return self[0].activation
 
     @property
+    def world(self) -> World:
+        """The processes that hold the layers."""
+        return self[0].world
+
+    @property
     def b_dec(self) -> Tensor:
         """``[L, d_model]``, a view."""
         return self[0].b_dec.view(self.n_layers, self.d_model)
@@ -197,7 +202,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         """The latents of each layer to ``[.., L, d_model]``."""
         if len(latents) != self.n_layers:
             raise ValueError(f"CrossLayerTranscoder.decode: latents must be those of {self.n_layers} layers, got {len(latents)}")
-        return self._sum([decode(each, layer.W_dec, layer.b_dec) for each, layer in zip(latents, self)])
+        return self._sum([layer.decode(each) for each, layer in zip(latents, self)])
 
     def _sum(self, parts: Sequence[Tensor]) -> Tensor:
         """``[.., L, d_model]`` of what each layer has written."""
@@ -222,22 +227,30 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         return self.training and isinstance(self.activation, BatchTopK)
 
     def _encode(self, x: Tensor) -> tuple[list[RaggedLatents], Tensor]:
-        """BatchTopK over all layers of rows ``[B, L, d_model]``, and the smallest score kept.
+        """BatchTopK over all layers of rows ``[B, L, d_model]``, and the smallest score kept. Of a sharded dictionary the latents that are
+        features of this process, of the rows of ``world.share``.
 
         Candidates are the scores above a bound: what last time's threshold says, and where these are too few, what no more than the number
         to be kept can lie above, from a selection of each layer alone.
         """
         assert isinstance(self.activation, BatchTopK)
-        total, running = int(self.activation.k * x.shape[0] * self.n_layers), self[0].running_threshold.to(accumulator(x.dtype))
+        world, every = self.world, x.shape[0]
+        total, running = int(self.activation.k * every * self.n_layers), self[0].running_threshold.to(accumulator(x.dtype))
+        x = world.share(x)
         found = self._above(x, 0.9 * running) if total and bool(running > 0) else []
-        if sum(latents.values.numel() for latents in found) < total or not found:
+        there = sum(latents.values.numel() for latents in found)
+        if not found or (there if world.virtual == 1 else int(world.count(torch.tensor(there, device=x.device)))) < total:
             found = self._above(x, self._bound(x.detach(), total))
         values = torch.cat([latents.values for latents in found]).detach()
-        order = values.argsort(descending=True, stable=True)[:total]  # NaN first
-        kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, order, True)
-        least = values[order[-1]] if len(order) else values.new_full((), torch.inf)
-        own = kept.split([latents.values.numel() for latents in found])
-        return [_only(latents, mask) for latents, mask in zip(found, own)], least
+        if world.virtual > 1:
+            places = every * world.features  # of a layer
+            place = [selection.place(latents.slots, world) + n * places for n, latents in enumerate(found)]
+            kept, least = selection.largest(values, torch.cat(place), places * self.n_layers, total, world)
+        else:
+            order = values.argsort(descending=True, stable=True)[:total]  # NaN first
+            kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, order, True)
+            least = values[order[-1]] if len(order) else values.new_full((), torch.inf)
+        return [_only(latents, mask) for latents, mask in zip(found, kept.split([each.values.numel() for each in found]))], least
 
     def _above(self, x: Tensor, bound: Tensor | float) -> list[RaggedLatents]:
         return [encode_threshold(x[:, n], layer.W_enc, layer.b_enc, threshold=bound) for n, layer in enumerate(self)]
@@ -247,17 +260,19 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         """Just below the ``total``-th largest score; 0 where there are not so many, the largest number where none is asked for."""
         if total == 0:
             return torch.finfo(x.dtype).max
-        each = -(-total // self.n_layers)
-        while True:
+        most = x.shape[0] * self[0].W_enc.shape[0]  # of a layer
+        each = min(-(-total // self.n_layers), most)
+        while each:
             k = (each + 0.5) / x.shape[0]
             found = [encode_batch_topk(x[:, n], layer.W_enc, layer.b_enc, k=k)[0].values for n, layer in enumerate(self)]
             values = torch.cat(found)
             if len(values) >= total:
                 last = values.nan_to_num(torch.inf, torch.inf).topk(total).values[-1]
                 return torch.nextafter(last, torch.zeros_like(last))
-            if all(len(own) < each for own in found):
-                return 0.0
-            each *= 2
+            if each == most or all(len(own) < each for own in found):
+                break
+            each = min(2 * each, most)
+        return 0.0
 
     # ------------------------------------------------------------ training
 
@@ -275,13 +290,18 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             x, target = x[mask], target[mask]
         x, target = x.reshape(-1, *x.shape[-2:]), target.reshape(-1, self.n_layers * self.d_model)
         terms = checked_terms(op, self[0], l1, l0, aux)
+        x, target = self._all(op, x, target, terms)
         wanted = [target[:, number * self.d_model :] for number in range(self.n_layers)]  # views
         given = terms.l1, terms.l0, terms.aux or False
-        inputs = [layer.step_inputs(op, x[:, n], wanted[n], None, *given) for n, layer in enumerate(self)]
+        inputs = [SAE.step_inputs(layer, op, x[:, n], wanted[n], None, *given) for n, layer in enumerate(self)]  # all rows are here
         if self._joint:
             latents, least = self._encode(x)
             inputs = [own._replace(encode=_known(Encoded(each, None, least))) for own, each in zip(inputs, latents)]
         return inputs, target, terms
+
+    def _all(self, op: str, x: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+        """The rows of all processes."""
+        return x, target
 
     def loss(
         self,
@@ -328,33 +348,39 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             return self._step(inputs, target, terms)
 
     def _step(self, inputs: Sequence[Inputs], target: Tensor, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
-        wide, tokens = accumulator(inputs[0].cast[0].dtype), max(target.shape[0], 1)
+        wide, tokens, world = accumulator(inputs[0].cast[0].dtype), max(target.shape[0], 1), self.world
         y, passes, runs, dead = torch.zeros_like(target, dtype=wide), [], [], []
+        partial = y.new_zeros(world.share(y).shape[0] * (len(world.cuts) - 1), y.shape[1]) if world.virtual > 1 else y
         for own in inputs:
-            this, run = forward(own, _slots(own.encode(own.x)) if self._joint else None)
+            this, run = forward(own, _slots(own.encode(own.x)) if self._joint else None, outputs=world.virtual == 1)
             dead.append(own.observe(run))
-            y[:, -own.target.shape[1] :] += run.x_hats[0]
+            if isinstance(this, SlotPass) and world.virtual > 1:  # only what all layers have written is sent to the rows' owners
+                run = run._replace(x_hats=selection.by_shard(this.grouped, own.weights.W_dec, world).unsqueeze(0))
+            partial[:, -own.target.shape[1] :] += run.x_hats[0]
             this.run = run._replace(x_hats=run.x_hats[:, :0])  # its room serves the next layer
             passes.append(this)
             runs.append(this.run)
+        if world.virtual > 1:
+            y = world.gather(selection.at_home(partial, world)[0]) + self[0].b_dec
         y = y.to(inputs[0].cast[0].dtype)
         grads = y.to(wide) - target.to(wide)
-        error = grads.square().sum()
+        error = world.sum(grads.square())
         G = grads.mul_(2 / tokens).to(inputs[0].weights.W_dec.dtype)
         gradients: dict[str, Gradient] = {}
         terms_of_aux = []
         for number, (own, this, of) in enumerate(zip(inputs, passes, dead)):
             grad, width = Sum(), own.target.shape[1]
             if number == 0:
-                grad.add("b_dec", own.world.row_sum(G))
+                grad.add("b_dec", world.row_sum(G))
             backward(grad, this, G[:, -width:].unsqueeze(0), None, terms.l1 / tokens, terms.l0 / tokens)
             if terms.aux is not None:
                 (x, w), absolute = own.cast, own.activation.absolute
-                terms_of_aux.append(aux_step(grad, x, own.target, y[:, -width:], of, w, terms.aux, absolute, own.world))
+                terms_of_aux.append(aux_step(grad, x, own.target, y[:, -width:], of, w, terms.aux, absolute, world))
             gradients |= {f"layers.{number}.{name}": each for name, each in grad.result(own.parameters).items()}
         aux = _added(terms_of_aux)
-        loss, fvu, l0 = combine(_merged(runs, y), target, terms, "mse", aux, error.unsqueeze(0))
-        return Metrics(loss, fvu, l0, torch.stack(dead).sum(), loss.new_zeros(()) if aux is None else aux), gradients
+        loss, fvu, l0 = combine(_merged(runs, y), target, terms, "mse", aux, error.unsqueeze(0), spread(target, world), world)
+        n_dead = world.count(torch.stack(dead).sum()) // world.copies
+        return Metrics(loss, fvu, l0, n_dead, loss.new_zeros(()) if aux is None else aux), gradients
 
     # ------------------------------------------------------------ files
 

@@ -384,12 +384,13 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
             activation=self.activation,
             weights=weights,
             cast=as_cast,
-            dense=self.jump is None and is_dense(self.activation, self.dense, *as_cast),
+            dense=self.jump is None and self.world.virtual == 1 and is_dense(self.activation, self.dense, *as_cast),
             autocast_off=autocast_off(x),
             encode=self._encode,
             observe=self._observe,
             parameters=dict(self.named_parameters()),
             rows=None if self.transcoder else found,
+            world=self.world,
         )
 
     def _weights(self, x: Tensor) -> Weights:

@@ -202,13 +202,15 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     return metrics, grad.result(inputs.parameters)
 
 
-def forward(inputs: Inputs, slots: Slots | None = None) -> tuple[tiles.TilePass | SlotPass, Pass]:
-    """What ``backward`` goes back through, and what the loss needs; ``slots``: the latents, where they are known."""
+def forward(inputs: Inputs, slots: Slots | None = None, outputs: bool = True) -> tuple[tiles.TilePass | SlotPass, Pass]:
+    """What ``backward`` goes back through, and what the loss needs; ``slots``: the latents, where they are known. Without ``outputs``
+    ``x_hats`` has no columns: who asks decodes ``grouped``."""
     (x, w), terms = inputs.cast, inputs.terms
     if inputs.dense:
         this = tiles.TilePass(x, w, bool(terms.l1))
     else:
-        this = SlotPass(encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots, x, w, terms, inputs.world)
+        found = encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots
+        this = SlotPass(found, x, w, terms, inputs.world, outputs)
     if not terms.l0 or this.run.counted is not None:
         return this, this.run
     return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)))
@@ -228,19 +230,15 @@ def backward(grad: Sum, this: tiles.TilePass | SlotPass, G: Tensor, dfrozen: Ten
 class SlotPass:
     """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
 
-    def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World):
+    def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World, outputs: bool = True):
         self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
         self.jump = terms.jump
         active = world.count((slots.values != 0).sum())
         groups = Groups.of(slots, w.prefixes, world.share(x).shape[0], world.start)
         self.slots = slots.complete(world)
         self.groups = groups if self.slots is slots else Groups.of(self.slots, w.prefixes, x.shape[0], world.start)
-        grouped = latents.Slots(groups.values, groups.indices, groups.crow)
-        partial = decoded(grouped, w.W_dec, None, world, len(w.prefixes)).to(self.wide)
-        x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
-        x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
-        if w.skip is not None:
-            x_hats += selection.skipped(x, w.skip, world)
+        self.grouped = latents.Slots(groups.values, groups.indices, groups.crow)  # of the rows of ``world.share``
+        x_hats = self._outputs(x, w) if outputs else x.new_empty(1, x.shape[0], 0)
         self.gate = frozen = None
         if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
             gate = _threshold_slots(world.share(x), w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
@@ -263,6 +261,14 @@ class SlotPass:
             assert slots.flags is not None and slots.crow is not None
             counted, self.pull = jump.of_target(active_counts(slots.flags, slots.crow, self.wide), self.jump.target, self.jump.of_batch)
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, counted, active, hit, self.slots.min_kept)
+
+    def _outputs(self, x: Tensor, w: Weights) -> Tensor:
+        partial = decoded(self.grouped, w.W_dec, None, self.world, len(w.prefixes)).to(self.wide)
+        x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
+        x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
+        if w.skip is not None:
+            x_hats += selection.skipped(x, w.skip, self.world)
+        return x_hats
 
     def backward(self, grad: Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
         """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
