@@ -24,7 +24,7 @@ from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer
 from fastsae.distributed import RankError, Rates, SettingsError, gathered, load_checkpoint, plan, save_checkpoint, shard
 from fastsae.gradients import densify
 from fastsae.optim import Adam, Signum
-from fastsae.sae import selection
+from fastsae.sae import JumpLoss, resample, selection
 from fastsae.trainer import linear
 
 D, F, V = 12, 75, 8
@@ -45,6 +45,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "jumprelu": {"activation": JumpReLU(threshold=0.4, bandwidth=0.3), "l0": 0.01, "l1": 0.01, "d_out": D, "skip": True, "pre_bias": True},
     "gated": {"activation": Gated(), "l1": 0.05, "objective": "fvu"},
     "matryoshka": {"activation": BatchTopK(3), "prefixes": [10, 35, F], "aux": AuxK(5), "dead_after": 60},
+    "rows": {"activation": BatchTopK(3), "normalise_rows": "layer_norm", "objective": "fvu"},
+    "jump": {
+        "activation": JumpReLU(threshold=torch.linspace(0.2, 12, F), bandwidth=0.3),  # the last ones never fire
+        "l0": 0.5,
+        "l1": 0.02,
+        "dead_after": 30,
+        "jump": JumpLoss(5.0, tanh=2.0, pre_acts=0.1, to_scores=True),
+    },
+    "jumps": {
+        "activation": JumpReLU(threshold=0.4, bandwidth=0.3),
+        "l0": 0.5,
+        "jump": JumpLoss(6.0, of_batch=True, pre_acts=0.01, all_features=True),
+        "normalise_rows": "norm",
+        "d_out": 7,
+    },
     "few": {"activation": TopK(2), "features": 9, "aux": AuxK(3), "dead_after": 20},  # on 8 processes three have none
 }
 
@@ -111,9 +126,10 @@ def train(sae: SAE, opt: Any, kind: str, steps: range, rank: int, size: int) -> 
     return seen
 
 
-USED = ("topk", "batchtopk", "absolute", "few", "jumprelu", "gated")
+USED = ("topk", "batchtopk", "absolute", "few", "jumprelu", "gated", "rows")
 LONG, STOP = ("topk", "batchtopk"), 16
 """Whose runs are long, and stop and go on."""
+RESAMPLED = ("rows", "jump", "transcoder")
 
 
 class Group:
@@ -218,6 +234,29 @@ def looped(group: Group, kind: str) -> dict[str, Any]:
     return made[0]
 
 
+def anew(sae: SAE, kind: str, group: Any = None) -> Tensor:
+    """Every third feature, after three steps, from rows that are taken five at a time; and another step."""
+    rank, size, start = (group.rank, group.size, sae.world.start) if group else (0, 1, 0)
+    opt = optimiser(sae, kind)
+    train(sae, opt, kind, range(3), rank, size)
+    batch = [part(t, rank, size, 3) for t in list(batches(kind, 4))[3]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsae.sae.resampling._ROWS", 5)
+        dead = torch.arange(start, start + len(sae.silent)) % 3 == 0
+        done = resample(sae, opt, *batch[:2], mask=batch[2], dead=dead, generator=torch.Generator().manual_seed(4))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(done, dead)
+    rows = sae.W_dec.detach().clone()
+    train(sae, opt, kind, range(3, 4), rank, size)
+    return rows
+
+
+def resampled(group: Group, kind: str) -> dict[str, Any]:
+    sae = group.shard(build(kind))
+    rows = torch.cat(group.all(anew(sae, kind, group))[: group.shards])
+    whole = gathered(sae)
+    return {} if whole is None else {"rows": rows, **{k: digest([t]) for k, t in whole.state_dict().items()}}
+
+
 def not_finite(group: Group, kind: str, steps: int) -> dict[str, Any]:
     """A bad row on the last process alone: all refuse the step, and go on."""
     sae = group.shard(build(kind))
@@ -266,6 +305,9 @@ def refused(group: Group) -> None:
     sae.k = 4
     assert opt.steps == 0 and not bool(sae.silent.any())
     opt.step(x)
+    generator = torch.Generator().manual_seed(group.rank)
+    raises(SettingsError, "called alike, got resample", lambda: resample(sae, None, x, generator=generator))
+    assert not resample(sae, None, x[:0], dead=sae.silent >= 0).any()
     raises(ValueError, "init_from: call it before", lambda: sae.init_from(x))
     raises(ValueError, "gathered(sae) is the whole one", lambda: sae.portable())
     raises(ValueError, "fastsae.distributed.save_checkpoint", lambda: fastsae.save_checkpoint(group.folder / "x.pt", sae))
@@ -362,6 +404,8 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
         yield ("used", kind, group.name), used(group, kind, steps)
     for kind in LONG[1:] if few else LONG:
         yield ("resumed", kind, group.name), resumed(group, kind, STOP)
+    for kind in RESAMPLED[:1] if few else RESAMPLED:
+        yield ("resampled", kind, group.name), resampled(group, kind)
     if group.shards > 1 or not few:
         drawn(group)
         yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import script
-from sharded_runs import KINDS, LONG, STOP, USED, build, optimiser, train
+from sharded_runs import KINDS, LONG, RESAMPLED, STOP, USED, anew, build, optimiser, train
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -77,6 +77,16 @@ def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
         torch.testing.assert_close(x_hat.double(), exact, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(error.double(), (target.double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(loss, torch.stack(sae.loss(x, first["target"])).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESAMPLED)
+def test_dead_features_start_anew_at_the_same_rows(results: dict[Any, Any], kind: str) -> None:
+    first = results["resampled", kind, 1]
+    torch.testing.assert_close(first["rows"], anew(build(kind), kind), rtol=1e-3, atol=1e-5)
+    for (what, of, size), found in results.items():
+        if what == "resampled" and of == kind:
+            assert all(torch.equal(t, first[name]) if name == "rows" else t == first[name] for name, t in found.items()), size
 
 
 @pytest.mark.slow
