@@ -22,6 +22,7 @@ from fastsae.gradients import norm
 from fastsae.optim.jobs import sae_in
 from fastsae.optim.optimiser import Optimiser
 from fastsae.sae import checkpoints
+from fastsae.sae.cross_layer import CrossLayerTranscoder
 from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
@@ -42,7 +43,7 @@ class Fused(Protocol):
 
 
 class Trainer:
-    """Trains an SAE with any torch optimiser, or with a fused one.
+    """Trains an SAE, crosscoder or cross-layer transcoder with any torch optimiser, or with a fused one.
 
     Args:
         sae: the module, or what holds one (``torch.compile(sae)``, ``DataParallel(sae)``), whose steps are taken past the wrapper.
@@ -59,8 +60,8 @@ class Trainer:
             first step starts from rank 0's weights and buffers (BatchTopK and fused optimisers raise RuntimeError: shard the SAE,
             ``fastsae.distributed``). ``lambda parameters: None``: each process trains a model of its own. In one model all processes take
             as many batches, the same steps and decisions; rank 0 saves; loss, fvu and l0 are those of each process's rows.
-        max_norm: rows of a batch do not count whose norm is above ``max_norm`` times the median of the norms of those that the mask counts
-            (of an even number of them, of the lower of the two in the middle): first tokens and attention sinks, whose norm is tens of
+        max_norm: rows of a batch (of several layers: side by side) do not count whose norm is above ``max_norm`` times the median of the
+            norms of those that the mask counts (of an even number of them, of the lower of the two in the middle): first tokens and attention sinks, whose norm is tens of
             times that of others. They are left to the mask, so that a batch keeps its size and they count in nothing; a row of exactly
             this norm stays. So does one whose norm is not finite, which ``on_nonfinite`` is for. Norms are float32's (float64 stays).
         on_nonfinite: what becomes of a batch whose loss, or whose gradient's norm (or its square), is not finite; a fused optimiser has
@@ -80,7 +81,7 @@ class Trainer:
 
     def __init__(
         self,
-        sae: SAE | torch.nn.Module,
+        sae: SAE | CrossLayerTranscoder | torch.nn.Module,
         opt: torch.optim.Optimizer | Fused,
         *,
         schedule: Callable[[int], float] | None = None,
@@ -101,8 +102,8 @@ class Trainer:
             _, found = sae_in("Trainer", found)
         if isinstance(found, SAEs):
             raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
-        checks.instance("Trainer", "sae", found, SAE, "an SAE")
-        self.sae: SAE = found
+        checks.instance("Trainer", "sae", found, (SAE, CrossLayerTranscoder), "an SAE or a CrossLayerTranscoder")
+        self.sae: SAE | CrossLayerTranscoder = found
         given: Any = opt
         if isinstance(given, type) or not callable(getattr(given, "step", None)):
             got = given if isinstance(given, type) else type(given).__name__
@@ -138,8 +139,8 @@ class Trainer:
         """Trains on batches until step ``steps`` (counted from the very first, over resumes; None: until the batches end).
 
         Args:
-            batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each; iterated again
-                where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
+            batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each, of the shapes
+                that the module's ``loss`` takes; iterated again where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
                 ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint was taken; another is the caller's to
                 position.
             resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run on the same instruction
@@ -205,7 +206,7 @@ class Trainer:
     def _take(self, op: str, batch: Any, steps: int | None, batches: Any) -> bool:
         """A batch, and what is due after it: metrics (True where they have been read), the checkpoint."""
         skipped = self.skipped
-        result = self.train_step(*in_roles(batch, self.sae.W_dec.device))
+        result = self.train_step(*in_roles(batch, self.sae.b_dec.device))
         if self.skipped > skipped:
             self._row += 1
             if self._row >= _MOST_SKIPPED:
@@ -260,7 +261,8 @@ class Trainer:
                 "room for all of it, or give Trainer a torch optimiser, whose gradients it averages",
             )
         if self.max_norm is not None:
-            mask = without_high_norms(x, mask, self.max_norm)
+            layered = x.shape[-2:] == (self.sae.n_layers, getattr(self.sae, "d_model", None))
+            mask = without_high_norms(x.flatten(-2) if layered else x, mask, self.max_norm)
         annealed = {name: getattr(self.sae, name) for name in self.anneal}
         skipped = self.skipped
         try:
@@ -311,7 +313,8 @@ class Trainer:
                 self.reduce(parameters)
             elif averaged:
                 _average(parameters, x.shape[:-1].numel() if mask is None else mask.sum())
-            if self.sae.unit_rows:
+            unit_rows = isinstance(self.sae, SAE) and bool(self.sae.unit_rows)
+            if unit_rows:
                 self.sae.remove_parallel_gradient_()
             sizes = [norm(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
             refused = not bool(finite.finite(sizes))
@@ -336,7 +339,7 @@ class Trainer:
             for group in self.opt.param_groups if self.schedule is not None else ():
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
             self.opt.step()
-            if self.sae.unit_rows:
+            if unit_rows:
                 self.sae.normalise_decoder_()
         return {"loss": loss, "fvu": result.fvu, "l0": result.l0, "dead": self.sae.dead_features.sum()}
 
@@ -495,7 +498,7 @@ def _check_scheduler(scheduler: Any, opt: Any, schedule: object) -> None:
         raise ValueError("Trainer: schedule and scheduler must not both be given")
 
 
-def _steps_any(opt: Any, sae: SAE) -> bool:
+def _steps_any(opt: Any, sae: torch.nn.Module) -> bool:
     """Whether an optimiser holds a parameter of the module, as far as it says which it holds."""
     held = getattr(opt, "parameters", None)  # by name in optim
     if isinstance(held, Mapping):
