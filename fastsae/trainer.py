@@ -10,6 +10,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal, Protocol
 
 import torch
@@ -61,9 +62,10 @@ class Trainer:
             ``fastsae.distributed``). ``lambda parameters: None``: each process trains a model of its own. In one model all processes take
             as many batches, the same steps and decisions; rank 0 saves; loss, fvu and l0 are those of each process's rows.
         max_norm: rows of a batch (of several layers: side by side) do not count whose norm is above ``max_norm`` times the median of the
-            norms of those that the mask counts (of an even number of them, of the lower of the two in the middle): first tokens and attention sinks, whose norm is tens of
-            times that of others. They are left to the mask, so that a batch keeps its size and they count in nothing; a row of exactly
-            this norm stays. So does one whose norm is not finite, which ``on_nonfinite`` is for. Norms are float32's (float64 stays).
+            norms of those that the mask counts (of an even number of them, of the lower of the two in the middle): first tokens and
+            attention sinks, whose norm is tens of times that of others. They are left to the mask, so that a batch keeps its size and they
+            count in nothing; a row of exactly this norm stays. So does one whose norm is not finite, which ``on_nonfinite`` is for. Norms
+            are float32's (float64 stays).
         on_nonfinite: what becomes of a batch whose loss, or whose gradient's norm (or its square), is not finite; a fused optimiser has
             its own. Parameters, optimiser, buffers, attributes under ``anneal`` and counters stay bit for bit what they were. "raise" (the
             default): FloatingPointError with the step and the row. "skip": go on with the next batch, as if this one had not come;
@@ -72,7 +74,8 @@ class Trainer:
         callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead,
             skipped (batches), left_out (rows that did not count, by mask or ``max_norm``, in all steps so far).
         checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used); of the SAE of
-            ``distributed.shard`` a folder that all processes see.
+            ``distributed.shard`` a folder that all processes see, written by ``async_save_checkpoint`` while training goes on. What fails
+            there is raised by the next save, RuntimeError, or where ``fit`` ends, OSError.
         progress: a tqdm bar where tqdm is installed, else lines on stderr.
 
     Raises: TypeError, ValueError: wrong arguments, an ``opt`` over other parameters than those of ``sae``. IsADirectoryError:
@@ -132,6 +135,7 @@ class Trainer:
         self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else self._files.file_of("Trainer", checkpoint), every
+        self._saving: Any = None  # the last save, a future where it is made in the background
         self.step = self.skipped = 0
         self._alike = False  # whether processes that average have started from the same weights
 
@@ -140,9 +144,9 @@ class Trainer:
 
         Args:
             batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each, of the shapes
-                that the module's ``loss`` takes; iterated again where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
-                ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint was taken; another is the caller's to
-                position.
+                that the module's ``loss`` takes; iterated again where it ends before ``steps``. Stored activations: ``Batches(x,
+                size=..)``. One with ``state_dict`` and ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint
+                was taken; another is the caller's to position.
             resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run on the same instruction
                 set level (``fastsae info``, FASTSAE_ISA) with the same ``torch.get_num_threads()``. Levels from avx2 on have the same bits,
                 portable its own; the number of threads shows in the dense regime, whose products are torch's.
@@ -220,7 +224,7 @@ class Trainer:
             if self.callback is not None:
                 self.callback(self.step, self._last)
         if self.checkpoint is not None and (final or self.step % self.every == 0):
-            self.save(self.checkpoint, batches)
+            self._keep(batches)
         return shown
 
     def _end(self, op: str, steps: int | None, batches: Any) -> None:
@@ -230,18 +234,30 @@ class Trainer:
         if steps is None and self._result:
             self._last = self._read(self._result)
             if self.checkpoint is not None:
-                self.save(self.checkpoint, batches)
+                self._keep(batches)
 
     @contextlib.contextmanager
     def _late(self) -> Generator[None]:
-        """Where a GPU says late that a step was refused, ``step`` goes back with the optimiser's counter."""
+        """Where a GPU says late that a step was refused, ``step`` goes back with the optimiser's counter. Waits for the last save."""
         ahead = self.step - getattr(self.opt, "steps", 0)
         try:
             yield
         except FloatingPointError:
             if isinstance(self.opt, Optimiser):
                 self.step = ahead + self.opt.steps
+            self._written()
             raise
+        self._written()
+
+    def _keep(self, batches: Any) -> None:
+        """A checkpoint, of a sharded SAE in the background."""
+        how = self._files.async_save_checkpoint if self.sharded else self._files.save_checkpoint
+        self._saving = self._save(how, self.checkpoint, batches)
+
+    def _written(self) -> None:
+        self._saving, last = None, self._saving
+        if isinstance(last, Future):
+            last.result()
 
     def _read(self, result: dict[str, Tensor]) -> dict[str, float]:
         """Metrics as numbers: with a fused optimiser the only wait for a device, and where one says that a step was not finite."""
@@ -346,8 +362,11 @@ class Trainer:
     def save(self, path: str | os.PathLike[str], batches: Any = None) -> None:
         """A checkpoint of module, optimiser, step, torch's random state and the position in ``batches``; in a process group rank 0's, and
         by it alone. FloatingPointError: a parameter is not finite; the file stays what it was."""
+        self._save(self._files.save_checkpoint, path, batches)
+
+    def _save(self, how: Callable[..., Any], path: Any, batches: Any) -> Any:
         if processes.rank() != 0 and not self.sharded:
-            return
+            return None
         reason = finite.spoilt(dict(self.sae.named_parameters()))
         if not self.sae.world.agree("Trainer.save", reason is None):
             reason = reason or "a parameter on another process is not finite"
@@ -357,7 +376,7 @@ class Trainer:
             extra["scheduler"] = {"class": type(self.scheduler).__name__, "state": self.scheduler.state_dict()}
         if hasattr(batches, "state_dict"):
             extra["data"] = batches.state_dict()
-        self._files.save_checkpoint(path, self.sae, self.opt, extra)
+        return how(path, self.sae, self.opt, extra)
 
     def load(self, path: str | os.PathLike[str], batches: Any = None) -> None:
         """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step. After an

@@ -6,7 +6,9 @@ import hashlib
 import os
 import re
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastsae
 from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer
-from fastsae.distributed import RankError, Rates, SettingsError, gathered, load_checkpoint, plan, save_checkpoint, shard
+from fastsae.distributed import RankError, Rates, SettingsError, checkpoints, gathered, load_checkpoint, plan, save_checkpoint, shard
 from fastsae.gradients import densify
 from fastsae.optim import Adam, Signum
 from fastsae.sae import JumpLoss, resample, selection
@@ -231,6 +233,23 @@ def looped(group: Group, kind: str) -> dict[str, Any]:
             last, whole = trainer.fit(data, stop, resume=number == 1), gathered(sae)
         made.append({"last": last, **({} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()})})
     assert made[0] == made[1]
+    assert sorted(path.name for path in folder.iterdir()) == ["data-6", "manifest.json"]  # written when fit ends, each of the six whole
+
+    sae, named = group.shard(build(kind)), list[bool]()
+    trainer = Trainer(sae, optimiser(sae, kind), checkpoint=folder, every=2, progress=False)
+
+    def unwritten(*_: Any) -> None:
+        named.append(threading.current_thread() is threading.main_thread())
+        raise OSError("no room")
+
+    for stop, error, text in ((5, RuntimeError, "the save in the background before it has failed"), (8, OSError, "no room")):
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setattr(checkpoints, "_name", unwritten)
+            warnings.simplefilter("ignore", UserWarning)  # from the thread, that nothing has been written
+            raises(error, text, lambda stop=stop: trainer.fit(own, stop))
+        assert (folder / "data-6").exists(), "the older state"
+        trainer.every = 8
+    assert trainer.step == 8 and not any(named) and len(named) == (2 if group.rank == 0 else 0)
     return made[0]
 
 
