@@ -329,9 +329,9 @@ class Trainer:
                 self.reduce(parameters)
             elif averaged:
                 _average(parameters, x.shape[:-1].numel() if mask is None else mask.sum())
-            unit_rows = isinstance(self.sae, SAE) and bool(self.sae.unit_rows)
-            if unit_rows:
-                self.sae.remove_parallel_gradient_()
+            unit = self.sae if isinstance(self.sae, SAE) and self.sae.unit_rows else None
+            if unit is not None:
+                unit.remove_parallel_gradient_()
             sizes = [norm(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
             refused = not bool(finite.finite(sizes))
         finally:
@@ -355,8 +355,8 @@ class Trainer:
             for group in self.opt.param_groups if self.schedule is not None else ():
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
             self.opt.step()
-            if unit_rows:
-                self.sae.normalise_decoder_()
+            if unit is not None:
+                unit.normalise_decoder_()
         return {"loss": loss, "fvu": result.fvu, "l0": result.l0, "dead": self.sae.dead_features.sum()}
 
     def save(self, path: str | os.PathLike[str], batches: Any = None) -> None:

@@ -199,7 +199,7 @@ def shard(
     there is no dense regime (at its start ReLU keeps half of all scores as slots), and the pre-bias's gradient always comes by features.
 
     Parameters are plain tensors of the process's own range: the fused operations take addresses, which a DTensor would only hide, and a
-    DTensor knows no uneven ranges but torch's own.
+    DTensor knows no uneven ranges but torch's own. ``dtensors`` gives views of that kind.
 
     Raises: RuntimeError: no process group. TypeError: no SAE, or not float32. ValueError: ``virtual`` does not go with the processes; what
     is not there yet, by name; processes with different SAEs (``SettingsError``).

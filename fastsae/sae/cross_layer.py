@@ -303,7 +303,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     def loss(
         self,
         x: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         l1: float | None = None,
@@ -312,7 +312,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     ) -> Loss:
         """Mean squared error a token, summed over layers and d_model, plus the penalties and AuxK terms of every layer.
 
-        Args: x, target: ``[.., L, d_model]``. mask: ``[..]``. The rest as in ``SAE.loss``.
+        Args: x, target: ``[.., L, d_model]``, both needed. mask: ``[..]``. The rest as in ``SAE.loss``.
 
         Returns: ``Loss(loss, fvu, l0)``; fvu over all layers' outputs, l0 latents a token of all layers. In a process group it raises where
         ``SAE.loss`` does.

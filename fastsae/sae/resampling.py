@@ -104,7 +104,7 @@ def _anew(
     (rows, wanted), world = checked_rows(op, sae, x, target, mask, sae.W_dec), sae.world
     if len(rows) or world.virtual == 1:
         check_rows(op, rows, x, target, mask)
-    random = (torch.default_generator if generator is None else generator).get_state().numpy()
+    random = (torch.default_generator if generator is None else generator).get_state().numpy().tobytes()
     world.begin(op, len(rows), (sae.config(), sae.training, share, zlib.crc32(random)))
     sizes = world.each(torch.tensor(len(rows), device=rows.device)).tolist()
     into = sae.encoder_rows(rows)

@@ -252,14 +252,13 @@ class SlotPass:
         self.sums = magnitude = counted = None  # of the penalised magnitudes of each feature
         self.pull: Tensor | float = 1.0
         if self.norm is not None:
-            values, norm = penalised.values.to(self.wide), self.norm[penalised.indices.long()]
-            weighed, self.slope, self.grown = jump.penalised(values, norm, None if self.jump is None else self.jump.tanh)
+            values, norm, tanh = penalised.values.to(self.wide), self.norm[penalised.indices.long()], self.jump and self.jump.tanh
+            weighed, self.slope, self.grown = jump.penalised(values, norm, tanh)
             magnitude = weighed.sum()
-        if self.norm is not None and world.virtual > 1:
-            of_each = penalised.indices, penalised.crow, len(self.norm), self.backend
-            self.sums = feature_sums(self.grown, *of_each)
-            straight = self.jump is None or self.jump.tanh is None
-            magnitude = world.total(self.sums * self.norm if straight else feature_sums(weighed, *of_each))
+            if world.virtual > 1:
+                of_each = penalised.indices, penalised.crow, len(self.norm), self.backend
+                self.sums = feature_sums(self.grown, *of_each)
+                magnitude = world.total(self.sums * self.norm if tanh is None else feature_sums(weighed, *of_each))
         hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
         if self.jump is not None and self.jump.target is not None and terms.l0:
             assert self.slots.flags is not None and self.slots.crow is not None

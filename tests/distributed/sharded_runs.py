@@ -19,11 +19,24 @@ import torch
 import torch.distributed as dist
 from forks import ended, fork, port
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastsae
 from fastsae import SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, Trainer
-from fastsae.distributed import RankError, Rates, SettingsError, checkpoints, gathered, load_checkpoint, plan, save_checkpoint, shard
+from fastsae.distributed import (
+    RankError,
+    Rates,
+    SettingsError,
+    checkpoints,
+    dtensors,
+    gathered,
+    load_checkpoint,
+    plan,
+    save_checkpoint,
+    shard,
+)
 from fastsae.gradients import densify
 from fastsae.optim import Adam, Signum
 from fastsae.sae import JumpLoss, resample, selection
@@ -276,6 +289,29 @@ def resampled(group: Group, kind: str) -> dict[str, Any]:
     return {} if whole is None else {"rows": rows, **{k: digest([t]) for k, t in whole.state_dict().items()}}
 
 
+def contained(group: Group) -> None:
+    """In torch's containers, on the same memory; torch's own checkpoints of them, read whole and by each process."""
+    mesh: Any = group.group if isinstance(group.group, DeviceMesh) else DeviceMesh.from_group(group.group, "cpu")
+    own = dist.group.WORLD if isinstance(group.group, DeviceMesh) else group.group
+    for features, virtual in ((80, V), (5, max(group.shards, 2))):  # of 5, four processes hold 2, 2, 1 and none
+        sae: Any = group.shard(SAE(D, features, BatchTopK(2), seed=0), virtual=virtual)
+        held, whole, folder = dtensors(sae, mesh), gathered(sae), group.folder / f"contained-{group.name}-{features}"
+        state = {name: t.full_tensor() for name, t in held.items()}
+        assert whole is None or all(torch.equal(state[name], t) for name, t in whole.state_dict().items())
+        assert all(t.to_local().data_ptr() == sae.state_dict()[name].data_ptr() for name, t in held.items())
+        save(held, checkpoint_id=folder, process_group=own)
+        with torch.no_grad():
+            sae.W_enc.zero_()
+        load(held, checkpoint_id=folder, process_group=own)
+        assert torch.equal(sae.W_enc, state["W_enc"][sae.world.start :][: len(sae.W_enc)])
+        read = {name: torch.empty_like(t) for name, t in state.items()}
+        load(read, checkpoint_id=folder, no_dist=True)
+        assert all(torch.equal(t, read[name]) for name, t in state.items())
+    if group.shards > 1:
+        raises(ValueError, "they lie in", lambda: dtensors(group.shard(build("topk")), mesh))
+    raises(TypeError, "sae must be what fastsae.distributed.shard returned", lambda: dtensors(build("topk"), mesh))
+
+
 def not_finite(group: Group, kind: str, steps: int) -> dict[str, Any]:
     """A bad row on the last process alone: all refuse the step, and go on."""
     sae = group.shard(build(kind))
@@ -427,6 +463,7 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
         yield ("resampled", kind, group.name), resampled(group, kind)
     if group.shards > 1 or not few:
         drawn(group)
+        contained(group)
         yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)
         yield ("looped", "topk", group.name), looped(group, "topk")
     if not mesh:

@@ -324,6 +324,7 @@ def test_trainer(tmp_path: Path) -> None:
         bad[[0, 4], 2] = torch.nan  # the first of them does not count
         with pytest.raises(FloatingPointError, match="x is not finite in row 4 of the batch"):
             fastsae.Trainer(clt, opt, progress=False).fit([(bad, t, mask)], 1)
+    clt = build("topk")
     clt.averaged = True  # what Trainer says in a group; silent features then count all rows
     assert all(layer.averaged for layer in clt)
     with pytest.raises(TypeError, match=r"members\[0\] must be an SAE"):
