@@ -74,6 +74,8 @@ def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
         assert torch.equal(dense, sae.encode(x).to_dense())  # the bits of one process
         exact = dense.double() @ sae.W_dec.double() + sae.b_dec.double()
         exact += 0 if sae.W_skip is None else x.double() @ sae.W_skip.double().T
+        if sae.normalise_rows == "layer_norm":
+            exact = exact * x.double().std(1, keepdim=True) + x.double().mean(1, keepdim=True)
         torch.testing.assert_close(x_hat.double(), exact, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(error.double(), (target.double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(loss, torch.stack(sae.loss(x, first["target"])).detach(), rtol=1e-4, atol=1e-5)

@@ -288,7 +288,7 @@ def test_trainer(tmp_path: Path) -> None:
     """It is a loop over steps, fused or torch's, and its second half goes on from the file."""
     data = [(*pair(dtype=torch.float32, seed=seed), torch.arange(16) != seed) for seed in range(6)]
     for fused in (True, False):
-        made, states = list[dict[str, float]](), list[dict[str, Tensor]]()
+        made, states, clt = list[dict[str, float]](), list[dict[str, Tensor]](), build("topk")
         for stops in ([6], [3, 6]):
             for stop in stops:
                 clt = build("skip_batch", torch.float32)
