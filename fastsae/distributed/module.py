@@ -27,6 +27,7 @@ from fastsae.sae.crosscoder import Crosscoder, of_config
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import AuxOption, Loss, Metrics, Terms
 from fastsae.sae.module import SAE
+from fastsae.sae.rows import normalised
 from fastsae.sae.stack import SAEs
 from fastsae.sae.step import Slots as Chosen
 from fastsae.sae.step import encode_slots, step
@@ -64,9 +65,12 @@ class ShardedSAE(SAE):
         """The rows that count of all processes, and this one's features."""
         own = super().step_inputs(op, x, target, mask, l1, l0, aux)
         self.begin(op, own.x, own.terms, target is None)
-        rows = self.world.gather(own.x)
-        wanted = rows if own.target is own.x else self.world.gather(own.target)
-        return own._replace(x=rows, target=wanted, cast=(rows, own.weights))
+        wanted, found = self.world.gather(own.target), own.rows
+        if found is not None and self.normalise_rows is not None:  # an autoencoder's, whose target is what was normalised
+            rows, found = normalised(wanted, self.normalise_rows)
+        else:
+            rows = wanted if own.target is own.x else self.world.gather(own.x)
+        return own._replace(x=rows, target=wanted, cast=(rows, own.weights), rows=found)
 
     def begin(self, op: str, rows: Tensor, *more: object) -> None:
         """Before the first exchange of an operation; nothing is exchanged where this raises."""
@@ -111,8 +115,7 @@ class ShardedSAE(SAE):
         """Latents of the rows of this process to ``[.., d_out]``; with a skip connection also the input. Not differentiable."""
         op, world = "SAE.decode", self.world
         with world.together(op):
-            if self.skip and x is None:
-                raise ValueError(f"{op}: x must be given, the skip connection needs it")
+            self._check_needs(op, x)
             checks.instance(op, "latents", latents, (TopKLatents, RaggedLatents), "TopKLatents or RaggedLatents")
             if isinstance(latents, RaggedLatents):
                 latents = latents.trim()
@@ -130,6 +133,8 @@ class ShardedSAE(SAE):
             if x is not None and self.W_skip is not None:
                 y += selection.skipped(self.encoder_rows(x).reshape(-1, self.d_in), self.W_skip, world)
             y = y.reshape(*latents.batch_shape, self.d_out)
+            if x is not None and self.needs_x and not self.skip:
+                return self._restored(op, y, x)
             return y / self.scale[1] if self._scaled else y
 
     def loss(
@@ -262,7 +267,7 @@ def shard(
     there is no dense regime (at its start ReLU keeps half of all scores as slots), and the pre-bias's gradient always comes by features.
 
     Parameters are plain tensors of the process's own range: the fused operations take addresses, which a DTensor would only hide, and a
-    DTensor knows no uneven ranges but torch's own.
+    DTensor knows no uneven ranges but torch's own. ``dtensors`` gives views of that kind.
 
     Raises: RuntimeError: no process group. TypeError: no SAE, or not float32. ValueError: ``virtual`` does not go with the processes; what
     is not there yet, by name; processes with different SAEs (``SettingsError``).
@@ -355,8 +360,6 @@ def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timede
 def _refuse(op: str, sae: SAE) -> None:
     """ValueError where a sharded step is not there yet, by name."""
     for name, missing in {
-        "jump": sae.jump is not None,
-        "normalise_rows": sae.normalise_rows is not None,
         f"the class {type(sae).__name__}": type(sae) not in (SAE, Crosscoder),
     }.items():
         if missing:

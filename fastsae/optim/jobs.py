@@ -145,6 +145,7 @@ def sae_in(op: str, module: nn.Module) -> tuple[str, nn.Module]:
     if hasattr(type(module), "step_gradients"):
         return "", module
     found = {name: part for name, part in module.named_modules() if hasattr(type(part), "step_gradients")}
+    found = {name: part for name, part in found.items() if not any(name.startswith(f"{outer}.") for outer in found)}  # not a CLT's layers
     if len(found) > 1:
         raise ValueError(f"{op}: {type(module).__name__} must hold one SAE, got {', '.join(found)}: each needs an optimiser of its own")
     return next(((f"{name}.", part) for name, part in found.items()), ("", module))

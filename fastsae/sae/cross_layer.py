@@ -47,12 +47,13 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     """Layer l reads ``x[l]``; its latents write to the layers l .. L - 1:
 
         ``latents[l] = activation(W_enc[l] x[l] + b_enc[l])``
-        ``y[m] = b_dec[m] + sum over l <= m of W_dec[l][:, m - l]^T latents[l]``
+        ``y[m] = b_dec[m] + sum over l <= m of W_dec[l][:, m - l]^T latents[l]  (+ W_skip[l -> m] x[l])``
 
     ``layers[l]`` is an ordinary transcoder ``SAE(d_model, d_sae, d_out=(L - l) * d_model)``, its targets side by side, and the module's
     output is the sum of theirs. Parameters are those of the layers: ``layers.l.W_enc [F, d_model]``, ``layers.l.b_enc [F]``,
     ``layers.l.W_dec [F, (L - l) * d_model]``, ``layers.l.threshold [F]`` (JumpReLU), and ``layers.0.b_dec [L * d_model]``, the bias of
-    all; the other layers' ``b_dec`` are 0 and frozen. ``W_dec(l)`` and ``b_dec`` are views in the shapes above.
+    all; the other layers' ``b_dec`` are 0 and frozen; with ``skip`` ``layers.l.W_skip [(L - l) * d_model, d_model]``. ``W_dec(l)`` and
+    ``b_dec`` are views in the shapes above.
 
     TopK, JumpReLU and ReLU are of each layer. BatchTopK in training mode is one selection over tokens, layers and features: the
     ``int(k * tokens * L)`` largest positive scores, equal ones by layer, then token, then feature (in half precision, of rounded scores);
@@ -64,6 +65,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     Args:
         n_layers: L, at least 1. d_model: width of inputs and outputs. d_sae: features F of each layer.
         activation: ``TopK``, ``AbsTopK``, ``BatchTopK``, ``JumpReLU`` or ``ReLU``.
+        skip: a linear path past the dictionary from each layer to those it writes to (starts at 0).
         l1, l0, aux, dead_after, dense, dtype, device: as in ``SAE``. seed: of layer 0; layer l has ``seed + l``.
 
     ``optim.Adam(clt).step(x, target)`` trains it, exactly as one step of ``loss`` and dense Adam would. Memory of a step beyond weights and
@@ -83,6 +85,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     layers: nn.ModuleList
     unit_rows: tuple[str, ...] = ()
     k, l1, l0, aux, dead_after = _Shared(), _Shared(), _Shared(), _Shared(), _Shared()
+    averaged: Any = _Shared()
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         d_sae: int,
         activation: Kind[L] = TopK(64),  # noqa: B008 (a frozen dataclass)
         *,
+        skip: bool = False,
         l1: float = 0.0,
         l0: float = 0.0,
         aux: AuxK | None = None,
@@ -102,7 +106,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     ):
         n_layers = checks.integer("CrossLayerTranscoder", "n_layers", n_layers, 1)
         d_model = checks.integer("CrossLayerTranscoder", "d_model", d_model, 1)
-        options: dict[str, Any] = {"l1": l1, "l0": l0, "aux": aux, "dead_after": dead_after, "dense": dense, "dtype": dtype}
+        options: dict[str, Any] = {"l1": l1, "l0": l0, "aux": aux, "dead_after": dead_after, "dense": dense, "dtype": dtype, "skip": skip}
         seeds = [None if seed is None else seed + number for number in range(n_layers)]
         self._hold(
             SAE(d_model, d_sae, activation, d_out=(n_layers - number) * d_model, device=device, seed=own, **options)
@@ -113,7 +117,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         first = self[0]
-        self.n_layers, self.d_model, self.d_sae = len(self), first.d_in, first.d_sae
+        self.n_layers, self.d_model, self.d_sae, self.skip = len(self), first.d_in, first.d_sae, first.skip
         if isinstance(first.activation, Gated):
             raise ValueError("CrossLayerTranscoder: activation must be TopK, AbsTopK, BatchTopK, JumpReLU or ReLU, got Gated")
         for layer in [*self][1:]:
@@ -133,8 +137,8 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             if wrong := [name for name in got if got[name] != wanted.get(name)]:
                 message = f"layer {number} of {n} must have {wrong[0]}={wanted.get(wrong[0])!r}, got {got[wrong[0]]!r}"
                 raise ValueError(f"CrossLayerTranscoder: {message}")
-        if first.skip or first.tied or first.prefixes or first.jump or first.normalise_rows:
-            raise ValueError("CrossLayerTranscoder: its layers have no skip, tied weights, prefixes, jump or normalise_rows")
+        if first.tied or first.prefixes or first.jump or first.normalise_rows:
+            raise ValueError("CrossLayerTranscoder: its layers have no tied weights, prefixes, jump or normalise_rows")
         made = cls.__new__(cls)
         made._hold(layers)
         for number, layer in enumerate(layers[1:], 1):
@@ -179,6 +183,11 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         for layer in self:
             layer.weights_changed()
 
+    def buffers_changed(self) -> None:
+        """As in ``SAE``, of every layer."""
+        for layer in self:
+            layer.buffers_changed()
+
     # ------------------------------------------------------------ latents and back
 
     def _rows(self, op: str, name: str, t: Tensor, like: Tensor) -> Tensor:
@@ -198,11 +207,17 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         found, _ = self._encode(x.reshape(-1, self.n_layers, self.d_model))
         return [cast(Any, replace(latents, batch_shape=tuple(x.shape[:-2]))) for latents in found]
 
-    def decode(self, latents: Sequence[Latents]) -> Tensor:
-        """The latents of each layer to ``[.., L, d_model]``."""
+    def decode(self, latents: Sequence[Latents], x: Tensor | None = None) -> Tensor:
+        """The latents of each layer to ``[.., L, d_model]``; with ``skip`` also the input."""
+        op = "CrossLayerTranscoder.decode"
         if len(latents) != self.n_layers:
-            raise ValueError(f"CrossLayerTranscoder.decode: latents must be those of {self.n_layers} layers, got {len(latents)}")
-        return self._sum([layer.decode(each) for each, layer in zip(latents, self)])
+            raise ValueError(f"{op}: latents must be those of {self.n_layers} layers, got {len(latents)}")
+        if not self.skip:
+            return self._sum([layer.decode(each) for each, layer in zip(latents, self)])
+        if x is None:
+            raise ValueError(f"{op}: x must be given, the skip connections need it")
+        x = self._rows(op, "x", x, self[0].W_dec)
+        return self._sum([layer.decode(each, x[..., number, :]) for number, (each, layer) in enumerate(zip(latents, self))])
 
     def _sum(self, parts: Sequence[Tensor]) -> Tensor:
         """``[.., L, d_model]`` of what each layer has written."""
@@ -214,7 +229,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[.., L, d_model]`` of inputs to outputs."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     @torch.no_grad()
     def fvu(self, x: Tensor, target: Tensor) -> Tensor:
@@ -306,7 +321,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     def loss(
         self,
         x: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         l1: float | None = None,
@@ -315,7 +330,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     ) -> Loss:
         """Mean squared error a token, summed over layers and d_model, plus the penalties and AuxK terms of every layer.
 
-        Args: x, target: ``[.., L, d_model]``. mask: ``[..]``. The rest as in ``SAE.loss``.
+        Args: x, target: ``[.., L, d_model]``, both needed. mask: ``[..]``. The rest as in ``SAE.loss``.
 
         Returns: ``Loss(loss, fvu, l0)``; fvu over all layers' outputs, l0 latents a token of all layers. In a process group it raises where
         ``SAE.loss`` does.
@@ -372,9 +387,11 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             grad, width = Sum(), own.target.shape[1]
             if number == 0:
                 grad.add("b_dec", world.row_sum(G))
+            (x, w), absolute = own.cast, own.activation.absolute
+            if w.skip is not None:
+                grad.add("W_skip", selection.skip_gradient(G[:, -width:], x, world))
             backward(grad, this, G[:, -width:].unsqueeze(0), None, terms.l1 / tokens, terms.l0 / tokens)
             if terms.aux is not None:
-                (x, w), absolute = own.cast, own.activation.absolute
                 terms_of_aux.append(aux_step(grad, x, own.target, y[:, -width:], of, w, terms.aux, absolute, world))
             gradients |= {f"layers.{number}.{name}": each for name, each in grad.result(own.parameters).items()}
         aux = _added(terms_of_aux)
@@ -411,10 +428,11 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         device: torch.device | str | None = None,
     ) -> CrossLayerTranscoder:
         """Reads a folder of circuit-tracer's cross-layer files, ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so on, or of Gemma
-        Scope 2's, ``params_layer_0.safetensors`` and so on; in evaluation mode. JumpReLU where they hold thresholds, else ReLU.
+        Scope 2's, ``params_layer_0.safetensors`` and so on; in evaluation mode. JumpReLU where they hold thresholds, else ReLU. An affine
+        skip connection of Gemma Scope 2's is the part of ``W_skip`` that writes to its own layer, the rest is 0.
 
         Raises: FileNotFoundError; ValueError: a file that is missing, damaged or does not fit the others, circuit-tracer's threshold
-        below 0, Gemma Scope 2's affine skip connections, a layer that writes to earlier ones.
+        below 0, affine skip connections of some layers only, a layer that writes to earlier ones.
         """
         op = "CrossLayerTranscoder.from_pretrained"
         if format not in (None, "circuit_tracer", "gemma_scope_2"):
@@ -426,7 +444,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, format: Literal["circuit_tracer"] = "circuit_tracer") -> Path:  # noqa: A002
         """Writes circuit-tracer's cross-layer files, which ``load_clt`` there reads. ReLU, JumpReLU, and BatchTopK as a JumpReLU at its
-        running threshold; ValueError for another."""
+        running threshold; ValueError for another, and for ``skip``, which ``load_clt`` does not read."""
         op = "CrossLayerTranscoder.save_pretrained"
         if format != "circuit_tracer":
             raise ValueError(f"{op}: format must be 'circuit_tracer', got {format!r}")

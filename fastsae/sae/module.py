@@ -270,15 +270,22 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
 
     def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
         """Latents to ``[.., d_out]``; with a skip connection, and for an autoencoder that normalises rows, also the input ``x [.., D]``."""
-        if self.needs_x and x is None:
-            raise ValueError(f"SAE.decode: x must be given, {'the skip connection' if self.skip else 'normalise_rows'} needs it")
-        if x is not None and self.normalise_rows is not None and not self.transcoder:
-            self._check_input("SAE.decode", x)
-            y = decode(latents, self.W_dec, self.b_dec)
-            return normalised(checks.widened(x, self.W_dec), self.normalise_rows)[1].restored(y)
+        self._check_needs("SAE.decode", x)
+        if x is not None and self.needs_x and not self.skip:
+            return self._restored("SAE.decode", decode(latents, self.W_dec, self.b_dec), x)
         x = None if x is None or not self.skip else self.encoder_rows(x)
         y = decode(latents, self.W_dec, self.b_dec, x=x, skip=self.W_skip)
         return y / self.scale[1] if self._scaled else y
+
+    def _check_needs(self, op: str, x: Tensor | None) -> None:
+        if self.needs_x and x is None:
+            raise ValueError(f"{op}: x must be given, {'the skip connection' if self.skip else 'normalise_rows'} needs it")
+
+    def _restored(self, op: str, y: Tensor, x: Tensor) -> Tensor:
+        """The reconstruction of the normalised rows of ``x`` in its units."""
+        assert self.normalise_rows is not None
+        self._check_input(op, x)
+        return normalised(checks.widened(x, self.W_dec), self.normalise_rows)[1].restored(y)
 
     if TYPE_CHECKING:
 

@@ -181,5 +181,14 @@ def skip_gradient(G: Tensor, x: Tensor, world: World) -> Tensor:
     return densify(RowGradient(G.contiguous(), _columns(G), None, x, G.shape[1]))
 
 
+def pulled(sums: Tensor, W: Tensor, world: World) -> Tensor:
+    """``sums @ W`` over the features of all processes, likewise."""
+    if world.virtual == 1:
+        return product(sums.unsqueeze(0), W)[0]
+    moved = sums.nonzero().squeeze(1)  # of few features, mostly
+    shards = torch.searchsorted(moved, torch.tensor(world.cuts, device=sums.device))
+    return world.tree(DECODE(sums[moved], moved, shards, W, None, backend=then_any(preference(None))))
+
+
 def _columns(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape).contiguous()

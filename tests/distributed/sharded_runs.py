@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +20,8 @@ import torch
 import torch.distributed as dist
 from forks import ended, fork, port
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastsae
@@ -27,7 +31,9 @@ from fastsae.distributed import (
     Rates,
     SettingsError,
     async_save_checkpoint,
+    checkpoints,
     convert_checkpoint,
+    dtensors,
     gathered,
     load_checkpoint,
     plan,
@@ -36,7 +42,7 @@ from fastsae.distributed import (
 )
 from fastsae.gradients import densify
 from fastsae.optim import Adam, Signum
-from fastsae.sae import Crosscoder, CrossLayerTranscoder, selection
+from fastsae.sae import Crosscoder, CrossLayerTranscoder, JumpLoss, resample, selection
 from fastsae.sae.reconstruction import Reconstruction
 from fastsae.trainer import linear
 
@@ -58,6 +64,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "jumprelu": {"activation": JumpReLU(threshold=0.4, bandwidth=0.3), "l0": 0.01, "l1": 0.01, "d_out": D, "skip": True, "pre_bias": True},
     "gated": {"activation": Gated(), "l1": 0.05, "objective": "fvu"},
     "matryoshka": {"activation": BatchTopK(3), "prefixes": [10, 35, F], "aux": AuxK(5), "dead_after": 60},
+    "rows": {"activation": BatchTopK(3), "normalise_rows": "layer_norm", "objective": "fvu"},
+    "jump": {
+        "activation": JumpReLU(threshold=torch.linspace(0.2, 12, F), bandwidth=0.3),  # the last ones never fire
+        "l0": 0.5,
+        "l1": 0.02,
+        "dead_after": 30,
+        "jump": JumpLoss(5.0, tanh=2.0, pre_acts=0.1, to_scores=True),
+    },
+    "jumps": {
+        "activation": JumpReLU(threshold=0.4, bandwidth=0.3),
+        "l0": 0.5,
+        "jump": JumpLoss(6.0, of_batch=True, pre_acts=0.01, all_features=True),
+        "normalise_rows": "norm",
+        "d_out": 7,
+    },
     "few": {"activation": TopK(2), "features": 9, "aux": AuxK(3), "dead_after": 20},  # on 8 processes three have none
 }
 
@@ -162,11 +183,12 @@ def train(sae: Any, opt: Any, kind: str, steps: range, rank: int, size: int) -> 
     return seen
 
 
-USED = ("topk", "batchtopk", "absolute", "few", "jumprelu", "gated")
+USED = ("topk", "batchtopk", "absolute", "few", "jumprelu", "gated", "rows")
 LONG, STOP = ("topk", "batchtopk"), 16
 """Whose runs are long, and stop and go on."""
 MANY_USED = ("crosscoder topk", "crosscoder batchtopk", "clt topk", "clt batchtopk", "clt few")
 MANY_LONG, MANY_STOP = ("crosscoder batchtopk", "clt batchtopk", "stack topk"), 4
+RESAMPLED = ("rows", "jump", "transcoder")
 
 
 class Group:
@@ -290,7 +312,70 @@ def looped(group: Group, kind: str) -> dict[str, Any]:
             last, whole = trainer.fit(data, stop, resume=number == 1), gathered(sae)
         made.append({"last": last, **({} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()})})
     assert made[0] == made[1]
+    assert sorted(path.name for path in folder.iterdir()) == ["data-6", "manifest.json"]  # written when fit ends, each of the six whole
+
+    sae, named = group.shard(build(kind)), list[bool]()
+    trainer = Trainer(sae, optimiser(sae, kind), checkpoint=folder, every=2, progress=False)
+
+    def unwritten(*_: Any) -> None:
+        named.append(threading.current_thread() is threading.main_thread())
+        raise OSError("no room")
+
+    for stop, error, text in ((5, RuntimeError, "the save in the background before it has failed"), (8, OSError, "no room")):
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setattr(checkpoints, "_name", unwritten)
+            warnings.simplefilter("ignore", UserWarning)  # from the thread, that nothing has been written
+            raises(error, text, lambda stop=stop: trainer.fit(own, stop))
+        assert (folder / "data-6").exists(), "the older state"
+        trainer.every = 8
+    assert trainer.step == 8 and not any(named) and len(named) == (2 if group.rank == 0 else 0)
     return made[0]
+
+
+def anew(sae: SAE, kind: str, group: Any = None) -> Tensor:
+    """Every third feature, after three steps, from rows that are taken five at a time; and another step."""
+    rank, size, start = (group.rank, group.size, sae.world.start) if group else (0, 1, 0)
+    opt = optimiser(sae, kind)
+    train(sae, opt, kind, range(3), rank, size)
+    batch = [part(t, rank, size, 3) for t in list(batches(kind, 4))[3]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsae.sae.resampling._ROWS", 5)
+        dead = torch.arange(start, start + len(sae.silent)) % 3 == 0
+        done = resample(sae, opt, *batch[:2], mask=batch[2], dead=dead, generator=torch.Generator().manual_seed(4))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(done, dead)
+    rows = sae.W_dec.detach().clone()
+    train(sae, opt, kind, range(3, 4), rank, size)
+    return rows
+
+
+def resampled(group: Group, kind: str) -> dict[str, Any]:
+    sae = group.shard(build(kind))
+    rows = torch.cat(group.all(anew(sae, kind, group))[: group.shards])
+    whole = gathered(sae)
+    return {} if whole is None else {"rows": rows, **{k: digest([t]) for k, t in whole.state_dict().items()}}
+
+
+def contained(group: Group) -> None:
+    """In torch's containers, on the same memory; torch's own checkpoints of them, read whole and by each process."""
+    mesh: Any = group.group if isinstance(group.group, DeviceMesh) else DeviceMesh.from_group(group.group, "cpu")
+    own = dist.group.WORLD if isinstance(group.group, DeviceMesh) else group.group
+    for features, virtual in ((80, V), (5, max(group.shards, 2))):  # of 5, four processes hold 2, 2, 1 and none
+        sae: Any = group.shard(SAE(D, features, BatchTopK(2), seed=0), virtual=virtual)
+        held, whole, folder = dtensors(sae, mesh), gathered(sae), group.folder / f"contained-{group.name}-{features}"
+        state = {name: t.full_tensor() for name, t in held.items()}
+        assert whole is None or all(torch.equal(state[name], t) for name, t in whole.state_dict().items())
+        assert all(t.to_local().data_ptr() == sae.state_dict()[name].data_ptr() for name, t in held.items())
+        save(held, checkpoint_id=folder, process_group=own)
+        with torch.no_grad():
+            sae.W_enc.zero_()
+        load(held, checkpoint_id=folder, process_group=own)
+        assert torch.equal(sae.W_enc, state["W_enc"][sae.world.start :][: len(sae.W_enc)])
+        read = {name: torch.empty_like(t) for name, t in state.items()}
+        load(read, checkpoint_id=folder, no_dist=True)
+        assert all(torch.equal(t, read[name]) for name, t in state.items())
+    if group.shards > 1:
+        raises(ValueError, "they lie in", lambda: dtensors(group.shard(build("topk")), mesh))
+    raises(TypeError, "sae must be what fastsae.distributed.shard returned", lambda: dtensors(build("topk"), mesh))
 
 
 def not_finite(group: Group, kind: str, steps: int) -> dict[str, Any]:
@@ -341,6 +426,9 @@ def refused(group: Group) -> None:
     sae.k = 4
     assert opt.steps == 0 and not bool(sae.silent.any())
     opt.step(x)
+    generator = torch.Generator().manual_seed(group.rank)
+    raises(SettingsError, "called alike, got resample", lambda: resample(sae, None, x, generator=generator))
+    assert not resample(sae, None, x[:0], dead=sae.silent >= 0, generator=torch.Generator().manual_seed(0)).any()
     raises(ValueError, "init_from: call it before", lambda: sae.init_from(x))
     raises(ValueError, "gathered(sae) is the whole one", lambda: sae.portable())
     raises(ValueError, "fastsae.distributed.save_checkpoint", lambda: fastsae.save_checkpoint(group.folder / "x.pt", sae))
@@ -455,8 +543,11 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
         yield ("used", kind, group.name), used(group, kind, steps)
     for kind in LONG[1:] if few else LONG:
         yield ("resumed", kind, group.name), resumed(group, kind, STOP)
+    for kind in RESAMPLED[:1] if few else RESAMPLED:
+        yield ("resampled", kind, group.name), resampled(group, kind)
     if group.shards > 1 or not few:
-        drawn(group, "batchtopk", "jumprelu", "transcoder", "relu", "few", "gated")
+        drawn(group, "batchtopk", "jumprelu", "transcoder", "relu", "few", "gated", "rows", "jump")
+        contained(group)
         yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)
         yield ("looped", "topk", group.name), looped(group, "topk")
     if not mesh:

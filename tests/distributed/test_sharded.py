@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import script
-from sharded_runs import KINDS, LONG, MANY, MANY_LONG, MANY_USED, STOP, USED, build, dense, optimiser, train
+from sharded_runs import KINDS, LONG, MANY, MANY_LONG, MANY_USED, RESAMPLED, STOP, USED, anew, build, dense, optimiser, train
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -79,6 +79,8 @@ def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
                 assert torch.equal(of_bad, dense(sae.encode(bad)))
         assert torch.equal(latents, dense(sae.encode(x)))  # the bits of one process
         exact = outputs(sae, x, latents.double())
+        if kind == "rows":
+            exact = exact * x.double().std(1, keepdim=True) + x.double().mean(1, keepdim=True)
         torch.testing.assert_close(x_hat.double(), exact, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(error.double(), (target.flatten(1).double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(loss, torch.stack(sae.loss(x, first["target"])).detach(), rtol=1e-4, atol=1e-5)
@@ -93,6 +95,16 @@ def outputs(sae: Any, x: Tensor, latents: Tensor) -> Tensor:
     for n, own in enumerate(latents.chunk(sae.n_layers, 1)):
         y[:, n:] += torch.einsum("bf,fmd->bmd", own, sae.W_dec(n).double())
     return y.flatten(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESAMPLED)
+def test_dead_features_start_anew_at_the_same_rows(results: dict[Any, Any], kind: str) -> None:
+    first = results["resampled", kind, 1]
+    torch.testing.assert_close(first["rows"], anew(build(kind), kind), rtol=1e-3, atol=1e-5)
+    for (what, of, size), found in results.items():
+        if what == "resampled" and of == kind:
+            assert all(torch.equal(t, first[name]) if name == "rows" else t == first[name] for name, t in found.items()), size
 
 
 @pytest.mark.slow
