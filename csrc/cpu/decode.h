@@ -51,7 +51,9 @@ struct PackJob {
   void* panel;
 };
 
-// to[i*stride_i + j*stride_j] = tile[i*ld + j], i < rows, j < columns
+constexpr int64_t kScatterRows = 256;
+
+// to[i*stride_i + j*stride_j] = tile[i*ld + j], i < rows <= kScatterRows, j < columns
 struct ScatterJob {
   const void* tile;
   int64_t ld, rows, columns;
