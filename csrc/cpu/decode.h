@@ -51,9 +51,9 @@ struct PackJob {
   void* panel;
 };
 
-constexpr int64_t kScatterRows = 256;
+constexpr int64_t kScatterRows = 256;  // written in one run
 
-// to[i*stride_i + j*stride_j] = tile[i*ld + j], i < rows <= kScatterRows, j < columns
+// to[i*stride_i + j*stride_j] = tile[i*ld + j], i < rows, j < columns
 struct ScatterJob {
   const void* tile;
   int64_t ld, rows, columns;

@@ -211,6 +211,16 @@ void pack(const PackJob& job, int64_t u0, int64_t u1) {
 
 template <class T>
 void scatter(const ScatterJob& job) {
+  if (job.rows > kScatterRows && job.stride_i == 1) {
+    ScatterJob part = job;
+    for (int64_t i = 0; i < job.rows; i += kScatterRows) {
+      part.tile = static_cast<const T*>(job.tile) + i * job.ld;
+      part.to = static_cast<T*>(job.to) + i;
+      part.rows = at_most(kScatterRows, job.rows - i);
+      scatter<T>(part);
+    }
+    return;
+  }
   const T* const tile = static_cast<const T*>(job.tile);
   T* const to = static_cast<T*>(job.to);
   if (job.stride_i != 1 || job.rows == 1) {
