@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#undef FASTSAE_BUILT_portable  // always; build scripts may say so too
 #define FASTSAE_BUILT_portable 1
 #ifndef FASTSAE_BUILT_avx2
 #define FASTSAE_BUILT_avx2 0
