@@ -30,8 +30,8 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 ROOT = Path(__file__).parent
 
-# Of a kind of CPU, ascending; each level needs the ones before it. The probe is a real function of that level, because a compiler may accept a flag that its
-# assembler does not know.
+# Of a kind of CPU, ascending; each level needs the ones before it. The probe is a real function of that level, because a compiler may
+# accept a flag that its assembler does not know.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86: dict[str, tuple[list[str], str]] = {
     "avx2": (
