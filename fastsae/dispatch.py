@@ -54,7 +54,7 @@ class Row:
 
     def run(self) -> Callable[..., Any]:
         if isinstance(self.target, str):
-            self.target = _resolve(self.target)
+            self.target = _resolve("fastsae.audit:guard")(self, _resolve(self.target))
         return self.target
 
     def reason(self, args: Sequence[Any]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastsae import audit
 from fastsae.dispatch import OPS, Op, Row
 from fastsae.native import loader
 from fastsae.testing import Mismatch
@@ -148,6 +149,30 @@ def run(
             if timing:
                 add_times(results[first:], op, [entry for entry in found if not entry[1].endswith(("[interpreter]", "[emulated]"))], device)
     return results
+
+
+def child(name: str, backend: str, target: str, device: str, dtype: str) -> None:
+    """Says whether one row is right: what ``fastsae.audit`` runs in a process of its own."""
+    op = OPS[name]
+    row = next(row for row in op.rows if row.backend == backend)
+    row.target = target
+    result = verify_row(op, row, backend, nullcontext, torch.device(device), getattr(torch, dtype))
+    print(
+        f"failed {' '.join(result.failure.split())}" if result.failure else "passed" if result.samples else "took none of the samples",
+        end="",
+    )
+
+
+def remember(results: list[Result]) -> None:
+    """Certificates of the rows that passed, for ``fastsae.audit``."""
+    found: dict[audit.Place, list[str]] = {}
+    for result in results:
+        backend, _, level = result.backend.removesuffix("]").partition("[")
+        if backend != "reference" and level not in ("interpreter", "emulated") and not result.failure:
+            name = audit.certificate(result.op, backend, getattr(torch, result.dtype))
+            found.setdefault(level or torch.device(result.device), []).append(name)
+    for where, names in found.items():
+        audit.remember(where, names)
 
 
 def add_times(results: list[Result], op: Op, rows: list[tuple[Row, str, Context]], device: torch.device) -> None:

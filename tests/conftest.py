@@ -18,6 +18,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("deep", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+os.environ.setdefault("FASTSAE_AUDIT", "off")  # what it would check at first use is checked by the suite
+
 if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":  # two workers: one with as many threads as there are, the others with one
     torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastsae import verify
+from fastsae import audit, verify
 from fastsae._core import triton_support
 from fastsae._core.machine import machine
 from fastsae.dispatch import OPS, parse_request
@@ -52,6 +52,13 @@ def _cpu_backend(problem: str | None) -> dict[str, Any]:
     }
 
 
+def _certified() -> dict[str, list[str] | str]:
+    """The rows found right on each kind of device here; the CPU's need no certificate where the test suite runs them."""
+    places = [audit.place(device) for device in verify.devices()] if loader.unavailable() is None and _problem(loader.isa) is None else []
+    tested = "tested with the package" if audit.known("cpu") else None
+    return {audit.kind(place): (tested if isinstance(place, str) else None) or audit.certified(place) for place in places}
+
+
 def run(options: argparse.Namespace) -> int:
     problem = loader.unavailable() or _problem(loader.isa)
     report: dict[str, Any] = machine()
@@ -61,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     report["triton"] = {str(device): triton_support.unavailable(device) for device in verify.devices()}
     report["triton_cache"] = triton_support.cache_directory()
     report["operations"] = [row for device in verify.devices() for row in table(device)]
+    report["audit"], report["certified"] = _problem(audit.mode) or audit.mode(), _certified()
     if options.json:
         print(json.dumps(report, indent=1))
         return 0
@@ -75,6 +83,9 @@ def run(options: argparse.Namespace) -> int:
     for device, reason in report["triton"].items():
         kept = f"; compiled kernels in {report['triton_cache']}" if device.startswith("cuda") else ""
         print(f"triton  {device}: {reason or 'available' + kept}")
+    print(f"audit   {report['audit']} (FASTSAE_AUDIT); certificates in {audit.certificates()}")
+    for kind, rows in report["certified"].items():
+        print(f"        {kind}: {rows if isinstance(rows, str) else f'{len(rows)} rows found right'}")
     if report["request"]:
         problem = _problem(parse_request, report["request"], "FASTSAE_BACKEND")
         print("request", problem or f"FASTSAE_BACKEND={report['request']}, before the order below")

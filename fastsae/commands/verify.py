@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
     names = options.ops.split(",") if options.ops else None
     if names and (unknown := [name for name in names if name not in OPS]):
         raise ValueError(f"unknown operation {', '.join(unknown)}; known: {', '.join(OPS)}")
+    os.environ["FASTSAE_AUDIT"] = "off"  # what it would check is checked here
     live = sys.stderr.isatty() and not options.json
     results = verify.run(
         ops=names,
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if live:
         print("\r\033[K", end="", file=sys.stderr)
+    verify.remember(results)
     failures = [result for result in results if result.failure]
     if options.json:
         print(json.dumps({**machine(), "results": [result.as_dict() for result in results], "passed": not failures}, indent=1))

@@ -20,7 +20,7 @@ import fastsae
 FLOORS = (
     ("_C", "_cuda", "_core", "latents"),
     ("native", "kernels"),
-    ("dispatch", "gradients", "packed", "reference", "testing", "verify"),
+    ("audit", "dispatch", "gradients", "packed", "reference", "testing", "verify"),
     ("ops",),
     ("codes", "compare", "formats", "functional", "plots", "polytopes"),
     ("batches", "optim", "sae", "superposition", "trainer"),
