@@ -55,7 +55,7 @@ class Row:
     def run(self) -> Callable[..., Any]:
         if isinstance(self.target, str):
             self.target = _resolve("fastsae.audit:guard")(self, _resolve(self.target))
-        return self.target
+        return self.target  # pyright: ignore[reportReturnType] # no text any more
 
     def reason(self, args: Sequence[Any]) -> str | None:
         if self.refuses is None:

@@ -200,10 +200,10 @@ class ShardedCrossLayerTranscoder(CrossLayerTranscoder):
             return [cast(ShardedSAE, layer).brought_home(latents.slots, x.shape[:-2]) for layer, latents in zip(self, found)]
 
     @torch.no_grad()
-    def decode(self, latents: Sequence[Latents]) -> Tensor:
+    def decode(self, latents: Sequence[Latents], x: Tensor | None = None) -> Tensor:
         """The latents of each layer to ``[.., L, d_model]``, of the rows of this process. Not differentiable."""
         with self.world.together("CrossLayerTranscoder.decode"):
-            return super().decode(latents)
+            return super().decode(latents, x)
 
     def _begun(self, op: str, rows: Tensor, *more: object) -> Tensor:
         """Of an operation on ``[own rows, n]`` those of all processes."""
@@ -214,7 +214,7 @@ class ShardedCrossLayerTranscoder(CrossLayerTranscoder):
         return self._begun(op, x.flatten(1), terms).view(-1, *x.shape[1:]), self.world.gather(target)
 
     @torch.no_grad()
-    def loss(self, x: Tensor, target: Tensor, *, mask: Tensor | None = None, **terms: Any) -> Loss:
+    def loss(self, x: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None, **terms: Any) -> Loss:
         """As ``CrossLayerTranscoder.loss``, over the rows of all processes, and the same number on each; detached."""
         with self.world.together("CrossLayerTranscoder.loss"):
             return Loss(*super().step_gradients(x, target, mask, **terms)[0][:3])
@@ -294,7 +294,7 @@ def shard(
             raise ValueError(f"{op}: virtual must be the {shards} processes that hold a dictionary times a power of two, got {virtual}")
         checks.instance(op, "sae", sae, KINDS, "an SAE, SAEs or a CrossLayerTranscoder")
         for member in members:
-            _refuse(op, member)
+            _refuse(op, member, isinstance(sae, CrossLayerTranscoder))
         if meta is (seed is None):
             raise ValueError(f"{op}: seed must be given for an SAE on the meta device, and only for one, got {seed}")
         seed = None if seed is None else checks.integer(op, "seed", seed, -(2**63), 2**64 - 1)
@@ -357,13 +357,12 @@ def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timede
     return Ranks(group, timeout, device, copies, order)
 
 
-def _refuse(op: str, sae: SAE) -> None:
-    """ValueError where a sharded step is not there yet, by name."""
-    for name, missing in {
-        f"the class {type(sae).__name__}": type(sae) not in (SAE, Crosscoder),
-    }.items():
-        if missing:
-            raise ValueError(f"{op}: {name} is not there yet for a sharded SAE")
+def _refuse(op: str, sae: SAE, layer: bool) -> None:
+    """ValueError where a sharded step is not there yet, by name; ``layer``: of a cross-layer transcoder."""
+    if type(sae) not in (SAE, Crosscoder):
+        raise ValueError(f"{op}: the class {type(sae).__name__} is not there yet for a sharded SAE")
+    if layer and sae.skip:
+        raise ValueError(f"{op}: a CrossLayerTranscoder with skip connections is not there yet")
     if sae.W_dec.dtype is not torch.float32:
         raise TypeError(f"{op}: sae must be float32, got {sae.W_dec.dtype}")
 

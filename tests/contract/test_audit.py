@@ -180,12 +180,12 @@ def test_off_and_known_kinds_pay_nothing(use: Use, monkeypatch: pytest.MonkeyPat
     row = use(DECODE, "odd_rows:wrong")
     monkeypatch.setattr(audit, "known", lambda backend: True)
     DECODE(*drawn(2), backend="cpu")
-    assert row.target.__name__ == "wrong"  # pyright: ignore[reportFunctionMemberAccess]
+    assert getattr(row.target, "__name__", "") == "wrong"
     use(DECODE, "odd_rows:wrong")
     monkeypatch.setattr(audit, "known", lambda backend: False)
     monkeypatch.setenv("FASTSAE_AUDIT", "off")
     DECODE(*drawn(2), backend="cpu")
-    assert row.target.__name__ == "wrong"  # pyright: ignore[reportFunctionMemberAccess]
+    assert getattr(row.target, "__name__", "") == "wrong"
     monkeypatch.setenv("FASTSAE_AUDIT", "sometimes")
     with pytest.raises(ValueError, match="FASTSAE_AUDIT must be first, off or a number of calls, got 'sometimes'"):
         audit.mode()
