@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae._core.extras import needed
-from fastsae.compare.dictionaries import Dictionary, as_dictionaries
+from fastsae._core.world import ALONE
+from fastsae.compare.dictionaries import Dictionary, as_dictionaries, world_of
 from fastsae.compare.matching import Match, OneToOne, match
 
 
@@ -68,7 +69,11 @@ def stability(
     data learn different features" (arXiv 2501.16615).
     """
     op = "stability"
-    sides = as_dictionaries(op, list(dictionaries), [f"dictionaries[{i}]" for i in range(len(dictionaries))])
+    dictionaries = list(dictionaries)
+    for i, dictionary in enumerate(dictionaries):
+        if world_of(dictionary) is not ALONE:
+            raise ValueError(f"{op}: dictionaries[{i}] is sharded: give fastsae.distributed.gathered(sae)")
+    sides = as_dictionaries(op, dictionaries, [f"dictionaries[{i}]" for i in range(len(dictionaries))])
     if len(sides) < 2:
         raise ValueError(f"{op}: dictionaries must be at least two, got {len(sides)}")
     masks = [None] * len(sides) if alive is None else list(alive)
@@ -145,8 +150,9 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     bases: list[Tensor] = []
     for name, rows in (("a", a), ("b", b)):
         checks.tensor(op, name, rows, like=None if name == "a" else a)
-        if rows.dim() != 2 or rows.shape[1] != a.shape[-1] or not bool(rows.isfinite().all()):
-            raise ValueError(f"{op}: {name} must be finite, [n, D={a.shape[-1]}], got {list(rows.shape)}")
+        checks.shape(op, name, rows, (None, a.shape[1] if name == "b" else None), "[n, D]" if name == "a" else f"[m, D={a.shape[1]}]")
+        if not bool(rows.isfinite().all()):
+            raise ValueError(f"{op}: {name} must be finite")
         u, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
         bases.append(v[: int((s > s.amax(0, keepdim=True) * max(rows.shape) * torch.finfo(torch.float64).eps).sum())] if len(s) else v)
     few, many = sorted(bases, key=len)

@@ -92,5 +92,11 @@ def test_principal_angles() -> None:
     twice = torch.tensor([[1.0, 0, 0], [2, 0, 0]])
     assert principal_angles(twice, torch.eye(3)[:2]).tolist() == [0.0]  # dependent rows count once
     assert principal_angles(torch.zeros(2, 3), torch.eye(3)).shape == (0,)
-    with pytest.raises(ValueError, match=r"b must be finite, \[n, D=3\]"):
-        principal_angles(torch.eye(3), torch.eye(4))
+    assert principal_angles(torch.zeros(0, 3), torch.eye(3)).shape == (0,)
+    for a, b, message in (
+        (torch.eye(3), torch.eye(4), r"b must have shape \[m, D=3\], got \[4, 4\]"),
+        (torch.tensor(1.0), torch.eye(3), r"a must have shape \[n, D\], got \[\]"),
+        (torch.full((2, 3), torch.nan), torch.eye(3), "a must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            principal_angles(a, b)
