@@ -117,7 +117,7 @@ deep: $(VENV)/dev.stamp site ## many more drawn inputs than CI: a million cases 
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/project/test_bench_gpu.py
 	FASTSAE_TEST_DOCS=all $(BIN)/python -m pytest -q tests/project/test_docs.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q "tests/gpu/test_contract_interpreted.py::test_the_contract_suite[not drawn]"
-	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py tests/gpu/test_kernels.py -k chip
+	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py tests/gpu/test_kernels.py tests/gpu/test_tiles_compiled.py -k chip
 
 deep-peers: $(VENV)/peers.stamp ## the same of what is compared with the peer libraries
 	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q $(wildcard tests/interop/test_patch_*.py) -k "any_input or auxk_preset"
