@@ -23,7 +23,7 @@ SIZES = {
         "batch": 128, "steps": 10, "lr": 1e-2, "points": 16, "directions": 6, "share": 0.05, "pushed": 2, "scales": [0.5, 2.0],
     },
     "quick": {
-        "minutes": 3, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 1_024, "layer": 3, "features": 1024,
+        "minutes": 4, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 1_024, "layer": 3, "features": 1024,
         "k": 16, "batch": 1024, "steps": 200, "lr": 2e-3, "points": 256, "directions": 64, "share": 0.05, "pushed": 0, "scales": [],
     },
     "default": {
