@@ -54,7 +54,8 @@ class Row:
 
     def run(self) -> Callable[..., Any]:
         if isinstance(self.target, str):
-            self.target = _resolve("fastsae.audit:guard")(self, _resolve(self.target))
+            run = self.target = _resolve("fastsae.audit:guard")(self, _resolve(self.target))
+            return run
         return self.target
 
     def reason(self, args: Sequence[Any]) -> str | None:
