@@ -36,12 +36,8 @@ class _Launch:
         program = np.concatenate([np.full(len(where), number) for number, where, _ in self.written])
         order = np.argsort(at, kind="stable")
         at, value, program = at[order], value[order], program[order]
-        again = at[1:] == at[:-1]
-        found = (
-            [f"{n} bytes written with two values"]
-            if (n := int((again & (program[1:] != program[:-1]) & (value[1:] != value[:-1])).sum()))
-            else []
-        )
+        again = (at[1:] == at[:-1]) & (program[1:] != program[:-1]) & (value[1:] != value[:-1])
+        found = [f"{again.sum()} bytes written with two values"] if again.any() else []
         for number, where in self.read:
             first, last = np.searchsorted(at, where), np.searchsorted(at, where, side="right") - 1
             hit = first <= last
@@ -52,6 +48,7 @@ class _Launch:
 
 
 def _bytes(pointers: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+    pointers = np.atleast_1d(pointers)
     chosen = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
     return (chosen[:, None] + np.arange(size)).reshape(-1)
 
@@ -73,7 +70,8 @@ def watched(order: Order) -> Generator[list[str], None, None]:
         return got
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        kept = np.broadcast_to(value.data, ptrs.data.shape)[np.broadcast_to(mask.data, ptrs.data.shape)]
+        shape = np.atleast_1d(ptrs.data).shape
+        kept = np.broadcast_to(value.data, shape)[np.broadcast_to(mask.data, shape)]
         where = _bytes(ptrs.data, mask.data, value.data.dtype.itemsize)
         launches[-1].written.append((number(self), where, np.frombuffer(kept.tobytes(), np.uint8)))
         return store(self, ptrs, value, mask, *rest)
@@ -89,14 +87,9 @@ def watched(order: Order) -> Generator[list[str], None, None]:
         call(self, *args, **kwargs)
         faults.extend(f"{self.fn.__name__}: {fault}" for fault in launches.pop().faults())
 
+    patches = {"create_masked_load": masked_load, "create_masked_store": masked_store}
     with (
-        mock.patch.multiple(
-            InterpreterBuilder,
-            create_masked_load=masked_load,
-            create_masked_store=masked_store,
-            create_atomic_rmw=atomic,
-            create_atomic_cas=atomic,
-        ),
+        mock.patch.multiple(InterpreterBuilder, create_atomic_rmw=atomic, create_atomic_cas=atomic, **patches),
         mock.patch.object(GridExecutor, "__call__", launch),
         mock.patch.object(interpreter, "range", programs, create=True),
     ):

@@ -38,16 +38,16 @@ def test_programs_do_not_meet(name: str) -> None:
     samples = list(op.samples(CPU, op.dtypes[0], torch.Generator().manual_seed(0)))
     samples = [args for args in samples if row.reason(args) is None and affordable(row, CPU, args)]
     samples.sort(key=lambda args: -sum(arg.numel() for arg in args if isinstance(arg, torch.Tensor)))
-    for args in samples if DEEP else samples[:2]:
+    for args in samples if DEEP else samples[:1]:
         found = []
-        for order in ORDERS.values():
+        for order in list(ORDERS.values())[0 if DEEP else 1 :]:
             with watched(order) as faults:
                 result = call(op, row, args)
             assert not faults, faults
             found.append(result if isinstance(result, tuple) else (result,))
         for other in found[1:]:
             for a, b in zip(found[0], other, strict=True):
-                assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+                assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 @triton.jit
