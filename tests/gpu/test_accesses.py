@@ -13,9 +13,7 @@ from triton_marks import CPU, compiled, interpreted, passes_in_the_interpreter, 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-
-if os.environ.get("TRITON_INTERPRET"):
-    from accesses import ORDERS, watched
+from accesses import ORDERS, watched
 
 from fastsae.dispatch import OPS
 from fastsae.verify import affordable, call
