@@ -135,7 +135,7 @@ def test_agreement_is_remembered(use: Use, tmp_path: Path, monkeypatch: pytest.M
             result = DECODE(*drawn(4), backend="cpu")
         guard = row.target
         assert isinstance(guard, audit.Guard)
-        assert guard.ready == {(torch.float32, loader.isa()): guard.function}  # one look, then the function itself
+        assert guard.ready == {(torch.float32, CPU): guard.function}  # one look, then the function itself
         assert torch.equal(result, guard.function(*drawn(4)))
     assert len(children) == 1
     assert json.loads(audit.certificates().read_text()) == {audit.kind(loader.isa()): ["decode cpu float32"]}
@@ -204,7 +204,7 @@ def test_a_captured_graph_is_not_checked(use: Use, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(audit, "place", lambda device: gpu)
     monkeypatch.setattr(audit, "kind", str)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.warns(UserWarning, match="nor can be while a CUDA graph is captured: run `fastsae verify` before"):
+    with pytest.warns(UserWarning, match="nor can it be while a CUDA graph is captured: run `fastsae verify` before"):
         DECODE(*drawn(2), backend="cpu")
     assert isinstance(row.target, audit.Guard)
     assert not row.target.ready
