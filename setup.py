@@ -30,10 +30,10 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 ROOT = Path(__file__).parent
 
-# Ascending; each level needs the ones before it. The probe is a real function of that level, because a compiler may accept a flag that its
-# assembler does not know.
+# Of a kind of CPU, ascending; each level needs the ones before it. The probe is a real function of that level, because a compiler may
+# accept a flag that its assembler does not know.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-LEVELS: dict[str, tuple[list[str], str]] = {
+X86: dict[str, tuple[list[str], str]] = {
     "avx2": (
         ["-mavx2", "-mfma", "-mf16c"],
         "__m256 f(__m256 a, __m128i h) { return _mm256_fmadd_ps(a, _mm256_cvtph_ps(h), a); }"
@@ -46,6 +46,14 @@ LEVELS: dict[str, tuple[list[str], str]] = {
     ),
     "avx512_vnni": (["-mavx512vnni"], "__m512i f(__m512i s, __m512i a) { return _mm512_dpbusd_epi32(s, a, a); }"),
     "avx512_bf16": (["-mavx512bf16"], "__m512 f(__m512 s, __m512bh a) { return _mm512_dpbf16_ps(s, a, a); }"),
+}
+ARM: dict[str, tuple[list[str], str]] = {
+    "neon": ([], "float32x4_t f(float32x4_t a) { return vfmaq_f32(a, a, a); }"),
+    "neon_dotprod": (["-march=armv8.2-a+dotprod"], "int32x4_t f(int32x4_t s, int8x16_t a) { return vdotq_s32(s, a, a); }"),
+    "neon_i8mm": (
+        ["-march=armv8.2-a+dotprod+i8mm"],
+        "int32x4_t f(int32x4_t s, uint8x16_t a, int8x16_t b) { return vusmmlaq_s32(s, a, b); }",
+    ),
 }
 
 # Fused multiply-adds are written where they are meant: a compiler that fuses on its own would change bits between levels.
@@ -148,9 +156,14 @@ class BuildExt(build_ext):
         baseline = [s for s in ext.sources if not s.endswith(".isa.cpp")]
         objects = self._compile_all([(s, "portable", FLAGS + ISA_FLAGS) for s in isa_sources], [])
         built, flags, notes = ["portable"], [], {"portable": "built"}
-        for level, (extra, probe) in LEVELS.items():
-            # A universal macOS build compiles one source for two architectures: portable only.
-            reason = "portable only on this platform" if sys.platform == "darwin" else self._rejects([*FLAGS, *flags, *extra], probe)
+        # Asked of the compiler: it may be one for another CPU. A universal macOS build compiles for both, rejects the flags of one for the
+        # other, and has the portable code only.
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        target = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, timeout=60, check=False).stdout
+        arm = target.startswith(("aarch64", "arm64"))
+        header = f"#include <{'arm_neon' if arm else 'immintrin'}.h>\n"
+        for level, (extra, probe) in (ARM if arm else X86).items():
+            reason = self._rejects([*FLAGS, *flags, *extra], probe, header)
             if not reason:
                 flags = flags + extra
                 try:
@@ -257,7 +270,7 @@ class BuildExt(build_ext):
             raise CCompilerError(f"no C++ compiler: {error}") from error
         return lines[0] if lines else command
 
-    def _rejects(self, flags: list[str], code: str, header: str = "#include <immintrin.h>\n") -> str:
+    def _rejects(self, flags: list[str], code: str, header: str) -> str:
         """Why the compiler cannot compile `code`, or an empty string."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.cpp"

@@ -8,6 +8,10 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #define FASTSAE_X86 1
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fastsae {
@@ -21,6 +25,30 @@ uint64_t xcr0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 #endif
+
+#if defined(__aarch64__)
+
+// `bit` of AT_HWCAP (word 0) or AT_HWCAP2 (1) where Linux tells, a name of sysctl on macOS; elsewhere nothing is assumed.
+bool has([[maybe_unused]] int word, [[maybe_unused]] int bit, [[maybe_unused]] const char* name) {
+#if defined(__linux__)
+  return (getauxval(word == 0 ? AT_HWCAP : AT_HWCAP2) >> bit & 1) != 0;
+#elif defined(__APPLE__)
+  int present = 0;
+  size_t size = sizeof(present);
+  return sysctlbyname(name, &present, &size, nullptr, 0) == 0 && present != 0;
+#else
+  return false;
+#endif
+}
+
+std::vector<Feature> probe() {
+  return {{"atomics", has(0, 8, "hw.optional.arm.FEAT_LSE")},
+          {"dotprod", has(0, 20, "hw.optional.arm.FEAT_DotProd")},
+          {"i8mm", has(1, 13, "hw.optional.arm.FEAT_I8MM")},
+          {nullptr, false}};
+}
+
+#else
 
 std::vector<Feature> probe() {
   uint64_t saved = 0;
@@ -46,27 +74,32 @@ std::vector<Feature> probe() {
           {nullptr, false}};
 }
 
+#endif
+
 std::atomic<int> chosen{-1};
 
 }  // namespace
 
 const char* level_name(Level level) {
-  static const char* const names[kLevels] = {
-#define FASTSAE_X(name) #name,
-      FASTSAE_LEVELS(FASTSAE_X)
-#undef FASTSAE_X
-  };
+#define FASTSAE_TEXT(level, a) #level,
+  static const char* const names[kLevels] = {FASTSAE_LEVELS(FASTSAE_TEXT, )};
   return names[static_cast<int>(level)];
 }
 
 bool level_built(Level level) {
-  constexpr bool kBuilt[kLevels] = {true, FASTSAE_BUILT_avx2, FASTSAE_BUILT_avx512, FASTSAE_BUILT_avx512_vnni, FASTSAE_BUILT_avx512_bf16};
+#define FASTSAE_BUILT(level, a) FASTSAE_BUILT_##level != 0,
+  constexpr bool kBuilt[kLevels] = {FASTSAE_LEVELS(FASTSAE_BUILT, )};
   return kBuilt[static_cast<int>(level)];
 }
 
 bool level_supported(Level level) {
   static const std::vector<const char*> needs[kLevels] = {  // beyond those of the levels before
-      {}, {"avx2", "fma", "f16c"}, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, {"avx512_vnni"}, {"avx512_bf16"}};
+#if defined(__aarch64__)
+      {}, {}, {"atomics", "dotprod"}, {"i8mm"}  // compilers take ARMv8.2 for these, and with it its atomic instructions
+#else
+      {}, {"avx2", "fma", "f16c"}, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, {"avx512_vnni"}, {"avx512_bf16"}
+#endif
+  };
   return std::all_of(needs, needs + static_cast<int>(level) + 1,
                      [](const auto& names) { return std::all_of(names.begin(), names.end(), cpu_has); });
 }

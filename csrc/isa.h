@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#undef FASTSAE_BUILT_portable  // always; build scripts may say so too
+#define FASTSAE_BUILT_portable 1
 #ifndef FASTSAE_BUILT_avx2
 #define FASTSAE_BUILT_avx2 0
 #endif
@@ -17,23 +19,44 @@
 #ifndef FASTSAE_BUILT_avx512_bf16
 #define FASTSAE_BUILT_avx512_bf16 0
 #endif
+#ifndef FASTSAE_BUILT_neon
+#define FASTSAE_BUILT_neon 0
+#endif
+#ifndef FASTSAE_BUILT_neon_dotprod
+#define FASTSAE_BUILT_neon_dotprod 0
+#endif
+#ifndef FASTSAE_BUILT_neon_i8mm
+#define FASTSAE_BUILT_neon_i8mm 0
+#endif
 
 namespace fastsae {
 
-// Ascending: a level includes those before it, and a level without a body of its own runs the body of the next lower one.
-#define FASTSAE_LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
+// The levels of a kind of CPU, ascending, those that screen last: X(level, a). A level includes those before it, and one without a body
+// of its own runs the body of the next lower one.
+#if defined(__aarch64__)
+#define FASTSAE_PLAIN_LEVELS(X, a) X(portable, a) X(neon, a)
+#define FASTSAE_SCREENING_LEVELS(X, a) X(neon_dotprod, a) X(neon_i8mm, a)
+#else
+#define FASTSAE_PLAIN_LEVELS(X, a) X(portable, a) X(avx2, a) X(avx512, a)
+#define FASTSAE_SCREENING_LEVELS(X, a) X(avx512_vnni, a) X(avx512_bf16, a)
+#endif
+#define FASTSAE_LEVELS(X, a) FASTSAE_PLAIN_LEVELS(X, a) FASTSAE_SCREENING_LEVELS(X, a)
 
-// A level with dot products of 8-bit integers screens (cpu/engine); what gains nothing from them has no body there and runs avx512's.
-#if defined(FASTSAE_LEVEL_avx512_vnni) || defined(FASTSAE_LEVEL_avx512_bf16)
+// A level with dot products of 8-bit integers screens (cpu/engine); what gains nothing from them has no body there and runs the highest
+// plain level's.
+#if defined(FASTSAE_LEVEL_neon_dotprod) || defined(FASTSAE_LEVEL_neon_i8mm)
+#define FASTSAE_SCREENS 1
+#define FASTSAE_NEON 1
+#elif defined(FASTSAE_LEVEL_neon)
+#define FASTSAE_NEON 1
+#elif defined(FASTSAE_LEVEL_avx512_vnni) || defined(FASTSAE_LEVEL_avx512_bf16)
 #define FASTSAE_SCREENS 1
 #endif
 
-enum class Level : int {
-#define FASTSAE_X(level) level,
-  FASTSAE_LEVELS(FASTSAE_X)
-#undef FASTSAE_X
-};
-constexpr int kLevels = 5;
+#define FASTSAE_NAME(level, a) level,
+#define FASTSAE_ONE(level, a) +1
+enum class Level : int { FASTSAE_LEVELS(FASTSAE_NAME, ) };
+constexpr int kLevels = FASTSAE_LEVELS(FASTSAE_ONE, );
 
 const char* level_name(Level level);
 bool level_built(Level level);
@@ -50,18 +73,17 @@ const Feature* cpu_features();
 bool cpu_has(const char* feature);
 
 // A family of kernels has a table of function pointers in each level with a body of its own. Its header declares them, its .cpp lists them
-// (all levels up to avx512, or those that screen) and picks one.
-#define FASTSAE_TABLE(level, Table, name) \
+// (all, the plain levels', or those that screen) and picks one.
+#define FASTSAE_TABLE(level, declaration) \
   namespace level {                       \
-  extern const Table name;                \
+  extern const declaration;               \
   }
-#define FASTSAE_DECLARE_TABLES(Table, name) \
-  FASTSAE_TABLE(portable, Table, name)      \
-  FASTSAE_TABLE(avx2, Table, name)          \
-  FASTSAE_TABLE(avx512, Table, name) FASTSAE_TABLE(avx512_vnni, Table, name) FASTSAE_TABLE(avx512_bf16, Table, name)
-#define FASTSAE_IN(level, name) (FASTSAE_BUILT_##level ? &level::name : nullptr)
-#define FASTSAE_BASE_TABLES(name) {&portable::name, FASTSAE_IN(avx2, name), FASTSAE_IN(avx512, name), nullptr, nullptr}
-#define FASTSAE_SCREEN_TABLES(name) {nullptr, nullptr, nullptr, FASTSAE_IN(avx512_vnni, name), FASTSAE_IN(avx512_bf16, name)}
+#define FASTSAE_DECLARE_TABLES(Table, name) FASTSAE_LEVELS(FASTSAE_TABLE, Table name)
+#define FASTSAE_IN(level, name) (FASTSAE_BUILT_##level ? &level::name : nullptr),
+#define FASTSAE_NOT_IN(level, name) nullptr,
+#define FASTSAE_ALL_TABLES(name) {FASTSAE_LEVELS(FASTSAE_IN, name)}
+#define FASTSAE_BASE_TABLES(name) {FASTSAE_PLAIN_LEVELS(FASTSAE_IN, name) FASTSAE_SCREENING_LEVELS(FASTSAE_NOT_IN, name)}
+#define FASTSAE_SCREEN_TABLES(name) {FASTSAE_PLAIN_LEVELS(FASTSAE_NOT_IN, name) FASTSAE_SCREENING_LEVELS(FASTSAE_IN, name)}
 
 template <class Table>
 const Table& pick(const Table* const (&tables)[kLevels]) {

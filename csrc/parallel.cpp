@@ -30,6 +30,25 @@ int (*find_thread_number())() {
 #endif
 }
 
+// Rounding and flushing of denormals belong to a thread: all of them take the caller's, or bits would depend on who computes.
+#if defined(__SSE2__)
+using Control = unsigned;
+Control control() { return _mm_getcsr(); }
+void set_control(Control c) { _mm_setcsr(c); }
+#elif defined(__aarch64__)
+using Control = uint64_t;
+Control control() {
+  Control c;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(c));
+  return c;
+}
+void set_control(Control c) { __asm__ volatile("msr fpcr, %0" : : "r"(c)); }
+#else
+using Control = int;
+Control control() { return 0; }
+void set_control(Control) {}
+#endif
+
 // Looked up when this library is loaded; native.py imports torch before.
 GompParallel const runtime = find_runtime();
 int (*const number)() = find_thread_number();
@@ -48,25 +67,20 @@ void run_on_threads(int threads, void (*body)(void*), void* data) {
     body(data);
     return;
   }
-#ifdef __SSE2__
-  // Rounding and flushing of denormals belong to a thread: all of them take the caller's, or bits would depend on who computes.
   struct Call {
     void (*body)(void*);
     void* data;
-    unsigned control;
-  } call{body, data, _mm_getcsr()};
+    Control control;
+  } call{body, data, control()};
   runtime(
       [](void* p) {
         const Call& c = *static_cast<Call*>(p);
-        const unsigned own = _mm_getcsr();
-        _mm_setcsr(c.control);
+        const Control own = control();
+        set_control(c.control);
         c.body(c.data);
-        _mm_setcsr(own);
+        set_control(own);
       },
       &call, static_cast<unsigned>(threads), 0);
-#else
-  runtime(body, data, static_cast<unsigned>(threads), 0);
-#endif
 }
 
 }  // namespace fastsae

@@ -1,15 +1,17 @@
-// Sixteen floats, whatever the registers: one zmm, two ymm, or what the compiler makes of a vector type. One width for all levels keeps
-// one lane order, so AVX2 and AVX-512 give the same bits.
+// Sixteen floats, whatever the registers: one zmm, two ymm, four of NEON (neon.isa.h), or what the compiler makes of a vector type. One
+// width for all levels keeps one lane order, so AVX2, AVX-512 and NEON give the same bits.
 //
 // Only for *.isa.cpp. Everything here is in an unnamed namespace of the level, and nothing of the standard library is used but
 // fixed-width integers: an inline function shared with baseline code could be compiled with AVX-512 here and be the copy the linker keeps.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #include "fastsae.h"
+#include "isa.h"
 
 #define FASTSAE_INLINE inline __attribute__((always_inline))
 
@@ -202,6 +204,13 @@ struct Vec {
   __m256 lo, hi;
 };
 
+#define FASTSAE_PARTS 1
+typedef __m256 Part;
+constexpr int kParts = 2;
+FASTSAE_INLINE Part& part(Vec& a, int i) { return i == 0 ? a.lo : a.hi; }
+FASTSAE_INLINE Part load_one(const float* p) { return _mm256_loadu_ps(p); }
+FASTSAE_INLINE Part fma_one(Part a, Part b, Part c) { return _mm256_fmadd_ps(a, b, c); }
+
 FASTSAE_INLINE Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 FASTSAE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 FASTSAE_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
@@ -317,7 +326,7 @@ FASTSAE_INLINE void transpose(Vec (&r)[16]) {
 
 FASTSAE_INLINE void fence() { _mm_sfence(); }
 
-#else
+#elif !defined(FASTSAE_NEON)
 
 constexpr int kTile = 4;
 
@@ -417,6 +426,18 @@ FASTSAE_INLINE void transpose(Vec (&r)[16]) {
 FASTSAE_INLINE void fence() {}
 
 #endif
+
+}  // namespace
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae
+
+#ifdef FASTSAE_NEON
+#include "neon.isa.h"
+#endif
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
 
 FASTSAE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 FASTSAE_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // not into the first-level cache

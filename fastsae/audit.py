@@ -147,8 +147,8 @@ class Guard:
         if done.returncode == 0 and verdict == "failed":
             raise Mismatch(failure)
         if done.returncode or verdict != "passed":
-            why = done.stdout.strip()[-300:] or done.returncode
-            _warn(f"{name} could not be checked in a process of its own ({why}), so only on this call")
+            said = done.stdout.strip()[-300:] or done.returncode
+            _warn(f"{name} could not be checked in a process of its own ({said}), so only on this call")
         return not done.returncode and verdict == "passed"
 
     def _compared(self, args: tuple[Any, ...]) -> Any:

@@ -54,9 +54,8 @@ class Row:
 
     def run(self) -> Callable[..., Any]:
         if isinstance(self.target, str):
-            run = self.target = _resolve("fastsae.audit:guard")(self, _resolve(self.target))
-            return run
-        return self.target
+            self.target = _resolve("fastsae.audit:guard")(self, _resolve(self.target))
+        return self.target  # pyright: ignore[reportReturnType] # no text any more
 
     def reason(self, args: Sequence[Any]) -> str | None:
         if self.refuses is None:
@@ -141,8 +140,7 @@ class Op:
         return tuple((row.backend, row.reason(args)) for row in self.rows)
 
     def choose(self, args: Sequence[Any], backend: str | None) -> Row:
-        request = backend or _request() or "*"
-        if request == "*":
+        if (request := backend or _request() or "*") == "*":
             return self._first(args)
         for name in parse_request(request):
             if name == "*":
@@ -194,27 +192,26 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float}
 
 _torch: Any = torch._C  # pyright: ignore[reportPrivateUsage]  (what torch tells of itself nowhere else)
 _VMAP_MODE = _torch._parse_dispatch_key("VmapMode")
+_interpreters, _has_mode = _torch._functorch.peek_interpreter_stack, _torch._dispatch_tls_is_dispatch_key_included
+_modes, _profiles, _traces = _torch._len_torch_dispatch_stack, _torch._autograd._profiler_enabled, _torch._get_tracing_state
+_VARIABLE = "FASTSAE_BACKEND"
+# ``os.environ.get`` of a variable that is not set raises and catches two errors: 1 µs a call.
+_environ, _key = getattr(os.environ, "_data", os.environ), getattr(os.environ, "encodekey", str)(_VARIABLE)
 
 
 def batching() -> bool:
     """Whether tensors may stand for a batch of tensors: ``torch.vmap``, or a backward of batched gradients (``is_grads_batched``)."""
-    return _torch._functorch.peek_interpreter_stack() is not None or _torch._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+    return _interpreters() is not None or _has_mode(_VMAP_MODE)
 
 
 def _nobody_listens() -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and _torch._len_torch_dispatch_stack() == 0
-        and not batching()
-        and not _torch._autograd._profiler_enabled()
-        and _torch._get_tracing_state() is None
-    )
+    return not torch.compiler.is_compiling() and not (_modes() or batching() or _profiles() or _traces())
 
 
 def _run(row: Row, args: Sequence[Any]) -> Any:
     run = row.run()
     # The public operation has already cast its inputs; casting again inside would round the fp32 sums.
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if _torch._is_any_autocast_enabled():
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), full_precision():
             return run(*args)
     if row.backend == "reference":  # the others have products of their own
@@ -237,8 +234,8 @@ def parse_request(request: Any, source: str = "backend") -> list[str]:
 def _request() -> str | None:
     """What ``use_backend`` or the environment asks for; None: nothing."""
     request = _requested.get()
-    if request is None and (request := os.environ.get("FASTSAE_BACKEND") or None) is not None:
-        parse_request(request, "FASTSAE_BACKEND")
+    if request is None and _key in _environ and (request := os.environ[_VARIABLE] or None) is not None:
+        parse_request(request, _VARIABLE)
     return request
 
 

@@ -46,7 +46,7 @@ def tracks(op: str, *tensors: Tensor | None) -> bool:
     """Whether autograd records a call with these differentiable inputs. Derivatives that it does not record, which the kernels would drop
     in silence, raise NotImplementedError: forward-mode ones, and those of ``torch.func``."""
     given = [t for t in tensors if t is not None]
-    records = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    records = torch.is_grad_enabled() and any([t.requires_grad for t in given])  # noqa: C419 (a generator costs more)
     if torch.compiler.is_compiling():
         return records
     if _forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):

@@ -10,6 +10,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from fastsae.gradients import norm
 from fastsae.optim.jobs import sae_in
 from fastsae.optim.optimiser import Optimiser
 from fastsae.sae import checkpoints
+from fastsae.sae.cross_layer import CrossLayerTranscoder
 from fastsae.sae.losses import Metrics
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
@@ -42,7 +44,7 @@ class Fused(Protocol):
 
 
 class Trainer:
-    """Trains an SAE with any torch optimiser, or with a fused one.
+    """Trains an SAE, crosscoder or cross-layer transcoder with any torch optimiser, or with a fused one.
 
     Args:
         sae: the module, or what holds one (``torch.compile(sae)``, ``DataParallel(sae)``), whose steps are taken past the wrapper.
@@ -59,10 +61,11 @@ class Trainer:
             first step starts from rank 0's weights and buffers (BatchTopK and fused optimisers raise RuntimeError: shard the SAE,
             ``fastsae.distributed``). ``lambda parameters: None``: each process trains a model of its own. In one model all processes take
             as many batches, the same steps and decisions; rank 0 saves; loss, fvu and l0 are those of each process's rows.
-        max_norm: rows of a batch do not count whose norm is above ``max_norm`` times the median of the norms of those that the mask counts
-            (of an even number of them, of the lower of the two in the middle): first tokens and attention sinks, whose norm is tens of
-            times that of others. They are left to the mask, so that a batch keeps its size and they count in nothing; a row of exactly
-            this norm stays. So does one whose norm is not finite, which ``on_nonfinite`` is for. Norms are float32's (float64 stays).
+        max_norm: rows of a batch (of several layers: side by side) do not count whose norm is above ``max_norm`` times the median of the
+            norms of those that the mask counts (of an even number of them, of the lower of the two in the middle): first tokens and
+            attention sinks, whose norm is tens of times that of others. They are left to the mask, so that a batch keeps its size and they
+            count in nothing; a row of exactly this norm stays. So does one whose norm is not finite, which ``on_nonfinite`` is for. Norms
+            are float32's (float64 stays).
         on_nonfinite: what becomes of a batch whose loss, or whose gradient's norm (or its square), is not finite; a fused optimiser has
             its own. Parameters, optimiser, buffers, attributes under ``anneal`` and counters stay bit for bit what they were. "raise" (the
             default): FloatingPointError with the step and the row. "skip": go on with the next batch, as if this one had not come;
@@ -71,7 +74,8 @@ class Trainer:
         callback: called with ``(step, metrics)`` every ``log_every`` steps and at the last one; metrics are floats: loss, fvu, l0, dead,
             skipped (batches), left_out (rows that did not count, by mask or ``max_norm``, in all steps so far).
         checkpoint: file to save to, every ``every`` steps and at the end (by rank 0 where torch.distributed is used); of the SAE of
-            ``distributed.shard`` a folder that all processes see.
+            ``distributed.shard`` a folder that all processes see, written by ``async_save_checkpoint`` while training goes on. What fails
+            there is raised by the next save, RuntimeError, or where ``fit`` ends, OSError.
         progress: a tqdm bar where tqdm is installed, else lines on stderr.
 
     Raises: TypeError, ValueError: wrong arguments, an ``opt`` over other parameters than those of ``sae``. IsADirectoryError:
@@ -80,7 +84,7 @@ class Trainer:
 
     def __init__(
         self,
-        sae: SAE | torch.nn.Module,
+        sae: SAE | CrossLayerTranscoder | torch.nn.Module,
         opt: torch.optim.Optimizer | Fused,
         *,
         schedule: Callable[[int], float] | None = None,
@@ -101,8 +105,8 @@ class Trainer:
             _, found = sae_in("Trainer", found)
         if isinstance(found, SAEs):
             raise TypeError("Trainer: sae must be one SAE, got SAEs; loop over opt.step(x)")
-        checks.instance("Trainer", "sae", found, SAE, "an SAE")
-        self.sae: SAE = found
+        checks.instance("Trainer", "sae", found, (SAE, CrossLayerTranscoder), "an SAE or a CrossLayerTranscoder")
+        self.sae: SAE | CrossLayerTranscoder = found
         given: Any = opt
         if isinstance(given, type) or not callable(getattr(given, "step", None)):
             got = given if isinstance(given, type) else type(given).__name__
@@ -131,6 +135,7 @@ class Trainer:
         self.on_nonfinite = finite.policy("Trainer", on_nonfinite or "raise")
         self.callback, self.log_every, self.progress = callback, log_every, progress
         self.checkpoint, self.every = None if checkpoint is None else self._files.file_of("Trainer", checkpoint), every
+        self._saving: Any = None  # the last save, a future where it is made in the background
         self.step = self.skipped = 0
         self._alike = False  # whether processes that average have started from the same weights
 
@@ -138,10 +143,10 @@ class Trainer:
         """Trains on batches until step ``steps`` (counted from the very first, over resumes; None: until the batches end).
 
         Args:
-            batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each; iterated again
-                where it ends before ``steps``. Stored activations: ``Batches(x, size=..)``. One with ``state_dict`` and
-                ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint was taken; another is the caller's to
-                position.
+            batches: ``x [.., D]``, ``(x, target)``, ``(x, target, mask)`` or ``{"x": .., "target": .., "mask": ..}`` each, of the shapes
+                that the module's ``loss`` takes; iterated again where it ends before ``steps``. Stored activations: ``Batches(x,
+                size=..)``. One with ``state_dict`` and ``load_state_dict`` (``Batches``, a stateful loader) goes on where the checkpoint
+                was taken; another is the caller's to position.
             resume: go on from the checkpoint file where there is one: the bits are those of the uninterrupted run on the same instruction
                 set level (``fastsae info``, FASTSAE_ISA) with the same ``torch.get_num_threads()``. Levels from avx2 on have the same bits,
                 portable its own; the number of threads shows in the dense regime, whose products are torch's.
@@ -205,7 +210,7 @@ class Trainer:
     def _take(self, op: str, batch: Any, steps: int | None, batches: Any) -> bool:
         """A batch, and what is due after it: metrics (True where they have been read), the checkpoint."""
         skipped = self.skipped
-        result = self.train_step(*in_roles(batch, self.sae.W_dec.device))
+        result = self.train_step(*in_roles(batch, self.sae.b_dec.device))
         if self.skipped > skipped:
             self._row += 1
             if self._row >= _MOST_SKIPPED:
@@ -219,7 +224,7 @@ class Trainer:
             if self.callback is not None:
                 self.callback(self.step, self._last)
         if self.checkpoint is not None and (final or self.step % self.every == 0):
-            self.save(self.checkpoint, batches)
+            self._keep(batches)
         return shown
 
     def _end(self, op: str, steps: int | None, batches: Any) -> None:
@@ -229,18 +234,30 @@ class Trainer:
         if steps is None and self._result:
             self._last = self._read(self._result)
             if self.checkpoint is not None:
-                self.save(self.checkpoint, batches)
+                self._keep(batches)
 
     @contextlib.contextmanager
     def _late(self) -> Generator[None]:
-        """Where a GPU says late that a step was refused, ``step`` goes back with the optimiser's counter."""
+        """Where a GPU says late that a step was refused, ``step`` goes back with the optimiser's counter. Waits for the last save."""
         ahead = self.step - getattr(self.opt, "steps", 0)
         try:
             yield
         except FloatingPointError:
             if isinstance(self.opt, Optimiser):
                 self.step = ahead + self.opt.steps
+            self._written()
             raise
+        self._written()
+
+    def _keep(self, batches: Any) -> None:
+        """A checkpoint, of a sharded SAE in the background."""
+        how = self._files.async_save_checkpoint if self.sharded else self._files.save_checkpoint
+        self._saving = self._save(how, self.checkpoint, batches)
+
+    def _written(self) -> None:
+        self._saving, last = None, self._saving
+        if isinstance(last, Future):
+            last.result()
 
     def _read(self, result: dict[str, Tensor]) -> dict[str, float]:
         """Metrics as numbers: with a fused optimiser the only wait for a device, and where one says that a step was not finite."""
@@ -260,7 +277,8 @@ class Trainer:
                 "room for all of it, or give Trainer a torch optimiser, whose gradients it averages",
             )
         if self.max_norm is not None:
-            mask = without_high_norms(x, mask, self.max_norm)
+            layered = x.shape[-2:] == (self.sae.n_layers, getattr(self.sae, "d_model", None))
+            mask = without_high_norms(x.flatten(-2) if layered else x, mask, self.max_norm)
         annealed = {name: getattr(self.sae, name) for name in self.anneal}
         skipped = self.skipped
         try:
@@ -311,8 +329,9 @@ class Trainer:
                 self.reduce(parameters)
             elif averaged:
                 _average(parameters, x.shape[:-1].numel() if mask is None else mask.sum())
-            if self.sae.unit_rows:
-                self.sae.remove_parallel_gradient_()
+            unit = self.sae if isinstance(self.sae, SAE) and self.sae.unit_rows else None
+            if unit is not None:
+                unit.remove_parallel_gradient_()
             sizes = [norm(p.grad) for p in parameters if p.grad is not None] + ([] if shared else [(loss - loss).abs()])
             refused = not bool(finite.finite(sizes))
         finally:
@@ -336,15 +355,18 @@ class Trainer:
             for group in self.opt.param_groups if self.schedule is not None else ():
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
             self.opt.step()
-            if self.sae.unit_rows:
-                self.sae.normalise_decoder_()
+            if unit is not None:
+                unit.normalise_decoder_()
         return {"loss": loss, "fvu": result.fvu, "l0": result.l0, "dead": self.sae.dead_features.sum()}
 
     def save(self, path: str | os.PathLike[str], batches: Any = None) -> None:
         """A checkpoint of module, optimiser, step, torch's random state and the position in ``batches``; in a process group rank 0's, and
         by it alone. FloatingPointError: a parameter is not finite; the file stays what it was."""
+        self._save(self._files.save_checkpoint, path, batches)
+
+    def _save(self, how: Callable[..., Any], path: Any, batches: Any) -> Any:
         if processes.rank() != 0 and not self.sharded:
-            return
+            return None
         reason = finite.spoilt(dict(self.sae.named_parameters()))
         if not self.sae.world.agree("Trainer.save", reason is None):
             reason = reason or "a parameter on another process is not finite"
@@ -354,7 +376,7 @@ class Trainer:
             extra["scheduler"] = {"class": type(self.scheduler).__name__, "state": self.scheduler.state_dict()}
         if hasattr(batches, "state_dict"):
             extra["data"] = batches.state_dict()
-        self._files.save_checkpoint(path, self.sae, self.opt, extra)
+        return how(path, self.sae, self.opt, extra)
 
     def load(self, path: str | os.PathLike[str], batches: Any = None) -> None:
         """Goes on from a checkpoint of ``save``; errors as ``load_checkpoint``, ValueError also where the file knows no step. After an
@@ -495,7 +517,7 @@ def _check_scheduler(scheduler: Any, opt: Any, schedule: object) -> None:
         raise ValueError("Trainer: schedule and scheduler must not both be given")
 
 
-def _steps_any(opt: Any, sae: SAE) -> bool:
+def _steps_any(opt: Any, sae: torch.nn.Module) -> bool:
     """Whether an optimiser holds a parameter of the module, as far as it says which it holds."""
     held = getattr(opt, "parameters", None)  # by name in optim
     if isinstance(held, Mapping):

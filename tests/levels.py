@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastsae.native import loader
 
-_SCREENING = ("avx512_vnni", "avx512_bf16")
+_SCREENING = ("avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm")
 _WITH_PRODUCTS = ("encode", "match", "spline")
 
 

@@ -29,7 +29,7 @@ HOME = ROOT / "build" / "mutants"
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 LEVELS = {"portable": [], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"]}
-SCREENS = {"cpu/engine/tile.isa.h", "cpu/engine/topk.isa.h"}  # only levels with dot products of 8-bit integers include these
+SCREENS = {"cpu/engine/lanes.isa.h", "cpu/engine/tile.isa.h", "cpu/engine/topk.isa.h"}  # included where screened only
 NO_SCREEN = {"adam", "decode", "hamming", "signs"}  # have no body of their own at the highest level
 
 # Most of a short test's time is importing torch: once for all. Triton must find TRITON_INTERPRET set when it is imported.

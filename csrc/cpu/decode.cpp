@@ -18,7 +18,7 @@ namespace {
 const DecodeKernels* const kTables[kLevels] = FASTSAE_BASE_TABLES(decode_kernels);
 
 constexpr int64_t kStreamBytes = int64_t{16} << 20;  // an output beyond this leaves the caches anyway
-constexpr int64_t kScatterRows = 64, kScatterColumns = 64;
+constexpr int64_t kScatterColumns = 64;
 
 int64_t element_size(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 

@@ -51,6 +51,8 @@ struct PackJob {
   void* panel;
 };
 
+constexpr int64_t kScatterRows = 256;  // written in one run
+
 // to[i*stride_i + j*stride_j] = tile[i*ld + j], i < rows, j < columns
 struct ScatterJob {
   const void* tile;

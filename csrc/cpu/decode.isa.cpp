@@ -167,6 +167,21 @@ FASTSAE_INLINE Vec column(const PackJob& job, int64_t u, int n, const int32_t* n
   return load(static_cast<const T*>(each));
 }
 
+// Lines of the features from u on, in 16 columns: more streams than the hardware prefetchers follow from page to page.
+template <class T>
+FASTSAE_INLINE void prefetch_columns(const PackJob& job, int64_t u, int64_t u1, int64_t j) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int columns = static_cast<int>(at_most(kLanes, job.width - j));
+  int64_t line = -1;
+  for (const int64_t stop = at_most(u + kLanes, u1); u < stop; ++u) {
+    const int64_t place = (job.used != nullptr ? job.used[u] : u) * job.stride_f;
+    if (place / kLine == line) continue;
+    line = place / kLine;
+    const T* const w = static_cast<const T*>(job.w) + (job.d0 + j) * job.stride_d + place;
+    for (int i = 0; i < columns; ++i) prefetch(reinterpret_cast<const char*>(w + i * job.stride_d));
+  }
+}
+
 template <class T>
 void pack(const PackJob& job, int64_t u0, int64_t u1) {
   T* const panel = static_cast<T*>(job.panel);
@@ -174,6 +189,7 @@ void pack(const PackJob& job, int64_t u0, int64_t u1) {
   for (int64_t j = 0; j < kPanel; j += kLanes) {
     for (int64_t u = u0; u < u1; u += kLanes) {
       const int n = static_cast<int>(at_most(kLanes, u1 - u));
+      prefetch_columns<T>(job, u + 2 * kLanes, u1, j);
       // Features in use ascend: their offsets from the first one fit 32 bits unless they are very far apart.
       int32_t offsets[kLanes];
       const int32_t* nearby = nullptr;
@@ -195,6 +211,16 @@ void pack(const PackJob& job, int64_t u0, int64_t u1) {
 
 template <class T>
 void scatter(const ScatterJob& job) {
+  if (job.rows > kScatterRows && job.stride_i == 1) {
+    ScatterJob part = job;
+    for (int64_t i = 0; i < job.rows; i += kScatterRows) {
+      part.tile = static_cast<const T*>(job.tile) + i * job.ld;
+      part.to = static_cast<T*>(job.to) + i;
+      part.rows = at_most(kScatterRows, job.rows - i);
+      scatter<T>(part);
+    }
+    return;
+  }
   const T* const tile = static_cast<const T*>(job.tile);
   T* const to = static_cast<T*>(job.to);
   if (job.stride_i != 1 || job.rows == 1) {
@@ -203,6 +229,7 @@ void scatter(const ScatterJob& job) {
     return;
   }
   const bool aligned = job.stream && reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(T)) == 0 && job.stride_j % kLanes == 0;
+  T lines[kLanes][kScatterRows + kLanes];  // of `to`: each is written in one run, as memory has it
   for (int64_t j = 0; j < job.columns; j += kLanes) {
     const int columns = static_cast<int>(at_most(kLanes, job.columns - j));
     for (int64_t i = 0; i < job.rows; i += kLanes) {
@@ -213,14 +240,18 @@ void scatter(const ScatterJob& job) {
                    : columns == kLanes ? load(tile + (i + a) * job.ld + j)
                                        : load_part(tile + (i + a) * job.ld + j, columns);
       transpose(block);
-      for (int a = 0; a < columns; ++a) {
-        T* const line = to + i + (j + a) * job.stride_j;
-        if (rows != kLanes)
-          store_part(line, block[a], rows);
+      for (int a = 0; a < columns; ++a) store(lines[a] + i, block[a]);
+    }
+    for (int a = 0; a < columns; ++a) {
+      T* const line = to + (j + a) * job.stride_j;
+      for (int64_t i = 0; i < job.rows; i += kLanes) {
+        const Vec part = load(static_cast<const T*>(lines[a] + i));
+        if (job.rows - i < kLanes)
+          store_part(line + i, part, static_cast<int>(job.rows - i));
         else if (aligned)
-          stream(line, block[a]);
+          stream(line + i, part);
         else
-          store(line, block[a]);
+          store(line + i, part);
       }
     }
   }

@@ -21,12 +21,12 @@ struct TopkScreen {
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
-  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
-    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
-    const __m512 tau = _mm512_set1_ps(load_tau(buffer.tau + row));
-    const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
-    const __mmask16 m0 = _mm512_cmp_ps_mask(f.upper(0, r0, e0), tau, _CMP_NLT_UQ);
-    const __mmask16 m1 = _mm512_cmp_ps_mask(f.upper(1, r1, e1), tau, _CMP_NLT_UQ);
+  FASTSAE_INLINE void row(int64_t row, Vec r0, Vec r1) {
+    const Vec a = broadcast(rows.a[row]), c = broadcast(rows.c[row]);
+    const Vec tau = broadcast(load_tau(buffer.tau + row));
+    const Vec e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
+    const Mask m0 = not_below(f.upper(0, r0, e0), tau);
+    const Mask m1 = not_below(f.upper(1, r1, e1), tau);
     const uint32_t m = joined(m0, m1) & f.exist;
     if (__builtin_expect(m != 0, 0) && __atomic_load_n(buffer.exact + row, __ATOMIC_RELAXED) == 0)
       append(buffer.undecided, row, m, f, r0, r1, e0, e1);
@@ -64,24 +64,24 @@ struct RowwiseScreen {
     group = panel / to.panels * 16;
   }
 
-  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
-    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
-    const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
+  FASTSAE_INLINE void row(int64_t row, Vec r0, Vec r1) {
+    const Vec a = broadcast(rows.a[row]), c = broadcast(rows.c[row]);
+    const Vec e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
     float* const high = to.high + row * to.stride + at;
-    _mm512_store_ps(high, f.upper(0, r0, e0));
-    _mm512_store_ps(high + 16, f.upper(1, r1, e1));
+    store(high, f.upper(0, r0, e0));
+    store(high + 16, f.upper(1, r1, e1));
     // The largest lower end so far; a NaN is passed over, and a feature that does not exist has none.
     float* const low = to.low + row * to.lows + group;
-    __m512 most = _mm512_load_ps(low);
+    Vec most = load(low);
     if (__builtin_expect(f.exist == ~0u, 1)) {
-      most = _mm512_max_ps(f.lower(1, r1, e1), _mm512_max_ps(f.lower(0, r0, e0), most));
+      most = larger(f.lower(1, r1, e1), larger(f.lower(0, r0, e0), most));
     } else {
       for (int h = 0; h < 2; ++h) {
-        const __mmask16 m = static_cast<__mmask16>(f.exist >> (16 * h));
-        most = _mm512_mask_max_ps(most, m, f.lower(h, h == 0 ? r0 : r1, h == 0 ? e0 : e1), most);
+        const Mask m = static_cast<Mask>(f.exist >> (16 * h));
+        most = choose(m, larger(f.lower(h, h == 0 ? r0 : r1, h == 0 ? e0 : e1), most), most);
       }
     }
-    _mm512_store_ps(low, most);
+    store(low, most);
   }
 };
 
@@ -93,7 +93,7 @@ using RowwiseMagnitudes = RowwiseScreen<Magnitudes<kScaled>>;
 void screen_rowwise(const ScreenRows& rows, const ScreenPanels& panels, const Prefetch& next, const RowwiseTopk& to) {
   const int64_t lows = ceil_div(panels.panels, to.panels) * 16;
   for (int64_t r = 0; r < rows.rows; ++r)
-    for (int64_t i = 0; i < lows; i += 16) _mm512_store_ps(to.low + r * to.lows + i, _mm512_set1_ps(-__builtin_inff()));
+    for (int64_t i = 0; i < lows; i += 16) store(to.low + r * to.lows + i, broadcast(-__builtin_inff()));
   if (to.absolute)
     run_scaled<RowwiseMagnitudes, ScreenFormat::int8>(rows, panels, next, to, rows);
   else
@@ -108,7 +108,7 @@ FASTSAE_INLINE void score_entries(S& scorer, const ScreenPanels& p, const Undeci
   for (int64_t i = from; i < to; ++i) {
     if (i + kAhead < to) {
       const char* const later = reinterpret_cast<const char*>(scorer.feature(open.id[i + kAhead] + scorer.job.first));
-      for (int line = 0; line < 4; ++line) _mm_prefetch(later + 64 * line, _MM_HINT_T0);
+      for (int line = 0; line < 4; ++line) prefetch(later + 64 * line);
     }
     scorer.add_entry(row, i);
   }
@@ -121,16 +121,14 @@ FASTSAE_INLINE void score_entries(S& scorer, const ScreenPanels& p, const Undeci
 
 // How many features of a row have an upper end that is not below tau; they and their ends to `open`.
 FASTSAE_INLINE int64_t reaching(float tau, const float* high, int64_t features, const Undecided& open) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int64_t n = 0;
   for (int64_t i = 0; i < features; i += 16) {
-    const __mmask16 valid = features - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(features - i));
-    const __m512 v = _mm512_load_ps(high + i);
-    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ);
+    const Mask valid = valid_of(features - i);
+    const Vec v = load(high + i);
+    const Mask m = valid & not_below(v, broadcast(tau));
     if (m == 0) continue;
-    _mm512_storeu_ps(open.hi + n, _mm512_maskz_compress_ps(m, v));
-    _mm512_storeu_si512(open.id + n, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(i)))));
-    n += __builtin_popcount(m);
+    compact(open.hi + n, m, v);
+    n += compact(open.id + n, m, ascending(static_cast<int32_t>(i)));
   }
   return n;
 }
@@ -139,38 +137,29 @@ FASTSAE_INLINE int64_t reaching(float tau, const float* high, int64_t features, 
 FASTSAE_INLINE int64_t postpone(float least, const Undecided& open, int64_t n, const Undecided& later) {
   int64_t kept = 0, rest = 0;
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
-    const __m512 v = _mm512_loadu_ps(open.hi + i);
-    const __m512i id = _mm512_loadu_si512(open.id + i);
-    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, v, _mm512_set1_ps(least), _CMP_GE_OQ);
-    const __mmask16 other = valid & static_cast<__mmask16>(~m);
-    _mm512_storeu_ps(open.hi + kept, _mm512_maskz_compress_ps(m, v));
-    _mm512_storeu_si512(open.id + kept, _mm512_maskz_compress_epi32(m, id));
-    _mm512_storeu_ps(later.hi + rest, _mm512_maskz_compress_ps(other, v));
-    _mm512_storeu_si512(later.id + rest, _mm512_maskz_compress_epi32(other, id));
-    kept += __builtin_popcount(m);
-    rest += __builtin_popcount(other);
+    const Mask valid = valid_of(n - i);
+    const Vec v = load(open.hi + i);
+    const Ints id = load(open.id + i);
+    const Mask m = valid & at_least(v, broadcast(least));
+    const Mask other = valid & static_cast<Mask>(~m);
+    compact(open.hi + kept, m, v);
+    kept += compact(open.id + kept, m, id);
+    compact(later.hi + rest, other, v);
+    rest += compact(later.id + rest, other, id);
   }
   return kept;
 }
 
 // The k best of a row's scores as entries of order.h, in order. Each goes where as many others are better.
 void rank_scores(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best) {
-  const __m256i top = _mm256_set1_epi32(0x7fffffff);
-  for (int64_t i = 0; i < n; i += 8) {
-    const __m256 v = _mm256_add_ps(_mm256_loadu_ps(scores + i), _mm256_setzero_ps());  // -0 to +0
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i key = _mm256_mask_sub_epi32(bits, _mm256_cmpge_epi32_mask(bits, _mm256_setzero_si256()), top, bits);
-    const __m256i high = _mm256_maskz_mov_epi32(_mm256_cmp_ps_mask(v, v, _CMP_ORD_Q), key);
-    const __m512i id = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(features + i)));
-    const __mmask8 valid = n - i >= 8 ? static_cast<__mmask8>(0xff) : static_cast<__mmask8>((1u << (n - i)) - 1u);
-    const __m512i made = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(high), 32), id);
-    _mm512_storeu_si512(all + i, _mm512_mask_mov_epi64(_mm512_set1_epi64(-1), valid, made));
+  for (int64_t i = 0; i < n; ++i) {
+    const float score = scores[i] + 0.0f;  // -0 to +0
+    const uint32_t bits = as_bits(score), key = static_cast<int32_t>(bits) < 0 ? bits : 0x7fffffff - bits;
+    all[i] = static_cast<uint64_t>(score != score ? 0 : key) << 32 | static_cast<uint32_t>(features[i]);
   }
   for (int64_t i = 0; i < n; ++i) {
-    const __m512i own = _mm512_set1_epi64(static_cast<int64_t>(all[i]));
     int64_t better = 0;
-    for (int64_t j = 0; j < n; j += 8) better += __builtin_popcount(_mm512_cmplt_epu64_mask(_mm512_loadu_si512(all + j), own));
+    for (int64_t j = 0; j < n; ++j) better += all[j] < all[i];
     if (better < k) best[better] = all[i];
   }
 }
@@ -219,26 +208,26 @@ struct ThresholdScreen {
   const ScreenRows& rows;
   const int32_t* tau;
   Features<kScaled> f{};
-  __m512 extra[2] = {};
+  Vec extra[2] = {};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) {
     f.set(p, panel);
     for (int h = 0; h < 2; ++h)
-      extra[h] = kPerFeature || kGate ? _mm512_loadu_ps(p.extra + panel * kPanelWidth + 16 * h) : _mm512_setzero_ps();
+      extra[h] = kPerFeature || kGate ? load(p.extra + panel * kPanelWidth + 16 * h) : zero();
   }
 
-  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
-    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
-    const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
-    const __m512 least0 = kPerFeature ? extra[0] : kGate ? _mm512_setzero_ps() : _mm512_set1_ps(load_tau(tau));
-    const __m512 least1 = kPerFeature ? extra[1] : least0;
-    const auto passes = [](__m512 upper, __m512 least) {
-      return kPerFeature || kGate ? _mm512_cmp_ps_mask(upper, least, _CMP_NLE_UQ) : _mm512_cmp_ps_mask(upper, least, _CMP_NLT_UQ);
+  FASTSAE_INLINE void row(int64_t row, Vec r0, Vec r1) {
+    const Vec a = broadcast(rows.a[row]), c = broadcast(rows.c[row]);
+    const Vec e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
+    const Vec least0 = kPerFeature ? extra[0] : kGate ? zero() : broadcast(load_tau(tau));
+    const Vec least1 = kPerFeature ? extra[1] : least0;
+    const auto passes = [](Vec upper, Vec least) {
+      return kPerFeature || kGate ? not_at_most(upper, least) : not_below(upper, least);
     };
-    __mmask16 m0 = passes(f.upper(0, r0, e0), least0), m1 = passes(f.upper(1, r1, e1), least1);
+    Mask m0 = passes(f.upper(0, r0, e0), least0), m1 = passes(f.upper(1, r1, e1), least1);
     if (kGate) {  // the scale of a gated encoder is not negative, so e is the slack of the bare product too
-      m0 = m0 & _mm512_cmp_ps_mask(_mm512_add_ps(_mm512_add_ps(r0, e0), extra[0]), _mm512_setzero_ps(), _CMP_NLE_UQ);
-      m1 = m1 & _mm512_cmp_ps_mask(_mm512_add_ps(_mm512_add_ps(r1, e1), extra[1]), _mm512_setzero_ps(), _CMP_NLE_UQ);
+      m0 = m0 & not_at_most(add(add(r0, e0), extra[0]), zero());
+      m1 = m1 & not_at_most(add(add(r1, e1), extra[1]), zero());
     }
     const uint32_t m = joined(m0, m1) & f.exist;
     if (__builtin_expect(m != 0, 0)) append(undecided, row, m, f, r0, r1, e0, e1);
@@ -287,13 +276,13 @@ struct BoundsScreen {
   Features<kScaled> f{};
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
-  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
-    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
+  FASTSAE_INLINE void row(int64_t row, Vec r0, Vec r1) {
+    const Vec a = broadcast(rows.a[row]), c = broadcast(rows.c[row]);
     for (int h = 0; h < 2; ++h) {
-      const __m512 r = h == 0 ? r0 : r1, e = f.slack(h, a, c);
-      const __mmask16 m = static_cast<__mmask16>(f.exist >> (16 * h));
-      _mm512_mask_storeu_ps(lo + row * ld + f.first + 16 * h, m, f.lower(h, r, e));
-      _mm512_mask_storeu_ps(hi + row * ld + f.first + 16 * h, m, f.upper(h, r, e));
+      const Vec r = h == 0 ? r0 : r1, e = f.slack(h, a, c);
+      const int n = __builtin_popcount(f.exist >> (16 * h) & 0xffff);
+      store_part(lo + row * ld + f.first + 16 * h, f.lower(h, r, e), n);
+      store_part(hi + row * ld + f.first + 16 * h, f.upper(h, r, e), n);
     }
   }
 };

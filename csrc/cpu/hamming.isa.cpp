@@ -1,7 +1,7 @@
 // Hamming distances of packed codes: 16 codes side by side in 32-bit lanes, so that counts need no sum across lanes.
 //
 // avx512 counts with VPOPCNTD where the CPU has it, which no level promises: a function of its own, chosen at run
-// time. Elsewhere bytes are counted through a table of nibbles (vpshufb; Mula 2008) or by halving (portable), and joined every kBytesHold
+// time. Elsewhere bytes are counted: by CNT (NEON), through a table of nibbles (vpshufb; Mula 2008) or by halving (portable), and joined every kBytesHold
 // halves.
 #include "cpu/hamming.h"
 
@@ -95,6 +95,49 @@ FASTSAE_INLINE uint32_t lanes_below(const int32_t* p, int32_t limit) {
   const __m256i all = _mm256_set1_epi32(limit);
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(all, d.lo)))) |
          static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(all, d.hi)))) << 8;
+}
+
+#elif defined(FASTSAE_NEON)
+
+constexpr int kByteGroups = 1;  // 16 of 32 registers for the bytes of four rows
+
+struct Bits {
+  uint32x4_t x[4];
+};
+
+template <class F>
+FASTSAE_INLINE Bits each_bits(const F& f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+FASTSAE_INLINE Bits none() {
+  return each_bits([](int) { return vdupq_n_u32(0); });
+}
+FASTSAE_INLINE Bits load_bits(const int32_t* p) {
+  return each_bits([&](int i) { return vreinterpretq_u32_s32(vld1q_s32(p + 4 * i)); });
+}
+FASTSAE_INLINE Bits differ(Bits a, int32_t b) {
+  return each_bits([&](int i) { return veorq_u32(a.x[i], vdupq_n_u32(static_cast<uint32_t>(b))); });
+}
+FASTSAE_INLINE Bits add_bytes(Bits a, Bits b) {
+  return each_bits([&](int i) { return vaddq_u32(a.x[i], b.x[i]); });  // no byte overflows into the next
+}
+FASTSAE_INLINE Bits count(Bits a) {
+  return each_bits([&](int i) { return vreinterpretq_u32_u8(vcntq_u8(vreinterpretq_u8_u32(a.x[i]))); });
+}
+FASTSAE_INLINE Bits join(Bits total, Bits bytes) {
+  return each_bits([&](int i) { return vpadalq_u16(total.x[i], vpaddlq_u8(vreinterpretq_u8_u32(bytes.x[i]))); });
+}
+FASTSAE_INLINE void store_bits(int32_t* to, Bits a) {
+  for (int i = 0; i < 4; ++i) vst1q_s32(to + 4 * i, vreinterpretq_s32_u32(a.x[i]));
+}
+FASTSAE_INLINE void store_bits_part(int32_t* to, Bits a, int n) {
+  int32_t part[kGroup];
+  store_bits(static_cast<int32_t*>(part), a);
+  for (int i = 0; i < n; ++i) to[i] = part[i];
+}
+FASTSAE_INLINE void stream_bits(int32_t* to, Bits a) { store_bits(to, a); }
+FASTSAE_INLINE uint32_t lanes_below(const int32_t* p, int32_t limit) {
+  return mask([&](int i) { return vcltq_s32(vld1q_s32(p + 4 * i), vdupq_n_s32(limit)); });
 }
 
 #else

@@ -20,16 +20,16 @@ struct MatchScreen {
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
-  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
-    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
-    const __m512 tau = _mm512_set1_ps(load_tau(buffer.tau + row));
-    const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
+  FASTSAE_INLINE void row(int64_t row, Vec r0, Vec r1) {
+    const Vec a = broadcast(rows.a[row]), c = broadcast(rows.c[row]);
+    const Vec tau = broadcast(load_tau(buffer.tau + row));
+    const Vec e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
     if (kAbsolute) {  // a magnitude errs by no more than the number
-      r0 = _mm512_abs_ps(r0);
-      r1 = _mm512_abs_ps(r1);
+      r0 = magnitude(r0);
+      r1 = magnitude(r1);
     }
     uint32_t m =
-        joined(_mm512_cmp_ps_mask(_mm512_add_ps(r0, e0), tau, _CMP_NLT_UQ), _mm512_cmp_ps_mask(_mm512_add_ps(r1, e1), tau, _CMP_NLT_UQ)) &
+        joined(not_below(add(r0, e0), tau), not_below(add(r1, e1), tau)) &
         f.exist;
     if (__builtin_expect(m != 0, 0)) {
       const int64_t self = buffer.self + row - f.first;
@@ -55,29 +55,29 @@ struct PairScreen {
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
-  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
-    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]);
-    const __m512 tau = _mm512_set1_ps(load_tau(buffer.rows.tau + row));
-    const __m512 low_tau = _mm512_set1_ps(-load_tau(buffer.low_tau + row));
-    const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
+  FASTSAE_INLINE void row(int64_t row, Vec r0, Vec r1) {
+    const Vec a = broadcast(rows.a[row]), c = broadcast(rows.c[row]);
+    const Vec tau = broadcast(load_tau(buffer.rows.tau + row));
+    const Vec low_tau = broadcast(-load_tau(buffer.low_tau + row));
+    const Vec lowest = broadcast(-__builtin_inff());
     uint32_t m = 0;
-    __m512 e[2];
+    Vec e[2];
     for (int h = 0; h < 2; ++h) {
-      const __m512 r = h == 0 ? r0 : r1;
+      const Vec r = h == 0 ? r0 : r1;
       e[h] = f.slack(h, a, c);
-      const __m512 hi = _mm512_add_ps(r, e[h]), lo = _mm512_sub_ps(r, e[h]);
+      const Vec hi = add(r, e[h]), lo = sub(r, e[h]);
       float* const at = buffer.column_lows + f.first + 16 * h;
       // Each list is sorted; the new one pushes what it beats down by one. A NaN counts as -inf.
-      __m512 v = _mm512_max_ps(lo, lowest), last = v;
-      const __m512 column = _mm512_loadu_ps(buffer.column_tau + f.first + 16 * h);
-      const __m512 kth = _mm512_max_ps(column, _mm512_loadu_ps(at + (buffer.k - 1) * buffer.columns));
+      Vec v = larger(lo, lowest), last = v;
+      const Vec column = load(buffer.column_tau + f.first + 16 * h);
+      const Vec kth = larger(column, load(at + (buffer.k - 1) * buffer.columns));
       for (int64_t j = 0; j < buffer.k; ++j) {
-        last = _mm512_loadu_ps(at + j * buffer.columns);
-        _mm512_storeu_ps(at + j * buffer.columns, _mm512_max_ps(v, last));
-        v = _mm512_min_ps(v, last);
+        last = load(at + j * buffer.columns);
+        store(at + j * buffer.columns, larger(v, last));
+        v = smaller(v, last);
       }
-      const __mmask16 open = _mm512_cmp_ps_mask(hi, _mm512_min_ps(tau, kth), _CMP_NLT_UQ) | _mm512_cmp_ps_mask(lo, low_tau, _CMP_NGT_UQ);
-      m |= static_cast<uint32_t>(_mm512_mask2int(open)) << (16 * h);
+      const Mask open = not_below(hi, smaller(tau, kth)) | not_above(lo, low_tau);
+      m |= static_cast<uint32_t>(open) << (16 * h);
     }
     m &= f.exist;
     if (__builtin_expect(m != 0, 0)) append(buffer.rows.undecided, row, m, f, r0, r1, e[0], e[1]);

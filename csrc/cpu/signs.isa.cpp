@@ -83,6 +83,29 @@ FASTSAE_INLINE uint64_t pack64(const boolean* z) {
   return ~(low | static_cast<uint64_t>(high) << 32);
 }
 
+#elif defined(FASTSAE_NEON)
+
+// Sixteen elements each.
+FASTSAE_INLINE uint16_t pack16(const float* z) {
+  const uint32x4_t infinity = vdupq_n_u32(kInfinity);
+  return mask([&](int i) { return vcltq_u32(vsubq_u32(vreinterpretq_u32_f32(vld1q_f32(z + 4 * i)), vdupq_n_u32(1)), infinity); });
+}
+template <class H>
+FASTSAE_INLINE uint16_t pack16(const H* z) {
+  const auto on = [&](int i) { return vmovn_u16(vcltq_u16(vsubq_u16(vld1q_u16(&z->bits + i), vdupq_n_u16(1)), vdupq_n_u16(kHalfInfinity<H>))); };
+  return mask_of(vcombine_u8(on(0), on(8)));
+}
+FASTSAE_INLINE uint16_t pack16(const boolean* z) {
+  const uint8x16_t bytes = vld1q_u8(&z->bits);
+  return mask_of(vtstq_u8(bytes, bytes));
+}
+template <class T>
+FASTSAE_INLINE uint64_t pack64(const T* z) {
+  uint64_t word = 0;
+  for (int i = 0; i < 64; i += 16) word |= static_cast<uint64_t>(pack16(z + i)) << i;
+  return word;
+}
+
 #else
 
 FASTSAE_INLINE bool on(float x) { return as_bits(x) - 1 < kInfinity; }

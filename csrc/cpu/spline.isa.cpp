@@ -19,13 +19,13 @@ struct SignScreen {
 
   FASTSAE_INLINE void panel(const ScreenPanels& p, int panel) { f.set(p, panel); }
 
-  FASTSAE_INLINE void row(int64_t row, __m512 r0, __m512 r1) {
-    const __m512 a = _mm512_set1_ps(rows.a[row]), c = _mm512_set1_ps(rows.c[row]), none = _mm512_setzero_ps();
-    const __m512 e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
+  FASTSAE_INLINE void row(int64_t row, Vec r0, Vec r1) {
+    const Vec a = broadcast(rows.a[row]), c = broadcast(rows.c[row]), none = zero();
+    const Vec e0 = f.slack(0, a, c), e1 = f.slack(1, a, c);
     const uint32_t on =
-        joined(_mm512_cmp_ps_mask(f.lower(0, r0, e0), none, _CMP_GT_OQ), _mm512_cmp_ps_mask(f.lower(1, r1, e1), none, _CMP_GT_OQ));
+        joined(above(f.lower(0, r0, e0), none), above(f.lower(1, r1, e1), none));
     const uint32_t maybe =
-        joined(_mm512_cmp_ps_mask(f.upper(0, r0, e0), none, _CMP_NLE_UQ), _mm512_cmp_ps_mask(f.upper(1, r1, e1), none, _CMP_NLE_UQ));
+        joined(not_at_most(f.upper(0, r0, e0), none), not_at_most(f.upper(1, r1, e1), none));
     words[row * ld + f.first / 32] = on & f.exist;
     const uint32_t open = maybe & ~on & f.exist;
     if (open != 0) append(undecided, row, open, f, r0, r1, e0, e1);

@@ -37,7 +37,7 @@ def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOAT
     """``value`` is a dense tensor of one of ``dtypes`` on the device of ``like``; TypeError otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":  # whose class is slow to import
+    if type(value) is not Tensor and type(value).__name__ == "DTensor":  # whose class is slow to import
         raise TypeError(f"{op}: {name} is a DTensor, of which this process holds a part: for match and mmcs give fastsae.distributed.part")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must have dtype {_names(dtypes)}, got {_names([value.dtype])}")
@@ -64,7 +64,7 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], mea
 
 
 def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.dtype != other.dtype:
+    if value.dtype is not other.dtype:
         raise TypeError(f"{op}: {name} must have the dtype of {other_name} ({_names([other.dtype])}), got {_names([value.dtype])}")
 
 
@@ -91,7 +91,7 @@ def vector(op: str, name: str, value: Any, size: int, like: Tensor, size_name: s
     if value is None:
         return None
     tensor(op, name, value, beside(like), like)
-    if value.shape != (size,):
+    if value.dim() != 1 or value.shape[0] != size:
         shape(op, name, value, (size,), f"[{size_name}={size}]")
     return value
 
@@ -187,7 +187,8 @@ def index_dtype(op: str, value: Any, n_features: int) -> torch.dtype:
 
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is on for a device; False for device types that know none (meta)."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def autocast(*values: Tensor | None) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ def bad_row(x: Tensor | None, target: Tensor | None, mask: Tensor | None) -> str
     for name, rows in (("x", x), ("target", target)):
         if rows is not None and rows.dim():
             bad = ~rows.isfinite().all(-1)
+            bad = bad if mask is None or mask.dim() == bad.dim() else bad.any(-1)  # of several layers
             at = (bad if mask is None else bad & (mask != 0)).nonzero()
             if len(at):
                 where = int(at[0]) if at.shape[1] == 1 else at[0].tolist()

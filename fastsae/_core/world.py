@@ -21,14 +21,19 @@ class World:
         virtual: number of virtual shards of all processes. cuts: where those of this process begin and end among its features (none where
             features are not cut). start: its first feature. features: of all processes.
         copies: how many processes hold the same features; they divide the rows among them. first: rows before this process's share.
-        replicated: parameters that every process holds whole.
+        rank, shard: which of all processes this is, and which of those of its copy.
+        replicated: names of parameters and buffers that every process holds whole.
     """
 
     virtual = copies = 1
-    start = first = 0
+    start = first = rank = shard = 0
     features = 0
     cuts: tuple[int, ...] = ()
     replicated: tuple[str, ...] = ()
+
+    def whole(self, name: str) -> bool:
+        """Whether every process holds all of a parameter or buffer of this name, also of a module within a module."""
+        return name.rpartition(".")[2] in self.replicated
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes, one after the other, from those that each has."""
@@ -53,6 +58,14 @@ class World:
     def tree(self, parts: Tensor) -> Tensor:
         """The sum over all virtual shards, on every process, from ``parts [own virtual shards, ..]``."""
         return parts[0]
+
+    def total(self, t: Tensor) -> Tensor:
+        """``[]``: the sum over the features of all processes, from ``t [own features]``."""
+        return t.sum()
+
+    def pick(self, rows: Tensor, at: Tensor) -> Tensor:
+        """``[n, ..]``: what lies at ``at [n]`` of the rows of all processes, one after the other (of features: of the first copy)."""
+        return rows[at]
 
     def each(self, t: Tensor) -> Tensor:
         """``[processes, ..]``: what each process has, of one shape on all."""

@@ -60,7 +60,8 @@ def explore(study: Study, name: str) -> tuple[SAE, Tensor]:
     for seed, path in enumerate(paths):
         path.unlink(missing_ok=True)
         curve: list[dict[str, float]] = []
-        options_of = {"callback": lambda step, seen, to=curve: to.append({"step": step, **seen}), "log_every": max(1, study["steps"] // 50)}
+        options_of: dict[str, Any] = {"callback": lambda step, seen, to=curve: to.append({"step": step, **seen})}
+        options_of["log_every"] = max(1, study["steps"] // 50)
         sae = train(study, shards, hook, TopK(study["k"]), path, seed, **options_of).requires_grad_(False)
         curve[-1]["held_out_fvu"] = float(sae(y).squared_error.sum() / (y - y.mean(0)).square().sum())
         saes.append(sae)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,25 +23,28 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastsae._core import checks, files
-from fastsae.distributed.module import ShardedSAE, sharded
+from fastsae._core.world import World
+from fastsae.distributed.module import ShardedCrossLayerTranscoder, ShardedSAE
 from fastsae.distributed.world import Ranks
 from fastsae.formats import weight_files
 from fastsae.optim.optimiser import Optimiser
 from fastsae.sae.activations import BatchTopK, TopK
-from fastsae.sae.checkpoints import Checkpoint, alike, read, storable
+from fastsae.sae.checkpoints import KINDS, Checkpoint, Trained, alike, read, storable, trained_of
 from fastsae.sae.module import SAE
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)  # of a part, which one process writes alone
 _MANIFEST, _REST = "manifest.json", "rest.pt"
-ShardedSAE.checkpoints = sys.modules[__name__]
+ShardedSAE.checkpoints = ShardedCrossLayerTranscoder.checkpoints = sys.modules[__name__]
 
 
-def save_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | None = None, extra: Mapping[str, Any] | None = None) -> Path:
+def save_checkpoint(
+    folder: str | os.PathLike[str], sae: Trained, opt: Optimiser | None = None, extra: Mapping[str, Any] | None = None
+) -> Path:
     """Writes everything that training goes on from, each process the features that it holds; called by all processes.
 
     Args:
         folder: on a file system that all processes see; is made where it does not exist.
-        sae: what ``shard`` returned. opt: its optimiser, or None.
+        sae: what ``shard`` returned, of any kind. opt: its optimiser, or None.
         extra: as in ``fastsae.save_checkpoint``; rank 0's is kept.
 
     The folder holds ``manifest.json``, written last, and the folder that it names; the state before is removed after that. A crash at any
@@ -59,7 +61,7 @@ def save_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | N
 
 
 def async_save_checkpoint(
-    folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | None = None, extra: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str], sae: Trained, opt: Optimiser | None = None, extra: Mapping[str, Any] | None = None
 ) -> Future[Path]:
     """As ``save_checkpoint``, written by a thread from a copy in the CPU's memory while training goes on; called by all processes.
 
@@ -106,7 +108,7 @@ def _settled(op: str, world: Ranks) -> None:
 
 
 def _begun(
-    op: str, folder: Path, sae: SAE, world: Ranks, opt: Optimiser | None, extra: Mapping[str, Any] | None
+    op: str, folder: Path, sae: Trained, world: Ranks, opt: Optimiser | None, extra: Mapping[str, Any] | None
 ) -> tuple[Path, Path, dict[str, Tensor]]:
     """(folder, the folder of this state, what lies in it of this process), when all processes are here and rank 0 has made it."""
     _settled(op, world)
@@ -119,7 +121,7 @@ def _begun(
     if world.rank == 0:
         _make(data, rest)
     _agreed(world, 0)
-    return folder, data, {} if world.copy else dict(_entries(world, sae.state_dict(), state))
+    return folder, data, {} if world.copy else dict(_entries(world, sae.state_dict(), state, _stacked(sae.config())))
 
 
 def _rest(config: dict[str, Any], virtual: int, extra: Mapping[str, Any] | None, state: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -178,12 +180,12 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
     kept: weights, buffers, the optimiser's state, ``extra``; training goes on from either.
 
     Args:
-        source, target: a folder and a file, or a file of one SAE and a folder.
+        source, target: a folder and a file, or a file and a folder.
         virtual: of the folder that is made: the number of virtual shards, see ``shard``. None where a file is made.
 
     Memory: weights and moments. Read only folders that you trust, see ``load_checkpoint``. Returns ``target``.
 
-    Raises: FileNotFoundError. ValueError: damaged, no single SAE, the state of an optimiser that is not of ``fastsae.optim``, ``virtual``.
+    Raises: FileNotFoundError. ValueError: damaged, the state of an optimiser that is not of ``fastsae.optim``, ``virtual``.
     """
     op, source, target = "convert_checkpoint", Path(source), Path(target)
     if source.is_dir() is not (virtual is None):
@@ -198,7 +200,8 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
         for name, t in entries.items():
             whole, _, number = name.rpartition(".")
             parts.setdefault(whole if number.isdigit() else name, {})[int(number) if number.isdigit() else 0] = t
-        tensors = {name: torch.cat([by[n] for n in sorted(by)]) if len(by) > 1 else by[min(by)] for name, by in parts.items()}
+        dim = _stacked(rest["config"])
+        tensors = {name: torch.cat([by[n] for n in sorted(by)], dim) if len(by) > 1 else by[min(by)] for name, by in parts.items()}
         content = {"format": 1, "config": rest["config"], "extra": rest["extra"], "opt": rest["opt"], "stepped": None}
         content["sae"] = {name.removeprefix("sae."): t for name, t in tensors.items() if name.startswith("sae.")}
         for name, entry in (rest["opt"] or {"state": {}})["state"].items():
@@ -206,20 +209,23 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
         files.replace(target, lambda part: weight_files.save_pt(part, content))
         return target
     content, fresh = read(source)
-    if not isinstance(fresh, SAE) or content.get("stepped") is not None:
-        raise ValueError(f"{op}: {source} must hold one SAE and no state of another library's optimiser")
-    features, virtual = fresh.d_sae, checks.integer(op, "virtual", virtual, 2)
+    if content.get("stepped") is not None:
+        raise ValueError(f"{op}: {source} must hold no state of another library's optimiser")
+    first = fresh if isinstance(fresh, SAE) else fresh[0]
+    features, virtual = first.d_sae, checks.integer(op, "virtual", virtual, 2)
     width = -(-features // virtual)
     cuts = [min(width * shard, features) for shard in range(virtual + 1)]
-    world = SimpleNamespace(shard=0, cuts=cuts, replicated=Ranks.replicated)
+    world = World()
+    world.cuts, world.replicated = tuple(cuts), Ranks.replicated
     data = target / f"data-{_number(target) + 1}"
     _make(data, _rest(content["config"], virtual, content["extra"], content["opt"]))
-    save(dict(_entries(world, content["sae"], content["opt"])), checkpoint_id=data / "part-0", no_dist=True)
+    entries = _entries(world, content["sae"], content["opt"], _stacked(content["config"]))
+    save(dict(entries), checkpoint_id=data / "part-0", no_dist=True)
     _name(target, data, 1)
     return target
 
 
-def load_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | None = None) -> dict[str, Any]:
+def load_checkpoint(folder: str | os.PathLike[str], sae: Trained, opt: Optimiser | None = None) -> dict[str, Any]:
     """Reads what ``save_checkpoint`` wrote, on any number of processes, in place; called by all. Returns its ``extra``.
 
     Args:
@@ -235,7 +241,7 @@ def load_checkpoint(folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | N
 
 
 def restore(
-    folder: str | os.PathLike[str], sae: SAE, opt: Optimiser | None, also: Callable[[dict[str, Any]], object] | None = None
+    folder: str | os.PathLike[str], sae: Trained, opt: Optimiser | None, also: Callable[[dict[str, Any]], object] | None = None
 ) -> Checkpoint:
     """``load_checkpoint``; ``also`` takes over what it needs of ``extra``, or raises before the module is written to."""
     op, folder, world = "load_checkpoint", Path(folder), _world("load_checkpoint", sae)
@@ -244,21 +250,21 @@ def restore(
         rest, places = _read(folder)
         if rest["virtual"] != world.virtual:
             raise ValueError(f"{op}: {folder} is of virtual={rest['virtual']}, the SAE of virtual={world.virtual}")
-        fresh = SAE.from_config(rest["config"], device="meta")
-        alike(sae, fresh)
+        ours, theirs = alike(sae, trained_of(rest["config"]))
         if opt is not None and rest["opt"] is None:
             raise ValueError(f"{op}: {folder} holds no optimiser's state")
         state = None if opt is None else _filled(opt, rest["opt"])
         local = {name: torch.empty_like(t) for name, t in sae.state_dict().items()}
-        _load(dict(_entries(world, local, state)), places)
+        _load(dict(_entries(world, local, state, _stacked(rest["config"]))), places)
         if also is not None:
             also(rest["extra"])
         world.begin(op, 0, [str(path) for path in places])  # nothing is written before all have read
     if opt is not None and state is not None:
         opt.load_state_dict(state)
     sae.load_state_dict(local)
-    if isinstance(fresh.activation, (TopK, BatchTopK)):
-        sae.k = fresh.k
+    for one, other in zip(ours, theirs):
+        if isinstance(other.activation, (TopK, BatchTopK)):
+            one.k = other.k
     return Checkpoint(sae, rest["extra"])
 
 
@@ -298,8 +304,10 @@ def exists(folder: Path) -> bool:
 
 
 def _world(op: str, sae: Any) -> Ranks:
-    checks.instance(op, "sae", sae, ShardedSAE, "what fastsae.distributed.shard returned for several virtual shards")
-    return sae.world
+    world = sae.world if isinstance(sae, KINDS) else None
+    if not isinstance(world, Ranks):
+        raise TypeError(f"{op}: sae must be what fastsae.distributed.shard returned for several virtual shards, got {type(sae).__name__}")
+    return world
 
 
 def _agreed(world: Ranks, number: int) -> int:
@@ -327,16 +335,21 @@ def _filled(opt: Optimiser, numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {**numbers, "state": entries}
 
 
-def _entries(world: Any, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> Iterator[tuple[str, Tensor]]:
+def _stacked(config: Mapping[str, Any]) -> int:
+    """The dimension of features: the second one in a stack."""
+    return int("dictionaries" in config)
+
+
+def _entries(world: World, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None, dim: int) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of this process, of a module and its optimiser, by name, one a virtual shard of what is sharded."""
     held = [(name, f"sae.{name}", t) for name, t in tensors.items()]
     for name, entry in state["state"].items() if state else ():
         held += [(name, f"opt.{name}.{key}", t) for key, t in entry.items() if isinstance(t, Tensor)]
-    first = world.shard * (len(world.cuts) - 1)
+    first = getattr(world, "shard", 0) * (len(world.cuts) - 1)
     for name, entry, t in held:
-        if not sharded(world, name):
+        if world.whole(name):
             yield entry, t
             continue
         for shard, (start, stop) in enumerate(pairwise(world.cuts), first):
             if stop > start:
-                yield f"{entry}.{shard}", t[start:stop]
+                yield f"{entry}.{shard}", t.narrow(dim, start, stop - start)

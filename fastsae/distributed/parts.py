@@ -1,15 +1,18 @@
-"""A dictionary whose rows lie on several processes and that is no SAE."""
+"""A dictionary whose rows lie on several processes and that is no SAE; a sharded SAE's tensors as torch's containers of such rows."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from itertools import accumulate
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastsae._core import checks, processes
+from fastsae.distributed.module import ShardedSAE
 from fastsae.distributed.world import Ranks
 
 
@@ -54,3 +57,33 @@ def part(rows: Tensor, group: dist.ProcessGroup | None = None, *, timeout: float
     world.sizes, world.features, world.virtual, world.start = world.rows, bounds[-1], world.size, bounds[world.rank]
     world.cuts = (0, rows.shape[0])
     return Part(rows.detach(), world)
+
+
+def dtensors(sae: ShardedSAE, mesh: DeviceMesh) -> dict[str, DTensor]:
+    """``sae.state_dict()`` as DTensors on the same memory, without a copy: for ``torch.distributed.checkpoint`` and tools of your own.
+
+    Args:
+        sae: what ``shard`` returned for several virtual shards. mesh: what ``shard`` was given, of a group
+            ``DeviceMesh.from_group(group, "cpu")``.
+
+    After writing to them (``torch.distributed.checkpoint.load`` does) call ``sae.weights_changed()`` and ``sae.buffers_changed()``.
+
+    Raises: TypeError, ValueError: another module, another mesh; features that do not lie as torch's chunks of ``ceil(F / n)``, as they do
+    where ``virtual`` divides F or is the number of processes n of a copy.
+    """
+    op = "dtensors"
+    checks.instance(op, "sae", sae, ShardedSAE, "what fastsae.distributed.shard returned for several virtual shards")
+    checks.instance(op, "mesh", mesh, DeviceMesh, "a DeviceMesh")
+    world = sae.world
+    if (mesh.size(0), mesh.size(), mesh.get_local_rank(0)) != (world.shards, world.size, world.shard):
+        raise ValueError(f"{op}: mesh must be the one of shard, {world.shards} x {world.copies} processes, got {mesh}")
+    sizes = [len(chunk) for chunk in torch.arange(world.features).chunk(world.shards)]
+    if sizes + [0] * (world.shards - len(sizes)) != world.sizes:
+        raise ValueError(f"{op}: torch cuts {world.features} features into {sizes}, they lie in {world.sizes}: let virtual divide them")
+    made = {}
+    for name, t in sae.state_dict().items():
+        own = not world.whole(name)
+        placements = [Shard(0) if own else Replicate(), *[Replicate()] * (mesh.ndim - 1)]
+        shape = (world.features, *t.shape[1:]) if own else t.shape
+        made[name] = DTensor.from_local(t, mesh, placements, run_check=False, shape=torch.Size(shape), stride=t.stride())
+    return made

@@ -40,7 +40,7 @@ class Ranks(World):
             bytes that this process has sent to others.
     """
 
-    replicated = ("b_dec", "W_skip")
+    replicated = ("b_dec", "W_skip", "scale", "running_threshold")
 
     def __init__(
         self, group: dist.ProcessGroup, timeout: timedelta, device: torch.device, copies: int = 1, order: Sequence[int] | None = None
@@ -139,6 +139,18 @@ class Ranks(World):
 
     def tree(self, parts: Tensor) -> Tensor:
         return tree(torch.cat(self.within([tree(parts).unsqueeze(0)] * self.shards, [1] * self.shards)))
+
+    def total(self, t: Tensor) -> Tensor:
+        return self.tree(torch.stack([self.sum(part) for part in t.tensor_split(self.cuts[1:-1])]))
+
+    def pick(self, rows: Tensor, at: Tensor) -> Tensor:
+        sizes, asked = (self.each(torch.tensor(len(t), device=rows.device)) for t in (rows, at))
+        ends = sizes.cumsum(0)
+        own = self.gather(at, asked.tolist()) - (ends[self.rank] - len(rows))
+        parts = [rows[of[(of >= 0) & (of < len(rows))]] for of in own.split(asked.tolist())]
+        owner = torch.bucketize(at, ends, right=True)
+        got = torch.cat(self.swap(parts, torch.bincount(owner, minlength=self.size).tolist()))
+        return torch.empty_like(got).index_copy_(0, owner.argsort(stable=True), got)
 
     def count(self, n: Tensor) -> Tensor:
         if self.size > 1:

@@ -5,7 +5,7 @@ W_dec_{i}.safetensors   W_dec_{i} [F, L - i, D]
 
 or of Gemma Scope 2
 
-params_layer_{i}.safetensors   w_enc [D, F], b_enc [F], w_dec [F, L, D], b_dec [D], threshold [F]
+params_layer_{i}.safetensors   w_enc [D, F], b_enc [F], w_dec [F, L, D], b_dec [D], threshold [F], affine_skip_connection [D, D] (or not)
 """
 
 from __future__ import annotations
@@ -60,15 +60,17 @@ def read(folder: str | os.PathLike[str], format: str | None = None) -> list[comm
 
 def _of_gemma(tensors: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
     """By the names of circuit-tracer, which leaves out what a decoder holds for earlier layers, too."""
-    if "affine_skip_connection" in tensors:
-        raise ValueError("its layers have an affine skip connection, which CrossLayerTranscoder has not")
     same = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "activation_function.threshold"}
-    found = common.take(tensors, same)
+    found = common.take(tensors, same | ({"affine_skip_connection": "W_skip"} if "affine_skip_connection" in tensors else {}))
     W_enc, W_dec = found["W_enc"], found["W_dec"]
     if W_enc.dim() != 2 or W_dec.dim() != 3 or W_dec.shape[1] != n:
         raise ValueError(f"w_enc must be [D, F] and w_dec [F, {n}, D] in layer {i}, got {list(W_enc.shape)} and {list(W_dec.shape)}")
     if float(W_dec[:, :i].norm()) > 1e-3 * float(W_dec.norm()):
         raise ValueError(f"layer {i} writes to layers before it, which no cross-layer transcoder does")
+    if "W_skip" in found:  # x @ W_skip, to its own layer
+        D = W_enc.shape[0]
+        checks.shape("Gemma Scope 2's file", f"affine_skip_connection of layer {i}", found["W_skip"], (D, D), f"[{D}, {D}]")
+        found["W_skip"] = torch.nn.functional.pad(found["W_skip"].T, (0, 0, 0, (n - i - 1) * D))
     threshold = found["activation_function.threshold"].clamp_min(0)  # below 0 its ReLU decides
     return found | {"W_enc": W_enc.T, "W_dec": W_dec[:, i:].clone(), "activation_function.threshold": threshold}
 
@@ -78,6 +80,8 @@ def write(op: str, folder: str | os.PathLike[str], layers: Sequence[tuple[dict[s
     folder, D, filled = Path(folder), layers[0][0]["W_enc"].shape[1], dict[Path, files.Fill]()
     b_dec = layers[0][0]["b_dec"].view(len(layers), D)
     for i, (tensors, config) in enumerate(layers):
+        if "W_skip" in tensors:
+            raise ValueError(f"{op}: files have no skip connections, W_skip of layer {i} would be lost")
         try:
             out = pretrained.circuit_tracer_tensors(config, tensors)
         except ValueError as error:

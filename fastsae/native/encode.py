@@ -62,9 +62,9 @@ class Arguments:
             raise ValueError(f"{op}: expected x [rows, D] and W [F, D] of one dtype and D, got {[*x.shape]} {x.dtype}, {[n, d]} {W.dtype}")
         self.op, self.size = op, n
         self.b, self.scale, self.b_pre = self.vector("b", b), self.vector("scale", scale), self.vector("b_pre", b_pre, d)
-        chosen = checks.sorted_subset(features, n, "features")
-        self.features = None if chosen is None else chosen.int()
-        self.count = n if self.features is None else self.features.shape[0]
+        self.features, self.count = None, n
+        if (chosen := checks.sorted_subset(features, n, "features")) is not None:
+            self.features, self.count = chosen.int(), chosen.shape[0]
         where, blob = (W.data_ptr(), DTYPES[W.dtype], *W.stride()), 0
         if packed is not None and packed.numel():
             words, rows = load().packed_words(n, d), (W.numel() * W.element_size() + 3) // 4
@@ -88,7 +88,7 @@ class Arguments:
         if value is None:
             return None
         size = self.size if size is None else size
-        if value.shape != (size,):
+        if value.dim() != 1 or value.shape[0] != size:
             raise ValueError(f"{self.op}: {name}: expected [{size}], got {list(value.shape)}")
         value = value if value.dtype is torch.float32 else value.float()
         return value.contiguous()

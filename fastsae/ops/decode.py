@@ -366,7 +366,8 @@ def decode(
     else:
         y = _decode_prefixes(values, indices, crow, W_dec, b_dec, _checked_prefixes(prefixes, latents.n_features), backend)
     y = y if rows is None else y[..., :rows, :]
-    y = y.reshape(*y.shape[:-2], *latents.batch_shape, W_dec.shape[1])
+    if len(batch := latents.batch_shape) != 1:
+        y = y.reshape(*y.shape[:-2], *batch, W_dec.shape[1])
     if skip is not None or x is not None:
         y = y + _skip(op, x, skip, latents, W_dec).to(y.dtype)
     return y

@@ -332,7 +332,7 @@ def encoder_inputs(
             size, label = (W.shape[1], "D") if which == "b_pre" else (W.shape[0], rows)
             checks.vector(op, which, vector, size, x, label)
     batch = x.shape[:-1]
-    if x.dim() != 2:
+    if len(batch) != 1:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     return batch, x, W, packed, values
 
@@ -340,7 +340,9 @@ def encoder_inputs(
 def _score_inputs(op: str, x: Any, W: Any, b: Any, b_pre: Any, scale: Any, features: Any) -> tuple[tuple[int, ...], ScoreInputs]:
     """``encoder_inputs`` of the encoders whose arguments are those of ``encode_topk``: (batch shape, inputs)."""
     batch, x, W, packed, (b, b_pre, scale) = encoder_inputs(op, x, W, b_enc=b, b_pre=b_pre, scale=scale)
-    return batch, ScoreInputs(x, W, b, b_pre, scale, checks.subset(op, "features", features, W.shape[0], x, "F"), packed)
+    if features is not None:
+        features = checks.subset(op, "features", features, W.shape[0], x, "F")
+    return batch, ScoreInputs(x, W, b, b_pre, scale, features, packed)
 
 
 def _latents(

@@ -103,7 +103,7 @@ def by_shard(jobs: Sequence[Job], world: World) -> tuple[list[list[Job]], list[J
     """The jobs of each virtual shard of this process, and those of what all processes hold; all of them where features are not sharded."""
     if world.virtual == 1:
         return [], [*jobs]
-    own, shared = ([job for job in jobs if (job.name in world.replicated) is whole] for whole in (False, True))
+    own, shared = ([job for job in jobs if world.whole(job.name) is whole] for whole in (False, True))
     return [list(parts) for parts in zip(*(job.parts(world.cuts) for job in own))], shared
 
 
@@ -117,7 +117,7 @@ def squares(jobs: Sequence[Job], world: World) -> list[Tensor]:
 def sizes(jobs: Sequence[Job], world: World) -> list[Tensor]:
     """The size of each job; where features are sharded of its part of each virtual shard, so that a bound on them is everybody's."""
     whole = world.virtual == 1
-    return [size for job in jobs for size in ([job.size()] if whole or job.name in world.replicated else job.sizes(world.cuts))]
+    return [size for job in jobs for size in ([job.size()] if whole or world.whole(job.name) else job.sizes(world.cuts))]
 
 
 def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pieces:
@@ -145,6 +145,7 @@ def sae_in(op: str, module: nn.Module) -> tuple[str, nn.Module]:
     if hasattr(type(module), "step_gradients"):
         return "", module
     found = {name: part for name, part in module.named_modules() if hasattr(type(part), "step_gradients")}
+    found = {name: part for name, part in found.items() if not any(name.startswith(f"{outer}.") for outer in found)}  # not a CLT's layers
     if len(found) > 1:
         raise ValueError(f"{op}: {type(module).__name__} must hold one SAE, got {', '.join(found)}: each needs an optimiser of its own")
     return next(((f"{name}.", part) for name, part in found.items()), ("", module))

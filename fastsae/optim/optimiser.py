@@ -305,7 +305,7 @@ class Optimiser(torch.optim.Optimizer):
                 parts = ((*stacks, gradient, 0),)
             for *each, g, e in parts:
                 views = tuple(map(matrix, each))
-                jobs.append(Job(op, name, views, checked(op, what, g, views[0]), unit, e, p.dim() == 1))
+                jobs.append(Job(op, name, views, checked(op, what, g, views[0]), unit, e, each[0].dim() == 1))
         jobs.sort(key=lambda job: job.member)  # a member's tiles of both weights are then asked for one after the other
         return jobs, fresh
 
@@ -315,8 +315,9 @@ class Optimiser(torch.optim.Optimizer):
 
     @property
     def _by_member(self) -> bool:
-        """Whether the members of a stack differ in their step."""
-        return self.members is not None and isinstance(self.lr, Sequence) and len(set(self.lr)) > 1
+        """Whether the members of a stack are stepped one by one: where rates differ, or each is cut by feature."""
+        differ = isinstance(self.lr, Sequence) and len(set(self.lr)) > 1
+        return self.members is not None and (differ or self.world.virtual > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """``steps``, the options, and ``state``: step, moments and master copy by parameter name. A schedule is a function and not in it;

@@ -56,7 +56,7 @@ def save_checkpoint(
     running code). IsADirectoryError: ``path`` is a folder. OSError that names ``path``: it could not be written; the older file is there.
     """
     checks.instance("save_checkpoint", "sae", sae, KINDS, "an SAE, SAEs or a CrossLayerTranscoder")
-    if isinstance(sae, SAE) and sae.world.virtual > 1:
+    if sae.world.virtual > 1:
         raise ValueError("save_checkpoint: the SAE is sharded: fastsae.distributed.save_checkpoint writes it")
     path = file_of("save_checkpoint", path)
     content: dict[str, Any] = {"format": 1, "config": sae.config(), "sae": sae.state_dict(), "extra": dict(extra or {})}
@@ -167,10 +167,15 @@ def read(path: Path) -> tuple[dict[str, Any], Trained]:
     W_dec = checks.tensor("its state", "W_dec", state["layers.0.W_dec" if layered else "W_dec"])
     if stacked and len(config["dictionaries"]) != len(W_dec):
         raise ValueError(f"it claims {len(config['dictionaries'])} dictionaries and holds {len(W_dec)}")
-    make = CrossLayerTranscoder.from_config if layered else SAEs.from_config if stacked else of_config
-    fresh = make(config, dtype=W_dec.dtype, device="meta")
+    fresh = trained_of(config, dtype=W_dec.dtype)
     _check_state(state, fresh)
     return content, fresh
+
+
+def trained_of(config: Mapping[str, Any], **options: Any) -> Trained:
+    """A module of a configuration, on the meta device."""
+    make = CrossLayerTranscoder.from_config if "layers" in config else SAEs.from_config if "dictionaries" in config else of_config
+    return make(config, device="meta", **options)
 
 
 def alike(sae: Trained, fresh: Trained) -> tuple[list[SAE], list[SAE]]:

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
+from fastsae._core.world import World
 from fastsae.formats import cross_layer, modules
 from fastsae.gradients import Gradient
 from fastsae.latents import Latents, RaggedLatents
-from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_threshold
 from fastsae.reference import accumulator
-from fastsae.sae import autograd
+from fastsae.sae import autograd, selection
 from fastsae.sae.activations import Activation, BatchTopK, Gated, Kind, L, TopK
 from fastsae.sae.inputs import Encoded, Inputs, checked_terms, counted
-from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Terms, combine, layer_fvu
+from fastsae.sae.losses import AuxK, AuxOption, Loss, Metrics, Pass, Terms, combine, layer_fvu, spread
 from fastsae.sae.module import SAE
 from fastsae.sae.processes import Wrapped
-from fastsae.sae.step import Slots, Sum, aux_step, backward, forward
+from fastsae.sae.step import SlotPass, Slots, Sum, aux_step, backward, forward
 
 
 class _Shared:
@@ -47,12 +47,13 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     """Layer l reads ``x[l]``; its latents write to the layers l .. L - 1:
 
         ``latents[l] = activation(W_enc[l] x[l] + b_enc[l])``
-        ``y[m] = b_dec[m] + sum over l <= m of W_dec[l][:, m - l]^T latents[l]``
+        ``y[m] = b_dec[m] + sum over l <= m of W_dec[l][:, m - l]^T latents[l]  (+ W_skip[l -> m] x[l])``
 
     ``layers[l]`` is an ordinary transcoder ``SAE(d_model, d_sae, d_out=(L - l) * d_model)``, its targets side by side, and the module's
     output is the sum of theirs. Parameters are those of the layers: ``layers.l.W_enc [F, d_model]``, ``layers.l.b_enc [F]``,
     ``layers.l.W_dec [F, (L - l) * d_model]``, ``layers.l.threshold [F]`` (JumpReLU), and ``layers.0.b_dec [L * d_model]``, the bias of
-    all; the other layers' ``b_dec`` are 0 and frozen. ``W_dec(l)`` and ``b_dec`` are views in the shapes above.
+    all; the other layers' ``b_dec`` are 0 and frozen; with ``skip`` ``layers.l.W_skip [(L - l) * d_model, d_model]``. ``W_dec(l)`` and
+    ``b_dec`` are views in the shapes above.
 
     TopK, JumpReLU and ReLU are of each layer. BatchTopK in training mode is one selection over tokens, layers and features: the
     ``int(k * tokens * L)`` largest positive scores, equal ones by layer, then token, then feature (in half precision, of rounded scores);
@@ -64,6 +65,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     Args:
         n_layers: L, at least 1. d_model: width of inputs and outputs. d_sae: features F of each layer.
         activation: ``TopK``, ``AbsTopK``, ``BatchTopK``, ``JumpReLU`` or ``ReLU``.
+        skip: a linear path past the dictionary from each layer to those it writes to (starts at 0).
         l1, l0, aux, dead_after, dense, dtype, device: as in ``SAE``. seed: of layer 0; layer l has ``seed + l``.
 
     ``optim.Adam(clt).step(x, target)`` trains it, exactly as one step of ``loss`` and dense Adam would. Memory of a step beyond weights and
@@ -83,6 +85,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     layers: nn.ModuleList
     unit_rows: tuple[str, ...] = ()
     k, l1, l0, aux, dead_after = _Shared(), _Shared(), _Shared(), _Shared(), _Shared()
+    averaged: Any = _Shared()
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         d_sae: int,
         activation: Kind[L] = TopK(64),  # noqa: B008 (a frozen dataclass)
         *,
+        skip: bool = False,
         l1: float = 0.0,
         l0: float = 0.0,
         aux: AuxK | None = None,
@@ -102,7 +106,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     ):
         n_layers = checks.integer("CrossLayerTranscoder", "n_layers", n_layers, 1)
         d_model = checks.integer("CrossLayerTranscoder", "d_model", d_model, 1)
-        options: dict[str, Any] = {"l1": l1, "l0": l0, "aux": aux, "dead_after": dead_after, "dense": dense, "dtype": dtype}
+        options: dict[str, Any] = {"l1": l1, "l0": l0, "aux": aux, "dead_after": dead_after, "dense": dense, "dtype": dtype, "skip": skip}
         seeds = [None if seed is None else seed + number for number in range(n_layers)]
         self._hold(
             SAE(d_model, d_sae, activation, d_out=(n_layers - number) * d_model, device=device, seed=own, **options)
@@ -113,7 +117,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         first = self[0]
-        self.n_layers, self.d_model, self.d_sae = len(self), first.d_in, first.d_sae
+        self.n_layers, self.d_model, self.d_sae, self.skip = len(self), first.d_in, first.d_sae, first.skip
         if isinstance(first.activation, Gated):
             raise ValueError("CrossLayerTranscoder: activation must be TopK, AbsTopK, BatchTopK, JumpReLU or ReLU, got Gated")
         for layer in [*self][1:]:
@@ -133,8 +137,8 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             if wrong := [name for name in got if got[name] != wanted.get(name)]:
                 message = f"layer {number} of {n} must have {wrong[0]}={wanted.get(wrong[0])!r}, got {got[wrong[0]]!r}"
                 raise ValueError(f"CrossLayerTranscoder: {message}")
-        if first.skip or first.tied or first.prefixes or first.jump or first.normalise_rows:
-            raise ValueError("CrossLayerTranscoder: its layers have no skip, tied weights, prefixes, jump or normalise_rows")
+        if first.tied or first.prefixes or first.jump or first.normalise_rows:
+            raise ValueError("CrossLayerTranscoder: its layers have no tied weights, prefixes, jump or normalise_rows")
         made = cls.__new__(cls)
         made._hold(layers)
         for number, layer in enumerate(layers[1:], 1):
@@ -156,6 +160,11 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         return self[0].activation
 
     @property
+    def world(self) -> World:
+        """The processes that hold the layers."""
+        return self[0].world
+
+    @property
     def b_dec(self) -> Tensor:
         """``[L, d_model]``, a view."""
         return self[0].b_dec.view(self.n_layers, self.d_model)
@@ -173,6 +182,11 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         """As in ``SAE``, of every layer."""
         for layer in self:
             layer.weights_changed()
+
+    def buffers_changed(self) -> None:
+        """As in ``SAE``, of every layer."""
+        for layer in self:
+            layer.buffers_changed()
 
     # ------------------------------------------------------------ latents and back
 
@@ -193,11 +207,17 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         found, _ = self._encode(x.reshape(-1, self.n_layers, self.d_model))
         return [cast(Any, replace(latents, batch_shape=tuple(x.shape[:-2]))) for latents in found]
 
-    def decode(self, latents: Sequence[Latents]) -> Tensor:
-        """The latents of each layer to ``[.., L, d_model]``."""
+    def decode(self, latents: Sequence[Latents], x: Tensor | None = None) -> Tensor:
+        """The latents of each layer to ``[.., L, d_model]``; with ``skip`` also the input."""
+        op = "CrossLayerTranscoder.decode"
         if len(latents) != self.n_layers:
-            raise ValueError(f"CrossLayerTranscoder.decode: latents must be those of {self.n_layers} layers, got {len(latents)}")
-        return self._sum([decode(each, layer.W_dec, layer.b_dec) for each, layer in zip(latents, self)])
+            raise ValueError(f"{op}: latents must be those of {self.n_layers} layers, got {len(latents)}")
+        if not self.skip:
+            return self._sum([layer.decode(each) for each, layer in zip(latents, self)])
+        if x is None:
+            raise ValueError(f"{op}: x must be given, the skip connections need it")
+        x = self._rows(op, "x", x, self[0].W_dec)
+        return self._sum([layer.decode(each, x[..., number, :]) for number, (each, layer) in enumerate(zip(latents, self))])
 
     def _sum(self, parts: Sequence[Tensor]) -> Tensor:
         """``[.., L, d_model]`` of what each layer has written."""
@@ -209,7 +229,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[.., L, d_model]`` of inputs to outputs."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     @torch.no_grad()
     def fvu(self, x: Tensor, target: Tensor) -> Tensor:
@@ -222,22 +242,30 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         return self.training and isinstance(self.activation, BatchTopK)
 
     def _encode(self, x: Tensor) -> tuple[list[RaggedLatents], Tensor]:
-        """BatchTopK over all layers of rows ``[B, L, d_model]``, and the smallest score kept.
+        """BatchTopK over all layers of rows ``[B, L, d_model]``, and the smallest score kept. Of a sharded dictionary the latents that are
+        features of this process, of the rows of ``world.share``.
 
         Candidates are the scores above a bound: what last time's threshold says, and where these are too few, what no more than the number
         to be kept can lie above, from a selection of each layer alone.
         """
         assert isinstance(self.activation, BatchTopK)
-        total, running = int(self.activation.k * x.shape[0] * self.n_layers), self[0].running_threshold.to(accumulator(x.dtype))
+        world, every = self.world, x.shape[0]
+        total, running = int(self.activation.k * every * self.n_layers), self[0].running_threshold.to(accumulator(x.dtype))
+        x = world.share(x)
         found = self._above(x, 0.9 * running) if total and bool(running > 0) else []
-        if sum(latents.values.numel() for latents in found) < total or not found:
+        there = sum(latents.values.numel() for latents in found)
+        if not found or (there if world.virtual == 1 else int(world.count(torch.tensor(there, device=x.device)))) < total:
             found = self._above(x, self._bound(x.detach(), total))
         values = torch.cat([latents.values for latents in found]).detach()
-        order = values.argsort(descending=True, stable=True)[:total]  # NaN first
-        kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, order, True)
-        least = values[order[-1]] if len(order) else values.new_full((), torch.inf)
-        own = kept.split([latents.values.numel() for latents in found])
-        return [_only(latents, mask) for latents, mask in zip(found, own)], least
+        if world.virtual > 1:
+            places = every * world.features  # of a layer
+            place = [selection.place(latents.slots, world) + n * places for n, latents in enumerate(found)]
+            kept, least = selection.largest(values, torch.cat(place), places * self.n_layers, total, world)
+        else:
+            order = values.argsort(descending=True, stable=True)[:total]  # NaN first
+            kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, order, True)
+            least = values[order[-1]] if len(order) else values.new_full((), torch.inf)
+        return [_only(latents, mask) for latents, mask in zip(found, kept.split([each.values.numel() for each in found]))], least
 
     def _above(self, x: Tensor, bound: Tensor | float) -> list[RaggedLatents]:
         return [encode_threshold(x[:, n], layer.W_enc, layer.b_enc, threshold=bound) for n, layer in enumerate(self)]
@@ -247,17 +275,19 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         """Just below the ``total``-th largest score; 0 where there are not so many, the largest number where none is asked for."""
         if total == 0:
             return torch.finfo(x.dtype).max
-        each = -(-total // self.n_layers)
-        while True:
+        most = x.shape[0] * self[0].W_enc.shape[0]  # of a layer
+        each = min(-(-total // self.n_layers), most)
+        while each:
             k = (each + 0.5) / x.shape[0]
             found = [encode_batch_topk(x[:, n], layer.W_enc, layer.b_enc, k=k)[0].values for n, layer in enumerate(self)]
             values = torch.cat(found)
             if len(values) >= total:
                 last = values.nan_to_num(torch.inf, torch.inf).topk(total).values[-1]
                 return torch.nextafter(last, torch.zeros_like(last))
-            if all(len(own) < each for own in found):
-                return 0.0
-            each *= 2
+            if each == most or all(len(own) < each for own in found):
+                break
+            each = min(2 * each, most)
+        return 0.0
 
     # ------------------------------------------------------------ training
 
@@ -275,18 +305,23 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             x, target = x[mask], target[mask]
         x, target = x.reshape(-1, *x.shape[-2:]), target.reshape(-1, self.n_layers * self.d_model)
         terms = checked_terms(op, self[0], l1, l0, aux)
+        x, target = self._all(op, x, target, terms)
         wanted = [target[:, number * self.d_model :] for number in range(self.n_layers)]  # views
         given = terms.l1, terms.l0, terms.aux or False
-        inputs = [layer.step_inputs(op, x[:, n], wanted[n], None, *given) for n, layer in enumerate(self)]
+        inputs = [SAE.step_inputs(layer, op, x[:, n], wanted[n], None, *given) for n, layer in enumerate(self)]  # all rows are here
         if self._joint:
             latents, least = self._encode(x)
             inputs = [own._replace(encode=_known(Encoded(each, None, least))) for own, each in zip(inputs, latents)]
         return inputs, target, terms
 
+    def _all(self, op: str, x: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+        """The rows of all processes."""
+        return x, target
+
     def loss(
         self,
         x: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         l1: float | None = None,
@@ -295,7 +330,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
     ) -> Loss:
         """Mean squared error a token, summed over layers and d_model, plus the penalties and AuxK terms of every layer.
 
-        Args: x, target: ``[.., L, d_model]``. mask: ``[..]``. The rest as in ``SAE.loss``.
+        Args: x, target: ``[.., L, d_model]``, both needed. mask: ``[..]``. The rest as in ``SAE.loss``.
 
         Returns: ``Loss(loss, fvu, l0)``; fvu over all layers' outputs, l0 latents a token of all layers. In a process group it raises where
         ``SAE.loss`` does.
@@ -328,33 +363,41 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             return self._step(inputs, target, terms)
 
     def _step(self, inputs: Sequence[Inputs], target: Tensor, terms: Terms) -> tuple[Metrics, dict[str, Gradient]]:
-        wide, tokens = accumulator(inputs[0].cast[0].dtype), max(target.shape[0], 1)
+        wide, tokens, world = accumulator(inputs[0].cast[0].dtype), max(target.shape[0], 1), self.world
         y, passes, runs, dead = torch.zeros_like(target, dtype=wide), [], [], []
+        partial = y.new_zeros(world.share(y).shape[0] * (len(world.cuts) - 1), y.shape[1]) if world.virtual > 1 else y
         for own in inputs:
-            this, run = forward(own, _slots(own.encode(own.x)) if self._joint else None)
+            this, run = forward(own, _slots(own.encode(own.x)) if self._joint else None, outputs=world.virtual == 1)
             dead.append(own.observe(run))
-            y[:, -own.target.shape[1] :] += run.x_hats[0]
+            if isinstance(this, SlotPass) and world.virtual > 1:  # only what all layers have written is sent to the rows' owners
+                run = run._replace(x_hats=selection.by_shard(this.grouped, own.weights.W_dec, world).unsqueeze(0))
+            partial[:, -own.target.shape[1] :] += run.x_hats[0]
             this.run = run._replace(x_hats=run.x_hats[:, :0])  # its room serves the next layer
             passes.append(this)
             runs.append(this.run)
+        if world.virtual > 1:
+            y = world.gather(selection.at_home(partial, world)[0]) + self[0].b_dec
         y = y.to(inputs[0].cast[0].dtype)
         grads = y.to(wide) - target.to(wide)
-        error = grads.square().sum()
+        error = world.sum(grads.square())
         G = grads.mul_(2 / tokens).to(inputs[0].weights.W_dec.dtype)
         gradients: dict[str, Gradient] = {}
         terms_of_aux = []
         for number, (own, this, of) in enumerate(zip(inputs, passes, dead)):
             grad, width = Sum(), own.target.shape[1]
             if number == 0:
-                grad.add("b_dec", own.world.row_sum(G))
+                grad.add("b_dec", world.row_sum(G))
+            (x, w), absolute = own.cast, own.activation.absolute
+            if w.skip is not None:
+                grad.add("W_skip", selection.skip_gradient(G[:, -width:], x, world))
             backward(grad, this, G[:, -width:].unsqueeze(0), None, terms.l1 / tokens, terms.l0 / tokens)
             if terms.aux is not None:
-                (x, w), absolute = own.cast, own.activation.absolute
-                terms_of_aux.append(aux_step(grad, x, own.target, y[:, -width:], of, w, terms.aux, absolute, own.world))
+                terms_of_aux.append(aux_step(grad, x, own.target, y[:, -width:], of, w, terms.aux, absolute, world))
             gradients |= {f"layers.{number}.{name}": each for name, each in grad.result(own.parameters).items()}
         aux = _added(terms_of_aux)
-        loss, fvu, l0 = combine(_merged(runs, y), target, terms, "mse", aux, error.unsqueeze(0))
-        return Metrics(loss, fvu, l0, torch.stack(dead).sum(), loss.new_zeros(()) if aux is None else aux), gradients
+        loss, fvu, l0 = combine(_merged(runs, y), target, terms, "mse", aux, error.unsqueeze(0), spread(target, world), world)
+        n_dead = world.count(torch.stack(dead).sum()) // world.copies
+        return Metrics(loss, fvu, l0, n_dead, loss.new_zeros(()) if aux is None else aux), gradients
 
     # ------------------------------------------------------------ files
 
@@ -385,10 +428,11 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
         device: torch.device | str | None = None,
     ) -> CrossLayerTranscoder:
         """Reads a folder of circuit-tracer's cross-layer files, ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so on, or of Gemma
-        Scope 2's, ``params_layer_0.safetensors`` and so on; in evaluation mode. JumpReLU where they hold thresholds, else ReLU.
+        Scope 2's, ``params_layer_0.safetensors`` and so on; in evaluation mode. JumpReLU where they hold thresholds, else ReLU. An affine
+        skip connection of Gemma Scope 2's is the part of ``W_skip`` that writes to its own layer, the rest is 0.
 
         Raises: FileNotFoundError; ValueError: a file that is missing, damaged or does not fit the others, circuit-tracer's threshold
-        below 0, Gemma Scope 2's affine skip connections, a layer that writes to earlier ones.
+        below 0, affine skip connections of some layers only, a layer that writes to earlier ones.
         """
         op = "CrossLayerTranscoder.from_pretrained"
         if format not in (None, "circuit_tracer", "gemma_scope_2"):
@@ -400,7 +444,7 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, format: Literal["circuit_tracer"] = "circuit_tracer") -> Path:  # noqa: A002
         """Writes circuit-tracer's cross-layer files, which ``load_clt`` there reads. ReLU, JumpReLU, and BatchTopK as a JumpReLU at its
-        running threshold; ValueError for another."""
+        running threshold; ValueError for another, and for ``skip``, which ``load_clt`` does not read."""
         op = "CrossLayerTranscoder.save_pretrained"
         if format != "circuit_tracer":
             raise ValueError(f"{op}: format must be 'circuit_tracer', got {format!r}")

@@ -157,7 +157,7 @@ class Pass(NamedTuple):
 def squares(a: Tensor, b: Tensor) -> Tensor:
     """``(a - b)^2`` in the accumulation dtype."""
     wide = accumulator(a.dtype)
-    return (a.to(wide) - b.to(wide)).square()
+    return ((a if a.dtype is wide else a.to(wide)) - (b if b.dtype is wide else b.to(wide))).square()
 
 
 NOISE = 8

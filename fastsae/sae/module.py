@@ -233,9 +233,9 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
         return self._encode(self.encoder_rows(x)).latents  # pyright: ignore[reportReturnType] # of the activation's kind
 
     def _check_input(self, op: str, x: Tensor) -> None:
-        check_x(op, x, self.d_in, self.W_dec)
-        if not checks.autocasting(x.device):
-            checks.narrower(op, "x", x, "the parameters", self.W_dec)
+        check_x(op, x, self.d_in, like := self.W_dec)
+        if x.dtype is not like.dtype and not checks.autocasting(x.device):
+            checks.narrower(op, "x", x, "the parameters", like)
 
     def encoder_rows(self, x: Tensor) -> Tensor:
         """``x`` as the encoder sees it before ``b_dec`` is subtracted: scaled by ``init_from``'s number, or normalised by row."""
@@ -248,8 +248,8 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
         activation, W_enc, b_pre = self.activation, self._encoder(x), self.b_dec if self.pre_bias else None
         b_enc = self.b_enc if scale is None else self.b_enc * scale
         if isinstance(activation, TopK):
-            rule: dict[str, Any] = {"k": activation.k, "relu": activation.relu, "absolute": activation.absolute}
-            return Encoded(encode_topk(x, W_enc, b_enc, b_pre=b_pre, scale=scale, **rule), None, None)
+            k, relu, absolute = activation.k, activation.relu, activation.absolute
+            return Encoded(encode_topk(x, W_enc, b_enc, k=k, b_pre=b_pre, scale=scale, relu=relu, absolute=absolute), None, None)
         if isinstance(activation, Gated):
             return Encoded(encode_gated(x, W_enc, b_gate=self.b_gate, r_mag=self.r_mag, b_mag=self.b_mag, b_pre=b_pre), None, None)
         if isinstance(activation, BatchTopK) and self.training:
@@ -270,15 +270,22 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
 
     def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
         """Latents to ``[.., d_out]``; with a skip connection, and for an autoencoder that normalises rows, also the input ``x [.., D]``."""
-        if self.needs_x and x is None:
-            raise ValueError(f"SAE.decode: x must be given, {'the skip connection' if self.skip else 'normalise_rows'} needs it")
-        if x is not None and self.normalise_rows is not None and not self.transcoder:
-            self._check_input("SAE.decode", x)
-            y = decode(latents, self.W_dec, self.b_dec)
-            return normalised(checks.widened(x, self.W_dec), self.normalise_rows)[1].restored(y)
+        self._check_needs("SAE.decode", x)
+        if x is not None and self.needs_x and not self.skip:
+            return self._restored("SAE.decode", decode(latents, self.W_dec, self.b_dec), x)
         x = None if x is None or not self.skip else self.encoder_rows(x)
-        y = decode(latents, self.W_dec, self.b_dec, x=x, skip=self.W_skip)
+        y = decode(latents, self.W_dec, self.b_dec, x=x, skip=None if x is None else self.W_skip)
         return y / self.scale[1] if self._scaled else y
+
+    def _check_needs(self, op: str, x: Tensor | None) -> None:
+        if self.needs_x and x is None:
+            raise ValueError(f"{op}: x must be given, {'the skip connection' if self.skip else 'normalise_rows'} needs it")
+
+    def _restored(self, op: str, y: Tensor, x: Tensor) -> Tensor:
+        """The reconstruction of the normalised rows of ``x`` in its units."""
+        assert self.normalise_rows is not None
+        self._check_input(op, x)
+        return normalised(checks.widened(x, self.W_dec), self.normalise_rows)[1].restored(y)
 
     if TYPE_CHECKING:
 
@@ -384,12 +391,13 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
             activation=self.activation,
             weights=weights,
             cast=as_cast,
-            dense=self.jump is None and is_dense(self.activation, self.dense, *as_cast),
+            dense=self.jump is None and self.world.virtual == 1 and is_dense(self.activation, self.dense, *as_cast),
             autocast_off=autocast_off(x),
             encode=self._encode,
             observe=self._observe,
             parameters=dict(self.named_parameters()),
             rows=None if self.transcoder else found,
+            world=self.world,
         )
 
     def _weights(self, x: Tensor) -> Weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from fastsae.ops.decode import decode
 from fastsae.sae.activations import JumpReLU
 from fastsae.sae.init import check_rows
 from fastsae.sae.inputs import check_x, checked_rows
-from fastsae.sae.losses import part_norms
+from fastsae.sae.jump import penalised
+from fastsae.sae.losses import features, part_norms
 from fastsae.sae.module import SAE
 from fastsae.sae.stack import SAEs
 
@@ -50,9 +51,12 @@ def resample(
 
     Returns: ``[F]`` bool (``[E, F]``): the features that were started anew.
 
-    Raises: TypeError, ValueError: as ``SAE.init_from``; a sharded SAE; an optimiser over other parameters.
+    Raises: TypeError, ValueError: as ``SAE.init_from``; an optimiser over other parameters. SettingsError: processes of a sharded SAE with
+    generators in different states.
 
-    In a process group call it with the same rows and generators everywhere. With ``Trainer``, in its ``callback``:
+    In a process group call it with the same rows and generators everywhere; of a sharded SAE with the same generators, each process with
+    rows of its own (also none) and ``dead`` of its own features: what is drawn is the same for any number of processes. With ``Trainer``,
+    in its ``callback``:
 
         >>> sae, x = fastsae.SAE(16, 64, fastsae.ReLU(), l1=0.1, dead_after=256, seed=0), torch.randn(512, 16)
         >>> opt = fastsae.optim.Adam(sae, lr=1e-3)
@@ -67,8 +71,6 @@ def resample(
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"{op}: generator must be one of the CPU, got {generator.device}")
     members = (sae,) if isinstance(sae, SAE) else sae.members
-    if members[0].world.virtual > 1:
-        raise ValueError(f"{op}: sae is sharded: resample before fastsae.distributed.shard, or fastsae.distributed.gathered(sae)")
     held = {name: p for name, p in sae.named_parameters() if name not in ("b_dec", "W_skip") and p.requires_grad}
     if opt is not None and not {id(p) for group in opt.param_groups for p in group["params"]} & {id(p) for p in held.values()}:
         raise ValueError(f"{op}: opt must step parameters of sae, got {type(opt).__name__} over others")
@@ -81,7 +83,8 @@ def resample(
     given, new = ((x, 3), (target, 3), (mask, 2)), list[dict[str, Tensor]]()
     for number, (member, own) in enumerate(zip(members, start.view(len(members), -1))):
         batch: list[Any] = [t[number] if t is not None and len(start.shape) == 2 and t.dim() == n else t for t, n in given]
-        new.append(_anew(op, member, own, share, generator, *batch))
+        with member.world.together(op):
+            new.append(_anew(op, member, own, share, generator, *batch))
     for name, p in held.items():
         if (values := [each[name] for each in new if name in each]) and bool(start.any()):
             p[start] = torch.cat(values)
@@ -98,26 +101,34 @@ def _anew(
 ) -> dict[str, Tensor]:
     """The rows of the parameters of the features ``dead``, by name; clears ``dead`` where no row can be drawn."""
     check_x(op, x, sae.d_in, sae.W_dec)
-    rows, wanted = checked_rows(op, sae, x, target, mask, sae.W_dec)
-    check_rows(op, rows, x, target, mask)
+    (rows, wanted), world = checked_rows(op, sae, x, target, mask, sae.W_dec), sae.world
+    if len(rows) or world.virtual == 1:
+        check_rows(op, rows, x, target, mask)
+    random = (torch.default_generator if generator is None else generator).get_state().numpy().tobytes()
+    world.begin(op, len(rows), (sae.config(), sae.training, share, zlib.crc32(random)))
+    sizes = world.each(torch.tensor(len(rows), device=rows.device)).tolist()
     into = sae.encoder_rows(rows)
     out = into if wanted is None else wanted
-    weights = torch.cat([*_losses(sae, rows, wanted)]).square_().cpu()
-    weights[((into == 0).all(1) | (out == 0).all(1)).cpu()] = 0
-    ends = weights.cumsum(0)
+    weights = _losses(sae, rows, wanted, sum(sizes[: world.rank]), sum(sizes)).square_()
+    weights[(into == 0).all(1) | (out == 0).all(1)] = 0
+    world.begin(op, len(rows))
+    ends = torch.cat([weights.new_zeros(1), world.gather(weights)]).cumsum(0).cpu()
     if not ends[-1] > 0:
         dead.zero_()
-    drawn = torch.rand(int(dead.sum()), generator=generator, dtype=torch.float64, device="cpu") * ends[-1]
+    counts = world.each(dead.sum())  # of every process
+    every = torch.rand(int(counts.sum()) // world.copies, generator=generator, dtype=torch.float64, device="cpu") * ends[-1]
+    drawn = every[int(counts[: world.shard].sum()) :][: int(dead.sum())]
     # The last row that counts where rounding leads beyond it.
-    at = torch.searchsorted(ends, drawn, right=True).clamp_(max=int((ends < ends[-1]).sum())).to(rows.device)
-    others = sae.W_enc if bool(dead.all()) else sae.W_enc[~dead]
-    norm = share * part_norms(others, 1).mean()
-    found = {"W_dec": _unit(out[at]), "W_enc": (_unit(into[at]) * norm).to(rows.dtype)}
+    at = (torch.searchsorted(ends, drawn, right=True).clamp_(max=int((ends < ends[-1]).sum())) - 1).to(rows.device)
+    others = ~dead if len(every) < sae.d_sae else torch.ones_like(dead)
+    norm = share * world.total(part_norms(sae.W_enc, 1)[:, 0] * others) / (world.count(others.sum()) // world.copies)
+    found = {"W_dec": _unit(world.pick(out, at)), "W_enc": (_unit(world.pick(into, at)) * norm).to(rows.dtype)}
     for name in ("b_enc", "b_gate", "r_mag", "b_mag"):
         found[name] = rows.new_zeros(len(at))
     if isinstance(sae.activation, JumpReLU):
         theta = sae.activation.threshold
-        found["threshold"] = theta.to(rows).expand(sae.d_sae)[dead] if isinstance(theta, Tensor) else rows.new_full((len(at),), theta)
+        own = slice(world.start, world.start + len(dead))
+        found["threshold"] = theta.to(rows).expand(sae.d_sae)[own][dead] if isinstance(theta, Tensor) else rows.new_full((len(at),), theta)
     return found
 
 
@@ -125,13 +136,18 @@ def _unit(rows: Tensor) -> Tensor:
     return (rows / part_norms(rows, 1)).to(rows.dtype)
 
 
-def _losses(sae: SAE, rows: Tensor, target: Tensor | None) -> Iterator[Tensor]:
-    """``[n]`` in float64, of 4,096 rows each."""
-    norm = part_norms(sae.W_dec, sae.n_layers).sum(1, keepdim=True).to(rows.dtype)
-    for x, y in zip(rows.split(_ROWS), rows.split(_ROWS) if target is None else target.split(_ROWS)):
-        run = sae(x, None if target is None else y)
+def _losses(sae: SAE, rows: Tensor, target: Tensor | None, first: int, total: int) -> Tensor:
+    """``[n]`` in float64, by 4,096 of the ``total`` rows of all processes at a time, those before ``first`` lying on others."""
+    norm = part_norms(sae.W_dec, sae.n_layers).sum(1).to(rows.dtype)
+    ones, found = norm.new_ones(sae.d_sae, 1), [rows.new_empty(0, dtype=torch.float64)]
+    for start in range(-first, total - first, _ROWS):
+        part = slice(max(start, 0), max(start + _ROWS, 0))
+        run = sae(rows[part], None if target is None else target[part])
         loss = run.squared_error.double() * sae.scale[1].double().square()
         if sae.l1:
             latents: Any = run.latents
-            loss += sae.l1 * decode(replace(latents, values=latents.values.abs()), norm)[:, 0].double()
-        yield loss
+            of_each = sae.world.pick(norm, features(latents).flatten()).view_as(latents.values)
+            weighed, *_ = penalised(latents.values, of_each, None if sae.jump is None else sae.jump.tanh)
+            loss += sae.l1 * decode(replace(latents, values=weighed), ones)[:, 0].double()
+        found.append(loss)
+    return torch.cat(found)

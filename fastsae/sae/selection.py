@@ -19,7 +19,7 @@ from fastsae.latents import Slots
 from fastsae.ops.decode import DECODE
 from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_TOPK
 from fastsae.reference import product
-from fastsae.sae.losses import Weights
+from fastsae.sae.losses import Weights, unranked
 
 LEAST = -(1 << 63)
 _WORD, _LAST = 0xFFFFFFFF, 0x7FFFFFFF
@@ -60,7 +60,7 @@ def candidates(x: Tensor, w: Weights, k: int, world: World, among: Tensor | None
     """What of this process can be among the k best of all; ``among [own features]``: those that take part."""
     most = min(k, w.W_enc.shape[0] if among is None else int(among.sum()))
     if most:
-        inputs = (x, w.W_enc, w.b_enc, w.b_pre, None, among, None)
+        inputs = (x, w.W_enc, *w.ranking, among, None)
         scores, indices = ENCODE_TOPK(*inputs, most, False, absolute, backend=preference(None))
     else:
         scores, indices = x.new_empty(x.shape[0], 0), torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
@@ -70,7 +70,23 @@ def candidates(x: Tensor, w: Weights, k: int, world: World, among: Tensor | None
 
 def merged(own: Tensor, k: int, world: World) -> Tensor:
     """``[own rows, k]``: the largest keys of the rows of this process, descending."""
-    return world.home(own).transpose(0, 1).flatten(1).topk(k, dim=1).values
+    return _sides(own, world).topk(k, dim=1).values
+
+
+def _sides(t: Tensor, world: World) -> Tensor:
+    """``[own rows, ..]``: what the processes of all features have for the rows of this one, side by side."""
+    return world.home(t).transpose(0, 1).flatten(1)
+
+
+def best(x: Tensor, w: Weights, k: int, relu: bool, world: World, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """(values, features ``[own rows, k]``) of the k best of each row of this process."""
+    found = candidates(x, w, k, world, absolute=absolute)
+    kept, at = _sides(found.keys, world).topk(k, dim=1)
+    scores, features = unkeyed(kept)
+    if w.rank is not None:  # which those know that have the features
+        own = unranked(found.scores, found.indices, w.rank)
+        scores = _sides(torch.nn.functional.pad(own, (0, k - own.shape[1])), world).gather(1, at)
+    return rectified(scores, relu), features
 
 
 def top_k(x: Tensor, w: Weights, k: int, relu: bool, world: World, among: Tensor | None = None, absolute: bool = False) -> Slots:
@@ -78,7 +94,7 @@ def top_k(x: Tensor, w: Weights, k: int, relu: bool, world: World, among: Tensor
     scores, indices, own = candidates(x, w, k, world, among, absolute)
     kept = (own >= world.back(merged(own, k, world)[:, -1:]))[:, : scores.shape[1]]
     crow = torch.cat([indices.new_zeros(1), kept.sum(1).cumsum(0)])
-    return Slots(rectified(scores[kept], relu), indices[kept], crow)
+    return Slots(unranked(rectified(scores[kept], relu), indices[kept], w.rank), indices[kept], crow)
 
 
 def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, Tensor]:
@@ -87,26 +103,35 @@ def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, T
     every, x, features = x.shape[0], world.share(x), w.W_enc.shape[0]
     total, rows = int(k * every), x.shape[0]
     if most := min(total, rows * features):
-        inputs = (x, w.W_enc, w.b_enc, w.b_pre, None, None, None)
+        inputs = (x, w.W_enc, *w.ranking, None, None)
         values, indices, crow, _ = ENCODE_BATCH_TOPK(*inputs, (most + 0.5) / rows, backend=preference(None))
     else:
         values, indices, crow = x.new_empty(0), *(torch.zeros(n, dtype=torch.int64, device=x.device) for n in (0, rows + 1))
-    key = keys(values, indices + world.start)
-    if int(world.count(crow[-1])) > total:
-        row = Slots(values, indices, crow).row_of()
-        score, earlier = key >> 32, every * world.features - 1 - ((row + world.first) * world.features + indices + world.start)
+    kept, min_kept = largest(values, place(Slots(values, indices, crow), world), every * world.features, total, world)
+    crow = torch.cat([crow.new_zeros(1), kept.cumsum(0)])[crow]
+    values, indices = values[kept], indices[kept]
+    return Slots(unranked(values, indices, w.rank), indices, crow), min_kept
+
+
+def place(slots: Slots, world: World) -> Tensor:
+    """Of each slot of the rows of ``world.share``, in the order of rows and features of all processes."""
+    return (slots.row_of() + world.first) * world.features + slots.indices + world.start
+
+
+def largest(values: Tensor, place: Tensor, places: int, total: int, world: World) -> tuple[Tensor, Tensor]:
+    """Which are among the ``total`` largest of all processes' positive scores, equal ones by ``place`` (each in ``0 .. places - 1``, once);
+    and the smallest kept of all, +inf where there is none."""
+    score, kept = keys(values, place) >> 32, torch.ones_like(values, dtype=torch.bool)
+    if int(world.count(score.new_tensor(len(score)))) > total:
         last, left, equal = nth(score, total, 31, world)
         kept = score >= last
         if left < equal:
-            among, _, _ = nth(earlier[score == last], left, (every * world.features).bit_length(), world)
-            kept = (score > last) | ((score == last) & (earlier >= among))
-        values, indices, key = values[kept], indices[kept], key[kept]
-        crow = torch.cat([crow.new_zeros(1), torch.bincount(row[kept], minlength=rows).cumsum(0)])
-    # The least key is the largest of its complements; a process that kept nothing says LEAST.
-    least = ~key.amin(0, keepdim=True) if len(key) else torch.full((1,), LEAST, dtype=torch.int64, device=x.device)
+            first, _, _ = nth(places - 1 - place[score == last], left, places.bit_length(), world)
+            kept = (score > last) | ((score == last) & (places - 1 - place >= first))
+    # The least is the largest of the complements; a process that kept nothing says LEAST.
+    least = ~score[kept].amin(0, keepdim=True) if bool(kept.any()) else score.new_full((1,), LEAST)
     least = ~world.each(least).amax()
-    min_kept = torch.where(least == ~LEAST, torch.inf, unkeyed(least)[0])
-    return Slots(values, indices, crow), min_kept
+    return kept, torch.where(least == ~LEAST, torch.inf, unkeyed(least << 32)[0])
 
 
 def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, int]:
@@ -126,8 +151,18 @@ def nth(integers: Tensor, n: int, bits: int, world: World) -> tuple[int, int, in
 def decode_rows(slots: Slots, W: Tensor, world: World, groups: int = 1) -> Tensor:
     """``[groups, own rows, D]``: the products of all processes' slots with ``W``, from those that are features of this process, for the
     rows of ``world.share`` of each group."""
-    partial = DECODE(*slots.by_range(world.cuts), W, None, backend=then_any(preference(None)))
-    rows = tree(partial.reshape(len(world.cuts) - 1, slots.rows, W.shape[1])).reshape(groups, -1, W.shape[1]).transpose(0, 1)
+    return at_home(by_shard(slots, W, world), world, groups)
+
+
+def by_shard(slots: Slots, W: Tensor, world: World) -> Tensor:
+    """``[own virtual shards * rows, D]``: the products of each virtual shard alone."""
+    return DECODE(*slots.by_range(world.cuts), W, None, backend=then_any(preference(None)))
+
+
+def at_home(partial: Tensor, world: World, groups: int = 1) -> Tensor:
+    """``[groups, own rows, D]``: their sums over all virtual shards."""
+    shards, width = len(world.cuts) - 1, partial.shape[1]
+    rows = tree(partial.reshape(shards, len(partial) // shards, width)).reshape(groups, -1, width).transpose(0, 1)
     return tree(world.home(rows)).transpose(0, 1)
 
 
@@ -144,6 +179,15 @@ def skip_gradient(G: Tensor, x: Tensor, world: World) -> Tensor:
     if world.virtual == 1:
         return product(G.T, x)
     return densify(RowGradient(G.contiguous(), _columns(G), None, x, G.shape[1]))
+
+
+def pulled(sums: Tensor, W: Tensor, world: World) -> Tensor:
+    """``sums @ W`` over the features of all processes, likewise."""
+    if world.virtual == 1:
+        return product(sums.unsqueeze(0), W)[0]
+    moved = sums.nonzero().squeeze(1)  # of few features, mostly
+    shards = torch.searchsorted(moved, torch.tensor(world.cuts, device=sums.device))
+    return world.tree(DECODE(sums[moved], moved, shards, W, None, backend=then_any(preference(None))))
 
 
 def _columns(rows: Tensor) -> Tensor:

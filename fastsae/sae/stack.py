@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
+from fastsae._core.world import World
 from fastsae.dispatch import preference, then_any
 from fastsae.formats import modules
 from fastsae.gradients import Gradient, RowGradient, StackedGradient, TiledGradient, total
@@ -72,9 +73,9 @@ class SAEs(nn.Module):
             raise ValueError("SAEs: members must hold at least one SAE, got none")
         for number, member in enumerate(members):
             checks.instance("SAEs", f"members[{number}]", member, SAE, "an SAE")
-            if member.world.virtual > 1:
-                raise ValueError(f"SAEs: members[{number}] is sharded, a stack takes whole SAEs")
             first = members[0]
+            if member.world is not first.world:
+                raise ValueError(f"SAEs: members[{number}] is sharded by itself: fastsae.distributed.shard takes a stack of whole SAEs")
             for name in _SAME:
                 if getattr(member, name) != getattr(first, name):
                     raise ValueError(f"SAEs: {name} must be {getattr(first, name)} in all members, got {getattr(member, name)} in {number}")
@@ -140,6 +141,11 @@ class SAEs(nn.Module):
         return len(self._members)
 
     @property
+    def world(self) -> World:
+        """The processes that hold the members."""
+        return self._members[0].world
+
+    @property
     def unit_rows(self) -> tuple[str, ...]:
         """As in ``SAE``."""
         return self._members[0].unit_rows
@@ -196,6 +202,10 @@ class SAEs(nn.Module):
             ``StackedGradient``.
         """
         op = "SAEs.step_gradients"
+        if self.world.virtual > 1:
+            with self.world.together(op):
+                batches = self._batches(op, x, target, mask)
+                return self._stacked([m.step_gradients(*batch, l1, l0, aux) for m, batch in zip(self.members, batches)])
         checks.tensor(op, "x", x)
         if not checks.autocasting(x.device):
             checks.narrower(op, "x", x, "the parameters", self.W_dec)
@@ -208,7 +218,10 @@ class SAEs(nn.Module):
             for member in inputs:
                 if _place(member.target) not in whole:
                     whole[_place(member.target)] = spread(member.target)
-            results = [step(member, whole[_place(member.target)]) for member in inputs]
+            return self._stacked([step(member, whole[_place(member.target)]) for member in inputs])
+
+    def _stacked(self, results: list[tuple[Metrics, dict[str, Gradient]]]) -> tuple[Metrics, dict[str, Gradient]]:
+        """From those of each member."""
         metrics = Metrics(*(torch.stack(values) for values in zip(*(metrics for metrics, _ in results))))
         return metrics, {name: _stacked([gradients[name] for _, gradients in results]) for name, _ in self.named_parameters()}
 

@@ -194,7 +194,7 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     aux = None if terms.aux is None else aux_step(grad, x, target, run.x_hats[-1], dead, w, terms.aux, inputs.activation.absolute, world)
     loss, fvu, l0 = combine(run, target, terms, inputs.objective, aux, error, whole, world)
     if terms.jump is not None and terms.jump.pre_acts:
-        short = jump.PreActs(x, w, None if terms.jump.all_features else dead, terms.jump.pre_acts / tokens)
+        short = jump.PreActs(x, w, None if terms.jump.all_features else dead, terms.jump.pre_acts / tokens, world)
         loss = loss + short.loss
         for name, gradient in short.gradients().items():
             grad.add(name, gradient)
@@ -202,13 +202,15 @@ def _step(inputs: Inputs, whole: tuple[Tensor, Tensor] | None) -> tuple[Metrics,
     return metrics, grad.result(inputs.parameters)
 
 
-def forward(inputs: Inputs, slots: Slots | None = None) -> tuple[tiles.TilePass | SlotPass, Pass]:
-    """What ``backward`` goes back through, and what the loss needs; ``slots``: the latents, where they are known."""
+def forward(inputs: Inputs, slots: Slots | None = None, outputs: bool = True) -> tuple[tiles.TilePass | SlotPass, Pass]:
+    """What ``backward`` goes back through, and what the loss needs; ``slots``: the latents, where they are known. Without ``outputs``
+    ``x_hats`` has no columns: who asks decodes ``grouped``."""
     (x, w), terms = inputs.cast, inputs.terms
     if inputs.dense:
         this = tiles.TilePass(x, w, bool(terms.l1))
     else:
-        this = SlotPass(encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots, x, w, terms, inputs.world)
+        found = encode_slots(x, w, inputs.activation, inputs.world) if slots is None else slots
+        this = SlotPass(found, x, w, terms, inputs.world, outputs)
     if not terms.l0 or this.run.counted is not None:
         return this, this.run
     return this, this.run._replace(counted=this.run.active.to(accumulator(x.dtype)))
@@ -228,19 +230,15 @@ def backward(grad: Sum, this: tiles.TilePass | SlotPass, G: Tensor, dfrozen: Ten
 class SlotPass:
     """Forward and backward over slots; ``run`` is what the loss needs of the forward."""
 
-    def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World):
+    def __init__(self, slots: Slots, x: Tensor, w: Weights, terms: Terms, world: World, outputs: bool = True):
         self.x, self.w, self.backend, self.wide, self.world = x, w, then_any(preference(None)), accumulator(x.dtype), world
         self.jump = terms.jump
         active = world.count((slots.values != 0).sum())
         groups = Groups.of(slots, w.prefixes, world.share(x).shape[0], world.start)
         self.slots = slots.complete(world)
         self.groups = groups if self.slots is slots else Groups.of(self.slots, w.prefixes, x.shape[0], world.start)
-        grouped = latents.Slots(groups.values, groups.indices, groups.crow)
-        partial = decoded(grouped, w.W_dec, None, world, len(w.prefixes)).to(self.wide)
-        x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
-        x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
-        if w.skip is not None:
-            x_hats += selection.skipped(x, w.skip, world)
+        self.grouped = latents.Slots(groups.values, groups.indices, groups.crow)  # of the rows of ``world.share``
+        x_hats = self._outputs(x, w) if outputs else x.new_empty(1, x.shape[0], 0)
         self.gate = frozen = None
         if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
             gate = _threshold_slots(world.share(x), w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
@@ -252,17 +250,27 @@ class SlotPass:
         self.sums = magnitude = counted = None  # of the penalised magnitudes of each feature
         self.pull: Tensor | float = 1.0
         if self.norm is not None:
-            values, norm = penalised.values.to(self.wide), self.norm[penalised.indices.long()]
-            weighed, self.slope, self.grown = jump.penalised(values, norm, None if self.jump is None else self.jump.tanh)
+            values, norm, tanh = penalised.values.to(self.wide), self.norm[penalised.indices.long()], self.jump and self.jump.tanh
+            weighed, self.slope, self.grown = jump.penalised(values, norm, tanh)
             magnitude = weighed.sum()
-        if self.norm is not None and world.virtual > 1:
-            self.sums = feature_sums(penalised.values.abs(), penalised.indices, penalised.crow, len(self.norm), self.backend)
-            magnitude = world.tree(torch.stack([world.sum(part) for part in (self.sums * self.norm).tensor_split(world.cuts[1:-1])]))
+            if world.virtual > 1:
+                of_each = penalised.indices, penalised.crow, len(self.norm), self.backend
+                self.sums = feature_sums(self.grown, *of_each)
+                magnitude = world.total(self.sums * self.norm if tanh is None else feature_sums(weighed, *of_each))
         hit = fired(self.slots.indices.long(), self.slots.values, w.W_enc.shape[0])
         if self.jump is not None and self.jump.target is not None and terms.l0:
-            assert slots.flags is not None and slots.crow is not None
-            counted, self.pull = jump.of_target(active_counts(slots.flags, slots.crow, self.wide), self.jump.target, self.jump.of_batch)
+            assert self.slots.flags is not None and self.slots.crow is not None
+            each = world.count(active_counts(self.slots.flags, self.slots.crow, self.wide)) / world.copies
+            counted, self.pull = jump.of_target(each, self.jump.target, self.jump.of_batch, world)
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, counted, active, hit, self.slots.min_kept)
+
+    def _outputs(self, x: Tensor, w: Weights) -> Tensor:
+        partial = decoded(self.grouped, w.W_dec, None, self.world, len(w.prefixes)).to(self.wide)
+        x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
+        x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
+        if w.skip is not None:
+            x_hats += selection.skipped(x, w.skip, self.world)
+        return x_hats
 
     def backward(self, grad: Sum, G: Tensor, dfrozen: Tensor | None, l1: float, l0: float) -> None:
         """Adds the gradients; ``l1`` and ``l0`` divided by the number of tokens."""
@@ -318,10 +326,7 @@ def _through_scores(
     b = getattr(w, bias)
     _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
     if w.b_pre is not None and world.virtual > 1 and db is not None:
-        sums = db if stretch is None else db * stretch
-        moved = sums.nonzero().squeeze(1)  # of few features, mostly
-        shards = torch.searchsorted(moved, torch.tensor(world.cuts, device=db.device))
-        db_pre = -world.tree(DECODE(sums[moved], moved, shards, w.W_enc, None, backend=backend))
+        db_pre = -selection.pulled(db if stretch is None else db * stretch, w.W_enc, world)
     through = dscore if stretch is None else (dscore * stretch[slots.indices.long()]).to(dscore.dtype)
     grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
     grad.add(bias, db)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae import SAE, Trainer
-from fastsae.lm import Edit, packaged, splice, token_windows
+from fastsae import SAE, TopK, Trainer
+from fastsae.lm import Edit, harvest, packaged, splice, token_windows
 from fastsae.lm.hooks import call
 from fastsae.optim import Adam, warmup_linear_decay
+from fastsae.polytopes import Net, as_net, mlp_block
 from fastsae.store import ActivationShards, LatentStore, LatentWriter
 from fastsae.studies import Study
 from fastsae.superposition import SuperpositionData
@@ -98,13 +100,28 @@ def language(study: Study) -> Language:
     return Language(model, "model.layers.{}", [tokenizer.bos_token_id], texts, tokenizer)
 
 
-def train(study: Study, shards: ActivationShards, hook: str, kind: Any, file: Path, seed: int = 0, **options: Any) -> SAE:
-    """One dictionary of a layer, from its shards; ``file``: its checkpoint, from which it goes on. options: of ``Trainer``."""
+def train(
+    study: Study,
+    shards: ActivationShards,
+    hook: str,
+    kind: Any,
+    file: Path,
+    seed: int = 0,
+    features: int | None = None,
+    watch: Callable[[int, SAE], object] | None = None,
+    **options: Any,
+) -> SAE:
+    """One dictionary of a layer, from its shards; ``file``: its checkpoint, from which it goes on. features: None: ``study["features"]``.
+    watch: called every ``log_every`` steps. options: of ``Trainer``."""
     steps, d = study["steps"], shards.columns[hook][1][0]
     batches = shards.batches(study["batch"], hook, seed=seed, dtype=torch.float32)
     first = shards.read(0, min(shards.rows, 16_384), [hook])[hook].float()
-    sae = SAE(d, study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=seed).init_from(first, norm="rms")
+    sae = SAE(d, features or study["features"], kind, dead_after=study["batch"] * max(1, steps // 4), seed=seed).init_from(
+        first, norm="rms"
+    )
     opt = Adam(sae, lr=study["lr"], betas=(0.9, 0.99), schedule=warmup_linear_decay(max(1, steps // 20), steps // 2, steps))
+    if watch is not None:
+        options["callback"] = lambda step, _: watch(step, sae)
     trainer = Trainer(sae, opt, progress=study.progress, checkpoint=file, every=50, **options)
     trainer.fit(batches, steps, resume=file.exists())
     return sae.fold_().eval()
@@ -155,3 +172,40 @@ def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor)
     fires[:, 0] = False  # BOS, which the dictionary has not seen
     kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
+
+
+@dataclass(frozen=True)
+class IntoMlp:
+    """The residual stream where it enters an MLP, and a dictionary of it.
+
+    Attributes:
+        net: the MLP as a function of x. hook: where x is. training: what the dictionary ``sae`` (TopK) was trained on. windows: others.
+        x: ``[N, D]``, their rows. tokens: ``[N]``.
+    """
+
+    found: Language
+    net: Net
+    hook: str
+    training: ActivationShards
+    windows: Tensor
+    x: Tensor
+    tokens: Tensor
+    sae: SAE
+
+
+def into_mlp(study: Study) -> IntoMlp:
+    """Of ``study["layer"]``; the dictionary has ``study["features"]`` and ``study["k"]``."""
+    found = language(study)
+    windows, held = found.split(study["train_tokens"], study["held_tokens"], study["context"])
+    layer = found.layer.format(study["layer"])
+    random = study["source"] == "random"
+    net = as_net(found.model.get_submodule(layer)) if random else mlp_block(found.model, study["layer"])
+    hook = (
+        layer + {"random": ".0:input", "minilm": ".intermediate.dense:input", "smollm2": ".post_attention_layernorm:input"}[study["source"]]
+    )
+    options: dict[str, Any] = {"ignore": found.special, "dtype": torch.float32, "progress": study.progress}
+    shards = harvest(found.model, windows, hook, study.parts / "activations", **options)
+    sae = train(study, shards, hook, TopK(study["k"]), study.parts / "dictionary", study.seed)
+    rows = harvest(found.model, held, hook, study.parts / "held", **options)
+    x, tokens = rows.read(0, rows.rows, [hook, "token"]).values()
+    return IntoMlp(found, net, hook, shards, held, x, tokens, sae)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae.studies._frame import Study
-from fastsae.superposition import Run, SuperpositionData, train_many
+from fastsae.superposition import Run, SuperpositionData, toy_model_features, train_many
 
 
 def powers(first: float, last: float, count: int) -> list[float]:
@@ -36,6 +36,16 @@ def sources(study: Study) -> SuperpositionData:
     """The data of a study's preset."""
     changes = {name: study[name] for name in ("n_features", "d", "mean_active", "rate")}
     return SuperpositionData.preset(study["preset"], **changes, seed=1000 + study.seed)
+
+
+def truth(study: Study, kind: str, n_features: int) -> Tensor | None:
+    """Unit features ``[G, D]``; None for "random". "toy model": where an encoder in superposition puts them, without those it gave up."""
+    if kind == "random":
+        return None
+    density = min(1.0, study["mean_active"] / n_features)
+    made = toy_model_features(n_features, study["d"], density=density, steps=study["toy_steps"], seed=study.seed).features
+    norms = made.norm(dim=1, keepdim=True)
+    return (made / norms)[norms[:, 0] > 0.5]
 
 
 def antipodal(dictionary: Tensor, alive: Tensor | None = None, below: float = -0.9) -> float:

@@ -1,80 +1,133 @@
 """How strongly may features interfere before sparse dictionaries lose them?
 
-The ratio G / D goes from 1 to 32 at a fixed D and a fixed number of active features, all equally likely: what changes is how many
-directions crowd into the space, so how large the nearest of them overlap. A low ratio favours antipodal pairs; the strongly interfering
-regime is the one thought relevant to real networks. MMCS is compared with that of as many random directions, which grows with F by itself.
+The ratio G / D goes up at a fixed D and a fixed number of active features, all equally likely: what changes is how many directions crowd
+into the space, so how large the nearest of them overlap. Two truths: random unit features, among which antipodal pairs are next to
+impossible, and features where a toy model's encoder puts them (Elhage et al. 2022), which likes antipodes. MMCS is compared with that of as
+many random directions, which grows with F by itself. Where features are lost: is it a limit, or training? Steps, samples and dictionary
+sizes are swept there. A run has converged if its loss stopped falling (less than 1 % in 500 steps, twice) before the steps were over.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from typing import Any
 
 import torch
 
 import fastsae
 from fastsae.studies import Study
-from fastsae.studies._toy import best, distribution, frame, powers, ridgeline, train
-from fastsae.superposition import SuperpositionData, unit_features
+from fastsae.studies._toy import antipodal, distribution, frame, powers, ridgeline, train, truth
+from fastsae.superposition import Run, SuperpositionData, unit_features
 
 SIZES = {
     "smoke": {
-        "minutes": 0.05, "d": 12, "ratios": [1, 4], "mean_active": 2.0, "over": 2, "l1": [0.1], "stop": 60, "max_steps": 60,
-        "cooldown": 10,
+        "minutes": 0.05, "truths": ["random", "toy model"], "toy_steps": 50, "d": 12, "ratios": [1, 4], "mean_active": 2.0,
+        "over": 2, "l1": [0.1], "seeds": 1, "max_steps": 60, "cooldown": 10, "window": 20, "limit": 4,
+        "limit_over": [2], "limit_steps": [60],
     },
     "quick": {
-        "minutes": 3, "d": 64, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 3.0, "over": 2, "l1": powers(-1.25, -0.75, 2),
-        "stop": "converged", "max_steps": 2000, "cooldown": 600,
+        "minutes": 4, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 2, 4, 8, 16], "mean_active": 2.0,
+        "over": 2, "l1": powers(-1.5, 0, 4), "seeds": 2, "max_steps": 4000, "cooldown": 600, "window": 500, "limit": 8,
+        "limit_over": [2, 8], "limit_steps": [2000, 8000],
     },
     "default": {
-        "minutes": 13, "d": 128, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 5.0, "over": 2, "l1": powers(-1.5, -0.5, 4),
-        "stop": "converged", "max_steps": 8000, "cooldown": 1000,
+        "minutes": 45, "truths": ["random", "toy model"], "toy_steps": 4000, "d": 64, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 4.0,
+        "over": 2, "l1": powers(-1.5, 0.25, 8), "seeds": 3, "max_steps": 12_000, "cooldown": 1000, "window": 500, "limit": 16,
+        "limit_over": [1, 2, 4, 8], "limit_steps": [3000, 12_000, 48_000],
     },
 }  # fmt: skip
 
 
 def run(study: Study) -> None:
-    D = study["d"]
-    rows, winners = [], {}
-    for ratio in study["ratios"]:
-        G, F = ratio * D, ratio * D * study["over"]
-        data = SuperpositionData(G, D, mean_active=study["mean_active"], decay=None, seed=1000 + study.seed)
-        options = {name: study[name] for name in ("stop", "max_steps", "cooldown", "l1")}
-        runs = train(study, f"G / D = {ratio}", data, n_features=F, **options)
-        table = frame(runs)
-        row = best(table)
-        winners[ratio] = next(r for r in runs if r.l1 == row["l1"])
-        # What a dictionary of random directions would score, and how near the truth's own features come to each other.
-        chance = fastsae.mmcs(data.features, unit_features(F, D, study.generator(ratio)), "a_to_b")
-        overlap = float(fastsae.match_cosine(data.features, data.features, exclude_self=True).similarity.mean())
-        expected = math.sqrt(2 * math.log(G) / D)
-        rows.append({"ratio": ratio, "n_true": G, **row, "chance": chance, "overlap": overlap, "sqrt(2 ln G / D)": expected})
-    columns = ["ratio", "n_true", "n_features", "l1", "mmcs", "chance", "recovered", "overlap", "sqrt(2 ln G / D)", "dead", "antipodal"]
-    columns += ["l0", "fvu", "steps", "converged", "cpu_seconds"]
-    study.table("best L1 of each ratio", [{name: row[name] for name in columns} for row in rows])
-    lost = [row for row in rows if row["recovered"] < 0.5]
-    study.say(
-        f"MMCS of the truth is {rows[0]['mmcs']:.3f} at G / D = {rows[0]['ratio']} and {rows[-1]['mmcs']:.3f} at {rows[-1]['ratio']} "
-        f"(random directions: {rows[0]['chance']:.3f} and {rows[-1]['chance']:.3f}). "
-        + (f"Fewer than half of the features are found from G / D = {lost[0]['ratio']} on." if lost else "More than half are found at all.")
-    )
-    study.say(
-        f"Antipodes among the alive features: {rows[0]['antipodal']:.1%} at G / D = {rows[0]['ratio']}, {rows[-1]['antipodal']:.1%} at "
-        f"{rows[-1]['ratio']}."
-    )
-    found = [distribution(f"G / D = {ratio}", torch.as_tensor(r.similarity, device="cpu")) for ratio, r in winners.items()]
-    study.record(distributions=found)
+    rows: list[dict[str, Any]] = []
+    winners: dict[str, Run] = {}
+    for kind in study["truths"]:
+        for ratio in study["ratios"]:
+            data, F = made(study, kind, ratio), ratio * study["d"] * study["over"]
+            row, winners[f"{kind}, {ratio}"] = judged(study, f"{kind}, G over D = {ratio}", data, F, study["l1"], study["max_steps"])
+            # What a dictionary of random directions would score, and how near the truth's own features come to each other.
+            row["chance"] = fastsae.mmcs(data.features, unit_features(F, study["d"], study.generator(ratio)), "a_to_b")
+            row["overlap"] = float(fastsae.match_cosine(data.features, data.features, exclude_self=True).similarity.mean())
+            row["sqrt(2 ln G / D)"] = math.sqrt(2 * math.log(data.n_features) / study["d"])
+            rows.append({"truth": kind, "ratio": ratio, "n_true": data.n_features, "antipodes": antipodal(data.features), **row})
+    study.table("best L1 of each ratio", rows)
+    for kind in study["truths"]:
+        own = [row for row in rows if row["truth"] == kind]
+        lost = [row["ratio"] for row in own if row["recovered"] < 0.5]
+        study.say(
+            f"Truth {kind!r}: MMCS {own[0]['mmcs']:.3f} at G / D = {own[0]['ratio']}, {own[-1]['mmcs']:.3f} at {own[-1]['ratio']} (random "
+            f"directions: {own[0]['chance']:.3f}, {own[-1]['chance']:.3f}). "
+            + (f"Fewer than half of the features are found from G / D = {lost[0]} on. " if lost else "More than half are found at all. ")
+            + f"With an antipode are up to {max(row['antipodes'] for row in own):.1%} of the true features, and up to "
+            f"{max(row['antipodal'] for row in own):.1%} of the alive ones of a dictionary."
+        )
+    edges = [f"{row['truth']} {row['ratio']}" for row in rows if row["l1"] == max(study["l1"])]
+    late = [f"{row['truth']} {row['ratio']}" for row in rows if row["converged"] < 1]
+    study.say(f"At the grid's largest L1: {', '.join(edges) or 'none'}. Not converged in every seed: {', '.join(late) or 'none'}.")
+    limits(study, rows)
+    draw(study, rows, winners)
 
-    canvas, axes = study.figure(rows=1, columns=2, figsize=(12, 4.5))
-    ratios = [row["ratio"] for row in rows]
-    for column, label, style in (
-        ("mmcs", "MMCS of the truth", "o-"),
-        ("recovered", "share above 0.9", "s-"),
-        ("chance", "MMCS of random directions", "k:"),
-        ("overlap", "mean nearest overlap of the truth", "k--"),
-    ):
-        axes[0].plot(ratios, [row[column] for row in rows], style, label=label)
-    axes[0].set_xscale("log", base=2)
-    axes[0].set(xlabel="G / D", ylim=(0, 1.02), title=f"D = {D}, {study['mean_active']:g} active, F = {study['over']} G, best L1")
-    axes[0].set_xticks(ratios, list(map(str, ratios)))
-    ridgeline(axes[1], found, "At the end (heights: roots of shares)")
+
+def made(study: Study, kind: str, ratio: int) -> SuperpositionData:
+    features = truth(study, kind, ratio * study["d"])
+    count = ratio * study["d"] if features is None else len(features)
+    return SuperpositionData(
+        count, study["d"], mean_active=study["mean_active"], decay=None, features=features, seed=1000 + study.seed
+    )  # fmt: skip
+
+
+def judged(
+    study: Study, label: str, data: SuperpositionData, F: int, l1: list[float], steps: int, batch: int = 256
+) -> tuple[dict[str, Any], Run]:
+    """The L1 with the highest mean MMCS over seeds, means over seeds there, and its first run."""
+    seeds = [study.seed + number for number in range(study["seeds"])]
+    options = {"stop": "converged", "max_steps": steps, "cooldown": study["cooldown"], "window": study["window"], "batch": batch}
+    runs = train(study, label, data, n_features=F, l1=l1, seeds=seeds, **options)
+    groups = [[run for run in runs if run.l1 == weight] for weight in l1]
+    own = max(groups, key=lambda group: sum(run.row()["mmcs"] for run in group))
+    table = frame(own)
+    row: dict[str, Any] = {"n_features": F, "l1": own[0].l1}
+    row |= {name: statistics.mean(r[name] for r in table) for name in ("mmcs", "recovered", "dead", "antipodal", "l0", "fvu", "steps")}
+    row["spread"] = max(r["mmcs"] for r in table) - min(r["mmcs"] for r in table)
+    row["converged"] = statistics.mean(run.steps < steps for run in own)
+    return {**row, "cpu_seconds": sum(run.cpu_seconds for run in runs)}, own[0]
+
+
+def limits(study: Study, rows: list[dict[str, Any]]) -> None:
+    """More steps, more samples a step, larger dictionaries, at one ratio and the L1 that was best there and its neighbours."""
+    ratio, kind = study["limit"], study["truths"][0]
+    data, found = made(study, kind, ratio), next(row["l1"] for row in rows if (row["truth"], row["ratio"]) == (kind, ratio))
+    place = study["l1"].index(found)
+    near = study["l1"][max(0, place - 1) : place + 2]
+    table = []
+    for over in study["limit_over"]:
+        for steps, batch in [*((steps, 256) for steps in study["limit_steps"]), (study["limit_steps"][-1] // 4, 1024)]:
+            label = f"{ratio}, F over G = {over}, {steps} steps of {batch}"
+            row, _ = judged(study, label, data, ratio * over * study["d"], near, steps, batch)
+            table.append({"F / G": over, "most_steps": steps, "batch": batch, **row})
+    study.table(f"training at G / D = {ratio}", table)
+    least, most = (fn(table, key=lambda row: row["recovered"]) for fn in (min, max))
+    said = [f"{row['recovered']:.1%} (F = {row['F / G']} G, {row['steps']:.0f} steps of {row['batch']})" for row in (least, most)]
+    study.say(f"At G / D = {ratio} the share of features found goes from {said[0]} to {said[1]} by training and size alone.")
+
+
+def draw(study: Study, rows: list[dict[str, Any]], winners: dict[str, Run]) -> None:
+    found = [distribution(label, torch.as_tensor(run.similarity, device="cpu")) for label, run in winners.items()]
+    study.record(distributions=found)
+    canvas, axes = study.figure(rows=1, columns=len(study["truths"]) + 1, figsize=(6 * (len(study["truths"]) + 1), 4.8))
+    for kind, axis in zip(study["truths"], axes):
+        own = [row for row in rows if row["truth"] == kind]
+        for column, label, style in (
+            ("mmcs", "MMCS of the truth", "o-"),
+            ("recovered", "share above 0.9", "s-"),
+            ("chance", "MMCS of random directions", "k:"),
+            ("overlap", "mean nearest overlap of the truth", "k--"),
+        ):
+            axis.plot(study["ratios"], [row[column] for row in own], style, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="G / D", ylim=(0, 1.02), title=f"{kind}: D = {study['d']}, {study['mean_active']:g} active, F = {study['over']} G")
+        axis.set_xticks(study["ratios"], list(map(str, study["ratios"])))
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
+    ridgeline(axes[-1], found, "Best cosines at the end (heights: roots of shares)")
     study.save(canvas, "interference")

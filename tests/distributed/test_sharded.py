@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from forks import script
-from sharded_runs import KINDS, LONG, STOP, USED, build, optimiser, train
+from sharded_runs import KINDS, LONG, MANY, MANY_LONG, MANY_USED, RESAMPLED, STOP, USED, anew, build, dense, optimiser, train
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastsae import SAE, AuxK, TopK, distributed
+from fastsae import SAE, AuxK, BatchTopK, SAEs, TopK, distributed
 from fastsae._core.world import tree
 from fastsae.optim import Adam
+from fastsae.sae import Crosscoder, CrossLayerTranscoder
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 SIZES, STEPS = ([1, 2, 4, 8], 1000) if DEEP else ([1, 2, 4], STOP)
@@ -32,22 +34,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MANY])
 def test_training_is_the_same_on_any_number_of_processes(results: dict[Any, Any], kind: str) -> None:
-    first = results["stopped" if kind in LONG else "trained", kind, 1]
+    first = results["stopped" if kind in (*LONG, *MANY) else "trained", kind, 1]
     for (what, of, size), found in results.items():
         if what in ("trained", "stopped") and of == kind:
             same = results[what, kind, 1]
             assert {k: v for k, v in found.items() if k != "numbers"} == {k: v for k, v in same.items() if k != "numbers"}, size
     # The same numbers as an SAE that was never sharded, until rounding has been amplified.
     sae = build(kind)
-    whole = torch.stack(train(sae, optimiser(sae, kind), kind, range(7), 0, 1))
-    torch.testing.assert_close(first["numbers"][:7], whole, rtol=2e-3, atol=1e-5)
+    steps = min(7, len(first["numbers"]))
+    whole = torch.stack(train(sae, optimiser(sae, kind), kind, range(steps), 0, 1))
+    torch.testing.assert_close(first["numbers"][:steps], whole, rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(first["numbers"][:2], whole[:2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("kind", [*LONG, *MANY_LONG])
 def test_a_checkpoint_goes_on_on_any_number_of_processes(results: dict[Any, Any], kind: str) -> None:
     sizes = [size for what, of, size in results if what == "resumed" and of == kind]
     assert {1, 4} <= set(sizes)
@@ -57,7 +60,7 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(results: dict[Any, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", USED)
+@pytest.mark.parametrize("kind", [*USED, *MANY_USED])
 def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
     first = results["used", kind, 1]
     sae = build(kind)
@@ -66,17 +69,42 @@ def test_latents_outputs_and_losses(results: dict[Any, Any], kind: str) -> None:
     x, target = first["x"], first["x"] if first["target"] is None else first["target"]
     for training in (True, False):
         sae.load_state_dict(first["state", training])
-        dense, x_hat, error, loss = first[training]
-        for size in [*SIZES[1:], *MESHES]:
-            found = results.get(("used", kind, size))
-            assert found is None or all(map(torch.equal, first[training], found[training])), size
+        latents, x_hat, error, loss = first[training]
         sae.train(training)
-        assert torch.equal(dense, sae.encode(x).to_dense())  # the bits of one process
-        exact = dense.double() @ sae.W_dec.double() + sae.b_dec.double()
-        exact += 0 if sae.W_skip is None else x.double() @ sae.W_skip.double().T
+        for size in [1, *SIZES[1:], *MESHES]:
+            found = results.get(("used", kind, size), first)
+            assert all(map(torch.equal, first[training], found[training])), size
+            if kind in MANY:
+                bad, of_bad = found["bad", training]
+                assert torch.equal(of_bad, dense(sae.encode(bad)))
+        assert torch.equal(latents, dense(sae.encode(x)))  # the bits of one process
+        exact = outputs(sae, x, latents.double())
+        if kind == "rows":
+            exact = exact * x.double().std(1, keepdim=True) + x.double().mean(1, keepdim=True)
         torch.testing.assert_close(x_hat.double(), exact, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(error.double(), (target.double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(error.double(), (target.flatten(1).double() - exact).square().sum(1), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(loss, torch.stack(sae.loss(x, first["target"])).detach(), rtol=1e-4, atol=1e-5)
+
+
+def outputs(sae: Any, x: Tensor, latents: Tensor) -> Tensor:
+    """What latents write, in float64."""
+    if isinstance(sae, SAE):
+        y = latents @ sae.W_dec.double() + sae.b_dec.double()
+        return y if sae.W_skip is None else y + x.double() @ sae.W_skip.double().T
+    y = sae.b_dec.double().repeat(len(x), 1, 1)
+    for n, own in enumerate(latents.chunk(sae.n_layers, 1)):
+        y[:, n:] += torch.einsum("bf,fmd->bmd", own, sae.W_dec(n).double())
+    return y.flatten(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESAMPLED)
+def test_dead_features_start_anew_at_the_same_rows(results: dict[Any, Any], kind: str) -> None:
+    first = results["resampled", kind, 1]
+    torch.testing.assert_close(first["rows"], anew(build(kind), kind), rtol=1e-3, atol=1e-5)
+    for (what, of, size), found in results.items():
+        if what == "resampled" and of == kind:
+            assert all(torch.equal(t, first[name]) if name == "rows" else t == first[name] for name, t in found.items()), size
 
 
 @pytest.mark.slow
@@ -86,7 +114,7 @@ def test_all_refuse_a_step_that_is_not_finite(results: dict[Any, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_trainer_s_run_and_its_second_half(results: dict[Any, Any]) -> None:
-    assert all(found == results["looped", "topk", 1] for (what, _, _), found in results.items() if what == "looped")
+    assert all(found == results["looped", kind, 1] for (what, kind, _), found in results.items() if what == "looped")
 
 
 @pytest.mark.slow
@@ -95,6 +123,8 @@ def test_bytes_of_a_selection(results: dict[Any, Any], size: int) -> None:
     """8 k to the rows' owners and 8 back, of which the share of one's own rows is not sent."""
     got = results["counted", "topk", size]
     assert got["bytes"] == got["most"] * (size - 1) / size
+    got = results["counted", "clt topk", size]
+    assert got["counted"] == got["planned"]
 
 
 @pytest.mark.slow
@@ -138,32 +168,51 @@ class Likeness:
         pass
 
 
-@pytest.mark.parametrize("size", [64, 512, (16, 4), (1, 32)])
-def test_bytes_and_shapes_of_worlds_that_are_not_there(monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch, size: Any) -> Iterator[tuple[int, int, Any]]:
+    """(processes to a copy, copies, mesh) of a world that is not there."""
     shards, copies = size if isinstance(size, tuple) else (size, 1)
-    ranks, rows, d, features = shards * copies, 3, 12, 4 * max(shards, 16)
     monkeypatch.setattr(dist, "ProcessGroupGloo", Likeness)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda *_: None)
-    dist.init_process_group("fake", rank=ranks - 1, world_size=ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=shards * copies - 1, world_size=shards * copies, store=FakeStore())
     try:
-        mesh = None if copies == 1 else init_device_mesh("cpu", size)
-        whole = SAE(d, features, TopK(4), aux=AuxK(6), dead_after=1, device="meta")
-        sae: Any = distributed.shard(whole, mesh, virtual=max(shards, 2), seed=0)
-        sae.silent.fill_(5)
-        opt = Adam(sae, lr=1e-3)
-        before = sae.world.sent
-        metrics = opt.step(torch.randn(rows, d, generator=torch.Generator().manual_seed(0)))
-        rates = distributed.Rates(1e9, 1e9, 1e9, 1e-5)
-        found = distributed.plan(features, d, tokens=1, rates=rates, ranks=ranks, copies=copies, batch=rows * ranks, k=4, k_aux=6)
-        assert sae.W_enc.shape == sae.W_dec.shape == (features // shards, d) and sae.silent.shape == (features // shards,)
-        assert found.weights == 4 * sum(p.numel() for p in sae.parameters())
-        entries = opt.state_dict()["state"].values()
-        assert found.moments == 4 * sum(t.numel() for entry in entries for t in entry.values() if isinstance(t, Tensor))
-        assert int(metrics.dead) % shards == 0
-        # With copies the latents of this process's features are not quite as many as of others.
-        assert sae.world.sent - before == (pytest.approx(found.sent, rel=0.2) if copies > 1 else found.sent)
+        yield shards, copies, None if copies == 1 else init_device_mesh("cpu", size)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [64, (16, 4)])
+def test_shapes_of_layers_and_stacks_in_worlds_that_are_not_there(pretended: tuple[int, int, Any]) -> None:
+    shards, copies, mesh = pretended
+    features, rows, x = 4 * shards, 3 * shards * copies, torch.randn(2, 3, 5, 4)
+    clt = distributed.shard(CrossLayerTranscoder(5, 4, features, BatchTopK(2), device="meta"), mesh, virtual=shards, seed=0)
+    assert float(Adam(clt, lr=1e-3).step(*x).l0) == 10 and [layer.W_dec.shape for layer in clt] == [(4, 4 * (5 - n)) for n in range(5)]
+    assert clt.encode(x[0])[4].n_features == features and clt.decode(clt.eval().encode(x[0])).shape == (3, 5, 4)
+    whole = SAEs(Crosscoder(5, 4, features, TopK(4), seed=n) for n in range(2))
+    saes = distributed.shard(whole, mesh, virtual=shards)
+    assert Adam(saes, lr=1e-3, clip=1.0).step(x[0].flatten(1)).loss.shape == (2,) and saes.W_dec.shape == (2, 4, 20)
+    assert saes[0].silent.shape == (4,) and int(saes[0].silent.max()) == rows
+
+
+@pytest.mark.parametrize("size", [64, 512, (16, 4), (1, 32)])
+def test_bytes_and_shapes_of_worlds_that_are_not_there(pretended: tuple[int, int, Any]) -> None:
+    shards, copies, mesh = pretended
+    ranks, rows, d, features = shards * copies, 3, 12, 4 * max(shards, 16)
+    whole = SAE(d, features, TopK(4), aux=AuxK(6), dead_after=1, device="meta")
+    sae: Any = distributed.shard(whole, mesh, virtual=max(shards, 2), seed=0)
+    sae.silent.fill_(5)
+    opt = Adam(sae, lr=1e-3)
+    before = sae.world.sent
+    metrics = opt.step(torch.randn(rows, d, generator=torch.Generator().manual_seed(0)))
+    rates = distributed.Rates(1e9, 1e9, 1e9, 1e-5)
+    found = distributed.plan(features, d, tokens=1, rates=rates, ranks=ranks, copies=copies, batch=rows * ranks, k=4, k_aux=6)
+    assert sae.W_enc.shape == sae.W_dec.shape == (features // shards, d) and sae.silent.shape == (features // shards,)
+    assert found.weights == 4 * sum(p.numel() for p in sae.parameters())
+    entries = opt.state_dict()["state"].values()
+    assert found.moments == 4 * sum(t.numel() for entry in entries for t in entry.values() if isinstance(t, Tensor))
+    assert int(metrics.dead) % shards == 0
+    # With copies the latents of this process's features are not quite as many as of others.
+    assert sae.world.sent - before == (pytest.approx(found.sent, rel=0.2) if copies > 1 else found.sent)
 
 
 def test_what_needs_a_group() -> None:

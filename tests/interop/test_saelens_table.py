@@ -28,8 +28,7 @@ KINDS = {
     "gemma_2": 'yes: `format="gemma_scope"` (embedding SAEs as the file says, without SAELens\' factor sqrt(D))',
     "gemma_2_transcoder": 'yes: `format="gemma_scope"`',
     "gemma_3": 'yes: `format="gemma_scope_2"`, affine skips too; the folder of a cross-layer transcoder by '
-    "`CrossLayerTranscoder.from_pretrained`, those with affine skips not (one layer alone, whose decoders SAELens sums, reconstructs "
-    "nothing and is refused)",
+    "`CrossLayerTranscoder.from_pretrained` (one layer alone, whose decoders SAELens sums, reconstructs nothing and is refused)",
     "llama_scope": 'yes: `format="llama_scope"`, the scale of the inputs folded in',
     "llama_scope_r1_distill": 'yes: `format="llama_scope"`; `scaling_factor=` where the file does not hold the mean norm of the inputs',
     "dictionary_learning_1": 'yes: `format="dictionary_learning"`',

@@ -14,7 +14,7 @@ from fastsae.native import loader
 
 CHECK = OPS["encode_topk"].check
 RULES = (False, False), (True, False), (False, True)  # relu and absolute
-SCREENING = [level for level in ("avx512_vnni", "avx512_bf16") if level in loader.isa_levels()]
+SCREENING = [level for level in ("avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm") if level in loader.isa_levels()]
 SCREENS = bool(SCREENING)
 Case = dict[str, Any]
 

@@ -18,7 +18,7 @@ from fastsae.native import encode as native_encode
 from fastsae.native import loader
 from fastsae.native import match as native_match
 
-SCREENING = [level for level in ("avx512_vnni", "avx512_bf16") if level in loader.isa_levels()]
+SCREENING = [level for level in ("avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm") if level in loader.isa_levels()]
 pytestmark = pytest.mark.skipif(not SCREENING, reason="no level with dot products of 8-bit integers here")
 U = 2.0**-24
 LONGEST = 65535  # elements of a row that is screened in 8-bit integers

@@ -27,6 +27,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "relu_dense": (ReLU(), {"l1": 0.3, "dense": True}),
     "jumprelu": (JumpReLU(torch.linspace(0, 0.6, F), bandwidth=0.7), {"l0": 0.4, "l1": 0.1, "dense": False}),
     "aux": (TopK(4), {"aux": AuxK(6), "dead_after": 20}),
+    "skip": (ReLU(), {"l1": 0.3, "skip": True, "dense": True}),
+    "skip_batch": (BatchTopK(3.5), {"skip": True, "aux": AuxK(6), "dead_after": 20}),
     "aux_batch": (BatchTopK(3.5), {"aux": AuxK.saelens(6), "dead_after": 20}),
 }
 each = pytest.mark.parametrize("kind", KINDS)
@@ -40,6 +42,8 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> CrossLayerTranscoder
         for layer in made:
             layer.b_enc.copy_(torch.linspace(-0.3, 0.4, F))
             layer.silent[:8] = 10
+            if layer.W_skip is not None:
+                layer.W_skip.copy_(rows(*layer.W_skip.shape, seed=8))
     return made
 
 
@@ -65,6 +69,9 @@ def formula(clt: CrossLayerTranscoder, p: dict[str, Tensor], x: Tensor, t: Tenso
         codes = z.relu()
     bias = p["layers.0.b_dec"].view(n, -1)
     y = torch.stack([sum((codes[m] @ W_dec[m][:, to - m] for m in range(to + 1)), bias[to]) for to in range(n)], 1)
+    if clt.skip:
+        skips = [p[f"layers.{m}.W_skip"].view(n - m, -1, x.shape[-1]) for m in range(n)]
+        y = y + torch.stack([sum(x[:, m] @ skips[m][to - m].T for m in range(to + 1)) for to in range(n)], 1)
     loss = (y - t).square().sum() / B + clt.l0 * count / B
     for m in range(n):
         loss = loss + clt.l1 * (codes[m].abs() @ W_dec[m].flatten(1).norm(dim=1)).sum() / B
@@ -92,7 +99,7 @@ def test_outputs_and_gradients_are_the_papers(kind: str) -> None:
     latents = clt.encode(x)
     for mine, want in zip(latents, codes):
         assert torch.allclose(mine.to_dense(), want, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(clt(x), y, rtol=1e-12, atol=1e-12) and torch.equal(clt(x), clt.decode(latents))
+    assert torch.allclose(clt(x), y, rtol=1e-12, atol=1e-12) and torch.equal(clt(x), clt.decode(latents, x))
     other = copy.deepcopy(clt)
     ours = clt.loss(x, t)
     ours.loss.backward()
@@ -277,6 +284,53 @@ def test_errors(tmp_path: Path) -> None:
         CrossLayerTranscoder.from_pretrained(tmp_path)
 
 
+def test_trainer(tmp_path: Path) -> None:
+    """It is a loop over steps, fused or torch's, and its second half goes on from the file."""
+    data = [(*pair(dtype=torch.float32, seed=seed), torch.arange(16) != seed) for seed in range(6)]
+    for fused in (True, False):
+        made, states, clt = list[dict[str, float]](), list[dict[str, Tensor]](), build("topk")
+        for stops in ([6], [3, 6]):
+            for stop in stops:
+                clt = build("skip_batch", torch.float32)
+                opt = fastsae.optim.Adam(clt, lr=1e-3) if fused else torch.optim.Adam(clt.parameters(), lr=1e-3)
+                trainer = fastsae.Trainer(
+                    torch.nn.Sequential(clt),
+                    opt,
+                    anneal={"k": lambda step: 4 - step / 4},
+                    checkpoint=tmp_path / f"{fused}{len(stops)}.pt",
+                    progress=False,
+                )
+                made.append(trainer.fit(data[stops[0] % stop :], stop, resume=True))
+            states.append(clt.state_dict())
+        assert made[0] == made[2] and all(torch.equal(t, states[1][name]) for name, t in states[0].items())
+        clt = build("skip_batch", torch.float32)
+        opt = fastsae.optim.Adam(clt, lr=1e-3) if fused else torch.optim.Adam(clt.parameters(), lr=1e-3)
+        for step, (x, t, mask) in enumerate(data):
+            clt.k = 4 - step / 4
+            if fused:
+                opt.step(x, t, mask)
+            else:
+                opt.zero_grad()
+                clt.loss(x, t, mask=mask).loss.backward()
+                opt.step()
+        assert all(torch.equal(t, states[0][name]) for name, t in clt.state_dict().items())
+        assert made[0]["left_out"] == 6 and made[0]["dead"] == int(clt.dead_features.sum())
+        x, t, mask = data[0]
+        trainer = fastsae.Trainer(clt, opt, max_norm=10, progress=False)
+        large = x.clone()
+        large[[3, 5], 1] *= 1000  # one layer is enough
+        assert trainer.fit([(large, t)], 1)["left_out"] == 2
+        bad = x.clone()
+        bad[[0, 4], 2] = torch.nan  # the first of them does not count
+        with pytest.raises(FloatingPointError, match="x is not finite in row 4 of the batch"):
+            fastsae.Trainer(clt, opt, progress=False).fit([(bad, t, mask)], 1)
+    clt = build("topk")
+    clt.averaged = True  # what Trainer says in a group; silent features then count all rows
+    assert all(layer.averaged for layer in clt)
+    with pytest.raises(TypeError, match=r"members\[0\] must be an SAE"):
+        fastsae.SAEs([clt])  # pyright: ignore[reportArgumentType]
+
+
 def test_gemma_scope_2_files(tmp_path: Path) -> None:
     """Against the formula in float64: each layer's latents write to its own layer and the later ones."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
@@ -293,11 +347,25 @@ def test_gemma_scope_2_files(tmp_path: Path) -> None:
         safetensors.save_file(small, tmp_path / f"params_layer_{i}.safetensors")
     clt = CrossLayerTranscoder.from_pretrained(tmp_path)
     torch.testing.assert_close(clt(x).double(), want, rtol=1e-5, atol=1e-4)
+    for i in range(n):
+        skip, path = rows(D, D, seed=30 + i, dtype=torch.float32), tmp_path / f"params_layer_{i}.safetensors"
+        (tmp_path / "affine").mkdir(exist_ok=True)
+        safetensors.save_file({**safetensors.load_file(path), "affine_skip_connection": skip}, tmp_path / "affine" / path.name)
+        want[:, i] += x[:, i].double() @ skip.double()
+    affine = CrossLayerTranscoder.from_pretrained(tmp_path / "affine")
+    torch.testing.assert_close(affine(x).double(), want, rtol=1e-5, atol=1e-4)
+    affine.save(tmp_path / "own")
+    assert torch.equal(CrossLayerTranscoder.load(tmp_path / "own")(x), affine(x))
+    with pytest.raises(ValueError, match="W_skip of layer 0 would be lost"):
+        affine.save_pretrained(tmp_path / "lost")
+    with pytest.raises(ValueError, match="x must be given, the skip connections need it"):
+        affine.decode(affine.encode(x))
     assert torch.equal(CrossLayerTranscoder.from_pretrained(tmp_path, format="gemma_scope_2")(x), clt(x))
     for broken, message in (
         ({"w_dec": torch.ones(F, n, D)}, "layer 2 writes to layers before it"),
         ({"w_dec": torch.ones(F, n + 1, D)}, r"w_dec \[F, 3, D\] in layer 2"),
-        ({"affine_skip_connection": torch.ones(D, D)}, "affine skip connection"),
+        ({"affine_skip_connection": torch.ones(D, D)}, "layer 2 of 3 must have skip_connection=False, got True"),
+        ({"affine_skip_connection": torch.ones(D, 2)}, r"affine_skip_connection of layer 2 must have shape \[5, 5\]"),
     ):
         safetensors.save_file({**small, **broken}, tmp_path / "params_layer_2.safetensors")
         with pytest.raises(ValueError, match=message):

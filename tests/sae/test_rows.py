@@ -14,7 +14,6 @@ from sae_cases import KINDS, plain
 from torch import Tensor
 
 from fastsae import SAE, AuxK, Gated, ReLU, SAEs, TopK, lm, optim
-from fastsae.distributed.module import _refuse as refused  # pyright: ignore[reportPrivateUsage] # which needs no process group
 from fastsae.gradients import densify
 from fastsae.polytopes import dictionary_crossings
 from fastsae.sae import Crosscoder
@@ -207,6 +206,4 @@ def test_what_is_refused() -> None:
         Crosscoder.from_config({**SAE(D, F, TopK(K), normalise_rows="norm", pre_bias=False).config(), "n_layers": 7})
     with pytest.raises(ValueError, match="are no straight lines"):
         dictionary_crossings(sae, draw(2, D, dtype=torch.float32), draw(2, D, seed=1, dtype=torch.float32))
-    with pytest.raises(ValueError, match="shard: normalise_rows is not there yet for a sharded SAE"):
-        refused("shard", sae)
     assert SAE.from_config(sae.config()).normalise_rows == "norm"

@@ -186,7 +186,7 @@ def trained(**options: Any) -> Trainer:
         (lambda: Trainer(build(), adam(build())), ValueError, "^Trainer: opt must step parameters of sae, got Adam over others"),
         (lambda: Trainer(build(), fastsae.optim.Adam(build())), ValueError, "^Trainer: opt must step parameters of sae, got Adam over"),
         (lambda: Trainer(build(), fastsae.optim.Adam), TypeError, "opt must be an optimiser with a step method, got <class"),  # pyright: ignore
-        (lambda: Trainer(torch.nn.Linear(2, 2), None), TypeError, "^Trainer: sae must be an SAE, got Linear"),  # pyright: ignore
+        (lambda: Trainer(torch.nn.Linear(2, 2), None), TypeError, "^Trainer: sae must be an SAE or a CrossLayerTranscoder, got Linear"),  # pyright: ignore
         (lambda: Batches(data().numpy(), size=3), TypeError, "^Batches: x must be a tensor of rows, got ndarray"),  # pyright: ignore
         (lambda: save_checkpoint("x", torch.nn.Linear(2, 2)), TypeError, "^save_checkpoint: sae must be an SAE, SAEs or .*, got Linear"),  # pyright: ignore
         (lambda: Batches(data(10), size=11), ValueError, r"size must be at least 1 and at most 10 \(n=10\), got 11"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -23,7 +24,10 @@ pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
 
-@pytest.mark.parametrize("name", names())
+IN_CI = ("language_model", "recovery", "shell")  # all of them in make deep
+
+
+@pytest.mark.parametrize("name", names() if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else IN_CI)
 @pytest.mark.slow
 def test_study_runs_in_its_smallest_size(name: str, tmp_path: Path) -> None:
     assert main(["study", name, "--smoke", "--out", str(tmp_path)]) == 0

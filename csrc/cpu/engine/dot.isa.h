@@ -7,7 +7,7 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(FASTSAE_NEON)
 constexpr int kDotRows = 4, kDotFeatures = 4;
 #elif defined(__AVX2__)
 constexpr int kDotRows = 4, kDotFeatures = 3;
@@ -15,34 +15,34 @@ constexpr int kDotRows = 4, kDotFeatures = 3;
 constexpr int kDotRows = 2, kDotFeatures = 2;
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(FASTSAE_PARTS)
 
-// Half of the lanes at a time: their accumulators fit the sixteen registers, those of both halves would not.
-template <int R, int C, int kHalf>
-FASTSAE_INLINE void dot_half(const float* const* x, const float* const* w, int64_t from, int64_t end, __m256 (&sum)[R * C]) {
-#pragma GCC unroll 12
-  for (int a = 0; a < R * C; ++a) sum[a] = _mm256_setzero_ps();
-  for (int64_t i = from + 8 * kHalf; i + 8 <= end; i += kLanes) {
-    __m256 wv[C];
-#pragma GCC unroll 3
-    for (int b = 0; b < C; ++b) wv[b] = _mm256_loadu_ps(w[b] + i);
+// The lanes of one register at a time: their accumulators fit the registers, those of all lanes would not.
+template <int R, int C, int kPart>
+FASTSAE_INLINE void dot_part(const float* const* x, const float* const* w, int64_t from, int64_t end, Vec (&total)[R * C]) {
+  constexpr int kWidth = kLanes / kParts;
+  Part sum[R * C];
+  Vec none = zero();
+#pragma GCC unroll 16
+  for (int a = 0; a < R * C; ++a) sum[a] = part(none, kPart);
+  for (int64_t i = from + kWidth * kPart; i + kWidth <= end; i += kLanes) {
+    Part wv[C];
+#pragma GCC unroll 4
+    for (int b = 0; b < C; ++b) wv[b] = load_one(w[b] + i);
 #pragma GCC unroll 4
     for (int a = 0; a < R; ++a) {
-      const __m256 xv = _mm256_loadu_ps(x[a] + i);
-#pragma GCC unroll 3
-      for (int b = 0; b < C; ++b) sum[a * C + b] = _mm256_fmadd_ps(xv, wv[b], sum[a * C + b]);
+      const Part xv = load_one(x[a] + i);
+#pragma GCC unroll 4
+      for (int b = 0; b < C; ++b) sum[a * C + b] = fma_one(xv, wv[b], sum[a * C + b]);
     }
   }
+  for (int a = 0; a < R * C; ++a) part(total[a], kPart) = sum[a];
+  if constexpr (kPart + 1 < kParts) dot_part<R, C, kPart + 1>(x, w, from, end, total);
 }
 
 template <int R, int C>
 FASTSAE_INLINE void dot_block(const float* const* x, const float* const* w, int64_t from, int64_t end, Vec (&sum)[R * C]) {
-  __m256 half[R * C];
-  const int64_t whole = from + (end - from) / kLanes * kLanes;
-  dot_half<R, C, 0>(x, w, from, whole, half);
-  for (int a = 0; a < R * C; ++a) sum[a].lo = half[a];
-  dot_half<R, C, 1>(x, w, from, whole, half);
-  for (int a = 0; a < R * C; ++a) sum[a].hi = half[a];
+  dot_part<R, C, 0>(x, w, from, from + (end - from) / kLanes * kLanes, sum);
 }
 
 #else

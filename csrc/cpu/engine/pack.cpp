@@ -4,9 +4,7 @@
 namespace fastsae {
 namespace {
 
-const EngineKernels* const kTables[kLevels] = {
-    &portable::engine_kernels, FASTSAE_IN(avx2, engine_kernels), FASTSAE_IN(avx512, engine_kernels),
-    FASTSAE_IN(avx512_vnni, engine_kernels), FASTSAE_IN(avx512_bf16, engine_kernels)};
+const EngineKernels* const kTables[kLevels] = FASTSAE_ALL_TABLES(engine_kernels);
 
 }  // namespace
 

@@ -3,18 +3,20 @@
 #include "cpu/engine/rows.isa.h"
 #include "isa.h"
 
+#ifdef FASTSAE_SCREENS
+#include "cpu/engine/lanes.isa.h"
+#endif
+
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
 #ifdef FASTSAE_SCREENS
 
-FASTSAE_INLINE __m512 signed_(__m512 v, const uint32_t* signs) {
-  return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), _mm512_loadu_si512(signs)));
-}
-
 // An unnormalised Hadamard transform of the 16 lanes: swapped partners, plus or minus the lane itself.
-FASTSAE_INLINE __m512 mix_lanes(__m512 v) {
+FASTSAE_INLINE Vec mix_lanes(Vec a) {
+#if defined(__AVX512F__)
+  __m512 v = a.x;
   const __m512 one = _mm512_set1_ps(1.0f);
   const auto stage = [&](__m512 swapped, __mmask16 second) {
     return _mm512_fmadd_ps(v, _mm512_mask_sub_ps(one, second, _mm512_setzero_ps(), one), swapped);
@@ -22,45 +24,53 @@ FASTSAE_INLINE __m512 mix_lanes(__m512 v) {
   v = stage(_mm512_permute_ps(v, 0xb1), 0xaaaa);
   v = stage(_mm512_permute_ps(v, 0x4e), 0xcccc);
   v = stage(_mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
-  return stage(_mm512_shuffle_f32x4(v, v, 0x4e), 0xff00);
+  return {stage(_mm512_shuffle_f32x4(v, v, 0x4e), 0xff00)};
+#else
+  const float32x4_t one = {1, -1, 1, -1}, two = {1, 1, -1, -1};
+  const Vec v = each([&](int i) { return vfmaq_f32(vrev64q_f32(a.x[i]), a.x[i], one); });
+  const Vec u = each([&](int i) { return vfmaq_f32(vextq_f32(v.x[i], v.x[i], 2), v.x[i], two); });
+  const float32x4_t s = vaddq_f32(u.x[0], u.x[1]), t = vsubq_f32(u.x[0], u.x[1]);
+  const float32x4_t p = vaddq_f32(u.x[2], u.x[3]), q = vsubq_f32(u.x[2], u.x[3]);
+  return {{vaddq_f32(s, p), vaddq_f32(t, q), vsubq_f32(s, p), vsubq_f32(t, q)}};
+#endif
 }
 
 struct Sums {
-  __m512 squares, largest;
+  Vec squares, largest;
 };
 
 // y = the rotated row, in blocks of 16 V elements; adds the squares of v, and the largest magnitude of y.
 template <class T, int V>
 FASTSAE_INLINE void rotate_blocks(const T* v, int64_t d, const uint32_t* signs, float* y, Sums& sums) {
   for (int64_t d0 = 0; d0 < d; d0 += 16 * V) {
-    __m512 r[V];
+    Vec r[V];
 #pragma GCC unroll 16
     for (int i = 0; i < V; ++i) {
       const int64_t at = d0 + 16 * i;
-      const __m512 x = at + 16 <= d ? load(v + at).x : at < d ? load_part(v + at, static_cast<int>(d - at)).x : _mm512_setzero_ps();
-      sums.squares = _mm512_fmadd_ps(x, x, sums.squares);
-      r[i] = mix_lanes(signed_(x, signs + at));
+      const Vec x = at + 16 <= d ? load(v + at) : at < d ? load_part(v + at, static_cast<int>(d - at)) : zero();
+      sums.squares = fma(x, x, sums.squares);
+      r[i] = mix_lanes(flip(x, signs + at));
     }
 #pragma GCC unroll 4
     for (int half = 1; half < V; half *= 2)
 #pragma GCC unroll 16
       for (int i = 0; i < V; ++i)
         if ((i & half) == 0) {
-          const __m512 a = r[i], b = r[i + half];
-          r[i] = _mm512_add_ps(a, b);
-          r[i + half] = _mm512_sub_ps(a, b);
+          const Vec a = r[i], b = r[i + half];
+          r[i] = add(a, b);
+          r[i + half] = sub(a, b);
         }
 #pragma GCC unroll 16
     for (int i = 0; i < V; ++i) {
-      _mm512_storeu_ps(y + d0 + 16 * i, r[i]);
-      sums.largest = _mm512_max_ps(sums.largest, _mm512_abs_ps(r[i]));
+      store(y + d0 + 16 * i, r[i]);
+      sums.largest = larger(sums.largest, magnitude(r[i]));
     }
   }
 }
 
 template <class T>
 FASTSAE_INLINE Sums rotate(const T* v, int64_t d, int rotation, const uint32_t* signs, float* y) {
-  Sums sums{_mm512_setzero_ps(), _mm512_setzero_ps()};
+  Sums sums{zero(), zero()};
   if (rotation == 256) {
     rotate_blocks<T, 16>(v, d, signs, y, sums);
   } else if (rotation == 64) {
@@ -69,13 +79,21 @@ FASTSAE_INLINE Sums rotate(const T* v, int64_t d, int rotation, const uint32_t* 
     rotate_blocks<T, 1>(v, d, signs, y, sums);
   } else {
     for (int64_t i = 0; i < d; i += 16) {
-      const __m512 x = i + 16 <= d ? load(v + i).x : load_part(v + i, static_cast<int>(d - i)).x;
-      sums.squares = _mm512_fmadd_ps(x, x, sums.squares);
-      sums.largest = _mm512_max_ps(sums.largest, _mm512_abs_ps(x));
-      _mm512_storeu_ps(y + i, x);
+      const Vec x = i + 16 <= d ? load(v + i) : load_part(v + i, static_cast<int>(d - i));
+      sums.squares = fma(x, x, sums.squares);
+      sums.largest = larger(sums.largest, magnitude(x));
+      store(y + i, x);
     }
   }
   return sums;
+}
+
+// Where word p of row i lies in a tile of `height` rows; USMMLA takes two words of a row at a time.
+FASTSAE_INLINE int64_t word_at(int64_t p, int i, int height, [[maybe_unused]] int64_t words) {
+#ifdef FASTSAE_LEVEL_neon_i8mm
+  if ((p | 1) < words) return p / 2 * 2 * height + 2 * i + p % 2;
+#endif
+  return p * height + i;
 }
 
 struct Rounded {
@@ -91,27 +109,27 @@ FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uin
                                   int32_t* total) {
   const Sums sums = rotate(v, d, rotation, signs, y);
   const int64_t size = round_to(d, rotation);
-  const float norm = norm_above(reduce({sums.squares}), d);
-  const float largest = _mm512_reduce_max_ps(sums.largest);
+  const float norm = norm_above(reduce(sums.squares), d);
+  const float most = largest(sums.largest);
   const bool usable = norm <= kHugeNorm;
-  const bool zero_row = !(largest >= kTinyNorm);
-  const float inverse = usable && !zero_row ? 127.0f / largest : 0.0f, step = usable && !zero_row ? largest / 127.0f : 0.0f;
-  __m512 lost = _mm512_setzero_ps();
-  __m512i sum = _mm512_setzero_si512();
+  const bool zero_row = !(most >= kTinyNorm);
+  const float inverse = usable && !zero_row ? 127.0f / most : 0.0f, step = usable && !zero_row ? most / 127.0f : 0.0f;
+  Vec lost = zero();
+  Ints added = all(0);
   for (int64_t i = 0; i < words * 4; i += 16) {
-    __m512 x = _mm512_setzero_ps();
+    Vec x = zero();
     if (usable)
-      x = i + 16 <= size ? _mm512_loadu_ps(y + i) : i < size ? _mm512_maskz_loadu_ps(first(static_cast<int>(size - i)), y + i) : x;
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
-    const __m512 e = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(step), x);
-    lost = _mm512_fmadd_ps(e, e, lost);
-    sum = _mm512_add_epi32(sum, q);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(q));
+      x = i + 16 <= size ? load(y + i) : i < size ? load_part(y + i, static_cast<int>(size - i)) : x;
+    const Ints q = rounded(mul(x, broadcast(inverse)));
+    const Vec e = fnma(to_floats(q), broadcast(step), x);
+    lost = fma(e, e, lost);
+    added = add(added, q);
+    store_bytes(to + i, q);
   }
-  if (total != nullptr) *total = _mm512_reduce_add_epi32(sum);
+  if (total != nullptr) *total = sum(added);
   const float stages = rotation == 256 ? 8 : rotation == 64 ? 6 : rotation == 16 ? 4 : 0;
   const float back = rotation == 256 ? 0.0625f : rotation == 64 ? 0.125f : rotation == 16 ? 0.25f : 1.0f;  // 1 / sqrt(n)
-  const float loss = norm_above(reduce({lost}), size) * back + 1.02f * stages * kUnit * norm;
+  const float loss = norm_above(reduce(lost), size) * back + 1.02f * stages * kUnit * norm;
   return {norm, loss, step, usable && loss <= kHugeNorm};
 }
 
@@ -139,7 +157,7 @@ void pack_rows_int8(const PackRowsJob& job) {
     for (int64_t p = 0; p < words; ++p) {
       uint32_t word = 0;
       if (r.usable) __builtin_memcpy(&word, bytes + 4 * p, 4);
-      job.words[p * job.height + i] = word;
+      job.words[word_at(p, i, job.height, words)] = word;
     }
   }
 }
@@ -154,10 +172,10 @@ FASTSAE_INLINE void set_feature(const PackFeaturesJob& job, int64_t f, bool usab
 FASTSAE_INLINE void transpose_words(const uint32_t* rows, int64_t ld, int64_t words, uint32_t* panel) {
   for (int64_t p = 0; p < words; p += 16) {
     Vec block[16];
-    for (int j = 0; j < 16; ++j) block[j].x = _mm512_castsi512_ps(_mm512_loadu_si512(rows + j * ld + p));
+    for (int j = 0; j < 16; ++j) block[j] = load(reinterpret_cast<const float*>(rows + j * ld + p));  // bits in float registers
     transpose(block);
     const int n = static_cast<int>(at_most(16, words - p));
-    for (int j = 0; j < n; ++j) _mm512_store_si512(panel + (p + j) * kPanelWidth, _mm512_castps_si512(block[j].x));
+    for (int j = 0; j < n; ++j) store(reinterpret_cast<float*>(panel + (p + j) * kPanelWidth), block[j]);
   }
 }
 
@@ -180,8 +198,7 @@ void pack_int8_as(const PackFeaturesJob& job) {
         continue;
       }
       const Rounded r = round_int8(feature_row<T>(job, f), job.d, job.rotation, job.signs, y, to, words, nullptr);
-      for (int64_t i = 0; i < words * 4; i += 64)  // plus 128
-        _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(to + i), _mm512_set1_epi8(static_cast<char>(0x80))));
+      for (int64_t p = 0; p < words; ++p) job.scratch[j * ld + p] ^= 0x80808080;  // plus 128
       set_feature(job, f, r.usable, r.norm, r.loss, r.step);
     }
     transpose_words(job.scratch, ld, words, job.data + g / 2 * words * kPanelWidth + g % 2 * 16);

@@ -3,13 +3,12 @@
 //
 // A screen is a class with
 //   void panel(const ScreenPanels& p, int panel);           the features of the products to come
-//   void row(int64_t row, __m512 r0, __m512 r1);            screened products of one row with features 0-15 and 16-31 of that panel
+//   void row(int64_t row, Vec r0, Vec r1);            screened products of one row with features 0-15 and 16-31 of that panel
 // and gets from Features an interval that contains the score of fastsae.h. It decides what the interval decides and hands the rest to the
 // exact score (Scorer); nothing else may rest on a screened product.
-//
 #pragma once
 #include "cpu/engine/kernels.h"
-#include "vec.isa.h"
+#include "cpu/engine/lanes.isa.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
@@ -20,74 +19,62 @@ constexpr int64_t kCacheBytes = int64_t{512} << 10;  // of panels, of a second-l
 // The features of one panel, as vectors of 16.
 template <bool kScaled>
 struct Features {
-  __m512 norm[2], loss[2], floor[2], scale[2], bias[2];
+  Vec norm[2], loss[2], floor[2], scale[2], bias[2];
   int64_t first;
   uint32_t exist;  // one bit a feature
 
   FASTSAE_INLINE void set(const ScreenPanels& p, int panel) {
     for (int h = 0; h < 2; ++h) {
       const int64_t at = static_cast<int64_t>(panel) * kPanelWidth + 16 * h;
-      norm[h] = _mm512_loadu_ps(p.norm + at);
-      loss[h] = _mm512_loadu_ps(p.loss + at);
-      floor[h] = _mm512_loadu_ps(p.floor + at);
-      if (kScaled) scale[h] = _mm512_loadu_ps(p.scale + at);
-      bias[h] = _mm512_loadu_ps(p.bias + at);
+      norm[h] = load(p.norm + at);
+      loss[h] = load(p.loss + at);
+      floor[h] = load(p.floor + at);
+      if (kScaled) scale[h] = load(p.scale + at);
+      bias[h] = load(p.bias + at);
     }
     first = p.first + static_cast<int64_t>(panel) * kPanelWidth;
     const int64_t left = p.features - static_cast<int64_t>(panel) * kPanelWidth;
     exist = left >= kPanelWidth ? ~0u : (1u << left) - 1u;
   }
-  FASTSAE_INLINE __m512 slack(int h, __m512 a, __m512 c) const {
-    return _mm512_fmadd_ps(a, norm[h], _mm512_fmadd_ps(c, loss[h], floor[h]));
+  FASTSAE_INLINE Vec slack(int h, Vec a, Vec c) const {
+    return fma(a, norm[h], fma(c, loss[h], floor[h]));
   }
   // The bias is 0 where there is none: adding it only turns -0 into +0, which compare equal.
-  FASTSAE_INLINE __m512 score(int h, __m512 r) const {
-    if (kScaled) r = _mm512_mul_ps(r, scale[h]);
-    return _mm512_add_ps(r, bias[h]);
+  FASTSAE_INLINE Vec score(int h, Vec r) const {
+    if (kScaled) r = mul(r, scale[h]);
+    return add(r, bias[h]);
   }
-  FASTSAE_INLINE __m512 upper(int h, __m512 r, __m512 e) const { return score(h, _mm512_add_ps(r, e)); }
-  FASTSAE_INLINE __m512 lower(int h, __m512 r, __m512 e) const { return score(h, _mm512_sub_ps(r, e)); }
+  FASTSAE_INLINE Vec upper(int h, Vec r, Vec e) const { return score(h, add(r, e)); }
+  FASTSAE_INLINE Vec lower(int h, Vec r, Vec e) const { return score(h, sub(r, e)); }
 };
 
 // The same for magnitudes: of [low, high] the upper end is max(high, -low), the lower one max(low, -high), of which one may be below 0.
 template <bool kScaled>
 struct Magnitudes : Features<kScaled> {
-  FASTSAE_INLINE __m512 upper(int h, __m512 r, __m512 e) const {
-    return larger(Features<kScaled>::upper(h, r, e), Features<kScaled>::lower(h, r, e));
+  FASTSAE_INLINE Vec upper(int h, Vec r, Vec e) const {
+    return larger_or_nan(Features<kScaled>::upper(h, r, e), negative(Features<kScaled>::lower(h, r, e)));
   }
-  FASTSAE_INLINE __m512 lower(int h, __m512 r, __m512 e) const {
-    return larger(Features<kScaled>::lower(h, r, e), Features<kScaled>::upper(h, r, e));
+  FASTSAE_INLINE Vec lower(int h, Vec r, Vec e) const {
+    return larger_or_nan(Features<kScaled>::lower(h, r, e), negative(Features<kScaled>::upper(h, r, e)));
   }
 
- private:
-  // max(a, -b); NaN if one of them is.
-  static FASTSAE_INLINE __m512 larger(__m512 a, __m512 b) {
-    return _mm512_mask_mov_ps(_mm512_max_ps(a, _mm512_sub_ps(_mm512_setzero_ps(), b)), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
-  }
 };
-
-FASTSAE_INLINE uint32_t joined(__mmask16 m0, __mmask16 m1) {
-  return _mm512_mask2int(m0) | (static_cast<uint32_t>(_mm512_mask2int(m1)) << 16);
-}
 
 // Appends the marked features of a panel to a row's undecided ones, with the ends of their intervals.
 template <class F>
-__attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t mask, const F& f, __m512 r0, __m512 r1, __m512 e0,
-                                      __m512 e1) {
+__attribute__((noinline)) void append(const Undecided& to, int64_t row, uint32_t mask, const F& f, Vec r0, Vec r1, Vec e0,
+                                      Vec e1) {
   int64_t n = to.n[row];
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int h = 0; h < 2; ++h) {
-    const __mmask16 m = static_cast<__mmask16>(mask >> (16 * h));
+    const Mask m = static_cast<Mask>(mask >> (16 * h));
     if (m == 0) continue;
-    const __m512 r = h == 0 ? r0 : r1, e = h == 0 ? e0 : e1;
+    const Vec r = h == 0 ? r0 : r1, e = h == 0 ? e0 : e1;
     const int64_t at = row * to.stride + n;
     if (to.lo != nullptr) {
-      _mm512_storeu_ps(to.lo + at, _mm512_maskz_compress_ps(m, f.lower(h, r, e)));
-      _mm512_storeu_ps(to.hi + at, _mm512_maskz_compress_ps(m, f.upper(h, r, e)));
+      compact(to.lo + at, m, f.lower(h, r, e));
+      compact(to.hi + at, m, f.upper(h, r, e));
     }
-    _mm512_storeu_si512(to.id + at,
-                        _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(f.first + 16 * h)))));
-    n += __builtin_popcount(m);
+    n += compact(to.id + at, m, ascending(static_cast<int32_t>(f.first + 16 * h)));
   }
   to.n[row] = static_cast<int32_t>(n);
 }
@@ -99,7 +86,7 @@ struct Prefetcher {
   explicit FASTSAE_INLINE Prefetcher(const Prefetch& a) : at(a.base), segments(a.segments), lines(a.lines), stride(a.stride), line(0) {}
   FASTSAE_INLINE void some(int n) {
     for (; n > 0 && segments > 0; --n) {
-      _mm_prefetch(at + line * 64, _MM_HINT_T1);
+      prefetch_far(at + line * 64);
       if (++line == lines) {
         line = 0;
         at += stride;
@@ -112,6 +99,90 @@ struct Prefetcher {
 constexpr int64_t kStep = 32;  // words between two prefetches
 
 // c[i][32] = integer products of MR rows and the 32 features of a panel, as fp32.
+#if defined(FASTSAE_LEVEL_neon_i8mm)
+
+// Two features by two rows and eight elements an instruction: words are taken in pairs, of rows as word_at has them. An odd last word
+// meets zeros.
+template <int MR>
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
+               int quota) {
+  constexpr int kPairs = (MR + 1) / 2;
+  const auto two = [](const uint32_t* p, int i) { return vcombine_u32(vld1_u32(p), i + 1 < MR ? vld1_u32(p + 2) : vdup_n_u32(0)); };
+  for (int f = 0; f < kPanelWidth; f += 8) {
+    int32x4_t s[4][kPairs];
+#pragma GCC unroll 6
+    for (int p = 0; p < kPairs; ++p) {
+      const int32x2_t both = {start[2 * p], start[2 * p + 1 < MR ? 2 * p + 1 : 2 * p]};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) s[j][p] = vcombine_s32(both, both);
+    }
+    for (int64_t d = 0; d < words;) {
+      const int64_t stop = at_most(d + kStep, words);
+      if (f == 0) prefetcher.some(quota);
+      for (; d < stop; d += 2) {
+        const bool odd = d + 1 == words;
+        const uint32_t *const w0 = w + d * kPanelWidth + f, *const w1 = odd ? w0 : w0 + kPanelWidth, *const xd = x + d * MR;
+        const uint32x4_t a0 = vld1q_u32(w0), b0 = vld1q_u32(w0 + 4), a1 = vld1q_u32(w1), b1 = vld1q_u32(w1 + 4);
+        const uint32x4_t v[4] = {vzip1q_u32(a0, a1), vzip2q_u32(a0, a1), vzip1q_u32(b0, b1), vzip2q_u32(b0, b1)};
+#pragma GCC unroll 6
+        for (int p = 0; p < kPairs; ++p) {
+          uint32x4_t rows;
+          if (__builtin_expect(odd, 0))
+            rows = uint32x4_t{xd[2 * p], 0, 2 * p + 1 < MR ? xd[2 * p + 1] : 0, 0};
+          else
+            rows = two(xd + 4 * p, 2 * p);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) s[j][p] = vusmmlaq_s32(s[j][p], vreinterpretq_u8_u32(v[j]), vreinterpretq_s8_u32(rows));
+        }
+      }
+    }
+#pragma GCC unroll 6
+    for (int p = 0; p < kPairs; ++p)
+#pragma GCC unroll 2
+      for (int j = 0; j < 4; j += 2) {
+        float* const to = c + 2 * p * kPanelWidth + f + 2 * j;
+        vst1q_f32(to, vcvtq_f32_s32(vuzp1q_s32(s[j][p], s[j + 1][p])));
+        if (2 * p + 1 < MR) vst1q_f32(to + kPanelWidth, vcvtq_f32_s32(vuzp2q_s32(s[j][p], s[j + 1][p])));
+      }
+  }
+}
+
+#elif defined(FASTSAE_LEVEL_neon_dotprod)
+
+// Eight features at a time: their accumulators fit the registers. Features lose their 128 again, SDOT takes signed numbers only.
+template <int MR>
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t*, int, float* c, Prefetcher& prefetcher, int quota) {
+  for (int f = 0; f < kPanelWidth; f += 8) {
+    int32x4_t s0[MR], s1[MR];
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) s0[i] = s1[i] = vdupq_n_s32(0);
+    for (int64_t d = 0; d < words;) {
+      const int64_t stop = at_most(d + kStep, words);
+      if (f == 0) prefetcher.some(quota);
+      for (; d < stop; ++d) {
+        const auto feature = [&](int i) {
+          return vreinterpretq_s8_u32(veorq_u32(vld1q_u32(w + d * kPanelWidth + f + i), vdupq_n_u32(0x80808080)));
+        };
+        const int8x16_t w0 = feature(0), w1 = feature(4);
+        const uint32_t* const xd = x + d * MR;
+#pragma GCC unroll 12
+        for (int i = 0; i < MR; ++i) {
+          const int8x16_t xi = vreinterpretq_s8_u32(vdupq_n_u32(xd[i]));
+          s0[i] = vdotq_s32(s0[i], w0, xi);
+          s1[i] = vdotq_s32(s1[i], w1, xi);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      vst1q_f32(c + i * kPanelWidth + f, vcvtq_f32_s32(s0[i]));
+      vst1q_f32(c + i * kPanelWidth + f + 4, vcvtq_f32_s32(s1[i]));
+    }
+  }
+}
+
+#else
+
 template <int MR>
 void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
                int quota) {
@@ -139,6 +210,8 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
     _mm512_store_ps(c + i * kPanelWidth + 16, _mm512_cvtepi32_ps(s1[i]));
   }
 }
+
+#endif
 
 #ifdef FASTSAE_LEVEL_avx512_bf16
 #define FASTSAE_BF16(...) __VA_ARGS__
@@ -190,17 +263,17 @@ void tile_bf16(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
 template <int kLength>
 FASTSAE_INLINE void short_products(const float* x, const float* w, int64_t d, int height, float* c) {
   for (int h = 0; h < 2; ++h) {
-    __m512 wv[kLength];
-    for (int l = 0; l < kLength; ++l) wv[l] = l < d ? _mm512_loadu_ps(w + l * kPanelWidth + 16 * h) : _mm512_setzero_ps();
+    Vec wv[kLength];
+    for (int l = 0; l < kLength; ++l) wv[l] = l < d ? load(w + l * kPanelWidth + 16 * h) : zero();
     for (int i = 0; i < height; ++i) {
-      __m512 p[kLength];
+      Vec p[kLength];
 #pragma GCC unroll 16
-      for (int l = 0; l < kLength; ++l) p[l] = l < d ? _mm512_mul_ps(_mm512_set1_ps(x[l * height + i]), wv[l]) : _mm512_setzero_ps();
+      for (int l = 0; l < kLength; ++l) p[l] = l < d ? mul(broadcast(x[l * height + i]), wv[l]) : zero();
 #pragma GCC unroll 4
       for (int n = kLength / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
-        for (int l = 0; l < n; ++l) p[l] = _mm512_add_ps(p[l], p[l + n]);
-      _mm512_store_ps(c + i * kPanelWidth + 16 * h, p[0]);
+        for (int l = 0; l < n; ++l) p[l] = add(p[l], p[l + n]);
+      store(c + i * kPanelWidth + 16 * h, p[0]);
     }
   }
 }
@@ -240,17 +313,17 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next,
     kTileKernels[static_cast<int>(kFormat)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
                                                     height, c, prefetcher, quota);
     screen.panel(p, panel);
-    __m512 unit0 = _mm512_setzero_ps(), unit1 = unit0;
+    Vec unit0 = zero(), unit1 = unit0;
     if (kFormat == ScreenFormat::int8) {
-      unit0 = _mm512_loadu_ps(p.unit + panel * kPanelWidth);
-      unit1 = _mm512_loadu_ps(p.unit + panel * kPanelWidth + 16);
+      unit0 = load(p.unit + panel * kPanelWidth);
+      unit1 = load(p.unit + panel * kPanelWidth + 16);
     }
     for (int i = 0; i < height; ++i) {
-      __m512 r0v = _mm512_load_ps(c + i * kPanelWidth), r1v = _mm512_load_ps(c + i * kPanelWidth + 16);
+      Vec r0v = load(c + i * kPanelWidth), r1v = load(c + i * kPanelWidth + 16);
       if (kFormat == ScreenFormat::int8) {
-        const __m512 step = _mm512_set1_ps(x.unit[r0 + i]);
-        r0v = _mm512_mul_ps(r0v, _mm512_mul_ps(step, unit0));
-        r1v = _mm512_mul_ps(r1v, _mm512_mul_ps(step, unit1));
+        const Vec step = broadcast(x.unit[r0 + i]);
+        r0v = mul(r0v, mul(step, unit0));
+        r1v = mul(r1v, mul(step, unit1));
       }
       screen.row(r0 + i, r0v, r1v);
     }
@@ -336,7 +409,7 @@ struct Scorer {
     for (int64_t i = 0; i < n; ++i) {
       if (i + 2 * kAtOnce < n) {
         const char* const later = reinterpret_cast<const char*>(feature(at.id[base + i + 2 * kAtOnce] + job.first));
-        for (int line = 0; line < 4; ++line) _mm_prefetch(later + 64 * line, _MM_HINT_T0);
+        for (int line = 0; line < 4; ++line) prefetch(later + 64 * line);
       }
       add_entry(row, base + i);
     }

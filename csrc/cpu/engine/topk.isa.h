@@ -12,9 +12,6 @@ constexpr int32_t kMinusInfinity = static_cast<int32_t>(0xff800000u);
 
 FASTSAE_INLINE float from_bits32(int32_t bits) { return as_float(static_cast<uint32_t>(bits)); }
 FASTSAE_INLINE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }  // its own inverse
-FASTSAE_INLINE __m512i ordered(__m512i bits) {
-  return _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff)));
-}
 
 // A number t with at least k of the n values not below t, and with no more than `most` of them unless more are equal; with most = k the
 // k-th largest. NaN counts as -inf. 0 < k <= n.
@@ -22,29 +19,27 @@ float kth_largest(const float* values, int64_t n, int64_t k, int64_t most) {
   const int64_t bottom = ordered(kMinusInfinity);
   constexpr int64_t kHeld = 1024;
   alignas(64) int32_t held[kHeld];
-  const auto valid = [&](int64_t i) { return n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i)); };
   const auto made = [&](int64_t i) {  // lanes beyond n have a key below all
-    const __m512 v = _mm512_maskz_loadu_ps(valid(i), values + i);
-    const __m512 number = _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(-__builtin_inff()));
-    return _mm512_mask_mov_epi32(_mm512_set1_epi32(INT32_MIN), valid(i), ordered(_mm512_castps_si512(number)));
+    const Vec v = n - i >= kLanes ? load(values + i) : load_part(values + i, static_cast<int>(n - i));
+    return choose(valid_of(n - i), ordered(choose(is_nan(v), broadcast(-__builtin_inff()), v)), all(INT32_MIN));
   };
-  __m512i high_v = _mm512_set1_epi32(INT32_MIN), low_v = _mm512_set1_epi32(0x7fffffff);
+  Ints high_v = all(INT32_MIN), low_v = all(INT32_MAX);
   for (int64_t i = 0; i < n; i += 16) {
-    const __m512i key = made(i);
-    if (n <= kHeld) _mm512_store_si512(held + i, key);
-    high_v = _mm512_max_epi32(high_v, key);
-    low_v = _mm512_mask_min_epi32(low_v, valid(i), low_v, key);
+    const Ints key = made(i);
+    if (n <= kHeld) store(held + i, key);
+    high_v = larger(high_v, key);
+    low_v = choose(valid_of(n - i), smaller(low_v, key), low_v);
   }
   // Invariant: at least k keys >= low, fewer than k keys >= high.
-  int64_t low = _mm512_reduce_min_epi32(low_v), high = static_cast<int64_t>(_mm512_reduce_max_epi32(high_v)) + 1;
+  int64_t low = smallest(low_v), high = static_cast<int64_t>(largest(high_v)) + 1;
   while (high - low > 1) {
     const int64_t mid = low + (high - low) / 2;
-    const __m512i pivot = _mm512_set1_epi32(static_cast<int32_t>(mid));
+    const Ints pivot = all(static_cast<int32_t>(mid));
     int64_t count = 0;
     if (n <= kHeld)
-      for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(_mm512_cmpge_epi32_mask(_mm512_load_si512(held + i), pivot));
+      for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(at_least(load(held + i), pivot));
     else
-      for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(_mm512_cmpge_epi32_mask(made(i), pivot));
+      for (int64_t i = 0; i < n; i += 16) count += __builtin_popcount(at_least(made(i), pivot));
     if (count >= k) {
       low = mid;
       if (count <= most) break;
@@ -70,20 +65,18 @@ FASTSAE_INLINE int64_t keep_above(float tau, const float* value, const int32_t* 
                                   int32_t* to_id, float* to_other) {
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 valid = n - i >= 16 ? static_cast<__mmask16>(0xffff) : first(static_cast<int>(n - i));
-    const __m512 v = _mm512_loadu_ps(value + i);
-    const __m512i f = _mm512_loadu_si512(id + i);
-    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, v, _mm512_set1_ps(tau), _CMP_NLT_UQ);
-    if (other != nullptr) _mm512_storeu_ps(to_other + kept, _mm512_maskz_compress_ps(m, _mm512_loadu_ps(other + i)));
-    _mm512_storeu_ps(to_value + kept, _mm512_maskz_compress_ps(m, v));
-    _mm512_storeu_si512(to_id + kept, _mm512_maskz_compress_epi32(m, f));
-    kept += __builtin_popcount(m);
+    const Vec v = load(value + i);
+    const Ints f = load(id + i);
+    const Mask m = valid_of(n - i) & not_below(v, broadcast(tau));
+    if (other != nullptr) compact(to_other + kept, m, load(other + i));
+    compact(to_value + kept, m, v);
+    kept += compact(to_id + kept, m, f);
   }
   return kept;
 }
 
 FASTSAE_INLINE void lock_row(uint8_t* lock) {
-  while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE) != 0) _mm_pause();
+  while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE) != 0) pause();
 }
 FASTSAE_INLINE void unlock_row(uint8_t* lock) { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
 
