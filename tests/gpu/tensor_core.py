@@ -65,4 +65,4 @@ def interpret_on(chip: str) -> None:
             return plain(self, a, b, d, *rest)
         return TensorHandle(product(a.data, b.data, d.data, *CHIPS[chip]), d.dtype.scalar)
 
-    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_dot = create_dot  # pyright: ignore[reportAttributeAccessIssue]
