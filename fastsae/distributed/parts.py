@@ -77,7 +77,7 @@ def dtensors(sae: ShardedSAE, mesh: DeviceMesh) -> dict[str, DTensor]:
     world = sae.world
     if (mesh.size(0), mesh.size(), mesh.get_local_rank(0)) != (world.shards, world.size, world.shard):
         raise ValueError(f"{op}: mesh must be the one of shard, {world.shards} x {world.copies} processes, got {mesh}")
-    sizes = [len(chunk) for chunk in torch.arange(world.features).chunk(world.shards)]
+    sizes = [len(chunk) for chunk in torch.arange(world.features, device="cpu").chunk(world.shards)]
     if sizes + [0] * (world.shards - len(sizes)) != world.sizes:
         raise ValueError(f"{op}: torch cuts {world.features} features into {sizes}, they lie in {world.sizes}: let virtual divide them")
     made = {}

@@ -65,7 +65,7 @@ def run(study: Study) -> None:
     canvas, axes = study.figure(rows=1, columns=2, figsize=(11, 4.4))
     axes[0].scatter(numbers[0].tolist(), numbers[1].tolist(), s=6, alpha=0.5)
     axes[0].set(xlabel="changes of the dictionary's active set", ylabel="boundaries of the MLP", title="Segments between tokens")
-    edges = torch.linspace(0, 1, study["bins"] + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, study["bins"] + 1, dtype=torch.float64, device="cpu")
     for several, label in ((own, "changes of the dictionary"), (theirs, "boundaries of the MLP")):
         hist = torch.histogram(torch.cat(several), edges, density=True)
         axes[1].stairs(hist.hist.tolist(), edges.tolist(), label=label)
@@ -87,5 +87,5 @@ def measured(study: Study, own: list[Tensor], theirs: list[Tensor]) -> dict[str,
     every = torch.stack(counts)  # [S, 2, bins]
     every = every - every.mean(2, keepdim=True) - every.mean(0, keepdim=True) + every.mean((0, 2), keepdim=True)
     flat = every.transpose(0, 1).flatten(1)
-    gap = torch.cat(gaps) if gaps else torch.ones(1, dtype=torch.float64)
+    gap = torch.cat(gaps) if gaps else torch.ones(1, dtype=torch.float64, device="cpu")
     return {"median_gap": float(gap.median()), "mean_gap": float(gap.mean()), "correlation": float(torch.corrcoef(flat)[0, 1].nan_to_num())}

@@ -38,15 +38,17 @@ def run(study: Study) -> None:
     made = into_mlp(study)
     x, count = made.x, study["directions"]
     latents: Any = made.sae.encode(x)
-    dense = torch.zeros(len(x), made.sae.d_sae, device="cpu").scatter_(1, latents.indices, latents.values.detach())
+    dense = torch.zeros(len(x), made.sae.d_sae, device="cpu", dtype=torch.float32).scatter_(1, latents.indices, latents.values.detach())
     often = (dense > 0).sum(0).argsort(descending=True, stable=True)[: 4 * count]
     chosen = often[torch.randperm(len(often), generator=study.generator(4), device="cpu")[:count]]
     strong = torch.stack([dense[dense[:, f] > 0, f].quantile(0.99) for f in chosen])
     pairs = torch.randint(len(x), (2, count), generator=study.generator(6), device="cpu")
     directions = {
         "features": made.sae.W_dec.detach()[chosen],
-        "random": torch.randn(count, x.shape[1], generator=study.generator(5), device="cpu"),
-        "between tokens": x[pairs[0]] - x[pairs[1]] + 1e-6 * torch.randn(count, x.shape[1], generator=study.generator(7), device="cpu"),
+        "random": torch.randn(count, x.shape[1], generator=study.generator(5), device="cpu", dtype=torch.float32),
+        "between tokens": x[pairs[0]]
+        - x[pairs[1]]
+        + 1e-6 * torch.randn(count, x.shape[1], generator=study.generator(7), device="cpu", dtype=torch.float32),
     }
     points = x[torch.randperm(len(x), generator=study.generator(8), device="cpu")[: study["points"]]]
     norm, radius = float(points.norm(dim=1).median()), 8 * float(points.norm(dim=1).median())

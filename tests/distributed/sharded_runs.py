@@ -313,7 +313,6 @@ def looped(group: Group, kind: str) -> dict[str, Any]:
         made.append({"last": last, **({} if whole is None else {k: digest([t]) for k, t in whole.state_dict().items()})})
     assert made[0] == made[1]
     assert sorted(path.name for path in folder.iterdir()) == ["data-6", "manifest.json"]  # written when fit ends, each of the six whole
-
     sae, named = group.shard(build(kind)), list[bool]()
     trainer = Trainer(sae, optimiser(sae, kind), checkpoint=folder, every=2, progress=False)
 

@@ -363,7 +363,7 @@ def test_what_holds_more_than_an_sae_or_several() -> None:
             ValueError, match=r"^(optim.Adam|Trainer): Holder must hold one SAE, got a, b: each needs an optimiser of its own"
         ):
             make()
-    with pytest.raises(TypeError, match=r"^Trainer: sae must be an SAE, got Linear"):
+    with pytest.raises(TypeError, match=r"^Trainer: sae must be an SAE or a CrossLayerTranscoder, got Linear"):
         Trainer(nn.Linear(2, 2), adam(inner))
     stack = Holder(saes=SAEs([SAE(12, 16, TopK(2), seed=0)]))
     assert optim.Adam(stack).members == 1
