@@ -75,20 +75,20 @@ def guard(row: Row, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Guard:
-    """A row's function, checked at its first use for a dtype and place; from then on one look into a dictionary."""
+    """A row's function, checked at its first use for a dtype and device; from then on one look into a dictionary."""
 
     def __init__(self, op: Op, row: Row, function: Callable[..., Any], every: int):
         self.op, self.row, self.function, self.every, self.target = op, row, function, every, str(row.target)
-        self.ready: dict[tuple[torch.dtype, Place], Callable[..., Any]] = {}
-        self.calls: dict[tuple[torch.dtype, Place], int] = {}
+        self.ready: dict[tuple[torch.dtype, torch.device], Callable[..., Any]] = {}
+        self.calls: dict[tuple[torch.dtype, torch.device], int] = {}
 
     def __call__(self, *args: Any) -> Any:
-        run = self.ready.get((args[0].dtype, place(args[0].device)))
+        run = self.ready.get((args[0].dtype, args[0].device))
         return self._look(args) if run is None else run(*args)
 
     def _look(self, args: tuple[Any, ...]) -> Any:
         where = place(args[0].device)
-        key = args[0].dtype, where
+        key = args[0].dtype, args[0].device
         name = certificate(self.op.name, self.row.backend, args[0].dtype)
         if mode() == "off" or torch.compiler.is_compiling():
             return self.function(*args)

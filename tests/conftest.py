@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -22,6 +23,13 @@ os.environ.setdefault("FASTSAE_AUDIT", "off")  # what it would check at first us
 
 if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":  # two workers: one with as many threads as there are, the others with one
     torch.set_num_threads(1)
+
+
+if os.environ.get("TRITON_INTERPRET") and (chip := os.environ.get("FASTSAE_TENSOR_CORE")):
+    sys.path.append(str(Path(__file__).parent / "gpu"))
+    from tensor_core import interpret_on
+
+    interpret_on(chip)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

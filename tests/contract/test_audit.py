@@ -135,7 +135,7 @@ def test_agreement_is_remembered(use: Use, tmp_path: Path, monkeypatch: pytest.M
             result = DECODE(*drawn(4), backend="cpu")
         guard = row.target
         assert isinstance(guard, audit.Guard)
-        assert guard.ready == {(torch.float32, loader.isa()): guard.function}  # one look, then the function itself
+        assert guard.ready == {(torch.float32, CPU): guard.function}  # one look, then the function itself
         assert torch.equal(result, guard.function(*drawn(4)))
     assert len(children) == 1
     assert json.loads(audit.certificates().read_text()) == {audit.kind(loader.isa()): ["decode cpu float32"]}

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from emulation import compiler
+from tensor_core import CHIPS, products
 from torch import Tensor
 from triton_marks import CPU, compiled, interpreted, on_gpu, passes_in_the_interpreter, usable
 
@@ -33,20 +35,6 @@ def test_in_the_interpreter() -> None:
 
 
 # ---------------------------------------------------------------- the interval
-
-
-def _on_a_tensor_core(x: Tensor, W: Tensor, group: int) -> Tensor:
-    """Sums of products as the least exact tensor core forms them: groups of products and the accumulator are aligned to the largest,
-    cut off below 2^-23 of it, added, and the sum is cut off to 24 bits."""
-    total = torch.zeros(x.shape[0], W.shape[0], dtype=torch.float64)
-    for start in range(0, x.shape[1], group):
-        products = x[:, None, start : start + group].double() * W[None, :, start : start + group].double()
-        terms = torch.cat([total[..., None], products], 2)
-        last = torch.exp2(torch.floor(torch.log2(terms.abs().amax(2, keepdim=True).clamp_min(2.0**-1000))) - 23)
-        total = (torch.trunc(terms / last) * last).sum(2)
-        last = torch.exp2(torch.floor(torch.log2(total.abs().clamp_min(2.0**-1000))) - 23)
-        total = torch.trunc(total / last) * last
-    return total
 
 
 def _hard_rows(kind: str, rows: int, D: int, generator: torch.Generator) -> Tensor:
@@ -85,8 +73,9 @@ def test_the_interval_contains_the_exact_product(kind: str) -> None:
     if kind == "beyond":
         assert bool(e.isinf().all())
         return
-    # Both ends as the kernel computes them, float32, of sums in which whatever a tensor core may do has happened.
-    for sums in (rounded.x.double() @ panel.double().T, *(_on_a_tensor_core(rounded.x, panel, group) for group in (4, 8, 16))):
+    # Both ends as the kernel computes them, float32, of sums as tensor cores form them, the last ones less exact than any known.
+    sums_of = (*CHIPS.values(), (8, 23), (16, 23)) if compiler() else ()
+    for sums in (rounded.x.double() @ panel.double().T, *(products(rounded.x, panel, *how) for how in sums_of)):
         r = (sums.float() * back * W_back).double()
         assert bool(((r - e).float().double() <= exact).all())
         assert bool((exact <= (r + e).float().double()).all())
