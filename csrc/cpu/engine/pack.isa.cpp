@@ -109,8 +109,10 @@ FASTSAE_INLINE int64_t word_at(int64_t p, int i, int height, [[maybe_unused]] in
 // The largest integers of a row and of a feature. Without VNNI two products meet in 16 bits: 2 * 255 * 64 < 2^15.
 #if defined(FASTSAE_LEVEL_avx2) || defined(FASTSAE_LEVEL_avx512)
 constexpr int kRowSteps = 64, kFeatureSteps = 127;
+constexpr int64_t kLongestScores = 2048, kLongestSigns = 64;
 #else
 constexpr int kRowSteps = 127, kFeatureSteps = 127;
+constexpr int64_t kLongestScores = kLongestRow, kLongestSigns = 512;
 #endif
 
 struct Rounded {
@@ -325,6 +327,13 @@ const EngineKernels engine_kernels = {
     load_job,
     column_products,
     products,
+#ifdef FASTSAE_SCREENS
+    kLongestScores,
+    kLongestSigns,
+#else
+    0,
+    0,
+#endif
 #if defined(FASTSAE_LEVEL_avx512_bf16)
     {pack_rows_int8, pack_rows_bf16, pack_rows_exact},
     {pack_int8, pack_bf16, pack_exact},
