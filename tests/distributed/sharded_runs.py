@@ -518,7 +518,7 @@ def planned(group: Group, kind: str) -> dict[str, float]:
     x = torch.randn(n, D, generator=torch.Generator().manual_seed(group.rank))
     target = torch.randn(n, spec["d_out"]) if "d_out" in spec else None
     before = sae.world.sent
-    opt.step(*([x.unflatten(1, (LAYERS, -1))] * 2 if "clt" in kind else (x, target)))
+    opt.step(*([x.unflatten(1, (LAYERS, -1))] * 2 if "clt" in kind else (x, target)), l1=0.0)
     sizes = {"batch": n * group.size, "k": spec["activation"].k, "k_aux": spec["aux"].k if "aux" in spec else 0, "d_out": spec.get("d_out")}
     sizes |= {"layers": layers, "cross_layer": "clt" in kind, "members": 2 if "stack" in kind else 1}
     found = plan(F, D // layers, tokens=1, rates=Rates(1e9, 1e9, 1e9, 1e-5), ranks=group.size, **sizes)
