@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import reduce
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Part:
         """``fastsae.spline_hash`` likewise: the XOR of what the processes have for their neurons, which is all that they send."""
         return self._codes("spline_hash", x, b, neurons, layer=layer, seed=seed, bits=bits)
 
-    def _codes(self, op: str, x: Tensor, b: Tensor | None, neurons: Tensor | None, **key: int) -> Tensor:
+    def _codes(self, op: str, x: Tensor, b: Tensor | None, neurons: Tensor | None, **key: Any) -> Tensor:
         def codes(rows: Tensor) -> Tensor:
             words = _placed(spline_code(rows, self.W_dec, b, neurons=neurons), world.start, world.features)
             return hash_code(words, **key) if key else words

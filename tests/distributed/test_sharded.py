@@ -205,7 +205,7 @@ def test_a_plan_of_layers_and_stacks(pretended: tuple[int, int, Any]) -> None:
     clt = CrossLayerTranscoder(5, 4, features, TopK(2), aux=AuxK(3), dead_after=1, skip=True, seed=0)
     stack = SAEs(Crosscoder(5, 4, features, TopK(2), seed=n) for n in range(3))
     for whole, rows, options in ((clt, x, {"cross_layer": True, "skip": True, "k_aux": 3}), (stack, x[:1].flatten(2), {"members": 3})):
-        module = distributed.shard(whole, mesh, virtual=shards)
+        module: Any = distributed.shard(whole, mesh, virtual=shards)
         opt, before = Adam(module, lr=1e-3), module.world.sent
         opt.step(*rows)
         sizes = {"ranks": ranks, "copies": copies, "batch": 3 * ranks, "k": 2, "layers": 5}
