@@ -116,11 +116,13 @@ def run(study: Study) -> None:
         f"{ours['per_unit']:.1f} boundaries per unit, random directions {chance['per_unit']:.1f} and directions to other images "
         f"{other['per_unit']:.1f}; the map of the image's own polytope alone would be fooled for {ours['wrong_by_own_map']:.0%}."
     )
+    least = study["radii"][0]
+    turns = [of[kind, least][end] / of[kind, least]["turned_input"] for kind in ("ascent", "random")]
     study.say(
-        f"There ascent turns the image by {ours['turned_input']:.1f} degrees and the last hidden layer's activations by {ours[end]:.1f} "
-        f"(own polytope's map alone: {ours['turned_by_own_map']:.1f}), random directions by {chance['turned_input']:.1f} and "
-        f"{chance[end]:.1f}; the polytopes reached are {ours['polytope']:.2f} from the origin (random: {chance['polytope']:.2f}), the "
-        f"images' own {start:.2f}."
+        f"At r = {least:g} ascent turns the last hidden layer's activations {turns[0]:.2f} times as far as the image, random directions "
+        f"{turns[1]:.2f} times; the image's own map alone turns them {of['ascent', least]['turned_by_own_map']:.2f} of ascent's "
+        f"{of['ascent', least][end]:.2f} degrees. The polytopes reached at r = {middle:g} are {ours['polytope']:.2f} from the origin "
+        f"(random: {chance['polytope']:.2f}), the images' own {start:.2f}: the points are {ours['norm']:.2f} from it."
     )
     study.record(accuracy=data.accuracy, polytope_of_images=start)
     draw(study, rows, end, start)
@@ -138,9 +140,9 @@ def draw(study: Study, rows: list[dict[str, Any]], end: str, start: float) -> No
             axis.plot(radii, [row[solid] for row in mine], f"{colour}o-", ms=4, label=kind)
             axis.plot(radii, [row[dotted] for row in mine], f"{colour}:")
     axes[0].set(ylabel="boundaries per unit of perturbation", title="Boundaries crossed", ylim=(0, None))
-    axes[1].set(ylabel="share of images", title="Predictions changed (dotted: own polytope's map)")
-    axes[2].set(ylabel="degrees", title="Last hidden layer turned (dotted: own polytope's map)")
-    axes[3].set(ylabel="mean distance from the origin", title="Polytopes reached (dotted: the points)")
+    axes[1].set(ylabel="share of images (dotted: by the image's own map)", title="Predictions changed")
+    axes[2].set(ylabel="degrees (dotted: by the image's own map)", title="Last hidden layer's activations turned")
+    axes[3].set(ylabel="mean distance from the origin (dotted: of the points)", title="Polytopes reached", ylim=(0, None))
     axes[3].axhline(start, color="0.6", lw=1)
     for axis in axes:
         axis.set(xlabel="norm of the perturbation", xscale="log")

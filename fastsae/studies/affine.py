@@ -47,18 +47,21 @@ def run(study: Study) -> None:
         rows.append({"layer": layer, **row})
     study.table("mlps", rows)
 
-    def listed(column: str, form: str) -> str:
-        return ", ".join(format(row[column], form) for row in rows)
+    def span(column: str, form: str) -> str:
+        """Least and largest over layers."""
+        return " to ".join(format(pick(row[column] for row in rows), form) for pick in (min, max))
 
     study.say(
-        f"Across one boundary an MLP's map changes by {listed('neighbours', '.1%')} of its norm (layers {study['layers']}), between random "
-        f"samples by {listed('pairs', '.0%')}; neurons that change together add up to {listed('over_orthogonal', '.2f')} times the square "
-        f"of orthogonal contributions."
+        f"Over {len(rows)} layers the map of an MLP changes by {span('neighbours', '.1%')} of its norm across one boundary and by "
+        f"{span('pairs', '.0%')} between random samples, {span('over_pairs', '.1%')} as much: about what orthogonal contributions of the "
+        f"{span('hamming', '.0f')} neurons that differ give, those that change together adding up to "
+        f"{rows[0]['over_orthogonal']:.2f} times their squares in layer {rows[0]['layer']} and {rows[-1]['over_orthogonal']:.2f} in layer "
+        f"{rows[-1]['layer']}."
     )
     study.say(
-        f"Maps of soft codes differ by {listed('soft_neighbours', '.1%')} from one polytope to the next and by "
-        f"{listed('soft_pairs', '.0%')} between random samples; the hard code's map misses the MLP's output by "
-        f"{listed('hard_error', '.0%')} (median), the soft one's is exact."
+        f"Maps of soft codes differ by {span('soft_neighbours', '.2%')} from one polytope to the next and by {span('soft_pairs', '.0%')} "
+        f"between random samples; the hard code's map, unlike the soft one's, misses the MLP's output, by {span('hard_error', '.0%')} "
+        f"(median; {span('hard_error_centred', '.0%')} of what varies of it)."
     )
     deep = whole(study)
     study.table("whole_network", deep)
@@ -91,14 +94,15 @@ def one_layer(study: Study, data: Tokens) -> tuple[dict[str, float], tuple[Tenso
     across = norms[polytopes.crossings(net, x[a], x[b]).neuron].mean()
     steps = [soft_steps(net, act, x[p], x[q]) for p, q in zip(a[: study["walked"]], b[: study["walked"]])]
     output = net(x)
-    error = (Net([first, Activation("relu"), last])(x) - output).norm(dim=1) / output.norm(dim=1)
+    error = Net([first, Activation("relu"), last])(x) - output
+    relative = [(a.norm(dim=1) / b.norm(dim=1)).median() for a, b in ((error, output), (error - error.mean(0), output - output.mean(0)))]
     apart = hamming(hard, hard)[i, j].double()
     row = {
         "on": float(bits.mean()), "hamming": float(apart.mean()),
         "neighbours": float(across) / size, "pairs": float(distance.mean()) / size,
         "over_pairs": float(across / distance.mean()), "over_orthogonal": float(distance.square().sum() / alone),
         "soft_neighbours": float(torch.cat(steps).mean()) / soft_size, "soft_pairs": float(soft_distance.mean()) / soft_size,
-        "soft_over_hard": soft_size / size, "hard_error": float(error.median()),
+        "soft_over_hard": soft_size / size, "hard_error": float(relative[0]), "hard_error_centred": float(relative[1]),
     }  # fmt: skip
     few = torch.randperm(len(i), generator=study.generator(11), device="cpu")[:5_000]
     return row, (apart[few], distance[few] / size, soft_distance[few] / soft_size)
@@ -142,16 +146,19 @@ def draw(study: Study, rows: list[dict[str, Any]], deep: list[dict[str, Any]], s
         ("neighbours", "C1o-", "neighbours, hard codes"), ("soft_neighbours", "C1o:", "neighbours, soft codes"),
     ):  # fmt: skip
         axes[0].plot(layers, [row[column] for row in rows], style, label=label)
-    axes[0].set(yscale="log", xlabel="layer of the MLP", ylabel="distance of maps, of a map's norm", title="One MLP")
+    axes[0].set(yscale="log", xticks=layers, xlabel="layer of the MLP", ylabel="distance of maps, of a map's norm", title="One MLP")
     for network, style in (("trained", "-"), ("untrained", ":")):
         own = [row for row in deep if row["network"] == network]
         for column, colour, label in (("pairs", "C0", "pairs of images"), ("neighbours", "C1", "neighbours")):
             axes[1].plot([row["layer"] for row in own], [row[column] for row in own], f"{colour}o{style}", label=f"{label}, {network}")
     axes[1].set(yscale="log", xlabel="layer of the boundary", ylabel="distance of maps, of a map's norm", title="A whole ReLU classifier")
+    axes[1].set_xticks(range(len(study["hidden"])))
+    for axis in axes[:2]:
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     layer = layers[len(layers) // 2]
     apart, hard, soft = shown[layer]
-    axes[2].plot(apart, hard, ",", color="C0", label="hard codes")
-    axes[2].plot(apart, soft, ",", color="C1", label="soft codes")
+    axes[2].plot(apart, hard, ".", ms=1, color="C0", label="hard codes")
+    axes[2].plot(apart, soft, ".", ms=1, color="C1", label="soft codes")
     axes[2].set(xlabel="Hamming distance", ylabel="distance of maps, of a map's norm", title=f"Random pairs, MLP of layer {layer}")
-    axes[2].legend(frameon=False, markerscale=20)
+    axes[2].legend(frameon=False, markerscale=8)
     study.save(canvas, "affine")
