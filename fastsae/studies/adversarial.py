@@ -26,7 +26,7 @@ from fastsae.studies._networks import Digits, digits
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "images": 10, "radii": [0.5, 1.0], "polytopes": 3},
     "quick": {
-        "minutes": 1, "hidden": [128, 128, 128], "epochs": 40, "images": 200, "radii": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0],
+        "minutes": 0.5, "hidden": [128, 128, 128], "epochs": 40, "images": 200, "radii": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0],
         "polytopes": 40,
     },
     "default": {

@@ -28,7 +28,7 @@ SIZES = {
         "samples": 60, "segments": 10, "walked": 3, "boundaries": 50,
     },
     "quick": {
-        "minutes": 3, "source": "minilm", "layers": [0, 1, 2, 3, 4, 5], "hidden": [128, 128, 128], "epochs": 40, "tokens": 8_000, "each": 8,
+        "minutes": 2, "source": "minilm", "layers": [0, 1, 2, 3, 4, 5], "hidden": [128, 128, 128], "epochs": 40, "tokens": 8_000, "each": 8,
         "samples": 600, "segments": 100, "walked": 20, "boundaries": 2_000,
     },
     "default": {
