@@ -32,7 +32,7 @@ SIZES = {
         "train_tokens": 16, "held_tokens": 64, "layer": 0, "last": 1, "neurons": ".1", "factors": [0.5, 2.0],
     },
     "quick": {
-        "minutes": 3, "hidden": [128, 128, 128], "epochs": 40, "rays": 200, "reach": 4.0, "steps": 8, "source": "smollm2", "context": 128,
+        "minutes": 2, "hidden": [128, 128, 128], "epochs": 40, "rays": 200, "reach": 4.0, "steps": 8, "source": "smollm2", "context": 128,
         "train_tokens": 128, "held_tokens": 256, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
         "factors": [0.0, 0.5, 1.5, 2.0, 4.0, 8.0],
     },
