@@ -170,8 +170,12 @@ def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor)
     latents: Any = seen.latents[hook]
     fires = ((latents.indices == feature) & (latents.values != 0)).any(-1)
     fires[:, 0] = False  # BOS, which the dictionary has not seen
-    kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
+    return {"nats_there": float(divergence(clean, changed)[fires].mean()) if bool(fires.any()) else 0.0}
+
+
+def divergence(clean: Tensor, changed: Tensor) -> Tensor:
+    """``[..]``: KL(clean || changed) of the distributions with logits ``[.., V]``."""
+    return nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
 @dataclass(frozen=True)
