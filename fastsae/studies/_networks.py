@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Digits:
     """A ReLU classifier of 8 x 8 digits (pixels 0 .. 1), before and after training, with the images that it was not trained on.
 
     Attributes:
-        net, untrained: logits of 10 classes. x: ``[N, 64]``. y: ``[N]``. accuracy: on x.
+        net, untrained: logits of 10 classes. x: ``[N, 64]``. y: ``[N]``. accuracy: on x. seen: what it was trained on.
     """
 
     net: Net
@@ -29,20 +30,21 @@ class Digits:
     x: Tensor
     y: Tensor
     accuracy: float
+    seen: Tensor
 
     def predict(self, x: Tensor) -> Tensor:
         return self.net(x).argmax(-1)
 
 
-def digits(study: Study) -> Digits:
-    """Trains ``study["hidden"]`` ReLU layers for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, two thirds of the images."""
+def digits(study: Study, hidden: list[int] | None = None) -> Digits:
+    """Trains ReLU layers (``study["hidden"]``) for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, 2/3 of the images."""
     found = needed("sklearn.datasets", "the digits need scikit-learn", "studies").load_digits()
     x, y = torch.tensor(found.data / 16, dtype=torch.float32, device="cpu"), torch.tensor(found.target, device="cpu")
     order = torch.randperm(x.shape[0], generator=study.generator(1), device="cpu")
     train, test = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)
-        widths = [64, *study["hidden"], 10]
+        widths = [64, *(hidden or study["hidden"]), 10]
         module = nn.Sequential()
         for before, after in pairwise(widths):
             module.extend([nn.Linear(before, after, dtype=torch.float32), nn.ReLU()])
@@ -57,7 +59,15 @@ def digits(study: Study) -> Digits:
             optimiser.step()
     net = as_net(module.requires_grad_(False))
     accuracy = float((net(x[test]).argmax(1) == y[test]).float().mean())
-    return Digits(net, untrained, x[test], y[test], accuracy)
+    return Digits(net, untrained, x[test], y[test], accuracy, x[train])
+
+
+def curves(axis: Any, rows: list[dict[str, Any]], by: str, x: str, y: str, **options: Any) -> None:
+    """A line of (x, y) for each value of ``by``; options of the axis."""
+    for label in dict.fromkeys(row[by] for row in rows):
+        axis.plot(*zip(*((row[x], row[y]) for row in rows if row[by] == label)), "o-", ms=4, label=label)
+    axis.set(**options)
+    axis.legend(frameon=False, fontsize=8)
 
 
 def pairs(y: Tensor, count: int, generator: torch.Generator, same: bool) -> tuple[Tensor, Tensor]:
