@@ -27,7 +27,7 @@ SIZES = {
     },
     "quick": {
         "minutes": 2, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "sizes": [256, 1024],
-        "l1": powers(-2, 0, 7), "k": [3, 5, 10], "steps": 2000, "rows": 8192,
+        "l1": powers(-2, 0, 5), "k": [3, 10], "steps": 600, "rows": 8192,
     },
     "default": {
         "minutes": 10, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,

@@ -43,9 +43,11 @@ def run(study: Study) -> None:
     )
     canvas, axes = study.figure(rows=1, columns=3, figsize=(16, 4.6))
     curves(axes[0], scaled, "scaled", "factor", "outside", xlabel="factor", ylabel="share of the maps outside the components")
-    options: dict[str, Any] = {"xscale": "log", "xlabel": "distance over the length"}
-    curves(axes[1], moved, "moved", "distance", "bits", ylabel="share of changed bits", title="Regions in two spaces", **options)
-    curves(axes[2], linear, "width", "distance", "error", ylabel="unexplained", yscale="log", title="Linear in the weights", **options)
+    options: dict[str, Any] = {"xscale": "log", "yscale": "log", "xlabel": "distance over the length"}
+    curves(axes[1], moved, "moved", "distance", "bits", ylabel="share of changed bits", **options)
+    curves(axes[2], linear, "width", "distance", "error", ylabel="unexplained change of the logits", **options)
+    axes[1].set_title("Regions in two spaces")
+    axes[2].set_title("Linear in the weights, by width")
     axes[0].set_title("Functions of scaled activations")
     study.save(canvas, "spaces")
 
@@ -71,9 +73,9 @@ def functions(study: Study, one: Digits) -> list[dict[str, Any]]:
     study.table("functions of scaled activations", rows)
     worst = max(rows[: len(study["factors"])], key=lambda row: row["outside"])
     study.say(
-        f"{kept} of {min(maps.shape)} principal components hold 90 % of the variance of the maps behind the first layer; of the maps where "
-        f"half of its activations are scaled by {worst['factor']:g}, {worst['outside']:.0%} of the squared length lies outside them, and "
-        f"accuracy is {worst['accuracy']:.1%} ({one.accuracy:.1%} unscaled)."
+        f"{kept} of {min(maps.shape)} principal components hold 90 % of the variance of the maps behind the first layer; where half of its "
+        f"activations are scaled by {worst['factor']:g}, {worst['outside']:.0%} of the squared length of the maps lies outside them (10 % "
+        f"unscaled), and accuracy is {worst['accuracy']:.1%} ({one.accuracy:.1%} unscaled)."
     )
     return rows
 
@@ -86,7 +88,7 @@ def regions(study: Study, one: Digits) -> list[dict[str, Any]]:
     others = x[torch.randperm(len(x), generator=study.generator(5), device="cpu")] - x
     back = [a - b for a, b in zip(parameters(one.untrained), weights)]
     moves = {"inputs, at random": (random[0], None), "inputs, towards others": (others, None)}
-    moves |= {"weights, at random": (0 * x, random[1:]), "weights, back to the start": (0 * x, back)}
+    moves |= {"weights, at random": (0 * x, random[1:]), "weights, towards the start": (0 * x, back)}
     for label, (step, turn) in moves.items():
         for reach in REACH:
             at = x + reach * step * (x.norm(dim=1) / step.norm(dim=1).clamp_min(1e-12)).unsqueeze(1)
