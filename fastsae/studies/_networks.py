@@ -23,7 +23,7 @@ class Digits:
     """A ReLU classifier of 8 x 8 digits (pixels 0 .. 1), before and after training, with the images that it was not trained on.
 
     Attributes:
-        net, untrained: logits of 10 classes. x: ``[N, 64]``. y: ``[N]``. accuracy: on x.
+        net, untrained: logits of 10 classes. x: ``[N, 64]``. y: ``[N]``. accuracy: on x. seen: what it was trained on.
     """
 
     net: Net
@@ -31,13 +31,14 @@ class Digits:
     x: Tensor
     y: Tensor
     accuracy: float
+    seen: Tensor
 
     def predict(self, x: Tensor) -> Tensor:
         return self.net(x).argmax(-1)
 
 
-def digits(study: Study, channels: Sequence[int] = ()) -> Digits:
-    """Trains ``study["hidden"]`` ReLU layers for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, two thirds of the images.
+def digits(study: Study, hidden: Sequence[int] = (), channels: Sequence[int] = ()) -> Digits:
+    """Trains ReLU layers (default ``study["hidden"]``) for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, 2/3 of the images.
 
     channels: those of 3 x 3 convolutions with ReLU, at all 64 places, instead of the hidden layers."""
     found = needed("sklearn.datasets", "the digits need scikit-learn", "studies").load_digits()
@@ -47,11 +48,12 @@ def digits(study: Study, channels: Sequence[int] = ()) -> Digits:
     typed: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)
+        widths = [64, *(hidden or study["hidden"])] if not channels else [1, *channels]
         module = nn.Sequential()
-        for before, after in pairwise([1, *channels] if channels else [64, *study["hidden"]]):
+        for before, after in pairwise(widths):
             module.append(nn.Conv2d(before, after, 3, padding=1, **typed) if channels else nn.Linear(before, after, **typed))
             module.append(nn.ReLU())
-        module.extend([nn.Flatten(), nn.Linear(64 * channels[-1] if channels else study["hidden"][-1], 10, **typed)])
+        module.extend([nn.Flatten(), nn.Linear((64 if channels else 1) * widths[-1], 10, **typed)])
     net = as_net(module, input_shape=(1, 8, 8) if channels else None)
     untrained = net.to(torch.float64).to(torch.float32)  # with parameters of its own, which training does not change
     optimiser = torch.optim.Adam(module.parameters(), 1e-3, weight_decay=1e-4)
@@ -63,7 +65,15 @@ def digits(study: Study, channels: Sequence[int] = ()) -> Digits:
             optimiser.step()
     module.requires_grad_(False)
     accuracy = float((net(x[test]).argmax(1) == y[test]).float().mean())
-    return Digits(net, untrained, x[test], y[test], accuracy)
+    return Digits(net, untrained, x[test], y[test], accuracy, x[train])
+
+
+def curves(axis: Any, rows: list[dict[str, Any]], by: str, x: str, y: str, **options: Any) -> None:
+    """A line of (x, y) for each value of ``by``; options of the axis."""
+    for label in dict.fromkeys(row[by] for row in rows):
+        axis.plot(*zip(*((row[x], row[y]) for row in rows if row[by] == label)), "o-", ms=4, label=label)
+    axis.set(**options)
+    axis.legend(frameon=False, fontsize=8)
 
 
 def pairs(y: Tensor, count: int, generator: torch.Generator, same: bool) -> tuple[Tensor, Tensor]:

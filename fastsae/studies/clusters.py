@@ -80,7 +80,7 @@ def words(study: Study) -> Sample:
 
 
 def channels(study: Study) -> Sample:
-    data = digits(study, study["channels"])
+    data = digits(study, channels=study["channels"])
     z = data.net.preactivations(data.x)[-1].view(len(data.x), -1, 8, 8)[:, :, 4, 4]
     return Sample(z, z.relu(), "relu", data.y, str)
 
