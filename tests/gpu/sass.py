@@ -51,8 +51,8 @@ def calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any]
         yield lambda: pair(W[:8192], 1, 1)
     if everything:
         turned, subset = W.T.contiguous().T, torch.arange(20000)
-        yield lambda: encode.encode_topk(x, turned, vector, None, vector, subset, None, 32, True)
-        yield lambda: encode.encode_topk(x[:, :761], W[:, :761], None, None, None, None, None, 64, True)
+        yield lambda: encode.encode_topk(x, turned, vector, None, vector, None, None, 32, True)
+        yield lambda: encode.encode_topk(x[:, :752], W[:, :752], None, None, None, subset, None, 64, True)
         yield lambda: encode.encode_topk(x, W[:1024], None, W[0], None, None, None, 32, True)
         yield lambda: ragged(
             encode.problem(ScoreInputs(x, W, vector, None, None, None)), encode.Rule(_masks.THRESHOLD, numbers, 0.5), dtype
