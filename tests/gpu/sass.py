@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -92,7 +93,7 @@ def launches(capability: int, *, everything: bool = True) -> list[aot.Launch]:
     found: dict[tuple[Any, ...], aot.Launch] = {}
     with mock.patch.multiple(_tile, tile_for=lambda device: tile, programs=lambda device, n_tiles: min(n_tiles, 264)):
         for dtype in (torch.bfloat16, torch.float32, *((torch.float16,) if full and everything else ())):
-            for call in calls(dtype, everything=full and dtype is not torch.float16):
+            for call in calls(dtype, everything=full and dtype is not torch.float16 and (everything or dtype is torch.bfloat16)):
                 with aot.record() as launched:
                     call()
                 found.update({(l.name, l.signature, l.constants, l.aligned, l.options): l for l in launched})
@@ -122,13 +123,14 @@ _PIPES = (
 _SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor; each block takes 1 KiB more than it asks for
 
 
-def cycles(code: list[str], chip: int) -> float:
-    """Cycles in which a scheduler gets rid of one warp's instructions."""
-    busy = {"issue": float(len(code))}
-    for text in code:
+def cycles(code: list[str], chip: int, times: Sequence[float] = ()) -> float:
+    """Cycles in which a scheduler gets rid of one warp's instructions, each of them ``times`` or once."""
+    busy = dict.fromkeys(("issue", "alu", "fma", "special", "memory", ""), 0.0)
+    for text, n in zip(code, times or [1.0] * len(code), strict=True):
         operation = re.sub(r"^@!?U?P\w+ ", "", text)
         pipe, cost = next((found for pattern, *found in _PIPES if re.match(pattern, operation)), ("alu", 2))
-        busy[pipe] = busy.get(pipe, 0.0) + cost * (2 if chip == 80 and (pipe, cost) == ("fma", 1) else 1)
+        busy[pipe] += n * cost * (2 if chip == 80 and (pipe, cost) == ("fma", 1) else 1)
+        busy["issue"] += n
     return max(busy.values())
 
 
@@ -165,6 +167,73 @@ def budgets() -> tuple[str, dict[tuple[int, str], dict[str, int]]]:
 def worse(got: dict[str, int], budget: dict[str, int]) -> dict[str, tuple[int, int]]:
     """What is dearer than its budget: more of it, or fewer programs."""
     return {key: (got[key], budget[key]) for key in COLUMNS if (got[key] < budget[key] if key == "programs" else got[key] > budget[key])}
+
+
+# ---------------------------------------------------------------- the predicted table
+
+_CORES, _CLOCK = 132, 1.755e9  # multiprocessors and Hz of an H200
+_COPY, _L2, _CUBLAS = 4.3e12, 5.5e12, 790e12  # bytes a second, bytes a second, operations a second: measured by others
+
+
+@cache
+def _made(which: str) -> tuple[aot.Launch, aot.Usage]:
+    launch = next(launch for launch in launches(90) if name(launch) == which)
+    return launch, aot.compile_launch(launch, 90)
+
+
+def _product(which: str, rows: int, n: int, D: int) -> float:
+    """Milliseconds of a kernel over tiles: the loop over d is bound by the tensor cores (2,048 multiplications a cycle) or by shared
+    memory (128 bytes a cycle: a step's operands are written once and read, the features by both warpgroups), and what follows it waits
+    for it where a multiprocessor holds one program."""
+    got, tile = figures(*_made(which), 90), _tile._TILES[9, 0]
+    step = 2 * tile.depth * (2 * tile.rows + 3 * tile.columns) / 128
+    loop = D / tile.depth * max(tile.rows * tile.columns * tile.depth / 2048, step)
+    each = loop + got["cycles"] if got["programs"] == 1 else max(loop, got["cycles"])
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(n, tile.columns)
+    return triton.cdiv(tiles, _CORES) * each / _CLOCK * 1e3
+
+
+def _programs(which: str, number: float, *trips: float) -> float:
+    """Milliseconds of so many programs, whose loops are taken so many times, by their first instruction: instructions, not latency."""
+    launch, usage = _made(which)
+    times = [1.0] * len(usage.code)
+    for (first, last), n in zip(usage.loops, trips, strict=True):
+        times[first : last + 1] = [already * n for already in times[first : last + 1]]
+    warps = dict(launch.options).get("num_warps", 4)
+    return number / _CORES * cycles(usage.code, 90, times) * warps / 4 / _CLOCK * 1e3
+
+
+def predict() -> None:
+    """The GPU table for one H200, as multiples of cuBLAS's product in bfloat16. Not counted: latency, launches, crowded rows."""
+    B, D, F, k = 8192, 4096, 131072, 64
+    emitted = "select_kernel i32 EMITTED FLAG MAPPED BUCKETS=1 HELD"
+    select = 2 * _programs(emitted, B, 32, 0, 1, 1)  # of what was emitted, and of the candidates
+    rounding = F * D * 6 / _COPY * 1e3
+    screened = "emit_kernel fp16 SCREENED EVEN BEST=4 BUCKETS=2"
+    signs, open_bits = 65536, 0.008 * 3072  # undecided of a row: 1.1 % with the q of all chips
+    refined = _programs("refine_kernel fp32 BIASED", signs * 12, open_bits / 12 / 4 + 0.5, 6)
+    hashed = _programs("hash_kernel i32", signs / 16, 48)
+    for what, shape, parts, must in (
+        ("encode_topk bf16", (B, D, F), {"product": _product("emit_kernel bf16 EVEN BEST=4 BUCKETS=1", B, F, D), "select": select}, 1.35),
+        ("encode_topk fp32", (B, D, F), {
+            "product": _product(screened, B, F, D), "rounding, 4 chunks": 4 * rounding, "select": 1.5 * select,
+            "scores": 1.2 * B * k * D * 4 / _COPY * 1e3,
+        }, 2.0),
+        ("match_cosine fp32", (F, D, F), {
+            "product": _product(screened, F, F, D), "rounding, once": rounding, "select": 1.5 * select * F / B,
+            "scores": 1.5 * F * 8 * D * 4 / _COPY * 1e3,
+        }, 1.35),
+        ("spline_hash bf16", (signs, 768, 3072), {
+            "product": _product("mask_kernel bf16 BIASED EVEN", signs, 3072, 768), "hash": hashed,
+        }, 1.5),
+        ("spline_hash fp32", (signs, 768, 3072), {
+            "product": _product("mask_kernel fp16 SCREENED BIASED TWO EVEN", signs, 3072, 768), "hash": hashed,
+            "rounding": signs * 768 * 6 / _COPY * 1e3, "undecided": max(refined, signs * open_bits * 768 * 4 / _L2 * 1e3),
+        }, 3.0),
+    ):  # fmt: skip
+        floor = 2 * shape[0] * shape[1] * shape[2] / _CUBLAS * 1e3
+        text = ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items())
+        print(f"{what:18} {sum(parts.values()) / floor:5.2f} x cuBLAS (must {must}) = ({text}) / {floor:.2f} ms")
 
 
 def write() -> None:
