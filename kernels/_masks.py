@@ -146,7 +146,7 @@ def mask_kernel(
         )  # fmt: skip
 
 
-@kernel(do_not_specialize=["n_rows", "n_words", "half", "D"])
+@kernel(do_not_specialize=["n_rows", "n_words", "half"])
 def refine_kernel(
     x, W, chosen, centre, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
     n_rows, n_words, half, D, x_r, x_d, W_f, W_d,

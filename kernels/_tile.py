@@ -234,7 +234,7 @@ def exact(x, W, centre, D, x_d, W_d, mask, CENTRED: tl.constexpr, ROWS: tl.const
 # ---------------------------------------------------------------- device code: rounded operands
 
 
-@kernel(do_not_specialize=["first", "n", "n_factors", "D"])
+@kernel(do_not_specialize=["first", "n", "n_factors"])
 def round_kernel(
     v, chosen, centre, rounded, factors, first, n, n_factors, D, s, pitch, v_r, v_d,
     CHOSEN: tl.constexpr, CENTRED: tl.constexpr, FACTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

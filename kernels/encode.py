@@ -76,7 +76,7 @@ def emit_rows(
     emit(tl.reshape(key, (ROWS, DEEP, BUCKETS)), keys, columns, to, n_buckets, mask, BEST, DEEP)
 
 
-@kernel(do_not_specialize=["first_row", "first", "n_rows", "n", "n_buckets"])  # multiples of 16 of n_panel and D give wide loads
+@kernel(do_not_specialize=["first_row", "first", "n_rows", "n", "n_buckets"])  # n_panel and D: multiples of 16 load wide
 def emit_kernel(
     x, W, chosen, x_factors, W_factors, scale, bias, keys, columns,
     first_row, first, n_rows, n_panel, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
@@ -154,7 +154,7 @@ def list_kernel(
     tl.store(keys + p, -(2**31), mask=again | (listed & (f >= n)))
 
 
-@kernel(do_not_specialize=["first_row", "n_rows", "n", "n_buckets", "D"])
+@kernel(do_not_specialize=["first_row", "n_rows", "n", "n_buckets"])
 def exact_kernel(
     x, W, chosen, centre, scale, bias, only, keys, columns,
     first_row, n_rows, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
@@ -236,7 +236,7 @@ def widen_kernel(
     tl.store(n_flagged + rows, tl.where(full, 0, slots), mask=live)
 
 
-@kernel(do_not_specialize=["first_row", "first", "n", "n_buckets", "n_slots", "D"])
+@kernel(do_not_specialize=["first_row", "first", "n", "n_buckets", "n_slots"])
 def rescore_kernel(
     x, W, chosen, centre, scale, bias, columns, lengths, flagged, n_flagged, ids, keys,
     first_row, first, n, n_buckets, n_slots, D, stride, emitted_stride, x_r, x_d, W_f, W_d,

@@ -175,6 +175,9 @@ _CORES, _CLOCK = 132, 1.755e9  # multiprocessors and Hz of an H200
 _COPY, _L2, _CUBLAS = 4.3e12, 5.5e12, 790e12  # bytes a second, bytes a second, operations a second: measured by others
 
 
+_LATENCY = {"LDG": 600, "LDS": 30, "SHFL": 24, "BAR.SYNC": 30}  # cycles; of what is not here 2: half of it waits for what stands before
+
+
 @cache
 def _made(which: str) -> tuple[aot.Launch, aot.Usage]:
     launch = next(launch for launch in launches(90) if name(launch) == which)
@@ -194,17 +197,25 @@ def _product(which: str, rows: int, n: int, D: int) -> float:
 
 
 def _programs(which: str, number: float, *trips: float) -> float:
-    """Milliseconds of so many programs, whose loops are taken so many times, by their first instruction: instructions, not latency."""
+    """Milliseconds of so many programs, whose loops are taken so many times, by their first instruction: by what the schedulers issue, or
+    by the latency of one instruction after the other of as many programs as a multiprocessor holds."""
     launch, usage = _made(which)
     times = [1.0] * len(usage.code)
     for (first, last), n in zip(usage.loops, trips, strict=True):
         times[first : last + 1] = [already * n for already in times[first : last + 1]]
-    warps = dict(launch.options).get("num_warps", 4)
-    return number / _CORES * cycles(usage.code, 90, times) * warps / 4 / _CLOCK * 1e3
+    latency = 0.0
+    for place, text in enumerate(usage.code):
+        batched = any("LDG" in before for before in usage.code[max(0, place - 40) : place])  # loads that are under way together
+        wait = 2 if "LDG" in text and batched else next((n for key, n in _LATENCY.items() if key in text), 2)
+        latency += wait * times[place]
+    got = figures(launch, usage, 90)
+    issued = cycles(usage.code, 90, times) * dict(launch.options).get("num_warps", 4) / 4
+    return number / _CORES * max(issued, latency / got["programs"]) / _CLOCK * 1e3
 
 
 def predict() -> None:
-    """The GPU table for one H200, as multiples of cuBLAS's product in bfloat16. Not counted: latency, launches, crowded rows."""
+    """The GPU table for one H200, as multiples of cuBLAS's product in bfloat16. Not counted: how a tile's loop fills, launches, rows that are
+    scored exactly as a whole, the kernels that prepare and rank."""
     B, D, F, k = 8192, 4096, 131072, 64
     emitted = "select_kernel i32 EMITTED FLAG MAPPED BUCKETS=1 HELD"
     select = 2 * _programs(emitted, B, 32, 0, 1, 1)  # of what was emitted, and of the candidates
