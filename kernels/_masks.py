@@ -26,7 +26,7 @@ from fastsae.kernels._problem import Problem, Rounded
 from fastsae.kernels._tile import affine, cells, ends, exact, halves, interval, n_tiles, pack_bits, popcount, products, unpack_bits
 
 SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_GATHER = 16  # features that a program scores exactly at a time
+_GATHER = 4  # features that a program, one warp, scores exactly at a time: few of its bits are set
 _WORDS = 8  # of a program that walks over set bits
 
 # ---------------------------------------------------------------- device code
@@ -126,7 +126,7 @@ def _store_bits(
                 )  # fmt: skip
 
 
-@kernel(do_not_specialize=["first", "n_rows", "n_panel", "n", "n_words", "half", "D"])
+@kernel(do_not_specialize=["first", "n_rows", "n", "n_words", "half"])
 def mask_kernel(
     x, W, chosen, x_factors, W_factors, scale, bias, theta, kept_words, other_words,
     first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -146,7 +146,7 @@ def mask_kernel(
         )  # fmt: skip
 
 
-@kernel(do_not_specialize=["n_rows", "n_words", "half", "D"])
+@kernel(do_not_specialize=["n_rows", "n_words", "half"])
 def refine_kernel(
     x, W, chosen, centre, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
     n_rows, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -216,7 +216,7 @@ def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: t
     tl.store(counts + at, popcount(word), mask=at < n)
 
 
-@kernel(do_not_specialize=["n_rows", "n", "n_words", "half", "D"])
+@kernel(do_not_specialize=["n_rows", "n_words", "half"])
 def write_kernel(
     x, W, chosen, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
     n_rows, n, n_words, half, D, x_r, x_d, W_f, W_d,
@@ -308,7 +308,7 @@ def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tup
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, rule.theta, kept, other, *(out or (None,) * 5),
         rows, words, rule.width, p.x.shape[1], *p.strides(),
         WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=32 * size if interpreted else _GATHER,
-        num_warps=4, enable_fp_fusion=False, **rule.flags(), **p.flags(),
+        num_warps=1, enable_fp_fusion=False, **rule.flags(), **p.flags(),
     )  # fmt: skip
 
 

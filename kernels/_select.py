@@ -199,7 +199,7 @@ def rank_kernel(
     tl.store(indices + (rows * k)[:, None] + rank, feature, mask=mask)
 
 
-@kernel(do_not_specialize=["k", "D"])
+@kernel(do_not_specialize=["k"])
 def score_kernel(
     x, W, centre, scale, bias, indices, values, k, D, x_r, x_d, W_f, W_d,
     CENTRED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, COLUMNS: tl.constexpr,

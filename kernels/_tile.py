@@ -22,13 +22,14 @@ a denormal. Scaling is exact in float32, both ways, except where it underflows, 
     block. Cauchy-Schwarz turns sum |x_d w_d| into |x||w|; 1.01 covers 1 / (1 - k u).
 (2) l(x) = |x^ - x|, each difference exact in float32 (both numbers are multiples of the last place of x, and the difference is small).
 (3) |<x^, w^> - T| = |<x^ - x, w> + <x^, w^ - w>| <= l(x)|w| + (|x| + l(x)) l(w).
-(4) |r~ - <x^, w^>| <= q |x^||w^|. A product of two float16 numbers has 22 bits and is exact. A tensor-core step takes a group of at
-    least 4 products and the accumulator, aligns all to the largest of them keeping at least 23 fraction bits of it, drops the rest of
-    each (an error below 2^-23 of the largest), adds, and rounds or truncates the sum to float32 (below 2^-23 of the sum). This is what
-    was found on all such units since Volta, most of which keep more (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior of
-    NVIDIA tensor cores"; Khattak and Mikaitis 2025). The largest and the sum are at most S = sum |x^_d w^_d| <= |x^||w^|. A group
-    of n products so errs by (n + 2) 2^-23 S at most, and (n + 2) / n <= 1.5 for n >= 4: q = 1.01 * 1.5 * (D + 64) * 2^-23. Sums of
-    float32 arithmetic in any order (the interpreter) err by less.
+(4) |r~ - <x^, w^>| <= q |x^||w^|. A product of two float16 numbers has 22 bits and is exact. A tensor-core step takes a group of n
+    products and the accumulator, aligns all to the largest of them keeping f fraction bits of it, drops the rest of each (an error
+    below 2^-f of the largest), adds, and rounds or truncates the sum to float32 (below 2^-23 of the sum). The largest and the sum are
+    at most S = sum |x^_d w^_d| <= |x^||w^|, and there are at most (D + 64) / n groups: q = s (D + 64) with
+        s = 1.01 ((n + 1) 2^-f + 2^-23) / n.
+    n >= 4 and f >= 23 on all such units since Volta, and s falls with both: 1.515 * 2^-23 holds for all, and for sums of float32
+    arithmetic in any order. ``_SUMS`` has n and f of the chips where they were measured (Fasi, Higham, Mikaitis and Pranesh 2021,
+    "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025; Xie et al. 2025, "MMA-Sim").
 (5) d0 and the underflow of r~ on its way back to the scale of x w: each step errs by at most 2^-126, gradual or flushed, and there are
     fewer than 4 D + 100 of them: U = (4 D + 128) 2^-126. Powers are kept within 2^-60 .. 2^46, so the first of the two never underflows.
 (6) |x^| <= X = |x| + l(x) and |w^| <= |w| + l(w). So |r* - r~| <= E with
@@ -136,21 +137,21 @@ def products(
     x, W, chosen, first, rows, columns, n_rows, n_columns, D, x_r, x_d, W_f, W_d,
     CHOSEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(products [ROWS, COLUMNS] in float32, their rows, their rows of W): one chain of tensor-core steps in ascending d. What lies beyond
-    the end stands for the last one."""
-    row, column = tl.minimum(rows, n_rows - 1), tl.minimum(columns, n_columns - 1)
+    """(products [ROWS, COLUMNS] in float32, their rows, their rows of W): one chain of tensor-core steps in ascending d. A row beyond the
+    end stands for the last one; a column there is masked, as a clamped one would not lie beside its neighbours."""
+    row, column, inside = tl.minimum(rows, n_rows - 1), columns, columns < n_columns
     if CHOSEN:
-        column = tl.load(chosen + first + column)
+        column = tl.load(chosen + first + columns, mask=inside, other=0)
     d = tl.arange(0, DEPTH)
     x_at = (x + row * x_r)[:, None] + d.to(tl.int64)[None, :] * x_d
     W_at = (W + column * W_f)[None, :] + d.to(tl.int64)[:, None] * W_d
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, DEPTH):
         if EVEN:
-            left, right = tl.load(x_at), tl.load(W_at)
+            left, right = tl.load(x_at), tl.load(W_at, mask=inside[None, :], other=0)
         else:
             left = tl.load(x_at, mask=(d < D - start)[None, :], other=0)
-            right = tl.load(W_at, mask=(d < D - start)[:, None], other=0)
+            right = tl.load(W_at, mask=(d < D - start)[:, None] & inside[None, :], other=0)
         total = tl.dot(left, right, total)
         x_at += tl.cast(x_d, tl.int64) * DEPTH
         W_at += tl.cast(W_d, tl.int64) * DEPTH
@@ -233,9 +234,9 @@ def exact(x, W, centre, D, x_d, W_d, mask, CENTRED: tl.constexpr, ROWS: tl.const
 # ---------------------------------------------------------------- device code: rounded operands
 
 
-@kernel(do_not_specialize=["first", "n", "n_factors", "D"])
+@kernel(do_not_specialize=["first", "n", "n_factors"])
 def round_kernel(
-    v, chosen, centre, rounded, factors, first, n, n_factors, D, pitch, v_r, v_d,
+    v, chosen, centre, rounded, factors, first, n, n_factors, D, s, pitch, v_r, v_d,
     CHOSEN: tl.constexpr, CENTRED: tl.constexpr, FACTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Rows first .. first + n of v in float16 [n, pitch], padded with zeros, and three numbers a row in ``factors [3, n_factors]``: with
@@ -279,7 +280,7 @@ def round_kernel(
     loss = tl.where(squares <= 1e36, tl.sqrt_rn(losses) * relative + absolute, float("inf"))
     if FACTORS:
         g = 1.01 * (tl.cast((D + 127) // 128, tl.float32) + 10.0) * 5.9604644775390625e-08
-        q = 1.515 * (width + 64.0) * 1.1920928955078125e-07
+        q = s * (width + 64.0)
         reach = norm + loss
         norm_factor = (loss + (q + 2.384185791015625e-07) * reach + g * norm) * 1.00000095367431640625
         loss_factor = reach * (1.0 + q + 2.384185791015625e-07) * 1.00000095367431640625
@@ -324,6 +325,9 @@ _TILES = {
     (12, 0): Tile(128, 128, 32, 8, 3),
 }
 _INTERPRETED = Tile(32, 64, 64, 8, 1)
+# n and f of (4), by capability. Another chip, and the interpreter, has the least.
+_SUMS = {(8, 0): (8, 24), (8, 9): (8, 24), (9, 0): (16, 25), (10, 0): (16, 25), (12, 0): (16, 25)}
+_INTERPRETED_SUMS = 4, 23
 _PROGRAMS = 2  # of a persistent launch, a multiprocessor
 
 
@@ -343,6 +347,12 @@ def tile_for(device: torch.device) -> Tile:
         return _INTERPRETED
     have = chip(device)[0]
     return _TILES[max((known for known in _TILES if known <= have), default=(8, 0))]
+
+
+def slip(device: torch.device) -> float:
+    """s of (4)."""
+    n, f = _INTERPRETED_SUMS if device.type == "cpu" else _SUMS.get(chip(device)[0], (4, 23))
+    return 1.01 * ((n + 1) * 2.0**-f + 2.0**-23) / n
 
 
 def programs(device: torch.device, n_tiles: int) -> int:
@@ -380,7 +390,8 @@ def round_rows(
         size, columns = 64, 64 * triton.cdiv(rounded.shape[1], 64)
         columns = min(triton.next_power_of_2(columns), 1024)
     round_kernel[(triton.cdiv(n, size),)](
-        v, chosen, centre, rounded, factors, rows.start, n, factors.shape[1], v.shape[1], rounded.shape[1], v.stride(0), v.stride(1),
+        v, chosen, centre, rounded, factors,
+        rows.start, n, factors.shape[1], v.shape[1], slip(v.device), rounded.shape[1], v.stride(0), v.stride(1),
         CHOSEN=chosen is not None, CENTRED=centre is not None, FACTORS=of_rows, ROWS=size, COLUMNS=columns, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip

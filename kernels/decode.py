@@ -149,6 +149,8 @@ def decode_dvalues_kernel(
                 lanes = tl.fma(tl.broadcast_to(g[None, :], (SLOTS, _LANES)), w, lanes)
             total += _sum_lanes(lanes, SLOTS)
         total = tl.where(known, total, float("nan"))
+        if RESUME:
+            tl.debug_barrier()  # what is written was read by other warps too
         tl.store(dvalues + slot, total.to(dvalues.dtype.element_ty), mask=live)
         tl.store(flag + tl.zeros((SLOTS,), tl.int32), 1, mask=live & (known == 0))
 

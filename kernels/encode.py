@@ -15,7 +15,7 @@ Top-k of a row, after two ideas (two-stage selection as in arXiv 2506.04165, mad
 
 Few features, or many kept: the keys of all scores of some rows are written out and selected from.
 
-Memory beyond the output: at most ``WORKSPACE`` bytes, or what one row tile needs; rows are taken in chunks.
+Memory beyond the output: at most ``WORKSPACE`` bytes, twice that for ragged results, or what one row tile needs; rows are taken in chunks.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -76,7 +76,7 @@ def emit_rows(
     emit(tl.reshape(key, (ROWS, DEEP, BUCKETS)), keys, columns, to, n_buckets, mask, BEST, DEEP)
 
 
-@kernel(do_not_specialize=["first_row", "first", "n_rows", "n_panel", "n", "n_buckets", "D"])
+@kernel(do_not_specialize=["first_row", "first", "n_rows", "n", "n_buckets"])  # n_panel and D: multiples of 16 load wide
 def emit_kernel(
     x, W, chosen, x_factors, W_factors, scale, bias, keys, columns,
     first_row, first, n_rows, n_panel, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
@@ -108,7 +108,7 @@ def emit_kernel(
             emit_rows(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
 
 
-@kernel(do_not_specialize=["n_rows", "n", "n_buckets", "D", "k", "tile_stride"])
+@kernel(do_not_specialize=["n_rows", "n_buckets", "k", "tile_stride"])
 def rescan_kernel(
     x, W, chosen, scale, bias, slot_of, tile_flags, keys,
     n_rows, n, n_buckets, D, k, stride, tile_stride, x_r, x_d, W_f, W_d,
@@ -154,7 +154,7 @@ def list_kernel(
     tl.store(keys + p, -(2**31), mask=again | (listed & (f >= n)))
 
 
-@kernel(do_not_specialize=["first_row", "n_rows", "n", "n_buckets", "D"])
+@kernel(do_not_specialize=["first_row", "n_rows", "n", "n_buckets"])
 def exact_kernel(
     x, W, chosen, centre, scale, bias, only, keys, columns,
     first_row, n_rows, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
@@ -236,7 +236,7 @@ def widen_kernel(
     tl.store(n_flagged + rows, tl.where(full, 0, slots), mask=live)
 
 
-@kernel(do_not_specialize=["first_row", "first", "n", "n_buckets", "n_slots", "D"])
+@kernel(do_not_specialize=["first_row", "first", "n", "n_buckets", "n_slots"])
 def rescore_kernel(
     x, W, chosen, centre, scale, bias, columns, lengths, flagged, n_flagged, ids, keys,
     first_row, first, n, n_buckets, n_slots, D, stride, emitted_stride, x_r, x_d, W_f, W_d,
@@ -509,10 +509,12 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | 
     crow = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     with _tile.on(device):
         parts = list(chunks(rows, 16 * words + 2 * _tile.pitch(p.W.shape[1]), p.tile.rows, 2**31 // max(p.n, 1))) if p.n else []
-        found = None
+        held = []  # the masks of the chunks, where there is room for all: otherwise they are made again
         for part in parts:
             found = _masks.masks(p.rows(part), rule)
             torch.sum(_masks.counts(*found), 1, out=crow[part.start + 1 : part.stop + 1])
+            if len(parts) == 1 or 8 * rows * words <= WORKSPACE:
+                held.append(found)
         crow = torch.cumsum(crow, 0)
         if capacity is None:
             nnz, make = int(crow[-1]), torch.empty
@@ -521,10 +523,9 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | 
             _note_overflow(op, crow[-1], capacity)
         values, col = make(nnz, dtype=dtype, device=device), make(nnz, dtype=torch.int64, device=device)
         marks = make(nnz if rule.half is not None else 0, dtype=torch.uint8, device=device)
-        for part in parts if nnz else []:
+        for number, part in enumerate(parts if nnz else []):
             chunk = p.rows(part)
-            if found is None or len(parts) > 1:
-                found = _masks.masks(chunk, rule)
+            found = held[number] if held else _masks.masks(chunk, rule)
             bits = _masks.counts(*found)
             offsets = torch.cumsum(bits.view(-1), 0, dtype=torch.int32).view_as(bits).sub_(bits)
             if capacity is not None:  # words that do not fit as a whole are cleared

@@ -8,8 +8,8 @@ times, by rows, by columns and by rows of the negated products; then each of the
 among what is above the k-th of the blocks before it. A tie goes to what is there, which has the lower index. One interval serves all
 three, as the exact product of two rows is the same from both sides.
 
-Memory beyond the output: the unit rows of both in float32 and the workspace of the top-k; of ``match_pair`` those rows in float16, too, and
-at most 256 MiB of what a block emits.
+Memory beyond the output: the unit rows of both in float32, for long a those of b in float16, and the workspace of the top-k; of
+``match_pair`` the rows of both in float16, too, and at most 256 MiB of what a block emits.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -27,7 +27,7 @@ from torch import Tensor
 from fastsae._core.jit import kernel
 from fastsae._core.norms import unit_rows
 from fastsae.kernels import _select, _tile, encode
-from fastsae.kernels._problem import WORKSPACE, Problem, rounded
+from fastsae.kernels._problem import MOST_ROWS, WORKSPACE, Problem, pack, rounded
 from fastsae.kernels._tile import Tile, cells, interval, n_tiles, products, upper_key
 from fastsae.kernels.encode import Buckets, emit, emit_rows, topk
 
@@ -95,7 +95,9 @@ def _best(
     values = torch.empty((a.shape[0], k), dtype=torch.float32, device=a.device)
     indices = torch.empty((a.shape[0], k), dtype=torch.int64, device=a.device)
     scale = values.new_full((b.shape[0],), -1.0) if negative else None
-    topk(Problem(a, b, None, scale, None, None, _tile.tile_for(a.device), absolute, exclude_self), k, values, indices, relu=False)
+    packed = pack(b) if a.shape[0] > MOST_ROWS and b.shape[0] > encode.FEW else None  # once for all chunks of rows
+    p = Problem(a, b, None, scale, None, None, _tile.tile_for(a.device), absolute, exclude_self, packed=packed)
+    topk(p, k, values, indices, relu=False)
     if absolute:
         _select.with_signs(a, b, None, None, None, indices, values)
     return values, indices

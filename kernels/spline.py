@@ -2,7 +2,7 @@
 
     spline_code    tiles of scores to sign bits (``_masks``); what a screened interval cannot decide is scored exactly
     pack_signs     the same bits from pre-activations in memory
-    hash           bits of 64 neurons at a time against their keys, XORed as a tree: integers, so the order is nobody's concern
+    hash           bits of 64 neurons at a time against their keys, XORed place by place, then as a tree: integers, so in any order
 
 Keys are Philox4x32-10 outputs for counter (neuron, layer, 0, 0) and key (seed low word, seed high word), made once a call.
 Bytes of a hash: the bits and 8 or 16 bytes a row; of a code: those of the operands and one bit a score.
@@ -67,18 +67,18 @@ def _xor(x, ROWS: tl.constexpr):
 def hash_kernel(words, keys, out, n_rows, n_words, PARTS: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
-    first = tl.zeros((ROWS,), tl.int64)
-    second = tl.zeros((ROWS,), tl.int64)
+    first = tl.zeros((ROWS, 64), tl.int64)  # of the neurons at each place of the words
+    second = tl.zeros((ROWS, 64), tl.int64)
     for word in range(0, n_words, 2):
         at = (rows * n_words)[:, None] + (word + tl.arange(0, 2))[None, :]
-        bit = unpack_bits(tl.load(words + at, mask=live[:, None], other=0), ROWS, 2).to(tl.int64)
+        chosen = (-unpack_bits(tl.load(words + at, mask=live[:, None], other=0), ROWS, 2)).to(tl.int64)  # all bits or none
         key = keys + (word * 32 + tl.arange(0, 64)).to(tl.int64) * 2
-        first = first ^ _xor(bit * tl.load(key)[None, :], ROWS)
+        first = first ^ (chosen & tl.load(key)[None, :])
         if PARTS == 2:
-            second = second ^ _xor(bit * tl.load(key + 1)[None, :], ROWS)
-    tl.store(out + rows * PARTS, first, mask=live)
+            second = second ^ (chosen & tl.load(key + 1)[None, :])
+    tl.store(out + rows * PARTS, _xor(first, ROWS), mask=live)
     if PARTS == 2:
-        tl.store(out + rows * PARTS + 1, second, mask=live)
+        tl.store(out + rows * PARTS + 1, _xor(second, ROWS), mask=live)
 
 
 # ---------------------------------------------------------------- launchers
@@ -115,7 +115,8 @@ def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed
     p = problem(ScoreInputs(x, W, b, packed=packed))
     words = torch.empty((x.shape[0], _masks.n_words(p.n)), dtype=torch.int32, device=x.device)
     with _tile.on(x.device):
-        for part in chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows) if p.n else ():
+        parts = [slice(0, x.shape[0])] if p.direct else chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows)
+        for part in parts if words.numel() else ():
             _masks.masks(p.rows(part), Rule(_masks.SIGN), words[part])
         return _restrict(words, neurons, p.n)
 

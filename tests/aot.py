@@ -30,11 +30,19 @@ from triton.runtime.jit import JITFunction
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Most shared memory a block may use, in bytes, by compute capability (CUDA C++ programming guide, technical specifications)."""
 
+MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+"""An instruction of tensor cores (HFMA2.MMA is none)."""
+
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+
+def tool(name: str) -> str:
+    """A program of CUDA that Triton brings."""
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
 
 
 @dataclass(frozen=True)
@@ -68,25 +76,52 @@ class Usage:
         return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
 
     @cached_property
+    def code(self) -> list[str]:
+        """All instructions, up to the jump to itself that ends them, in which padding follows."""
+        return [text for _, text in self._addressed]
+
+    @cached_property
+    def loops(self) -> list[tuple[int, int]]:
+        """First and last instruction of each loop, as places in ``code``; by the first, outer ones before inner ones."""
+        places = {address: place for place, (address, _) in enumerate(self._addressed)}
+        ends: dict[int, int] = {}
+        for place, (_, text) in enumerate(self._addressed):
+            branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+            if branch and (first := places.get(int(branch[1], 16), place)) < place:
+                ends[first] = place  # several jumps to one place are one loop
+        return sorted(ends.items(), key=lambda loop: (loop[0], -loop[1]))
+
+    @cached_property
     def matrix_loop(self) -> list[str]:
-        """The instructions of the smallest loop that holds a tensor-core instruction."""
+        """The instructions of the smallest loop that holds a tensor-core instruction; none where there is none."""
+        first, last = self._matrix_loop
+        return self.code[first : last + 1]
+
+    @cached_property
+    def outside(self) -> list[str]:
+        """The other instructions of the smallest loop around it, which is the loop over tiles, or of the kernel."""
+        first, last = self._matrix_loop
+        around = [(b - a, a, b) for a, b in self.loops if a < first <= last < b]
+        _, start, end = min(around, default=(0, 0, len(self.code) - 1))
+        return self.code[start:first] + self.code[last + 1 : end + 1]
+
+    @cached_property
+    def _matrix_loop(self) -> tuple[int, int]:
+        held = [(b - a, a, b) for a, b in self.loops if any(map(MATRIX.search, self.code[a : b + 1]))]
+        return min(held, default=(0, 0, -1))[1:]
+
+    @cached_property
+    def _addressed(self) -> list[tuple[int, str]]:
         found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self._dump("--dump-sass"))
         code = [(int(address, 16), text) for address, text in found]
-        loops = []
-        for address, text in code:
-            branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
-            if branch and (first := int(branch[1], 16)) < address:
-                body = [inside for at, inside in code if first <= at <= address]
-                if any(re.search(r"MMA\b", inside) for inside in body):
-                    loops.append(body)
-        return min(loops, key=len)
+        end = next(place for place, (at, text) in enumerate(code) if re.search(rf"\bBRA\b.*0x{at:x}\b", text))
+        return code[:end]
 
     def _dump(self, what: str) -> str:
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
-            return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+            return subprocess.run([tool("cuobjdump"), what, file.name], check=True, capture_output=True, text=True).stdout
 
 
 @contextmanager

@@ -58,6 +58,9 @@ def interpret_on(chip: str) -> None:
     """Triton's interpreter multiplies float16 matrices as this chip does, for the rest of the process."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    from fastsae.kernels import _tile
+
+    _tile._INTERPRETED_SUMS = CHIPS[chip]
     plain = InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:

@@ -55,7 +55,7 @@ def _hard_rows(kind: str, rows: int, D: int, generator: torch.Generator) -> Tens
 @interpreted
 @usable
 @pytest.mark.parametrize("kind", ["normal", "positive", "one large", "wide", "tiny", "large", "denormal", "beyond", "ties of rounding"])
-def test_the_interval_contains_the_exact_product(kind: str) -> None:
+def test_the_interval_contains_the_exact_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     D = 261
     x, centre = _hard_rows(kind, 6, D, generator), None
@@ -63,19 +63,23 @@ def test_the_interval_contains_the_exact_product(kind: str) -> None:
     if kind == "normal":
         centre = torch.randn(D, generator=generator)
     p = _problem.Problem(x, W, centre, None, None, None, _tile.tile_for(CPU))
-    rounded = _problem.Rounded.of(p)
-    ((_, panel, _),) = rounded.panels(p)
     keys = encode.all_keys(p)
     exact = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32).double()
-    (a, c, back), (norm, loss, W_back) = rounded.x_factors[:, :, None], rounded.W_factors
-    e = (a * norm + (c * loss + (4.0 * panel.shape[1] + 128) * 2.0**-126)).double()
-    assert not e.isnan().any()
-    if kind == "beyond":
-        assert bool(e.isinf().all())
-        return
-    # Both ends as the kernel computes them, float32, of sums as tensor cores form them, the last ones less exact than any known.
-    sums_of = (*CHIPS.values(), (8, 23), (16, 23)) if compiler() else ()
-    for sums in (rounded.x.double() @ panel.double().T, *(products(rounded.x, panel, *how) for how in sums_of)):
+    # Both ends as the kernel computes them, float32, of sums as each chip's tensor cores form them, with its q; and with the one for all of
+    # sums less exact than any known.
+    for how, q_of in ((None, (16, 25)), ((8, 23), (4, 23)), ((16, 23), (4, 23)), *((chip, chip) for chip in CHIPS.values())):
+        monkeypatch.setattr(_tile, "_INTERPRETED_SUMS", q_of)
+        rounded = _problem.Rounded.of(p)
+        ((_, panel, _),) = rounded.panels(p)
+        (a, c, back), (norm, loss, W_back) = rounded.x_factors[:, :, None], rounded.W_factors
+        e = (a * norm + (c * loss + (4.0 * panel.shape[1] + 128) * 2.0**-126)).double()
+        assert not e.isnan().any()
+        if kind == "beyond":
+            assert bool(e.isinf().all())
+            return
+        if how is not None and compiler() is None:
+            continue
+        sums = rounded.x.double() @ panel.double().T if how is None else products(rounded.x, panel, *how)
         r = (sums.float() * back * W_back).double()
         assert bool(((r - e).float().double() <= exact).all())
         assert bool((exact <= (r + e).float().double()).all())
@@ -101,9 +105,10 @@ def _ends_kernel(
 
 @interpreted
 @usable
-@pytest.mark.parametrize("D", [5, 261, 4096])
-def test_the_factors_are_those_of_the_proof(D: int) -> None:
+@pytest.mark.parametrize(("D", "how"), [(5, (4, 23)), (261, (16, 25)), (4096, (8, 24))])
+def test_the_factors_are_those_of_the_proof(D: int, how: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """a, c, norms and losses against (6) to (8) of the proof in float64, for rows that make each term the largest; and both ends."""
+    monkeypatch.setattr(_tile, "_INTERPRETED_SUMS", how)
     g = torch.Generator().manual_seed(D)
     normal, u = torch.randn(2, D, generator=g), 2.0**-24
     lossy = torch.full((2, D), 1 + 2.0**-8 - 2.0**-12).sqrt()  # squares of which a block's sum loses almost half a unit each time
@@ -116,7 +121,8 @@ def test_the_factors_are_those_of_the_proof(D: int) -> None:
     true_norm, W_norm = (torch.linalg.vector_norm(v.double(), dim=1) for v in (x, W))
     true_loss = torch.linalg.vector_norm(rounded.x[:, :D].double() * back[:, None] - x.double(), dim=1)
     W_loss = torch.linalg.vector_norm(panel[:, :D].double() * W_back[:, None] - W.double(), dim=1)
-    chain, q = 1.01 * (-(-D // 128) + 10) * u, 1.01 * 1.5 * (D + 64) * 2 * u
+    (n, f), chain = how, 1.01 * (-(-D // 128) + 10) * u
+    q = 1.01 * (D + 64) * ((n + 1) * 2.0**-f + 2 * u) / n
     reach = true_norm + true_loss
     wanted = true_loss + (q + 4 * u) * reach + chain * true_norm, reach * (1 + q + 4 * u), W_norm, W_loss
     for name, got, least in zip(("a", "c", "norm", "loss"), (a, c, norm, loss), wanted, strict=True):
