@@ -212,7 +212,7 @@ def _nobody_listens() -> bool:
 _EXACT = {torch.Tensor, torch.nn.Parameter}
 
 
-def alone(a: torch.Tensor, b: torch.Tensor, *optional: torch.Tensor | None) -> bool:
+def alone(a: Any, b: Any, *optional: Any) -> bool:
     """Whether the call is all there is to see: float32 tensors of torch's own classes on the CPU, which nobody differentiates, compiles,
     batches, records or casts, and no request for a backend. A small call that is alone goes straight to the compiled kernels."""
     if a is None or b is None or not _nobody_listens():

@@ -105,6 +105,9 @@ def quick(values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tenso
     return y
 
 
+decode.quick = quick  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
     """The gradient of `decode` in its values: ⟨grad[r], W[index]⟩ for every slot, in grad.dtype and the shape of `indices`.
 

@@ -151,6 +151,9 @@ def quick_topk(
     return values, indices
 
 
+encode_topk.quick = quick_topk  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def _ragged(entries: Any, x: Tensor, op: str, capacity: int | None, with_flags: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = load().entries_count(entries.address)
     values, col = torch.empty(n, dtype=torch.float32, device="cpu"), torch.empty(n, dtype=torch.int64, device="cpu")

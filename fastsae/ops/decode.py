@@ -24,7 +24,6 @@ from torch import Tensor
 from fastsae._core import checks
 from fastsae.dispatch import Op, alone, batching, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents, pointers
-from fastsae.native import decode as native_decode
 from fastsae.reference import accumulator, chunks, drawn, product, tracks
 
 # ---------------------------------------------------------------- reference
@@ -380,9 +379,10 @@ def _quick(latents: Any, W: Any, b: Any) -> Tensor | None:
     """The result where the call is ``alone`` and asks for nothing special; None where the long way has to be gone."""
     if type(latents) is not TopKLatents or type(latents.n_features) is not int or not alone(latents.values, W, b):
         return None
-    if W.shape[:1] != (latents.n_features,) or type(latents.indices) is not Tensor or DECODE.rows[0].run() is not native_decode.decode:
+    if W.shape[:1] != (latents.n_features,) or type(latents.indices) is not Tensor:
         return None
-    return native_decode.quick(latents.values, latents.indices, W, b)
+    quick: Any = getattr(DECODE.rows[0].run(), "quick", None)  # the compiled row's, unless it is audited
+    return None if quick is None else quick(latents.values, latents.indices, W, b)
 
 
 def _decode_prefixes(

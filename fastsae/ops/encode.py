@@ -18,7 +18,6 @@ from torch import Tensor
 from fastsae._core import checks
 from fastsae.dispatch import Op, alone, preference, then_any
 from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, pointers, to_capacity
-from fastsae.native import encode as native_encode
 from fastsae.ops import encode_samples
 from fastsae.ops.score_gradients import band_gradient, feature_sums, score_gradients
 from fastsae.packed import PackedWeights
@@ -355,10 +354,9 @@ def _quick_topk(x: Any, W: Any, b: Any, b_pre: Any, scale: Any, k: Any, relu: An
     handle, W = (W, W.weight) if type(W) is PackedWeights else (None, W)
     if type(k) is not int or not (relu is None or type(relu) is bool) or not alone(x, W, b, b_pre, scale):
         return None
-    if ENCODE_TOPK.rows[0].run() is not native_encode.encode_topk:
-        return None
-    found = native_encode.quick_topk(x, W, b, b_pre, scale, handle and handle.words("encode_topk"), k, relu is not False)
-    return None if found is None else TopKLatents(*found, W.shape[0])
+    quick: Any = getattr(ENCODE_TOPK.rows[0].run(), "quick", None)  # the compiled row's, unless it is audited
+    found: Any = quick and quick(x, W, b, b_pre, scale, handle and handle.words("encode_topk"), k, relu is not False)
+    return found and TopKLatents(found[0], found[1], W.shape[0])
 
 
 def encode_topk(
