@@ -4,7 +4,8 @@ The experiment behind Figure 12 of Black et al. 2022: HDBSCAN on the activations
 theirs: the whole MLP of a causal language model at 6 of the 1024 tokens of each window, evenly spaced, none of the first 100 (known: the
 token); and all channels of a convolutional network at one place of the image (the digit). Beside them an MLP with GELU at tokens of words
 that all occur equally often (the word). Hard codes are compared by Hamming and by Jaccard distance, soft ones (the probability that a
-neuron is on, of SiLU and GELU) by the expected Hamming distance. All clusterings get the exact graph of the k nearest neighbours.
+neuron is on, of SiLU and GELU) by the expected Hamming distance, and by the root of what is left of it without the distances that both
+codes have from themselves, the Euclidean one. All clusterings get the exact graph of the k nearest neighbours.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ SIZES = {
     },
 }  # fmt: skip
 PLACES = 6
-HARD, JACCARD, SOFT, VALUES = "codes, Hamming", "codes, Jaccard", "soft codes, expected Hamming", "activations, Euclidean"
+HARD, JACCARD, SOFT, LESS_OWN, VALUES = METHODS = (
+    "codes, Hamming", "codes, Jaccard", "soft codes, expected Hamming", "soft codes, Euclidean", "activations, Euclidean"
+)  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -100,7 +103,7 @@ def graphs(sample: Sample, k: int) -> dict[str, Any]:
     found = {HARD: neighbour_graph(pack_signs(sample.z), k), JACCARD: graph(1 - both / (on.unsqueeze(1) + on - both).clamp_min(1), k)}
     if sample.act != "relu":  # whose soft code is the hard one
         soft = soft_code(sample.z, sample.act)
-        found[SOFT] = graph(expected_hamming(soft, soft), k)
+        found |= {SOFT: graph(expected_hamming(soft, soft), k), LESS_OWN: graph(torch.cdist(soft, soft), k)}
     return found | {VALUES: graph(torch.cdist(sample.neurons, sample.neurons), k)}
 
 
@@ -149,7 +152,7 @@ def run(study: Study) -> None:
     )
     study.say(
         f"By Jaccard distance codes agree with what the samples are by {listed(JACCARD, 'with_kinds')}, soft codes by "
-        f"{listed(SOFT, 'with_kinds')}."
+        f"{listed(SOFT, 'with_kinds')} (expected Hamming) and {listed(LESS_OWN, 'with_kinds')} (Euclidean)."
     )
     source = "language model"
     study.table("largest_clusters_of_codes", largest(made[source], labels[source][HARD]))
@@ -171,12 +174,13 @@ def draw(study: Study, sample: Sample, of: dict[tuple[str, str], dict[str, Any]]
     sources = list(dict.fromkeys(source for source, _ in of))
     panels = (("with_kinds", "with what samples are"), ("with_activations", "with clusters of activations"))
     for axis, (column, title) in zip(axes, panels):
-        for place, name in enumerate((HARD, JACCARD, SOFT, VALUES)):
-            bars = [(i + 0.2 * (place - 1.5), of[source, name][column]) for i, source in enumerate(sources) if (source, name) in of]
-            axis.barh([at for at, _ in bars], [value for _, value in bars], height=0.18, label=name)
+        for place, name in enumerate(METHODS):
+            bars = [(i + 0.17 * (place - 2), of[source, name][column]) for i, source in enumerate(sources) if (source, name) in of]
+            axis.barh([at for at, _ in bars], [value for _, value in bars], height=0.15, label=name if axis is axes[0] else None)
         axis.set_yticks(range(len(sources)), sources)
         axis.invert_yaxis()
-        axis.set(xlim=(0, 1), xlabel="adjusted mutual information", title=f"HDBSCAN: agreement {title}")
+        axis.set(xlim=(0, 1), xlabel="adjusted mutual information", title=f"Agreement {title}")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     a, b = torch.randint(len(sample.z), (2, 20_000), generator=study.generator(5), device="cpu")
     packed, same = pack_signs(sample.z), (sample.kind[a] == sample.kind[b]) & (a != b)
     hamming, euclid = boundary_density(packed[a], packed[b]).pairs, (sample.neurons[a] - sample.neurons[b]).norm(dim=1)
