@@ -332,9 +332,10 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
         raise ValueError(f"{op}: p and q must have the same shape [S, D], got {list(p.shape)} and {list(q.shape)}")
     S, p, q = p.shape[0], p.detach().double(), q.detach().double()
     activation: Any = sae.activation
+    encoder: Any = sae._encoder
     with full_precision(p.device):  # autocast would round the encoder's lists by more than the proof counts in
         if planes.threshold is None:
-            found = _by_level(planes, sae._encoder(p), p, q, activation.k, activation.relu, activation.absolute)
+            found = _by_level(planes, encoder(p), p, q, activation.k, activation.relu, activation.absolute)
         else:
             per_segment = 4 * planes.W.shape[0]
             parts = [(part.start, _by_threshold(planes, p[part], q[part])) for part in chunks(S, per_segment)]

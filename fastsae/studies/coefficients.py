@@ -31,7 +31,7 @@ SIZES = {
     },
     "default": {
         "minutes": 10, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
-        "sizes": [512, 1024, 4096], "l1": powers(-2, 0, 9), "k": [3, 5, 10], "steps": 4000, "rows": 16_384,
+        "sizes": [512, 2048], "l1": powers(-2, 0, 7), "k": [3, 5, 10], "steps": 2000, "rows": 16_384,
     },
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from fastsae.studies._networks import Digits, curves, digits
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [16, 16], "widths": [8, 32], "epochs": 3, "factors": [0.5, 2.0]},
     "quick": {"minutes": 1, "hidden": [64, 64], "widths": [16, 64, 256], "epochs": 60, "factors": [0.0, 0.5, 0.9, 1.1, 2.0, 4.0]},
-    "default": {"minutes": 5, "hidden": [128, 128], "widths": [16, 64, 256, 1024], "epochs": 60, "factors": [0.0, 0.5, 0.9, 1.1, 2.0, 4.0]},
+    "default": {"minutes": 2, "hidden": [128, 128], "widths": [16, 64, 256, 1024], "epochs": 60, "factors": [0.0, 0.5, 0.9, 1.1, 2.0, 4.0]},
 }  # fmt: skip
 REACH = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -105,7 +105,7 @@ def linearised(study: Study, one: Digits, width: int) -> list[dict[str, Any]]:
     start, end = parameters(one.untrained), parameters(one.net)
     move, rows = [b - a for a, b in zip(start, end)], list[dict[str, Any]]()
     far = torch.cat([m.flatten() for m in move]).norm() / torch.cat([t.flatten() for t in start]).norm()
-    base, slope = torch.func.jvp(lambda *weights: with_weights(one.net, list(weights))(one.x), tuple(start), tuple(move))
+    base, slope, *_ = torch.func.jvp(lambda *weights: with_weights(one.net, list(weights))(one.x), tuple(start), tuple(move))
     for s in REACH:
         real, linear = with_weights(one.net, [a + s * m for a, m in zip(start, move)])(one.x), base + s * slope
         right = {name: float((y.argmax(1) == one.y).double().mean()) for name, y in (("accuracy", real), ("linear_accuracy", linear))}
