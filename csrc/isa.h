@@ -31,25 +31,28 @@
 
 namespace fastsae {
 
-// The levels of a kind of CPU, ascending, those that screen last: X(level, a). A level includes those before it, and one without a body
-// of its own runs the body of the next lower one.
+// The levels of a kind of CPU, ascending: X(level, a). A level includes those before it, and one without a body of its own runs the body of
+// the next lower one. Plain levels have no screen (cpu/engine), those that screen last have bodies for the screen only.
 #if defined(__aarch64__)
 #define FASTSAE_PLAIN_LEVELS(X, a) X(portable, a) X(neon, a)
-#define FASTSAE_SCREENING_LEVELS(X, a) X(neon_dotprod, a) X(neon_i8mm, a)
+#define FASTSAE_FULL_LEVELS(X, a)
+#define FASTSAE_SCREEN_LEVELS(X, a) X(neon_dotprod, a) X(neon_i8mm, a)
 #else
-#define FASTSAE_PLAIN_LEVELS(X, a) X(portable, a) X(avx2, a) X(avx512, a)
-#define FASTSAE_SCREENING_LEVELS(X, a) X(avx512_vnni, a) X(avx512_bf16, a)
+#define FASTSAE_PLAIN_LEVELS(X, a) X(portable, a)
+#define FASTSAE_FULL_LEVELS(X, a) X(avx2, a) X(avx512, a)
+#define FASTSAE_SCREEN_LEVELS(X, a) X(avx512_vnni, a) X(avx512_bf16, a)
 #endif
-#define FASTSAE_LEVELS(X, a) FASTSAE_PLAIN_LEVELS(X, a) FASTSAE_SCREENING_LEVELS(X, a)
+#define FASTSAE_LEVELS(X, a) FASTSAE_PLAIN_LEVELS(X, a) FASTSAE_FULL_LEVELS(X, a) FASTSAE_SCREEN_LEVELS(X, a)
 
-// A level with dot products of 8-bit integers screens (cpu/engine); what gains nothing from them has no body there and runs the highest
-// plain level's.
 #if defined(FASTSAE_LEVEL_neon_dotprod) || defined(FASTSAE_LEVEL_neon_i8mm)
-#define FASTSAE_SCREENS 1
+#define FASTSAE_ONLY_SCREENS 1
 #define FASTSAE_NEON 1
 #elif defined(FASTSAE_LEVEL_neon)
 #define FASTSAE_NEON 1
 #elif defined(FASTSAE_LEVEL_avx512_vnni) || defined(FASTSAE_LEVEL_avx512_bf16)
+#define FASTSAE_ONLY_SCREENS 1
+#endif
+#if defined(FASTSAE_ONLY_SCREENS) || defined(FASTSAE_LEVEL_avx2) || defined(FASTSAE_LEVEL_avx512)
 #define FASTSAE_SCREENS 1
 #endif
 
@@ -73,7 +76,7 @@ const Feature* cpu_features();
 bool cpu_has(const char* feature);
 
 // A family of kernels has a table of function pointers in each level with a body of its own. Its header declares them, its .cpp lists them
-// (all, the plain levels', or those that screen) and picks one.
+// (of all levels, those that do not only screen, or those that screen) and picks one.
 #define FASTSAE_TABLE(level, declaration) \
   namespace level {                       \
   extern const declaration;               \
@@ -82,8 +85,10 @@ bool cpu_has(const char* feature);
 #define FASTSAE_IN(level, name) (FASTSAE_BUILT_##level ? &level::name : nullptr),
 #define FASTSAE_NOT_IN(level, name) nullptr,
 #define FASTSAE_ALL_TABLES(name) {FASTSAE_LEVELS(FASTSAE_IN, name)}
-#define FASTSAE_BASE_TABLES(name) {FASTSAE_PLAIN_LEVELS(FASTSAE_IN, name) FASTSAE_SCREENING_LEVELS(FASTSAE_NOT_IN, name)}
-#define FASTSAE_SCREEN_TABLES(name) {FASTSAE_PLAIN_LEVELS(FASTSAE_NOT_IN, name) FASTSAE_SCREENING_LEVELS(FASTSAE_IN, name)}
+#define FASTSAE_BASE_TABLES(name) \
+  {FASTSAE_PLAIN_LEVELS(FASTSAE_IN, name) FASTSAE_FULL_LEVELS(FASTSAE_IN, name) FASTSAE_SCREEN_LEVELS(FASTSAE_NOT_IN, name)}
+#define FASTSAE_SCREEN_TABLES(name) \
+  {FASTSAE_PLAIN_LEVELS(FASTSAE_NOT_IN, name) FASTSAE_FULL_LEVELS(FASTSAE_IN, name) FASTSAE_SCREEN_LEVELS(FASTSAE_IN, name)}
 
 template <class Table>
 const Table& pick(const Table* const (&tables)[kLevels]) {

@@ -194,6 +194,7 @@ _torch: Any = torch._C  # pyright: ignore[reportPrivateUsage]  (what torch tells
 _VMAP_MODE = _torch._parse_dispatch_key("VmapMode")
 _interpreters, _has_mode = _torch._functorch.peek_interpreter_stack, _torch._dispatch_tls_is_dispatch_key_included
 _modes, _profiles, _traces = _torch._len_torch_dispatch_stack, _torch._autograd._profiler_enabled, _torch._get_tracing_state
+_forward_ad: Any = torch.autograd.forward_ad
 _VARIABLE = "FASTSAE_BACKEND"
 # ``os.environ.get`` of a variable that is not set raises and catches two errors: 1 µs a call.
 _environ, _key = getattr(os.environ, "_data", os.environ), getattr(os.environ, "encodekey", str)(_VARIABLE)
@@ -206,6 +207,28 @@ def batching() -> bool:
 
 def _nobody_listens() -> bool:
     return not torch.compiler.is_compiling() and not (_modes() or batching() or _profiles() or _traces())
+
+
+_EXACT = {torch.Tensor, torch.nn.Parameter}
+
+
+def alone(a: torch.Tensor, b: torch.Tensor, *optional: torch.Tensor | None) -> bool:
+    """Whether the call is all there is to see: float32 tensors of torch's own classes on the CPU, which nobody differentiates, compiles,
+    batches, records or casts, and no request for a backend. A small call that is alone goes straight to the compiled kernels."""
+    if a is None or b is None or not _nobody_listens():
+        return False
+    grad = torch.is_grad_enabled()
+    for t in (a, b, *optional):
+        if t is not None and (
+            type(t) not in _EXACT
+            or t.dtype is not torch.float32
+            or not t.is_cpu
+            or t.layout is not torch.strided
+            or t.is_nested
+            or (grad and t.requires_grad)
+        ):
+            return False
+    return _forward_ad._current_level < 0 and _recorder.get() is None and _request() is None and not _torch._is_any_autocast_enabled()
 
 
 def _run(row: Row, args: Sequence[Any]) -> Any:

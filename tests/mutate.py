@@ -51,7 +51,7 @@ def includes(root: Path, source: Path, screens: bool, seen: set[Path]) -> set[Pa
 def compiled(root: Path, source: Path, level: str | None) -> Path:
     import pybind11
 
-    screens = level == "avx512_bf16"
+    screens = level in ("avx512", "avx512_bf16")
     command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{root / 'csrc'}"]
     if level is None:
         command += [f"-DFASTSAE_BUILT_{name}=1" for name in LEVELS]

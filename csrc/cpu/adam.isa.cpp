@@ -7,7 +7,7 @@
 #include "integers.h"
 #include "isa.h"
 
-#ifndef FASTSAE_SCREENS
+#ifndef FASTSAE_ONLY_SCREENS
 #include "cpu/decode.h"
 #include "vec.isa.h"
 

@@ -9,7 +9,7 @@
 #include "isa.h"
 
 // The bf16 conversion of avx512_bf16 flushes denormals, so that level runs avx512's body.
-#ifndef FASTSAE_SCREENS
+#ifndef FASTSAE_ONLY_SCREENS
 #include "vec.isa.h"
 
 namespace fastsae {

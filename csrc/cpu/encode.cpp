@@ -24,37 +24,61 @@ namespace {
 
 // ---- entries: any number a row ----
 
-struct Kept {
-  int32_t row;  // of the chunk
-  int32_t feature;
-  float value;
-  uint32_t flags;
+// Those of a block of features, by row, then feature; only rows that have some are named.
+struct Segment {
+  struct Run {
+    int32_t row, count;  // the row is one of the chunk
+  };
+  int64_t first_feature;
+  std::vector<Run> runs{};
+  std::vector<float> values{};
+  std::vector<int32_t> features{};
+  std::vector<uint8_t> flags{};  // empty: 1 each
 };
 
 }  // namespace
 
 struct Entries {
-  struct Part {  // a chunk's entries, in order
-    int64_t base;
-    std::vector<Kept> kept;
+  struct Part {  // a chunk's
+    int64_t base, rows;
+    std::vector<Segment> segments;
   };
   std::vector<int64_t> crow{0};  // [rows + 1]
   std::vector<Part> parts;
+
+  void add(Part part) {
+    std::sort(part.segments.begin(), part.segments.end(),
+              [](const Segment& a, const Segment& b) { return a.first_feature < b.first_feature; });
+    crow.resize(static_cast<size_t>(part.base + part.rows) + 1);
+    for (const Segment& s : part.segments)
+      for (const Segment::Run& run : s.runs) crow[part.base + run.row + 1] += run.count;
+    for (int64_t r = part.base; r < part.base + part.rows; ++r) crow[r + 1] += crow[r];
+    parts.push_back(std::move(part));
+  }
 };
 
 Entries* new_entries() { return new Entries; }
 void free_entries(Entries* entries) { delete entries; }
 int64_t entries_count(const Entries* entries) { return entries->crow.back(); }
 int64_t copy_entries(const Entries* entries, float* values, int64_t* col, int64_t* crow, uint8_t* flags, int threads) {
-  std::memcpy(crow, entries->crow.data(), entries->crow.size() * sizeof(int64_t));
+  std::copy(entries->crow.begin(), entries->crow.end(), crow);
+  std::vector<int64_t> next(entries->crow);  // of each row, where its next entry goes
   for (const Entries::Part& part : entries->parts) {
-    const int64_t start = entries->crow[part.base], n = static_cast<int64_t>(part.kept.size());
-    constexpr int64_t kPerFeature = 1 << 15;
-    for_each_unit(useful_threads(threads, n), ceil_div(n, kPerFeature), [&](int64_t unit) {
-      for (int64_t i = unit * kPerFeature; i < std::min((unit + 1) * kPerFeature, n); ++i) {
-        values[start + i] = part.kept[i].value;
-        col[start + i] = part.kept[i].feature;
-        if (flags != nullptr) flags[start + i] = static_cast<uint8_t>(part.kept[i].flags);
+    const int64_t ranges = useful_threads(threads, crow[part.base + part.rows] - crow[part.base]);
+    for_each_unit(threads, ranges, [&](int64_t range) {
+      const int64_t r0 = part.rows * range / ranges, r1 = part.rows * (range + 1) / ranges;
+      for (const Segment& s : part.segments) {
+        int64_t i = 0;
+        for (const Segment::Run& run : s.runs) {
+          if (run.row >= r0 && run.row < r1) {
+            const int64_t to = std::exchange(next[part.base + run.row], next[part.base + run.row] + run.count);
+            std::copy_n(s.values.data() + i, run.count, values + to);
+            std::copy_n(s.features.data() + i, run.count, col + to);
+            if (flags != nullptr && s.flags.empty()) std::fill_n(flags + to, run.count, uint8_t{1});
+            if (flags != nullptr && !s.flags.empty()) std::copy_n(s.flags.data() + i, run.count, flags + to);
+          }
+          i += run.count;
+        }
       }
     });
   }
@@ -63,76 +87,78 @@ int64_t copy_entries(const Entries* entries, float* values, int64_t* col, int64_
 
 namespace {
 
-// A range of a worker's entries: those of one block, by row, then feature.
-struct Segment {
-  int64_t first_feature;
-  int worker;
-  int64_t begin, end;
-};
-
-// Entries of blocks in the order of rows.
-struct Sorter {
-  std::vector<Kept> kept[kMostWorkers];
-  std::vector<Segment> segments;
-  std::mutex mutex;
-
-  void finish(const Chunk& chunk, Entries& entries) {
-    std::sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) { return a.first_feature < b.first_feature; });
-    std::vector<int64_t> cursor(static_cast<size_t>(chunk.rows) + 1, 0);
-    for (const Segment& s : segments)
-      for (int64_t i = s.begin; i < s.end; ++i) ++cursor[kept[s.worker][i].row + 1];
-    const int64_t start = entries.crow.back();
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      cursor[r + 1] += cursor[r];
-      entries.crow.push_back(start + cursor[r + 1]);
-    }
-    Entries::Part part{chunk.base, std::vector<Kept>(static_cast<size_t>(cursor[chunk.rows]))};
-    for (const Segment& s : segments)
-      for (int64_t i = s.begin; i < s.end; ++i) part.kept[cursor[kept[s.worker][i].row]++] = kept[s.worker][i];
-    entries.parts.push_back(std::move(part));
-    for (std::vector<Kept>& k : kept) k.clear();
-    segments.clear();
-  }
-};
-
 struct ThresholdDriver : Candidates {
   ThresholdKind kind;
   const float* threshold;  // of the dictionary
   float half_band;
   Entries& entries;
-  Sorter sorter{};
+  std::vector<Segment> segments{};
+  std::mutex mutex{};
 
   void block(const Chunk& chunk, const Block& b, int worker) {
     screen(chunk, b, worker, [&](const Undecided& open) { screens->screen_threshold(kind, b.rows, b.panels, b.next, open, nullptr); });
     score(chunk, b, worker);
     const Undecided& u = undecided[worker];
-    std::vector<Kept>& kept = sorter.kept[worker];
-    const int64_t begin = static_cast<int64_t>(kept.size());
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      for (int64_t i = r * u.stride; i < r * u.stride + u.n[r]; ++i) {
-        const int64_t at = u.id[i] - b.first;
-        const int32_t feature = p.w.list != nullptr ? p.w.list[u.id[i]] : u.id[i];
-        float score = scored_as(b, at, u.hi[i]);
-        if (kind == ThresholdKind::gate) {
-          const float gate = u.hi[i] + b.panels.extra[at];
-          if (!(gate <= 0) && !(score <= 0)) kept.push_back({static_cast<int32_t>(r), feature, plain(gate != gate ? gate : score), 1});
-          continue;
+    Segment found{b.first};
+    int64_t total = 0;
+    const float half = half_band;
+    // judge(product, place in the block, feature, value) returns the flags of an entry, 0: not kept. No branch: half of all may be kept.
+    const auto keep = [&](const auto& judge) {
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        float *const hi = u.hi + r * u.stride, *const lo = u.lo + r * u.stride;
+        int32_t *const id = u.id + r * u.stride, kept = 0;
+        for (int32_t i = 0; i < u.n[r]; ++i) {
+          const int32_t feature = p.w.list != nullptr ? p.w.list[id[i]] : id[i];
+          const int flags = judge(hi[i], id[i] - b.first, feature, hi[kept]);
+          id[kept] = feature;
+          if (half >= 0) lo[kept] = static_cast<float>(flags);
+          kept += static_cast<int32_t>(flags != 0);
         }
-        const float theta = threshold[feature];
-        const bool active = score > (theta < 0 ? 0.0f : theta) || score != score;
-        const bool in_band = half_band >= 0 && std::fabs(score - theta) < half_band;
-        if (active || in_band)
-          kept.push_back({static_cast<int32_t>(r), feature, active ? plain(score) : 0.0f, (active ? 1u : 0u) | (in_band ? 2u : 0u)});
+        u.n[r] = kept;
+        total += kept;
       }
-      u.n[r] = 0;
+    };
+    const auto above = [&](float score, float theta) {
+      return static_cast<int>(score > (theta < 0 ? 0.0f : theta)) | static_cast<int>(score != score);
+    };
+    if (kind == ThresholdKind::gate)
+      keep([&](float product, int64_t at, int32_t, float& value) {
+        const float gate = product + b.panels.extra[at], score = scored_as(b, at, product);
+        value = plain(gate != gate ? gate : score);
+        return static_cast<int>(!(gate <= 0)) & static_cast<int>(!(score <= 0));
+      });
+    else if (half >= 0)
+      keep([&](float product, int64_t at, int32_t feature, float& value) {
+        const float score = scored_as(b, at, product), theta = threshold[feature];
+        const int active = above(score, theta);
+        value = active != 0 ? plain(score) : 0.0f;
+        return active | static_cast<int>(std::fabs(score - theta) < half) << 1;
+      });
+    else
+      keep([&](float product, int64_t at, int32_t feature, float& value) {
+        const float score = scored_as(b, at, product);
+        value = plain(score);
+        return above(score, threshold[feature]);
+      });
+    found.values.reserve(static_cast<size_t>(total));
+    found.features.reserve(static_cast<size_t>(total));
+    if (half >= 0) found.flags.reserve(static_cast<size_t>(total));
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int32_t n = std::exchange(u.n[r], 0);
+      if (n == 0) continue;
+      const int64_t at = r * u.stride;
+      found.runs.push_back({static_cast<int32_t>(r), n});
+      found.values.insert(found.values.end(), u.hi + at, u.hi + at + n);
+      found.features.insert(found.features.end(), u.id + at, u.id + at + n);
+      if (half >= 0) found.flags.insert(found.flags.end(), u.lo + at, u.lo + at + n);
     }
-    const std::lock_guard<std::mutex> guard(sorter.mutex);
-    sorter.segments.push_back({b.first, worker, begin, static_cast<int64_t>(kept.size())});
+    const std::lock_guard<std::mutex> guard(mutex);
+    segments.push_back(std::move(found));
   }
   // One NaN for all: its sign and payload depend on how a sum was formed.
   static float plain(float score) { return score != score ? std::nanf("") : score; }
   int64_t end(const Chunk& chunk) {
-    sorter.finish(chunk, entries);
+    entries.add({chunk.base, chunk.rows, std::exchange(segments, {})});
     return Candidates::end(chunk);
   }
 };
@@ -213,14 +239,14 @@ struct BatchTopkDriver : Candidates {
     if (!pool.empty()) least = score_of(std::max_element(pool.begin(), pool.end())->key);
     std::sort(pool.begin(), pool.end(),
               [](const Pooled& a, const Pooled& b) { return std::tie(a.row, a.feature) < std::tie(b.row, b.feature); });
-    Entries::Part part{0, {}};
-    part.kept.reserve(pool.size());
-    size_t i = 0;
-    for (int64_t r = 0; r < p.x.rows; ++r) {
-      for (; i < pool.size() && pool[i].row == r; ++i) part.kept.push_back({0, pool[i].feature, score_of(pool[i].key), 1});
-      entries.crow.push_back(static_cast<int64_t>(i));
+    Segment all{0};
+    for (const Pooled& e : pool) {
+      if (all.runs.empty() || all.runs.back().row != e.row) all.runs.push_back({static_cast<int32_t>(e.row), 0});
+      ++all.runs.back().count;
+      all.values.push_back(score_of(e.key));
+      all.features.push_back(e.feature);
     }
-    entries.parts.push_back(std::move(part));
+    entries.add({0, p.x.rows, {std::move(all)}});
     return least;
   }
 };

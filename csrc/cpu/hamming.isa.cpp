@@ -8,7 +8,7 @@
 #include "integers.h"
 #include "isa.h"
 
-#ifndef FASTSAE_SCREENS
+#ifndef FASTSAE_ONLY_SCREENS
 #include "vec.isa.h"
 
 namespace fastsae {

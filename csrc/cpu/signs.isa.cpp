@@ -4,7 +4,7 @@
 
 #include "isa.h"
 
-#ifndef FASTSAE_SCREENS
+#ifndef FASTSAE_ONLY_SCREENS
 #include "cpu/keys.isa.h"
 
 namespace fastsae {

@@ -8,8 +8,6 @@
 namespace fastsae {
 namespace {
 
-constexpr int64_t kLongestInt8Signs = 512;  // beyond, too many signs stay open: computing all is as fast
-
 const SplineKernels* const kTables[kLevels] = FASTSAE_SCREEN_TABLES(spline_kernels);
 
 const SplineKernels* spline_kernels() { return pick_if(kTables); }
@@ -52,7 +50,7 @@ int64_t spline_code(const Activations& x, const Weights& w, const float* bias, i
   // bf16 leaves far fewer signs open than 8-bit integers, which serve where the level has nothing better and rows are not too long.
   const bool bf16 = p.kernels.pack_features[static_cast<int>(ScreenFormat::bf16)] != nullptr;
   const ScreenFormat format = w.d <= kLongestExact ? ScreenFormat::exact : bf16 ? ScreenFormat::bf16 : ScreenFormat::int8;
-  if (path == EncodePath::automatic && format == ScreenFormat::int8 && w.d > kLongestInt8Signs) path = EncodePath::dense;
+  if (path == EncodePath::automatic && format == ScreenFormat::int8 && w.d > p.kernels.longest_signs) path = EncodePath::dense;
   const Plan plan = make_plan(p, {.format = format, .path = path, .least_rows = 8, .least_features = 32});
   return run_by_rows(p, plan, [&](int64_t first) {
     uint32_t* const to = reinterpret_cast<uint32_t*>(words + first * n_words);

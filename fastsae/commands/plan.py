@@ -28,12 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step of all processes (default 8192)")
     parser.add_argument("--k", type=int, default=64, help="latents a token (default 64)")
     parser.add_argument("--k-aux", type=int, default=0, help="of the AuxK term (default 0)")
+    parser.add_argument("--d-out", type=int, help="D_out of a transcoder")
+    parser.add_argument("--layers", type=int, default=1, help="of a crosscoder, d numbers each (default 1)")
+    parser.add_argument("--cross-layer", action="store_true", help="the layers are those of a cross-layer transcoder")
+    parser.add_argument("--members", type=int, default=1, help="dictionaries of a stack (default 1)")
+    parser.add_argument("--skip", action="store_true", help="of a transcoder's linear paths past the dictionary")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     rates = Rates(options.flops, options.memory, options.network, options.latency)
-    sizes = {"tokens": int(options.tokens), "batch": options.batch, "k": options.k, "k_aux": options.k_aux, "copies": options.copies}
+    names = ("batch", "k", "k_aux", "copies", "d_out", "layers", "cross_layer", "members", "skip")
+    sizes = {"tokens": int(options.tokens), **{name: getattr(options, name) for name in names}}
     plans = [plan(options.features, options.d, rates=rates, ranks=ranks, **sizes) for ranks in options.ranks]
     if options.json:
         print(json.dumps([{**asdict(p), "memory": p.memory, "step": p.step, "seconds": p.seconds} for p in plans], indent=1))

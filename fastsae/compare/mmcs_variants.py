@@ -13,6 +13,7 @@ from fastsae._core import checks
 from fastsae._core.world import ALONE
 from fastsae.compare.dictionaries import Dictionary, as_dictionaries, world_of
 from fastsae.compare.matching import Match, match
+from fastsae.latents import Latents, RaggedLatents, TopKLatents
 
 _DIRECTIONS = ("a_to_b", "b_to_a", "mean", "small_to_large", "large_to_small")
 _SUMMARIES = ("mean", "max", "above", "distance_sum")
@@ -159,6 +160,36 @@ def _summary(variant: MmcsVariant, best: Tensor, weight: Tensor | None) -> float
     if variant.summary == "distance_sum":
         return float((1 - best).sum())
     return float(best.mean() if weight is None else (best * weight).sum() / weight.sum())
+
+
+@torch.no_grad()
+def contribution_similarity(coefficients: Latents, features: Tensor, latents: Latents, dictionary: Tensor) -> Tensor:
+    """How alike the vectors are that feature g of one dictionary and feature j of another put into each sample, amounts included:
+
+        S[g, j] = 2 sum over n of <c[n, g] f[g], z[n, j] d[j]> / sum over n of (|c[n, g] f[g]|^2 + |z[n, j] d[j]|^2)
+
+    Args:
+        coefficients, latents: c ``[.., G]`` and z ``[.., F]`` of the same samples. features, dictionary: f ``[G, D]`` and d ``[F, D]``.
+
+    Returns:
+        ``[G, F]`` float64 in [-1, 1]: 1 where both put the same vector into every sample, 0 where neither fires. It is a product of three:
+        the cosine of f and d, the uncentred correlation of c and z, and ``2 r / (1 + r^2)``, r the ratio of the lengths that they put in
+        (root mean squares). Scale moved from a feature to its coefficients changes nothing. The mean over g of the largest is a recovery
+        score as MMCS is, at most the absolute MMCS: MMCS sees the first factor alone. Memory: both latents dense, in float64.
+
+    Raises: TypeError, ValueError: latents of other samples, shapes, dtypes or devices that do not fit.
+    """
+    op = "contribution_similarity"
+    for name, value, rows in (("features", coefficients, features), ("dictionary", latents, dictionary)):
+        checks.instance(op, "coefficients" if name == "features" else "latents", value, (TopKLatents, RaggedLatents), "latents")
+        checks.tensor(op, name, rows, like=features)
+        checks.shape(op, name, rows, (value.n_features, features.shape[-1]), f"[{value.n_features}, D={features.shape[-1]}]")
+    if coefficients.batch_shape != latents.batch_shape:
+        raise ValueError(f"{op}: latents must be of the samples {[*coefficients.batch_shape]}, got {[*latents.batch_shape]}")
+    f, d = features.double(), dictionary.double()
+    c, z = (value.to_dense().double().reshape(-1, value.n_features) for value in (coefficients, latents))
+    total = (c.square().sum(0) * f.square().sum(1)).unsqueeze(1) + z.square().sum(0) * d.square().sum(1)
+    return 2 * (c.T @ z) * (f @ d.T) / torch.where(total == 0, 1, total)
 
 
 def mmcs_matrix(dictionaries: Sequence[Dictionary], direction: str = "a_to_b", **options: Any) -> Tensor:

@@ -294,7 +294,7 @@ def shard(
             raise ValueError(f"{op}: virtual must be the {shards} processes that hold a dictionary times a power of two, got {virtual}")
         checks.instance(op, "sae", sae, KINDS, "an SAE, SAEs or a CrossLayerTranscoder")
         for member in members:
-            _refuse(op, member, isinstance(sae, CrossLayerTranscoder))
+            _refuse(op, member)
         if meta is (seed is None):
             raise ValueError(f"{op}: seed must be given for an SAE on the meta device, and only for one, got {seed}")
         seed = None if seed is None else checks.integer(op, "seed", seed, -(2**63), 2**64 - 1)
@@ -357,12 +357,10 @@ def _world(op: str, mesh: DeviceMesh | dist.ProcessGroup | None, timeout: timede
     return Ranks(group, timeout, device, copies, order)
 
 
-def _refuse(op: str, sae: SAE, layer: bool) -> None:
-    """ValueError where a sharded step is not there yet, by name; ``layer``: of a cross-layer transcoder."""
+def _refuse(op: str, sae: SAE) -> None:
+    """ValueError where a sharded step is not there yet, by name."""
     if type(sae) not in (SAE, Crosscoder):
         raise ValueError(f"{op}: the class {type(sae).__name__} is not there yet for a sharded SAE")
-    if layer and sae.skip:
-        raise ValueError(f"{op}: a CrossLayerTranscoder with skip connections is not there yet")
     if sae.W_dec.dtype is not torch.float32:
         raise TypeError(f"{op}: sae must be float32, got {sae.W_dec.dtype}")
 

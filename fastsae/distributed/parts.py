@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import reduce
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,12 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastsae._core import checks, processes
-from fastsae.distributed.module import ShardedSAE
+from fastsae.codes import hash_code, spline_code
+from fastsae.distributed.module import ShardedCrossLayerTranscoder, ShardedSAE
 from fastsae.distributed.world import Ranks
 
 
 class Part:
-    """This process's rows of a dictionary: what ``part`` returns, for ``fastsae.match``, ``mmcs`` and ``mmcs_matrix``.
+    """This process's rows of a dictionary: what ``part`` returns, for ``fastsae.match``, ``mmcs`` and ``mmcs_matrix``; or of a layer's
+    weights, whose neurons lie on several processes, for ``spline_code`` and ``spline_hash``.
 
     Attributes:
         W_dec: ``[own features, D]``. world: the processes; ``world.features`` is F, ``world.start`` the first one of this process.
@@ -25,6 +29,40 @@ class Part:
 
     def __init__(self, W_dec: Tensor, world: Ranks):
         self.W_dec, self.world = W_dec, world
+
+    def spline_code(self, x: Tensor, b: Tensor | None = None, *, neurons: Tensor | None = None) -> Tensor:
+        """``fastsae.spline_code`` of all neurons, to the bits of one process; called by all, each with rows ``[.., D]`` of its own, any
+        number of them. ``b [own neurons]``; ``neurons``: index or mask of own ones. A process sends the words of all neurons a row."""
+        return self._codes("spline_code", x, b, neurons)
+
+    def spline_hash(
+        self, x: Tensor, b: Tensor | None = None, *, layer: int = 0, seed: int = 0, bits: int = 64, neurons: Tensor | None = None
+    ) -> Tensor:
+        """``fastsae.spline_hash`` likewise: the XOR of what the processes have for their neurons, which is all that they send."""
+        return self._codes("spline_hash", x, b, neurons, layer=layer, seed=seed, bits=bits)
+
+    def _codes(self, op: str, x: Tensor, b: Tensor | None, neurons: Tensor | None, **key: Any) -> Tensor:
+        def codes(rows: Tensor) -> Tensor:
+            words = _placed(spline_code(rows, self.W_dec, b, neurons=neurons), world.start, world.features)
+            return hash_code(words, **key) if key else words
+
+        with (world := self.world).together(op):
+            batch, width = checks.tensor(op, "x", x).shape[:-1], x.shape[-1]
+            rows = x.detach().reshape(batch.numel(), width)
+            codes(rows[:0])  # which checks
+            world.begin(op, len(rows), (key, str(x.dtype)))
+            own = reduce(torch.bitwise_xor, world.home(codes(world.gather(rows))))
+            return own.reshape(*batch, *own.shape[1:])
+
+
+def _placed(words: Tensor, start: int, features: int) -> Tensor:
+    """Words of the bits of all features, from those of the bits from ``start`` on."""
+    at, shift = divmod(start, 64)
+    placed = words.new_zeros(len(words), -(-features // 64) + 1)
+    placed[:, at : at + words.shape[1]] = words << shift
+    if shift:
+        placed[:, at + 1 : at + 1 + words.shape[1]] |= (words >> (64 - shift)) & ((1 << shift) - 1)
+    return placed[:, :-1]
 
 
 def part(rows: Tensor, group: dist.ProcessGroup | None = None, *, timeout: float = 120) -> Part:
@@ -59,7 +97,7 @@ def part(rows: Tensor, group: dist.ProcessGroup | None = None, *, timeout: float
     return Part(rows.detach(), world)
 
 
-def dtensors(sae: ShardedSAE, mesh: DeviceMesh) -> dict[str, DTensor]:
+def dtensors(sae: ShardedSAE | ShardedCrossLayerTranscoder, mesh: DeviceMesh) -> dict[str, DTensor]:
     """``sae.state_dict()`` as DTensors on the same memory, without a copy: for ``torch.distributed.checkpoint`` and tools of your own.
 
     Args:
@@ -72,9 +110,10 @@ def dtensors(sae: ShardedSAE, mesh: DeviceMesh) -> dict[str, DTensor]:
     where ``virtual`` divides F or is the number of processes n of a copy.
     """
     op = "dtensors"
-    checks.instance(op, "sae", sae, ShardedSAE, "what fastsae.distributed.shard returned for several virtual shards")
+    kinds = ShardedSAE, ShardedCrossLayerTranscoder
+    checks.instance(op, "sae", sae, kinds, "what fastsae.distributed.shard returned for several virtual shards")
     checks.instance(op, "mesh", mesh, DeviceMesh, "a DeviceMesh")
-    world = sae.world
+    world = cast(Ranks, sae.world)
     if (mesh.size(0), mesh.size(), mesh.get_local_rank(0)) != (world.shards, world.size, world.shard):
         raise ValueError(f"{op}: mesh must be the one of shard, {world.shards} x {world.copies} processes, got {mesh}")
     sizes = [len(chunk) for chunk in torch.arange(world.features, device="cpu").chunk(world.shards)]

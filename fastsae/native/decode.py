@@ -89,6 +89,22 @@ def decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: T
     return y
 
 
+def quick(values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:
+    """`decode` of tensors that are ``dispatch.alone``, as `fastsae.native.encode.quick_topk`."""
+    if values.dim() != 2 or W.dim() != 2 or not indices.is_cpu or indices.dtype is not torch.int64 or unavailable() is not None:
+        return None
+    (rows, k), (features, d) = values.shape, W.shape
+    if indices.shape != values.shape or not (values.is_contiguous() and indices.is_contiguous()):
+        return None
+    if b is not None and (b.dim() != 1 or b.shape[0] != d or not b.is_contiguous()):
+        return None
+    y = W.new_empty(rows, d)
+    slots = (indices.data_ptr(), 0, rows, k, rows * k, features, 1)
+    weight = (W.data_ptr(), *W.stride(), d)
+    call("decode", slots, 0, values.data_ptr(), weight, address(b), y.data_ptr(), slots=(indices, None, features))
+    return y
+
+
 def decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> Tensor:
     """The gradient of `decode` in its values: ⟨grad[r], W[index]⟩ for every slot, in grad.dtype and the shape of `indices`.
 

@@ -126,6 +126,31 @@ def encode_topk(
     return rounded(values, inputs.x.dtype), indices
 
 
+def quick_topk(
+    x: Tensor, W: Tensor, b: Tensor | None, b_pre: Tensor | None, scale: Tensor | None, packed: Tensor | None, k: int, relu: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`encode_topk` of tensors that are ``dispatch.alone``, with few steps of Python on the way: those of a small call cost more than its
+    kernel. None where there is something to convert, to divide or to complain about."""
+    if x.dim() != 2 or W.dim() != 2 or unavailable() is not None:
+        return None
+    (rows, d), (n, width) = x.shape, W.shape
+    if d != width or not 0 < k <= n or n >= 2**31 or (rows * n * d > _PORTABLE_WORK and load().level() == "portable"):
+        return None
+    for vector, size in ((b, n), (b_pre, d), (scale, n)):
+        if vector is not None and (vector.dim() != 1 or vector.shape[0] != size or not vector.is_contiguous()):
+            return None
+    if packed is not None and packed.numel() != load().packed_words(n, d):
+        return None
+    values, indices = x.new_empty(rows, k), x.new_empty(rows, k, dtype=torch.int64)
+    call(
+        "encode_topk",
+        (x.data_ptr(), 0, rows, *x.stride(), address(b_pre), 0.0),
+        (W.data_ptr(), 0, *W.stride(), d, n, 0, 0.0, address(packed)),
+        address(scale), address(b), k, relu, False, values.data_ptr(), indices.data_ptr(), 0, 0,
+    )  # fmt: skip
+    return values, indices
+
+
 def _ragged(entries: Any, x: Tensor, op: str, capacity: int | None, with_flags: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = load().entries_count(entries.address)
     values, col = torch.empty(n, dtype=torch.float32, device="cpu"), torch.empty(n, dtype=torch.int64, device="cpu")

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
-from fastsae.dispatch import Op, batching, preference, then_any
+from fastsae.dispatch import Op, alone, batching, preference, then_any
 from fastsae.latents import Latents, RaggedLatents, Slots, TopKLatents, pointers
+from fastsae.native import decode as native_decode
 from fastsae.reference import accumulator, chunks, drawn, product, tracks
 
 # ---------------------------------------------------------------- reference
@@ -346,6 +347,8 @@ def decode(
         IndexError: an index outside ``0 .. F-1`` (on a GPU: a NaN row, raised by ``fastsae.check()``).
     """
     op = "decode"
+    if x is None and skip is None and prefixes is None and backend is None and (quick := _quick(latents, W_dec, b_dec)) is not None:
+        return quick
     values, indices, crow = _slots(op, latents)
     checks.tensor(op, "W_dec", W_dec, like=values)
     if W_dec.dim() == 3:
@@ -371,6 +374,15 @@ def decode(
     if skip is not None or x is not None:
         y = y + _skip(op, x, skip, latents, W_dec).to(y.dtype)
     return y
+
+
+def _quick(latents: Any, W: Any, b: Any) -> Tensor | None:
+    """The result where the call is ``alone`` and asks for nothing special; None where the long way has to be gone."""
+    if type(latents) is not TopKLatents or type(latents.n_features) is not int or not alone(latents.values, W, b):
+        return None
+    if W.shape[:1] != (latents.n_features,) or type(latents.indices) is not Tensor or DECODE.rows[0].run() is not native_decode.decode:
+        return None
+    return native_decode.quick(latents.values, latents.indices, W, b)
 
 
 def _decode_prefixes(

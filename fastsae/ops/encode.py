@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastsae._core import checks
-from fastsae.dispatch import Op, preference, then_any
+from fastsae.dispatch import Op, alone, preference, then_any
 from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_inputs, pointers, to_capacity
+from fastsae.native import encode as native_encode
 from fastsae.ops import encode_samples
 from fastsae.ops.score_gradients import band_gradient, feature_sums, score_gradients
 from fastsae.packed import PackedWeights
@@ -215,8 +216,6 @@ for _op in (ENCODE_TOPK, ENCODE_THRESHOLD, ENCODE_BATCH_TOPK, ENCODE_GATED):
     _op.row("triton", f"fastsae.kernels.encode:{_op.name}", "fastsae.reference:triton_refuses_scores")
 
 # ---------------------------------------------------------------- backward
-
-
 # A class for each encoder, as a compiler takes no operation for an argument of ``apply``.
 
 
@@ -351,6 +350,17 @@ def _latents(
     return RaggedLatents(values, crow, col if dtype is torch.int64 else col.to(dtype), n_features, tuple(batch), capacity is not None)
 
 
+def _quick_topk(x: Any, W: Any, b: Any, b_pre: Any, scale: Any, k: Any, relu: Any) -> TopKLatents | None:
+    """The result where the call is ``alone`` and asks for nothing special; None where the long way has to be gone."""
+    handle, W = (W, W.weight) if type(W) is PackedWeights else (None, W)
+    if type(k) is not int or not (relu is None or type(relu) is bool) or not alone(x, W, b, b_pre, scale):
+        return None
+    if ENCODE_TOPK.rows[0].run() is not native_encode.encode_topk:
+        return None
+    found = native_encode.quick_topk(x, W, b, b_pre, scale, handle and handle.words("encode_topk"), k, relu is not False)
+    return None if found is None else TopKLatents(*found, W.shape[0])
+
+
 def encode_topk(
     x: Tensor,
     W_enc: Tensor | PackedWeights,
@@ -400,6 +410,9 @@ def encode_topk(
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093); Makhzani & Frey 2013 (arXiv 1312.5663).
     """
     op = "encode_topk"
+    usual = features is None and backend is None and absolute is False and index_dtype is torch.int64
+    if usual and (quick := _quick_topk(x, W_enc, b_enc, b_pre, scale, k, relu)) is not None:
+        return quick
     batch, inputs = _score_inputs(op, x, W_enc, b_enc, b_pre, scale, features)
     F = inputs.W.shape[0]
     k = checks.integer(op, "k", k, 1, F, f"F={F}")
@@ -463,7 +476,7 @@ def encode_threshold(
     NaN is kept, with zero gradient. Gradients flow through the active scores to x, W_enc, b_enc, b_pre and scale, and with ``bandwidth``
     e to the threshold: ``d value / d threshold = -(threshold / e)`` and ``d l0 / d threshold = -1 / e`` where
     ``|score - threshold| < e / 2``; without it the threshold's gradient is zero. Deterministic. Memory beyond the output: temporaries
-    of 64 MiB each in the reference; in the C++ row that of ``encode_topk`` and 16 bytes a latent until they are copied out; in the Triton
+    of 64 MiB each in the reference; in the C++ row that of ``encode_topk`` and 17 bytes a latent until they are copied out; in the Triton
     row that of ``encode_topk``, made of masks, each formed twice where there are several chunks of rows (the host waits for the number of
     latents in between). The output holds what fires, at initialisation about half of ``[B, F]`` for ReLU (``SAE`` then works tile by tile).
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
+from fastsae._core.finite import finite
 from fastsae._core.world import World, tree
 from fastsae.gradients import TiledGradient, norm
 from fastsae.latents import Slots
@@ -116,8 +117,10 @@ def squares(jobs: Sequence[Job], world: World) -> list[Tensor]:
 
 def sizes(jobs: Sequence[Job], world: World) -> list[Tensor]:
     """The size of each job; where features are sharded of its part of each virtual shard, so that a bound on them is everybody's."""
-    whole = world.virtual == 1
-    return [size for job in jobs for size in ([job.size()] if whole or world.whole(job.name) else job.sizes(world.cuts))]
+    found = [job.size() for job in jobs]
+    if world.virtual == 1 or finite([2 * size for size in found]) is True:  # then those of its parts are, too
+        return found
+    return [s for size, job in zip(found, jobs) for s in ([size] if world.whole(job.name) else job.sizes(world.cuts))]
 
 
 def checked(op: str, what: str, gradient: Any, W: Tensor) -> TiledGradient | Pieces:

@@ -23,8 +23,8 @@ from fastsae.reference import chunks
 
 _PARTS = 32
 """Parts of a segment, each with candidates of its own; even: a list stands in the middle."""
-_LISTED, _LEAST = (4, 16), 64
-"""The lists at the three points hold 4 k features, 64 at least; where that proves too little, 16 k, and then all."""
+_LISTED, _LEAST = (5, 20), 64
+"""The lists at the three points hold 5 k features, 64 at least; where that proves too little, 20 k, and then all."""
 _NUMBERS = 8
 """Numbers that the walk holds a candidate and part."""
 
@@ -69,7 +69,7 @@ class Planes(NamedTuple):
         if features is None:
             parts = chunks(self.W.shape[0], max(2 * p.shape[0], self.W.shape[1]))
             return (torch.cat([ends @ self.W[part].double().T for part in parts], 2) + self.b.double()).flatten(1)
-        found = [pair @ self.W[some].double().T + self.b[some] for some, pair in zip(features, ends.unbind(1))]
+        found = [pair @ self.W.index_select(0, some).double().T + self.b[some] for some, pair in zip(features, ends.unbind(1))]
         return torch.cat(found, 1)
 
     def slack(self, x: Tensor) -> Tensor:
@@ -265,8 +265,8 @@ def _changes(lines: _Arrangement, k: int, bounds: Tensor) -> tuple[list[Tensor],
     return [segment, torch.cat([t, borders[gone[:, 0], gone[:, 1] + 1]]), ids[segment, out], ids[segment, come], order], proven
 
 
-def _by_level(planes: Planes, p: Tensor, q: Tensor, k: int, relu: bool, absolute: bool) -> list[Tensor]:
-    """[segment, t, leaves, enters, order] of a top-k."""
+def _by_level(planes: Planes, weights: Any, p: Tensor, q: Tensor, k: int, relu: bool, absolute: bool) -> list[Tensor]:
+    """[segment, t, leaves, enters, order] of a top-k; ``weights``: W, or its packed form."""
     F, found = planes.W.shape[0], list[list[Tensor]]()
     rest = torch.arange(p.shape[0], device=p.device)  # segments not done
     for length in (*(max(factor * k, _LEAST) for factor in _LISTED), F):
@@ -274,7 +274,7 @@ def _by_level(planes: Planes, p: Tensor, q: Tensor, k: int, relu: bool, absolute
         if 3 * length < F:
             x = torch.stack([P, (P + Q) / 2, Q], 1).flatten(0, 1)
             rows = x.to(planes.W.dtype)
-            best = encode_topk(rows, planes.W, planes.b, b_pre=planes.b_pre, k=length, relu=False, absolute=absolute)
+            best = encode_topk(rows, weights, planes.b, b_pre=planes.b_pre, k=length, relu=False, absolute=absolute)
             least = best.values[:, -1].double()
             bounds = (least.abs() if absolute else least) + planes.slack(x)
             bounds = bounds.masked_fill(~rows.isfinite().all(1), torch.inf).view(-1, 3)
@@ -317,7 +317,7 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
 
     Arithmetic is float64: changes are the places where the lines through the scores at p and q (parameters widened) meet each other, 0 or
     the threshold, to a few roundings. Where lines nearly touch, two changes less than a rounding apart may be missed or found. Of a top-k
-    only features are looked at that lists of 8 k best ones at p, q and between do not prove out, with the rounding of the encoder counted
+    only features are looked at that lists of 5 k best ones at p, q and between do not prove out, with the rounding of the encoder counted
     in; a segment for which they do not suffice (ends far apart, k large beside F) takes the scores of all features, as does a threshold
     that over 1/8 of the features pass. No gradient. Memory beyond the result: blocks of 128 MiB, and of one segment 1 KiB a feature.
 
@@ -334,7 +334,7 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
     activation: Any = sae.activation
     with full_precision(p.device):  # autocast would round the encoder's lists by more than the proof counts in
         if planes.threshold is None:
-            found = _by_level(planes, p, q, activation.k, activation.relu, activation.absolute)
+            found = _by_level(planes, sae._encoder(p), p, q, activation.k, activation.relu, activation.absolute)
         else:
             per_segment = 4 * planes.W.shape[0]
             parts = [(part.start, _by_threshold(planes, p[part], q[part])) for part in chunks(S, per_segment)]

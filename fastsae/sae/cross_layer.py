@@ -377,6 +377,9 @@ class CrossLayerTranscoder(Wrapped, Generic[L]):
             runs.append(this.run)
         if world.virtual > 1:
             y = world.gather(selection.at_home(partial, world)[0]) + self[0].b_dec
+            for own in inputs:
+                if own.weights.skip is not None:
+                    y[:, -own.target.shape[1] :] += selection.skipped(own.x, own.weights.skip, world)
         y = y.to(inputs[0].cast[0].dtype)
         grads = y.to(wide) - target.to(wide)
         error = world.sum(grads.square())

@@ -59,6 +59,11 @@ class Language:
         word = self.tokenizer.decode([token])
         return word if len(self.special) < 2 else word.removeprefix("##") if word.startswith("##") else f" {word}"  # two: WordPiece
 
+    def mlp_input(self, layer: int) -> str:
+        """The hook where the residual stream enters a layer's MLP."""
+        kinds = {"layers": ".0:input", "encoder": ".intermediate.dense:input", "model": ".post_attention_layernorm:input"}
+        return self.layer.format(layer) + kinds[self.layer.partition(".")[0]]
+
     @torch.no_grad()
     def logits(self, windows: Tensor) -> Tensor:
         output = call(self.model, windows, None)
@@ -170,8 +175,12 @@ def ablated(found: Language, hook: str, sae: SAE, feature: int, windows: Tensor)
     latents: Any = seen.latents[hook]
     fires = ((latents.indices == feature) & (latents.values != 0)).any(-1)
     fires[:, 0] = False  # BOS, which the dictionary has not seen
-    kl = torch.nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return {"nats_there": float(kl[fires].mean()) if bool(fires.any()) else 0.0}
+    return {"nats_there": float(divergence(clean, changed)[fires].mean()) if bool(fires.any()) else 0.0}
+
+
+def divergence(clean: Tensor, changed: Tensor) -> Tensor:
+    """``[..]``: KL(clean || changed) of the distributions with logits ``[.., V]``."""
+    return nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -200,9 +209,7 @@ def into_mlp(study: Study) -> IntoMlp:
     layer = found.layer.format(study["layer"])
     random = study["source"] == "random"
     net = as_net(found.model.get_submodule(layer)) if random else mlp_block(found.model, study["layer"])
-    hook = (
-        layer + {"random": ".0:input", "minilm": ".intermediate.dense:input", "smollm2": ".post_attention_layernorm:input"}[study["source"]]
-    )
+    hook = found.mlp_input(study["layer"])
     options: dict[str, Any] = {"ignore": found.special, "dtype": torch.float32, "progress": study.progress}
     shards = harvest(found.model, windows, hook, study.parts / "activations", **options)
     sae = train(study, shards, hook, TopK(study["k"]), study.parts / "dictionary", study.seed)

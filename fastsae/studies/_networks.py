@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ class Digits:
     """A ReLU classifier of 8 x 8 digits (pixels 0 .. 1), before and after training, with the images that it was not trained on.
 
     Attributes:
-        net, untrained: logits of 10 classes. x: ``[N, 64]``. y: ``[N]``. accuracy: on x.
+        net, untrained: logits of 10 classes. x: ``[N, 64]``. y: ``[N]``. accuracy: on x. seen: what it was trained on.
     """
 
     net: Net
@@ -29,35 +31,49 @@ class Digits:
     x: Tensor
     y: Tensor
     accuracy: float
+    seen: Tensor
 
     def predict(self, x: Tensor) -> Tensor:
         return self.net(x).argmax(-1)
 
 
-def digits(study: Study) -> Digits:
-    """Trains ``study["hidden"]`` ReLU layers for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, two thirds of the images."""
+def digits(study: Study, hidden: Sequence[int] = (), channels: Sequence[int] = ()) -> Digits:
+    """Trains ReLU layers (default ``study["hidden"]``) for ``study["epochs"]``: Adam (1e-3, decay 1e-4), batches of 64, 2/3 of the images.
+
+    channels: those of 3 x 3 convolutions with ReLU, at all 64 places, instead of the hidden layers."""
     found = needed("sklearn.datasets", "the digits need scikit-learn", "studies").load_digits()
     x, y = torch.tensor(found.data / 16, dtype=torch.float32, device="cpu"), torch.tensor(found.target, device="cpu")
     order = torch.randperm(x.shape[0], generator=study.generator(1), device="cpu")
     train, test = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
+    typed: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)
-        widths = [64, *study["hidden"], 10]
+        widths = [64, *(hidden or study["hidden"])] if not channels else [1, *channels]
         module = nn.Sequential()
         for before, after in pairwise(widths):
-            module.extend([nn.Linear(before, after, dtype=torch.float32), nn.ReLU()])
-        module = module[:-1]
-    untrained = as_net(module).to(torch.float64).to(torch.float32)  # with parameters of its own, which training does not change
+            module.append(nn.Conv2d(before, after, 3, padding=1, **typed) if channels else nn.Linear(before, after, **typed))
+            module.append(nn.ReLU())
+        module.extend([nn.Flatten(), nn.Linear((64 if channels else 1) * widths[-1], 10, **typed)])
+    net = as_net(module, input_shape=(1, 8, 8) if channels else None)
+    untrained = net.to(torch.float64).to(torch.float32)  # with parameters of its own, which training does not change
     optimiser = torch.optim.Adam(module.parameters(), 1e-3, weight_decay=1e-4)
     shuffle = study.generator(2)
     for _ in study.track(range(study["epochs"]), "training"):
         for batch in train[torch.randperm(len(train), generator=shuffle, device="cpu")].split(64):
             optimiser.zero_grad()
-            F.cross_entropy(module(x[batch]), y[batch]).backward()
+            F.cross_entropy(net(x[batch]), y[batch]).backward()
             optimiser.step()
-    net = as_net(module.requires_grad_(False))
+    module.requires_grad_(False)
     accuracy = float((net(x[test]).argmax(1) == y[test]).float().mean())
-    return Digits(net, untrained, x[test], y[test], accuracy)
+    return Digits(net, untrained, x[test], y[test], accuracy, x[train])
+
+
+def curves(axis: Any, rows: list[dict[str, Any]], by: str, x: str, y: str, **options: Any) -> None:
+    """A line of (x, y) for each value of ``by``; options of the axis."""
+    for label in dict.fromkeys(row[by] for row in rows):
+        axis.plot(*zip(*((row[x], row[y]) for row in rows if row[by] == label)), "o-", ms=4, label=label)
+    axis.set(**options)
+    axis.legend(frameon=False, fontsize=8)
 
 
 def pairs(y: Tensor, count: int, generator: torch.Generator, same: bool) -> tuple[Tensor, Tensor]:
@@ -77,31 +93,29 @@ class Tokens:
     """Inputs of an MLP, with what each of them is.
 
     Attributes:
-        net: the MLP, without residual. x: ``[N, D]``, its inputs. kind: ``[N]`` int64. names: of kinds. source: in words.
+        net: the MLP, without residual. x: ``[N, D]``, its inputs. kind: ``[N]`` int64. names: of kinds.
     """
 
     net: Net
     x: Tensor
     kind: Tensor
     names: list[str]
-    source: str
 
 
-def tokens(study: Study) -> Tokens:
-    """What ``study["source"]`` says. "minilm": of ``study["tokens"]`` tokens of text at ``study["layer"]``, the whole words that occur
-    ``study["each"]`` times or more, that many of each. "digits": the last hidden layer of the classifier, for runs without a model."""
-    if study["source"] == "digits":
-        one = digits(study)
-        *before, first, act, last = one.net.stages
-        inputs = Net(before)(one.x) if before else one.x
-        return Tokens(Net([first, act, last]), inputs, one.y, list("0123456789"), "the last hidden layer of a classifier of digits")
+def tokens(study: Study, source: str, layers: Sequence[int]) -> list[Tokens]:
+    """One for each layer. source: "minilm": of ``study["tokens"]`` tokens of text the whole words that occur ``study["each"]`` times or
+    more, that many of each. "digits": hidden layers of the classifier, for runs without a model."""
+    if source == "digits":
+        one, kinds = digits(study), list("0123456789")
+        stages = one.net.stages
+        return [Tokens(Net(stages[2 * n : 2 * n + 3]), Net(stages[: 2 * n])(one.x), one.y, kinds) for n in layers]
     model, tokenizer = packaged.load("minilm")
     model.requires_grad_(False)
-    special, mlp = [tokenizer.cls_token_id, tokenizer.sep_token_id], f"encoder.layer.{study['layer']}.intermediate.dense:input"
+    special, hooks = [tokenizer.cls_token_id, tokenizer.sep_token_id], [f"encoder.layer.{n}.intermediate.dense:input" for n in layers]
     with TemporaryDirectory() as folder:
         windows = packaged.minilm_windows(tokenizer, study["tokens"])
-        data = harvest(model, windows, mlp, folder, ignore=special, batch=32, progress=study.progress)
-        x, token = data.read(0, data.rows, [mlp, "token"]).values()
+        data = harvest(model, windows, hooks, folder, ignore=special, batch=32, progress=study.progress)
+        token, *x = data.read(0, data.rows, ["token", *hooks]).values()
     vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     word = torch.tensor([token.isalpha() and len(token) >= 3 for token in vocabulary], device="cpu")
     rows = word[token.long()].nonzero().flatten()
@@ -113,5 +127,4 @@ def tokens(study: Study) -> Tokens:
     rows = rows[(counts[inverse] >= study["each"]) & (rank < study["each"])]
     kinds, kind = token[rows].unique(return_inverse=True)
     names = [vocabulary[kind] for kind in kinds.tolist()]
-    text = f"the MLP of layer {study['layer']} of all-MiniLM-L6-v2, {study['each']} occurrences of each of {len(names)} words"
-    return Tokens(mlp_block(model, study["layer"], residual=False), x[rows], kind, names, text)
+    return [Tokens(mlp_block(model, n, residual=False), inputs[rows], kind, names) for n, inputs in zip(layers, x)]

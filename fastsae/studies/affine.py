@@ -1,10 +1,12 @@
-"""How different are the affine maps of neighbouring polytopes, and of polytopes that data lies in?
+"""How different are the affine maps of neighbouring polytopes, and of polytopes that data lies in, by depth?
 
-A suggestion of Black et al. 2022 without an experiment: the Frobenius norm of the difference of two polytopes' maps. For one MLP it is a
-quadratic form in the difference of the codes, so that all pairs cost two products (``fastsae.polytopes.frobenius_pairs``). Neighbours
-differ by one neuron and so by ``||W_out[:, i]|| ||W_in[i]||``. Were the neurons' contributions orthogonal, a pair's squared distance would
-be the sum of those squares over the neurons that differ: the ratio of the two says whether neurons that change together reinforce or
-cancel each other.
+A suggestion of Black et al. 2022 without an experiment: the Frobenius norm of the difference of two polytopes' maps tells how constrained
+neighbours are. For one MLP it is a quadratic form in the difference of the codes (``fastsae.polytopes.frobenius_pairs``), and neighbours
+differ by ``||W_out[:, i]|| ||W_in[i]||``. Were the contributions of neurons orthogonal, a pair's squared distance would be the sum of
+those squares over the neurons that differ: the ratio of the two says whether neurons that change together reinforce or cancel each other.
+Where the activation is smooth the map of a soft code, the average of all maps by their probabilities, stands beside that of the hard one,
+between random pairs and from the middle of one polytope to the middle of the next. Last a whole ReLU classifier, whose polytopes are those
+of all its layers, by the layer of the boundary.
 """
 
 from __future__ import annotations
@@ -14,129 +16,149 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastsae
 from fastsae import polytopes
-from fastsae.ops.spline import unpack_bits
+from fastsae.codes import hamming, pack_signs
+from fastsae.polytopes.net import Activation, Net
 from fastsae.studies import Study
-from fastsae.studies._networks import pairs, tokens
+from fastsae.studies._networks import Tokens, digits, pairs, tokens
 
 SIZES = {
     "smoke": {
-        "minutes": 0.05, "source": "digits", "hidden": [32, 32], "epochs": 3, "tokens": 0, "layer": 0, "each": 0,
-        "samples": 60, "segments": 10,
+        "minutes": 0.05, "source": "digits", "layers": [0, 1], "hidden": [24, 24], "epochs": 3, "tokens": 0, "each": 0,
+        "samples": 60, "segments": 10, "walked": 3, "boundaries": 50,
     },
     "quick": {
-        "minutes": 1, "source": "minilm", "hidden": [], "epochs": 0, "tokens": 8_000, "layer": 3, "each": 8,
-        "samples": 600, "segments": 100,
+        "minutes": 2, "source": "minilm", "layers": [0, 1, 2, 3, 4, 5], "hidden": [128, 128, 128], "epochs": 40, "tokens": 8_000, "each": 8,
+        "samples": 600, "segments": 100, "walked": 20, "boundaries": 2_000,
     },
     "default": {
-        "minutes": 4, "source": "minilm", "hidden": [], "epochs": 0, "tokens": 56_000, "layer": 3, "each": 24,
-        "samples": 3000, "segments": 1000,
+        "minutes": 15, "source": "minilm", "layers": [0, 1, 2, 3, 4, 5], "hidden": [256, 256, 256], "epochs": 60, "tokens": 32_000,
+        "each": 16, "samples": 2_000, "segments": 500, "walked": 60, "boundaries": 10_000,
     },
 }  # fmt: skip
 
 
 def run(study: Study) -> None:
-    data = tokens(study)
+    rows: list[dict[str, Any]] = []
+    shown: dict[int, tuple[Tensor, ...]] = {}
+    layers = list(zip(study["layers"], tokens(study, study["source"], study["layers"])))
+    for layer, data in study.track(layers, "layers"):
+        row, shown[layer] = one_layer(study, data)
+        rows.append({"layer": layer, **row})
+    study.table("mlps", rows)
+
+    def span(column: str, form: str) -> str:
+        """Least and largest over layers."""
+        return " to ".join(format(pick(row[column] for row in rows), form) for pick in (min, max))
+
+    study.say(
+        f"Over {len(rows)} layers the map of an MLP changes by {span('neighbours', '.1%')} of its norm across one boundary and by "
+        f"{span('pairs', '.0%')} between random samples, {span('over_pairs', '.1%')} as much: about what orthogonal contributions of the "
+        f"{span('hamming', '.0f')} neurons that differ give, those that change together adding up to "
+        f"{rows[0]['over_orthogonal']:.2f} times their squares in layer {rows[0]['layer']} and {rows[-1]['over_orthogonal']:.2f} in layer "
+        f"{rows[-1]['layer']}."
+    )
+    study.say(
+        f"Maps of soft codes differ by {span('soft_neighbours', '.2%')} from one polytope to the next and by {span('soft_pairs', '.0%')} "
+        f"between random samples; the hard code's map, unlike the soft one's, misses the MLP's output, by {span('hard_error', '.0%')} "
+        f"(median; {span('hard_error_centred', '.0%')} of what varies of it)."
+    )
+    deep = whole(study)
+    study.table("whole_network", deep)
+    ratios = {n: ", ".join(f"{row['over_pairs']:.1%}" for row in deep if row["network"] == n) for n in ("trained", "untrained")}
+    study.say(
+        f"In a ReLU classifier of digits a boundary of its layers changes the whole map by {ratios['trained']} of what two images' maps "
+        f"differ by (untrained: {ratios['untrained']})."
+    )
+    draw(study, rows, deep, shown)
+
+
+def one_layer(study: Study, data: Tokens) -> tuple[dict[str, float], tuple[Tensor, ...]]:
+    """Numbers of an MLP, shares of the norm of its maps; and Hamming, hard and soft Frobenius distance of pairs."""
     pick = torch.randperm(len(data.x), generator=study.generator(7), device="cpu")[: study["samples"]]
-    x, kind = data.x[pick], data.kind[pick]
-    codes = fastsae.codes.pack_signs(data.net.preactivations(x)[0])
-    neurons = data.net.widths[0]
-    norms = polytopes.boundary_norms(data.net)[0]
-    bits = unpack_bits(codes)[:, :neurons].double()
-    size = polytopes.frobenius_distance(data.net, codes, torch.zeros_like(codes))  # of the map itself: its distance from that of no neuron
-    study.say(
-        f"{len(x)} samples from {data.source}; {neurons} neurons, of which {float(bits.mean()):.1%} are on; mean norm of a map "
-        f"{float(size.mean()):.2f}."
-    )
-
-    distance = polytopes.frobenius_pairs(data.net, codes)
-    hamming = fastsae.codes.hamming(codes, codes).double()
-    alone = orthogonal(bits, norms.square())
-    apart = ~torch.eye(len(x), dtype=torch.bool, device="cpu")
-    same = (kind.unsqueeze(1) == kind) & apart
-    different = apart & ~same
-    # Codes with the same number of changes, but of random neurons.
-    flips = torch.randperm(len(x), generator=study.generator(8), device="cpu")
-    rolled = bits[:, torch.randperm(neurons, generator=study.generator(9), device="cpu")][flips]
-    shuffled = polytopes.frobenius_pairs(data.net, fastsae.codes.pack_signs(rolled > 0.5))
-    shuffled_alone = orthogonal(rolled, norms.square())
-
-    a, b = pairs(kind, study["segments"], study.generator(10), False)
-    crossed = polytopes.crossings(data.net, x[a], x[b])
-    across = norms[crossed.neuron]
-    rows = []
-    for name, where, values, expected in (
-        ("same kind", same, distance, alone),
-        ("different kinds", different, distance, alone),
-        ("neurons shuffled", apart, shuffled, shuffled_alone),
-    ):
-        squares = values[where].square()
-        rows.append({
-            "pairs": name, "number": int(where.sum()) // 2, "hamming": float(hamming[where].mean()) if values is distance else None,
-            "frobenius": float(values[where].mean()), "of_a_map": float(values[where].mean() / size.mean()),
-            "squares_over_orthogonal": float(squares.sum() / expected[where].sum()),
-        })  # fmt: skip
-    rows.append({
-        "pairs": "neighbours", "number": len(across), "hamming": 1.0, "frobenius": float(across.mean()),
-        "of_a_map": float(across.mean() / size.mean()), "squares_over_orthogonal": 1.0,
-    })  # fmt: skip
-    study.table("distances", rows)
+    x, kind, net = data.x[pick], data.kind[pick], data.net
+    first, act, last = net.stages
+    assert isinstance(act, Activation)
+    z = net.preactivations(x)[0]
+    hard, soft = pack_signs(z), polytopes.soft_code(z, act.kind)
+    size, soft_size = (float(polytopes.frobenius_distance(net, code, torch.zeros_like(code)).mean()) for code in (hard, soft))
     i, j = torch.triu_indices(len(x), len(x), 1, device="cpu")
-    few = torch.randperm(len(i), generator=study.generator(11), device="cpu")[:200_000]
-    correlation = float(torch.corrcoef(torch.stack([hamming[i[few], j[few]], distance[i[few], j[few]]]))[0, 1])
-    near = {
-        "Hamming": fastsae.codes.hamming_topk(codes, codes, 2).index,
-        "Frobenius": polytopes.frobenius_topk(data.net, codes, codes, 2).index,
-    }
-    own = torch.arange(len(x), device="cpu")
-    nearest = {name: torch.where(index[:, 0] == own, index[:, 1], index[:, 0]) for name, index in near.items()}
-    hits = {name: float((kind[index] == kind).double().mean()) for name, index in nearest.items()}
-    study.table("nearest", [{"distance": name, "same_kind": share} for name, share in hits.items()])
-    study.say(
-        f"Neighbouring polytopes differ by {rows[3]['of_a_map']:.2%} of a map's norm, samples of the same kind by "
-        f"{rows[0]['of_a_map']:.1%}, of different kinds by {rows[1]['of_a_map']:.1%}. Neurons that change together add up to "
-        f"{rows[1]['squares_over_orthogonal']:.2f} times the square of orthogonal contributions "
-        f"({rows[2]['squares_over_orthogonal']:.2f} with the neurons shuffled)."
-    )
-    study.say(
-        f"Hamming and Frobenius distance of pairs correlate at {correlation:.3f}; the nearest other sample is of the same kind for "
-        f"{hits['Hamming']:.1%} (Hamming) and {hits['Frobenius']:.1%} (Frobenius)."
-    )
-    study.record(correlation=correlation, boundary_norms=norms)
-
-    groups = {"same kind": (distance[same], "C0"), "different kinds": (distance[different], "0.5")}
-    groups["neurons shuffled"] = (shuffled[apart], "C1")
-    shown = few[:8000]
-    some = (hamming[i[shown], j[shown]], distance[i[shown], j[shown]])
-    most = float(max(distance.max(), shuffled.max())), float(hamming.max())
-    draw(study, norms, across, groups, most, some, (hamming[same], distance[same]), correlation)
+    apart = kind[i] != kind[j]
+    i, j = i[apart], j[apart]
+    distance, soft_distance = (polytopes.frobenius_pairs(net, code)[i, j] for code in (hard, soft))
+    norms = polytopes.boundary_norms(net)[0]
+    bits = (z > 0).double()
+    on = bits @ norms.square()
+    alone = (on[i] + on[j] - 2 * ((bits * norms.square()) @ bits.T)[i, j]).sum()
+    a, b = pairs(kind, study["segments"], study.generator(10), False)
+    across = norms[polytopes.crossings(net, x[a], x[b]).neuron].mean()
+    steps = [soft_steps(net, act, x[p], x[q]) for p, q in zip(a[: study["walked"]], b[: study["walked"]])]
+    output = net(x)
+    error = Net([first, Activation("relu"), last])(x) - output
+    relative = [(a.norm(dim=1) / b.norm(dim=1)).median() for a, b in ((error, output), (error - error.mean(0), output - output.mean(0)))]
+    apart = hamming(hard, hard)[i, j].double()
+    row = {
+        "on": float(bits.mean()), "hamming": float(apart.mean()),
+        "neighbours": float(across) / size, "pairs": float(distance.mean()) / size,
+        "over_pairs": float(across / distance.mean()), "over_orthogonal": float(distance.square().sum() / alone),
+        "soft_neighbours": float(torch.cat(steps).mean()) / soft_size, "soft_pairs": float(soft_distance.mean()) / soft_size,
+        "soft_over_hard": soft_size / size, "hard_error": float(relative[0]), "hard_error_centred": float(relative[1]),
+    }  # fmt: skip
+    few = torch.randperm(len(i), generator=study.generator(11), device="cpu")[:5_000]
+    return row, (apart[few], distance[few] / size, soft_distance[few] / soft_size)
 
 
-def orthogonal(bits: Tensor, weight: Tensor) -> Tensor:
-    """Squared distance of pairs if contributions were orthogonal: the neurons that differ, each with its squared norm."""
-    on = bits @ weight
-    return (on.unsqueeze(1) + on - 2 * (bits * weight) @ bits.T).clamp_min(0)
+def soft_steps(net: Net, act: Activation, p: Tensor, q: Tensor) -> Tensor:
+    """Distances of the soft maps in the middles of neighbouring polytopes on the way from p to q."""
+    t = polytopes.crossings(net, p.unsqueeze(0), q.unsqueeze(0)).t
+    t = torch.cat([t.new_zeros(1), t, t.new_ones(1)])
+    middle = torch.lerp(p, q, ((t[1:] + t[:-1]) / 2).to(p.dtype).unsqueeze(1))
+    soft = polytopes.soft_code(net.preactivations(middle)[0], act.kind)
+    return polytopes.frobenius_distance(net, soft[:-1], soft[1:])
 
 
-def draw(
-    study: Study, norms: Tensor, across: Tensor, groups: dict[str, tuple[Tensor, str]], most: Any, some: Any, same: Any, correlation: float
-) -> None:
-    """``groups``: distances and colour; ``most``: the largest and the largest Hamming distance; ``some``, ``same``: both of pairs."""
-    largest, furthest = most
+def whole(study: Study) -> list[dict[str, Any]]:
+    """The map of a whole classifier across boundaries of each of its layers, and between images of two classes."""
+    data = digits(study)
+    a, b = pairs(data.y, study["segments"], study.generator(12), False)
+    p, q = data.x[a], data.x[b]
+    rows = []
+    for network, net in (("trained", data.net), ("untrained", data.untrained)):
+        maps = polytopes.affine_map(net, data.x)[0].flatten(1)
+        size, distance = float(maps.norm(dim=1).mean()), float((maps[a] - maps[b]).norm(dim=1).mean())
+        found = polytopes.crossings(net, p, q)
+        some = torch.randperm(len(found.t), generator=study.generator(13), device="cpu")[: study["boundaries"]]
+        segment, layer, neuron = found.segment[some], found.layer[some], found.neuron[some]
+        norms = polytopes.boundary_norms(net, torch.lerp(p[segment], q[segment], found.t[some].float().unsqueeze(1)))
+        for number, values in enumerate(norms):
+            here = layer == number
+            across = float(values[here, neuron[here]].mean())
+            rows.append({"network": network, "layer": number, "neighbours": across / size, "pairs": distance / size})
+            rows[-1]["over_pairs"] = across / distance
+    return rows
+
+
+def draw(study: Study, rows: list[dict[str, Any]], deep: list[dict[str, Any]], shown: dict[int, tuple[Tensor, ...]]) -> None:
     canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
-    axes[0].hist(across.numpy(), 60, density=True, alpha=0.6, label=f"crossed between samples, mean {float(across.mean()):.3g}")
-    axes[0].hist(
-        norms.numpy(), 60, density=True, histtype="step", color="0.2", label=f"all {len(norms)} neurons, mean {float(norms.mean()):.3g}"
-    )
-    axes[0].set(xlabel="Frobenius distance of neighbouring polytopes", ylabel="density", title="Across one boundary")
-    bins = torch.linspace(0, largest, 80, device="cpu", dtype=torch.float32).numpy()
-    for name, (values, colour) in groups.items():
-        axes[1].hist(values.numpy(), bins, density=True, histtype="stepfilled", alpha=0.4, color=colour, label=name)
-    axes[1].set(xlabel="Frobenius distance", ylabel="density of pairs", title="Between the polytopes of samples")
-    axes[2].plot(*some, ",", color="0.5")
-    axes[2].plot(*same, ".", ms=1, color="C0", alpha=0.4, label="same kind")
-    line = torch.linspace(1, furthest, 50, device="cpu", dtype=torch.float32)
-    axes[2].plot(line, (line * float(norms.square().mean())).sqrt(), "k--", lw=1, label="orthogonal contributions, mean norms")
-    axes[2].set(xlabel="Hamming distance", ylabel="Frobenius distance", title=f"Pairs of samples, correlation {correlation:.2f}")
+    layers = [row["layer"] for row in rows]
+    for column, style, label in (
+        ("pairs", "C0o-", "random pairs, hard codes"), ("soft_pairs", "C0o:", "random pairs, soft codes"),
+        ("neighbours", "C1o-", "neighbours, hard codes"), ("soft_neighbours", "C1o:", "neighbours, soft codes"),
+    ):  # fmt: skip
+        axes[0].plot(layers, [row[column] for row in rows], style, label=label)
+    axes[0].set(yscale="log", xticks=layers, xlabel="layer of the MLP", ylabel="distance of maps, of a map's norm", title="One MLP")
+    for network, style in (("trained", "-"), ("untrained", ":")):
+        own = [row for row in deep if row["network"] == network]
+        for column, colour, label in (("pairs", "C0", "pairs of images"), ("neighbours", "C1", "neighbours")):
+            axes[1].plot([row["layer"] for row in own], [row[column] for row in own], f"{colour}o{style}", label=f"{label}, {network}")
+    axes[1].set(yscale="log", xlabel="layer of the boundary", ylabel="distance of maps, of a map's norm", title="A whole ReLU classifier")
+    axes[1].set_xticks(range(len(study["hidden"])))
+    for axis in axes[:2]:
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    layer = layers[len(layers) // 2]
+    apart, hard, soft = shown[layer]
+    axes[2].plot(apart, hard, ".", ms=1, color="C0", label="hard codes")
+    axes[2].plot(apart, soft, ".", ms=1, color="C1", label="soft codes")
+    axes[2].set(xlabel="Hamming distance", ylabel="distance of maps, of a map's norm", title=f"Random pairs, MLP of layer {layer}")
+    axes[2].legend(frameon=False, markerscale=8)
     study.save(canvas, "affine")

@@ -1,38 +1,107 @@
 """Do spline codes cluster like activations?
 
-The experiment behind Figure 12 of Black et al. 2022: HDBSCAN on the activations of an MLP's neurons and on their spline codes under the
-Hamming distance. Here on MLP inputs of all-MiniLM-L6-v2 whose word is known, so that clusters can be held against words. Both clusterings
-get the same treatment: the graph of the k nearest neighbours, exact, as precomputed distances
-(``fastsae.codes.neighbour_graph`` for codes).
+The experiment behind Figure 12 of Black et al. 2022: HDBSCAN on the activations of a layer's neurons and on their spline codes. After
+theirs: the whole MLP of a causal language model at 6 of the 1024 tokens of each window, evenly spaced, none of the first 100 (known: the
+token); and all channels of a convolutional network at one place of the image (the digit). Beside them an MLP with GELU at tokens of words
+that all occur equally often (the word). Hard codes are compared by Hamming and by Jaccard distance, soft ones (the probability that a
+neuron is on, of SiLU and GELU) by the expected Hamming distance. All clusterings get the exact graph of the k nearest neighbours.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import fastsae
 from fastsae._core.extras import needed
+from fastsae.codes import boundary_density, neighbour_graph, pack_signs
+from fastsae.lm import harvest
+from fastsae.polytopes import expected_hamming, soft_code
 from fastsae.polytopes.net import Activation, activate
 from fastsae.studies import Study
-from fastsae.studies._networks import tokens
+from fastsae.studies._language import language
+from fastsae.studies._networks import digits, tokens
 
 SIZES = {
     "smoke": {
-        "minutes": 0.05, "source": "digits", "hidden": [32, 32], "epochs": 3, "tokens": 0, "layer": 0, "each": 0, "k": 20, "least": 10,
-        "samples": 5,
+        "minutes": 0.1, "source": "random", "context": 64, "skip": 8, "train_tokens": 1_024, "held_tokens": 0, "layer": 1, "gate": ".0",
+        "neurons": ".1", "soft": "gelu", "words": "digits", "hidden": [32, 32], "epochs": 3, "tokens": 0, "word_layer": 1, "each": 0,
+        "channels": [8, 8], "k": 20, "least": 10, "samples": 5,
     },
     "quick": {
-        "minutes": 2, "source": "minilm", "hidden": [], "epochs": 0, "tokens": 12_000, "layer": 3, "each": 12, "k": 30, "least": 6,
-        "samples": 4,
+        "minutes": 6, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 65_000, "held_tokens": 0, "layer": 12,
+        "gate": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "soft": "silu", "words": "minilm", "hidden": [], "epochs": 20,
+        "tokens": 12_000, "word_layer": 3, "each": 12, "channels": [32, 64, 64], "k": 30, "least": 6, "samples": 4,
     },
     "default": {
-        "minutes": 5, "source": "minilm", "hidden": [], "epochs": 0, "tokens": 56_000, "layer": 3, "each": 24, "k": 40, "least": 10,
-        "samples": 5,
+        "minutes": 20, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 450_000, "held_tokens": 0, "layer": 12,
+        "gate": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "soft": "silu", "words": "minilm", "hidden": [], "epochs": 40,
+        "tokens": 56_000, "word_layer": 3, "each": 24, "channels": [32, 64, 64], "k": 40, "least": 10, "samples": 5,
     },
 }  # fmt: skip
+PLACES = 6
+HARD, JACCARD, SOFT, VALUES = "codes, Hamming", "codes, Jaccard", "soft codes, expected Hamming", "activations, Euclidean"
+
+
+class Sample(NamedTuple):
+    """Rows of a layer: pre-activations and activations ``[N, H]``, the kind of activation, and what each row is ``[N]``, in words."""
+
+    z: Tensor
+    neurons: Tensor
+    act: str
+    kind: Tensor
+    word: Callable[[int], str]
+
+
+def causal(study: Study) -> Sample:
+    found = language(study)
+    windows, _ = found.split(study["train_tokens"], study["held_tokens"], study["context"])
+    hooks = [found.layer.format(study["layer"]) + study[side] for side in ("gate", "neurons")]
+    places = torch.linspace(study["skip"], study["context"] - 1, PLACES, dtype=torch.float64, device="cpu").long()
+
+    def read(part: Tensor) -> list[Tensor]:
+        with TemporaryDirectory() as folder:
+            shards = harvest(found.model, part, hooks, folder, dtype=torch.float32, batch=2, progress=False)
+            return [rows.view(*part.shape, -1)[:, places].flatten(0, 1) for rows in shards.read(0, shards.rows, hooks).values()]
+
+    parts = list(enumerate(windows.split(8)))
+    z, neurons = zip(*(study.part("tokens", str(n), lambda part=part: read(part)) for n, part in study.track(parts, "tokens")))
+    return Sample(torch.cat(z), torch.cat(neurons), study["soft"], windows[:, places].flatten(), found.word)
+
+
+def words(study: Study) -> Sample:
+    (data,) = tokens(study, study["words"], [study["word_layer"]])
+    z = data.net.preactivations(data.x)[0]
+    act = next(stage for stage in data.net.stages if isinstance(stage, Activation))
+    return Sample(z, activate(z, act), act.kind, data.kind, data.names.__getitem__)
+
+
+def channels(study: Study) -> Sample:
+    data = digits(study, channels=study["channels"])
+    z = data.net.preactivations(data.x)[-1].view(len(data.x), -1, 8, 8)[:, :, 4, 4]
+    return Sample(z, z.relu(), "relu", data.y, str)
+
+
+def graph(distance: Tensor, k: int) -> Any:
+    """As ``fastsae.codes.neighbour_graph``, of a matrix of distances."""
+    sparse = needed("scipy.sparse", "clusters needs scikit-learn and SciPy", "studies")
+    near = distance.fill_diagonal_(torch.inf).topk(k, largest=False)
+    ends, size = torch.arange(0, k * len(distance) + 1, k, device="cpu"), tuple(distance.shape)
+    found = sparse.csr_array((near.values.double().clamp_min(1e-9).flatten().numpy(), near.indices.flatten().numpy(), ends.numpy()), size)
+    return found.maximum(found.T).tocsr()
+
+
+def graphs(sample: Sample, k: int) -> dict[str, Any]:
+    bits = (sample.z > 0).float()
+    on, both = bits.sum(1), bits @ bits.T
+    found = {HARD: neighbour_graph(pack_signs(sample.z), k), JACCARD: graph(1 - both / (on.unsqueeze(1) + on - both).clamp_min(1), k)}
+    if sample.act != "relu":  # whose soft code is the hard one
+        soft = soft_code(sample.z, sample.act)
+        found[SOFT] = graph(expected_hamming(soft, soft), k)
+    return found | {VALUES: graph(torch.cdist(sample.neurons, sample.neurons), k)}
 
 
 def cluster(graph: Any, least: int, samples: int) -> Tensor:
@@ -54,81 +123,67 @@ def cluster(graph: Any, least: int, samples: int) -> Tensor:
     return labels
 
 
-def euclidean_graph(x: Tensor, k: int) -> Any:
-    """As ``fastsae.codes.neighbour_graph`` for Euclidean distances."""
-    from sklearn.neighbors import NearestNeighbors
-
-    graph = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x.numpy()).kneighbors_graph(mode="distance")
-    graph.data[graph.data == 0] = 1e-9
-    return graph.maximum(graph.T).tocsr()
-
-
 def run(study: Study) -> None:
     agreement = needed("sklearn.metrics", "clusters needs scikit-learn and SciPy", "studies").adjusted_mutual_info_score
-    data = tokens(study)
-    z = data.net.preactivations(data.x)[0]
-    act = next(stage for stage in data.net.stages if isinstance(stage, Activation))
-    k, least, samples = study["k"], study["least"], study["samples"]
-    graphs = {
-        "codes, Hamming": lambda: fastsae.codes.neighbour_graph(fastsae.codes.pack_signs(z), k),
-        "activations, Euclidean": lambda: euclidean_graph(activate(z, act), k),
-        "pre-activations, Euclidean": lambda: euclidean_graph(z, k),
-        "MLP inputs, Euclidean": lambda: euclidean_graph(data.x, k),
-    }
-    labels = {name: cluster(make(), least, samples) for name, make in study.track(graphs.items(), "clustering")}
-    rows = []
-    for name, found in labels.items():
-        inside = found >= 0
-        commonest = [int(torch.bincount(data.kind[found == label]).max()) for label in range(int(found.max()) + 1)]
-        rows.append({
-            "clustered": name, "clusters": int(found.max()) + 1, "noise": float((~inside).float().mean()),
-            "purity": sum(commonest) / max(int(inside.sum()), 1),
-            "with_words": float(agreement(data.kind, found)),
-            "with_words_without_noise": float(agreement(data.kind[inside], found[inside])) if bool(inside.any()) else 0.0,
-            "with_codes_clusters": float(agreement(labels["codes, Hamming"], found)),
-        })  # fmt: skip
+    made = {"language model": causal(study), "words": words(study), "convolution": channels(study)}
+    labels: dict[str, dict[str, Tensor]] = {}
+    rows: list[dict[str, Any]] = []
+    for source, sample in study.track(made.items(), "clustering"):
+        labels[source] = {name: cluster(one, study["least"], study["samples"]) for name, one in graphs(sample, study["k"]).items()}
+        for name, found in labels[source].items():
+            commonest = [int(sample.kind[found == label].unique(return_counts=True)[1].max()) for label in range(int(found.max()) + 1)]
+            rows.append({
+                "source": source, "clustered": name, "samples": len(found), "clusters": int(found.max()) + 1,
+                "noise": float((found < 0).float().mean()), "purity": sum(commonest) / max(int((found >= 0).sum()), 1),
+                "with_kinds": float(agreement(sample.kind, found)), "with_activations": float(agreement(labels[source][VALUES], found)),
+            })  # fmt: skip
     study.table("clusterings", rows)
-    study.say(f"{len(data.kind)} samples of {len(data.names)} kinds: {data.source}; {z.shape[1]} neurons.")
-    codes, activations = rows[0], rows[1]
-    study.say(
-        f"Codes give {codes['clusters']} clusters ({codes['noise']:.0%} noise, purity {codes['purity']:.2f}), activations "
-        f"{activations['clusters']} ({activations['noise']:.0%} noise, purity {activations['purity']:.2f}); adjusted mutual information "
-        f"with the kinds {codes['with_words']:.3f} and {activations['with_words']:.3f}, with each other "
-        f"{activations['with_codes_clusters']:.3f}."
-    )
-    found = labels["codes, Hamming"]
-    examples = []
-    for label in torch.bincount(found[found >= 0]).argsort(descending=True)[:12].tolist() if bool((found >= 0).any()) else []:
-        kinds, counts = data.kind[found == label].unique(return_counts=True)
-        best = counts.argsort(descending=True)[:6]
-        shown = ", ".join(f"{data.names[int(kinds[i])]} {int(counts[i])}" for i in best)
-        examples.append({"cluster": label, "size": int(counts.sum()), "kinds": len(kinds), "commonest": shown})
-    study.table("largest_clusters_of_codes", examples)
+    of = {(row["source"], row["clustered"]): row for row in rows}
 
-    canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
-    names = list(labels)
-    measures = {"with_words": "AMI with the kinds", "purity": "purity of clusters", "noise": "share of noise"}
-    for place, (column, title) in enumerate(measures.items()):
-        axes[0].barh([i + 0.27 * (place - 1) for i in range(len(rows))], [row[column] for row in rows], height=0.25, label=title)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    axes[0].set(xlim=(0, 1), title="HDBSCAN against what each sample is")
-    axes[0].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
-    for name in names[:2]:
-        sizes = torch.bincount(labels[name][labels[name] >= 0]).sort(descending=True).values
-        axes[1].plot(range(1, len(sizes) + 1), sizes, ".-", label=name)
-    axes[1].set(xlabel="cluster, by size", ylabel="samples", yscale="log", title="Sizes of clusters")
-    generator = study.generator(5)
-    a, b = torch.randint(len(z), (2, 20_000), generator=generator, device="cpu")
-    packed = fastsae.codes.pack_signs(z)
-    hamming = fastsae.codes.boundary_density(packed[a], packed[b]).pairs
-    euclid = (activate(z[a], act) - activate(z[b], act)).norm(dim=1)
-    same = (data.kind[a] == data.kind[b]) & (a != b)
+    def listed(name: str, column: str) -> str:
+        return ", ".join(f"{of[source, name][column]:.2f} ({source})" for source in made if (source, name) in of)
+
+    study.say(
+        f"Clusters of codes agree with those of activations with an adjusted mutual information of {listed(HARD, 'with_activations')}, and "
+        f"with what the samples are of {listed(HARD, 'with_kinds')}, where activations have {listed(VALUES, 'with_kinds')}."
+    )
+    study.say(
+        f"By Jaccard distance codes agree with what the samples are by {listed(JACCARD, 'with_kinds')}, soft codes by "
+        f"{listed(SOFT, 'with_kinds')}."
+    )
+    source = "language model"
+    study.table("largest_clusters_of_codes", largest(made[source], labels[source][HARD]))
+    draw(study, made[source], of)
+
+
+def largest(sample: Sample, found: Tensor) -> list[dict[str, Any]]:
+    rows = []
+    for label in torch.bincount(found[found >= 0]).argsort(descending=True)[:12].tolist() if bool((found >= 0).any()) else []:
+        kinds, counts = sample.kind[found == label].unique(return_counts=True)
+        best = counts.argsort(descending=True)[:6]
+        shown = ", ".join(f"{sample.word(int(kinds[i]))!r} {int(counts[i])}" for i in best)
+        rows.append({"cluster": label, "size": int(counts.sum()), "kinds": len(kinds), "commonest": shown})
+    return rows
+
+
+def draw(study: Study, sample: Sample, of: dict[tuple[str, str], dict[str, Any]]) -> None:
+    canvas, axes = study.figure(rows=1, columns=3, figsize=(16, 4.2))
+    sources = list(dict.fromkeys(source for source, _ in of))
+    panels = (("with_kinds", "with what samples are"), ("with_activations", "with clusters of activations"))
+    for axis, (column, title) in zip(axes, panels):
+        for place, name in enumerate((HARD, JACCARD, SOFT, VALUES)):
+            bars = [(i + 0.2 * (place - 1.5), of[source, name][column]) for i, source in enumerate(sources) if (source, name) in of]
+            axis.barh([at for at, _ in bars], [value for _, value in bars], height=0.18, label=name)
+        axis.set_yticks(range(len(sources)), sources)
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 1), xlabel="adjusted mutual information", title=f"HDBSCAN: agreement {title}")
+    a, b = torch.randint(len(sample.z), (2, 20_000), generator=study.generator(5), device="cpu")
+    packed, same = pack_signs(sample.z), (sample.kind[a] == sample.kind[b]) & (a != b)
+    hamming, euclid = boundary_density(packed[a], packed[b]).pairs, (sample.neurons[a] - sample.neurons[b]).norm(dim=1)
     correlation = float(torch.corrcoef(torch.stack([hamming, euclid]))[0, 1])
-    axes[2].plot(hamming[~same], euclid[~same], ",", color="0.6", label="different kinds")
-    axes[2].plot(hamming[same], euclid[same], ".", ms=3, color="C0", label="same kind")
+    axes[2].plot(hamming[~same], euclid[~same], ",", color="0.6", label="different tokens")
+    axes[2].plot(hamming[same], euclid[same], ".", ms=3, color="C0", label="same token")
     axes[2].set(xlabel="Hamming distance of codes", ylabel="Euclidean distance of activations")
-    axes[2].set_title(f"Pairs of samples, correlation {correlation:.2f}")
+    axes[2].set_title(f"Language model: pairs, correlation {correlation:.2f}")
     axes[2].legend(frameon=False, markerscale=3)
-    study.say(f"Hamming distance of codes and Euclidean distance of activations of random pairs correlate at {correlation:.3f}.")
     study.save(canvas, "clusters")

@@ -1,114 +1,214 @@
-"""Is there a shell of polytope boundaries, and how far can an activation be scaled before its code changes?
+"""Is there a shell of polytope boundaries, and how far can activations be scaled before a network behaves differently?
 
-Two remarks of the authors of the polytope lens: there may be a range of distances from the origin through which many boundaries pass; and a
-direction means something only in a range of magnitudes. On a classifier of digits: boundaries met for each doubling of the distance along
-rays from the origin, random ones and ones through images, trained and untrained; then activations of the first hidden layer scaled by s,
-with the exact interval of s in which no later neuron changes sign, and how far the code and the prediction have changed beyond.
+Two remarks of the authors of the polytope lens: there may be a range of distances from the origin through which many boundaries pass; and
+scaling some activations of a layer breaks later layers, so that a direction means something only in a range of magnitudes. On a classifier
+of digits: boundaries met for each doubling of the distance along rays from the origin, random ones and ones through images, trained and
+untrained. Then the first hidden layer's activations scaled, all of them, the strongest eighth of those that are on and a random eighth:
+at which factor is the first boundary of the later layers (exact), where have 5 % of their bits changed, their map by 10 % (Frobenius), the
+output by 0.1 nats (KL), and is the prediction another at 8 times or an eighth? The same on the neurons of one MLP of a language model, for
+every token, by the bits of later layers and the KL of the next token.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastsae
+from fastsae import polytopes
 from fastsae._core import seeds
+from fastsae.codes import boundary_density, pack_signs, trace
+from fastsae.lm.hooks import find, watch
 from fastsae.polytopes.net import Activation, Net
 from fastsae.studies import Study
+from fastsae.studies._language import divergence, language
 from fastsae.studies._networks import digits
 
 SIZES = {
-    "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "rays": 10, "reach": 4.0},
-    "quick": {"minutes": 0.5, "hidden": [128, 128, 128], "epochs": 40, "rays": 200, "reach": 4.0},
-    "default": {"minutes": 3, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0},
-}
+    "smoke": {
+        "minutes": 0.05, "hidden": [24, 24], "epochs": 3, "rays": 10, "reach": 4.0, "steps": 2, "source": "random", "context": 16,
+        "train_tokens": 16, "held_tokens": 64, "layer": 0, "last": 1, "neurons": ".1", "factors": [0.5, 2.0],
+    },
+    "quick": {
+        "minutes": 2, "hidden": [128, 128, 128], "epochs": 40, "rays": 200, "reach": 4.0, "steps": 8, "source": "smollm2", "context": 128,
+        "train_tokens": 128, "held_tokens": 256, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
+        "factors": [0.0, 0.5, 1.5, 2.0, 4.0, 8.0],
+    },
+    "default": {
+        "minutes": 12, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0, "steps": 8, "source": "smollm2", "context": 128,
+        "train_tokens": 128, "held_tokens": 1_024, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
+        "factors": [0.0, 0.25, 0.5, 0.75, 0.875, 1.125, 1.5, 2.0, 3.0, 4.0, 8.0],
+    },
+}  # fmt: skip
+OCTAVES, SCALED = 3, 200  # of factors up and down; images
+LIMITS = {"bits": 0.05, "map": 0.1, "kl": 0.1}
 
 
 def run(study: Study) -> None:
     data = digits(study)
     images = data.x[: study["rays"]]
+    edges, profiles, norm = rays(study, {"trained": data.net, "untrained": data.untrained}, images)
+    first = next(i for i, stage in enumerate(data.net.stages) if isinstance(stage, Activation))
+    front, back = Net(data.net.stages[: first + 1]), Net(data.net.stages[first + 1 :])
+    h = front(images[:SCALED])
+    factors = 2.0 ** torch.linspace(-OCTAVES, OCTAVES, 2 * OCTAVES * study["steps"] + 1, dtype=torch.float64, device="cpu")
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, dict[str, Tensor]] = {}
+    for name, which in chosen(h, study.generator(6)).items():
+        found = polytopes.crossings(back, torch.where(which, 0, h), torch.where(which, 2**OCTAVES * h, h))
+        measured = scaled(study, back, h, which, factors)
+        curves[name] = {key: values.mean(1) for key, values in measured.items()}
+        for way in ("down", "up"):
+            rows.append({"scaled": name, "way": way, "first_boundary": nearest(found.t * 2**OCTAVES, found.segment, len(h), way)})
+            rows[-1] |= {key: reached(measured[key] >= limit, factors, way) for key, limit in LIMITS.items()}
+            rows[-1]["other_prediction"] = float(measured["prediction"][0 if way == "down" else -1].mean())
+    study.table("scaling", rows)
+    for name, (down, up) in zip(curves, zip(rows[::2], rows[1::2])):
+        if name != "random eighth":
+            study.say(
+                f"Scaled, {name} of the first hidden layer's activations: first boundary of later layers at {down['first_boundary']:.3f} "
+                f"and {up['first_boundary']:.3f}, 5 % of their bits {shown(down, up, 'bits')}, 10 % of their map {shown(down, up, 'map')}, "
+                f"0.1 nats {shown(down, up, 'kl')} (medians, down and up to a factor of 8); another prediction at its end for "
+                f"{down['other_prediction']:.0%} and {up['other_prediction']:.0%} of the images."
+            )
+    real = language_model(study)
+    study.table("a_language_model", real)
+    study.say(
+        f"A language model, the neurons of the MLP of layer {study['layer']} scaled: "
+        + "; ".join(
+            f"{row['scaled']}, {row['factor']:g} times: {row['bits']:.1%} of later bits, {row['kl']:.2g} nats"
+            for row in real
+            if row["factor"] in (2.0, study["factors"][-1])
+        )
+        + "."
+    )
+    study.record(edges=edges, profiles=profiles, factors=factors, curves=curves)
+    draw(study, (edges, profiles, norm), factors, curves, real)
+
+
+def shown(down: dict[str, Any], up: dict[str, Any], key: str) -> str:
+    return " and ".join("never" if math.isinf(row[key]) else f"at {row[key]:.2f}" for row in (down, up))
+
+
+def rays(study: Study, nets: dict[str, Net], images: Tensor) -> tuple[Tensor, dict[str, Tensor], float]:
+    """Boundaries for each doubling of the distance, ``[layers, bins]``, between edges; and the mean norm of the images."""
     norm = float(images.norm(dim=1).mean())
     radius = study["reach"] * norm
     random = seeds.normal(study.generator(5), len(images), images.shape[1])
     edges = radius * 2.0 ** torch.linspace(-10, 0, 41, dtype=torch.float64, device="cpu")  # four bins for each doubling of the distance
-    profiles: dict[tuple[str, str], Tensor] = {}
+    profiles: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
-    for network, net in (("trained", data.net), ("untrained", data.untrained)):
+    for network, net in nets.items():
         for kind, directions in (("random", random), ("through images", images)):
-            rays = fastsae.polytopes.shell(net, directions, radius)
-            hist = torch.stack([torch.histogram(rays.distance[rays.layer == layer], edges).hist for layer in range(len(net.widths))])
-            profiles[network, kind] = 4 * hist / len(directions)  # boundaries for each doubling
+            found = polytopes.shell(net, directions, radius)
+            hist = torch.stack([torch.histogram(found.distance[found.layer == layer], edges).hist for layer in range(len(net.widths))])
+            profiles[f"{network} {kind}"] = 4 * hist / len(directions)
             peak = int(hist.sum(0).argmax())
-            half = rays.distance.sort().values
-            q = [float(half[int(share * (len(half) - 1))]) if len(half) else 0.0 for share in (0.1, 0.5, 0.9)]
             rows.append({
-                "network": network, "rays": kind, "crossings_a_ray": len(rays.distance) / len(directions),
-                "densest_doubling_at": float(edges[peak : peak + 2].mean()),
-                "10 %": q[0], "median": q[1], "90 %": q[2],
-                "per_unit_inside": float((rays.distance < norm / 10).sum()) / len(directions) / (norm / 10),
-                "per_unit_at_images": float(((rays.distance / norm - 1).abs() < 0.2).sum()) / len(directions) / (0.4 * norm),
-                "most_neurons": sum(net.widths),
+                "network": network, "rays": kind, "crossings_a_ray": len(found.distance) / len(directions),
+                "densest_doubling_at": float(edges[peak : peak + 2].mean()), "median": float(found.distance.median()),
+                "per_unit_inside": float((found.distance < norm / 10).sum()) / len(directions) / (norm / 10),
+                "per_unit_at_images": float(((found.distance / norm - 1).abs() < 0.2).sum()) / len(directions) / (0.4 * norm),
             })  # fmt: skip
     study.table("shell", rows)
-    through, before, anyway = rows[1], rows[3], rows[0]
+    anyway, through, _, before = rows
     study.say(
-        f"Images have norm {norm:.2f}. Along rays through them half of the boundaries within {radius:.1f} lie inside "
-        f"{through['median']:.2f} (trained) and {before['median']:.2f} (untrained), along random rays (trained) inside "
-        f"{anyway['median']:.2f}. Most boundaries for a doubling of the distance are met at {through['densest_doubling_at']:.2f}, "
-        f"{before['densest_doubling_at']:.2f} and {anyway['densest_doubling_at']:.2f}."
+        f"Images have norm {norm:.2f}. Most boundaries for a doubling of the distance are met at {through['densest_doubling_at']:.2f} on "
+        f"rays through them (untrained: {before['densest_doubling_at']:.2f}; random rays: {anyway['densest_doubling_at']:.2f}); per unit "
+        f"of distance {through['per_unit_inside']:.1f} within a tenth of their norm, {through['per_unit_at_images']:.1f} around it."
     )
-    study.say(
-        f"Per unit of distance on rays through images (trained): {through['per_unit_inside']:.1f} boundaries within a tenth of the images' "
-        f"norm of the origin, {through['per_unit_at_images']:.1f} between 0.8 and 1.2 of it."
-    )
-
-    # Scaling the first hidden layer: the network behind it, along s * h.
-    first = next(i for i, stage in enumerate(data.net.stages) if isinstance(stage, Activation))
-    front, back = Net(data.net.stages[: first + 1]), Net(data.net.stages[first + 1 :])
-    h = front(images)
-    top = study["reach"]
-    found = fastsae.polytopes.crossings(back, torch.zeros_like(h), top * h)
-    scale = found.t * top
-    # The interval around 1 within which the code of all later layers stays.
-    inside, none = scale <= 1, torch.zeros(len(h), dtype=torch.float64, device="cpu")
-    below = none.scatter_reduce(0, found.segment[inside], scale[inside], "amax")
-    above = (none + top).scatter_reduce(0, found.segment[~inside], scale[~inside], "amin")
-    base = fastsae.codes.pack_signs(torch.cat(back.preactivations(h), 1))
-    predicted = back(h).argmax(1)
-    curve: list[dict[str, float]] = []
-    for s in torch.linspace(0, top, 49, device="cpu", dtype=torch.float32).tolist():
-        code = fastsae.codes.pack_signs(torch.cat(back.preactivations(s * h), 1))
-        changed = fastsae.codes.boundary_density(base, code).pairs / sum(back.widths)
-        moved = float((back(s * h).argmax(1) != predicted).float().mean())
-        curve.append({"scale": s, "code_changed": float(changed.mean()), "prediction_changed": moved})
-    study.table("scaling", curve[:: max(1, len(curve) // 12)])
-    halved, doubled = (min(curve, key=lambda row, s=s: abs(row["scale"] - s)) for s in (0.5, 2.0))
-    study.say(
-        f"An activation of the first hidden layer keeps the code of all {sum(back.widths)} later neurons for s from "
-        f"{float(below.median()):.3f} to {float(above.median()):.3f} (medians). Halved, {halved['code_changed']:.1%} of the bits have "
-        f"changed, doubled {doubled['code_changed']:.1%}; the prediction changes for {halved['prediction_changed']:.1%} and "
-        f"{doubled['prediction_changed']:.1%} of the images."
-    )
-    study.record(
-        edges=edges, profiles={" ".join(key): value for key, value in profiles.items()}, scaling=curve, valid_from=below, valid_to=above
-    )
-    draw(study, edges, profiles, curve, norm, (float(below.median()), float(above.median())))
+    return edges, profiles, norm
 
 
-def draw(study: Study, edges: Tensor, profiles: dict[tuple[str, str], Tensor], curve: Any, norm: float, valid: tuple[float, float]) -> None:
-    canvas, axes = study.figure(rows=1, columns=3, figsize=(15, 4.2))
-    centres = (edges[1:] * edges[:-1]).sqrt()
-    for axis, network in zip(axes, ("trained", "untrained")):
-        for kind, style in (("through images", "-"), ("random", ":")):
-            for layer, line in enumerate(profiles[network, kind]):
-                axis.plot(centres, line, style, color=f"C{layer}", label=f"layer {layer}, {kind}")
-        axis.axvline(norm, color="0.6", lw=1)
-        axis.set(xscale="log", xlabel="distance from the origin (grey: images)", title=f"{network} network")
-        axis.set_ylabel("boundaries a ray and doubling of the distance")
-    axes[2].plot([c["scale"] for c in curve], [c["code_changed"] for c in curve], label="share of later bits changed")
-    axes[2].plot([c["scale"] for c in curve], [c["prediction_changed"] for c in curve], label="predictions changed")
-    axes[2].axvspan(*valid, color="C2", alpha=0.4, label="no bit changes (median interval)")
-    axes[2].set(xlabel="scale of the first hidden layer's activations", ylabel="share", title="Range of validity of a direction")
+def chosen(h: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Which of the neurons that are not 0 in each row are scaled."""
+    on = h != 0
+
+    def eighth(score: Tensor) -> Tensor:
+        rank = score.masked_fill(~on, -1).argsort(-1, descending=True).argsort(-1)
+        return on & (rank < (on.sum(-1, keepdim=True) / 8).ceil())
+
+    noise = torch.rand(h.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return {"all": on, "strongest eighth": eighth(h.abs()), "random eighth": eighth(noise)}
+
+
+def scaled(study: Study, net: Net, h: Tensor, which: Tensor, factors: Tensor) -> dict[str, Tensor]:
+    """``[factors, N]`` each: share of the bits of ``net`` changed, change of its map over the map, KL of the output, prediction changed."""
+    bits, (maps, _), logits = pack_signs(torch.cat(net.preactivations(h), 1)), polytopes.affine_map(net, h), net(h)
+    rows = []
+    for s in study.track(factors.tolist(), "scaling"):
+        y = torch.where(which, s * h, h)
+        code, output = pack_signs(torch.cat(net.preactivations(y), 1)), net(y)
+        change = (polytopes.affine_map(net, y)[0] - maps).flatten(1).norm(dim=1) / maps.flatten(1).norm(dim=1)
+        different = (output.argmax(1) != logits.argmax(1)).float()
+        rows.append((boundary_density(bits, code).pairs / sum(net.widths), change, divergence(logits, output), different))
+    return dict(zip((*LIMITS, "prediction"), map(torch.stack, zip(*rows))))
+
+
+def reached(there: Tensor, factors: Tensor, way: str) -> float:
+    """The median over rows of the first factor away from 1 where ``there [factors, N]`` holds; infinite: it holds in less than half."""
+    middle = len(factors) // 2
+    place = torch.arange(1, middle + 1, device="cpu").unsqueeze(1)
+    steps = torch.where(there[middle + 1 :] if way == "up" else there[:middle].flip(0), place, middle + 1).amin(0).median()
+    return math.inf if int(steps) > middle else float(factors[middle + (int(steps) if way == "up" else -int(steps))])
+
+
+def nearest(factors: Tensor, row: Tensor, rows: int, way: str) -> float:
+    """The median over rows of the factor nearest to 1 on one side."""
+    side = factors > 1 if way == "up" else factors <= 1
+    none = torch.full((rows,), math.inf if way == "up" else 0.0, dtype=torch.float64, device="cpu")
+    return float(none.scatter_reduce(0, row[side], factors[side], "amin" if way == "up" else "amax").median())
+
+
+@torch.no_grad()
+def language_model(study: Study) -> list[dict[str, Any]]:
+    """Mean share of changed bits of the layers behind an MLP and mean KL of the next token, its neurons scaled at every token."""
+    found = language(study)
+    _, windows = found.split(study["train_tokens"], study["held_tokens"], study["context"])
+    (point,) = find("shell", found.model, found.layer.format(study["layer"]) + study["neurons"])
+    later = [found.layer.format(layer) for layer in range(study["layer"] + 1, study["last"] + 1)]
+    with trace(found.model, later, emit="code") as codes:
+        logits, bits = found.logits(windows), codes.pop()
+        widths: list[int] = []
+        rows = []
+        for name in ("all", "strongest eighth", "random eighth"):
+            for factor in study.track(study["factors"], f"scaling, {name}"):
+
+                def seen(h: Tensor, name: str = name, factor: float = factor) -> Tensor:
+                    widths.append(h.shape[-1])
+                    return torch.where(chosen(h, study.generator(8))[name], factor * h, h)
+
+                handle = watch(point, seen)
+                try:
+                    kl = divergence(logits, found.logits(windows)).mean()
+                finally:
+                    handle.remove()
+                now = codes.pop()
+                changed = sum(float(boundary_density(bits[layer], now[layer]).mean) for layer in bits)
+                rows.append({"scaled": name, "factor": factor, "bits": changed / len(bits) / widths[-1], "kl": float(kl)})
+    return rows
+
+
+def draw(study: Study, shell: tuple[Tensor, dict[str, Tensor], float], factors: Tensor, curves: Any, real: list[dict[str, Any]]) -> None:
+    canvas, axes = study.figure(rows=1, columns=4, figsize=(20, 4.2))
+    edges, profiles, norm = shell
+    for kind, style in (("through images", "-"), ("random", ":")):
+        for layer, line in enumerate(profiles[f"trained {kind}"]):
+            axes[0].plot((edges[1:] * edges[:-1]).sqrt(), line, style, color=f"C{layer}", label=f"layer {layer}, {kind}")
+    axes[0].axvline(norm, color="0.6", lw=1)
+    axes[0].set(xscale="log", xlabel="distance from the origin (grey: images)", title="Shell, trained classifier")
+    axes[0].set_ylabel("boundaries a ray and doubling of the distance")
+    for name, style in zip(curves, ("-", "--", ":")):
+        for colour, (key, values) in enumerate(curves[name].items()):
+            axes[1].plot(factors, values, style, color=f"C{colour}", label=key if name == "all" else None)
+    axes[1].set(xscale="log", ylim=(0, 1), xlabel="factor", ylabel="share changed, or nats (kl)")
+    axes[1].set_title("First hidden layer of the classifier:\nall, - - strongest eighth, ··· random eighth")
+    for name in dict.fromkeys(row["scaled"] for row in real):
+        own = [row for row in real if row["scaled"] == name]
+        axes[2].plot([row["factor"] for row in own], [row["bits"] for row in own], "o-", label=name)
+        axes[3].plot([row["factor"] for row in own], [row["kl"] for row in own], "o-", label=name)
+    axes[2].set(xlabel="factor", ylabel="share of later bits changed", title="Neurons of one MLP of a language model")
+    axes[3].set(xlabel="factor", ylabel="KL of the next token (nats)", yscale="log", title="What the model makes of it")
     study.save(canvas, "shell")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastsae.polytopes import validity
 from fastsae.studies import Study
-from fastsae.studies._language import IntoMlp, into_mlp
+from fastsae.studies._language import IntoMlp, divergence, into_mlp
 
 SIZES = {
     "smoke": {
@@ -98,13 +98,13 @@ def pushed(study: Study, made: IntoMlp, directions: dict[str, Tensor], strong: T
     for name, rays in directions.items():
         for scale in study.track(study["scales"], f"pushing, {name}"):
             moved = [
-                divergence(made, module, scale * far * ray / ray.norm(), clean) for ray, far in zip(rays, strong)
+                change(made, module, scale * far * ray / ray.norm(), clean) for ray, far in zip(rays, strong)
             ]  # fmt: skip
             rows.append({"directions": name, "scale": scale, "kl": sum(moved) / len(moved), "most": max(moved)})
     return rows
 
 
-def divergence(made: IntoMlp, module: nn.Module, push: Tensor, clean: Tensor) -> float:
+def change(made: IntoMlp, module: nn.Module, push: Tensor, clean: Tensor) -> float:
     def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         args[0].add_(push)  # in place: the residual stream keeps this very tensor
 
@@ -113,8 +113,7 @@ def divergence(made: IntoMlp, module: nn.Module, push: Tensor, clean: Tensor) ->
         changed = made.found.logits(made.windows)
     finally:
         handle.remove()
-    kl = nn.functional.kl_div(changed.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True)
-    return float(kl.sum(-1).mean())
+    return float(divergence(clean, changed).mean())
 
 
 def draw(study: Study, curves: dict[str, Tensor], effects: list[dict[str, Any]], strong: float) -> None:

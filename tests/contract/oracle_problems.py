@@ -197,8 +197,8 @@ class Problem:
         eps = draw.choice((1e-8, 1e-37, 1.0)) if match else 0.0
         scale, bias = (None, None) if match else (draw.maybe(n, 0.4), draw.maybe(n))
         packed = np.zeros(0, np.uint32)
-        if not match and "avx512_vnni" in self.levels and draw.random() < 0.5:
-            self.kernels.set_level(draw.choice([level for level in self.levels if level.startswith("avx512_")]))
+        if not match and "avx2" in self.levels and draw.random() < 0.5:
+            self.kernels.set_level(draw.choice([level for level in self.levels if level.startswith("avx")]))
             words = kernels.packed_words(n, d)
             raw = np.empty(words + 16, np.uint32)
             packed = raw[(-address(raw) % 64) // 4 :][:words]  # whole cache lines, as every torch tensor begins

@@ -99,5 +99,6 @@ if __name__ == "__main__":
     for kind in ("topk", "batchtopk"):
         (base / kind).mkdir()
         assert ended(start(1, kind, base / kind), 240)[0][0] == 0, (base / kind / "error-0").read_text()
-    for seed in range(first, first + times):
-        killed(seed, ("topk", "batchtopk")[seed % 2], base / f"run-{seed}", others)
+    for seed in range(first, first + times):  # of many each goes on on one of the others, in turn
+        again = others if times == 1 else [others[seed % len(others)]]
+        killed(seed, ("topk", "batchtopk")[seed % 2], base / f"run-{seed}", again)

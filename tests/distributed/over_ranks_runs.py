@@ -94,6 +94,27 @@ def matched(group: Group) -> dict[str, Any]:
     return found
 
 
+def layer() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, W, b, neurons) of a layer of 150 neurons, in three words; many scores are 0."""
+    generator = torch.Generator().manual_seed(1)
+    x, W, b = (torch.randint(-1, 2, shape, generator=generator).float() for shape in ((11, D), (150, D), (150,)))
+    return x, W, b, torch.arange(150) % 7 != 2
+
+
+def spline(group: Group) -> list[Tensor]:
+    """Codes and hashes of each process's rows, of neurons of which each has some."""
+    x, *whole = layer()
+    W, b, neurons = (t[slice(*bounds(150, group.size)[group.rank : group.rank + 2])] for t in whole)
+    rows, held = x[slice(*bounds(11, group.size)[group.rank : group.rank + 2])], part(W, group.group)
+    assert held.spline_code(x[0], b).shape == (3,)
+    if group.size > 1:
+        raises(SettingsError, "must be called alike", lambda: held.spline_hash(x, seed=group.rank))
+        error, text = (ValueError, "b must have") if group.rank == 0 else (RankError, "rank 0 failed in spline_code: ValueError")
+        raises(error, text, lambda: held.spline_code(x, b[1:] if group.rank == 0 else b))
+    return [held.spline_code(rows), held.spline_code(rows, b, neurons=neurons), held.spline_hash(rows, b, layer=3, seed=5),
+            held.spline_hash(rows, b, bits=128, neurons=neurons)]  # fmt: skip
+
+
 def counted(group: Group) -> dict[str, Any]:
     """A stream of which each process has seen some batches, the last one none."""
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +225,7 @@ def stored(group: Group) -> dict[str, Any]:
     return {**rows, **found, "about": store.about}
 
 
-WORK: dict[str, Callable[[Group], Any]] = {"matched": matched, "counted": counted, "saved": saved, "stored": stored}
+WORK: dict[str, Callable[[Group], Any]] = {"matched": matched, "spline": spline, "counted": counted, "saved": saved, "stored": stored}
 
 
 def main(rank: int, sizes: list[int], folder: Path, port: int) -> None:

@@ -89,7 +89,7 @@ MANY: dict[str, dict[str, Any]] = {
     "crosscoder relu": {"activation": ReLU(), "l1": 0.02, "aux": AuxK(4), "dead_after": 30},
     "crosscoder jumprelu": {"activation": JumpReLU(threshold=0.4, bandwidth=0.3), "l0": 0.01, "l1": 0.01},
     "clt topk": {"activation": TopK(3), "aux": AuxK(4, relu=False), "dead_after": 40},
-    "clt batchtopk": {"activation": BatchTopK(2.3, rate=0.2), "aux": AuxK(4), "dead_after": 60, "l1": 0.01},
+    "clt batchtopk": {"activation": BatchTopK(2.3, rate=0.2), "aux": AuxK(4), "dead_after": 60, "l1": 0.01, "skip": True},
     "clt few": {"activation": BatchTopK(2.3), "features": 9},
     "clt jumprelu": {"activation": JumpReLU(threshold=0.4, bandwidth=0.3), "l0": 0.01, "l1": 0.01},
     "clt relu": {"activation": ReLU(), "l1": 0.02},
@@ -188,6 +188,7 @@ LONG, STOP = ("topk", "batchtopk"), 16
 """Whose runs are long, and stop and go on."""
 MANY_USED = ("crosscoder topk", "crosscoder batchtopk", "clt topk", "clt batchtopk", "clt few")
 MANY_LONG, MANY_STOP = ("crosscoder batchtopk", "clt batchtopk", "stack topk"), 4
+PLANNED = ("topk", "transcoder", "crosscoder topk", "clt topk", "stack topk")
 RESAMPLED = ("rows", "jump", "transcoder")
 
 
@@ -237,7 +238,7 @@ def dense(latents: Any) -> Tensor:
     return torch.cat([own.to_dense().squeeze(0) for own in each], 1).nan_to_num(7)
 
 
-def used(group: Group, kind: str, steps: int) -> dict[str, Any]:
+def used(group: Group, kind: str) -> dict[str, Any]:
     """Latents, outputs and losses of the rows of all processes."""
     sae, result = group.shard(build(kind)), {}
     opt = optimiser(sae, kind)
@@ -251,7 +252,7 @@ def used(group: Group, kind: str, steps: int) -> dict[str, Any]:
         latents = sae.encode(own.unsqueeze(0))
         loss = sae.loss(own, wanted)
         if "clt" in kind:
-            x_hat = sae.decode(latents)
+            x_hat = sae.decode(latents, own.unsqueeze(0))
             made = Reconstruction(sae(own), latents, (x_hat[0] - wanted).square().sum((1, 2)))
         else:
             made, x_hat = sae(own, wanted), sae.decode(latents, own.unsqueeze(0))
@@ -358,17 +359,20 @@ def contained(group: Group) -> None:
     """In torch's containers, on the same memory; torch's own checkpoints of them, read whole and by each process."""
     mesh: Any = group.group if isinstance(group.group, DeviceMesh) else DeviceMesh.from_group(group.group, "cpu")
     own = dist.group.WORLD if isinstance(group.group, DeviceMesh) else group.group
-    for features, virtual in ((80, V), (5, max(group.shards, 2))):  # of 5, four processes hold 2, 2, 1 and none
-        sae: Any = group.shard(SAE(D, features, BatchTopK(2), seed=0), virtual=virtual)
-        held, whole, folder = dtensors(sae, mesh), gathered(sae), group.folder / f"contained-{group.name}-{features}"
+    clt = CrossLayerTranscoder(2, 4, 80, TopK(2), skip=True, seed=0)
+    few = SAE(D, 5, BatchTopK(2), seed=0)  # of 5 features four processes hold 2, 2, 1 and none
+    for number, (kind, virtual) in enumerate(((SAE(D, 80, BatchTopK(2), seed=0), V), (few, max(group.shards, 2)), (clt, V))):
+        sae: Any = group.shard(kind, virtual=virtual)
+        held, whole, folder = dtensors(sae, mesh), gathered(sae), group.folder / f"contained-{group.name}-{number}"
         state = {name: t.full_tensor() for name, t in held.items()}
         assert whole is None or all(torch.equal(state[name], t) for name, t in whole.state_dict().items())
         assert all(t.to_local().data_ptr() == sae.state_dict()[name].data_ptr() for name, t in held.items())
         save(held, checkpoint_id=folder, process_group=own)
+        W_enc = next(name for name in state if name.endswith("W_enc"))
         with torch.no_grad():
-            sae.W_enc.zero_()
+            sae.get_parameter(W_enc).zero_()
         load(held, checkpoint_id=folder, process_group=own)
-        assert torch.equal(sae.W_enc, state["W_enc"][sae.world.start :][: len(sae.W_enc)])
+        assert torch.equal(part_ := sae.get_parameter(W_enc), state[W_enc][sae.world.start :][: len(part_)])
         read = {name: torch.empty_like(t) for name, t in state.items()}
         load(read, checkpoint_id=folder, no_dist=True)
         assert all(torch.equal(t, read[name]) for name, t in state.items())
@@ -504,27 +508,20 @@ def counted(group: Group) -> dict[str, float]:
     return {"bytes": (sae.world.sent - before) / len(rows), "most": 8 * 4 + 8}
 
 
-def sent(group: Group) -> dict[str, float]:
-    """Bytes that a process sends in a step of a cross-layer transcoder: what layers write is sent once."""
-    sae = group.shard(module("clt topk", (0,), aux=None))
-    opt, n = Adam(sae, lr=1e-3), 32 // group.size
-    before = sae.world.sent
-    opt.step(*torch.randn(2, n, LAYERS, D // LAYERS))
-    others, in_copy = group.size - 1, LAYERS * (8 * 3 + 8) + 4 * D
-    return {"counted": sae.world.sent - before, "planned": others * (n * (3 * 4 * D + in_copy) + 2 * 16)}
-
-
 def planned(group: Group, kind: str) -> dict[str, float]:
     """Bytes that a process sends in a step, as counted and as ``plan`` says."""
-    sae: Any = group.shard(build(kind))
-    sae.silent.fill_(1000 if kind == "topk" else 0)
+    sae, spec, layers = group.shard(build(kind)), {**KINDS, **MANY}[kind], 1 if kind in KINDS or "stack" in kind else LAYERS
+    for name, buffer in sae.named_buffers():
+        if name.endswith("silent"):
+            buffer.fill_(1000)
     opt, n = Adam(sae, lr=1e-3), 32 // group.size  # of many rows fewer than k_aux features would stay dead
     x = torch.randn(n, D, generator=torch.Generator().manual_seed(group.rank))
-    target = torch.randn(n, KINDS[kind]["d_out"]) if "d_out" in KINDS[kind] else None
+    target = torch.randn(n, spec["d_out"]) if "d_out" in spec else None
     before = sae.world.sent
-    opt.step(x, target)
-    sizes = {"batch": n * group.size, "k": 4, "k_aux": 6 if kind == "topk" else 0, "d_out": KINDS[kind].get("d_out")}
-    found = plan(F, D, tokens=1, rates=Rates(1e9, 1e9, 1e9, 1e-5), ranks=group.size, **sizes)
+    opt.step(*([x.unflatten(1, (LAYERS, -1))] * 2 if "clt" in kind else (x, target)), l1=0.0)
+    sizes = {"batch": n * group.size, "k": spec["activation"].k, "k_aux": spec["aux"].k if "aux" in spec else 0, "d_out": spec.get("d_out")}
+    sizes |= {"layers": layers, "cross_layer": "clt" in kind, "members": 2 if "stack" in kind else 1}
+    found = plan(F, D // layers, tokens=1, rates=Rates(1e9, 1e9, 1e9, 1e-5), ranks=group.size, **sizes)
     return {"counted": sae.world.sent - before, "planned": found.sent}
 
 
@@ -534,12 +531,11 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
     few = not deep and (mesh or group.size == 2)
     kinds = ["topk", "batchtopk", "absolute", "gated", "matryoshka"][: 5 if group.shards > 1 else 1] if few and mesh else KINDS
     for kind in kinds:
-        if kind in LONG:
-            yield ("stopped", kind, group.name), trained(group, kind, STOP)
-        if kind not in LONG or (deep and not mesh):
-            yield ("trained", kind, group.name), trained(group, kind, steps if kind in LONG else 50 if deep else 7)
+        yield ("stopped", kind, group.name), trained(group, kind, STOP if kind in LONG else 7)
+        if deep and not mesh:
+            yield ("trained", kind, group.name), trained(group, kind, steps if kind in LONG else 50)
     for kind in ("absolute", "gated") if few else USED:
-        yield ("used", kind, group.name), used(group, kind, steps)
+        yield ("used", kind, group.name), used(group, kind)
     for kind in LONG[1:] if few else LONG:
         yield ("resumed", kind, group.name), resumed(group, kind, STOP)
     for kind in RESAMPLED[:1] if few else RESAMPLED:
@@ -551,25 +547,25 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
         yield ("looped", "topk", group.name), looped(group, "topk")
     if not mesh:
         yield ("counted", "topk", group.name), counted(group)
-        for kind in ("topk", "transcoder"):
+        for kind in PLANNED:
             yield ("planned", kind, group.name), planned(group, kind)
 
 
 def of_many(group: Group, deep: bool) -> Iterator[tuple[tuple[str, str, Any], Any]]:
     """The same of several layers or dictionaries."""
-    all_of, stop = deep or group.name in (1, 4), 50 if deep else MANY_STOP
+    all_of = deep or group.name in (1, 4)
     kinds = MANY if all_of else MANY_LONG if group.shards > 1 else ["clt batchtopk"]
     for kind in kinds:
-        yield ("stopped", kind, group.name), trained(group, kind, stop)
+        yield ("stopped", kind, group.name), trained(group, kind, MANY_STOP)
+        if deep and group.size == group.shards:
+            yield ("trained", kind, group.name), trained(group, kind, 50)
         if kind in MANY_LONG and all_of:
-            yield ("resumed", kind, group.name), resumed(group, kind, stop)
+            yield ("resumed", kind, group.name), resumed(group, kind, MANY_STOP)
         if kind in MANY_USED and (deep or group.name == 1 or kind in ("crosscoder topk", "clt batchtopk")):
-            yield ("used", kind, group.name), used(group, kind, stop)
+            yield ("used", kind, group.name), used(group, kind)
     if deep or group.name in (1, 2):
         drawn(group, "crosscoder topk", "clt jumprelu", "stack topk")
         yield ("looped", "crosscoder topk", group.name), looped(group, "crosscoder topk")
-    if group.size == group.shards:
-        yield ("counted", "clt topk", group.name), sent(group)
 
 
 def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> None:
@@ -580,7 +576,7 @@ def main(rank: int, sizes: list[int], steps: int, folder: Path, port: int) -> No
     groups = [Group(size, folder) for size in sizes]
     meshes = [Group((n, sizes[-1] // n), folder) for n in ((2, 4, 1) if deep else (2, 1))]
     for kind in (*LONG, *MANY_LONG):
-        save_half(groups[-1], kind, STOP if kind in LONG else 50 if deep else MANY_STOP)
+        save_half(groups[-1], kind, STOP if kind in LONG else MANY_STOP)
     for group in [*groups, *meshes]:
         if rank < group.size:
             results |= of(group, steps, deep)

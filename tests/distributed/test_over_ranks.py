@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from over_ranks_runs import D, dictionaries, numbers
+from over_ranks_runs import D, dictionaries, layer, numbers
 from places import TESTS
 from torch import Tensor
 from training_runs import launch
@@ -68,6 +68,14 @@ def test_dictionaries_match_as_on_one_process(results: dict[Any, Any]) -> None:
             assert set(of_rank) == set(want)
             wrong = [name for name, value in of_rank.items() if not same(value, want[name])]
             assert not wrong, (size, wrong)
+
+
+def test_codes_of_neurons_on_several_processes(results: dict[Any, Any]) -> None:
+    x, W, b, neurons = layer()
+    want = [fastsae.spline_code(x, W), fastsae.spline_code(x, W, b, neurons=neurons), fastsae.spline_hash(x, W, b, layer=3, seed=5)]
+    want.append(fastsae.spline_hash(x, W, b, bits=128, neurons=neurons))
+    for size in SIZES:
+        assert all(torch.equal(torch.cat(own), whole) for own, whole in zip(zip(*results["spline", size]), want, strict=True)), size
 
 
 def test_counters_are_those_of_one_stream(results: dict[Any, Any]) -> None:

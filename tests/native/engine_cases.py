@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from levels import SCREENING
 from torch import Tensor
 
 from fastsae.dispatch import OPS
@@ -14,7 +15,6 @@ from fastsae.native import loader
 
 CHECK = OPS["encode_topk"].check
 RULES = (False, False), (True, False), (False, True)  # relu and absolute
-SCREENING = [level for level in ("avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm") if level in loader.isa_levels()]
 SCREENS = bool(SCREENING)
 Case = dict[str, Any]
 

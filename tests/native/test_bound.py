@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from levels import SCREENING
 from torch import Tensor
 
 from fastsae.latents import ScoreInputs
@@ -18,8 +19,7 @@ from fastsae.native import encode as native_encode
 from fastsae.native import loader
 from fastsae.native import match as native_match
 
-SCREENING = [level for level in ("avx512_vnni", "avx512_bf16", "neon_dotprod", "neon_i8mm") if level in loader.isa_levels()]
-pytestmark = pytest.mark.skipif(not SCREENING, reason="no level with dot products of 8-bit integers here")
+pytestmark = pytest.mark.skipif(not SCREENING, reason="no level that screens here")
 U = 2.0**-24
 LONGEST = 65535  # elements of a row that is screened in 8-bit integers
 ROTATION = {256: 256, 64: 64, 40: 1}  # of a handle, by its length
@@ -50,29 +50,29 @@ def kinds(half: int) -> dict[str, Tensor]:
     }
 
 
-def rounded(v: Tensor, bf16: bool) -> Tensor:
-    """The rows as the instructions see them, in float64."""
+def rounded(v: Tensor, bf16: bool, steps: int) -> Tensor:
+    """The rows, or features, as the instructions see them, in float64."""
     if bf16:
         return v.bfloat16().double()
     largest = v.abs().amax(1, keepdim=True)
     used = largest >= 2.0**-90
-    step = torch.where(used, largest / 127, 0.0)
-    return torch.round(v * torch.where(used, 127 / largest, 0.0)).double() * step.double()
+    step = torch.where(used, largest / steps, 0.0)
+    return torch.round(v * torch.where(used, steps / largest, 0.0)).double() * step.double()
 
 
 def proof(x: Tensor, W: Tensor, bf16: bool, above: bool = False) -> Tensor:
     """E of (6), and what (8) adds for the rounding of the ends; `above`: with as much as (7) may add to the norms."""
     D = x.shape[1]
 
-    def sizes(v: Tensor) -> tuple[Tensor, Tensor]:
-        norm, loss = v.double().norm(dim=1), (rounded(v, bf16) - v.double()).norm(dim=1)
+    def sizes(v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        norm, loss = v.double().norm(dim=1), (rounded(v, bf16, steps) - v.double()).norm(dim=1)
         return (
             (norm * (1 + (D + 80) * 4 * U) + D**0.5 * 2.0**-61, loss * (1 + (D + 80) * 4 * U) + D**0.5 * 2.0**-61)
             if above
             else (norm, loss)
         )
 
-    (norm, loss), (W_norm, W_loss) = sizes(x), sizes(W)
+    (norm, loss), (W_norm, W_loss) = sizes(x, 64 if loader.load().level() in ("avx2", "avx512") else 127), sizes(W, 127)
     g = 1.01 * (min(math.ceil(D / 16), 256) + math.ceil(D / 4096) + (6 if above else 4)) * U
     q = 1.01 * (min(D, 512) + math.ceil(D / 512) + (5 if above else 1)) * 2 * U if bf16 else 4 * U
     floor = (4 * D + 128) * 2.0**-126 if bf16 else 2.0**-94 + (2.0**-100 if above else 0)

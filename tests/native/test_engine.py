@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_cases import CHECK, RULES, SCREENING, SCREENS, Case, arguments, assert_enclosed, columns, draw, run, same, verify
+from engine_cases import CHECK, RULES, SCREENS, Case, arguments, assert_enclosed, columns, draw, run, same, verify
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import SCREENING
 from torch import Tensor
 
 import fastsae
@@ -16,7 +17,7 @@ from fastsae.native import match as native_match
 from fastsae.native import spline as native_spline
 
 pytestmark = pytest.mark.skipif(loader.unavailable() is not None, reason=str(loader.unavailable()))
-needs_screen = pytest.mark.skipif(not SCREENS, reason="no level with dot products of 8-bit integers here")
+needs_screen = pytest.mark.skipif(not SCREENS, reason="no level that screens here")
 
 
 @pytest.mark.parametrize("d", [1, 2, 15, 31, 32, 33, 130, 513, 1023, 4097])

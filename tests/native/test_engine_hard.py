@@ -11,7 +11,7 @@ from engine_cases import SCREENS, Case, draw, run, verify
 from fastsae.native import loader
 
 pytestmark = pytest.mark.skipif(loader.unavailable() is not None, reason=str(loader.unavailable()))
-needs_screen = pytest.mark.skipif(not SCREENS, reason="no level with dot products of 8-bit integers here")
+needs_screen = pytest.mark.skipif(not SCREENS, reason="no level that screens here")
 
 
 def heavy_norms(case: Case) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import fastsae
 from fastsae import match, match_cosine, mmcs, reference
-from fastsae.compare import MMCS_VARIANTS, MmcsVariant, mmcs_matrix
+from fastsae.compare import MMCS_VARIANTS, MmcsVariant, contribution_similarity, mmcs_matrix
+from fastsae.latents import TopKLatents
 from fastsae.native import loader
 
 optimize = pytest.importorskip("scipy.optimize")
@@ -429,3 +430,21 @@ def test_a_row_of_zeros_has_similarity_0_whatever_eps() -> None:
             assert not fastsae.match_cosine(torch.zeros(2, 3), b, eps=eps, backend=backend).similarity.any()
     with pytest.raises(ValueError, match=r"^match_cosine: eps must be at most 3.40282e\+38, got 1e\+39"):
         fastsae.match_cosine(b, b, eps=1e39)
+
+
+def test_contributions_are_compared_as_vectors_whatever_carries_the_scale() -> None:
+    f, d = draw(5, 4), draw(7, 4, seed=1)
+    c, z = (TopKLatents(draw(30, 3, seed=n), draw(30, F, seed=n + 1).argsort(1)[:, :3], F) for n, F in ((2, 5), (4, 7)))
+    got = contribution_similarity(c, f, z, d)
+    put, found = (dense.to_dense().unsqueeze(2) * rows for dense, rows in ((c, f), (z, d)))  # [samples, features, D]
+    for g in range(5):
+        for j in range(7):
+            ours, theirs = put[:, g], found[:, j]
+            want = 2 * (ours * theirs).sum() / (ours.square().sum() + theirs.square().sum())
+            torch.testing.assert_close(got[g, j], want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(contribution_similarity(c, f, TopKLatents(z.values / 8, z.indices, 7), d * 8), got)
+    assert float((got.abs() - cosines(f, d).abs()).max()) <= 1e-12
+    own = contribution_similarity(c, f, c, f)
+    torch.testing.assert_close(own.diagonal(), torch.ones(5, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"^contribution_similarity: latents must be of the samples \[30\], got \[9\]"):
+        contribution_similarity(c, f, z[:9], d)

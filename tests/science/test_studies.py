@@ -17,7 +17,8 @@ from places import ROOT
 
 from fastsae.__main__ import main
 from fastsae._core import progress
-from fastsae.studies import Study, _frame, _page, _toy, names, run_study
+from fastsae.polytopes import as_net
+from fastsae.studies import Study, _frame, _page, _toy, adversarial, names, run_study, shell
 from fastsae.superposition import Run, SuperpositionData, train_many
 
 pytest.importorskip("pandas")
@@ -140,6 +141,25 @@ def test_heat_map_of_what_is_missing(tmp_path: Path) -> None:
     rows = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [0.0, 1.0]])
     assert _toy.antipodal(rows) == pytest.approx(2 / 3)
     assert _toy.antipodal(rows, torch.tensor([True, False, True])) == 0
+
+
+def test_how_far_polytopes_are_from_the_origin() -> None:
+    pytest.importorskip("scipy")
+    first, last = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
+        first.bias.copy_(torch.tensor([-1.0, -4.0, 1.0]))
+    x = torch.tensor([[3.0, 3.0], [3.0, 0.0], [0.0, 3.0], [0.5, 0.5]])  # cut by x = 1 and y = 2
+    found = adversarial.from_origin(as_net(torch.nn.Sequential(first, torch.nn.ReLU(), last)), x)
+    assert found.tolist() == pytest.approx([math.sqrt(5), 1.0, 2.0, 0.0], abs=1e-9)
+
+
+def test_the_factor_where_something_changes() -> None:
+    factors = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    there = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    assert shell.reached(there, factors, "down") == 0.25 and shell.reached(there, factors, "up") == math.inf
+    assert shell.nearest(torch.tensor([0.5, 0.9, 1.5, 3.0]).double(), torch.tensor([0, 0, 0, 0]), 1, "down") == pytest.approx(0.9)
+    assert shell.nearest(torch.tensor([1.5]).double(), torch.tensor([0]), 1, "up") == 1.5
 
 
 def test_numbers_stand_on_one_line() -> None:

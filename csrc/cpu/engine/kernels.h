@@ -145,6 +145,8 @@ struct EngineKernels {
   void (*columns)(const ColumnsJob&);
   // out[i*ld + j] = <x[i], w[j]>, i < rows, j < features
   void (*products)(const float* const* x, int64_t rows, const float* const* w, int64_t features, int64_t d, float* out, int64_t ld);
+  // The longest rows for which the automatic path screens with integers, a score and a sign: beyond, too many stay open. Measured.
+  int64_t longest_scores, longest_signs;
   // Null where the level cannot screen with this number.
   void (*pack_rows[kScreenFormats])(const PackRowsJob&);
   void (*pack_features[kScreenFormats])(const PackFeaturesJob&);

@@ -65,6 +65,106 @@ FASTSAE_INLINE int compact(int32_t* to, Mask m, Ints a) {
 }
 FASTSAE_INLINE void pause() { _mm_pause(); }
 
+#elif defined(__AVX2__)
+
+struct Ints {
+  __m256i lo, hi;
+};
+
+FASTSAE_INLINE Mask bits_of(__m256 lo, __m256 hi) {
+  return static_cast<Mask>(_mm256_movemask_ps(lo) | _mm256_movemask_ps(hi) << 8);
+}
+FASTSAE_INLINE __m256i lanes_of(Mask m, int h) {
+  const __m256i bits = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), 8 * h);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(m), bits), bits);
+}
+
+FASTSAE_INLINE Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+FASTSAE_INLINE Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+FASTSAE_INLINE Vec magnitude(Vec a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+FASTSAE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)}; }
+FASTSAE_INLINE Vec flip(Vec a, const uint32_t* signs) {
+  const float* const s = reinterpret_cast<const float*>(signs);
+  return {_mm256_xor_ps(a.lo, _mm256_loadu_ps(s)), _mm256_xor_ps(a.hi, _mm256_loadu_ps(s + 8))};
+}
+FASTSAE_INLINE float largest(Vec a) {
+  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+#define FASTSAE_COMPARE(name, how) \
+  FASTSAE_INLINE Mask name(Vec a, Vec b) { return bits_of(_mm256_cmp_ps(a.lo, b.lo, how), _mm256_cmp_ps(a.hi, b.hi, how)); }
+FASTSAE_COMPARE(above, _CMP_GT_OQ)
+FASTSAE_COMPARE(at_least, _CMP_GE_OQ)
+FASTSAE_COMPARE(not_below, _CMP_NLT_UQ)
+FASTSAE_COMPARE(not_above, _CMP_NGT_UQ)
+FASTSAE_COMPARE(not_at_most, _CMP_NLE_UQ)
+FASTSAE_COMPARE(unordered, _CMP_UNORD_Q)
+#undef FASTSAE_COMPARE
+FASTSAE_INLINE Mask is_nan(Vec a) { return unordered(a, a); }
+FASTSAE_INLINE Vec choose(Mask m, Vec a, Vec b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(lanes_of(m, 0))),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(lanes_of(m, 1)))};
+}
+FASTSAE_INLINE Vec larger_or_nan(Vec a, Vec b) {
+  const Vec most = larger(a, b);
+  return {_mm256_blendv_ps(most.lo, a.lo, _mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q)),
+          _mm256_blendv_ps(most.hi, a.hi, _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))};
+}
+
+FASTSAE_INLINE Ints all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+FASTSAE_INLINE Ints load(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+FASTSAE_INLINE void store(int32_t* to, Ints a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8), a.hi);
+}
+FASTSAE_INLINE Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+FASTSAE_INLINE Ints larger(Ints a, Ints b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+FASTSAE_INLINE Ints smaller(Ints a, Ints b) { return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)}; }
+FASTSAE_INLINE Ints choose(Mask m, Ints a, Ints b) {
+  return {_mm256_blendv_epi8(b.lo, a.lo, lanes_of(m, 0)), _mm256_blendv_epi8(b.hi, a.hi, lanes_of(m, 1))};
+}
+FASTSAE_INLINE Mask at_least(Ints a, Ints b) {
+  const __m256i lo = _mm256_cmpgt_epi32(b.lo, a.lo), hi = _mm256_cmpgt_epi32(b.hi, a.hi);
+  return static_cast<Mask>(~bits_of(_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)));
+}
+template <class F>
+FASTSAE_INLINE int32_t folded(Ints a, const F& f) {
+  __m128i four = f(f(_mm256_castsi256_si128(a.lo), _mm256_extracti128_si256(a.lo, 1)),
+                   f(_mm256_castsi256_si128(a.hi), _mm256_extracti128_si256(a.hi, 1)));
+  four = f(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(f(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+FASTSAE_INLINE int32_t sum(Ints a) {
+  return folded(a, [](__m128i p, __m128i q) { return _mm_add_epi32(p, q); });
+}
+FASTSAE_INLINE int32_t largest(Ints a) {
+  return folded(a, [](__m128i p, __m128i q) { return _mm_max_epi32(p, q); });
+}
+FASTSAE_INLINE int32_t smallest(Ints a) {
+  return folded(a, [](__m128i p, __m128i q) { return _mm_min_epi32(p, q); });
+}
+FASTSAE_INLINE Ints rounded(Vec a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+FASTSAE_INLINE Vec to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+FASTSAE_INLINE void store_bytes(uint8_t* to, Ints a) {
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+}
+FASTSAE_INLINE __m256i ordered(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  return _mm256_xor_si256(bits, _mm256_and_si256(_mm256_srai_epi32(bits, 31), _mm256_set1_epi32(0x7fffffff)));
+}
+FASTSAE_INLINE Ints ordered(Vec a) { return {ordered(a.lo), ordered(a.hi)}; }
+FASTSAE_INLINE void pause() { _mm_pause(); }
+
 #else
 
 struct Ints {
@@ -79,8 +179,6 @@ FASTSAE_INLINE uint32x4_t lanes_of(Mask m, int i) {
   constexpr uint32_t kBits[4] = {1, 2, 4, 8};
   return vtstq_u32(vdupq_n_u32(static_cast<uint32_t>(m) >> (4 * i)), vld1q_u32(kBits));
 }
-FASTSAE_INLINE Mask first(int n) { return static_cast<Mask>((1u << n) - 1u); }
-
 FASTSAE_INLINE Vec larger(Vec a, Vec b) {
   return each([&](int i) { return vbslq_f32(vcgtq_f32(a.x[i], b.x[i]), a.x[i], b.x[i]); });
 }
@@ -162,6 +260,11 @@ FASTSAE_INLINE Ints ordered(Vec a) {
     return veorq_s32(bits, vandq_s32(vshrq_n_s32(bits, 31), vdupq_n_s32(0x7fffffff)));
   });
 }
+FASTSAE_INLINE void pause() { __asm__ volatile("yield"); }
+
+#endif
+
+#if !defined(__AVX512F__)
 // There is no instruction for it: lane by lane, of which few are marked.
 template <class T, class V>
 FASTSAE_INLINE int compact(T* to, Mask m, V a) {
@@ -171,8 +274,6 @@ FASTSAE_INLINE int compact(T* to, Mask m, V a) {
   for (unsigned left = m; left != 0; left &= left - 1) to[n++] = each[__builtin_ctz(left)];
   return n;
 }
-FASTSAE_INLINE void pause() { __asm__ volatile("yield"); }
-
 #endif
 
 FASTSAE_INLINE Vec negative(Vec a) { return sub(zero(), a); }
@@ -181,7 +282,7 @@ FASTSAE_INLINE Ints ascending(int32_t from) {
   return add(load(static_cast<const int32_t*>(kNumbers)), all(from));
 }
 // The lanes of 16 that lie below n.
-FASTSAE_INLINE Mask valid_of(int64_t n) { return n >= kLanes ? static_cast<Mask>(0xffff) : first(static_cast<int>(n)); }
+FASTSAE_INLINE Mask valid_of(int64_t n) { return n >= kLanes ? static_cast<Mask>(0xffff) : static_cast<Mask>((1u << n) - 1u); }
 FASTSAE_INLINE uint32_t joined(Mask m0, Mask m1) { return m0 | static_cast<uint32_t>(m1) << 16; }
 
 }  // namespace

@@ -25,6 +25,16 @@ FASTSAE_INLINE Vec mix_lanes(Vec a) {
   v = stage(_mm512_permute_ps(v, 0x4e), 0xcccc);
   v = stage(_mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
   return {stage(_mm512_shuffle_f32x4(v, v, 0x4e), 0xff00)};
+#elif defined(__AVX2__)
+  const __m256 one = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), two = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+  const __m256 four = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
+  const auto mixed = [&](__m256 v) {
+    v = _mm256_fmadd_ps(v, one, _mm256_permute_ps(v, 0xb1));
+    v = _mm256_fmadd_ps(v, two, _mm256_permute_ps(v, 0x4e));
+    return _mm256_fmadd_ps(v, four, _mm256_permute2f128_ps(v, v, 1));
+  };
+  const __m256 lo = mixed(a.lo), hi = mixed(a.hi);
+  return {_mm256_add_ps(lo, hi), _mm256_sub_ps(lo, hi)};
 #else
   const float32x4_t one = {1, -1, 1, -1}, two = {1, 1, -1, -1};
   const Vec v = each([&](int i) { return vfmaq_f32(vrev64q_f32(a.x[i]), a.x[i], one); });
@@ -96,6 +106,15 @@ FASTSAE_INLINE int64_t word_at(int64_t p, int i, int height, [[maybe_unused]] in
   return p * height + i;
 }
 
+// The largest integers of a row and of a feature. Without VNNI two products meet in 16 bits: 2 * 255 * 64 < 2^15.
+#if defined(FASTSAE_LEVEL_avx2) || defined(FASTSAE_LEVEL_avx512)
+constexpr int kRowSteps = 64, kFeatureSteps = 127;
+constexpr int64_t kLongestScores = 2048, kLongestSigns = 64;
+#else
+constexpr int kRowSteps = 127, kFeatureSteps = 127;
+constexpr int64_t kLongestScores = kLongestRow, kLongestSigns = 512;
+#endif
+
 struct Rounded {
   float norm, loss, step;  // step: value of one integer step, of the rotated row
   bool usable;
@@ -103,8 +122,8 @@ struct Rounded {
 
 constexpr float kTinyNorm = 0x1p-90f;
 
-// One row to 8-bit integers, `words` words of four at `to` (room for 16 more), and the sum of the integers.
-template <class T>
+// One row to integers of at most kSteps, `words` words of four at `to` (room for 16 more), and their sum.
+template <int kSteps, class T>
 FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uint32_t* signs, float* y, uint8_t* to, int64_t words,
                                   int32_t* total) {
   const Sums sums = rotate(v, d, rotation, signs, y);
@@ -113,7 +132,7 @@ FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uin
   const float most = largest(sums.largest);
   const bool usable = norm <= kHugeNorm;
   const bool zero_row = !(most >= kTinyNorm);
-  const float inverse = usable && !zero_row ? 127.0f / most : 0.0f, step = usable && !zero_row ? most / 127.0f : 0.0f;
+  const float inverse = usable && !zero_row ? kSteps / most : 0.0f, step = usable && !zero_row ? most / kSteps : 0.0f;
   Vec lost = zero();
   Ints added = all(0);
   for (int64_t i = 0; i < words * 4; i += 16) {
@@ -150,7 +169,7 @@ void pack_rows_int8(const PackRowsJob& job) {
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(job.scratch + round_to(job.d, job.rotation) + 16);
   for (int i = 0; i < job.height; ++i) {
     int32_t total = 0;
-    const Rounded r = round_int8(job.xc + i * job.padded, job.d, job.rotation, job.signs, job.scratch, bytes, words, &total);
+    const Rounded r = round_int8<kRowSteps>(job.xc + i * job.padded, job.d, job.rotation, job.signs, job.scratch, bytes, words, &total);
     set_row(job, i, ScreenFormat::int8, r.usable, r.norm, r.loss);
     job.unit[i] = r.usable ? r.step * n : 0;
     job.start[i] = r.usable ? -128 * total : 0;
@@ -197,7 +216,7 @@ void pack_int8_as(const PackFeaturesJob& job) {
         set_feature(job, f, true, 0, 0, 0);
         continue;
       }
-      const Rounded r = round_int8(feature_row<T>(job, f), job.d, job.rotation, job.signs, y, to, words, nullptr);
+      const Rounded r = round_int8<kFeatureSteps>(feature_row<T>(job, f), job.d, job.rotation, job.signs, y, to, words, nullptr);
       for (int64_t p = 0; p < words; ++p) job.scratch[j * ld + p] ^= 0x80808080;  // plus 128
       set_feature(job, f, r.usable, r.norm, r.loss, r.step);
     }
@@ -308,6 +327,13 @@ const EngineKernels engine_kernels = {
     load_job,
     column_products,
     products,
+#ifdef FASTSAE_SCREENS
+    kLongestScores,
+    kLongestSigns,
+#else
+    0,
+    0,
+#endif
 #if defined(FASTSAE_LEVEL_avx512_bf16)
     {pack_rows_int8, pack_rows_bf16, pack_rows_exact},
     {pack_int8, pack_bf16, pack_exact},

@@ -83,6 +83,7 @@ inline EncodePath choose_path(const Problem& p, const PlanRequest& request, cons
   if (request.path == EncodePath::rows || request.path == EncodePath::blocks)
     return k == 0 ? EncodePath::dense : plan.copied ? EncodePath::screen : request.path;
   if (request.path != EncodePath::automatic) return request.path;
+  if (request.format == ScreenFormat::int8 && w.d > p.kernels.longest_scores) return EncodePath::dense;
   const int64_t bytes = packed_features(w.features) * w.d;
   if (k > 0 && !plan.copied && w.d >= 32 && w.features >= std::max<int64_t>(2 * k, 128) && x.rows >= (has_handle(w) ? 1 : 12) &&
       (bytes <= kRowwiseBytes || (has_handle(w) && x.rows <= kFewRows && x.rows * w.features * 4 <= kChunkHighBytes))) {

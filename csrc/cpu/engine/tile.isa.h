@@ -181,7 +181,65 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
   }
 }
 
+#elif defined(FASTSAE_LEVEL_avx2)
+
+// Rows [FROM, FROM + N) of MR and 16 features, whose sums fit the registers. VPMADDUBSW adds two products in 16 bits, which kRowSteps leaves
+// room for.
+template <int MR, int FROM, int N>
+FASTSAE_INLINE void tile_part(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, float* c, Prefetcher& prefetcher,
+                              int quota) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i s0[N], s1[N];
+#pragma GCC unroll 5
+  for (int i = 0; i < N; ++i) s0[i] = s1[i] = _mm256_set1_epi32(start[FROM + i]);
+  for (int64_t d = 0; d < words;) {
+    const int64_t stop = at_most(d + kStep, words);
+    prefetcher.some(quota);
+    for (; d < stop; ++d) {
+      const __m256i* const wd = reinterpret_cast<const __m256i*>(w + d * kPanelWidth);
+      const __m256i w0 = _mm256_loadu_si256(wd), w1 = _mm256_loadu_si256(wd + 1);
+      const uint32_t* const xd = x + d * MR + FROM;
+#pragma GCC unroll 5
+      for (int i = 0; i < N; ++i) {
+        const __m256i xi = _mm256_set1_epi32(static_cast<int>(xd[i]));
+        s0[i] = _mm256_add_epi32(s0[i], _mm256_madd_epi16(_mm256_maddubs_epi16(w0, xi), ones));
+        s1[i] = _mm256_add_epi32(s1[i], _mm256_madd_epi16(_mm256_maddubs_epi16(w1, xi), ones));
+      }
+    }
+  }
+#pragma GCC unroll 5
+  for (int i = 0; i < N; ++i) {
+    float* const to = c + (FROM + i) * kPanelWidth;
+    _mm256_store_ps(to, _mm256_cvtepi32_ps(s0[i]));
+    _mm256_store_ps(to + 8, _mm256_cvtepi32_ps(s1[i]));
+  }
+}
+
+// Rows from FROM on, in as few parts of even heights as the registers allow.
+template <int MR, int FROM = 0>
+FASTSAE_INLINE void tile_parts(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, float* c, Prefetcher& prefetcher,
+                               int quota) {
+  constexpr int kLeft = MR - FROM, kParts = (kLeft + 4) / 5, N = (kLeft + kParts - 1) / kParts;
+  tile_part<MR, FROM, N>(x, w, words, start, c, prefetcher, FROM == 0 ? quota : 0);
+  if constexpr (N < kLeft) tile_parts<MR, FROM + N>(x, w, words, start, c, prefetcher, quota);
+}
+
+template <int MR>
+void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
+               int quota) {
+  tile_parts<MR>(x, w, words, start, c, prefetcher, quota);
+  tile_parts<MR>(x, w + 16, words, start, c + 16, prefetcher, 0);
+}
+
 #else
+
+FASTSAE_INLINE void add_products(__m512i& sum, __m512i w, __m512i x) {
+#ifdef FASTSAE_LEVEL_avx512
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+#else
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));  // gcc 12 spills every accumulator around the intrinsic: half the speed
+#endif
+}
 
 template <int MR>
 void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
@@ -198,9 +256,8 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
 #pragma GCC unroll 12
       for (int i = 0; i < MR; ++i) {
         const __m512i xi = _mm512_set1_epi32(static_cast<int>(xd[i]));
-        // Not the intrinsic: gcc 12 spills every accumulator around it, which halves the speed.
-        asm("vpdpbusd %2, %1, %0" : "+v"(s0[i]) : "v"(w0), "v"(xi));
-        asm("vpdpbusd %2, %1, %0" : "+v"(s1[i]) : "v"(w1), "v"(xi));
+        add_products(s0[i], w0, xi);
+        add_products(s1[i], w1, xi);
       }
     }
   }
