@@ -27,7 +27,7 @@ from places import TESTS
 from torch import Tensor
 from triton_marks import CPU
 
-from fastsae.kernels import _masks, _problem, _select, _tile, adam, encode, match, signum, spline
+from fastsae.kernels import _masks, _problem, _tile, adam, encode, match, signum, spline
 from fastsae.latents import ScoreInputs
 
 BUDGETS = TESTS / "gpu" / "sass.txt"
@@ -118,7 +118,7 @@ _SHAPE = {"ROWS", "COLUMNS", "DEPTH", "GROUP", "SIZE", "PARTS", "WORDS", "TILE_R
 _PIPES = (
     (r"FFMA|FADD|FMUL", "fma", 1), (r"IMAD", "fma", 2), (r"MUFU|POPC|FLO|BREV|I2F|F2I|F2F\b|F2F\.", "special", 8),
     (r"LD|ST[GSL]|SHFL|ATOM|RED\b|CCTL|MEMBAR", "memory", 4),
-    (r"U[A-Z]|BRA|BSSY|BSYNC|EXIT|NOP|BAR|WARPSYNC|S2R|S2UR|CS2R|R2UR|DEPBAR|SYNCS|\w*MMA|WARPGROUP|ERRBAR|FENCE|CALL|RET|ACQ|ELECT", "", 0),
+    (r"U[A-Z]|BRA|BSSY|BSYNC|EXIT|NOP|BAR|WARPSYNC|S2R|S2UR|CS2R|R2UR|DEPBAR|SYNCS|\w*MMA|WARPGROUP|FENCE|CALL|RET|ELECT", "", 0),
 )  # fmt: skip
 _SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor; each block takes 1 KiB more than it asks for
 
@@ -135,7 +135,7 @@ def cycles(code: list[str], chip: int, times: Sequence[float] = ()) -> float:
 
 
 def figures(launch: aot.Launch, usage: aot.Usage, chip: int) -> dict[str, int]:
-    """COLUMNS of a launch; ``narrow``: global loads of 16 bits a thread in the loop over d, ``outside``: instructions of a tile beside it."""
+    """COLUMNS of a launch; ``narrow``: global loads of 16 bits a thread in the loop over d, ``outside``: the tile's others."""
     warps, registers = dict(launch.options).get("num_warps", 4), usage.resources["REG"]
     programs = min(65536 // (warps * 32 * -(-registers // 8) * 8), _SHARED[chip] // (usage.shared + 1024), 64 // warps, 32)
     loop, outside = usage.matrix_loop, usage.outside
@@ -150,7 +150,9 @@ def figures(launch: aot.Launch, usage: aot.Usage, chip: int) -> dict[str, int]:
 
 def tools() -> str:
     """The compiler that the figures depend on."""
-    found = [subprocess.run([aot.tool(which), "--version"], capture_output=True, text=True).stdout for which in ("ptxas", "ptxas-blackwell")]
+    found = [
+        subprocess.run([aot.tool(which), "--version"], capture_output=True, text=True).stdout for which in ("ptxas", "ptxas-blackwell")
+    ]
     return f"triton {triton.__version__}, ptxas " + " and ".join(re.findall(r"V([\d.]+)", "".join(found)))
 
 
@@ -214,8 +216,8 @@ def _programs(which: str, number: float, *trips: float) -> float:
 
 
 def predict() -> None:
-    """The GPU table for one H200, as multiples of cuBLAS's product in bfloat16. Not counted: how a tile's loop fills, launches, rows that are
-    scored exactly as a whole, the kernels that prepare and rank."""
+    """The GPU table for one H200, as multiples of cuBLAS's product in bfloat16. Not counted: how a tile's loop fills, launches, rows that
+    are scored exactly as a whole, the kernels that prepare and rank."""
     B, D, F, k = 8192, 4096, 131072, 64
     emitted = "select_kernel i32 EMITTED FLAG MAPPED BUCKETS=1 HELD"
     select = 2 * _programs(emitted, B, 32, 0, 1, 1)  # of what was emitted, and of the candidates
