@@ -9,6 +9,7 @@ warps. A pipe takes an instruction every so many cycles (CUDA C++ programming gu
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def cycles(code: list[str], chip: int, times: Sequence[float] = ()) -> float:
     busy = dict.fromkeys(("issue", "alu", "fma", "special", "memory", ""), 0.0)
     for text, n in zip(code, times or [1.0] * len(code), strict=True):
         operation = re.sub(r"^@!?U?P\w+ ", "", text)
-        pipe, cost = next((found for pattern, *found in _PIPES if re.match(pattern, operation)), ("alu", 2))
+        pipe, cost = next(((pipe, cost) for pattern, pipe, cost in _PIPES if re.match(pattern, operation)), ("alu", 2))
         busy[pipe] += n * cost * (2 if chip == 80 and (pipe, cost) == ("fma", 1) else 1)
         busy["issue"] += n
     return max(busy.values())
@@ -194,8 +195,8 @@ def _product(which: str, rows: int, n: int, D: int) -> float:
     step = 2 * tile.depth * (2 * tile.rows + 3 * tile.columns) / 128
     loop = D / tile.depth * max(tile.rows * tile.columns * tile.depth / 2048, step)
     each = loop + got["cycles"] if got["programs"] == 1 else max(loop, got["cycles"])
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(n, tile.columns)
-    return triton.cdiv(tiles, _CORES) * each / _CLOCK * 1e3
+    tiles = math.ceil(rows / tile.rows) * math.ceil(n / tile.columns)
+    return math.ceil(tiles / _CORES) * each / _CLOCK * 1e3
 
 
 def _programs(which: str, number: float, *trips: float) -> float:
