@@ -13,6 +13,7 @@ from emulation import compiler
 from fastsae._core import triton_support
 
 CPU = torch.device("cpu")
+CI = os.environ.get("HYPOTHESIS_PROFILE") == "ci"  # in which the interpreter, and the emulation, take a part of what `make deep` takes
 interpreted = pytest.mark.skipif(not triton_support.interpreting(), reason="runs with TRITON_INTERPRET=1, see test_in_the_interpreter")
 compiled = pytest.mark.skipif(triton_support.interpreting(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
 on_gpu = pytest.mark.skipif(triton_support.interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU")

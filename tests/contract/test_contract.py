@@ -23,6 +23,7 @@ from levels import has_code
 from perturbed import perturb
 from surroundings import PRECISIONS, SETTINGS, surroundings
 from torch import Tensor
+from triton_marks import CI
 
 import fastsae
 from fastsae._core import triton_support
@@ -32,8 +33,7 @@ from fastsae.testing import Mismatch
 from fastsae.verify import affordable, call, devices, variants
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-SLOW = triton_support.interpreting() or "FASTSAE_CUDA_EMULATION" in os.environ
-FEW = SLOW and os.environ.get("HYPOTHESIS_PROFILE") == "ci"  # what runs programs or threads one by one: `make deep` takes all of it
+FEW = CI and (triton_support.interpreting() or "FASTSAE_CUDA_EMULATION" in os.environ)
 Context = Callable[[], AbstractContextManager[Any]]
 
 

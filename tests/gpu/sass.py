@@ -9,6 +9,7 @@ warps. A pipe takes an instruction every so many cycles (CUDA C++ programming gu
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from places import TESTS
 from torch import Tensor
 from triton_marks import CPU
 
-from fastsae.kernels import _masks, _problem, _select, _tile, adam, encode, match, signum, spline
+from fastsae.kernels import _masks, _problem, _tile, adam, encode, match, signum, spline
 from fastsae.latents import ScoreInputs
 
 BUDGETS = TESTS / "gpu" / "sass.txt"
@@ -118,7 +119,7 @@ _SHAPE = {"ROWS", "COLUMNS", "DEPTH", "GROUP", "SIZE", "PARTS", "WORDS", "TILE_R
 _PIPES = (
     (r"FFMA|FADD|FMUL", "fma", 1), (r"IMAD", "fma", 2), (r"MUFU|POPC|FLO|BREV|I2F|F2I|F2F\b|F2F\.", "special", 8),
     (r"LD|ST[GSL]|SHFL|ATOM|RED\b|CCTL|MEMBAR", "memory", 4),
-    (r"U[A-Z]|BRA|BSSY|BSYNC|EXIT|NOP|BAR|WARPSYNC|S2R|S2UR|CS2R|R2UR|DEPBAR|SYNCS|\w*MMA|WARPGROUP|ERRBAR|FENCE|CALL|RET|ACQ|ELECT", "", 0),
+    (r"U[A-Z]|BRA|BSSY|BSYNC|EXIT|NOP|BAR|WARPSYNC|S2R|S2UR|CS2R|R2UR|DEPBAR|SYNCS|\w*MMA|WARPGROUP|FENCE|CALL|RET|ELECT", "", 0),
 )  # fmt: skip
 _SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor; each block takes 1 KiB more than it asks for
 
@@ -128,14 +129,14 @@ def cycles(code: list[str], chip: int, times: Sequence[float] = ()) -> float:
     busy = dict.fromkeys(("issue", "alu", "fma", "special", "memory", ""), 0.0)
     for text, n in zip(code, times or [1.0] * len(code), strict=True):
         operation = re.sub(r"^@!?U?P\w+ ", "", text)
-        pipe, cost = next((found for pattern, *found in _PIPES if re.match(pattern, operation)), ("alu", 2))
+        pipe, cost = next(((pipe, cost) for pattern, pipe, cost in _PIPES if re.match(pattern, operation)), ("alu", 2))
         busy[pipe] += n * cost * (2 if chip == 80 and (pipe, cost) == ("fma", 1) else 1)
         busy["issue"] += n
     return max(busy.values())
 
 
 def figures(launch: aot.Launch, usage: aot.Usage, chip: int) -> dict[str, int]:
-    """COLUMNS of a launch; ``narrow``: global loads of 16 bits a thread in the loop over d, ``outside``: instructions of a tile beside it."""
+    """COLUMNS of a launch; ``narrow``: global loads of 16 bits a thread in the loop over d, ``outside``: the tile's others."""
     warps, registers = dict(launch.options).get("num_warps", 4), usage.resources["REG"]
     programs = min(65536 // (warps * 32 * -(-registers // 8) * 8), _SHARED[chip] // (usage.shared + 1024), 64 // warps, 32)
     loop, outside = usage.matrix_loop, usage.outside
@@ -150,7 +151,9 @@ def figures(launch: aot.Launch, usage: aot.Usage, chip: int) -> dict[str, int]:
 
 def tools() -> str:
     """The compiler that the figures depend on."""
-    found = [subprocess.run([aot.tool(which), "--version"], capture_output=True, text=True).stdout for which in ("ptxas", "ptxas-blackwell")]
+    found = [
+        subprocess.run([aot.tool(which), "--version"], capture_output=True, text=True).stdout for which in ("ptxas", "ptxas-blackwell")
+    ]
     return f"triton {triton.__version__}, ptxas " + " and ".join(re.findall(r"V([\d.]+)", "".join(found)))
 
 
@@ -192,8 +195,8 @@ def _product(which: str, rows: int, n: int, D: int) -> float:
     step = 2 * tile.depth * (2 * tile.rows + 3 * tile.columns) / 128
     loop = D / tile.depth * max(tile.rows * tile.columns * tile.depth / 2048, step)
     each = loop + got["cycles"] if got["programs"] == 1 else max(loop, got["cycles"])
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(n, tile.columns)
-    return triton.cdiv(tiles, _CORES) * each / _CLOCK * 1e3
+    tiles = math.ceil(rows / tile.rows) * math.ceil(n / tile.columns)
+    return math.ceil(tiles / _CORES) * each / _CLOCK * 1e3
 
 
 def _programs(which: str, number: float, *trips: float) -> float:
@@ -214,8 +217,8 @@ def _programs(which: str, number: float, *trips: float) -> float:
 
 
 def predict() -> None:
-    """The GPU table for one H200, as multiples of cuBLAS's product in bfloat16. Not counted: how a tile's loop fills, launches, rows that are
-    scored exactly as a whole, the kernels that prepare and rank."""
+    """The GPU table for one H200, as multiples of cuBLAS's product in bfloat16. Not counted: how a tile's loop fills, launches, rows that
+    are scored exactly as a whole, the kernels that prepare and rank."""
     B, D, F, k = 8192, 4096, 131072, 64
     emitted = "select_kernel i32 EMITTED FLAG MAPPED BUCKETS=1 HELD"
     select = 2 * _programs(emitted, B, 32, 0, 1, 1)  # of what was emitted, and of the candidates

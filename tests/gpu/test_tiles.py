@@ -16,7 +16,7 @@ import torch
 from emulation import compiler
 from tensor_core import CHIPS, products
 from torch import Tensor
-from triton_marks import CPU, compiled, interpreted, on_gpu, passes_in_the_interpreter, usable
+from triton_marks import CI, CPU, compiled, interpreted, on_gpu, passes_in_the_interpreter, usable
 
 pytest.importorskip("triton")
 import triton
@@ -251,6 +251,8 @@ def _topk_case(kind: str, dtype: torch.dtype) -> tuple[Any, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "one bucket", "ties", "zeros", "everything", "special", "integers"])
 def test_buckets(kind: str, dtype: torch.dtype, small_buckets: dict[str, int], poisoned_memory: None) -> None:
+    if CI and dtype is torch.float16 and kind not in ("one bucket", "everything"):
+        pytest.skip("the rest in float16: make deep")
     k = 17 if kind == "one bucket" else 6
     case = _topk_case(kind, dtype)
     args = (*case, k, False)
@@ -294,19 +296,19 @@ def test_similarities_in_buckets(small_buckets: dict[str, int]) -> None:
 # ---------------------------------------------------------------- both directions in one pass
 
 
-def _dictionaries() -> tuple[Tensor, Tensor]:
+def _dictionaries(n: int = 36, m: int = 40) -> tuple[Tensor, Tensor]:
     """With ties in other blocks, tiles and buckets, zeros, an infinity and a NaN."""
     generator = torch.Generator().manual_seed(11)
     a, b = torch.randn(36, 5, generator=generator), torch.randn(40, 5, generator=generator)
     a[14:30], b[::9], b[30], a[33] = a[3], -a[3], a[3], 0
     a[5, 2], b[7, 1], b[35], b[25] = float("inf"), float("nan"), a[34], 0
-    return a, b
+    return a[:n], b[:m]
 
 
 @interpreted
 @usable
 def test_a_pair_in_one_pass_has_the_bits_of_three(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
-    (a, b), k_ab, k_ba = _dictionaries(), 3, 2
+    (a, b), k_ab, k_ba = _dictionaries(*((20, 24) if CI else ())), 3, 2
     units = match._unit(a, 1e-8), match._unit(b, 1e-8)
     want = *match._best(*units, k_ab), *match._best(*units[::-1], k_ba), *match._best(*units, 1, negative=True)
     seen = {"screened": 0, "whole": 0, "crowded": 0}
@@ -339,9 +341,9 @@ def test_a_pair_in_one_pass_has_the_bits_of_three(monkeypatch: pytest.MonkeyPatc
     low, low_index = -result[4].unsqueeze(1), result[5].unsqueeze(1)
     for got, expected in zip((*result[:4], low, low_index), want, strict=True):
         assert torch.equal(torch.nan_to_num(got, nan=7.0), torch.nan_to_num(expected, nan=7.0))
-    # Two by two blocks of three by three are large enough to be screened, three times each.
-    assert seen["screened"] == 12
-    assert seen["whole"] == 5
+    # Two by two blocks of three by three (CI: one of two by two) are large enough to be screened, three times each.
+    assert seen["screened"] == (3 if CI else 12)
+    assert seen["whole"] == (3 if CI else 5)
     assert seen["crowded"]
 
 
@@ -472,9 +474,9 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
     calls = (
         lambda x: encode.encode_topk(x, W, b, None, None, None, None, 5, True),
         lambda x: encode.encode_threshold(x, W, b, None, None, None, None, W[:, 0] / 2, 0.5),
-        lambda x: encode.encode_batch_topk(x, W, b, None, None, None, None, 3.3),
         lambda x: (spline.spline_code(x, W, b, None),),
-    )
+        lambda x: encode.encode_batch_topk(x, W, b, None, None, None, None, 3.3),
+    )[: 3 if CI and dtype is torch.float32 else 4]  # the last is made of the first two
     whole: list[tuple[Any, ...]] = [call(x) for call in calls]
     monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 128, 64, 8, 1, parts=4))
     monkeypatch.setattr(_problem, "WORKSPACE", 1)
@@ -519,10 +521,11 @@ def test_a_bad_subset_raises() -> None:
 @interpreted
 @usable
 @pytest.mark.parametrize("unit", [False, True])
-def test_slots_move_signum_as_the_matrix_does_that_decode_dweight_writes(unit: bool) -> None:
+def test_slots_move_signum_as_the_matrix_does_that_decode_dweight_writes(unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "SPLIT", 32)
     generator = torch.Generator().manual_seed(8)
-    values, grad = torch.randn(300, 4, generator=generator), torch.randn(300, 19, generator=generator)
-    indices = torch.randint(0, 29, (300, 4), generator=generator)
+    values, grad = torch.randn(70, 4, generator=generator), torch.randn(70, 19, generator=generator)
+    indices = torch.randint(0, 29, (70, 4), generator=generator)
     indices[:, 0] = 5  # more slots than a partial sum takes
     matrix = torch.empty(30, 19)
     decode.decode_dweight(values, indices, None, grad, matrix)

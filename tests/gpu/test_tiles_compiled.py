@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_marks import CPU, compiled, on_gpu
+from triton_marks import compiled, on_gpu
 
 pytest.importorskip("triton")
 import fastsae
 from fastsae.dispatch import OPS
-from fastsae.kernels import _masks, _problem, _select, _tile, adam, decode, encode, match, signum, spline
+from fastsae.kernels import _masks, _select, _tile, adam, decode, encode, match, signum, spline
 from fastsae.latents import ScoreInputs
 from fastsae.ops.encode import ENCODE_TOPK
 
@@ -34,8 +34,8 @@ MATRIX = {
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_compiles_within_the_chip(capability: int) -> None:
-    """Every kernel; what multiplies matrices in bfloat16 and float32, on sm_90 in all forms. CI takes sm_90, and all forms in bfloat16;
-    FASTSAE_TEST_ARCHS=all (`make deep`) the whole. And what a tile costs is within the budget: `python tests/gpu/sass.py --write` after a change that is wanted."""
+    """Every kernel; what multiplies matrices in bfloat16 and float32, on sm_90 in all forms, within its budget (`python tests/gpu/sass.py
+    --write` after a change that is wanted). CI takes sm_90 and all forms in bfloat16; FASTSAE_TEST_ARCHS=all (`make deep`) the whole."""
     import aot
     import sass
 
@@ -76,6 +76,8 @@ def test_compiles_within_the_chip(capability: int) -> None:
 
 def _strided_calls() -> Iterator[Callable[[], Any]]:
     """Every matrix with two strides that are not 1."""
+    from sass import pair, ragged
+
     x, W = torch.zeros(40, 200)[:, ::2], torch.zeros(3000, 200)[:, ::2]
     vector, m, grad, dense = torch.zeros(3000), torch.zeros(3000, 100), torch.zeros(100, 40).T, torch.zeros(100, 3000).T
     slots = torch.zeros(40, 4), torch.zeros(40, 4, dtype=torch.int64)
