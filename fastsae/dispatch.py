@@ -130,8 +130,8 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         # Torch's dispatcher costs as much as a small kernel; it is needed where something listens: compilers, modes, vmap, subclasses,
-        # the profiler.
-        if _nobody_listens() and _PLAIN.issuperset(map(type, args)):
+        # the profiler, a negation that was put off (``z.conj().imag``).
+        if _nobody_listens() and _PLAIN.issuperset(map(type, args)) and not any(map(_negated, args)):
             return self._body(*args, backend=backend)
         return self._torch_op(*args, backend=backend)
 
@@ -190,6 +190,10 @@ class Op:
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float}
 
 
+def _negated(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor) and arg.is_neg()
+
+
 _torch: Any = torch._C  # pyright: ignore[reportPrivateUsage]  (what torch tells of itself nowhere else)
 _VMAP_MODE = _torch._parse_dispatch_key("VmapMode")
 _interpreters, _has_mode = _torch._functorch.peek_interpreter_stack, _torch._dispatch_tls_is_dispatch_key_included
@@ -225,6 +229,7 @@ def alone(a: Any, b: Any, *optional: Any) -> bool:
             or not t.is_cpu
             or t.layout is not torch.strided
             or t.is_nested
+            or t.is_neg()
             or (grad and t.requires_grad)
         ):
             return False

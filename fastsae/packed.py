@@ -95,7 +95,7 @@ class PackedWeights:
         if self.weight.is_inference():
             raise ValueError("pack: W must not be an inference tensor, whose changes torch does not count; clone it outside inference_mode")
         self._unchanged = Unchanged(self.weight)
-        self._words = _packed(self.weight.detach())
+        self._words = _packed(self.weight.detach().resolve_neg())
         return self
 
     @property

@@ -26,7 +26,7 @@ def perturb(args: tuple[Any, ...], seed: int, keep: tuple[int, ...] = ()) -> tup
             continue
         if arg.is_floating_point() and arg.numel():
             arg = _harder(arg.clone(), choose)
-        changed.append(_restride(arg, choose(4)))
+        changed.append(_restride(arg, choose(5)))
     return tuple(changed)
 
 
@@ -54,7 +54,8 @@ def _harder(value: Tensor, choose: Callable[[int], int]) -> Tensor:
 
 
 def _restride(value: Tensor, kind: int) -> Tensor:
-    """The same contents in other strides: as given, transposed storage, every second element of a larger buffer, an offset."""
+    """The same contents in other strides: as given, transposed storage, every second element of a larger buffer, an offset; or the negative
+    in memory, as of ``z.conj().imag``."""
     if kind == 1 and value.dim() == 2:
         return value.T.contiguous().T
     if kind == 2 and value.dim() >= 1:
@@ -64,4 +65,6 @@ def _restride(value: Tensor, kind: int) -> Tensor:
     if kind == 3 and value.dim() >= 1:
         padded = torch.cat([value.new_zeros(3), value.reshape(-1)])
         return padded[3:].reshape(value.shape)
+    if kind == 4 and value.is_floating_point():
+        return torch._neg_view(-value)
     return value

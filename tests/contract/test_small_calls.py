@@ -30,7 +30,7 @@ def function_calls(call: Callable[[], object]) -> int:
 
 
 @pytest.mark.skipif(unavailable() is not None, reason="counts the way to the compiled kernels")
-@pytest.mark.parametrize(("name", "most"), [("encode", 51), ("packed", 66), ("decode", 46), ("forward", 125)])
+@pytest.mark.parametrize(("name", "most"), [("encode", 51), ("packed", 66), ("decode", 46), ("forward", 128)])
 def test_a_small_call_enters_few_functions(name: str, most: int) -> None:
     x, W = torch.randn(1, 64, device="cpu", dtype=torch.float32), torch.randn(512, 64, device="cpu", dtype=torch.float32)
     latents, handle = fastsae.encode_topk(x, W, k=8), fastsae.pack(W)
