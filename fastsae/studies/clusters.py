@@ -38,7 +38,7 @@ SIZES = {
         "tokens": 12_000, "word_layer": 3, "each": 12, "channels": [32, 64, 64], "k": 30, "least": 6, "samples": 4,
     },
     "default": {
-        "minutes": 20, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 450_000, "held_tokens": 0, "layer": 12,
+        "minutes": 20, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 400_000, "held_tokens": 0, "layer": 12,
         "gate": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "soft": "silu", "words": "minilm", "hidden": [], "epochs": 40,
         "tokens": 56_000, "word_layer": 3, "each": 24, "channels": [32, 64, 64], "k": 40, "least": 10, "samples": 5,
     },
