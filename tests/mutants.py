@@ -84,7 +84,7 @@ MUTANTS = [
     Mutant(PACK_ISA, "set_feature(job, f, norm <= kHugeNorm && loss", "set_feature(job, f, loss", LARGEST_NORM),
     Mutant(PACK_ISA, "? -128 * total", "? -127 * total", LARGEST_SUMS),
     Mutant(PACK_ISA, "^= 0x80808080", "^= 0", LARGEST_SUMS),
-    Mutant(PACK_ISA, "usable && !zero_row ? 127.0f / most", "usable && !zero_row ? 128.0f / most", HANDLE),
+    Mutant(PACK_ISA, "usable && !zero_row ? kSteps / most", "usable && !zero_row ? (kSteps + 1) / most", HANDLE),
     Mutant(PACK_ISA, "sums.largest = larger(sums.largest, magnitude(x));", "sums.largest = larger(sums.largest, x);", LARGEST_SUMS),
     Mutant(BOUND, "static_cast<float>(4 * d + 128) * 0x1p-126f + ", "", HALF_WIDTH, sees=ENCODE),
     Mutant(BOUND, "ScreenFormat::int8 ? 0x1p-94f", "ScreenFormat::int8 ? 0.0f", HALF_WIDTH, sees=ENCODE),
