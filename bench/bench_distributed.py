@@ -71,7 +71,7 @@ def test_weak_scaling(shape: tuple[int, ...], ask: Callable[..., list[Any]], com
 def test_plan(shape: tuple[int, ...], ask: Callable[..., list[Any]], request: pytest.FixtureRequest) -> None:
     """Two ranks' step beside what ``plan`` says of it, with rates of the same turn."""
     rows, width, features, k = shape
-    sizes = {"tokens": 1, "ranks": 2, "batch": rows, "k": k}
+    sizes: dict[str, Any] = {"tokens": 1, "ranks": 2, "batch": rows, "k": k}
 
     def planned(_: int) -> float:
         found = ask("rates", shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from typing import Any
 
 from fastsae.distributed import Rates, plan
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     rates = Rates(options.flops, options.memory, options.network, options.latency)
     names = ("batch", "k", "k_aux", "copies", "d_out", "layers", "cross_layer", "members", "skip")
-    sizes = {"tokens": int(options.tokens), **{name: getattr(options, name) for name in names}}
+    sizes: dict[str, Any] = {"tokens": int(options.tokens), **{name: getattr(options, name) for name in names}}
     plans = [plan(options.features, options.d, rates=rates, ranks=ranks, **sizes) for ranks in options.ranks]
     if options.json:
         print(json.dumps([{**asdict(p), "memory": p.memory, "step": p.step, "seconds": p.seconds} for p in plans], indent=1))

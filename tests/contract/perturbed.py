@@ -66,5 +66,5 @@ def _restride(value: Tensor, kind: int) -> Tensor:
         padded = torch.cat([value.new_zeros(3), value.reshape(-1)])
         return padded[3:].reshape(value.shape)
     if kind == 4 and value.is_floating_point():
-        return torch._neg_view(-value)
+        return torch._neg_view(-value)  # pyright: ignore[reportPrivateImportUsage]
     return value

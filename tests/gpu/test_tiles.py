@@ -63,7 +63,7 @@ def test_the_interval_contains_the_exact_product(kind: str, monkeypatch: pytest.
     if kind == "normal":
         centre = torch.randn(D, generator=generator)
     p = _problem.Problem(x, W, centre, None, None, None, _tile.tile_for(CPU))
-    keys = encode.all_keys(p)
+    keys, e = encode.all_keys(p), torch.empty(0)
     exact = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32).double()
     # Both ends as the kernel computes them, float32, of sums as each chip's tensor cores form them, with its q; and with the one for all of
     # sums less exact than any known.
@@ -471,7 +471,7 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 64, 64, 8, 1))
     generator = torch.Generator().manual_seed(2)
     x, W, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((20, 20), (130, 20), (130,)))
-    calls = (
+    calls: tuple[Any, ...] = (
         lambda x: encode.encode_topk(x, W, b, None, None, None, None, 5, True),
         lambda x: encode.encode_threshold(x, W, b, None, None, None, None, W[:, 0] / 2, 0.5),
         lambda x: (spline.spline_code(x, W, b, None),),
