@@ -48,7 +48,9 @@ def run(study: Study) -> None:
         A, c = affine_map(net, centres)
         noise = [torch.randn(t.shape, generator=study.generator(5), device="cpu") for t in (centres, A)]
         centres = seen.mean(0) + seen.std(0) * noise[0] if "random centres" in kind else centres
-        A = A.std() * noise[1] if "random maps" in kind else A * (kind != "choice of constants")
+        if kind == "choice of constants":
+            A, c = 0 * A, net(centres)
+        A = A.std() * noise[1] if "random maps" in kind else A
         system = fitted(study, {"centres": centres, "A": A, "c": c}, KINDS[kind], mixed, wanted)
         y = system(one.x).detach()
         agrees, right = (float((y.argmax(1) == t).double().mean()) for t in (asked.argmax(1), one.y))
