@@ -26,7 +26,7 @@ SIZES = {
         "l1": [0.05, 0.2], "k": [2], "steps": 60, "rows": 512,
     },
     "quick": {
-        "minutes": 2, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "sizes": [256, 1024],
+        "minutes": 3, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "sizes": [256, 1024],
         "l1": powers(-2, 0, 5), "k": [3, 10], "steps": 600, "rows": 8192,
     },
     "default": {

@@ -133,10 +133,10 @@ def span(study: Study, a: SAE, b: SAE, sample: Tensor) -> dict[str, float]:
     """How much of a's features that b lacks, and of random directions, lies in the space of their nearest features of b."""
     kept = b.W_dec.detach()[frequency(b, sample) > 0]
     alive = a.W_dec.detach()[frequency(a, sample) > 0]
-    lost = alive[fastsae.match(alive, kept).a_to_b.similarity[:, 0] < LEVEL][:200]
+    lost = alive[fastsae.match(alive, kept).a_to_b.similarity[:, 0] < LEVEL]
     random = torch.randn(200, kept.shape[1], generator=study.generator(5), device="cpu", dtype=torch.float32)
     held = []
-    for rows in (lost, random):
+    for rows in (lost[:200], random):
         near = fastsae.match_cosine(rows, kept, k=min(study["near"], len(kept))).index if len(rows) else []
         held.append([float(principal_angles(row[None], kept[nearest])[0].cos() ** 2) for row, nearest in zip(rows, near)])
     return {
