@@ -27,7 +27,8 @@ namespace {
 // Those of a block of features, by row, then feature; only rows that have some are named.
 struct Segment {
   struct Run {
-    int32_t row, count;  // the row is one of the chunk
+    int64_t row;  // of the chunk
+    int32_t count;
   };
   int64_t first_feature;
   std::vector<Run> runs{};
@@ -147,7 +148,7 @@ struct ThresholdDriver : Candidates {
       const int32_t n = std::exchange(u.n[r], 0);
       if (n == 0) continue;
       const int64_t at = r * u.stride;
-      found.runs.push_back({static_cast<int32_t>(r), n});
+      found.runs.push_back({r, n});
       found.values.insert(found.values.end(), u.hi + at, u.hi + at + n);
       found.features.insert(found.features.end(), u.id + at, u.id + at + n);
       if (half >= 0) found.flags.insert(found.flags.end(), u.lo + at, u.lo + at + n);
@@ -241,7 +242,7 @@ struct BatchTopkDriver : Candidates {
               [](const Pooled& a, const Pooled& b) { return std::tie(a.row, a.feature) < std::tie(b.row, b.feature); });
     Segment all{0};
     for (const Pooled& e : pool) {
-      if (all.runs.empty() || all.runs.back().row != e.row) all.runs.push_back({static_cast<int32_t>(e.row), 0});
+      if (all.runs.empty() || all.runs.back().row != e.row) all.runs.push_back({e.row, 0});
       ++all.runs.back().count;
       all.values.push_back(score_of(e.key));
       all.features.push_back(e.feature);
