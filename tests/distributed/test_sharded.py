@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +255,8 @@ def test_a_tree_is_a_sum_and_has_subtrees(n: int) -> None:
     torch.testing.assert_close(tree(t).double(), t.double().sum(0))
     parts: list[Tensor] = list(t.split(4)) if n % 4 == 0 and n else [t]
     assert torch.equal(tree(torch.stack([tree(part) for part in parts])), tree(t))
+
+
+@pytest.mark.slow
+def test_drawn_configurations(tmp_path: Path) -> None:
+    assert int(script("drawn_runs.py", 400 if DEEP else 10, tmp_path).split()[0]) > 0
