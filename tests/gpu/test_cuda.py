@@ -314,12 +314,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiles_for_every_chip_without_spills(source: Path, tmp_path: Path) -> None:
     """No spills, no stack, shared memory that every chip gives, and of our own kernels two full blocks a multiprocessor.
 
-    The oldest, the newest and Hopper: FASTSAE_TEST_ARCHS=all (`make deep`) takes all six, which costs a minute.
+    CI takes sm_90: FASTSAE_TEST_ARCHS=all (`make deep`) all six, which costs a minute.
     """
     archs = re.findall(r'"(\d+)"', re.search(r"CUDA_ARCHS = \(([^)]*)\)", (ROOT / "setup.py").read_text())[1])  # pyright: ignore
     assert archs == ["80", "86", "89", "90", "100", "120"]
     if os.environ.get("FASTSAE_TEST_ARCHS") != "all":
-        archs = ["80", "90", "120"]
+        archs = ["90"]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     options = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c", "--threads", "2"]
     out = tmp_path / f"{source.stem}.o"
