@@ -40,13 +40,13 @@ def run(study: Study) -> None:
     one = digits(study)
     net, seen, generator = one.net, one.seen, study.generator(4)
     i, j = torch.randint(len(seen), (2, study["fit_rows"]), generator=generator, device="cpu")
-    mixed = torch.lerp(seen[i], seen[j], torch.rand(len(i), 1, generator=generator, device="cpu") / 2)
+    mixed = torch.lerp(seen[i], seen[j], torch.rand(len(i), 1, generator=generator, device="cpu", dtype=torch.float32) / 2)
     wanted, asked = net(mixed), net(one.x)
     order, rows = torch.randperm(len(seen), generator=generator, device="cpu"), list[dict[str, Any]]()
     for number, kind in study.track([(number, kind) for number in study["numbers"] for kind in KINDS], "fitting"):
         centres = seen[order[:number]]
         A, c = affine_map(net, centres)
-        noise = [torch.randn(t.shape, generator=study.generator(5), device="cpu") for t in (centres, A)]
+        noise = [torch.randn(t.shape, generator=study.generator(5), device="cpu", dtype=torch.float32) for t in (centres, A)]
         centres = seen.mean(0) + seen.std(0) * noise[0] if "random centres" in kind else centres
         if kind == "choice of constants":
             A, c = 0 * A, net(centres)

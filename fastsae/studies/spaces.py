@@ -84,7 +84,9 @@ def regions(study: Study, one: Digits) -> list[dict[str, Any]]:
     """Share of all bits that change when inputs or weights move by parts of their own length, each tensor of weights by that of its own."""
     x, weights, rows = one.x, parameters(one.net), list[dict[str, Any]]()
     code = pack_signs(torch.cat(one.net.preactivations(x), 1))
-    random = [torch.randn(t.shape, generator=study.generator(6 + n), device="cpu") for n, t in enumerate([x, *weights])]
+    random = [
+        torch.randn(t.shape, generator=study.generator(6 + n), device="cpu", dtype=torch.float32) for n, t in enumerate([x, *weights])
+    ]
     others = x[torch.randperm(len(x), generator=study.generator(5), device="cpu")] - x
     back = [a - b for a, b in zip(parameters(one.untrained), weights)]
     moves = {"inputs, at random": (random[0], None), "inputs, towards others": (others, None)}
