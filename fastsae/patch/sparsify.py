@@ -20,7 +20,8 @@ otherwise than with the library's own coder. ``encode`` takes inputs of any numb
 With muon, 8-bit Adam, the losses "ce" and "kl", several processes or a GPU the optimiser reads dense gradients, as a warning says.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), two CPU cores (``fastsae bench dropin``):
-``train_step`` 0.15 and 0.37, ``fastsae.encode`` 0.28 and 0.42, ``encode`` 0.29 and 0.30; ``Trainer.fit`` 0.34 (AVX2, 256 tokens, D = 768, F = 24,576, k = 32).
+``train_step`` 0.15 and 0.37, ``fastsae.encode`` 0.28 and 0.42, ``encode`` 0.29 and 0.30;
+``Trainer.fit`` 0.34 at the first size, with level avx2.
 """
 
 from __future__ import annotations
