@@ -101,7 +101,8 @@ def front(reports: Reports) -> Reports:
     """The results of the machine that the README shows: of those with a training step, the one with most rows; of as many, the last."""
     names = [chip(report) for report in reports.values() if any(row["op"] == "training step fused" for row in report["results"])]
     count = Counter(chip(report) for report in reports.values() for _ in report["results"])
-    return {path: r for path, r in reports.items() if chip(r) == max(reversed(names), key=lambda name: count[name])}
+    shown = max(reversed(names), key=lambda name: count[name])
+    return {path: r for path, r in reports.items() if chip(r) == shown}
 
 
 def rows_of(reports: Reports) -> list[Row]:

@@ -55,8 +55,8 @@ def _cpu_backend(problem: str | None) -> dict[str, Any]:
 def _certified() -> dict[str, list[str] | str]:
     """The rows found right on each kind of device here; the CPU's need no certificate where the test suite runs them."""
     places = [audit.place(device) for device in verify.devices()] if loader.unavailable() is None and _problem(loader.isa) is None else []
-    tested = "tested with the package" if audit.known("cpu") else None
-    return {audit.kind(place): (tested if isinstance(place, str) else None) or audit.certified(place) for place in places}
+    tested: dict[audit.Place, str] = {place: "tested with the package" for place in places if isinstance(place, str) and audit.known("cpu")}
+    return {audit.kind(place): tested.get(place) or audit.certified(place) for place in places}
 
 
 def run(options: argparse.Namespace) -> int:
