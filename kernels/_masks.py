@@ -22,8 +22,10 @@ from torch import Tensor
 
 from fastsae._core.jit import kernel
 from fastsae.kernels import _tile
-from fastsae.kernels._problem import Problem, Rounded
-from fastsae.kernels._tile import affine, cells, ends, exact, halves, interval, n_tiles, pack_bits, popcount, products, unpack_bits
+from fastsae.kernels._problem import NO_FACTORS, Problem, Rounded
+from fastsae.kernels._tile import (
+    affine, cells, ends, exact, half_widths, halves, n_tiles, pack_bits, popcount, products, screened, unpack_bits,
+)  # fmt: skip
 
 SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _GATHER = 4  # features that a program, one warp, scores exactly at a time: few of its bits are set
@@ -71,14 +73,14 @@ def _store_part(
     KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, TWO: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The bits of products [ROWS, COLUMNS] of the panel's columns ``start`` and up."""
+    """The bits of products, or screened ones, [ROWS, COLUMNS] of the panel's columns ``start`` and up."""
     local = start + tl.arange(0, COLUMNS)
     inside, f = local < n_panel, first + local
     if SCREENED:
         if KIND == GATED:
-            r, e = interval(total, x_factors, W_factors, row, n_rows, f, n, inside, D)
-            kept = _above(affine(r + e, scale, bias, f, inside, False, True), 0.0)
-            kept = kept & _above(affine(r + e, scale, theta, f, inside, True, True), 0.0)
+            e = half_widths(x_factors, W_factors, row, n_rows, f, n, inside, D)
+            kept = _above(affine(total + e, scale, bias, f, inside, False, True), 0.0)
+            kept = kept & _above(affine(total + e, scale, theta, f, inside, True, True), 0.0)
             other = kept
         else:
             low, high = ends(total, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
@@ -128,7 +130,7 @@ def _store_bits(
 
 @kernel(do_not_specialize=["first", "n_rows", "n", "n_words", "half"])
 def mask_kernel(
-    x, W, chosen, x_factors, W_factors, scale, bias, theta, kept_words, other_words,
+    x, W, chosen, x_factors, W_factors, x_far, W_far, n_far, scale, bias, theta, kept_words, other_words,
     first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
     KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
     TWO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -140,6 +142,9 @@ def mask_kernel(
         total, row, _column = products(
             x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
         )
+        if SCREENED:
+            f, inside = first + local, local < n_panel
+            total = screened(total, x_factors, W_factors, x_far, W_far, n_far, row, n_rows, f, n, inside)
         _store_bits(
             total, x_factors, W_factors, scale, bias, theta, kept_words, other_words, rows, row, column_tile.to(tl.int64) * COLUMNS, first,
             n_rows, n_panel, n, n_words, half, D, KIND, BAND, SCREENED, SCALED, BIASED, TWO, ROWS, COLUMNS, PARTS,
@@ -284,7 +289,7 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
     common = {**rule.flags(), **p.tile_shape(), **p.tile.options, "PARTS": p.tile.parts}
     if p.direct:
         mask_kernel[p.tiles(p.n)](
-            p.x, p.W, p.chosen, None, None, p.scale, p.bias, rule.theta, kept, other,
+            p.x, p.W, p.chosen, *NO_FACTORS, p.scale, p.bias, rule.theta, kept, other,
             0, rows, p.n, p.n, words, rule.width, D, *p.strides(),
             SCREENED=False, TWO=other is not None, EVEN=D % p.tile.depth == 0, **p.flags(), **common,
         )  # fmt: skip
@@ -293,7 +298,7 @@ def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, T
     for part, panel, chosen in rounded.panels(p):
         n = part.stop - part.start
         mask_kernel[p.tiles(n)](
-            rounded.x, panel, chosen, rounded.x_factors, rounded.W_factors, p.scale, p.bias, rule.theta, kept, other,
+            rounded.x, panel, chosen, *rounded.factors(), p.scale, p.bias, rule.theta, kept, other,
             part.start, rows, n, p.n, words, rule.width, panel.shape[1], panel.shape[1], 1, panel.shape[1], 1,
             SCREENED=True, TWO=screened_sign, EVEN=True, **{**p.flags(), "CHOSEN": chosen is not None}, **common,
         )  # fmt: skip

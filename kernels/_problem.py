@@ -18,6 +18,8 @@ from fastsae.latents import ScoreInputs
 WORKSPACE = 128 << 20  # bytes of candidates, masks and rounded rows
 PANEL = 32 << 20  # bytes of rounded features
 MOST_ROWS = 4096  # of a chunk
+NO_FACTORS = (None,) * 5  # of a direct score
+_FAR, _ABOVE = 8, 8  # outlier columns of a chunk, at most; how many times the median of the columns' sizes each of them exceeds
 
 
 @dataclass(frozen=True)
@@ -80,33 +82,59 @@ def chunks(rows: int, bytes_per_row: int, least: int, most: int = MOST_ROWS) -> 
         yield slice(start, min(start + step, rows))
 
 
-def rounded(v: Tensor, centre: Tensor | None, *, of_rows: bool) -> tuple[Tensor, Tensor]:
-    """(rows in float16 [n, pitch], their three numbers [3, n])."""
+def rounded(v: Tensor, centre: Tensor | None, *, of_rows: bool, far: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(rows in float16 [n, pitch] without the columns ``far``, their three numbers [3, n])."""
     n = v.shape[0]
     halves = torch.empty((n, _tile.pitch(v.shape[1])), dtype=torch.float16, device=v.device)
     factors = torch.empty((3, n), dtype=torch.float32, device=v.device)
-    _tile.round_rows(v, slice(0, n), halves, factors, None, centre, of_rows=of_rows)
+    _tile.round_rows(v, slice(0, n), halves, factors, None, centre, of_rows=of_rows, far=far)
     return halves, factors
+
+
+def outliers(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(which columns of x [D] are far larger than the others in some row; room for as many of them as there can be, these first; how many
+    these are [1]). They differ between chunks: what they change is how much a screen leaves undecided."""
+    low, high = torch.aminmax(p.x, dim=0)
+    size = torch.maximum(-low, high).float() if p.centre is None else torch.maximum(p.centre - low, high - p.centre)
+    largest, columns = size.topk(min(_FAR + 1, len(size)))
+    far = size > _ABOVE * size.median()
+    if len(size) > _FAR:
+        far &= size > largest[_FAR]
+    return far.view(torch.uint8), columns[:_FAR], far.sum(dtype=torch.int32)
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """The rows of a chunk in float16; the features as ``pack`` rounded them, or room for a panel of them."""
+    """The rows of a chunk in float16 without their outlier columns; the features as ``pack`` rounded them, or room for a panel of them;
+    the outlier columns of both, in float32."""
 
     x: Tensor
     x_factors: Tensor
     panel: Tensor
     W_factors: Tensor
+    x_far: Tensor
+    W_far: Tensor
+    n_far: Tensor
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.x_factors, self.W_factors, self.x_far, self.W_far, self.n_far
 
     @staticmethod
     def of(p: Problem) -> Rounded:
-        x, factors = rounded(p.x, p.centre, of_rows=True)
+        far, columns, n_far = outliers(p)
+        x, factors = rounded(p.x, p.centre, of_rows=True, far=far)
+        x_far, W_far = (v.index_select(1, columns).T.float() for v in (p.x, p.W))
+        if p.centre is not None:
+            x_far = x_far - p.centre[columns, None]
+        if p.chosen is not None:
+            W_far = W_far.index_select(1, p.chosen)
+        rest = x_far.contiguous(), W_far.contiguous(), n_far
         if p.packed is not None:
             panel, W_factors = _parts(p.packed, p.W)
-            return Rounded(x, factors, panel, W_factors if p.chosen is None else W_factors.index_select(1, p.chosen))
+            return Rounded(x, factors, panel, W_factors if p.chosen is None else W_factors.index_select(1, p.chosen), *rest)
         step = max(p.tile.columns, PANEL // (2 * x.shape[1]) // p.tile.columns * p.tile.columns)
         panel = x.new_empty((min(step, p.n), x.shape[1]))
-        return Rounded(x, factors, panel, factors.new_empty((3, p.n)))
+        return Rounded(x, factors, panel, factors.new_empty((3, p.n)), *rest)
 
     def panels(self, p: Problem) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Ranges of features with rounded rows, valid until the next one, and which of these they are (None: all, in order)."""

@@ -11,34 +11,39 @@ leave the registers: keep the best of each bucket, keep what exceeds a threshold
 The exact product of a row and a feature sums blocks of 128 columns in order: lane[j] = fma over columns j, j+32, j+64, j+96, the 32 lanes
 are added pairwise as a tree, block after block. It is elementwise code, so its bits do not depend on how a tile lies over threads.
 
+A few columns in which a chunk's rows are far larger than in the others (massive activations) would set the error of all: they are 0 in the
+rounded rows, and their products are added to the screened one in float32 (``screened``).
+
 ---- The bound of a screened product, and why it holds ----
 
-x is a row (centred, float32, taken as it is), w a feature; u = 2^-24; norms are Euclidean. T = <x, w>, r* = the exact product's float32
-value, r~ = the screened one. x^ = p fl16(x / p) with a power of two p a row (w^ likewise, a power a feature): the largest element of a row
+x is a row (centred, float32, taken as it is), z the same row with its m <= 16 outlier columns set to 0, w a feature; u = 2^-24; norms are
+Euclidean. T = <x, w>, r* = the exact product's float32 value, t~ = the tensor cores' <z, w>, r~ = the screened product, t~ and the m other
+products. z^ = p fl16(z / p) with a power of two p a row (w^ likewise, a power a feature): the largest element of a row
 becomes 2^13 .. 2^14 of float16's 65504, and what falls below float16's smallest normal number is set to 0, so that no tensor core sees
 a denormal. Scaling is exact in float32, both ways, except where it underflows, which (5) counts.
 
 (1) |r* - T| <= g |x||w| + d0, g = 1.01 (ceil(D/128) + 10) u: a chain of 4 fused steps in a lane, 5 levels of the tree, one addition a
     block. Cauchy-Schwarz turns sum |x_d w_d| into |x||w|; 1.01 covers 1 / (1 - k u).
-(2) l(x) = |x^ - x|, each difference exact in float32 (both numbers are multiples of the last place of x, and the difference is small).
-(3) |<x^, w^> - T| = |<x^ - x, w> + <x^, w^ - w>| <= l(x)|w| + (|x| + l(x)) l(w).
-(4) |r~ - <x^, w^>| <= q |x^||w^|. A product of two float16 numbers has 22 bits and is exact. A tensor-core step takes a group of n
+(2) l(z) = |z^ - z|, each difference exact in float32 (both numbers are multiples of the last place of z, and the difference is small).
+(3) |<z^, w^> - <z, w>| = |<z^ - z, w> + <z^, w^ - w>| <= l(z)|w| + (|z| + l(z)) l(w).
+(4) |t~ - <z^, w^>| <= q |z^||w^|. A product of two float16 numbers has 22 bits and is exact. A tensor-core step takes a group of n
     products and the accumulator, aligns all to the largest of them keeping f fraction bits of it, drops the rest of each (an error
     below 2^-f of the largest), adds, and rounds or truncates the sum to float32 (below 2^-23 of the sum). The largest and the sum are
-    at most S = sum |x^_d w^_d| <= |x^||w^|, and there are at most (D + 64) / n groups: q = s (D + 64) with
+    at most S = sum |z^_d w^_d| <= |z^||w^|, and there are at most (D + 64) / n groups: q = s (D + 64) with
         s = 1.01 ((n + 1) 2^-f + 2^-23) / n.
     n >= 4 and f >= 23 on all such units since Volta, and s falls with both: 1.515 * 2^-23 holds for all, and for sums of float32
     arithmetic in any order. ``_SUMS`` has n and f of the chips where they were measured (Fasi, Higham, Mikaitis and Pranesh 2021,
     "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025; Xie et al. 2025, "MMA-Sim").
 (5) d0 and the underflow of r~ on its way back to the scale of x w: each step errs by at most 2^-126, gradual or flushed, and there are
     fewer than 4 D + 100 of them: U = (4 D + 128) 2^-126. Powers are kept within 2^-60 .. 2^46, so the first of the two never underflows.
-(6) |x^| <= X = |x| + l(x) and |w^| <= |w| + l(w). So |r* - r~| <= E with
-        E = |w| (l(x) + q X + g |x|)  +  l(w) (X + q X)  +  U.
+(6) |z^| <= Z = |z| + l(z) and |w^| <= |w| + l(w). Each of the m fused steps that add the other products errs by u of its sum, which is at
+    most V = 1.01 (Z (|w| + l(w)) + |x||w|): less than 2^-20 V in all. So |r* - r~| <= E with
+        E = |w| (l(z) + q Z + g |x|)  +  l(w) (Z + q Z)  +  2^-20 V  +  U.
 (7) Norms are computed in float32: a sum of squares of D terms errs by less than (D + 64) 2u relatively, its root by less than that, and
     an element below 2^-63 may vanish from it: the root is multiplied by 1 + (D + 72) 2u and sqrt(D) 2^-62 is added.
-(8) The ends fl(r~ - e) and fl(r~ + e) must enclose r*. fl errs by u (|r~| + e) <= 2^-22 X (|w| + l(w)), added to the factors; the
+(8) The ends fl(r~ - e) and fl(r~ + e) must enclose r*. fl errs by u (|r~| + e) <= 2^-22 V: with (6) less than 2^-19 V / 1.01; the
     computed e = fma(a, |w|, fma(c, l(w), U)) and the factors err by a few u, covered by 1 + 2^-20:
-        a = (l(x) + (q + 2^-22) X + g |x|) (1 + 2^-20),      c = X (1 + q + 2^-22) (1 + 2^-20).
+        a = (l(z) + (q + 2^-19) Z + (g + 2^-19) |x|) (1 + 2^-20),      c = Z (1 + q + 2^-19) (1 + 2^-20).
 (9) score = fl(fl(r* scale) + bias) and both steps are monotone (falling, if scale < 0), so the ends of the interval, taken through the
     same two steps, enclose the score. An upper end that is NaN or +inf says nothing and passes every test.
 (10) A row or feature with a norm above 1e18 (or infinite, or NaN) gets an infinite interval and is always undecided. For all others
@@ -175,22 +180,35 @@ def affine(value, scale, bias, f, inside, SCALED: tl.constexpr, BIASED: tl.const
 
 
 @triton.jit
-def interval(total, x_factors, W_factors, rows, n_rows, f, n, inside, D):
-    """(screened products r~, half widths e) of a tile whose accumulator is ``total``."""
-    a = tl.load(x_factors + rows)[:, None]
-    c = tl.load(x_factors + n_rows + rows)[:, None]
+def screened(total, x_factors, W_factors, x_far, W_far, n_far, rows, n_rows, f, n, inside):
+    """r~ of a tile whose accumulator is ``total``; the last arguments say where its rows and features stand in the factors."""
     back = tl.load(x_factors + 2 * n_rows + rows)[:, None]
-    norm = tl.load(W_factors + f, mask=inside, other=0)[None, :]
-    loss = tl.load(W_factors + n + f, mask=inside, other=0)[None, :]
-    W_back = tl.load(W_factors + 2 * n + f, mask=inside, other=0)[None, :]
-    floor = (4.0 * D + 128.0) * 1.1754943508222875e-38
-    return total * back * W_back, a * norm + (c * loss + floor)
+    r = total * back * tl.load(W_factors + 2 * n + f, mask=inside, other=0)[None, :]
+    if n_far is not None:
+        x_at, W_at = x_far + rows, W_far + f
+        for _ in range(tl.load(n_far)):
+            left, right = tl.load(x_at)[:, None], tl.load(W_at, mask=inside, other=0)[None, :]
+            r = tl.fma(tl.broadcast_to(left, r.shape), tl.broadcast_to(right, r.shape), r)
+            x_at += n_rows
+            W_at += n
+    return r
 
 
 @triton.jit
-def ends(total, x_factors, W_factors, scale, bias, rows, n_rows, f, n, inside, D, SCALED: tl.constexpr, BIASED: tl.constexpr):
-    """(lower, upper) of the scores of a tile, (9)."""
-    r, e = interval(total, x_factors, W_factors, rows, n_rows, f, n, inside, D)
+def half_widths(x_factors, W_factors, rows, n_rows, f, n, inside, D):
+    """e of a tile."""
+    a = tl.load(x_factors + rows)[:, None]
+    c = tl.load(x_factors + n_rows + rows)[:, None]
+    norm = tl.load(W_factors + f, mask=inside, other=0)[None, :]
+    loss = tl.load(W_factors + n + f, mask=inside, other=0)[None, :]
+    floor = (4.0 * D + 128.0) * 1.1754943508222875e-38
+    return a * norm + (c * loss + floor)
+
+
+@triton.jit
+def ends(r, x_factors, W_factors, scale, bias, rows, n_rows, f, n, inside, D, SCALED: tl.constexpr, BIASED: tl.constexpr):
+    """(lower, upper) of the scores of a tile of screened products, (9)."""
+    e = half_widths(x_factors, W_factors, rows, n_rows, f, n, inside, D)
     if SCALED:
         e = tl.where((tl.load(scale + f, mask=inside, other=0) < 0)[None, :], -e, e)
     return affine(r - e, scale, bias, f, inside, SCALED, BIASED), affine(r + e, scale, bias, f, inside, SCALED, BIASED)
@@ -236,11 +254,11 @@ def exact(x, W, centre, D, x_d, W_d, mask, CENTRED: tl.constexpr, ROWS: tl.const
 
 @kernel(do_not_specialize=["first", "n", "n_factors"])
 def round_kernel(
-    v, chosen, centre, rounded, factors, first, n, n_factors, D, s, pitch, v_r, v_d,
+    v, chosen, centre, far, rounded, factors, first, n, n_factors, D, s, pitch, v_r, v_d,
     CHOSEN: tl.constexpr, CENTRED: tl.constexpr, FACTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + n of v in float16 [n, pitch], padded with zeros, and three numbers a row in ``factors [3, n_factors]``: with
-    FACTORS a and c of (8), otherwise the norm and the loss; then the power that scales back."""
+    """Rows first .. first + n of v in float16 [n, pitch], padded with zeros and 0 in the columns of ``far``, and three numbers a row in
+    ``factors [3, n_factors]``: with FACTORS a and c of (8), otherwise the norm and the loss; then the power that scales back."""
     local = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = local < n
     row = first + local
@@ -255,10 +273,13 @@ def round_kernel(
             value = value - tl.load(centre + d, mask=d < D, other=0)[None, :]
             value = tl.where((d < D)[None, :], value, 0.0)
         size = tl.abs(value)
+        if far is not None:
+            size = tl.where(tl.load(far + d, mask=d < D, other=0)[None, :] != 0, 0.0, size)
         largest = tl.maximum(largest, tl.max(tl.where(size < 3e38, size, 3e38), axis=1))
     exponent = tl.minimum(tl.maximum(140 - (largest.to(tl.int32, bitcast=True) >> 23), -46), 60)
     forth, back = power_of_two(exponent), power_of_two(-exponent)
     squares = tl.zeros((ROWS,), tl.float32)
+    near = tl.zeros((ROWS,), tl.float32)  # squares of z
     losses = tl.zeros((ROWS,), tl.float32)
     for block in range(0, pitch, COLUMNS):
         d = tl.cast(block, tl.int64) + tl.arange(0, COLUMNS)
@@ -266,11 +287,14 @@ def round_kernel(
         if CENTRED:
             value = value - tl.load(centre + d, mask=d < D, other=0)[None, :]
             value = tl.where((d < D)[None, :], value, 0.0)
+        squares += tl.sum(value * value, axis=1)
+        if far is not None:
+            value = tl.where(tl.load(far + d, mask=d < D, other=0)[None, :] != 0, 0.0, value)
+            near += tl.sum(value * value, axis=1)
         half = (value * forth[:, None]).to(tl.float16)
         half = tl.where(tl.abs(half) < 6.103515625e-05, tl.zeros_like(half), half)
         tl.store(rounded + (local * pitch)[:, None] + d[None, :], half, mask=live[:, None] & (d < pitch)[None, :])
         lost = half.to(tl.float32) * back[:, None] - value
-        squares += tl.sum(value * value, axis=1)
         losses += tl.sum(lost * lost, axis=1)
     width = tl.cast(D, tl.float32)
     relative = 1.0 + (width + 72.0) * 1.1920928955078125e-07
@@ -282,8 +306,10 @@ def round_kernel(
         g = 1.01 * (tl.cast((D + 127) // 128, tl.float32) + 10.0) * 5.9604644775390625e-08
         q = s * (width + 64.0)
         reach = norm + loss
-        norm_factor = (loss + (q + 2.384185791015625e-07) * reach + g * norm) * 1.00000095367431640625
-        loss_factor = reach * (1.0 + q + 2.384185791015625e-07) * 1.00000095367431640625
+        if far is not None:
+            reach = tl.sqrt_rn(near) * relative + absolute + loss
+        norm_factor = (loss + (q + 1.9073486328125e-06) * reach + (g + 1.9073486328125e-06) * norm) * 1.00000095367431640625
+        loss_factor = reach * (1.0 + q + 1.9073486328125e-06) * 1.00000095367431640625
         norm, loss = norm_factor, loss_factor
     tl.store(factors + first + local, norm, mask=live)
     tl.store(factors + tl.cast(n_factors, tl.int64) + first + local, loss, mask=live)
@@ -380,9 +406,11 @@ def pitch(D: int) -> int:
 
 
 def round_rows(
-    v: Tensor, rows: slice, rounded: Tensor, factors: Tensor, chosen: Tensor | None, centre: Tensor | None, *, of_rows: bool
-) -> None:
-    """Rounds ``rows`` of v [., D] into rounded [rows, pitch] and writes their numbers into the same columns of factors [3, .]."""
+    v: Tensor, rows: slice, rounded: Tensor, factors: Tensor, chosen: Tensor | None, centre: Tensor | None, *, of_rows: bool,
+    far: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Rounds ``rows`` of v [., D] into rounded [rows, pitch], without the columns ``far`` [D], and writes their numbers into the same
+    columns of factors [3, .]."""
     n = rows.stop - rows.start
     along = v.stride(0) == 1 and v.stride(1) != 1
     size, columns = (32, 64) if along else (4, 256)  # rows read together where they lie side by side
@@ -390,7 +418,7 @@ def round_rows(
         size, columns = 64, 64 * triton.cdiv(rounded.shape[1], 64)
         columns = min(triton.next_power_of_2(columns), 1024)
     round_kernel[(triton.cdiv(n, size),)](
-        v, chosen, centre, rounded, factors,
+        v, chosen, centre, far, rounded, factors,
         rows.start, n, factors.shape[1], v.shape[1], slip(v.device), rounded.shape[1], v.stride(0), v.stride(1),
         CHOSEN=chosen is not None, CENTRED=centre is not None, FACTORS=of_rows, ROWS=size, COLUMNS=columns, num_warps=4,
         enable_fp_fusion=False,

@@ -36,9 +36,9 @@ from fastsae._core import flags
 from fastsae._core.jit import kernel
 from fastsae.kernels import _masks, _select, _tile
 from fastsae.kernels._masks import Rule
-from fastsae.kernels._problem import WORKSPACE, Problem, Rounded, chunks, problem
+from fastsae.kernels._problem import NO_FACTORS, WORKSPACE, Problem, Rounded, chunks, problem
 from fastsae.kernels._select import bucket_index, load_candidates
-from fastsae.kernels._tile import Tile, affine, cells, ends, exact, n_tiles, ordered, products, upper_key
+from fastsae.kernels._tile import Tile, affine, cells, ends, exact, n_tiles, ordered, products, screened, upper_key
 from fastsae.latents import ScoreInputs, of_inputs
 
 FEW = 2048  # features whose keys are all written out
@@ -78,7 +78,7 @@ def emit_rows(
 
 @kernel(do_not_specialize=["first_row", "first", "n_rows", "n", "n_buckets"])  # n_panel and D: multiples of 16 load wide
 def emit_kernel(
-    x, W, chosen, x_factors, W_factors, scale, bias, keys, columns,
+    x, W, chosen, x_factors, W_factors, x_far, W_far, n_far, scale, bias, keys, columns,
     first_row, first, n_rows, n_panel, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
     SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, MAGNITUDE: tl.constexpr, OTHERS: tl.constexpr,
     EVEN: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
@@ -92,7 +92,8 @@ def emit_kernel(
             x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
         )
         if SCREENED:
-            low, high = ends(total, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
+            r = screened(total, x_factors, W_factors, x_far, W_far, n_far, row, n_rows, f, n, inside)
+            low, high = ends(r, x_factors, W_factors, scale, bias, row, n_rows, f, n, inside, D, SCALED, BIASED)
             if MAGNITUDE:
                 high = tl.where((low != low) | (high != high), float("nan"), tl.maximum(tl.abs(low), tl.abs(high)))
             key = upper_key(high)
@@ -369,7 +370,7 @@ def all_keys(p: Problem) -> Tensor:
 def _emit_direct(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | None) -> None:
     rows, D = p.x.shape
     emit_kernel[p.tiles(p.n)](
-        p.x, p.W, p.chosen, None, None, p.scale, p.bias, keys, columns,
+        p.x, p.W, p.chosen, *NO_FACTORS, p.scale, p.bias, keys, columns,
         p.first_row, 0, rows, p.n, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
         SCREENED=False, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=D % p.tile.depth == 0, STORE=plan is None,
         BEST=plan.best if plan else 1, BUCKETS=plan.a_tile if plan else 1, **p.flags(), **p.tile_shape(), **p.tile.options,
@@ -437,7 +438,7 @@ def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Ten
     for part, panel, chosen in rounded.panels(p):
         n = part.stop - part.start
         emit_kernel[p.tiles(n)](
-            rounded.x, panel, chosen, rounded.x_factors, rounded.W_factors, p.scale, p.bias, keys, columns,
+            rounded.x, panel, chosen, *rounded.factors(), p.scale, p.bias, keys, columns,
             p.first_row, part.start, rows, n, p.n, plan.number, panel.shape[1], plan.entries, panel.shape[1], 1, panel.shape[1], 1,
             SCREENED=True, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=True, STORE=False, BEST=plan.best, BUCKETS=plan.a_tile,
             **{**p.flags(), "CHOSEN": chosen is not None}, **p.tile_shape(), **p.tile.options,

@@ -28,7 +28,7 @@ from fastsae._core.jit import kernel
 from fastsae._core.norms import unit_rows
 from fastsae.kernels import _select, _tile, encode
 from fastsae.kernels._problem import MOST_ROWS, WORKSPACE, Problem, pack, rounded
-from fastsae.kernels._tile import Tile, cells, interval, n_tiles, products, upper_key
+from fastsae.kernels._tile import Tile, cells, half_widths, n_tiles, products, screened, upper_key
 from fastsae.kernels.encode import Buckets, emit, emit_rows, topk
 
 _BLOCKS = (8192, 32768), (8192, 16384), (8192, 8192)  # rows and columns of a block of one pass, at most; the first that has plans
@@ -55,7 +55,8 @@ def pair_kernel(
         row_tile, column_tile, rows, columns = cells(tile, n_rows, n_columns, GROUP, ROWS, COLUMNS)
         live, inside = rows < n_rows, columns < n_columns
         total, row, column = products(x, W, None, 0, rows, columns, n_rows, n_columns, D, x_r, 1, W_f, 1, False, ROWS, COLUMNS, DEPTH, True)
-        r, e = interval(total, x_factors, W_factors, row, x_stride, column, W_stride, inside, D)
+        r = screened(total, x_factors, W_factors, None, None, None, row, x_stride, column, W_stride, inside)
+        e = half_widths(x_factors, W_factors, row, x_stride, column, W_stride, inside, D)
         there = live[:, None] & inside[None, :]
         key = tl.where(there, upper_key(r + e), -(2**31))
         n_buckets = n_column_tiles * ROW_BUCKETS
