@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsae._core.jit import kernel
 from fastsae.kernels import _tile
-from fastsae.kernels._problem import NO_FACTORS, Problem, Rounded
+from fastsae.kernels._problem import Operands, Problem
 from fastsae.kernels._tile import (
     affine, cells, ends, exact, half_widths, halves, n_tiles, pack_bits, popcount, products, screened, unpack_bits,
 )  # fmt: skip
@@ -133,14 +133,14 @@ def mask_kernel(
     x, W, chosen, x_factors, W_factors, x_far, W_far, n_far, scale, bias, theta, kept_words, other_words,
     first, n_rows, n_panel, n, n_words, half, D, x_r, x_d, W_f, W_d,
     KIND: tl.constexpr, BAND: tl.constexpr, SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-    TWO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TWO: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """Direct: kept bits, and with BAND those in the band. Screened: bits that may be kept; SIGN: sure ones, and undecided ones."""
     for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
         _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
         total, row, _column = products(
-            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
+            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH
         )
         if SCREENED:
             f, inside = first + local, local < n_panel
@@ -221,19 +221,19 @@ def count_kernel(kept_words, other_words, counts, n, BAND: tl.constexpr, SIZE: t
     tl.store(counts + at, popcount(word), mask=at < n)
 
 
-@kernel(do_not_specialize=["n_rows", "n_words", "half"])
+@kernel(do_not_specialize=["first", "n_rows", "n_words", "half"])
 def write_kernel(
-    x, W, chosen, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
-    n_rows, n, n_words, half, D, x_r, x_d, W_f, W_d,
+    x, W, chosen, names, scale, bias, theta, kept_words, other_words, offsets, base, values, col, flags,
+    first, n_rows, n_panel, n_words, half, D, x_r, x_d, W_f, W_d,
     KIND: tl.constexpr, BAND: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-    EVEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Values, columns and flags of the bits that ``mask_kernel`` set, from the same scores."""
+    """Values, columns (by ``names`` where given) and flags of the bits that ``mask_kernel`` set, from the same scores."""
     WORDS: tl.constexpr = COLUMNS // 32
-    for tile in range(tl.program_id(0), n_tiles(n_rows, n, ROWS, COLUMNS), tl.num_programs(0)):
-        _row_tile, column_tile, rows, f = cells(tile, n_rows, n, GROUP, ROWS, COLUMNS)
-        live, inside = rows < n_rows, f < n
-        word = column_tile.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
+        _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
+        live, inside, f = rows < n_rows, local < n_panel, first + local
+        word = first // 32 + column_tile.to(tl.int64) * WORDS + tl.arange(0, WORDS)
         at = (rows * n_words)[:, None] + word[None, :]
         mask = live[:, None] & (word < n_words)[None, :]
         kept = tl.load(kept_words + at, mask=mask, other=0)
@@ -242,7 +242,12 @@ def write_kernel(
             banded = tl.load(other_words + at, mask=mask, other=0)
             stored = kept | banded
         if tl.max(tl.max((stored != 0).to(tl.int32), axis=1), axis=0) != 0:
-            total, _row, column = products(x, W, chosen, 0, rows, f, n_rows, n, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN)
+            total, _row, _column = products(
+                x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH
+            )
+            column = f
+            if names is not None:
+                column = tl.load(names + f, mask=inside, other=0)
             decided, band, value = _decide(total, scale, bias, theta, half, f, inside, KIND, BAND, SCALED, BIASED)
             bit = tl.arange(0, 32)[None, None, :]
             before = popcount(stored[:, :, None] & ((1 << bit) - 1))
@@ -281,28 +286,22 @@ def n_words(n: int) -> int:
 
 def masks(p: Problem, rule: Rule, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(kept, in the band or None): words [rows, n_words] of exact decisions, the first into ``kept`` where given."""
-    (rows, D), device, words = p.x.shape, p.x.device, n_words(p.n)
+    rows, device, words = p.x.shape[0], p.x.device, n_words(p.n)
     if kept is None:
         kept = torch.empty((rows, words), dtype=torch.int32, device=device)
     screened_sign = rule.kind is SIGN and not p.direct
     other = torch.empty_like(kept) if screened_sign or rule.half is not None else None
-    common = {**rule.flags(), **p.tile_shape(), **p.tile.options, "PARTS": p.tile.parts}
-    if p.direct:
-        mask_kernel[p.tiles(p.n)](
-            p.x, p.W, p.chosen, *NO_FACTORS, p.scale, p.bias, rule.theta, kept, other,
-            0, rows, p.n, p.n, words, rule.width, D, *p.strides(),
-            SCREENED=False, TWO=other is not None, EVEN=D % p.tile.depth == 0, **p.flags(), **common,
-        )  # fmt: skip
-        return kept, other
-    rounded = Rounded.of(p)
-    for part, panel, chosen in rounded.panels(p):
+    tiles = Operands.of(p)
+    for part, panel, chosen in tiles.panels(p):
         n = part.stop - part.start
         mask_kernel[p.tiles(n)](
-            rounded.x, panel, chosen, *rounded.factors(), p.scale, p.bias, rule.theta, kept, other,
-            part.start, rows, n, p.n, words, rule.width, panel.shape[1], panel.shape[1], 1, panel.shape[1], 1,
-            SCREENED=True, TWO=screened_sign, EVEN=True, **{**p.flags(), "CHOSEN": chosen is not None}, **common,
+            tiles.x, panel, chosen, *tiles.factors(), p.scale, p.bias, rule.theta, kept, other,
+            part.start, rows, n, p.n, words, rule.width, panel.shape[1], *tiles.x.stride(), *panel.stride(),
+            SCREENED=not p.direct, TWO=other is not None and (p.direct or screened_sign), PARTS=p.tile.parts,
+            **rule.flags(), **p.flags(chosen), **p.tile_shape(), **p.tile.options,
         )  # fmt: skip
-    _refine(p, rule, kept, other, None)
+    if not p.direct:
+        _refine(p, rule, kept, other, None)
     return kept, None if rule.kind is SIGN else other
 
 
@@ -313,7 +312,7 @@ def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tup
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, rule.theta, kept, other, *(out or (None,) * 5),
         rows, words, rule.width, p.x.shape[1], *p.strides(),
         WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=32 * size if interpreted else _GATHER,
-        num_warps=1, enable_fp_fusion=False, **rule.flags(), **p.flags(),
+        num_warps=1, enable_fp_fusion=False, **rule.flags(), **p.flags(p.chosen),
     )  # fmt: skip
 
 
@@ -334,9 +333,11 @@ def write(
     if not p.direct:
         _refine(p, rule, kept, other, (offsets, base, values, col, flags))
         return
-    rows, D = p.x.shape
-    write_kernel[p.tiles(p.n)](
-        p.x, p.W, p.chosen, p.scale, p.bias, rule.theta, kept, other, offsets, base, values, col, flags,
-        rows, p.n, kept.shape[1], rule.width, D, *p.strides(),
-        EVEN=D % p.tile.depth == 0, **rule.flags(), **p.flags(), **p.tile_shape(), **p.tile.options,
-    )  # fmt: skip
+    tiles = Operands.of(p)
+    for part, panel, chosen in tiles.panels(p):
+        n = part.stop - part.start
+        write_kernel[p.tiles(n)](
+            tiles.x, panel, chosen, p.chosen, p.scale, p.bias, rule.theta, kept, other, offsets, base, values, col, flags,
+            part.start, p.x.shape[0], n, kept.shape[1], rule.width, panel.shape[1], *tiles.x.stride(), *panel.stride(),
+            **rule.flags(), **p.flags(chosen), **p.tile_shape(), **p.tile.options,
+        )  # fmt: skip

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,8 @@ from fastsae.kernels._tile import Tile
 from fastsae.latents import ScoreInputs
 
 WORKSPACE = 128 << 20  # bytes of candidates, masks and rounded rows
-PANEL = 32 << 20  # bytes of rounded features
+PANEL = 32 << 20  # bytes of rounded or copied features
 MOST_ROWS = 4096  # of a chunk
-NO_FACTORS = (None,) * 5  # of a direct score
 _FAR, _ABOVE = 8, 8  # outlier columns of a chunk, at most; how many times the median of the columns' sizes each of them exceeds
 
 
@@ -50,10 +50,8 @@ class Problem:
     def rows(self, part: slice) -> Problem:
         return replace(self, x=self.x[part], first_row=self.first_row + part.start)
 
-    def flags(self) -> dict[str, bool]:
-        return {
-            "CHOSEN": self.chosen is not None, "SCALED": self.scale is not None, "BIASED": self.bias is not None,
-        }  # fmt: skip
+    def flags(self, chosen: Tensor | None) -> dict[str, bool]:
+        return {"CHOSEN": chosen is not None, "SCALED": self.scale is not None, "BIASED": self.bias is not None}
 
     def tile_shape(self) -> dict[str, int]:
         return {"ROWS": self.tile.rows, "COLUMNS": self.tile.columns, "DEPTH": self.tile.depth, "GROUP": self.tile.group}
@@ -103,24 +101,40 @@ def outliers(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return far.view(torch.uint8), columns[:_FAR], far.sum(dtype=torch.int32)
 
 
+def _steps(v: Tensor, *, turned: bool) -> bool:
+    """Whether tiles load rows of v, or (``turned``) its columns, 16 bytes at a time, whole steps of them. Triton asks for multiples of 16."""
+    (n, D), (r, d) = v.shape, v.stride()
+    lines = (d == 1 and r % 16 == 0) or (turned and r == 1 and d % 16 == 0 and n % 16 == 0)
+    return lines and D % _tile.pitch(1) == 0 and v.data_ptr() % 16 == 0
+
+
+def _copied(v: Tensor) -> Tensor:
+    """Rows that load so."""
+    copy = v.new_zeros((v.shape[0], _tile.pitch(v.shape[1])))
+    copy[:, : v.shape[1]] = v
+    return copy
+
+
 @dataclass(frozen=True)
-class Rounded:
-    """The rows of a chunk in float16 without their outlier columns; the features as ``pack`` rounded them, or room for a panel of them;
-    the outlier columns of both, in float32."""
+class Operands:
+    """What the tiles of a chunk multiply. Direct: rows and features themselves, or copies that load wide. Screened: the rows in float16
+    without their outlier columns; the features as ``pack`` rounded them, or room for a panel of them; the outlier columns in float32."""
 
     x: Tensor
-    x_factors: Tensor
-    panel: Tensor
-    W_factors: Tensor
-    x_far: Tensor
-    W_far: Tensor
-    n_far: Tensor
+    x_factors: Any = None
+    panel: Any = None
+    W_factors: Any = None
+    x_far: Any = None
+    W_far: Any = None
+    n_far: Any = None
 
-    def factors(self) -> tuple[Tensor, ...]:
+    def factors(self) -> tuple[Any, ...]:
         return self.x_factors, self.W_factors, self.x_far, self.W_far, self.n_far
 
     @staticmethod
-    def of(p: Problem) -> Rounded:
+    def of(p: Problem) -> Operands:
+        if p.direct:
+            return Operands(p.x if _steps(p.x, turned=False) else _copied(p.x))
         far, columns, n_far = outliers(p)
         x, factors = rounded(p.x, p.centre, of_rows=True, far=far)
         x_far, W_far = (v.index_select(1, columns).T.float() for v in (p.x, p.W))
@@ -131,23 +145,24 @@ class Rounded:
         rest = x_far.contiguous(), W_far.contiguous(), n_far
         if p.packed is not None:
             panel, W_factors = _parts(p.packed, p.W)
-            return Rounded(x, factors, panel, W_factors if p.chosen is None else W_factors.index_select(1, p.chosen), *rest)
-        step = max(p.tile.columns, PANEL // (2 * x.shape[1]) // p.tile.columns * p.tile.columns)
-        panel = x.new_empty((min(step, p.n), x.shape[1]))
-        return Rounded(x, factors, panel, factors.new_empty((3, p.n)), *rest)
+            return Operands(x, factors, panel, W_factors if p.chosen is None else W_factors.index_select(1, p.chosen), *rest)
+        return Operands(x, factors, None, factors.new_empty((3, p.n)), *rest)
 
     def panels(self, p: Problem) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Ranges of features with rounded rows, valid until the next one, and which of these they are (None: all, in order)."""
-        if p.packed is not None:
+        """Ranges of features with their rows, valid until the next one, and which of these they are (None: all, in order)."""
+        if self.panel is not None or (p.direct and _steps(p.W, turned=p.chosen is None)):
             if p.n:
-                yield slice(0, p.n), self.panel, p.chosen
+                yield slice(0, p.n), p.W if self.panel is None else self.panel, p.chosen
             return
-        step = self.panel.shape[0]
+        step = max(p.tile.columns, PANEL // (2 * self.x.shape[1]) // p.tile.columns * p.tile.columns)
+        room = None if self.W_factors is None else self.x.new_empty((min(step, p.n), self.x.shape[1]))
         for start in range(0, p.n, step):
             part = slice(start, min(start + step, p.n))
-            panel = self.panel[: part.stop - start]
-            _tile.round_rows(p.W, part, panel, self.W_factors, p.chosen, None, of_rows=False)
-            yield part, panel, None
+            if room is None:
+                yield part, _copied(p.W[part] if p.chosen is None else p.W[p.chosen[part]]), None
+                continue
+            _tile.round_rows(p.W, part, room[: part.stop - start], self.W_factors, p.chosen, None, of_rows=False)
+            yield part, room[: part.stop - start], None
 
 
 # ---------------------------------------------------------------- handles

@@ -69,7 +69,7 @@ from fastsae._core.jit import kernel
 
 _LANES = tl.constexpr(32)
 _LANE_COLUMNS = tl.constexpr(4)
-_PAD = 64  # rows of rounded operands are padded to this many columns
+_PAD = 64  # rows of operands that are made for the tiles are padded to this many columns
 
 # ---------------------------------------------------------------- device code: numbers
 
@@ -140,10 +140,11 @@ def cells(tile, n_rows, n_columns, GROUP: tl.constexpr, ROWS: tl.constexpr, COLU
 @triton.jit
 def products(
     x, W, chosen, first, rows, columns, n_rows, n_columns, D, x_r, x_d, W_f, W_d,
-    CHOSEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    CHOSEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(products [ROWS, COLUMNS] in float32, their rows, their rows of W): one chain of tensor-core steps in ascending d. A row beyond the
-    end stands for the last one; a column there is masked, as a clamped one would not lie beside its neighbours."""
+    """(products [ROWS, COLUMNS] in float32, their rows, their rows of W): one chain of tensor-core steps in ascending d, of which there are
+    a multiple of DEPTH. A row beyond the end stands for the last one; a column there is masked, as a clamped one would not lie beside its
+    neighbours."""
     row, column, inside = tl.minimum(rows, n_rows - 1), columns, columns < n_columns
     if CHOSEN:
         column = tl.load(chosen + first + columns, mask=inside, other=0)
@@ -151,13 +152,8 @@ def products(
     x_at = (x + row * x_r)[:, None] + d.to(tl.int64)[None, :] * x_d
     W_at = (W + column * W_f)[None, :] + d.to(tl.int64)[:, None] * W_d
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, D, DEPTH):
-        if EVEN:
-            left, right = tl.load(x_at), tl.load(W_at, mask=inside[None, :], other=0)
-        else:
-            left = tl.load(x_at, mask=(d < D - start)[None, :], other=0)
-            right = tl.load(W_at, mask=(d < D - start)[:, None] & inside[None, :], other=0)
-        total = tl.dot(left, right, total)
+    for _ in range(0, D, DEPTH):
+        total = tl.dot(tl.load(x_at), tl.load(W_at, mask=inside[None, :], other=0), total)
         x_at += tl.cast(x_d, tl.int64) * DEPTH
         W_at += tl.cast(W_d, tl.int64) * DEPTH
     return total, row, column

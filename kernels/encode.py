@@ -36,7 +36,7 @@ from fastsae._core import flags
 from fastsae._core.jit import kernel
 from fastsae.kernels import _masks, _select, _tile
 from fastsae.kernels._masks import Rule
-from fastsae.kernels._problem import NO_FACTORS, WORKSPACE, Problem, Rounded, chunks, problem
+from fastsae.kernels._problem import WORKSPACE, Operands, Problem, chunks, problem
 from fastsae.kernels._select import bucket_index, load_candidates
 from fastsae.kernels._tile import Tile, affine, cells, ends, exact, n_tiles, ordered, products, screened, upper_key
 from fastsae.latents import ScoreInputs, of_inputs
@@ -81,7 +81,7 @@ def emit_kernel(
     x, W, chosen, x_factors, W_factors, x_far, W_far, n_far, scale, bias, keys, columns,
     first_row, first, n_rows, n_panel, n, n_buckets, D, stride, x_r, x_d, W_f, W_d,
     SCREENED: tl.constexpr, CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, MAGNITUDE: tl.constexpr, OTHERS: tl.constexpr,
-    EVEN: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
+    STORE: tl.constexpr, BEST: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Features first .. first + n_panel against all rows of the chunk: keys of the best of each bucket, or (STORE) of all scores."""
@@ -89,7 +89,7 @@ def emit_kernel(
         _row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
         live, inside, f = rows < n_rows, local < n_panel, first + local
         total, row, _column = products(
-            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN
+            x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH
         )
         if SCREENED:
             r = screened(total, x_factors, W_factors, x_far, W_far, n_far, row, n_rows, f, n, inside)
@@ -109,24 +109,27 @@ def emit_kernel(
             emit_rows(key, keys, columns, rows, live, bucket, n_buckets, stride, BEST, ROWS, BUCKETS, COLUMNS // BUCKETS)
 
 
-@kernel(do_not_specialize=["n_rows", "n_buckets", "k", "tile_stride"])
+@kernel(do_not_specialize=["first", "n_rows", "n_buckets", "k", "tile_stride"])
 def rescan_kernel(
     x, W, chosen, scale, bias, slot_of, tile_flags, keys,
-    n_rows, n, n_buckets, D, k, stride, tile_stride, x_r, x_d, W_f, W_d,
-    CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
+    first, n_rows, n_panel, n_buckets, D, k, stride, tile_stride, x_r, x_d, W_f, W_d,
+    CHOSEN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, BUCKETS: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The direct scores of all columns of the flagged buckets, as candidates k + slot * deep + column of their rows."""
     DEEP: tl.constexpr = COLUMNS // BUCKETS
-    for tile in range(tl.program_id(0), n_tiles(n_rows, n, ROWS, COLUMNS), tl.num_programs(0)):
-        row_tile, column_tile, rows, f = cells(tile, n_rows, n, GROUP, ROWS, COLUMNS)
-        if tl.load(tile_flags + row_tile.to(tl.int64) * tile_stride + column_tile) != 0:
-            live, inside = rows < n_rows, f < n
-            total, _row, _column = products(x, W, chosen, 0, rows, f, n_rows, n, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH, EVEN)
-            key = ordered(affine(total, scale, bias, f, inside, SCALED, BIASED))
+    for tile in range(tl.program_id(0), n_tiles(n_rows, n_panel, ROWS, COLUMNS), tl.num_programs(0)):
+        row_tile, column_tile, rows, local = cells(tile, n_rows, n_panel, GROUP, ROWS, COLUMNS)
+        at_tile = first // COLUMNS + column_tile
+        if tl.load(tile_flags + row_tile.to(tl.int64) * tile_stride + at_tile) != 0:
+            live, inside = rows < n_rows, local < n_panel
+            total, _row, _column = products(
+                x, W, chosen, first, rows, local, n_rows, n_panel, D, x_r, x_d, W_f, W_d, CHOSEN, ROWS, COLUMNS, DEPTH
+            )
+            key = ordered(affine(total, scale, bias, first + local, inside, SCALED, BIASED))
             # [ROWS, DEEP, BUCKETS], so that there is one slot a row and bucket.
             key = tl.reshape(key, (ROWS, DEEP, BUCKETS))
-            bucket = column_tile.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
+            bucket = at_tile.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS)
             slot = tl.load(slot_of + (rows * n_buckets)[:, None] + bucket[None, :], mask=live[:, None], other=-1).to(tl.int32)
             at = k + slot[:, None, :] * DEEP + tl.arange(0, DEEP)[None, :, None]
             mask = tl.broadcast_to((slot >= 0)[:, None, :], (ROWS, DEEP, BUCKETS))
@@ -360,21 +363,23 @@ def all_keys(p: Problem) -> Tensor:
     rows = p.x.shape[0]
     keys = torch.empty((rows, p.n), dtype=torch.int32, device=p.x.device)
     if p.direct:
-        _emit_direct(p, keys, None, None)
+        _emit(p, Operands.of(p), keys, None, None)
     else:
         size, columns = (4, 32) if not _tile.interpreting() else (32, 64)
         _exact(p, keys, None, None, None, min(size, triton.next_power_of_2(rows)), columns)
     return keys
 
 
-def _emit_direct(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | None) -> None:
-    rows, D = p.x.shape
-    emit_kernel[p.tiles(p.n)](
-        p.x, p.W, p.chosen, *NO_FACTORS, p.scale, p.bias, keys, columns,
-        p.first_row, 0, rows, p.n, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
-        SCREENED=False, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=D % p.tile.depth == 0, STORE=plan is None,
-        BEST=plan.best if plan else 1, BUCKETS=plan.a_tile if plan else 1, **p.flags(), **p.tile_shape(), **p.tile.options,
-    )  # fmt: skip
+def _emit(p: Problem, tiles: Operands, keys: Tensor, columns: Tensor | None, plan: Buckets | None) -> None:
+    for part, panel, chosen in tiles.panels(p):
+        n = part.stop - part.start
+        emit_kernel[p.tiles(n)](
+            tiles.x, panel, chosen, *tiles.factors(), p.scale, p.bias, keys, columns,
+            p.first_row, part.start, p.x.shape[0], n, p.n, plan.number if plan else 0, panel.shape[1], keys.stride(0),
+            *tiles.x.stride(), *panel.stride(),
+            SCREENED=not p.direct, MAGNITUDE=p.magnitude, OTHERS=p.others, STORE=plan is None,
+            BEST=plan.best if plan else 1, BUCKETS=plan.a_tile if plan else 1, **p.flags(chosen), **p.tile_shape(), **p.tile.options,
+        )  # fmt: skip
 
 
 def _exact(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | None, only: Tensor | None, size: int, width: int) -> None:
@@ -386,7 +391,7 @@ def _exact(p: Problem, keys: Tensor, columns: Tensor | None, plan: Buckets | Non
         p.first_row, rows, p.n, plan.number if plan else 0, D, keys.stride(0), *p.strides(),
         ONLY=only is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, STORE=plan is None,
         BEST=plan.best if plan else 1, BUCKETS=plan.a_tile if plan else 1, ROWS=size, COLUMNS=width,
-        num_warps=8, enable_fp_fusion=False, **p.flags(),
+        num_warps=8, enable_fp_fusion=False, **p.flags(p.chosen),
     )  # fmt: skip
 
 
@@ -407,21 +412,23 @@ def _select_emitted(
 
 
 def _direct_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, D), device = p.x.shape, p.x.device
+    rows, device, tiles = p.x.shape[0], p.x.device, Operands.of(p)
     keys = torch.empty((rows, plan.entries), dtype=torch.int32, device=device)
     columns = torch.empty((rows, plan.entries), dtype=torch.int16, device=device)
-    _emit_direct(p, keys, columns, plan)
+    _emit(p, tiles, keys, columns, plan)
     kept_keys, kept_ids = torch.empty((2, rows, plan.room(direct=True)), dtype=torch.int32, device=device)
     cut, n_flagged = torch.empty(2 * rows, dtype=torch.int32, device=device), torch.empty(rows, dtype=torch.int32, device=device)
     flagged = torch.empty((rows, max(1, plan.k // plan.best)), dtype=torch.int32, device=device)
     slot_of = torch.empty((rows, plan.number), dtype=torch.int16, device=device)
     tile_flags = torch.zeros((triton.cdiv(rows, p.tile.rows), triton.cdiv(p.n, p.tile.columns)), dtype=torch.int32, device=device)
     _select_emitted(keys, columns, plan, p.tile, None, (kept_keys, kept_ids), cut, flagged, n_flagged, slot_of, tile_flags)
-    rescan_kernel[p.tiles(p.n)](
-        p.x, p.W, p.chosen, p.scale, p.bias, slot_of, tile_flags, kept_keys,
-        rows, p.n, plan.number, D, plan.k, kept_keys.stride(0), tile_flags.shape[1], *p.strides(),
-        EVEN=D % p.tile.depth == 0, BUCKETS=plan.a_tile, **p.flags(), **p.tile_shape(), **p.tile.options,
-    )  # fmt: skip
+    for part, panel, chosen in tiles.panels(p):
+        n = part.stop - part.start
+        rescan_kernel[p.tiles(n)](
+            tiles.x, panel, chosen, p.scale, p.bias, slot_of, tile_flags, kept_keys,
+            part.start, rows, n, plan.number, panel.shape[1], plan.k, kept_keys.stride(0), tile_flags.shape[1],
+            *tiles.x.stride(), *panel.stride(), BUCKETS=plan.a_tile, **p.flags(chosen), **p.tile_shape(), **p.tile.options,
+        )  # fmt: skip
     room = plan.room(direct=True)
     list_kernel[(triton.cdiv(rows * room, 1024),)](
         kept_keys, kept_ids, slot_of, flagged, n_flagged, rows, p.n, plan.k, room, plan.number, flagged.shape[1],
@@ -434,15 +441,7 @@ def _screened_candidates(p: Problem, plan: Buckets) -> tuple[Tensor, Tensor, Ten
     rows, device = p.x.shape[0], p.x.device
     keys = torch.empty((rows, plan.entries), dtype=torch.int32, device=device)
     columns = torch.empty((rows, plan.entries), dtype=torch.int16, device=device)
-    rounded = Rounded.of(p)
-    for part, panel, chosen in rounded.panels(p):
-        n = part.stop - part.start
-        emit_kernel[p.tiles(n)](
-            rounded.x, panel, chosen, *rounded.factors(), p.scale, p.bias, keys, columns,
-            p.first_row, part.start, rows, n, p.n, plan.number, panel.shape[1], plan.entries, panel.shape[1], 1, panel.shape[1], 1,
-            SCREENED=True, MAGNITUDE=p.magnitude, OTHERS=p.others, EVEN=True, STORE=False, BEST=plan.best, BUCKETS=plan.a_tile,
-            **{**p.flags(), "CHOSEN": chosen is not None}, **p.tile_shape(), **p.tile.options,
-        )  # fmt: skip
+    _emit(p, Operands.of(p), keys, columns, plan)
     return settle(p, plan, keys, columns)
 
 
@@ -482,7 +481,7 @@ def _rescore(
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, columns, lengths, flagged, n_flagged, ids, keys,
         p.first_row, first, p.n, plan.number, plan.slots, D, ids.shape[1], plan.entries, *p.strides(),
         SLOTS=flagged is not None, CENTRED=p.centre is not None, MAGNITUDE=p.magnitude, OTHERS=p.others, BEST=plan.best,
-        BUCKETS=plan.a_tile, DEEP=plan.deep, COLUMNS=width, num_warps=2, enable_fp_fusion=False, **p.flags(),
+        BUCKETS=plan.a_tile, DEEP=plan.deep, COLUMNS=width, num_warps=2, enable_fp_fusion=False, **p.flags(p.chosen),
     )  # fmt: skip
 
 

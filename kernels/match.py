@@ -54,7 +54,7 @@ def pair_kernel(
     for tile in range(tl.program_id(0), n_tiles(n_rows, n_columns, ROWS, COLUMNS), tl.num_programs(0)):
         row_tile, column_tile, rows, columns = cells(tile, n_rows, n_columns, GROUP, ROWS, COLUMNS)
         live, inside = rows < n_rows, columns < n_columns
-        total, row, column = products(x, W, None, 0, rows, columns, n_rows, n_columns, D, x_r, 1, W_f, 1, False, ROWS, COLUMNS, DEPTH, True)
+        total, row, column = products(x, W, None, 0, rows, columns, n_rows, n_columns, D, x_r, 1, W_f, 1, False, ROWS, COLUMNS, DEPTH)
         r = screened(total, x_factors, W_factors, None, None, None, row, x_stride, column, W_stride, inside)
         e = half_widths(x_factors, W_factors, row, x_stride, column, W_stride, inside, D)
         there = live[:, None] & inside[None, :]

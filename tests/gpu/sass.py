@@ -223,12 +223,12 @@ def predict() -> None:
     emitted = "select_kernel i32 EMITTED FLAG MAPPED BUCKETS=1 HELD"
     select = 2 * _programs(emitted, B, 32, 0, 1, 1)  # of what was emitted, and of the candidates
     rounding = F * D * 6 / _COPY * 1e3
-    screened = "emit_kernel fp16 SCREENED EVEN BEST=4 BUCKETS=2"
+    screened = "emit_kernel fp16 SCREENED BEST=4 BUCKETS=2"
     signs, open_bits = 65536, 0.008 * 3072  # undecided of a row: 1.1 % with the q of all chips
     refined = _programs("refine_kernel fp32 BIASED", signs * 12, open_bits / 12 / 4 + 0.5, 6)
     hashed = _programs("hash_kernel i32", signs / 16, 48)
     for what, shape, parts, must in (
-        ("encode_topk bf16", (B, D, F), {"product": _product("emit_kernel bf16 EVEN BEST=4 BUCKETS=1", B, F, D), "select": select}, 1.35),
+        ("encode_topk bf16", (B, D, F), {"product": _product("emit_kernel bf16 BEST=4 BUCKETS=1", B, F, D), "select": select}, 1.35),
         ("encode_topk fp32", (B, D, F), {
             "product": _product(screened, B, F, D), "rounding, 4 chunks": 4 * rounding, "select": 1.5 * select,
             "scores": 1.2 * B * k * D * 4 / _COPY * 1e3,
@@ -238,10 +238,10 @@ def predict() -> None:
             "scores": 1.5 * F * 8 * D * 4 / _COPY * 1e3,
         }, 1.35),
         ("spline_hash bf16", (signs, 768, 3072), {
-            "product": _product("mask_kernel bf16 BIASED EVEN", signs, 3072, 768), "hash": hashed,
+            "product": _product("mask_kernel bf16 BIASED", signs, 3072, 768), "hash": hashed,
         }, 1.5),
         ("spline_hash fp32", (signs, 768, 3072), {
-            "product": _product("mask_kernel fp16 SCREENED BIASED TWO EVEN", signs, 3072, 768), "hash": hashed,
+            "product": _product("mask_kernel fp16 SCREENED BIASED TWO", signs, 3072, 768), "hash": hashed,
             "rounding": signs * 768 * 6 / _COPY * 1e3, "undecided": max(refined, signs * open_bits * 768 * 4 / _L2 * 1e3),
         }, 3.0),
     ):  # fmt: skip
