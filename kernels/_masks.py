@@ -24,12 +24,12 @@ from fastsae._core.jit import kernel
 from fastsae.kernels import _tile
 from fastsae.kernels._problem import Operands, Problem
 from fastsae.kernels._tile import (
-    affine, cells, ends, exact, half_widths, halves, n_tiles, pack_bits, popcount, products, screened, unpack_bits,
+    affine, cells, ends, exact, half_widths, halves, n_tiles, pack_bits, popcount, products, screened,
 )  # fmt: skip
 
 SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_GATHER = 4  # features that a program, one warp, scores exactly at a time: few of its bits are set
-_WORDS = 8  # of a program that walks over set bits
+_GATHER = 4  # features that a program, one warp, scores exactly at a time
+_WORDS = 128  # of a program that walks over set bits, of which there are few
 
 # ---------------------------------------------------------------- device code
 
@@ -158,7 +158,7 @@ def refine_kernel(
     KIND: tl.constexpr, BAND: tl.constexpr, WRITE: tl.constexpr, CHOSEN: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
     BIASED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Exact scores of the set bits of one row and WORDS words. Decides: SIGN the undecided bits, otherwise the bits that may be kept.
+    """Exact scores of the set bits of one row and WORDS words, COLUMNS at a time in ascending order. Decides: SIGN the undecided bits, otherwise the bits that may be kept.
     WRITE: value, column and flag of every bit, in order from the offset of the first word."""
     # One dimension, as a grid's second ends at 65535; rows first, as they share their features.
     row = (tl.program_id(0) % n_rows).to(tl.int64)
@@ -172,17 +172,22 @@ def refine_kernel(
         open_words = kept | tl.load(other_words + at, mask=there, other=0)
     if KIND == SIGN:
         open_words = tl.load(other_words + at, mask=there, other=0)
-    bit = tl.reshape(unpack_bits(open_words[None, :], 1, WORDS), (32 * WORDS,))
-    place = tl.arange(0, 32 * WORDS)
-    number = tl.cumsum(bit, axis=0) - 1
-    count = tl.sum(bit, axis=0)
-    new = tl.zeros((32 * WORDS,), tl.int32)
-    band_new = tl.zeros((32 * WORDS,), tl.int32)
+    count = tl.sum(popcount(open_words), axis=0)
+    new = tl.zeros((WORDS,), tl.int32)
+    band_new = tl.zeros((WORDS,), tl.int32)
     for start in range(0, count, COLUMNS):
         wanted = start + tl.arange(0, COLUMNS)
-        hit = (number[None, :] == wanted[:, None]) & (bit != 0)[None, :]
-        f = first_word * 32 + tl.sum(tl.where(hit, place[None, :], 0), axis=1)
+        place = tl.zeros((COLUMNS,), tl.int32)
+        for s in tl.static_range(COLUMNS):
+            lowest = open_words & -open_words
+            mine = tl.where(open_words != 0, tl.arange(0, WORDS) * 32 + popcount(lowest - 1), 32 * WORDS - 1)
+            first = tl.min(mine, axis=0)
+            place = tl.where(tl.arange(0, COLUMNS) == s, first, place)
+            open_words = tl.where(mine == first, open_words ^ lowest, open_words)
+        f = first_word * 32 + place
         inside = wanted < count
+        hit = (place >> 5)[:, None] == tl.arange(0, WORDS)[None, :]
+        here = tl.where(inside, 1 << (place & 31), 0)
         column = f
         if CHOSEN:
             column = tl.load(chosen + f, mask=inside, other=0)
@@ -198,17 +203,14 @@ def refine_kernel(
             if BAND:
                 tl.store(flags + to, (decided + 2 * banded).to(tl.uint8), mask=inside)
         else:
-            new += tl.sum(tl.where(hit, decided[:, None], 0), axis=0)
+            new += tl.sum(tl.where(hit, (decided * here)[:, None], 0), axis=0)
             if BAND:
-                band_new += tl.sum(tl.where(hit, banded[:, None], 0), axis=0)
+                band_new += tl.sum(tl.where(hit, (banded * here)[:, None], 0), axis=0)
     if WRITE == 0:
         tl.debug_barrier()  # the words are written where they were read
-        result = tl.reshape(pack_bits(new[None, :], 1, WORDS), (WORDS,))
-        if KIND == SIGN:
-            result = result | kept
-        tl.store(kept_words + at, result, mask=there)
+        tl.store(kept_words + at, new | kept if KIND == SIGN else new, mask=there)
         if BAND:
-            tl.store(other_words + at, tl.reshape(pack_bits(band_new[None, :], 1, WORDS), (WORDS,)), mask=there)
+            tl.store(other_words + at, band_new, mask=there)
 
 
 @kernel(do_not_specialize=["n"])
@@ -311,7 +313,7 @@ def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tup
     refine_kernel[(rows * triton.cdiv(words, size),)](
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, rule.theta, kept, other, *(out or (None,) * 5),
         rows, words, rule.width, p.x.shape[1], *p.strides(),
-        WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=32 * size if interpreted else _GATHER,
+        WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=16 if interpreted else _GATHER,
         num_warps=1, enable_fp_fusion=False, **rule.flags(), **p.flags(p.chosen),
     )  # fmt: skip
 

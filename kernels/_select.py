@@ -55,19 +55,18 @@ def load_candidates(
 
 @triton.jit
 def _count(
-    key, index, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+    held, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
     EQUAL: tl.constexpr, HELD: tl.constexpr,
-    EMITTED: tl.constexpr, LISTED: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    EMITTED: tl.constexpr, LISTED: tl.constexpr, BUCKETS: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """[ROWS]: candidates whose key is at least ``key_cut``, or (EQUAL) equal to it with an index below ``index_cut``."""
     found = tl.zeros((ROWS,), tl.int32)
-    if HELD:
-        hit = ((key == key_cut[:, None]) & (index < index_cut[:, None])) if EQUAL else key >= key_cut[:, None]
-        found += tl.sum(hit.to(tl.int32), axis=1)
+    if HELD and not EQUAL:
+        found += tl.sum((held >= key_cut[:, None]).to(tl.int32), axis=1)
     else:
-        for start in range(0, n, SIZE):
+        for start in range(0, n, CHUNK):
             _, key, index = load_candidates(
-                keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
+                keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, CHUNK
             )
             hit = ((key == key_cut[:, None]) & (index < index_cut[:, None])) if EQUAL else key >= key_cut[:, None]
             found += tl.sum(hit.to(tl.int32), axis=1)
@@ -80,9 +79,10 @@ def select_kernel(
     n_rows, n, k, n_buckets, n_slots, stride, kept_stride, tile_stride,
     EMITTED: tl.constexpr, LISTED: tl.constexpr, COUNTED: tl.constexpr, ONLY: tl.constexpr, FLAG: tl.constexpr, MAPPED: tl.constexpr,
     BUCKETS: tl.constexpr, DEEP: tl.constexpr, TILE_ROWS: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The k largest candidates of each row. Candidates are emitted by buckets, listed with their index, or indexed by their place; HELD:
-    they fit into SIZE.
+    they fit into SIZE, and their keys stay in registers; what needs more than keys takes CHUNK at a time.
 
     FLAG: lists the buckets all of whose emitted entries were kept: only they can hide a member. Each holds n / n_buckets kept entries
     of k, which bounds their number. MAPPED: also writes the place of each in the list, and marks the tile that it belongs to."""
@@ -95,26 +95,26 @@ def select_kernel(
         lengths = tl.full((ROWS,), 0, tl.int32) + n
         if COUNTED:
             lengths = tl.load(counts + rows, mask=live, other=0)
-        p, key, index = load_candidates(keys, ids, rows, live, lengths, 0, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
+        _, held, _ = load_candidates(keys, ids, rows, live, lengths, 0, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
         key_cut = tl.full((ROWS,), -(2**31), tl.int32)
         index_cut = tl.full((ROWS,), 2**31 - 1, tl.int32)
         step = tl.full((ROWS,), -(2**31), tl.int32)
         for _ in range(32):
             tried = key_cut ^ step
             found = _count(
-                key, index, tried, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
-                False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+                held, tried, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+                False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
             )  # fmt: skip
             key_cut = tl.where(found >= k, tried, key_cut)
             step = tl.where(step < 0, 1 << 30, step >> 1)
         # All of the equal ones but the one of the largest index there is, which no candidate has.
         equal = _count(
-            key, index, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
-            True, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+            held, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+            True, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
         )  # fmt: skip
         at_least = _count(
-            key, index, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
-            False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+            held, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+            False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
         )  # fmt: skip
         wanted = k - (at_least - equal)
         if tl.sum((live & (equal > wanted)).to(tl.int32), axis=0) > 0:
@@ -124,17 +124,17 @@ def select_kernel(
             for _ in range(31):
                 tried = index_cut ^ step
                 found = _count(
-                    key, index, key_cut, tried, keys, ids, rows, live, lengths, n, stride, n_buckets,
-                    True, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, SIZE,
+                    held, key_cut, tried, keys, ids, rows, live, lengths, n, stride, n_buckets,
+                    True, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
                 )  # fmt: skip
                 index_cut = tl.where(found < wanted, tried, index_cut)
                 step = step >> 1
         tl.store(cut + rows, key_cut, mask=live)
         tl.store(cut + n_rows + rows, index_cut, mask=live)
         written = tl.zeros((ROWS,), tl.int32)
-        for start in range(0, n, SIZE):
+        for start in range(0, n, CHUNK):
             p, key, index = load_candidates(
-                keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
+                keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, CHUNK
             )
             kept = (key > key_cut[:, None]) | ((key == key_cut[:, None]) & (index <= index_cut[:, None]))
             kept = kept & live[:, None] & (p[None, :] < lengths[:, None])
@@ -146,9 +146,9 @@ def select_kernel(
             written += tl.sum(number, axis=1)
         if FLAG:
             slots = tl.zeros((ROWS,), tl.int32)
-            for start in range(n - n_buckets, n, SIZE):
+            for start in range(n - n_buckets, n, CHUNK):
                 p, key, index = load_candidates(
-                    keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE
+                    keys, ids, rows, live, lengths, start, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, CHUNK
                 )
                 kept = (key > key_cut[:, None]) | ((key == key_cut[:, None]) & (index <= index_cut[:, None]))
                 kept = kept & live[:, None] & (p < n)[None, :] & (key != -(2**31))
@@ -226,20 +226,29 @@ def _shape(n: int, rows: int) -> tuple[int, int]:
     return min(triton.next_power_of_2(rows), max(1, most // size)), size
 
 
-def warps(size: int) -> int:
-    return min(16, max(4, size // 256))
+def options(n: int, rows: int) -> dict[str, int]:
+    """Of a walk over n candidates a row."""
+    ROWS, SIZE = _shape(n, rows)
+    return {"ROWS": ROWS, "SIZE": SIZE, "num_warps": min(16, max(4, SIZE // 256)), "enable_fp_fusion": False}
+
+
+def select_options(n: int, rows: int) -> dict[str, int]:
+    """One warp selects where the candidates fit its registers, as a sum over several waits for all of them at each of 32 bits."""
+    found = options(n, rows)
+    held, size = n <= found["SIZE"], found["SIZE"]
+    return {**found, "HELD": held, "CHUNK": size if interpreting() or not held else min(size, 256), "num_warps": 1 if held else found["num_warps"]}
 
 
 def select(keys: Tensor, ids: Tensor | None, k: int, kept_keys: Tensor, kept_ids: Tensor, counts: Tensor | None = None) -> None:
     """The k largest of keys [rows, n] into kept_keys, kept_ids [rows, k]; index ``ids`` or the place; ``counts [rows]`` live ones."""
     rows, n = keys.shape
-    ROWS, SIZE = _shape(n, rows)
+    shape = select_options(n, rows)
     cut = torch.empty(2 * rows, dtype=torch.int32, device=keys.device)
-    select_kernel[(triton.cdiv(rows, ROWS),)](
+    select_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
         keys, ids, counts, None, kept_keys, kept_ids, cut, None, None, None, None,
         rows, n, k, 1, 0, keys.stride(0), kept_keys.stride(0), 0,
         EMITTED=False, LISTED=ids is not None, COUNTED=counts is not None, ONLY=False, FLAG=False, MAPPED=False,
-        BUCKETS=1, DEEP=1, TILE_ROWS=1, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=warps(SIZE), enable_fp_fusion=False,
+        BUCKETS=1, DEEP=1, TILE_ROWS=1, **shape,
     )  # fmt: skip
 
 

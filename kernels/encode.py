@@ -400,14 +400,13 @@ def _select_emitted(
     flagged: Tensor | None, n_flagged: Tensor | None, slot_of: Tensor | None, tile_flags: Tensor | None,
 ) -> None:  # fmt: skip
     rows, n = keys.shape
-    ROWS, SIZE = _select._shape(n, rows)
-    _select.select_kernel[(triton.cdiv(rows, ROWS),)](
+    shape = _select.select_options(n, rows)
+    _select.select_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
         keys, columns, None, only, *kept, cut, flagged, slot_of, n_flagged, tile_flags,
         rows, n, plan.k, plan.number, 0 if flagged is None else flagged.shape[1], n, kept[0].stride(0),
         0 if tile_flags is None else tile_flags.shape[1],
         EMITTED=True, LISTED=False, COUNTED=False, ONLY=only is not None, FLAG=flagged is not None, MAPPED=slot_of is not None,
-        BUCKETS=plan.a_tile, DEEP=plan.deep, TILE_ROWS=tile.rows, HELD=n <= SIZE, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
-        enable_fp_fusion=False,
+        BUCKETS=plan.a_tile, DEEP=plan.deep, TILE_ROWS=tile.rows, **shape,
     )  # fmt: skip
 
 
@@ -457,12 +456,11 @@ def settle(p: Problem, plan: Buckets, keys: Tensor, columns: Tensor, floor: Tens
     lengths, n_flagged, crowded = torch.full((3, rows), plan.k, dtype=torch.int32, device=device)
     flagged = torch.empty((rows, plan.slots), dtype=torch.int32, device=device)
     _rescore(p, plan, columns, lengths, None, n_flagged, kept_ids, kept_keys, 0)
-    ROWS, SIZE = _select._shape(plan.entries, rows)
-    widen_kernel[(triton.cdiv(rows, ROWS),)](
+    shape = _select.options(plan.entries, rows)
+    widen_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
         keys, columns, cut, floor, kept_keys, kept_ids, lengths, flagged, n_flagged, crowded,
         rows, plan.entries, plan.number, plan.k, plan.extra, plan.slots, plan.entries, kept_keys.stride(0),
-        FLOORED=floor is not None, BUCKETS=plan.a_tile, DEEP=plan.deep, ROWS=ROWS, SIZE=SIZE, num_warps=_select.warps(SIZE),
-        enable_fp_fusion=False,
+        FLOORED=floor is not None, BUCKETS=plan.a_tile, DEEP=plan.deep, **shape,
     )  # fmt: skip
     _exact(p, keys, columns, plan, crowded, 1, plan.a_tile * plan.deep)
     _select_emitted(keys, columns, plan, p.tile, crowded, (kept_keys, kept_ids), cut, flagged, n_flagged, None, None)

@@ -225,7 +225,7 @@ def predict() -> None:
     rounding = F * D * 6 / _COPY * 1e3
     screened = "emit_kernel fp16 SCREENED BEST=4 BUCKETS=2"
     signs, open_bits = 65536, 0.008 * 3072  # undecided of a row: 1.1 % with the q of all chips
-    refined = _programs("refine_kernel fp32 BIASED", signs * 12, open_bits / 12 / 4 + 0.5, 6)
+    refined = _programs("refine_kernel fp32 BIASED", signs, open_bits / 4 + 0.5, 6)
     hashed = _programs("hash_kernel i32", signs / 16, 48)
     for what, shape, parts, must in (
         ("encode_topk bf16", (B, D, F), {"product": _product("emit_kernel bf16 BEST=4 BUCKETS=1", B, F, D), "select": select}, 1.35),
