@@ -94,10 +94,9 @@ def outliers(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     these are [1]). They differ between chunks: what they change is how much a screen leaves undecided."""
     low, high = torch.aminmax(p.x, dim=0)
     size = torch.maximum(-low, high).float() if p.centre is None else torch.maximum(p.centre - low, high - p.centre)
-    largest, columns = size.topk(min(_FAR + 1, len(size)))
-    far = size > _ABOVE * size.median()
-    if len(size) > _FAR:
-        far &= size > largest[_FAR]
+    size, D = size.nan_to_num(nan=0.0), len(size)  # or columns with a NaN would stand first without being far
+    largest, columns = size.sort(descending=True)
+    far = size > torch.maximum(_ABOVE * largest[D // 2 :][:1], largest[min(_FAR, D - 1) :][:1])
     return far.view(torch.uint8), columns[:_FAR], far.sum(dtype=torch.int32)
 
 
@@ -105,12 +104,12 @@ def _steps(v: Tensor, *, turned: bool) -> bool:
     """Whether tiles load rows of v, or (``turned``) its columns, 16 bytes at a time, whole steps of them. Triton asks for multiples of 16."""
     (n, D), (r, d) = v.shape, v.stride()
     lines = (d == 1 and r % 16 == 0) or (turned and r == 1 and d % 16 == 0 and n % 16 == 0)
-    return lines and D % _tile.pitch(1) == 0 and v.data_ptr() % 16 == 0
+    return lines and D % _tile.pitch(1) == 0 and v.storage_offset() % 8 == 0
 
 
 def _copied(v: Tensor) -> Tensor:
     """Rows that load so."""
-    copy = v.new_zeros((v.shape[0], _tile.pitch(v.shape[1])))
+    copy = torch.zeros((v.shape[0], _tile.pitch(v.shape[1])), dtype=v.dtype, device=v.device)
     copy[:, : v.shape[1]] = v
     return copy
 

@@ -98,6 +98,7 @@ def select_kernel(
         _, held, _ = load_candidates(keys, ids, rows, live, lengths, 0, n, stride, n_buckets, EMITTED, LISTED, BUCKETS, DEEP, SIZE)
         key_cut = tl.full((ROWS,), -(2**31), tl.int32)
         index_cut = tl.full((ROWS,), 2**31 - 1, tl.int32)
+        at_least = tl.full((ROWS,), 2**31 - 1, tl.int32)  # not below the cut
         step = tl.full((ROWS,), -(2**31), tl.int32)
         for _ in range(32):
             tried = key_cut ^ step
@@ -106,18 +107,14 @@ def select_kernel(
                 False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
             )  # fmt: skip
             key_cut = tl.where(found >= k, tried, key_cut)
+            at_least = tl.where(found >= k, found, at_least)
             step = tl.where(step < 0, 1 << 30, step >> 1)
-        # All of the equal ones but the one of the largest index there is, which no candidate has.
-        equal = _count(
-            held, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
-            True, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
-        )  # fmt: skip
-        at_least = _count(
-            held, key_cut, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
-            False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
-        )  # fmt: skip
-        wanted = k - (at_least - equal)
-        if tl.sum((live & (equal > wanted)).to(tl.int32), axis=0) > 0:
+        if tl.sum((live & (at_least > k)).to(tl.int32), axis=0) > 0:
+            above = _count(
+                held, key_cut + 1, index_cut, keys, ids, rows, live, lengths, n, stride, n_buckets,
+                False, HELD, EMITTED, LISTED, BUCKETS, DEEP, ROWS, CHUNK,
+            )  # fmt: skip
+            wanted = k - tl.where(key_cut == 2**31 - 1, 0, above)
             # The largest index below which fewer than the wanted number of equal keys lie.
             index_cut = tl.zeros((ROWS,), tl.int32)
             step = tl.full((ROWS,), 1 << 30, tl.int32)
