@@ -158,7 +158,7 @@ def refine_kernel(
     KIND: tl.constexpr, BAND: tl.constexpr, WRITE: tl.constexpr, CHOSEN: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
     BIASED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Exact scores of the set bits of one row and WORDS words, COLUMNS at a time in ascending order. Decides: SIGN the undecided bits, otherwise the bits that may be kept.
+    """Exact scores of the set bits of one row and WORDS words. Decides: SIGN the undecided bits, otherwise the bits that may be kept.
     WRITE: value, column and flag of every bit, in order from the offset of the first word."""
     # One dimension, as a grid's second ends at 65535; rows first, as they share their features.
     row = (tl.program_id(0) % n_rows).to(tl.int64)

@@ -101,7 +101,7 @@ def outliers(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _steps(v: Tensor, *, turned: bool) -> bool:
-    """Whether tiles load rows of v, or (``turned``) its columns, 16 bytes at a time, whole steps of them. Triton asks for multiples of 16."""
+    """Whether tiles load v's rows, or (``turned``) columns, 16 bytes at a time and in whole steps: Triton asks for multiples of 16."""
     (n, D), (r, d) = v.shape, v.stride()
     lines = (d == 1 and r % 16 == 0) or (turned and r == 1 and d % 16 == 0 and n % 16 == 0)
     return lines and D % _tile.pitch(1) == 0 and v.storage_offset() % 8 == 0
@@ -110,7 +110,7 @@ def _steps(v: Tensor, *, turned: bool) -> bool:
 def _copied(v: Tensor) -> Tensor:
     """Rows that load so."""
     copy = torch.zeros((v.shape[0], _tile.pitch(v.shape[1])), dtype=v.dtype, device=v.device)
-    copy[:, : v.shape[1]] = v
+    copy[:, : v.shape[1]].copy_(v)
     return copy
 
 

@@ -233,7 +233,9 @@ def select_options(n: int, rows: int) -> dict[str, int]:
     """One warp selects where the candidates fit its registers, as a sum over several waits for all of them at each of 32 bits."""
     found = options(n, rows)
     held, size = n <= found["SIZE"], found["SIZE"]
-    return {**found, "HELD": held, "CHUNK": size if interpreting() or not held else min(size, 256), "num_warps": 1 if held else found["num_warps"]}
+    if not held or interpreting():
+        return {**found, "HELD": held, "CHUNK": size}
+    return {**found, "HELD": True, "CHUNK": min(size, 256), "num_warps": 1}
 
 
 def select(keys: Tensor, ids: Tensor | None, k: int, kept_keys: Tensor, kept_ids: Tensor, counts: Tensor | None = None) -> None:

@@ -3,11 +3,15 @@
 // Each thread of a block is a fiber. It runs until a barrier or a warp operation, then the next one runs; blocks run one after another. The
 // order is ascending, descending or shuffled (emulate::schedule): a kernel that lacks a barrier gives another result in another order. A
 // barrier that not all threads reach is an error. Not modelled: memory ordering within a warp, caches, timing.
+//
+// With FASTSAE_EMULATE_THREADS each thread of a block is one of the system's, so that ThreadSanitizer sees what lies between two barriers.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
+#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,6 +20,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define __device__
@@ -31,13 +36,58 @@ struct Dim {
   unsigned x = 0;
 };
 
-inline Dim thread_index, block_index, block_size, grid_size;
+inline Dim block_index, block_size, grid_size;
+#ifdef FASTSAE_EMULATE_THREADS
+inline thread_local Dim thread_index;
+#else
+inline Dim thread_index;
+#endif
 
 inline int& schedule() {
   static int order = 0;  // 0 ascending, 1 descending, 2 shuffled
   return order;
 }
 
+#ifdef FASTSAE_EMULATE_THREADS
+class Block {
+ public:
+  static Block& get() {
+    static Block block;
+    return block;
+  }
+
+  void run(unsigned index, int threads, const std::function<void()>& body, uint32_t&) {
+    block_index.x = index;
+    all_ = std::make_unique<std::barrier<>>(threads);
+    warps_.clear();
+    for (int warp = 0; warp < threads / 32; ++warp) warps_.push_back(std::make_unique<std::barrier<>>(32));
+    std::vector<std::thread> running;
+    for (int i = 0; i < threads; ++i)
+      running.emplace_back([this, i, &body] {
+        thread_index.x = static_cast<unsigned>(i);
+        body();
+        warps_[static_cast<size_t>(i / 32)]->arrive_and_drop();
+        all_->arrive_and_drop();
+      });
+    for (std::thread& thread : running) thread.join();
+  }
+
+  void wait_block() { all_->arrive_and_wait(); }
+  void wait_warp() { warps_[thread_index.x / 32]->arrive_and_wait(); }
+  const uint64_t* gather(uint64_t value) {
+    static thread_local int turn = 0;
+    uint64_t* const slots = slots_[turn ^= 1];
+    slots[thread_index.x] = value;
+    wait_warp();
+    return slots + thread_index.x / 32 * 32;
+  }
+
+ private:
+  std::unique_ptr<std::barrier<>> all_;
+  std::vector<std::unique_ptr<std::barrier<>>> warps_;
+  uint64_t slots_[2][1024];
+};
+#else
 // The threads of one block, kept and used again by the next: a context is dear to make.
 class Block {
  public:
@@ -138,6 +188,7 @@ class Block {
   jmp_buf scheduler_;
   int running_ = 0;
 };
+#endif
 
 inline void run(int64_t blocks, int threads, const std::function<void()>& body) {
   block_size.x = static_cast<unsigned>(threads);
@@ -187,9 +238,7 @@ inline uint32_t __float_as_uint(float x) { return emulate::bits<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return emulate::bits<float>(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
-  const uint32_t before = *to;
-  *to += value;
-  return before;
+  return std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_relaxed);
 }
 
 namespace fastsae::cuda {

@@ -41,7 +41,8 @@ COLUMNS = "registers", "programs", "mma", "loop", "narrow", "outside", "cycles"
 def calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any]]:
     x, W = torch.zeros(300, 768, dtype=dtype), torch.zeros(24576, 768, dtype=dtype)
     vector, numbers = torch.zeros(24576, dtype=dtype), torch.zeros(24576)
-    yield lambda: encode.encode_topk(x, W, None, None, None, None, None, 32, True)
+    many = torch.zeros(131072, 64, dtype=dtype)  # selects among as many as the table's shape
+    yield lambda: encode.encode_topk(x[:, :64], many, None, None, None, None, None, 64, True)
     yield lambda: spline.spline_hash(x, W, vector, None, 0, 5, 128)
     yield lambda: ragged(encode.problem(ScoreInputs(x, W, vector, None, None, None)), encode.Rule(_masks.THRESHOLD, numbers), dtype)
     m, grad = torch.zeros(512, 768), torch.zeros(300, 768)
@@ -54,7 +55,7 @@ def calls(dtype: torch.dtype, *, everything: bool) -> Iterator[Callable[[], Any]
     if everything:
         turned, subset = W.T.contiguous().T, torch.arange(20000)
         yield lambda: encode.encode_topk(x, turned, vector, None, vector, None, None, 32, True)
-        yield lambda: encode.encode_topk(x[:, :752], W[:, :752], None, None, None, subset, None, 64, True)
+        yield lambda: encode.encode_topk(x, W, None, None, None, subset, None, 64, True)
         yield lambda: encode.encode_topk(x, W[:1024], None, W[0], None, None, None, 32, True)
         yield lambda: ragged(
             encode.problem(ScoreInputs(x, W, vector, None, None, None)), encode.Rule(_masks.THRESHOLD, numbers, 0.5), dtype
@@ -111,7 +112,7 @@ def name(launch: aot.Launch) -> str:
     return " ".join([launch.name, launch.signature[0][1].lstrip("*"), *turned, *flags])
 
 
-_SHAPE = {"ROWS", "COLUMNS", "DEPTH", "GROUP", "SIZE", "PARTS", "WORDS", "TILE_ROWS", "DEEP"}
+_SHAPE = {"ROWS", "COLUMNS", "DEPTH", "GROUP", "SIZE", "CHUNK", "PARTS", "WORDS", "TILE_ROWS", "DEEP"}
 
 # ---------------------------------------------------------------- figures
 
@@ -221,9 +222,9 @@ def predict() -> None:
     are scored exactly as a whole, the kernels that prepare and rank."""
     B, D, F, k = 8192, 4096, 131072, 64
     emitted = "select_kernel i32 EMITTED FLAG MAPPED BUCKETS=1 HELD"
-    select = 2 * _programs(emitted, B, 32, 0, 1, 1)  # of what was emitted, and of the candidates
+    select = 2 * _programs(emitted, B, 32, 0, 0, 16, 4)  # of what was emitted, and of the candidates; no ties
     rounding = F * D * 6 / _COPY * 1e3
-    screened = "emit_kernel fp16 SCREENED BEST=4 BUCKETS=2"
+    screened = "emit_kernel fp16 SCREENED BEST=4 BUCKETS=1"
     signs, open_bits = 65536, 0.008 * 3072  # undecided of a row: 1.1 % with the q of all chips
     refined = _programs("refine_kernel fp32 BIASED", signs, open_bits / 4 + 0.5, 6)
     hashed = _programs("hash_kernel i32", signs / 16, 48)

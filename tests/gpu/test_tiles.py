@@ -501,6 +501,27 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
     assert torch.equal(part[3], flags[mine])
 
 
+@pytest.mark.parametrize("D", [64, 50])
+@pytest.mark.parametrize("kind", ["rows", "columns", "odd columns", "columns, a subset", "rows, a subset", "inside"])
+def test_direct_operands_load_wide(kind: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_problem, "PANEL", 1)
+    W = torch.randn(100 if kind.startswith("odd") else 96, D + 1, generator=torch.Generator().manual_seed(1)).half()
+    W = W[:, 1:] if kind == "inside" else W[:, :D].contiguous()
+    W = W.T.contiguous().T if "columns" in kind else W
+    chosen = torch.arange(1, 80, 2) if "subset" in kind else None
+    p = _problem.Problem(W, W, None, None, None, chosen, _tile.tile_for(CPU))
+    tiles = _problem.Operands.of(p)
+    panels = list(tiles.panels(p))
+    whole = D == 64 and kind in ("rows", "columns", "rows, a subset")
+    assert [panel is W for _, panel, _ in panels] == ([True] if whole else [False] * len(panels))
+    rows = torch.cat([panel if named is None else panel[named] for _, panel, named in panels])
+    for wide, narrow in ((tiles.x, W), (rows, W if chosen is None else W[chosen])):
+        assert torch.equal(wide[:, :D], narrow)
+        assert wide.shape[1] == 64 and not wide[:, D:].any()
+    for v in (tiles.x, *(panel for _, panel, _ in panels)):
+        assert min(v.stride()) == 1 and max(v.stride()) % 16 == 0 and v.data_ptr() % 16 == 0
+
+
 @interpreted
 @usable
 def test_batch_topk_of_equal_scores_takes_the_first() -> None:
