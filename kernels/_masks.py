@@ -23,9 +23,7 @@ from torch import Tensor
 from fastsae._core.jit import kernel
 from fastsae.kernels import _tile
 from fastsae.kernels._problem import Operands, Problem
-from fastsae.kernels._tile import (
-    affine, cells, ends, exact, half_widths, halves, n_tiles, pack_bits, popcount, products, screened,
-)  # fmt: skip
+from fastsae.kernels._tile import affine, cells, ends, exact, half_widths, halves, n_tiles, pack_bits, popcount, products, screened
 
 SIGN, THRESHOLD, GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _GATHER = 4  # features that a program, one warp, scores exactly at a time

@@ -94,7 +94,8 @@ def test_the_interval_contains_the_exact_product(kind: str, monkeypatch: pytest.
 
 @triton.jit
 def _ends_kernel(
-    totals, x_factors, W_factors, x_far, W_far, n_far, scale, lower, upper, n_rows, n, D, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    totals, x_factors, W_factors, x_far, W_far, n_far, scale, lower, upper, n_rows, n, D,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows, f = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     at = rows[:, None] * COLUMNS + f[None, :]
@@ -147,9 +148,7 @@ def test_the_factors_are_those_of_the_proof(D: int, how: tuple[int, int], monkey
     for scale in (None, torch.tensor([1.0, -2.0, -1.0, 3.0, -1.0, -(2.0**100)])):
         for sums in (totals, totals * 0):
             ends = torch.empty(2, 8, 16)
-            _ends_kernel[(1,)](
-                sums, *rounded.factors(), scale, *ends, n, n, panel.shape[1], SCALED=scale is not None, ROWS=8, COLUMNS=16
-            )
+            _ends_kernel[(1,)](sums, *rounded.factors(), scale, *ends, n, n, panel.shape[1], SCALED=scale is not None, ROWS=8, COLUMNS=16)
             r = sums[:n, :n].double() * back[:, None] * W_back + x.double()[:, 1, None] * W.double()[:, 1]
             s = torch.ones(n) if scale is None else scale
             lower, upper = (torch.minimum((r - e) * s, (r + e) * s), torch.maximum((r - e) * s, (r + e) * s))
