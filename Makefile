@@ -120,7 +120,7 @@ deep: $(VENV)/dev.stamp site ## many more drawn inputs than CI: a million cases 
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q "tests/gpu/test_contract_interpreted.py::test_the_contract_suite[not drawn]"
 	for chip in hopper ampere volta; do FASTSAE_TENSOR_CORE=$$chip $(BIN)/python -m pytest -q tests/gpu/test_contract_interpreted.py tests/gpu/test_tiles.py || exit 1; done
 	$(PIP) mmasim ninja
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/gpu/test_tensor_core.py tests/gpu/test_accesses.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/gpu/test_tensor_core.py tests/gpu/test_accesses.py tests/gpu/test_threads.py
 	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py tests/gpu/test_kernels.py tests/gpu/test_tiles_compiled.py -k chip
 
 deep-peers: $(VENV)/peers.stamp ## the same of what is compared with the peer libraries

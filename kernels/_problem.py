@@ -18,7 +18,7 @@ from fastsae.latents import ScoreInputs
 
 WORKSPACE = 128 << 20  # bytes of candidates, masks and rounded rows
 PANEL = 32 << 20  # bytes of rounded or copied features
-MOST_ROWS = 4096  # of a chunk
+MOST_ROWS = 4096  # of a chunk of a top-k
 _FAR, _ABOVE = 8, 8  # outlier columns of a chunk, at most; how many times the median of the columns' sizes each of them exceeds
 
 
@@ -75,7 +75,7 @@ def problem(inputs: ScoreInputs) -> Problem:
 def chunks(rows: int, bytes_per_row: int, least: int, most: int = MOST_ROWS) -> Iterator[slice]:
     """Slices of ``range(rows)`` of a bounded workspace, multiples of ``least``; never more than ``most``."""
     least = min(least, max(most, 1))
-    step = max(least, min(MOST_ROWS, most, WORKSPACE // max(bytes_per_row, 1)) // least * least)
+    step = max(least, min(most, WORKSPACE // max(bytes_per_row, 1)) // least * least)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

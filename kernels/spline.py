@@ -115,7 +115,11 @@ def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed
     p = problem(ScoreInputs(x, W, b, packed=packed))
     words = torch.empty((x.shape[0], _masks.n_words(p.n)), dtype=torch.int32, device=x.device)
     with _tile.on(x.device):
-        parts = [slice(0, x.shape[0])] if p.direct else chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows)
+        parts = (
+            [slice(0, x.shape[0])]
+            if p.direct
+            else chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows, 1 << 16)
+        )
         for part in parts if words.numel() else ():
             _masks.masks(p.rows(part), Rule(_masks.SIGN), words[part])
         return _restrict(words, neurons, p.n)

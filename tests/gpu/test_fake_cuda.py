@@ -146,6 +146,19 @@ def test_large_float32(op: str, gpu: FakeCuda) -> None:
     assert not gpu.syncs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, B16], ids=str)
+def test_the_host_stays_ahead_of_the_device(dtype: torch.dtype, gpu: FakeCuda) -> None:
+    """Triton's launcher takes about 20 us; a call's launches are to take less than one H200 needs for the product alone."""
+    for rows, features, columns, run in (
+        (8192, F, D, lambda x, W: encode.encode_topk(x, W, None, None, None, None, None, K, True)),
+        (65536, 3072, 768, lambda x, W: spline.spline_hash(x, W, None, None, 0, 0, 128)),
+        (F, F, D, lambda x, W: match.match_cosine(x, W, 8, False, False, 1e-8)),
+    ):
+        gpu.forget()
+        run(gpu.tensor((rows, columns), dtype), gpu.tensor((features, columns), dtype))
+        assert len(gpu.launches) * 20e-6 < 2 * rows * features * columns / 790e12, len(gpu.launches)
+
+
 @with_cuda_module
 def test_large_cuda(gpu: FakeCuda) -> None:
     native_cuda.decode_dweight(

@@ -26,7 +26,7 @@ from fastsae.ops.encode import ENCODE_TOPK
 # accumulators leave tensor memory with 64 columns a thread.
 MATRIX = {
     "emit_kernel": (256, 1152), "mask_kernel": (320, 64), "pair_kernel": (512, 1216), "rescan_kernel": (640, 320),
-    "write_kernel": (640, 1280),
+    "write_kernel": (1024, 1280),
 }  # fmt: skip
 
 
