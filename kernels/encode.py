@@ -15,7 +15,7 @@ Top-k of a row, after two ideas (two-stage selection as in arXiv 2506.04165, mad
 
 Few features, or many kept: the keys of all scores of some rows are written out and selected from.
 
-Memory beyond the output: at most ``WORKSPACE`` bytes, twice that for ragged results, or what one row tile needs; rows are taken in chunks.
+Memory beyond the output: ``WORKSPACE`` bytes, twice that if ragged, or what a row tile needs, in chunks of rows; 64 bytes a feature.
 """
 
 # pyright: basic, reportMissingImports=false
