@@ -25,7 +25,7 @@ from fastsae.ops.encode import ENCODE_TOPK
 # Kernels that multiply matrices, and the bytes of stack that a thread of theirs may use, once a tile: elsewhere, and on sm_100, whose
 # accumulators leave tensor memory with 64 columns a thread.
 MATRIX = {
-    "emit_kernel": (256, 1152), "mask_kernel": (320, 64), "pair_kernel": (512, 1216), "rescan_kernel": (640, 320),
+    "emit_kernel": (256, 1152), "mask_kernel": (320, 64), "pair_kernel": (512, 1216), "rescan_kernel": (640, 384),
     "write_kernel": (1024, 1280),
 }  # fmt: skip
 
