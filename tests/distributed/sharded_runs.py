@@ -540,7 +540,7 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
         yield ("resumed", kind, group.name), resumed(group, kind, STOP)
     for kind in RESAMPLED[:1] if few else RESAMPLED:
         yield ("resampled", kind, group.name), resampled(group, kind)
-    if group.shards > 1 or not few:
+    if (mesh and group.shards > 1) or not few:
         drawn(group, "batchtopk", "jumprelu", "transcoder", "relu", "few", "gated", "rows", "jump")
         contained(group)
         yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)
