@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Python compiles what is imported when it is: much of what is installed never is.
-PIP    := $(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+PIP    := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+# For tests, Python keeps the bytecode of what they import, and pip makes none of all that is installed.
+export PYTHONDONTWRITEBYTECODE =
 # Pinned, and before the package: a loose requirement would fetch the CUDA build and several GB with it.
 TORCH  := torch==2.13.0
 # An extra's packages without the package itself, which pip would build once more.
@@ -27,7 +28,7 @@ $(VENV)/base.stamp: constraints.txt
 
 # The build needs no torch: it compiles while torch is fetched, and with it what else the goal asks for.
 $(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace & $(PIP) $(TORCH) $(TOO) || { kill $$!; exit 1; }; wait
+	$(BIN)/python setup.py -q build_ext --inplace & $(PIP) $(if $(TOO),--no-compile) $(TORCH) $(TOO) || { kill $$!; exit 1; }; wait
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
@@ -97,9 +98,9 @@ peers: $(VENV)/peers.stamp ## install the peer libraries that some tests and ben
 # Without what they depend on: sae-bench's pins of numpy and datasets are older than the others'; eai-delphi's cache needs neither vllm nor
 # bitsandbytes; of circuit-tracer and llamascopium it is the loader of files and the modules that are compared.
 $(VENV)/peers.stamp: $(VENV)/dev.stamp
-	$(PIP) $(call extra,peers) faiss-cpu usearch tabulate sentence-transformers lxml orjson pycryptodomex simple-parsing
+	$(PIP) --no-compile $(call extra,peers) faiss-cpu usearch tabulate sentence-transformers lxml orjson pycryptodomex simple-parsing
 	$(BIN)/pip uninstall -q -y torchvision  # a CUDA build of it breaks the peers' imports
-	$(PIP) --no-deps sae-bench eai-delphi==0.1.3 asyncer blobfile circuit-tracer==0.5.0 \
+	$(PIP) --no-compile --no-deps sae-bench eai-delphi==0.1.3 asyncer blobfile circuit-tracer==0.5.0 \
 	    llamascopium==2.0.0b34 attrs cattrs json-repair more-itertools pydantic-settings pymongo
 	$(BIN)/pip install -q --disable-pip-version-check --no-compile --no-deps --target $(VENV)/oldest sae-lens==6.49.0  # not constrained to the newest
 	@touch $@
@@ -126,11 +127,11 @@ deep: $(VENV)/dev.stamp site ## many more drawn inputs than CI: a million cases 
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/distributed tests/science/test_studies.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/project/test_bench_gpu.py tests/project/test_install.py
 	FASTSAE_TEST_DOCS=all $(BIN)/python -m pytest -q tests/project/test_docs.py
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/gpu/test_contract_interpreted.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/gpu/test_contract_interpreted.py tests/gpu/test_kernels.py
 	for chip in hopper ampere volta; do FASTSAE_TENSOR_CORE=$$chip $(BIN)/python -m pytest -q tests/gpu/test_contract_interpreted.py tests/gpu/test_tiles.py || exit 1; done
 	$(PIP) mmasim ninja
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/gpu/test_tensor_core.py
-	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py tests/gpu/test_kernels.py tests/gpu/test_tiles_compiled.py -k chip
+	FASTSAE_TEST_ARCHS=all $(BIN)/python -m pytest -q tests/gpu/test_cuda.py tests/gpu/test_kernels.py tests/gpu/test_tiles_compiled.py -k "chip or contract_suite"
 
 deep-peers: $(VENV)/peers.stamp ## the same of what is compared with the peer libraries
 	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q $(wildcard tests/interop/test_patch_*.py) -k "any_input or auxk_preset"
