@@ -113,8 +113,8 @@ def inputs(form: str, n_features: int, D: int, dtype: torch.dtype, layout: str, 
 @pytest.mark.parametrize("layout", ["rows", "columns", "framed"])
 @pytest.mark.parametrize(("form", "n_features", "D"), [("fixed", 9, 37), ("one", 1, 1), ("wide", 40, 130), ("ragged", 30, 33)])
 def test_float64(form: str, n_features: int, D: int, layout: str, dtype: torch.dtype) -> None:
-    if CI and dtype is torch.float16 and (layout != "rows" or form == "wide"):
-        pytest.skip("the layouts in float16: make deep")
+    if CI and ((layout != "rows" or form == "wide") if dtype is torch.float16 else (form, layout) == ("wide", "columns")):
+        pytest.skip("the layouts in float16, and the widest in columns: make deep")
     args = inputs(form, n_features, D, dtype, layout)
     before = [a.clone() if isinstance(a, Tensor) else None for a in args]
     assert_close(args, computed(*args), dtype)
@@ -124,7 +124,7 @@ def test_float64(form: str, n_features: int, D: int, layout: str, dtype: torch.d
 
 @interpreted
 @usable
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("layout", ["columns"] if CI else ["rows", "columns"])
 def test_small_integers_are_exact(layout: str) -> None:
     args = inputs("ragged", 30, 33, torch.float32, layout, integers=True)
     want, got = expected(*args), computed(*args)
