@@ -121,7 +121,7 @@ deep: $(VENV)/dev.stamp site ## many more drawn inputs than CI: a million cases 
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_settings.py -k "settings_change or restored"
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/sae/test_nonfinite.py tests/sae/test_trainer.py -k "drawn or number_of_threads"
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/ops/test_match_inputs.py -k drawn_files
-	FASTSAE_TEST_KILLS=20 $(BIN)/python -m pytest -q tests/store/test_kills.py
+	FASTSAE_TEST_KILLS=20 $(BIN)/python -m pytest -q tests/store/test_kills.py tests/sae/test_trainer.py -k kill
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/contract/test_contract.py tests/native/test_engine.py -k "drawn or anything"
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/native/test_bound.py tests/native/test_engine_hard.py tests/native/test_aarch64.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -q tests/distributed tests/science/test_studies.py
