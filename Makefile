@@ -26,9 +26,9 @@ $(VENV)/base.stamp: constraints.txt
 	$(PIP) numpy pybind11 setuptools wheel
 	@touch $@
 
-# The build needs no torch: it compiles while torch is fetched, and with it what else the goal asks for.
+# The build needs no torch: it compiles while torch and the other dependencies are fetched, and with them what else the goal asks for.
 $(VENV)/build.stamp: $(VENV)/base.stamp $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace & $(PIP) $(if $(TOO),--no-compile) $(TORCH) $(TOO) || { kill $$!; exit 1; }; wait
+	$(BIN)/python setup.py -q build_ext --inplace & $(PIP) $(if $(TOO),--no-compile) $(TORCH) $(call extra,dependencies) $(TOO) || { kill $$!; exit 1; }; wait
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
