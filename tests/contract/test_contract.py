@@ -500,12 +500,14 @@ def test_codes_compile_without_graph_breaks(name: str) -> None:
 
 @pytest.mark.slow
 def test_compiles_with_inductor() -> None:
+    from torch._inductor import config
+
     torch._dynamo.reset()
     function, inputs = PUBLIC["reconstruct"]
     cpu = torch.device("cpu")
     compiled = torch.compile(function, fullgraph=True)
     expected = _gradients(function, inputs, torch.float32, cpu, False)
-    with torch._inductor.config.patch(compile_threads=1):  # no processes of its own for two kernels
+    with config.patch(compile_threads=1):  # no processes of its own for two kernels
         got = _gradients(compiled, inputs, torch.float32, cpu, False)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(a, b)
