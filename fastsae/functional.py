@@ -51,27 +51,10 @@ from fastsae.ops.hamming import hamming
 from fastsae.ops.spline import hash_code, hash_signs, pack_signs, spline_code, spline_hash
 
 __all__ = [
-    "API",
-    "adam_",
-    "count_codes",
-    "decode",
-    "decode_backward",
-    "encode_batch_topk",
-    "encode_gated",
-    "encode_threshold",
-    "encode_topk",
-    "hamming",
-    "hamming_topk",
-    "hash_code",
-    "hash_signs",
-    "match_cosine",
-    "pack_signs",
-    "refuses",
-    "require",
-    "select_topk",
-    "spline_code",
+    "API", "adam_", "count_codes", "decode", "decode_backward", "encode_batch_topk", "encode_gated", "encode_threshold", "encode_topk",
+    "hamming", "hamming_topk", "hash_code", "hash_signs", "match_cosine", "pack_signs", "refuses", "require", "select_topk", "spline_code",
     "spline_hash",
-]
+]  # fmt: skip
 
 API = 1
 
