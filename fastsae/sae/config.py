@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from fastsae._core import checks
 from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from fastsae.sae.losses import AuxK, JumpLoss
+from fastsae.sae.rows import By
 
 
-def to_json(sae: Any) -> dict[str, Any]:
-    """Of an SAE, which lies above this module."""
+class Settings(Protocol):
+    """The attributes of an SAE that are no tensors; see its arguments."""
+
+    d_in: int
+    d_sae: int
+    d_out: int
+    activation: Activation
+    transcoder: bool
+    skip: bool
+    tied: bool
+    pre_bias: bool
+    normalise_decoder: bool
+    prefixes: list[int] | None
+    objective: str
+    l1: float
+    l0: float
+    aux: AuxK | None
+    jump: JumpLoss | None
+    dense: bool | None
+    normalise_rows: By | None
+    dead_after: int
+
+
+def to_json(sae: Settings) -> dict[str, Any]:
     activation = sae.activation
     config: dict[str, Any] = {"d_in": sae.d_in, "num_latents": sae.d_sae, "activation": type(activation).__name__.lower()}
     if isinstance(activation, TopK):  # AbsTopK is one

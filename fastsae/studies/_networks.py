@@ -73,7 +73,6 @@ def curves(axis: Any, rows: list[dict[str, Any]], by: str, x: str, y: str, **opt
     for label in dict.fromkeys(row[by] for row in rows):
         axis.plot(*zip(*((row[x], row[y]) for row in rows if row[by] == label)), "o-", ms=4, label=label)
     axis.set(**options)
-    axis.legend(frameon=False, fontsize=8)
 
 
 def pairs(y: Tensor, count: int, generator: torch.Generator, same: bool) -> tuple[Tensor, Tensor]:

@@ -124,11 +124,9 @@ def draw(study: Study, curves: dict[str, Tensor], effects: list[dict[str, Any]],
         first.plot(some, torch.linspace(0, 1, len(some), dtype=torch.float32, device="cpu"), label=name)
     first.axvline(strong, color="0.6", ls=":", label="a feature's 99th percentile (median)")
     first.set(xscale="log", xlabel=f"distance to {study['share']:.0%} changed bits, over the tokens' norm", ylabel="share of pairs")
-    first.legend(frameon=False, fontsize=8)
     if second is not None:
         for name in curves:
             own = [row for row in effects if row["directions"] == name]
             second.plot([row["scale"] for row in own], [row["kl"] for row in own], "o-", label=name)
         second.set(xscale="log", yscale="log", xlabel="push, in 99th percentiles of the feature", ylabel="KL of the next token (nats)")
-        second.legend(frameon=False, fontsize=8)
     study.save(canvas, "validity")
