@@ -78,8 +78,6 @@ def run(study: Study) -> None:
         axes[1].scatter(best[name].tolist(), purity[name].tolist(), s=4, alpha=0.5, label=f"of {name}")
     axes[0].set(xlabel="correlation with the most alike feature of the other", ylabel="density of features")
     axes[1].set(xlabel="correlation with the most alike feature of the other", ylabel="share of the commonest token")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "code_features")
 
 

@@ -69,8 +69,6 @@ def run(study: Study) -> None:
         axes[1].plot(*points[label], ".", ms=4, alpha=0.6, label=label)
     axes[1].plot([0, 1], [0, 1], color="0.6", lw=1)
     axes[1].set(xlabel="best cosine of a true feature", ylabel="best similarity of contributions", title="Every true feature")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "coefficients")
 
 

@@ -152,7 +152,6 @@ def of_a_model(study: Study) -> None:
         for name, losses in lines.items():
             axis.plot([study["window"] * (n + 1) for n in range(len(losses))], losses, label=name)
         axis.set(xlabel="step", ylabel="loss of the last window", yscale="log", title=f"{hooks[place]}, F = {study['real_features']}")
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "starts_on_a_model")
 
 

@@ -81,8 +81,6 @@ def run(study: Study) -> None:
     axes[1].axhline(best["same_prediction"], ls=":", color="0.4", label="all layers, code")
     axes[0].set(xlabel="layer", ylabel="boundaries between (mean)", title="Between a token and its neighbour")
     axes[1].set(xlabel="layer", ylabel="share of tokens", ylim=(0, 1), title="The model predicts the same next token")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "neighbours")
     text = {name: [context(found, windows, *at[row].tolist()) for row in partner.tolist()] for name, partner in partners.items()}
     own = [context(found, windows, *at[row].tolist()) for row in query.tolist()]

@@ -24,7 +24,7 @@ from fastsae.lm.hooks import find, watch
 from fastsae.polytopes.net import Activation, Net
 from fastsae.studies import Study
 from fastsae.studies._language import divergence, language
-from fastsae.studies._networks import digits
+from fastsae.studies._networks import digits, lines
 
 SIZES = {
     "smoke": {
@@ -205,10 +205,8 @@ def draw(study: Study, shell: tuple[Tensor, dict[str, Tensor], float], factors: 
             axes[1].plot(factors, values, style, color=f"C{colour}", label=key if name == "all" else None)
     axes[1].set(xscale="log", ylim=(0, 1), xlabel="factor", ylabel="share changed, or nats (kl)")
     axes[1].set_title("First hidden layer of the classifier:\nall, - - strongest eighth, ··· random eighth")
-    for name in dict.fromkeys(row["scaled"] for row in real):
-        own = [row for row in real if row["scaled"] == name]
-        axes[2].plot([row["factor"] for row in own], [row["bits"] for row in own], "o-", label=name)
-        axes[3].plot([row["factor"] for row in own], [row["kl"] for row in own], "o-", label=name)
-    axes[2].set(xlabel="factor", ylabel="share of later bits changed", title="Neurons of one MLP of a language model")
-    axes[3].set(xlabel="factor", ylabel="KL of the next token (nats)", yscale="log", title="What the model makes of it")
+    title, options = "Neurons of one MLP of a language model", {"xlabel": "factor"}
+    lines(axes[2], real, "scaled", "factor", "bits", ylabel="share of later bits changed", title=title, **options)
+    title = "What the model makes of it"
+    lines(axes[3], real, "scaled", "factor", "kl", ylabel="KL of the next token (nats)", yscale="log", title=title, **options)
     study.save(canvas, "shell")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastsae.polytopes import validity
 from fastsae.studies import Study
 from fastsae.studies._language import IntoMlp, divergence, into_mlp
+from fastsae.studies._networks import lines
 
 SIZES = {
     "smoke": {
@@ -97,9 +98,7 @@ def pushed(study: Study, made: IntoMlp, directions: dict[str, Tensor], strong: T
     rows = []
     for name, rays in directions.items():
         for scale in study.track(study["scales"], f"pushing, {name}"):
-            moved = [
-                change(made, module, scale * far * ray / ray.norm(), clean) for ray, far in zip(rays, strong)
-            ]  # fmt: skip
+            moved = [change(made, module, scale * far * ray / ray.norm(), clean) for ray, far in zip(rays, strong)]
             rows.append({"directions": name, "scale": scale, "kl": sum(moved) / len(moved), "most": max(moved)})
     return rows
 
@@ -124,11 +123,7 @@ def draw(study: Study, curves: dict[str, Tensor], effects: list[dict[str, Any]],
         first.plot(some, torch.linspace(0, 1, len(some), dtype=torch.float32, device="cpu"), label=name)
     first.axvline(strong, color="0.6", ls=":", label="a feature's 99th percentile (median)")
     first.set(xscale="log", xlabel=f"distance to {study['share']:.0%} changed bits, over the tokens' norm", ylabel="share of pairs")
-    first.legend(frameon=False, fontsize=8)
     if second is not None:
-        for name in curves:
-            own = [row for row in effects if row["directions"] == name]
-            second.plot([row["scale"] for row in own], [row["kl"] for row in own], "o-", label=name)
-        second.set(xscale="log", yscale="log", xlabel="push, in 99th percentiles of the feature", ylabel="KL of the next token (nats)")
-        second.legend(frameon=False, fontsize=8)
+        options = {"xlabel": "push, in 99th percentiles of the feature", "ylabel": "KL of the next token (nats)"}
+        lines(second, effects, "directions", "scale", "kl", xscale="log", yscale="log", **options)
     study.save(canvas, "validity")
