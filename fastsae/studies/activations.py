@@ -23,12 +23,8 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 512, "held_tokens": 64, "layers": [0, 1], "mlp": ".0:output",
         "rows": 256,
     },
-    "quick": {
-        "minutes": 2, "source": "minilm", "context": 128, "train_tokens": 8_192, "held_tokens": 1024, "layers": [0, 2, 5],
-        "mlp": ".output.dense:input", "rows": 8_192,
-    },
     "default": {
-        "minutes": 8, "source": "smollm2", "context": 128, "train_tokens": 16_384, "held_tokens": 1024, "layers": [0, 4, 9, 14, 19, 24, 29],
+        "minutes": 3, "source": "smollm2", "context": 128, "train_tokens": 16_384, "held_tokens": 1024, "layers": [0, 4, 9, 14, 19, 24, 29],
         "mlp": ".mlp.down_proj:input", "rows": 16_384,
     },
 }  # fmt: skip

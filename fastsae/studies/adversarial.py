@@ -25,13 +25,9 @@ from fastsae.studies._networks import Digits, digits
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "images": 10, "radii": [0.5, 1.0], "polytopes": 3},
-    "quick": {
-        "minutes": 0.5, "hidden": [128, 128, 128], "epochs": 40, "images": 200, "radii": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0],
-        "polytopes": 40,
-    },
     "default": {
-        "minutes": 5, "hidden": [256, 256, 256], "epochs": 60, "images": 599, "radii": [0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
-        "polytopes": 100,
+        "minutes": 2, "hidden": [256, 256, 256], "epochs": 60, "images": 599, "radii": [0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
+        "polytopes": 60,
     },
 }  # fmt: skip
 STEPS = 20

@@ -26,15 +26,10 @@ SIZES = {
         "over": 2, "l1": [0.1], "seeds": 1, "max_steps": 60, "cooldown": 10, "window": 20, "limit": 4,
         "limit_over": [2], "limit_steps": [60],
     },
-    "quick": {
-        "minutes": 20, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 2, 4, 8, 16], "mean_active": 2.0,
-        "over": 2, "l1": powers(-1.5, 0, 4), "seeds": 2, "max_steps": 4000, "cooldown": 600, "window": 500, "limit": 8,
-        "limit_over": [2, 8], "limit_steps": [2000, 8000],
-    },
     "default": {
-        "minutes": 45, "truths": ["random", "toy model"], "toy_steps": 4000, "d": 64, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 4.0,
-        "over": 2, "l1": powers(-1.5, 0.25, 8), "seeds": 3, "max_steps": 12_000, "cooldown": 1000, "window": 500, "limit": 16,
-        "limit_over": [1, 2, 4, 8], "limit_steps": [3000, 12_000, 48_000],
+        "minutes": 20, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 2, 4, 8, 16], "mean_active": 2.0,
+        "over": 2, "l1": powers(-1.5, 0.5, 5), "seeds": 3, "max_steps": 8000, "cooldown": 800, "window": 500, "limit": 16,
+        "limit_over": [2, 4], "limit_steps": [2000, 8000],
     },
 }  # fmt: skip
 

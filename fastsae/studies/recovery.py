@@ -18,11 +18,6 @@ SIZES = {
         "minutes": 0.05, "preset": "hoagy_correlated", "n_features": 24, "d": 12, "mean_active": 2.0, "rate": 0.97,
         "sizes": [12, 48], "l1": [0.05, 0.2], "stop": 60, "max_steps": 60, "cooldown": 10, "snapshots": [0, 20, 60],
     },
-    "quick": {
-        "minutes": 2, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
-        "sizes": [64, 128, 256, 512, 1024], "l1": powers(-1.5, 0, 5), "stop": "converged", "max_steps": 2400, "cooldown": 800,
-        "snapshots": [0, 100, 250, 500, 1000],
-    },
     "default": {
         "minutes": 12, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
         "sizes": [128, 256, 512, 1024, 2048, 4096], "l1": powers(-1.75, 0, 8), "stop": "converged", "max_steps": 5000, "cooldown": 1000,
