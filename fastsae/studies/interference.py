@@ -90,11 +90,11 @@ def judged(
 
 
 def limits(study: Study, rows: list[dict[str, Any]]) -> None:
-    """More steps, more samples a step, larger dictionaries, at one ratio and the L1 that was best there and its neighbours."""
+    """More steps, more samples a step, larger dictionaries, at one ratio, at the L1 that was best there and the next larger."""
     ratio, kind = study["limit"], study["truths"][0]
     data, found = made(study, kind, ratio), next(row["l1"] for row in rows if (row["truth"], row["ratio"]) == (kind, ratio))
     place = study["l1"].index(found)
-    near = study["l1"][max(0, place - 1) : place + 2]
+    near = study["l1"][place : place + 2]
     table = []
     for over in study["limit_over"]:
         for steps, batch in [*((steps, 256) for steps in study["limit_steps"]), (study["limit_steps"][-1] // 4, 1024)]:

@@ -171,8 +171,8 @@ def test_numbers_stand_on_one_line() -> None:
 
 def test_command_lists_the_studies(coin: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study"]) == 0
-    line = capsys.readouterr().out.splitlines()[1].split(maxsplit=3)
-    assert line == ["coin", "0.1", "(0.1)", "How often does a fair coin show heads?"]
+    line = capsys.readouterr().out.splitlines()[1].split(maxsplit=2)
+    assert line == ["coin", "0.1", "How often does a fair coin show heads?"]
 
 
 def test_bar_without_tqdm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
