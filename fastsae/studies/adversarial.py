@@ -107,8 +107,9 @@ def run(study: Study) -> None:
     middle = min(study["radii"], key=lambda radius: abs(of["ascent", radius]["wrong"] - 0.5))
     ours, chance, other = (of[kind, middle] for kind in ("ascent", "random", "to another image"))
     end = f"turned_{len(layers) - 1}"
+    more = ours["per_unit"] - chance["per_unit"] > 3 * (ours["standard_error"] + chance["standard_error"])
     study.say(
-        f"At r = {middle:g}, where ascent fools {ours['wrong']:.0%} of {len(x)} images (random: {chance['wrong']:.0%}), it crosses "
+        f"{'Yes' if more else 'No'}: at r = {middle:g}, where ascent fools {ours['wrong']:.0%} of {len(x)} images (random: {chance['wrong']:.0%}), it crosses "
         f"{ours['per_unit']:.1f} boundaries per unit, random directions {chance['per_unit']:.1f} and directions to other images "
         f"{other['per_unit']:.1f}; the map of the image's own polytope alone would be fooled for {ours['wrong_by_own_map']:.0%}."
     )

@@ -141,8 +141,10 @@ def run(study: Study) -> None:
     def listed(name: str, column: str) -> str:
         return ", ".join(f"{of[source, name][column]:.2f} ({source})" for source in made if (source, name) in of)
 
+    alike = [source for source in made if of[source, HARD]["with_activations"] > 0.5]
     study.say(
-        f"Clusters of codes agree with those of activations with an adjusted mutual information of {listed(HARD, 'with_activations')}, and "
+        f"Like activations (by half or more) cluster the codes of: {', '.join(alike) or 'none'}. Clusters of codes agree with those of "
+        f"activations with an adjusted mutual information of {listed(HARD, 'with_activations')}, and "
         f"with what the samples are of {listed(HARD, 'with_kinds')}, where activations have {listed(VALUES, 'with_kinds')}."
     )
     study.say(

@@ -61,8 +61,8 @@ def run(study: Study) -> None:
     )
     canvas, axes = study.figure(rows=1, columns=2, figsize=(13, 5))
     for column in ("mmcs", "amounts", "correlation", "length"):
-        axes[0].plot([row["dictionary"] for row in rows], [row[column] for row in rows], "o-", ms=3, label=column)
-    axes[0].set(ylim=(0, 1.3), ylabel="over true features", title="MMCS, amounts and what they differ by")
+        axes[0].plot([row["dictionary"] for row in rows], [row[column] for row in rows], "o", ms=4, label=column)
+    axes[0].set(ylim=(0, 2), ylabel="over true features", title="MMCS, amounts and what they differ by")
     axes[0].tick_params(axis="x", rotation=90, labelsize=7)
     for label in dict.fromkeys(row["dictionary"] for row in (chosen, other, apart)):
         axes[1].plot(*points[label], ".", ms=4, alpha=0.6, label=label)
