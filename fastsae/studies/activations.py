@@ -65,8 +65,8 @@ def run(study: Study) -> None:
         best = min(rows[real:], key=lambda row: sum(row["source"] in outside[column] for column in COLUMNS))
         misses = [words for column, words in COLUMNS.items() if best["source"] in outside[column]]
         study.say(
-            f"{kind}: no generator comes into the layers' range in {', '.join(COLUMNS[column] for column in always) or 'nothing'}; nearest is "
-            f"{best['source']}, which misses {len(misses)} of {len(COLUMNS)} ({', '.join(misses)})."
+            f"{kind}: no generator comes into the layers' range in {', '.join(COLUMNS[column] for column in always) or 'nothing'}; nearest "
+            f"is {best['source']}, which misses {len(misses)} of {len(COLUMNS)} ({', '.join(misses)})."
         )
     draw(study, rows[:real], rows[real:], curves)
 

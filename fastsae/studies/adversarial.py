@@ -109,9 +109,10 @@ def run(study: Study) -> None:
     end = f"turned_{len(layers) - 1}"
     more = ours["per_unit"] - chance["per_unit"] > 3 * (ours["standard_error"] + chance["standard_error"])
     study.say(
-        f"{'Yes' if more else 'No'}: at r = {middle:g}, where ascent fools {ours['wrong']:.0%} of {len(x)} images (random: {chance['wrong']:.0%}), it crosses "
-        f"{ours['per_unit']:.1f} boundaries per unit, random directions {chance['per_unit']:.1f} and directions to other images "
-        f"{other['per_unit']:.1f}; the map of the image's own polytope alone would be fooled for {ours['wrong_by_own_map']:.0%}."
+        f"{'Yes' if more else 'No'}: at r = {middle:g}, where ascent fools {ours['wrong']:.0%} of {len(x)} images (random: "
+        f"{chance['wrong']:.0%}), it crosses {ours['per_unit']:.1f} boundaries per unit, random directions {chance['per_unit']:.1f} and "
+        f"directions to other images {other['per_unit']:.1f}; the map of the image's own polytope alone would be fooled for "
+        f"{ours['wrong_by_own_map']:.0%}."
     )
     least = study["radii"][0]
     turns = [of[kind, least][end] / of[kind, least]["turned_input"] for kind in ("ascent", "random")]

@@ -8,6 +8,7 @@ next token. Black et al. 2022 expected a direction to keep its meaning within a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ def run(study: Study) -> None:
         f"{random['reached_by_p99']:.0%}."
     )
     study.record(strong=strong, norm=norm)
-    effects = pushed(study, made, {name: rays[: study["pushed"]] for name, rays in directions.items()}, strong) if study["pushed"] else []
+    some = replace(made, windows=made.windows[::4])
+    effects = pushed(study, some, {name: rays[: study["pushed"]] for name, rays in directions.items()}, strong) if study["pushed"] else []
     if effects:
         study.table("what the model makes of it", effects)
         at = {row["directions"]: row["kl"] for row in effects if row["scale"] == max(study["scales"])}
