@@ -25,13 +25,9 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 1_024, "held_tokens": 256, "layer": 1, "features": 64, "k": 4,
         "batch": 128, "steps": 20, "lr": 1e-2, "least": 2, "named": 4,
     },
-    "quick": {
-        "minutes": 4, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 8_192, "layer": 3, "features": 1024,
-        "k": 16, "batch": 1024, "steps": 300, "lr": 2e-3, "least": 10, "named": 10,
-    },
     "default": {
-        "minutes": 20, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 16_384, "layer": 12, "features": 4096,
-        "k": 32, "batch": 2048, "steps": 500, "lr": 1e-3, "least": 20, "named": 20,
+        "minutes": 6, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 8_192, "layer": 12, "features": 2048,
+        "k": 32, "batch": 1024, "steps": 400, "lr": 1e-3, "least": 10, "named": 20,
     },
 }  # fmt: skip
 ALIKE = 0.5

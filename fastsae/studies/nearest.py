@@ -22,8 +22,7 @@ from fastsae.studies._networks import digits, lines, pairs
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [16, 16], "epochs": 3, "numbers": [1, 8], "steps": 20, "fit_rows": 256},
-    "quick": {"minutes": 1, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64], "steps": 400, "fit_rows": 8192},
-    "default": {"minutes": 6, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64, 512], "steps": 2000, "fit_rows": 32768},
+    "default": {"minutes": 3, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64, 512], "steps": 1000, "fit_rows": 32768},
 }  # fmt: skip
 KINDS = {  # which of centres, maps and constants are fitted
     "its maps, nothing fitted": (),
@@ -80,6 +79,7 @@ def run(study: Study) -> None:
     options: dict[str, Any] = {"xscale": "log", "xlabel": "maps N"}
     lines(axes[0], rows, "kind", "N", "agrees", ylim=(0, 1.02), ylabel="agrees with the network", title="Classes", **options)
     lines(axes[1], rows, "kind", "N", "fvu", yscale="log", ylabel="unexplained share", title="Logits", **options)
+    axes[1].get_legend().remove()
     study.save(canvas, "nearest")
 
 

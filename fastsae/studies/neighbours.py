@@ -25,12 +25,8 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 512, "held_tokens": 16, "layers": [0, 1], "queries": 16,
         "shown": 2,
     },
-    "quick": {
-        "minutes": 2, "source": "smollm2", "context": 128, "train_tokens": 10_000, "held_tokens": 128, "layers": [0, 9, 19, 29],
-        "queries": 400, "shown": 4,
-    },
     "default": {
-        "minutes": 25, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 128, "layers": [0, 6, 12, 18, 24, 29],
+        "minutes": 20, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 128, "layers": [0, 6, 12, 18, 24, 29],
         "queries": 1000, "shown": 4,
     },
 }  # fmt: skip

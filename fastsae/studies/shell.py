@@ -31,15 +31,10 @@ SIZES = {
         "minutes": 0.05, "hidden": [24, 24], "epochs": 3, "rays": 10, "reach": 4.0, "steps": 2, "source": "random", "context": 16,
         "train_tokens": 16, "held_tokens": 64, "layer": 0, "last": 1, "neurons": ".1", "factors": [0.5, 2.0],
     },
-    "quick": {
-        "minutes": 2, "hidden": [128, 128, 128], "epochs": 40, "rays": 200, "reach": 4.0, "steps": 8, "source": "smollm2", "context": 128,
-        "train_tokens": 128, "held_tokens": 256, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
-        "factors": [0.0, 0.5, 1.5, 2.0, 4.0, 8.0],
-    },
     "default": {
-        "minutes": 12, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0, "steps": 8, "source": "smollm2", "context": 128,
-        "train_tokens": 128, "held_tokens": 1_024, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
-        "factors": [0.0, 0.25, 0.5, 0.75, 0.875, 1.125, 1.5, 2.0, 3.0, 4.0, 8.0],
+        "minutes": 4, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0, "steps": 8, "source": "smollm2", "context": 128,
+        "train_tokens": 128, "held_tokens": 512, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
+        "factors": [0.0, 0.5, 0.75, 0.875, 1.125, 1.5, 2.0, 4.0, 8.0],
     },
 }  # fmt: skip
 OCTAVES, SCALED = 3, 200  # of factors up and down; images

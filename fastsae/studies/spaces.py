@@ -22,7 +22,6 @@ from fastsae.studies._networks import Digits, digits, lines
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [16, 16], "widths": [8, 32], "epochs": 3, "factors": [0.5, 2.0]},
-    "quick": {"minutes": 0.5, "hidden": [64, 64], "widths": [16, 64, 256], "epochs": 60, "factors": [0.0, 0.5, 0.9, 1.1, 2.0, 4.0]},
     "default": {"minutes": 2, "hidden": [128, 128], "widths": [16, 64, 256, 1024], "epochs": 60, "factors": [0.0, 0.5, 0.9, 1.1, 2.0, 4.0]},
 }  # fmt: skip
 REACH = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
