@@ -70,14 +70,17 @@ CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 # PTX of the lowest: the driver can compile it for every architecture that is not in the list, older than the newest or newer.
 CUDA_PTX = "80"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false", "-Icsrc"]  # fma only where it is written
+CUDA_FLAGS += ["-Xptxas", "-v"]  # registers and spills, which tests/gpu/test_cuda.py reads
 
 FAILURES = (CCompilerError, ExecError, PlatformError, OSError)
 
 
-def _run_compiler(command: list[str]) -> None:
+def _run_compiler(command: list[str]) -> str:
+    """What it says beside its result."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CCompilerError(f"{' '.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
+    return done.stderr
 
 
 def has_gpu() -> bool:
@@ -227,7 +230,7 @@ class BuildExt(build_ext):
             if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 stamp.unlink(missing_ok=True)
-                _run_compiler(command)
+                target.with_suffix(".log").write_text(_run_compiler(command))
                 stamp.write_text(said)
             return str(target)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastsae
 from bench.harness import DEVICE, shapes, unit_rows
+from bench.training import step_unit_rows
 from fastsae.superposition import Run, SuperpositionData, Training, train_dictionary, train_many
 
 SHAPES = shapes([(17, 256, 256, 128), (17, 256, 256, 512), (17, 256, 256, 2048)], [(3, 32, 16, 64)])
@@ -31,13 +32,7 @@ def plain(saes: fastsae.SAEs, l1: Tensor, lr: float) -> tuple[Callable[[Tensor],
         y = torch.baddbmm(b_dec.unsqueeze(1), z, W_dec)
         penalty = (z * torch.linalg.vector_norm(W_dec, dim=2).unsqueeze(1)).sum((1, 2))
         (((y - x).square().sum((1, 2)) + l1 * penalty) / x.shape[0]).sum().backward()
-        with torch.no_grad():
-            grad = W_dec.grad
-            assert grad is not None
-            grad.addcmul_(W_dec, (grad * W_dec).sum(2, keepdim=True), value=-1)
-            opt.step()
-            W_dec.div_(torch.linalg.vector_norm(W_dec, dim=2, keepdim=True))
-        opt.zero_grad()
+        step_unit_rows(opt, W_dec)
 
     return step, W_dec
 

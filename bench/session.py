@@ -12,7 +12,7 @@ from bench.harness import QUICK, name
 from bench.report import Report, ratios
 from fastsae._core.timing import Stopwatch
 
-ROW_SECONDS, QUICK_SECONDS = 12.0, 2.0
+ROW_SECONDS, QUICK_SECONDS = 12.0, 1.0
 """What a row takes on two cores where it does not say (``pytest.mark.seconds``): inputs, verification, the rounds, memory."""
 
 

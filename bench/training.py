@@ -135,15 +135,20 @@ def plain(start: Start, way: Literal["bag", "gathered", "dense"] = "bag") -> Run
 
     def step(x: Tensor) -> None:
         ((decode(*codes(x - b_dec, W_enc, b_enc, start.k, way == "gathered")) - x).square().sum() / x.shape[0]).backward()
-        with torch.no_grad():
-            grad = W_dec.grad
-            assert grad is not None
-            grad.addcmul_(W_dec, (grad * W_dec).sum(1, keepdim=True), value=-1)
-            opt.step()
-            W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
-        opt.zero_grad()
+        step_unit_rows(opt, W_dec)
 
     return Runner(step, opt, lambda: _detached(W_enc, b_enc, W_dec, b_dec), named=parameters)
+
+
+@torch.no_grad()
+def step_unit_rows(opt: torch.optim.Optimizer, W: Tensor) -> None:
+    """A step by torch, W's gradient without its component along each row, W's rows of norm 1 again."""
+    grad = W.grad
+    assert grad is not None
+    grad.addcmul_(W, (grad * W).sum(-1, keepdim=True), value=-1)
+    opt.step()
+    W.div_(torch.linalg.vector_norm(W, dim=-1, keepdim=True))
+    opt.zero_grad()
 
 
 def sparsify_coder(start: Start) -> Any:

@@ -14,17 +14,13 @@ namespace {
 // The entry that compilers emit for `#pragma omp parallel`. GNU, LLVM and Intel runtimes all export it.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-GompParallel find_runtime() {
+// Of torch's own runtime, else of any: torch's wheels for aarch64 do not load theirs into the process's global scope.
+template <class F>
+F of_runtime(const char* name) {
 #if defined(__unix__) || defined(__APPLE__)
-  return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#else
-  return nullptr;
-#endif
-}
-
-int (*find_thread_number())() {
-#if defined(__unix__) || defined(__APPLE__)
-  return reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = torch != nullptr ? dlsym(torch, name) : nullptr;
+  return reinterpret_cast<F>(found != nullptr ? found : dlsym(RTLD_DEFAULT, name));
 #else
   return nullptr;
 #endif
@@ -50,8 +46,8 @@ void set_control(Control) {}
 #endif
 
 // Looked up when this library is loaded; native.py imports torch before.
-GompParallel const runtime = find_runtime();
-int (*const number)() = find_thread_number();
+auto const runtime = of_runtime<GompParallel>("GOMP_parallel");
+auto const number = of_runtime<int (*)()>("omp_get_thread_num");
 std::atomic<bool> serial{false};
 
 }  // namespace

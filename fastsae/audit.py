@@ -121,17 +121,8 @@ class Guard:
         """Mismatch where the child finds one, is killed by a signal or hangs; False, after a warning, where it could not work."""
         dtype, device = name.split()[-1], str(where) if isinstance(where, torch.device) else "cpu"
         environment = {**os.environ, "FASTSAE_AUDIT": "off", **({"FASTSAE_ISA": where} if isinstance(where, str) else {})}
-        command = [
-            sys.executable or "python",
-            "-c",
-            _CHILD,
-            json.dumps(sys.path),
-            self.op.name,
-            self.row.backend,
-            self.target,
-            device,
-            dtype,
-        ]
+        command = [sys.executable or "python", "-c", _CHILD, json.dumps(sys.path)]
+        command += [self.op.name, self.row.backend, self.target, device, dtype]
         if not triton_support.quiet():
             with suppress(OSError, ValueError, AttributeError):
                 print(f"fastsae: checking {name} at its first use on {kind(where)} ...", file=sys.stderr, flush=True)

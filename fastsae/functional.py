@@ -51,27 +51,10 @@ from fastsae.ops.hamming import hamming
 from fastsae.ops.spline import hash_code, hash_signs, pack_signs, spline_code, spline_hash
 
 __all__ = [
-    "API",
-    "adam_",
-    "count_codes",
-    "decode",
-    "decode_backward",
-    "encode_batch_topk",
-    "encode_gated",
-    "encode_threshold",
-    "encode_topk",
-    "hamming",
-    "hamming_topk",
-    "hash_code",
-    "hash_signs",
-    "match_cosine",
-    "pack_signs",
-    "refuses",
-    "require",
-    "select_topk",
-    "spline_code",
+    "API", "adam_", "count_codes", "decode", "decode_backward", "encode_batch_topk", "encode_gated", "encode_threshold", "encode_topk",
+    "hamming", "hamming_topk", "hash_code", "hash_signs", "match_cosine", "pack_signs", "refuses", "require", "select_topk", "spline_code",
     "spline_hash",
-]
+]  # fmt: skip
 
 API = 1
 
@@ -370,10 +353,6 @@ def _parameters(schema: str) -> list[str]:
     return [part.split("=")[0].split()[-1] for part in schema.partition("(")[2].rpartition(") ->")[0].split(", ")]
 
 
-def _nothing(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {}
-
-
 def _widened(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``adam_`` widens slots and their rows."""
     return {name: _of_dtype(given[name], given["W"].dtype) for name in ("grad", "values") if "values" in given}
@@ -389,7 +368,7 @@ class _Call(NamedTuple):
     """Dimensions of those that every call has; 0: any number but none."""
     dtypes: tuple[torch.dtype, ...] = checks.FLOATS
     casts: bool = False
-    more: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _nothing
+    more: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = lambda given: {}
 
 
 _IN_SCHEMAS = {"b_enc": "b", "b_dec": "b"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from fastsae import audit
+from fastsae._core.timing import alternate, milliseconds
 from fastsae.dispatch import OPS, Op, Row
 from fastsae.native import loader
 from fastsae.testing import Mismatch
@@ -102,20 +102,14 @@ def verify_row(op: Op, row: Row, name: str, context: Context, device: torch.devi
 def time_rows(op: Op, rows: list[tuple[Row, str, Context]], device: torch.device) -> dict[str, float]:
     """Median milliseconds of each row on the operation's workload, the rows alternating."""
     args = op.workload(device, op.dtypes[0], torch.Generator().manual_seed(0))
-    times: dict[str, list[float]] = {}
-    for turn in range(6):
-        for row, name, context in rows:
-            if row.reason(args) is not None:
-                continue
-            with context():
-                start = time.perf_counter()
-                op(*args, backend=row.backend)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                elapsed = time.perf_counter() - start
-            if turn:  # the first turn warms up
-                times.setdefault(name, []).append(elapsed * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+
+    def timed(row: Row, context: Context) -> float:
+        with context():
+            return milliseconds(lambda _: op(*args, backend=row.backend), device)
+
+    ways = {name: lambda _, row=row, context=context: timed(row, context) for row, name, context in rows if row.reason(args) is None}
+    times = alternate(ways, least=6, most=6, seconds=0)
+    return {name: statistics.median(turns[1:]) for name, turns in times.items()}  # the first turn warms up
 
 
 def run(

@@ -55,7 +55,7 @@ class Bench:
     def __init__(self, device: torch.device, out: Path, minutes: float, quick: bool, machine: dict[str, Any], begun: float | None = None):
         self.device, self.quick = device, quick
         self.start, self.minutes = time.monotonic() - (0 if begun is None else max(0.0, time.time() - begun)), minutes
-        self.seconds = 0.3 if quick else 6.0  # for the rounds of one row
+        self.seconds = 0.05 if quick else 6.0  # for the rounds of one row
         self.generator = torch.Generator(device=device).manual_seed(0)
         self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_ON_CPU
         self.copy_rate = self.product_rate = 0.0

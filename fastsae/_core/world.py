@@ -110,13 +110,16 @@ LARGE = 1 << 14
 """Elements, of which ``tree`` adds up two at a time."""
 
 
-def tree(t: Tensor) -> Tensor:
-    """The sum over the first dimension, by elementwise additions of neighbours in a binary tree: bits that depend on its size alone."""
+def tree(t: Tensor, spare: bool = False) -> Tensor:
+    """The sum over the first dimension, by elementwise additions of neighbours in a binary tree: bits that depend on its size alone.
+    ``spare``: where nobody needs ``t`` any more; it may hold the sums."""
     if not t.shape[0]:
         return t.new_zeros(t.shape[1:])
     if t[0].numel() >= LARGE and t.shape[0] > 1:  # what is left of the largest power of two, and the rest: little fresh memory at a time
         half = 1 << ((t.shape[0] - 1).bit_length() - 1)
-        return t[0] + t[1] if t.shape[0] == 2 else tree(t[:half]).add_(tree(t[half:]))
+        if t.shape[0] == 2:
+            return t[0].add_(t[1]) if spare else t[0] + t[1]
+        return tree(t[:half], spare).add_(tree(t[half:], spare))
     while (n := t.shape[0]) > 1:
         pairs = t[: n & ~1 : 2] + t[1::2]
         t = torch.cat([pairs, t[n - 1 :]]) if n % 2 else pairs

@@ -25,7 +25,7 @@ from fastsae.sae.checkpoints import KINDS, Trained
 from fastsae.sae.cross_layer import CrossLayerTranscoder
 from fastsae.sae.crosscoder import Crosscoder, of_config
 from fastsae.sae.inputs import Inputs
-from fastsae.sae.losses import AuxOption, Loss, Metrics, Terms
+from fastsae.sae.losses import Loss, Metrics, Terms
 from fastsae.sae.module import SAE
 from fastsae.sae.rows import normalised
 from fastsae.sae.stack import SAEs
@@ -52,18 +52,9 @@ class ShardedSAE(SAE):
         world = self.world
         return f"{super().extra_repr()}, features {world.start} .. {world.start + world.cuts[-1]} of virtual={world.virtual}"
 
-    def step_inputs(
-        self,
-        op: str,
-        x: Tensor,
-        target: Tensor | None = None,
-        mask: Tensor | None = None,
-        l1: float | None = None,
-        l0: float | None = None,
-        aux: AuxOption = None,
-    ) -> Inputs:
+    def step_inputs(self, op: str, x: Tensor, target: Tensor | None = None, *rest: Any, **terms: Any) -> Inputs:
         """The rows that count of all processes, and this one's features."""
-        own = super().step_inputs(op, x, target, mask, l1, l0, aux)
+        own = super().step_inputs(op, x, target, *rest, **terms)
         self.begin(op, own.x, own.terms, target is None)
         wanted, found = self.world.gather(own.target), own.rows
         if found is not None and self.normalise_rows is not None:  # an autoencoder's, whose target is what was normalised
@@ -137,35 +128,17 @@ class ShardedSAE(SAE):
                 return self._restored(op, y, x)
             return y / self.scale[1] if self._scaled else y
 
-    def loss(
-        self,
-        x: Tensor,
-        target: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        l1: float | None = None,
-        l0: float | None = None,
-        aux: AuxOption = None,
-    ) -> Loss:
+    @torch.no_grad()
+    def loss(self, x: Tensor, target: Tensor | None = None, **terms: Any) -> Loss:
         """As ``SAE.loss``, over the rows of all processes, and the same number on each; detached: gradients are ``step_gradients``'s."""
-        return Loss(*self._step("SAE.loss", x, target, mask, l1, l0, aux)[0][:3])
-
-    def step_gradients(
-        self,
-        x: Tensor,
-        target: Tensor | None = None,
-        mask: Tensor | None = None,
-        l1: float | None = None,
-        l0: float | None = None,
-        aux: AuxOption = None,
-    ) -> tuple[Metrics, dict[str, Gradient]]:
-        """As ``SAE.step_gradients``, of the loss over the rows of all processes; gradients are those of this process's features."""
-        return self._step("SAE.step_gradients", x, target, mask, l1, l0, aux)
+        with self.world.together("SAE.loss"):
+            return Loss(*step(self.step_inputs("SAE.loss", x, target, **terms))[0][:3])
 
     @torch.no_grad()
-    def _step(self, op: str, *arguments: Any) -> tuple[Metrics, dict[str, Gradient]]:
-        with self.world.together(op):
-            return step(self.step_inputs(op, *arguments))
+    def step_gradients(self, *arguments: Any, **terms: Any) -> tuple[Metrics, dict[str, Gradient]]:
+        """As ``SAE.step_gradients``, of the loss over the rows of all processes; gradients are those of this process's features."""
+        with self.world.together("SAE.step_gradients"):
+            return step(self.step_inputs("SAE.step_gradients", *arguments, **terms))
 
     def init_from(self, *_: Any, **__: Any) -> Any:
         raise ValueError("SAE.init_from: call it before fastsae.distributed.shard, on every process with the same rows")

@@ -21,22 +21,6 @@ from fastsae.sae.resampling import resample
 from fastsae.sae.stack import SAEs
 
 __all__ = [
-    "SAE",
-    "AbsTopK",
-    "Activation",
-    "AuxK",
-    "BatchTopK",
-    "CrossLayerTranscoder",
-    "Crosscoder",
-    "Gated",
-    "JumpLoss",
-    "JumpReLU",
-    "Metrics",
-    "PursuitWeights",
-    "ReLU",
-    "Reconstruction",
-    "SAEs",
-    "TopK",
-    "encode_pursuit",
-    "resample",
-]
+    "SAE", "AbsTopK", "Activation", "AuxK", "BatchTopK", "CrossLayerTranscoder", "Crosscoder", "Gated", "JumpLoss", "JumpReLU", "Metrics",
+    "PursuitWeights", "ReLU", "Reconstruction", "SAEs", "TopK", "encode_pursuit", "resample",
+]  # fmt: skip

@@ -17,7 +17,7 @@ from fastsae.latents import Latents
 from fastsae.sae.activations import BatchTopK, Gated, Kind, L, TopK
 from fastsae.sae.config import arguments
 from fastsae.sae.inputs import Encoded, Inputs
-from fastsae.sae.losses import AuxK, AuxOption, Weights, features, layer_fvu, part_norms, squares, unranked
+from fastsae.sae.losses import AuxK, Weights, features, layer_fvu, part_norms, squares, unranked
 from fastsae.sae.module import SAE
 from fastsae.sae.reconstruction import Reconstruction
 
@@ -143,18 +143,9 @@ class Crosscoder(SAE[L]):
         x_hat = self.decode(latents)
         return Reconstruction(x_hat, latents, squares(x_hat.flatten(-2), wanted).sum(-1))
 
-    def step_inputs(
-        self,
-        op: str,
-        x: Tensor,
-        target: Tensor | None = None,
-        mask: Tensor | None = None,
-        l1: float | None = None,
-        l0: float | None = None,
-        aux: AuxOption = None,
-    ) -> Inputs:
+    def step_inputs(self, op: str, x: Tensor, target: Tensor | None = None, *rest: Any, **terms: Any) -> Inputs:
         target = None if target is None else self._flat(op, "target", target)
-        return super().step_inputs(op, self._flat(op, "x", x), target, mask, l1, l0, aux)
+        return super().step_inputs(op, self._flat(op, "x", x), target, *rest, **terms)
 
     def init_from(self, x: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None, **options: Any) -> Self:
         """``SAE.init_from``, its ``norm`` one number for all layers."""

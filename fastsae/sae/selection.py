@@ -94,7 +94,9 @@ def top_k(x: Tensor, w: Weights, k: int, relu: bool, world: World, among: Tensor
     scores, indices, own = candidates(x, w, k, world, among, absolute)
     kept = (own >= world.back(merged(own, k, world)[:, -1:]))[:, : scores.shape[1]]
     crow = torch.cat([indices.new_zeros(1), kept.sum(1).cumsum(0)])
-    return Slots(unranked(rectified(scores[kept], relu), indices[kept], w.rank), indices[kept], crow)
+    at = kept.flatten().nonzero().squeeze(1)
+    scores, indices = scores.flatten()[at], indices.flatten()[at]
+    return Slots(unranked(rectified(scores, relu), indices, w.rank), indices, crow)
 
 
 def batch_top_k(x: Tensor, w: Weights, k: float, world: World) -> tuple[Slots, Tensor]:
@@ -160,10 +162,10 @@ def by_shard(slots: Slots, W: Tensor, world: World) -> Tensor:
 
 
 def at_home(partial: Tensor, world: World, groups: int = 1) -> Tensor:
-    """``[groups, own rows, D]``: their sums over all virtual shards."""
+    """``[groups, own rows, D]``: their sums over all virtual shards; overwrites them."""
     shards, width = len(world.cuts) - 1, partial.shape[1]
-    rows = tree(partial.reshape(shards, len(partial) // shards, width)).reshape(groups, -1, width).transpose(0, 1)
-    return tree(world.home(rows)).transpose(0, 1)
+    rows = tree(partial.reshape(shards, len(partial) // shards, width), spare=True).reshape(groups, -1, width).transpose(0, 1)
+    return tree(world.home(rows), spare=True).transpose(0, 1)
 
 
 def skipped(x: Tensor, skip: Tensor, world: World) -> Tensor:

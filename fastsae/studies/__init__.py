@@ -1,18 +1,17 @@
 """Studies: whole experiments that run in minutes, each one file that reads like the experiment.
 
     fastsae study                      # the list
-    fastsae study recovery --quick     # tables, plots, recovery.json and README.md, a page of it all, in studies/recovery/
+    fastsae study recovery             # tables, plots, recovery.json and README.md, a page of it all, in studies/recovery/
 
-A study is a module of this package. It has ``SIZES``, its parameters in three sizes, and ``run(study)``, the experiment; the first line of
+A study is a module of this package. It has ``SIZES``, its parameters in two sizes, and ``run(study)``, the experiment; the first line of
 its docstring is its line in the list::
 
     \"\"\"How often does a fair coin show heads?\"\"\"
 
     from fastsae.studies import Study
 
-    SIZES = {  # "smoke" takes seconds, "quick" minutes; minutes: expected time on two cores
+    SIZES = {  # "smoke" takes seconds; minutes: expected time on two cores
         "smoke": {"minutes": 0.01, "throws": 100},
-        "quick": {"minutes": 0.1, "throws": 10_000},
         "default": {"minutes": 1, "throws": 1_000_000},
     }
 

@@ -29,7 +29,7 @@ from fastsae.studies._page import cell, index, page
 
 T = TypeVar("T")
 
-_SIZES = ("smoke", "quick", "default")
+_SIZES = ("smoke", "default")
 REFUSED = (ValueError,)
 
 
@@ -49,7 +49,7 @@ class Study:
     """One run of a study: ``study["steps"]`` is a parameter of its size; findings go through ``table``, ``record``, ``say`` and ``save``.
 
     Attributes:
-        name, size, seed: what runs; size is "smoke", "quick" or "default".
+        name, size, seed: what runs; size is "smoke" or "default".
         parameters: of this size, by name.
         out: folder that everything is written to; parts: one in it that is there while the study runs.
         progress: whether bars are shown (on stderr).
@@ -208,7 +208,7 @@ def run_study(
 
     Args:
         name: one of ``names()``.
-        size: "default"; "quick", minutes; "smoke", seconds: does it run?
+        size: "default"; "smoke", seconds: does it run?
         out: folder; default ``studies/NAME``.
         seed: of everything random, at least 0.
         progress: show progress bars on stderr.
@@ -236,6 +236,8 @@ def run_study(
             module.run(study)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is done is in {study.parts}, --resume goes on") from None
+    if "joblib" in sys.modules:  # the time of a sweep's workers counts once they have ended
+        importlib.import_module("joblib.externals.loky").get_reusable_executor(reuse=True).shutdown()
     seconds, cpu = watch.seconds(), watch.cpu_seconds()
     written = study.write(seconds, cpu)
     shutil.rmtree(study.parts)
@@ -258,7 +260,6 @@ def write_pages(folder: Path) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``fastsae study``."""
     parser.add_argument("name", nargs="?", help="the study; without it, a list of all")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes: minutes on two cores")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds: does it run?")
     parser.add_argument("--out", type=Path, help="folder for JSON and plots (default: studies/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on where a run was interrupted")
@@ -271,13 +272,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """``fastsae study``."""
     if options.pages is None and options.name is None:
-        print(f"{'study':<13} {'minutes (quick)':<16} question")
+        print(f"{'study':<14} minutes  question")
         for name in names():
             module = _module(name)
-            minutes = f"{module.SIZES['default']['minutes']:g} ({module.SIZES['quick']['minutes']:g})"
-            print(f"{name:<13} {minutes:<16} {(module.__doc__ or '').strip().splitlines()[0]}")
+            print(f"{name:<14} {module.SIZES['default']['minutes']:<7g}  {(module.__doc__ or '').strip().splitlines()[0]}")
         return 0
-    size = "smoke" if options.smoke else "quick" if options.quick else "default"
+    size = "smoke" if options.smoke else "default"
     if options.pages is not None:
         return write_pages(options.pages)
     minutes = _module(options.name).SIZES[size]["minutes"]

@@ -68,12 +68,11 @@ def digits(study: Study, hidden: Sequence[int] = (), channels: Sequence[int] = (
     return Digits(net, untrained, x[test], y[test], accuracy, x[train])
 
 
-def curves(axis: Any, rows: list[dict[str, Any]], by: str, x: str, y: str, **options: Any) -> None:
+def lines(axis: Any, rows: list[dict[str, Any]], by: str, x: str, y: str, **options: Any) -> None:
     """A line of (x, y) for each value of ``by``; options of the axis."""
     for label in dict.fromkeys(row[by] for row in rows):
         axis.plot(*zip(*((row[x], row[y]) for row in rows if row[by] == label)), "o-", ms=4, label=label)
     axis.set(**options)
-    axis.legend(frameon=False, fontsize=8)
 
 
 def pairs(y: Tensor, count: int, generator: torch.Generator, same: bool) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,11 @@ def train(study: Study, label: str, data: SuperpositionData | Tensor, **options:
     return train_many(data, **options, workers=workers, callback=keep, known=known, progress=study.progress)
 
 
-def sources(study: Study) -> SuperpositionData:
-    """The data of a study's preset."""
+def sources(study: Study, features: Tensor | None = None) -> SuperpositionData:
+    """The data of a study's preset, with these features ``[G, D]``; None: random ones."""
     changes = {name: study[name] for name in ("n_features", "d", "mean_active", "rate")}
+    if features is not None:
+        changes |= {"features": features, "n_features": len(features)}
     return SuperpositionData.preset(study["preset"], **changes, seed=1000 + study.seed)
 
 

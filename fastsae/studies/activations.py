@@ -23,16 +23,16 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 512, "held_tokens": 64, "layers": [0, 1], "mlp": ".0:output",
         "rows": 256,
     },
-    "quick": {
-        "minutes": 2, "source": "minilm", "context": 128, "train_tokens": 8_192, "held_tokens": 1024, "layers": [0, 2, 5],
-        "mlp": ".output.dense:input", "rows": 8_192,
-    },
     "default": {
-        "minutes": 8, "source": "smollm2", "context": 128, "train_tokens": 16_384, "held_tokens": 1024, "layers": [0, 4, 9, 14, 19, 24, 29],
+        "minutes": 3, "source": "smollm2", "context": 128, "train_tokens": 16_384, "held_tokens": 1024, "layers": [0, 4, 9, 14, 19, 24, 29],
         "mlp": ".mlp.down_proj:input", "rows": 16_384,
     },
 }  # fmt: skip
-COLUMNS = ("skewness", "kurtosis", "near_zero", "q99_over_q50", "norm_spread", "mean_share", "dimensions", "cosine", "neurons_kurtosis")
+COLUMNS = {
+    "skewness": "skewness", "kurtosis": "kurtosis", "near_zero": "entries near zero", "q99_over_q50": "heavy tails",
+    "norm_spread": "spread of norms", "mean_share": "share of the mean vector", "dimensions": "dimensions filled",
+    "cosine": "likeness of two rows", "neurons_kurtosis": "kurtosis of a neuron",
+}  # fmt: skip
 
 
 def run(study: Study) -> None:
@@ -63,10 +63,10 @@ def run(study: Study) -> None:
         }
         always = [column for column in COLUMNS if len(outside[column]) == len(PRESETS)]
         best = min(rows[real:], key=lambda row: sum(row["source"] in outside[column] for column in COLUMNS))
-        misses = [column for column in COLUMNS if best["source"] in outside[column]]
+        misses = [words for column, words in COLUMNS.items() if best["source"] in outside[column]]
         study.say(
-            f"{kind}: no generator reaches the layers' range in {', '.join(always) or 'nothing'}; nearest is {best['source']}, which "
-            f"misses {len(misses)} of {len(COLUMNS)} ({', '.join(misses)})."
+            f"{kind}: no generator comes into the layers' range in {', '.join(COLUMNS[column] for column in always) or 'nothing'}; nearest "
+            f"is {best['source']}, which misses {len(misses)} of {len(COLUMNS)} ({', '.join(misses)})."
         )
     draw(study, rows[:real], rows[real:], curves)
 
@@ -101,7 +101,7 @@ def measured(x: Tensor) -> dict[str, float]:
 
 def spread(x: Tensor) -> tuple[list[float], list[float]]:
     """Entries over their root mean square: edges and densities of a histogram."""
-    values = (x / x.square().mean().sqrt()).float().flatten().clamp(-8, 8)
+    values = (x / x.square().mean().sqrt()).float().flatten()
     found = torch.histogram(values, 160, range=(-8.0, 8.0), density=True)
     return found.bin_edges[:-1].tolist(), found.hist.clamp_min(1e-6).tolist()
 
@@ -114,10 +114,12 @@ def draw(study: Study, real: list[dict[str, Any]], toys: list[dict[str, Any]], c
         axis.set(yscale="log", ylim=(1e-5, 20), xlabel="entry over the root mean square", ylabel="density")
         axis.set_title("Layers" if rows is real else "Generators")
         axis.legend(frameon=False, fontsize=6)
-    for rows, marker in ((real, "o"), (toys, "x")):
-        for row in rows:
-            axes[2].scatter(row["dimensions"], row["mean_share"], marker=marker, color="C3" if row["source"].startswith("mlp") else "C0")
-            axes[2].annotate(row["source"], (row["dimensions"], row["mean_share"]), fontsize=6)
+    for row in real:
+        axes[2].scatter(row["dimensions"], row["mean_share"], color="C3" if row["source"].startswith("mlp") else "C0")
+        axes[2].annotate(row["source"], (row["dimensions"], row["mean_share"]), fontsize=6)
+    for row in toys:
+        axes[2].scatter(row["dimensions"], row["mean_share"], marker="x", label=row["source"])
+    axes[2].legend(frameon=False, fontsize=6)
     axes[2].set(xscale="log", xlabel="dimensions that the covariance fills (share of D)", ylabel="share of the mean vector")
     axes[2].set_title("Shape of the cloud (crosses: generators)")
     study.save(canvas, "activations")

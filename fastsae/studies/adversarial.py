@@ -25,13 +25,9 @@ from fastsae.studies._networks import Digits, digits
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "images": 10, "radii": [0.5, 1.0], "polytopes": 3},
-    "quick": {
-        "minutes": 0.5, "hidden": [128, 128, 128], "epochs": 40, "images": 200, "radii": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0],
-        "polytopes": 40,
-    },
     "default": {
-        "minutes": 5, "hidden": [256, 256, 256], "epochs": 60, "images": 599, "radii": [0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
-        "polytopes": 100,
+        "minutes": 2, "hidden": [256, 256, 256], "epochs": 60, "images": 599, "radii": [0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
+        "polytopes": 60,
     },
 }  # fmt: skip
 STEPS = 20
@@ -111,10 +107,12 @@ def run(study: Study) -> None:
     middle = min(study["radii"], key=lambda radius: abs(of["ascent", radius]["wrong"] - 0.5))
     ours, chance, other = (of[kind, middle] for kind in ("ascent", "random", "to another image"))
     end = f"turned_{len(layers) - 1}"
+    more = ours["per_unit"] - chance["per_unit"] > 3 * (ours["standard_error"] + chance["standard_error"])
     study.say(
-        f"At r = {middle:g}, where ascent fools {ours['wrong']:.0%} of {len(x)} images (random: {chance['wrong']:.0%}), it crosses "
-        f"{ours['per_unit']:.1f} boundaries per unit, random directions {chance['per_unit']:.1f} and directions to other images "
-        f"{other['per_unit']:.1f}; the map of the image's own polytope alone would be fooled for {ours['wrong_by_own_map']:.0%}."
+        f"{'Yes' if more else 'No'}: at r = {middle:g}, where ascent fools {ours['wrong']:.0%} of {len(x)} images (random: "
+        f"{chance['wrong']:.0%}), it crosses {ours['per_unit']:.1f} boundaries per unit, random directions {chance['per_unit']:.1f} and "
+        f"directions to other images {other['per_unit']:.1f}; the map of the image's own polytope alone would be fooled for "
+        f"{ours['wrong_by_own_map']:.0%}."
     )
     least = study["radii"][0]
     turns = [of[kind, least][end] / of[kind, least]["turned_input"] for kind in ("ascent", "random")]

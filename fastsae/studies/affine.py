@@ -27,13 +27,9 @@ SIZES = {
         "minutes": 0.05, "source": "digits", "layers": [0, 1], "hidden": [24, 24], "epochs": 3, "tokens": 0, "each": 0,
         "samples": 60, "segments": 10, "walked": 3, "boundaries": 50,
     },
-    "quick": {
-        "minutes": 2, "source": "minilm", "layers": [0, 1, 2, 3, 4, 5], "hidden": [128, 128, 128], "epochs": 40, "tokens": 8_000, "each": 8,
-        "samples": 600, "segments": 100, "walked": 20, "boundaries": 2_000,
-    },
     "default": {
-        "minutes": 15, "source": "minilm", "layers": [0, 1, 2, 3, 4, 5], "hidden": [256, 256, 256], "epochs": 60, "tokens": 32_000,
-        "each": 16, "samples": 2_000, "segments": 500, "walked": 60, "boundaries": 10_000,
+        "minutes": 3, "source": "minilm", "layers": [0, 1, 2, 3, 4, 5], "hidden": [256, 256, 256], "epochs": 60, "tokens": 16_000,
+        "each": 12, "samples": 1_000, "segments": 250, "walked": 40, "boundaries": 5_000,
     },
 }  # fmt: skip
 

@@ -19,7 +19,6 @@ from fastsae.studies._networks import Digits, digits, pairs
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "pairs": 20},
-    "quick": {"minutes": 0.5, "hidden": [128, 128, 128], "epochs": 40, "pairs": 500},
     "default": {"minutes": 3, "hidden": [256, 256, 256], "epochs": 60, "pairs": 3000},
 }
 WINDOW = 1.0  # of distance, around a change of the prediction

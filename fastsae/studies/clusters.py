@@ -32,15 +32,10 @@ SIZES = {
         "neurons": ".1", "soft": "gelu", "words": "digits", "hidden": [32, 32], "epochs": 3, "tokens": 0, "word_layer": 1, "each": 0,
         "channels": [8, 8], "k": 20, "least": 10, "samples": 5,
     },
-    "quick": {
-        "minutes": 4, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 65_000, "held_tokens": 0, "layer": 12,
-        "gate": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "soft": "silu", "words": "minilm", "hidden": [], "epochs": 20,
-        "tokens": 12_000, "word_layer": 3, "each": 12, "channels": [32, 64, 64], "k": 30, "least": 6, "samples": 4,
-    },
     "default": {
-        "minutes": 20, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 400_000, "held_tokens": 0, "layer": 12,
-        "gate": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "soft": "silu", "words": "minilm", "hidden": [], "epochs": 40,
-        "tokens": 56_000, "word_layer": 3, "each": 24, "channels": [32, 64, 64], "k": 40, "least": 10, "samples": 5,
+        "minutes": 6, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 150_000, "held_tokens": 0, "layer": 12,
+        "gate": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "soft": "silu", "words": "minilm", "hidden": [], "epochs": 30,
+        "tokens": 24_000, "word_layer": 3, "each": 16, "channels": [32, 64, 64], "k": 30, "least": 6, "samples": 4,
     },
 }  # fmt: skip
 PLACES = 6
@@ -146,8 +141,10 @@ def run(study: Study) -> None:
     def listed(name: str, column: str) -> str:
         return ", ".join(f"{of[source, name][column]:.2f} ({source})" for source in made if (source, name) in of)
 
+    alike = [source for source in made if of[source, HARD]["with_activations"] > 0.5]
     study.say(
-        f"Clusters of codes agree with those of activations with an adjusted mutual information of {listed(HARD, 'with_activations')}, and "
+        f"Like activations (by half or more) cluster the codes of: {', '.join(alike) or 'none'}. Clusters of codes agree with those of "
+        f"activations with an adjusted mutual information of {listed(HARD, 'with_activations')}, and "
         f"with what the samples are of {listed(HARD, 'with_kinds')}, where activations have {listed(VALUES, 'with_kinds')}."
     )
     study.say(

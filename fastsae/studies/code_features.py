@@ -25,13 +25,9 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 1_024, "held_tokens": 256, "layer": 1, "features": 64, "k": 4,
         "batch": 128, "steps": 20, "lr": 1e-2, "least": 2, "named": 4,
     },
-    "quick": {
-        "minutes": 4, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 8_192, "layer": 3, "features": 1024,
-        "k": 16, "batch": 1024, "steps": 300, "lr": 2e-3, "least": 10, "named": 10,
-    },
     "default": {
-        "minutes": 20, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 16_384, "layer": 12, "features": 4096,
-        "k": 32, "batch": 2048, "steps": 500, "lr": 1e-3, "least": 20, "named": 20,
+        "minutes": 6, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 8_192, "layer": 12, "features": 2048,
+        "k": 32, "batch": 1024, "steps": 400, "lr": 1e-3, "least": 10, "named": 20,
     },
 }  # fmt: skip
 ALIKE = 0.5
@@ -78,8 +74,6 @@ def run(study: Study) -> None:
         axes[1].scatter(best[name].tolist(), purity[name].tolist(), s=4, alpha=0.5, label=f"of {name}")
     axes[0].set(xlabel="correlation with the most alike feature of the other", ylabel="density of features")
     axes[1].set(xlabel="correlation with the most alike feature of the other", ylabel="share of the commonest token")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "code_features")
 
 

@@ -20,13 +20,9 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 1_024, "held_tokens": 128, "layer": 1, "features": 64, "k": 4,
         "batch": 128, "steps": 10, "lr": 1e-2, "segments": 12, "shifts": 10, "bins": 8,
     },
-    "quick": {
-        "minutes": 5, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 1_024, "layer": 3, "features": 1024,
-        "k": 16, "batch": 1024, "steps": 200, "lr": 2e-3, "segments": 200, "shifts": 50, "bins": 20,
-    },
     "default": {
-        "minutes": 15, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 2_048, "layer": 12, "features": 8192,
-        "k": 32, "batch": 2048, "steps": 300, "lr": 1e-3, "segments": 1000, "shifts": 50, "bins": 20,
+        "minutes": 4, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 2_048, "layer": 12, "features": 4096,
+        "k": 32, "batch": 1024, "steps": 400, "lr": 1e-3, "segments": 500, "shifts": 50, "bins": 20,
     },
 }  # fmt: skip
 

@@ -29,19 +29,12 @@ SIZES = {
         "source": "random", "context": 16, "train_tokens": 512, "held_tokens": 64, "layer": 1, "write": ".0", "read": ".0",
         "neurons": ".0:output", "real_features": 32, "real_l1": 0.1, "real_steps": 40, "window": 10,
     },
-    "quick": {
-        "minutes": 12, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
-        "l1": 0.1, "steps": 2000, "cooldown": 500, "seeds": 2, "every": 50,
-        "source": "minilm", "context": 128, "train_tokens": 16_384, "held_tokens": 1024, "layer": 3, "write": ".output.dense",
-        "read": ".intermediate.dense", "neurons": ".output.dense:input", "real_features": 1024, "real_l1": 0.3, "real_steps": 1000,
-        "window": 100,
-    },
     "default": {
-        "minutes": 30, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024,
-        "l1": 0.1, "steps": 4000, "cooldown": 1000, "seeds": 3, "every": 50,
-        "source": "smollm2", "context": 128, "train_tokens": 65_536, "held_tokens": 1024, "layer": 12, "write": ".mlp.down_proj",
-        "read": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "real_features": 2048, "real_l1": 0.3, "real_steps": 4000,
-        "window": 250,
+        "minutes": 10, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
+        "l1": 0.1, "steps": 2000, "cooldown": 500, "seeds": 3, "every": 50,
+        "source": "smollm2", "context": 128, "train_tokens": 32_768, "held_tokens": 1024, "layer": 12, "write": ".mlp.down_proj",
+        "read": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "real_features": 1024, "real_l1": 0.3, "real_steps": 1000,
+        "window": 100,
     },
 }  # fmt: skip
 
@@ -152,7 +145,6 @@ def of_a_model(study: Study) -> None:
         for name, losses in lines.items():
             axis.plot([study["window"] * (n + 1) for n in range(len(losses))], losses, label=name)
         axis.set(xlabel="step", ylabel="loss of the last window", yscale="log", title=f"{hooks[place]}, F = {study['real_features']}")
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "starts_on_a_model")
 
 

@@ -26,15 +26,10 @@ SIZES = {
         "over": 2, "l1": [0.1], "seeds": 1, "max_steps": 60, "cooldown": 10, "window": 20, "limit": 4,
         "limit_over": [2], "limit_steps": [60],
     },
-    "quick": {
-        "minutes": 20, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 2, 4, 8, 16], "mean_active": 2.0,
-        "over": 2, "l1": powers(-1.5, 0, 4), "seeds": 2, "max_steps": 4000, "cooldown": 600, "window": 500, "limit": 8,
-        "limit_over": [2, 8], "limit_steps": [2000, 8000],
-    },
     "default": {
-        "minutes": 45, "truths": ["random", "toy model"], "toy_steps": 4000, "d": 64, "ratios": [1, 2, 4, 8, 16, 32], "mean_active": 4.0,
-        "over": 2, "l1": powers(-1.5, 0.25, 8), "seeds": 3, "max_steps": 12_000, "cooldown": 1000, "window": 500, "limit": 16,
-        "limit_over": [1, 2, 4, 8], "limit_steps": [3000, 12_000, 48_000],
+        "minutes": 20, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 2, 4, 8, 16], "mean_active": 2.0,
+        "over": 2, "l1": powers(-1.5, 0, 4), "seeds": 3, "max_steps": 8000, "cooldown": 800, "window": 500, "limit": 16,
+        "limit_over": [2, 4], "limit_steps": [2000, 8000],
     },
 }  # fmt: skip
 
@@ -95,11 +90,11 @@ def judged(
 
 
 def limits(study: Study, rows: list[dict[str, Any]]) -> None:
-    """More steps, more samples a step, larger dictionaries, at one ratio and the L1 that was best there and its neighbours."""
+    """More steps, more samples a step, larger dictionaries, at one ratio, at the L1 that was best there and the next larger."""
     ratio, kind = study["limit"], study["truths"][0]
     data, found = made(study, kind, ratio), next(row["l1"] for row in rows if (row["truth"], row["ratio"]) == (kind, ratio))
     place = study["l1"].index(found)
-    near = study["l1"][max(0, place - 1) : place + 2]
+    near = study["l1"][place : place + 2]
     table = []
     for over in study["limit_over"]:
         for steps, batch in [*((steps, 256) for steps in study["limit_steps"]), (study["limit_steps"][-1] // 4, 1024)]:

@@ -25,15 +25,10 @@ SIZES = {
         "features": 64, "k": {"TopK": [2, 4], "BatchTopK": [4]}, "batch": 128, "steps": 10, "lr": 1e-2, "named": 3, "ablated": 8,
         "latent_tokens": 512,
     },
-    "quick": {
-        "minutes": 12, "source": "smollm2", "context": 128, "train_tokens": 100_000, "held_tokens": 4_096, "layers": [6, 12],
-        "features": 4096, "k": {"TopK": [32], "BatchTopK": [32]}, "batch": 2048, "steps": 200, "lr": 1e-3, "named": 10, "ablated": 8,
-        "latent_tokens": 50_000,
-    },
     "default": {
-        "minutes": 60, "source": "smollm2", "context": 128, "train_tokens": 500_000, "held_tokens": 8_192, "layers": [6, 12],
-        "features": 16_384, "k": {"TopK": [16, 64], "BatchTopK": [32]}, "batch": 2048, "steps": 400, "lr": 1e-3, "named": 10,
-        "ablated": 8, "latent_tokens": 500_000,
+        "minutes": 20, "source": "smollm2", "context": 128, "train_tokens": 250_000, "held_tokens": 4_096, "layers": [6, 12],
+        "features": 8192, "k": {"TopK": [16, 64], "BatchTopK": [32]}, "batch": 2048, "steps": 300, "lr": 1e-3, "named": 10,
+        "ablated": 8, "latent_tokens": 250_000,
     },
 }  # fmt: skip
 

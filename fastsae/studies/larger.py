@@ -19,10 +19,6 @@ SIZES = {
         "minutes": 0.05, "preset": "hoagy_correlated", "n_features": 24, "d": 12, "mean_active": 2.0, "rate": 0.97, "sizes": [12, 24, 48],
         "l1": [0.1], "stop": 60, "max_steps": 60, "cooldown": 10,
     },
-    "quick": {
-        "minutes": 3, "preset": "hoagy_correlated", "n_features": 128, "d": 64, "mean_active": 4.0, "rate": 0.97,
-        "sizes": [32, 64, 128, 256, 512, 1024], "l1": powers(-1.25, -0.5, 3), "stop": "converged", "max_steps": 3000, "cooldown": 800,
-    },
     "default": {
         "minutes": 6, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
         "sizes": [64, 128, 256, 512, 1024, 2048], "l1": powers(-1.5, -0.5, 5), "stop": "converged", "max_steps": 12000, "cooldown": 1000,

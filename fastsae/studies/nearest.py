@@ -18,12 +18,11 @@ from torch.nn import functional as F
 
 from fastsae.polytopes import NearestAffine, affine_map
 from fastsae.studies import Study
-from fastsae.studies._networks import curves, digits, pairs
+from fastsae.studies._networks import digits, lines, pairs
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [16, 16], "epochs": 3, "numbers": [1, 8], "steps": 20, "fit_rows": 256},
-    "quick": {"minutes": 1, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64], "steps": 400, "fit_rows": 8192},
-    "default": {"minutes": 6, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64, 512], "steps": 2000, "fit_rows": 32768},
+    "default": {"minutes": 3, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64, 512], "steps": 1000, "fit_rows": 32768},
 }  # fmt: skip
 KINDS = {  # which of centres, maps and constants are fitted
     "its maps, nothing fitted": (),
@@ -78,8 +77,9 @@ def run(study: Study) -> None:
     )
     canvas, axes = study.figure(rows=1, columns=2, figsize=(12, 4.6))
     options: dict[str, Any] = {"xscale": "log", "xlabel": "maps N"}
-    curves(axes[0], rows, "kind", "N", "agrees", ylim=(0, 1.02), ylabel="agrees with the network", title="Classes", **options)
-    curves(axes[1], rows, "kind", "N", "fvu", yscale="log", ylabel="unexplained share", title="Logits", **options)
+    lines(axes[0], rows, "kind", "N", "agrees", ylim=(0, 1.02), ylabel="agrees with the network", title="Classes", **options)
+    lines(axes[1], rows, "kind", "N", "fvu", yscale="log", ylabel="unexplained share", title="Logits", **options)
+    axes[1].get_legend().remove()
     study.save(canvas, "nearest")
 
 

@@ -25,12 +25,8 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 512, "held_tokens": 16, "layers": [0, 1], "queries": 16,
         "shown": 2,
     },
-    "quick": {
-        "minutes": 2, "source": "smollm2", "context": 128, "train_tokens": 10_000, "held_tokens": 128, "layers": [0, 9, 19, 29],
-        "queries": 400, "shown": 4,
-    },
     "default": {
-        "minutes": 25, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 128, "layers": [0, 6, 12, 18, 24, 29],
+        "minutes": 20, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 128, "layers": [0, 6, 12, 18, 24, 29],
         "queries": 1000, "shown": 4,
     },
 }  # fmt: skip
@@ -81,8 +77,6 @@ def run(study: Study) -> None:
     axes[1].axhline(best["same_prediction"], ls=":", color="0.4", label="all layers, code")
     axes[0].set(xlabel="layer", ylabel="boundaries between (mean)", title="Between a token and its neighbour")
     axes[1].set(xlabel="layer", ylabel="share of tokens", ylim=(0, 1), title="The model predicts the same next token")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
     study.save(canvas, "neighbours")
     text = {name: [context(found, windows, *at[row].tolist()) for row in partner.tolist()] for name, partner in partners.items()}
     own = [context(found, windows, *at[row].tolist()) for row in query.tolist()]

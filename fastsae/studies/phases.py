@@ -19,12 +19,8 @@ SIZES = {
         "minutes": 0.05, "n_features": 24, "d": 12, "mean_active": 2.0, "rate": 0.97, "dictionary": 48, "l1": 0.1, "steps": 80,
         "cooldown": 10, "every": 20,
     },
-    "quick": {
-        "minutes": 1, "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512, "l1": 0.1, "steps": 3000,
-        "cooldown": 500, "every": 25,
-    },
     "default": {
-        "minutes": 1, "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024, "l1": 0.1, "steps": 6000,
+        "minutes": 1.5, "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024, "l1": 0.1, "steps": 4000,
         "cooldown": 1000, "every": 25,
     },
 }  # fmt: skip

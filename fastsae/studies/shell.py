@@ -24,22 +24,17 @@ from fastsae.lm.hooks import find, watch
 from fastsae.polytopes.net import Activation, Net
 from fastsae.studies import Study
 from fastsae.studies._language import divergence, language
-from fastsae.studies._networks import digits
+from fastsae.studies._networks import digits, lines
 
 SIZES = {
     "smoke": {
         "minutes": 0.05, "hidden": [24, 24], "epochs": 3, "rays": 10, "reach": 4.0, "steps": 2, "source": "random", "context": 16,
         "train_tokens": 16, "held_tokens": 64, "layer": 0, "last": 1, "neurons": ".1", "factors": [0.5, 2.0],
     },
-    "quick": {
-        "minutes": 2, "hidden": [128, 128, 128], "epochs": 40, "rays": 200, "reach": 4.0, "steps": 8, "source": "smollm2", "context": 128,
-        "train_tokens": 128, "held_tokens": 256, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
-        "factors": [0.0, 0.5, 1.5, 2.0, 4.0, 8.0],
-    },
     "default": {
-        "minutes": 12, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0, "steps": 8, "source": "smollm2", "context": 128,
-        "train_tokens": 128, "held_tokens": 1_024, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
-        "factors": [0.0, 0.25, 0.5, 0.75, 0.875, 1.125, 1.5, 2.0, 3.0, 4.0, 8.0],
+        "minutes": 4, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0, "steps": 8, "source": "smollm2", "context": 128,
+        "train_tokens": 128, "held_tokens": 512, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
+        "factors": [0.0, 0.5, 0.75, 0.875, 1.125, 1.5, 2.0, 4.0, 8.0],
     },
 }  # fmt: skip
 OCTAVES, SCALED = 3, 200  # of factors up and down; images
@@ -205,10 +200,8 @@ def draw(study: Study, shell: tuple[Tensor, dict[str, Tensor], float], factors: 
             axes[1].plot(factors, values, style, color=f"C{colour}", label=key if name == "all" else None)
     axes[1].set(xscale="log", ylim=(0, 1), xlabel="factor", ylabel="share changed, or nats (kl)")
     axes[1].set_title("First hidden layer of the classifier:\nall, - - strongest eighth, ··· random eighth")
-    for name in dict.fromkeys(row["scaled"] for row in real):
-        own = [row for row in real if row["scaled"] == name]
-        axes[2].plot([row["factor"] for row in own], [row["bits"] for row in own], "o-", label=name)
-        axes[3].plot([row["factor"] for row in own], [row["kl"] for row in own], "o-", label=name)
-    axes[2].set(xlabel="factor", ylabel="share of later bits changed", title="Neurons of one MLP of a language model")
-    axes[3].set(xlabel="factor", ylabel="KL of the next token (nats)", yscale="log", title="What the model makes of it")
+    title, options = "Neurons of one MLP of a language model", {"xlabel": "factor"}
+    lines(axes[2], real, "scaled", "factor", "bits", ylabel="share of later bits changed", title=title, **options)
+    title = "What the model makes of it"
+    lines(axes[3], real, "scaled", "factor", "kl", ylabel="KL of the next token (nats)", yscale="log", title=title, **options)
     study.save(canvas, "shell")

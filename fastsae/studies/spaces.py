@@ -18,11 +18,10 @@ from fastsae.codes import boundary_density, pack_signs
 from fastsae.polytopes import Net, affine_map
 from fastsae.polytopes.net import Affine
 from fastsae.studies import Study
-from fastsae.studies._networks import Digits, curves, digits
+from fastsae.studies._networks import Digits, digits, lines
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [16, 16], "widths": [8, 32], "epochs": 3, "factors": [0.5, 2.0]},
-    "quick": {"minutes": 0.5, "hidden": [64, 64], "widths": [16, 64, 256], "epochs": 60, "factors": [0.0, 0.5, 0.9, 1.1, 2.0, 4.0]},
     "default": {"minutes": 2, "hidden": [128, 128], "widths": [16, 64, 256, 1024], "epochs": 60, "factors": [0.0, 0.5, 0.9, 1.1, 2.0, 4.0]},
 }  # fmt: skip
 REACH = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -42,13 +41,12 @@ def run(study: Study) -> None:
         + f"; with the trained weights it is right on {right[0]} of the images, the network on {right[1]}."
     )
     canvas, axes = study.figure(rows=1, columns=3, figsize=(16, 4.6))
-    curves(axes[0], scaled, "scaled", "factor", "outside", xlabel="factor", ylabel="share of the maps outside the components")
-    options: dict[str, Any] = {"xscale": "log", "yscale": "log", "xlabel": "distance over the length"}
-    curves(axes[1], moved, "moved", "distance", "bits", ylabel="share of changed bits", **options)
-    curves(axes[2], linear, "width", "distance", "error", ylabel="unexplained change of the logits", **options)
-    axes[1].set_title("Regions in two spaces")
-    axes[2].set_title("Linear in the weights, by width")
-    axes[0].set_title("Functions of scaled activations")
+    options: dict[str, Any] = {"xlabel": "factor", "ylabel": "share of the maps outside the components"}
+    lines(axes[0], scaled, "scaled", "factor", "outside", title="Functions of scaled activations", **options)
+    options = {"xscale": "log", "yscale": "log", "xlabel": "distance over the length"}
+    lines(axes[1], moved, "moved", "distance", "bits", ylabel="share of changed bits", title="Regions in two spaces", **options)
+    options |= {"ylabel": "unexplained change of the logits", "title": "Linear in the weights, by width"}
+    lines(axes[2], linear, "width", "distance", "error", **options)
     study.save(canvas, "spaces")
 
 

@@ -29,13 +29,9 @@ SIZES = {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 1_024, "held_tokens": 128, "layer": 1, "sizes": [24, 48],
         "k": 4, "seeds": 2, "batch": 128, "steps": 12, "every": 4, "lr": 1e-2, "near": 4,
     },
-    "quick": {
-        "minutes": 4, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 1_024, "layer": 3,
-        "sizes": [512, 1024], "k": 16, "seeds": 3, "batch": 1024, "steps": 600, "every": 50, "lr": 2e-3, "near": 8,
-    },
     "default": {
-        "minutes": 60, "source": "smollm2", "context": 128, "train_tokens": 500_000, "held_tokens": 1_024, "layer": 12,
-        "sizes": [1024, 4096, 16_384], "k": 32, "seeds": 5, "batch": 2048, "steps": 1000, "every": 50, "lr": 1e-3, "near": 8,
+        "minutes": 15, "source": "smollm2", "context": 128, "train_tokens": 100_000, "held_tokens": 1_024, "layer": 12,
+        "sizes": [1024, 4096], "k": 32, "seeds": 5, "batch": 2048, "steps": 600, "every": 50, "lr": 1e-3, "near": 8,
     },
 }  # fmt: skip
 LEVEL = 0.7

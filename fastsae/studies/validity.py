@@ -8,6 +8,7 @@ next token. Black et al. 2022 expected a direction to keep its meaning within a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,20 +17,17 @@ from torch import Tensor, nn
 from fastsae.polytopes import validity
 from fastsae.studies import Study
 from fastsae.studies._language import IntoMlp, divergence, into_mlp
+from fastsae.studies._networks import lines
 
 SIZES = {
     "smoke": {
         "minutes": 0.05, "source": "random", "context": 16, "train_tokens": 1_024, "held_tokens": 128, "layer": 1, "features": 64, "k": 4,
         "batch": 128, "steps": 10, "lr": 1e-2, "points": 16, "directions": 6, "share": 0.05, "pushed": 2, "scales": [0.5, 2.0],
     },
-    "quick": {
-        "minutes": 4, "source": "minilm", "context": 128, "train_tokens": 60_000, "held_tokens": 1_024, "layer": 3, "features": 1024,
-        "k": 16, "batch": 1024, "steps": 200, "lr": 2e-3, "points": 256, "directions": 64, "share": 0.05, "pushed": 0, "scales": [],
-    },
     "default": {
-        "minutes": 25, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 2_048, "layer": 12, "features": 8192,
-        "k": 32, "batch": 2048, "steps": 300, "lr": 1e-3, "points": 1024, "directions": 256, "share": 0.05, "pushed": 16,
-        "scales": [0.125, 0.25, 0.5, 1.0, 2.0, 4.0],
+        "minutes": 6, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 2_048, "layer": 12, "features": 4096,
+        "k": 32, "batch": 1024, "steps": 400, "lr": 1e-3, "points": 512, "directions": 128, "share": 0.05, "pushed": 8,
+        "scales": [0.125, 0.5, 1.0, 2.0, 4.0],
     },
 }  # fmt: skip
 
@@ -78,7 +76,8 @@ def run(study: Study) -> None:
         f"{random['reached_by_p99']:.0%}."
     )
     study.record(strong=strong, norm=norm)
-    effects = pushed(study, made, {name: rays[: study["pushed"]] for name, rays in directions.items()}, strong) if study["pushed"] else []
+    some = replace(made, windows=made.windows[::4])
+    effects = pushed(study, some, {name: rays[: study["pushed"]] for name, rays in directions.items()}, strong) if study["pushed"] else []
     if effects:
         study.table("what the model makes of it", effects)
         at = {row["directions"]: row["kl"] for row in effects if row["scale"] == max(study["scales"])}
@@ -97,9 +96,7 @@ def pushed(study: Study, made: IntoMlp, directions: dict[str, Tensor], strong: T
     rows = []
     for name, rays in directions.items():
         for scale in study.track(study["scales"], f"pushing, {name}"):
-            moved = [
-                change(made, module, scale * far * ray / ray.norm(), clean) for ray, far in zip(rays, strong)
-            ]  # fmt: skip
+            moved = [change(made, module, scale * far * ray / ray.norm(), clean) for ray, far in zip(rays, strong)]
             rows.append({"directions": name, "scale": scale, "kl": sum(moved) / len(moved), "most": max(moved)})
     return rows
 
@@ -124,11 +121,7 @@ def draw(study: Study, curves: dict[str, Tensor], effects: list[dict[str, Any]],
         first.plot(some, torch.linspace(0, 1, len(some), dtype=torch.float32, device="cpu"), label=name)
     first.axvline(strong, color="0.6", ls=":", label="a feature's 99th percentile (median)")
     first.set(xscale="log", xlabel=f"distance to {study['share']:.0%} changed bits, over the tokens' norm", ylabel="share of pairs")
-    first.legend(frameon=False, fontsize=8)
     if second is not None:
-        for name in curves:
-            own = [row for row in effects if row["directions"] == name]
-            second.plot([row["scale"] for row in own], [row["kl"] for row in own], "o-", label=name)
-        second.set(xscale="log", yscale="log", xlabel="push, in 99th percentiles of the feature", ylabel="KL of the next token (nats)")
-        second.legend(frameon=False, fontsize=8)
+        options = {"xlabel": "push, in 99th percentiles of the feature", "ylabel": "KL of the next token (nats)"}
+        lines(second, effects, "directions", "scale", "kl", xscale="log", yscale="log", **options)
     study.save(canvas, "validity")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_marks import CPU, compiled, interpreted, passes_in_the_interpreter, usable
+from triton_marks import CPU, interpreted, usable
 
 from fastsae import audit
 from fastsae._core import processes
@@ -236,12 +236,6 @@ def test_the_child(capsys: pytest.CaptureFixture[str], use: Use) -> None:
 
 
 # ---------------------------------------------------------------- in Triton's interpreter
-
-
-@compiled
-def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    passes_in_the_interpreter(__file__, "-k", "wrong_triton_kernel")
 
 
 @interpreted

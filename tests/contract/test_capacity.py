@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from triton_marks import compiled, interpreted, passes_in_the_interpreter, usable
+from triton_marks import interpreted, usable
 
 import fastsae
 from fastsae import RaggedLatents
@@ -174,13 +174,6 @@ def test_compiles_with_fixed_shapes(name: str) -> None:
 
 
 # ---------------------------------------------------------------- Triton
-
-
-@compiled
-@pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    passes_in_the_interpreter(f"{__file__}::{test_triton_leaves_out_what_does_not_fit.__name__}")
 
 
 @interpreted

@@ -108,7 +108,8 @@ _BATCHED = [case for case in _cases() if case.values[0].batched and case.values[
 @pytest.mark.parametrize(("op", "row", "context", "device", "dtype"), _BATCHED)
 def test_bits_do_not_depend_on_the_batch(op: Op, row: Row, context: Context, device: torch.device, dtype: torch.dtype) -> None:
     with context():
-        for args in _samples(op, row, device, dtype):
+        samples = _samples(op, row, device, dtype)
+        for args in samples[op.dtypes.index(dtype) % 3 :: 3] or samples[:1] if FEW else samples:
             rows = args[op.batched[0]].shape[0]
             whole = _tensors(call(op, row, args))
             if any(result.shape[:1] != (rows,) for result in whole):
@@ -499,11 +500,14 @@ def test_codes_compile_without_graph_breaks(name: str) -> None:
 
 @pytest.mark.slow
 def test_compiles_with_inductor() -> None:
+    from torch._inductor import config
+
     torch._dynamo.reset()
     function, inputs = PUBLIC["reconstruct"]
     cpu = torch.device("cpu")
     compiled = torch.compile(function, fullgraph=True)
-    for a, b in zip(
-        _gradients(function, inputs, torch.float32, cpu, False), _gradients(compiled, inputs, torch.float32, cpu, False), strict=True
-    ):
+    expected = _gradients(function, inputs, torch.float32, cpu, False)
+    with config.patch(compile_threads=1):  # no processes of its own for two kernels
+        got = _gradients(compiled, inputs, torch.float32, cpu, False)
+    for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(a, b)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import ended, fork, port
 from sharded_runs import Group, V, build, digest, raises, train
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -243,4 +244,6 @@ def main(rank: int, sizes: list[int], folder: Path, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), [int(size) for size in sys.argv[2].split(",")], Path(sys.argv[3]), int(sys.argv[4]))
+    sizes, meet = [int(size) for size in sys.argv[1].split(",")], port()
+    found = ended(fork(sizes[-1], lambda rank: main(rank, sizes, Path(sys.argv[2]), meet)), 240, together=True)
+    sys.exit(max(abs(code) for code, _ in found))

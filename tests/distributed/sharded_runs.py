@@ -529,7 +529,7 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
     """All that is compared between groups; in CI less of it for meshes and for two processes."""
     mesh = isinstance(group.name, tuple)
     few = not deep and (mesh or group.size == 2)
-    kinds = ["topk", "batchtopk", "absolute", "gated", "matryoshka"][: 5 if group.shards > 1 else 1] if few and mesh else KINDS
+    kinds = ["topk", "batchtopk", "absolute", "gated", "matryoshka"][: 5 if group.shards > 1 else 1] if few else KINDS
     for kind in kinds:
         yield ("stopped", kind, group.name), trained(group, kind, STOP if kind in LONG else 7)
         if deep and not mesh:
@@ -540,7 +540,7 @@ def of(group: Group, steps: int, deep: bool) -> Iterator[tuple[tuple[str, str, A
         yield ("resumed", kind, group.name), resumed(group, kind, STOP)
     for kind in RESAMPLED[:1] if few else RESAMPLED:
         yield ("resampled", kind, group.name), resampled(group, kind)
-    if group.shards > 1 or not few:
+    if (mesh and group.shards > 1) or not few:
         drawn(group, "batchtopk", "jumprelu", "transcoder", "relu", "few", "gated", "rows", "jump")
         contained(group)
         yield ("not_finite", "topk", group.name), not_finite(group, "topk", steps)

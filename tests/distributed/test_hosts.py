@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +26,13 @@ from places import ROOT, TESTS
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 HOSTS = ("fsae0", "fsae1")  # namespaces, whose cards are v-fsae0 ..
 STEPS = 60
-NETEM = ("netem", "rate", "1gbit", "delay", "1ms"), ("tbf", "rate", "1gbit", "burst", "64kb", "latency", "50ms")
+RATE, DELAY = 1e9, 1e-3  # bits a second; seconds from card to card
+ROUND_TRIP = """
+import socket, time
+clock = time.monotonic()
+socket.socket().connect_ex(("10.231.7.2", 9))  # nobody listens: the refusal is the answer
+print(time.monotonic() - clock)
+"""
 
 
 def ip(*arguments: str, of: str = "") -> subprocess.CompletedProcess[str]:
@@ -32,36 +44,63 @@ def left_out() -> str | None:
     """Why there are no hosts."""
     if not DEEP:
         return "in make deep"
-    if shutil.which("ip") is None or shutil.which("tc") is None:
-        return "needs ip and tc of iproute2"
+    if shutil.which("ip") is None or not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "needs ip of iproute2 and /dev/net/tun"
     made = ip("netns", "add", "fsae-try")
     ip("netns", "del", "fsae-try")
     return f"needs root: {made.stderr.strip()}" if made.returncode else None
 
 
+def card(name: str) -> int:
+    """A network card whose wire is a file descriptor: what it sends is read there, what is written there it receives."""
+    end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(end, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x1001))  # TUNSETIFF, IFF_TUN | IFF_NO_PI
+    return end
+
+
+def carry(ends: Sequence[int], done: threading.Event) -> None:
+    """What one card sends reaches the other DELAY later, at RATE. (A kernel without netem has no qdisc that delays.)"""
+    free, under_way = [0.0, 0.0], (deque[tuple[float, bytes]](), deque[tuple[float, bytes]]())
+    while not done.is_set():
+        select.select(ends, [], [], DELAY / 4 if any(under_way) else 0.1)
+        now = time.monotonic()
+        for side, packets in enumerate(under_way):
+            with suppress(BlockingIOError):
+                while packet := os.read(ends[side], 65536):
+                    free[side] = max(free[side], now) + 8 * len(packet) / RATE
+                    packets.append((free[side] + DELAY, packet))
+            while packets and packets[0][0] <= now:
+                with suppress(OSError):  # a card that is down receives nothing
+                    os.write(ends[1 - side], packets.popleft()[1])
+
+
 @pytest.fixture
 def link() -> Iterator[str]:
-    """What limits it."""
+    """What it is like."""
     if reason := left_out():
         if DEEP:
             warnings.warn(f"hosts are not tested: {reason}", stacklevel=1)
         pytest.skip(reason)
-    for host in HOSTS:
-        ip("netns", "del", host)
-        assert not ip("netns", "add", host).returncode
+    ends, done = [card(f"v-{host}") for host in HOSTS], threading.Event()
+    wire = threading.Thread(target=carry, args=(ends, done))
     try:
-        ip("link", "add", "v-fsae0", "netns", HOSTS[0], "type", "veth", "peer", "name", "v-fsae1", "netns", HOSTS[1])
         for number, host in enumerate(HOSTS):
+            ip("netns", "del", host)
+            assert not ip("netns", "add", host).returncode
+            assert not ip("link", "set", f"v-{host}", "mtu", "9000", "netns", host).returncode
             ip("ip", "addr", "add", f"10.231.7.{number + 1}/24", "dev", f"v-{host}", of=host)
-            for card in (f"v-{host}", "lo"):
-                ip("ip", "link", "set", card, "up", of=host)
-        limits = [
-            rule for rule in NETEM if not any(ip("tc", "qdisc", "replace", "dev", f"v-{h}", "root", *rule, of=h).returncode for h in HOSTS)
-        ]
-        if not limits or limits[0] is not NETEM[0]:
-            warnings.warn(f"no netem in this kernel, so no delay: the link has {limits or 'no limit'}", stacklevel=1)
-        yield " ".join(limits[0]) if limits else "no limit"
+            for name in (f"v-{host}", "lo"):
+                assert not ip("ip", "link", "set", name, "up", of=host).returncode
+        wire.start()
+        took = float(ip(sys.executable, "-c", ROUND_TRIP, of=HOSTS[0]).stdout)
+        assert took >= 2 * DELAY, took
+        yield f"{RATE / 1e9:g} Gbit/s, round trip {1e3 * took:.2f} ms"
     finally:
+        done.set()
+        if wire.ident is not None:
+            wire.join()
+        for end in ends:
+            os.close(end)
         for host in HOSTS:
             ip("netns", "del", host)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import pytest
 import torch
+from forks import script
 from over_ranks_runs import D, dictionaries, layer, numbers
-from places import TESTS
 from torch import Tensor
-from training_runs import launch
 
 import fastsae
 from fastsae import SAE, TopK
@@ -23,20 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = (
-        f"import sys, runpy; sys.path.insert(0, {str(TESTS / 'distributed')!r}); runpy.run_module('over_ranks_runs', run_name='__main__')"
-    )
-    arguments = (",".join(map(str, SIZES)), folder, port)
-    processes = [launch(code, rank, *arguments, OMP_NUM_THREADS="1") for rank in range(SIZES[-1])]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
+    script("over_ranks_runs.py", ",".join(map(str, SIZES)), folder)
     return torch.load(folder / "results.pt", weights_only=False)
 
 

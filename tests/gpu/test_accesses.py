@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from triton_marks import CPU, compiled, interpreted, passes_in_the_interpreter, usable
+from triton_marks import CPU, interpreted, usable
 
 pytest.importorskip("triton")
 import triton
@@ -19,12 +19,6 @@ from fastsae.dispatch import OPS
 from fastsae.verify import affordable, call
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-
-
-@compiled
-@pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    passes_in_the_interpreter(__file__)
 
 
 @interpreted

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -314,20 +315,25 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiles_for_every_chip_without_spills(source: Path, tmp_path: Path) -> None:
     """No spills, no stack, shared memory that every chip gives, and of our own kernels two full blocks a multiprocessor.
 
-    CI takes sm_90: FASTSAE_TEST_ARCHS=all (`make deep`) all six, which costs a minute.
+    CI takes sm_90, as it was built: FASTSAE_TEST_ARCHS=all (`make deep`) compiles for all six, which costs a minute.
     """
     archs = re.findall(r'"(\d+)"', re.search(r"CUDA_ARCHS = \(([^)]*)\)", (ROOT / "setup.py").read_text())[1])  # pyright: ignore
     assert archs == ["80", "86", "89", "90", "100", "120"]
     if os.environ.get("FASTSAE_TEST_ARCHS") != "all":
         archs = ["90"]
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    options = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c", "--threads", "2"]
-    out = tmp_path / f"{source.stem}.o"
-    done = subprocess.run([str(NVCC), *options, *targets, str(source), "-o", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
+    log = ROOT / "build" / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / "cuda" / f"{source.name}.log"
+    newest = max(file.stat().st_mtime for file in (*emulation.SOURCES, *emulation.HEADERS))
+    said = log.read_text() if archs == ["90"] and log.exists() and log.stat().st_mtime > newest else ""
+    if "sm_90" not in said:
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        options = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c", "--threads", "2"]
+        command = [str(NVCC), *options, *targets, str(source), "-o", str(tmp_path / f"{source.stem}.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said = done.stderr
+    assert "warning" not in said, said
     pattern = r"Compiling entry function '(\w+)' for 'sm_(\d+)'(.*?)Used (\d+) registers([^\n]*)"
-    kernels = re.findall(pattern, done.stderr, re.DOTALL)
+    kernels = re.findall(pattern, said, re.DOTALL)
     for name, arch, notes, registers, rest in kernels:
         spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", notes)
         assert spilled == [("0", "0", "0")], f"{name} sm_{arch}: {spilled}"
@@ -337,7 +343,7 @@ def test_compiles_for_every_chip_without_spills(source: Path, tmp_path: Path) ->
             continue
         threads = 512 if "select_kernel" in name else 256 if "hamming" in name or "hash" in name or "pack" in name else 128
         assert int(registers) * threads <= 65536 // 2, f"{name} sm_{arch}: {registers} registers: not two blocks a multiprocessor"
-    assert {arch for _, arch, *_ in kernels} == set(archs)
+    assert {arch for _, arch, *_ in kernels} >= set(archs)
     assert len(kernels) >= len(archs) * {"by_feature": 17, "hamming": 1, "select": 6, "signs": 20, "sort": 4}[source.stem], len(kernels)
 
 

@@ -113,8 +113,8 @@ def inputs(form: str, n_features: int, D: int, dtype: torch.dtype, layout: str, 
 @pytest.mark.parametrize("layout", ["rows", "columns", "framed"])
 @pytest.mark.parametrize(("form", "n_features", "D"), [("fixed", 9, 37), ("one", 1, 1), ("wide", 40, 130), ("ragged", 30, 33)])
 def test_float64(form: str, n_features: int, D: int, layout: str, dtype: torch.dtype) -> None:
-    if CI and dtype is torch.float16 and layout != "rows":
-        pytest.skip("the layouts in float16: make deep")
+    if CI and ((layout != "rows" or form == "wide") if dtype is torch.float16 else (form, layout) == ("wide", "columns")):
+        pytest.skip("the layouts in float16, and the widest in columns: make deep")
     args = inputs(form, n_features, D, dtype, layout)
     before = [a.clone() if isinstance(a, Tensor) else None for a in args]
     assert_close(args, computed(*args), dtype)
@@ -124,7 +124,7 @@ def test_float64(form: str, n_features: int, D: int, layout: str, dtype: torch.d
 
 @interpreted
 @usable
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("layout", ["columns"] if CI else ["rows", "columns"])
 def test_small_integers_are_exact(layout: str) -> None:
     args = inputs("ragged", 30, 33, torch.float32, layout, integers=True)
     want, got = expected(*args), computed(*args)
@@ -209,9 +209,10 @@ def test_heavy_features_cross_splits(layout: str, most: int, monkeypatch: pytest
     indices = torch.cat([indices, indices.new_zeros(1)])[torch.randperm(72)].reshape(24, 3)
     indices[indices == 0] = 7  # the odd slot, so that feature 0 stays empty
     args = (torch.randn(24, 3), indices, None, weights(layout, 9, 19, torch.float32), torch.randn(24, 19))
-    got, again = computed(*args), computed(*args)
+    got, again = computed(*args), torch.empty_like(args[3])
     assert_close(args, got, torch.float32)
-    assert torch.equal(got["dweight"], again["dweight"])
+    kernels.decode_dweight(*args[:3], args[4], again)
+    assert torch.equal(got["dweight"], again)
     assert not got["dweight"][0].any()
     assert not got["dweight"][8].any()
 
@@ -265,8 +266,9 @@ def test_expanded_and_strided_arguments() -> None:
     args = (wide, indices.T.contiguous().T, None, W, flat)
     assert_close(args, computed(*args), torch.float32)
     turned = (values, indices, None, W, grad.T.contiguous().T)
+    plain = computed(values, indices, None, W, grad)
     for name, result in computed(*turned).items():
-        assert torch.equal(result, computed(values, indices, None, W, grad)[name]), name
+        assert torch.equal(result, plain[name]), name
 
 
 @interpreted
@@ -288,8 +290,7 @@ def test_bad_index(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "check_on_cpu", lambda *args: None)
     monkeypatch.setattr(flags, "_flags", {})
     flags.raise_if_set()
-    for name in ("decode", "dvalues", "dweight"):
-        got = computed(values, broken, None, W, grad)[name]
+    for name, got in computed(values, broken, None, W, grad).items():
         wrong = got != good[name]
         if name == "decode":
             assert bool(got[2].isnan().all())
@@ -377,13 +378,14 @@ def test_the_folder_is_no_package_of_its_own() -> None:
 
 @pytest.fixture(scope="module")
 def launches() -> dict[str, list[Any]]:
-    """Every launch of realistic calls, without repeats: by dtype for the usual shape, and "unusual" ones."""
+    """Every launch of realistic calls, without repeats: by dtype for the usual shape, and "unusual" ones; in CI each form in one dtype."""
     import aot
 
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        found[str(dtype).removeprefix("torch.")] = _record(aot, dtype, ("fixed", "turned", "int32"))
-    found["unusual"] = [launch for dtype in (torch.float32, torch.bfloat16) for launch in _record(aot, dtype, ("ragged", "odd", "strided"))]
+    usual, unusual, found = ("fixed", "turned", "int32"), ("ragged", "odd", "strided"), {}
+    for dtype, few in ((torch.float32, usual[:2]), (torch.bfloat16, usual[::2]), (torch.float16, usual[:1])):
+        found[str(dtype).removeprefix("torch.")] = _record(aot, dtype, few if CI else usual)
+    found["unusual"] = _record(aot, torch.float32, unusual[:2] if CI else unusual)
+    found["unusual"] += _record(aot, torch.bfloat16, unusual[2:] if CI else unusual)
     return found
 
 
@@ -415,8 +417,8 @@ def _record(aot: ModuleType, dtype: torch.dtype, forms: tuple[str, ...]) -> list
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_compiles_within_the_chip(capability: int, launches: dict[str, list[Any]]) -> None:
-    """Each dtype with both index dtypes and both layouts of W; ragged, odd and strided calls on the oldest and on sm_90, which is the
-    chip of CI: FASTSAE_TEST_ARCHS=all (`make deep`) takes all six."""
+    """Each dtype with both index dtypes and both layouts of W (CI: each of them in one dtype); ragged, odd and strided calls on the oldest
+    and on sm_90, which is the chip of CI: FASTSAE_TEST_ARCHS=all (`make deep`) takes all six."""
     import aot
 
     if capability != 90 and os.environ.get("FASTSAE_TEST_ARCHS") != "all":

@@ -479,11 +479,13 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
     generator = torch.Generator().manual_seed(2)
     x, W, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((20, 20), (130, 20), (130,)))
     calls: tuple[Any, ...] = (
-        lambda x: encode.encode_topk(x, W, b, None, None, None, None, 5, True),
         lambda x: encode.encode_threshold(x, W, b, None, None, None, None, W[:, 0] / 2, 0.5),
-        lambda x: (spline.spline_code(x, W, b, None),),
+        lambda x: encode.encode_topk(x, W, b, None, None, None, None, 5, True),
         lambda x: encode.encode_batch_topk(x, W, b, None, None, None, None, 3.3),
-    )[: 3 if CI and dtype is torch.float32 else 4]  # the last is made of the first two
+        lambda x: (spline.spline_code(x, W, b, None),),
+    )
+    if CI:  # each operation in one dtype
+        calls = calls[::2] if dtype is torch.float16 else (calls[0], calls[1], calls[3])
     whole: list[tuple[Any, ...]] = [call(x) for call in calls]
     monkeypatch.setattr(_tile, "_INTERPRETED", _tile.Tile(16, 128, 64, 8, 1, parts=4))
     monkeypatch.setattr(_problem, "WORKSPACE", 1)
@@ -492,8 +494,8 @@ def test_chunks_and_panels_do_not_change_bits(dtype: torch.dtype, monkeypatch: p
         for a, b_ in zip(want, call(x), strict=True):
             assert torch.equal(a, b_)
     # A row keeps its bits in any batch.
-    values, col, crow, flags = whole[1]
-    part = calls[1](x[15:17])
+    values, col, crow, flags = whole[0]
+    part = calls[0](x[15:17])
     mine = slice(int(crow[15]), int(crow[17]))
     assert torch.equal(part[0], values[mine])
     assert torch.equal(part[1], col[mine])
@@ -552,22 +554,22 @@ def test_a_bad_subset_raises() -> None:
 def test_slots_move_signum_as_the_matrix_does_that_decode_dweight_writes(unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "SPLIT", 32)
     generator = torch.Generator().manual_seed(8)
-    values, grad = torch.randn(70, 4, generator=generator), torch.randn(70, 19, generator=generator)
-    indices = torch.randint(0, 29, (70, 4), generator=generator)
+    values, grad = torch.randn(40, 4, generator=generator), torch.randn(40, 19, generator=generator)
+    indices = torch.randint(0, 11, (40, 4), generator=generator)
     indices[:, 0] = 5  # more slots than a partial sum takes
-    matrix = torch.empty(30, 19)
+    matrix = torch.empty(12, 19)
     decode.decode_dweight(values, indices, None, grad, matrix)
-    assert not matrix[29].any()
+    assert not matrix[11].any()
     results = []
     for given in ((grad, values, indices, None), (matrix, None, None, None)):
-        y, z = torch.randn(30, 19, generator=torch.Generator().manual_seed(1)), torch.zeros(30, 19)
+        y, z = torch.randn(12, 19, generator=torch.Generator().manual_seed(1)), torch.zeros(12, 19)
         y /= torch.linalg.vector_norm(y, dim=1, keepdim=True)
         signum.signum(y, z, *given, 1e-2, 0.9, 0.3, unit, unit)
         results.append((y, z))
     assert torch.equal(results[0][0], results[1][0])
     # A feature without slots has gradient 0, where a matrix of zeros has the sign of what the projection leaves: 0 as well.
     assert torch.equal(results[0][1], results[1][1])
-    assert not results[0][1][29].any()
+    assert not results[0][1][11].any()
 
 
 # ---------------------------------------------------------------- on a GPU: what none of the above can show

@@ -39,9 +39,8 @@ def driver() -> Path:
 def test_every_level_gives_the_bits_of_avx2(driver: Path) -> None:
     """One test, so that one of two workers builds the driver, in a minute."""
     for cpu, levels in LEVELS.items():
-        if cpu == "neoverse-n1" and os.environ.get("HYPOTHESIS_PROFILE") != "deep":
-            continue  # nothing that max does not run
-        command = [QEMU, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", str(driver), "quick"]
+        whole = cpu == "max" or os.environ.get("HYPOTHESIS_PROFILE") == "deep"  # the others run nothing that max does not
+        command = [QEMU, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", str(driver), "quick", *([] if whole else ["levels"])]
         run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        assert run.stdout.splitlines() == [f"{level}: ok {GOLDEN}" for level in levels], run.stdout + run.stderr
+        assert run.stdout.splitlines() == [f"{level}: ok {GOLDEN}" if whole else level for level in levels], run.stdout + run.stderr
         assert run.returncode == 0

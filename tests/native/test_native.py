@@ -223,6 +223,18 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 
 
+def test_threads_are_torch_s_own_where_they_are_not_in_the_global_scope() -> None:
+    """As with torch's wheels for aarch64: every kernel ran on one thread there."""
+    code = """
+import ctypes
+load = ctypes.CDLL.__init__
+ctypes.CDLL.__init__ = lambda self, name, mode=0, *a, **o: load(self, name, ctypes.RTLD_LOCAL, *a, **o)
+from fastsae import _C
+assert not hasattr(ctypes.CDLL(None), "GOMP_parallel") and _C.threads_available()
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+
+
 def test_bad_indices_are_named_before_anything_is_read() -> None:
     values, indices, W, b, grad = draw((4, 8, 10, 3), torch.float32)
     for bad in (10, -1, 2**40):

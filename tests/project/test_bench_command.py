@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from fastsae.__main__ import main
 from fastsae._core.timing import Stopwatch, alternate, milliseconds, spread
 
 
@@ -18,15 +19,16 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fastsae", "bench", *arguments], cwd=ROOT.parent, capture_output=True, text=True)
 
 
-def test_list() -> None:
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     done = bench("--list", "match", "polytopes")
     assert done.returncode == 0, done.stderr
     lines = {tuple(line.split()[:2]): line for line in done.stdout.splitlines()}
     assert "4096x4096x512, 16384x16384x768" in lines["match", "match_cosine"]
     assert float(lines["polytopes", "crossings"].split()[3]) > 5
     assert "minutes on two cores" in done.stdout.splitlines()[-1]
-    table = bench("--list", "--device", "cuda")
-    assert table.returncode == 0 and "encode_bf16" in table.stdout and "8192x4096x131072x64" in table.stdout
+    assert main(["bench", "--list", "--device", "cuda"]) == 0
+    table = capsys.readouterr().out
+    assert "encode_bf16" in table and "8192x4096x131072x64" in table
 
 
 def test_rows_are_kept(tmp_path: Path) -> None:
@@ -48,9 +50,9 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
     assert "left out, 0 minutes were allowed: test_hamming[256x256x128]" in done.stderr and "no figures were taken" in done.stderr
 
 
-def test_unknown_bench_is_named() -> None:
-    done = bench("encoding")
-    assert done.returncode == 2 and "unknown encoding; known: adam, clt, decode" in done.stderr
+def test_unknown_bench_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "encoding"]) == 2
+    assert "unknown encoding; known: adam, clt, decode" in capsys.readouterr().err
 
 
 def test_turns() -> None:

@@ -18,6 +18,7 @@ FEWER = {
     "[0.05, 0.1, 0.2]": "[0.1]",
     "[64, 128, 256]": "[64]",
     'stop="converged"': "stop=3",
+    "toy_model_features(64, 16, density=0.05)": "toy_model_features(64, 16, density=0.05, steps=9)",
     "fastsae.SAE(4096, 2**20, fastsae.TopK(64), seed=0)": "fastsae.SAE(16, 64, fastsae.TopK(4), seed=0)",
 }
 """Sizes that a test has no time for."""

@@ -43,9 +43,9 @@ def test_study_runs_in_its_smallest_size(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_study_has_its_three_sizes(name: str) -> None:
+def test_study_has_its_two_sizes(name: str) -> None:
     module = _frame._module(name)
-    assert list(module.SIZES) == ["smoke", "quick", "default"]
+    assert list(module.SIZES) == ["smoke", "default"]
     keys = {frozenset(size) for size in module.SIZES.values()}
     assert len(keys) == 1 and "minutes" in next(iter(keys))
     assert module.__doc__
@@ -65,7 +65,7 @@ def coin(monkeypatch: pytest.MonkeyPatch) -> Any:
         axes.plot([0, 1])
         study.save(canvas, "line")
 
-    sizes = {size: {"minutes": 0.1, "throws": 10**power} for size, power in (("smoke", 1), ("quick", 2), ("default", 3))}
+    sizes = {size: {"minutes": 0.1, "throws": 10**power} for size, power in (("smoke", 2), ("default", 3))}
     module = types.SimpleNamespace(SIZES=sizes, run=run, __doc__="How often does a fair coin show heads?\n\nMore.")
     monkeypatch.setattr(_frame, "names", lambda: ["coin"])
     monkeypatch.setitem(sys.modules, "fastsae.studies.coin", module)
@@ -73,7 +73,7 @@ def coin(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_frame_keeps_what_a_study_finds(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = run_study("coin", "quick", out=tmp_path, seed=3)
+    study = run_study("coin", "smoke", out=tmp_path, seed=3)
     report = json.loads((tmp_path / "coin.json").read_text())
     assert report["parameters"] == {"minutes": 0.1, "throws": 100}
     assert report["seed"] == 3 and report["commit"] is not False
@@ -83,23 +83,23 @@ def test_frame_keeps_what_a_study_finds(coin: Any, tmp_path: Path, capsys: pytes
     assert report["plots"] == ["line.png"] and (tmp_path / "line.png").exists()
     printed = capsys.readouterr().out
     assert "throws" in printed and "heads: " in printed and str(tmp_path / "coin.json") in printed
-    again = run_study("coin", "quick", out=tmp_path, seed=3, progress=False)
+    again = run_study("coin", "smoke", out=tmp_path, seed=3, progress=False)
     assert again.tables == study.tables
     assert run_study("coin", out=tmp_path, seed=3, throws=7).tables["heads"][0]["throws"] == 7
 
 
 def test_page_of_a_run(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_study("coin", "quick", out=tmp_path / "coin", seed=3, progress=False)
+    run_study("coin", "smoke", out=tmp_path / "coin", seed=3, progress=False)
     page = (tmp_path / "coin" / "README.md").read_text()
-    assert page.startswith("# How often does a fair coin show heads?\n\nMore.\n\nWritten by `fastsae study coin --quick --seed 3`")
+    assert page.startswith("# How often does a fair coin show heads?\n\nMore.\n\nWritten by `fastsae study coin --smoke --seed 3`")
     assert "\n- heads: 0." in page and "![coin: line](line.png)" in page and "| throws | share | odds | side |" in page
-    assert "| 100 |" in page and "| - | - |" in page and "Size quick, seed 3" in page
+    assert "| 100 |" in page and "| - | - |" in page and "Size smoke, seed 3" in page
     assert _page.table([]) == "(no rows)"
     assert _page.table([{"a": "x|y", "b": [1, 0.123456]}] * 41).endswith("| x\\|y | 1, 0.1235 |\n\n1 more rows in the JSON file.")
     (tmp_path / "coin" / "README.md").unlink()
     assert main(["study", "--pages", str(tmp_path)]) == 0
     assert (tmp_path / "coin" / "README.md").read_text() == page
-    assert "[coin](coin/README.md) | How often does a fair coin show heads? | quick |" in (tmp_path / "README.md").read_text()
+    assert "[coin](coin/README.md) | How often does a fair coin show heads? | smoke |" in (tmp_path / "README.md").read_text()
     assert main(["study", "--pages", str(tmp_path / "coin")]) == 2
     assert "no NAME/NAME.json of a study in" in capsys.readouterr().err
 
@@ -117,7 +117,7 @@ def test_stored_pages_are_those_of_the_stored_runs(tmp_path: Path) -> None:
 def test_frame_says_what_is_wrong(coin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"name": "dice"}, "name must be one of coin, got 'dice'"),
-        ({"name": "coin", "size": "huge"}, "size must be one of smoke, quick, default, got 'huge'"),
+        ({"name": "coin", "size": "huge"}, "size must be one of smoke, default, got 'huge'"),
         ({"name": "coin", "seed": -1}, "seed must be at least 0, got -1"),
         ({"name": "coin", "sides": 2}, "unknown parameter 'sides' of coin; known: minutes, throws"),
     )
@@ -171,8 +171,8 @@ def test_numbers_stand_on_one_line() -> None:
 
 def test_command_lists_the_studies(coin: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study"]) == 0
-    line = capsys.readouterr().out.splitlines()[1].split(maxsplit=3)
-    assert line == ["coin", "0.1", "(0.1)", "How often does a fair coin show heads?"]
+    line = capsys.readouterr().out.splitlines()[1].split(maxsplit=2)
+    assert line == ["coin", "0.1", "How often does a fair coin show heads?"]
 
 
 def test_bar_without_tqdm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +197,7 @@ def test_an_interrupted_study_goes_on(coin: Any, tmp_path: Path, capsys: pytest.
         study.table("throws", [study.part("throw: a", f"number {i}", lambda i=i: throw(i)) for i in range(4)])
 
     coin.run = run
-    command = ["study", "coin", "--quick", "--out", str(tmp_path)]
+    command = ["study", "coin", "--smoke", "--out", str(tmp_path)]
     assert main(command) == 130
     assert "--resume goes on" in capsys.readouterr().err and not (tmp_path / "coin.json").exists()
     assert main([*command, "--seed", "1", "--resume"]) == 2

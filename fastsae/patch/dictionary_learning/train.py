@@ -63,18 +63,10 @@ def recipe(trainer: Any) -> Recipe:
     return _RECIPES[type(trainer).__qualname__]
 
 
-def _module_median(trainer: Any) -> Any:
-    return sys.modules[type(trainer).__module__].geometric_median
-
-
-def _own_median(trainer: Any) -> Any:
-    return trainer.geometric_median
-
-
 _RECIPES = {
-    "TopKTrainer": Recipe(1.0, False, True, False, _module_median),
-    "BatchTopKTrainer": Recipe(1.0, False, True, False, _own_median),
-    "MatryoshkaBatchTopKTrainer": Recipe(1.0, False, True, False, _own_median),
+    "TopKTrainer": Recipe(1.0, False, True, False, lambda trainer: sys.modules[type(trainer).__module__].geometric_median),
+    "BatchTopKTrainer": Recipe(1.0, False, True, False, lambda trainer: trainer.geometric_median),
+    "MatryoshkaBatchTopKTrainer": Recipe(1.0, False, True, False, lambda trainer: trainer.geometric_median),
     "JumpReluTrainer": Recipe(1.0, False, True, False, None),
     "StandardTrainer": Recipe(None, True, True, True, None),
     "StandardTrainerAprilUpdate": Recipe(1.0, False, False, True, None),
