@@ -223,7 +223,7 @@ inline Block make_block(const Problem& p, const Plan& plan, const Rows& at_work,
   b.rows = at_work.screened(plan, rows);
   // Very likely the block that this thread gets next. Columns whose stride is a power of two evict each other from the second-level cache,
   // but only to the third.
-  const int64_t g0 = f0 + plan.threads * block, m = std::min(block, w.features - g0), size = size_of(w.t);
+  const int64_t g0 = f0 + block, m = std::min(block, w.features - g0), size = size_of(w.t);
   if (m <= 0) return b;
   if (in_place)
     b.next = {reinterpret_cast<const char*>(plan.packed + g0 * plan.words), 1, round_to(m, kPanelWidth) * plan.words / 16, 0};
