@@ -52,11 +52,11 @@ std::atomic<bool> serial{false};
 
 }  // namespace
 
-bool threads_available() { return runtime != nullptr && !serial.load(std::memory_order_relaxed); }
+bool threads_available() { return runtime != nullptr && number != nullptr && !serial.load(std::memory_order_relaxed); }
 
 void force_serial() { serial.store(true, std::memory_order_relaxed); }
 
-int thread_number() { return number != nullptr ? number() : 0; }
+int thread_number() { return number(); }
 
 void run_on_threads(int threads, void (*body)(void*), void* data) {
   if (threads <= 1 || !threads_available()) {

@@ -11,40 +11,17 @@ void force_serial();                                                // for good:
 void run_on_threads(int threads, void (*body)(void*), void* data);  // body(data) on up to `threads` threads, and waits
 int thread_number();                                                // of the caller among those, from 0; a thread keeps it
 
+#ifndef FASTSAE_COUNT
+#define FASTSAE_COUNT(own)  // tests/native/counting.cpp counts here
+#endif
+
 // body(i, worker) for every i in [0, units), each once, in any order and on any thread; `worker` < threads tells concurrent calls apart,
 // for scratch memory. Units must not depend on each other, and what a unit computes must not depend on how many threads there are.
+//
+// A thread begins with its own range of units, the same share in every call, and helps with the others' afterwards. So what it wrote in
+// one call it reads in the next, from its own cache and its own memory, and no counter is shared while every thread has work of its own.
 template <class Body>
 void for_each_unit_by_worker(int threads, int64_t units, const Body& body) {
-  if (units <= 1 || threads <= 1 || !threads_available()) {
-    for (int64_t i = 0; i < units; ++i) body(i, 0);
-    return;
-  }
-  struct Shared {
-    const Body& body;
-    std::atomic<int64_t> next;
-    std::atomic<int> workers;
-    int64_t units;
-  } shared{body, {0}, {0}, units};
-  run_on_threads(
-      units < threads ? static_cast<int>(units) : threads,
-      [](void* data) {
-        Shared& s = *static_cast<Shared*>(data);
-        const int worker = s.workers.fetch_add(1, std::memory_order_relaxed);
-        for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.units;) s.body(i, worker);
-      },
-      &shared);
-}
-
-template <class Body>
-void for_each_unit(int threads, int64_t units, const Body& body) {
-  for_each_unit_by_worker(threads, units, [&](int64_t i, int) { body(i); });
-}
-
-// The same for units that lie side by side in memory and are worked on call after call. A thread begins with its own range of units, the
-// same one in every call, and helps with the others' afterwards: cores that share no cache would otherwise take the lines that they write
-// from each other, and more so where a unit ends within a page that is prefetched.
-template <class Body>
-void for_each_unit_at_home(int threads, int64_t units, const Body& body) {
   if (units <= 1 || threads <= 1 || !threads_available()) {
     for (int64_t i = 0; i < units; ++i) body(i, 0);
     return;
@@ -56,11 +33,9 @@ void for_each_unit_at_home(int threads, int64_t units, const Body& body) {
   };
   struct Shared {
     const Body& body;
-    std::atomic<int> workers;
     int count;
     Home homes[kHomes];
-  } shared{body, {0}, 0, {}};
-  shared.count = threads < kHomes ? threads : kHomes;
+  } shared{body, threads < kHomes ? threads : kHomes, {}};
   if (units < shared.count) shared.count = static_cast<int>(units);
   for (int h = 0; h < shared.count; ++h) {
     shared.homes[h].next.store(units * h / shared.count, std::memory_order_relaxed);
@@ -70,14 +45,21 @@ void for_each_unit_at_home(int threads, int64_t units, const Body& body) {
       shared.count,
       [](void* data) {
         Shared& s = *static_cast<Shared*>(data);
-        const int worker = s.workers.fetch_add(1, std::memory_order_relaxed);
-        const int own = thread_number() % s.count;
+        const int worker = thread_number();
         for (int h = 0; h < s.count; ++h) {
-          Home& home = s.homes[(own + h) % s.count];
-          for (int64_t i; (i = home.next.fetch_add(1, std::memory_order_relaxed)) < home.end;) s.body(i, worker);
+          Home& home = s.homes[(worker + h) % s.count];
+          for (int64_t i; (i = home.next.fetch_add(1, std::memory_order_relaxed)) < home.end;) {
+            FASTSAE_COUNT(h == 0)
+            s.body(i, worker);
+          }
         }
       },
       &shared);
+}
+
+template <class Body>
+void for_each_unit(int threads, int64_t units, const Body& body) {
+  for_each_unit_by_worker(threads, units, [&](int64_t i, int) { body(i); });
 }
 
 // As many threads as the work pays for: waking one costs about what `grain` elements do.

@@ -69,7 +69,7 @@ struct GradientRows : Source {
   void for_each(Workspace& space, const Ahead& ahead, const Body& body) const {
     const int64_t blocks = ceil_div(features, height());
     if (slots == nullptr) {
-      for_each_unit_at_home(threads, blocks, [&](int64_t block, int) {
+      for_each_unit(threads, blocks, [&](int64_t block) {
         for (int64_t f = block * height(); f < std::min((block + 1) * height(), features); ++f) body(f, grad + f * stride_f);
       });
       return;
@@ -79,7 +79,7 @@ struct GradientRows : Source {
     const auto run = sum();
     const auto into = [&](float* first, int64_t f) { return sums(sorted, first - f * padded(), padded()); };
     const auto here = [&](int64_t f) { return sorted.has_slot(f) && !hot(sorted, f); };
-    for_each_unit_at_home(threads, blocks, [&](int64_t block, int worker) {
+    for_each_unit_by_worker(threads, blocks, [&](int64_t block, int worker) {
       const int64_t begin = block * height(), end = std::min(begin + height(), features);
       float* const mine = rows + worker * scratch();
       const SumJob job = into(mine, begin);
@@ -170,7 +170,7 @@ struct GradientColumns : Source {
       int64_t ld;
     };
     if (slots == nullptr) {
-      for_each_unit_at_home(threads, units, [&](int64_t unit, int worker) {
+      for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
         form(unit, worker, nullptr,
              [&](int64_t f0, int64_t, int64_t c, int64_t, float*) { return Rows{grad + f0 * stride_f + c, stride_f}; });
       });
@@ -186,7 +186,7 @@ struct GradientColumns : Source {
         hot_list[found++] = f;
       }
     const auto sum_cold = sum();
-    for_each_unit_at_home(threads, units, [&](int64_t unit, int worker) {
+    for_each_unit_by_worker(threads, units, [&](int64_t unit, int worker) {
       const int64_t before = std::lower_bound(hot_list, hot_list + found, unit / parts * aside()) - hot_list;
       form(unit, worker, &sorted, [&](int64_t f0, int64_t n, int64_t c, int64_t end, float* tile) {
         const int64_t wide = tile_width();
@@ -214,7 +214,7 @@ int64_t move(const Gradient& grad, const AdamMatrices& a, const AdamJob& job, in
   const bool dense = (transposed ? a.stride_d : a.stride_f) == (transposed ? a.features : a.d);
   if (!grad.sparse && !rows_matter && dense && grad.stride_f == a.stride_f && grad.stride_d == a.stride_d) {
     const int64_t n = a.features * a.d;  // a bias is one row: split it all the same
-    for_each_unit_at_home(useful_threads(threads, n), ceil_div(n, kElements), [&](int64_t unit, int) {
+    for_each_unit(useful_threads(threads, n), ceil_div(n, kElements), [&](int64_t unit) {
       const int64_t i = unit * kElements;
       step(job, grad.data + i, a.w + i, a.m + i, a.v + i, std::min(kElements, n - i));
     });

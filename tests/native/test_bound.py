@@ -60,6 +60,14 @@ def rounded(v: Tensor, bf16: bool, steps: int) -> Tensor:
     return torch.round(v * torch.where(used, steps / largest, 0.0)).double() * step.double()
 
 
+def row_steps(D: int) -> int:
+    """The largest integer of a row: 64 without VNNI; at level avx2 16 bits of long rows, as many as sums of 32 bits have room for."""
+    level = loader.load().level()
+    if level == "avx2" and D > 2048:
+        return (2**24 - 1) // (4 * math.ceil(D / 4))
+    return 64 if level in ("avx2", "avx512") else 127
+
+
 def proof(x: Tensor, W: Tensor, bf16: bool, above: bool = False) -> Tensor:
     """E of (6), and what (8) adds for the rounding of the ends; `above`: with as much as (7) may add to the norms."""
     D = x.shape[1]
@@ -72,7 +80,7 @@ def proof(x: Tensor, W: Tensor, bf16: bool, above: bool = False) -> Tensor:
             else (norm, loss)
         )
 
-    (norm, loss), (W_norm, W_loss) = sizes(x, 64 if loader.load().level() in ("avx2", "avx512") else 127), sizes(W, 127)
+    (norm, loss), (W_norm, W_loss) = sizes(x, row_steps(D)), sizes(W, 127)
     g = 1.01 * (min(math.ceil(D / 16), 256) + math.ceil(D / 4096) + (6 if above else 4)) * U
     q = 1.01 * (min(D, 512) + math.ceil(D / 512) + (5 if above else 1)) * 2 * U if bf16 else 4 * U
     floor = (4 * D + 128) * 2.0**-126 if bf16 else 2.0**-94 + (2.0**-100 if above else 0)

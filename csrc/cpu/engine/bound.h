@@ -17,7 +17,9 @@
 //     int8: x^ = s qx, w^ = t qw with integers of at most 127. VPDPBUSD multiplies qw + 128 (unsigned) by qx (signed) and adds exactly; the
 //     sum starts at -128 sum qx. 255 * 127 * D < 2^31 for D < 65536 (larger ones are not screened so). r~ = fl(fl(I) fl((s/n) t)) errs
 //     by three roundings: q = 4 u. Without VNNI |qx| <= 64: VPMADDUBSW adds two products in 16 bits, exactly, as 2 * 255 * 64 < 2^15,
-//     and VPMADDWD with ones adds two of those in 32.
+//     and VPMADDWD with ones adds two of those in 32. Longer rows have more steps there, |qx| <= (2^24 - 1) / D with D counted as packed:
+//     VPMADDWD adds two products of 16 bits in 32, exactly, as 2 * 255 * 2^15 < 2^31; later sums are right modulo 2^32, and the last one,
+//     |sum qx qw| <= 127 (2^24 - 1), and its start, |128 sum qx| <= 128 (2^24 - 1), lie within 2^31.
 //     bf16: a product of two bf16 numbers has 16 bits and is exact in fp32. VDPBF16PS adds two of them to its accumulator; whatever
 //     order and whatever rounding of the two sums (nearest, or towards zero) an implementation has, each addition errs by at most 2u of
 //     its result: 2 * 256 additions in a block of 512, one more a block and one to spare, each counted as 2u, times 1.01.

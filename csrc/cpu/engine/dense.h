@@ -5,12 +5,12 @@
 
 namespace fastsae {
 
-// The best entries of one row among the features one worker sees, which come in ascending order: once a worker has k of them, an equal
-// score that comes later cannot be among the best, so the list never holds more than its capacity, whatever the input.
+// The best entries of one row among the features one worker sees, in any order: its own share, then what others left. An equal score enters
+// as well, since its feature may be the lower one; a full list is cut to k.
 struct Best {
   uint64_t* entries;
   int64_t n;
-  float above;  // only scores greater than this, or NaN, can still enter
+  float above;  // only scores that are not below this can still enter
   bool any;     // everything still enters
 
   // `row`: of the whole input.
@@ -24,14 +24,14 @@ struct Best {
     for (int64_t j0 = 0; j0 < count; j0 += 16) {
       const int64_t j1 = std::min(j0 + 16, count);
       int pass = any ? 1 : 0;
-      for (int64_t j = j0; j < j1; ++j) pass |= static_cast<int>(!((p.absolute ? std::fabs(scores[j]) : scores[j]) <= above));
+      for (int64_t j = j0; j < j1; ++j) pass |= static_cast<int>(!((p.absolute ? std::fabs(scores[j]) : scores[j]) < above));
       if (pass == 0) continue;
       for (int64_t j = j0; j < j1; ++j) {
         const float score = p.absolute ? std::fabs(scores[j]) : scores[j];
-        if ((!any && score <= above) || (p.exclude_self && first + j == row)) continue;
+        if ((!any && score < above) || (p.exclude_self && first + j == row)) continue;
         if (n == capacity) {
           shrink(k);
-          if (score <= above) continue;
+          if (score < above) continue;
         }
         entries[n++] = entry(score, p.absolute ? 2 * (first + j) + (scores[j] < 0 ? 1 : 0) : first + j);
       }
@@ -42,7 +42,7 @@ struct Best {
     n = k;
     const uint32_t worst = static_cast<uint32_t>(entries[k - 1] >> 32);
     any = false;
-    above = score_of(worst);  // NaN: nothing but NaN enters, and those are put aside again at the next turn
+    above = score_of(worst);  // NaN: little but NaN enters, and those are put aside again at the next turn
     if (worst == 0) above = INFINITY;
   }
 };

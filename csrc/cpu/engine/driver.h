@@ -23,7 +23,7 @@ inline int64_t signs_size(int64_t d) { return round_to(std::max<int64_t>(d, 1), 
 
 // Words of scratch memory to pack rows, or features as well.
 inline int64_t scratch_words(int64_t d, int64_t words, bool features) {
-  return signs_size(d) + words + 64 + (features ? 16 * (round_to(words, 16) + 16) : 0);
+  return signs_size(d) + 2 * words + 64 + (features ? 16 * (round_to(words, 16) + 16) : 0);
 }
 
 // Whether some rows of a chunk have elements so large that 8-bit steps would be coarse for the others.
@@ -73,12 +73,12 @@ struct Rows {
 
   static int64_t bytes(const Plan& plan, int64_t rows) {
     return Workspace::size<float>(rows * plan.padded) + Workspace::size<uint8_t>(rows) +
-           (plan.screens ? Workspace::size<uint32_t>(rows * plan.words_most) + 4 * Workspace::size<float>(rows) : 0);
+           (plan.screens ? Workspace::size<uint32_t>(rows * plan.row_words(plan.words_most)) + 4 * Workspace::size<float>(rows) : 0);
   }
   static Rows take(Workspace& space, const Plan& plan, int64_t rows) {
     Rows taken{.xc = space.take<float>(rows * plan.padded), .exact = space.take<uint8_t>(rows)};
     if (!plan.screens) return taken;
-    taken.words = space.take<uint32_t>(rows * plan.words_most);
+    taken.words = space.take<uint32_t>(rows * plan.row_words(plan.words_most));
     for (float** factors : {&taken.unit, &taken.a, &taken.c}) *factors = space.take<float>(rows);
     taken.start = space.take<int32_t>(rows);
     return taken;
@@ -90,8 +90,9 @@ struct Rows {
                                                         .d = p.w.d,
                                                         .height = static_cast<int>(to - from),
                                                         .rotation = plan.rotation,
+                                                        .wide = plan.wide,
                                                         .signs = signs,
-                                                        .words = words + from * plan.words,
+                                                        .words = words + from * plan.row_words(plan.words),
                                                         .unit = unit + from,
                                                         .start = start + from,
                                                         .a = a + from,
@@ -101,7 +102,8 @@ struct Rows {
   }
   ScreenRows screened(const Plan& plan, int64_t rows) const {
     const int tiles = static_cast<int>(ceil_div(rows, kTileRows));
-    return {.data = words, .rows = rows, .words = plan.words, .tiles = tiles, .unit = unit, .start = start, .a = a, .c = c};
+    const int64_t each = plan.row_words(plan.words);
+    return {.data = words, .rows = rows, .words = each, .tiles = tiles, .unit = unit, .start = start, .a = a, .c = c};
   }
 };
 
@@ -223,7 +225,7 @@ inline Block make_block(const Problem& p, const Plan& plan, const Rows& at_work,
   b.rows = at_work.screened(plan, rows);
   // Very likely the block that this thread gets next. Columns whose stride is a power of two evict each other from the second-level cache,
   // but only to the third.
-  const int64_t g0 = f0 + plan.threads * block, m = std::min(block, w.features - g0), size = size_of(w.t);
+  const int64_t g0 = f0 + block, m = std::min(block, w.features - g0), size = size_of(w.t);
   if (m <= 0) return b;
   if (in_place)
     b.next = {reinterpret_cast<const char*>(plan.packed + g0 * plan.words), 1, round_to(m, kPanelWidth) * plan.words / 16, 0};

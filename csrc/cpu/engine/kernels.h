@@ -53,6 +53,7 @@ struct PackRowsJob {  // rows of a tile, and the factors of their bounds
   int64_t padded, d;
   int height;
   int rotation;           // elements mixed by a rotation (int8); 1: none
+  bool wide;              // int8: in 16 bits, two words for one of a feature
   const uint32_t* signs;  // [padded to the rotation] sign bits of the rotation
   uint32_t* words;        // [words of a row][height]
   float* unit;            // int8: value of one step, with the rotation's 1/n
@@ -95,7 +96,7 @@ static inline int64_t packed_features(int64_t features) { return round_to(featur
 
 struct ScreenRows {  // tile t covers rows [rows*t/tiles, rows*(t+1)/tiles), its words start at that row * words
   const uint32_t* data;
-  int64_t rows, words;
+  int64_t rows, words;  // twice those of a feature: in 16 bits
   int tiles;
   const float* unit;
   const int32_t* start;
@@ -145,8 +146,9 @@ struct EngineKernels {
   void (*columns)(const ColumnsJob&);
   // out[i*ld + j] = <x[i], w[j]>, i < rows, j < features
   void (*products)(const float* const* x, int64_t rows, const float* const* w, int64_t features, int64_t d, float* out, int64_t ld);
-  // The longest rows for which the automatic path screens with integers, a score and a sign: beyond, too many stay open. Measured.
-  int64_t longest_scores, longest_signs;
+  // The longest rows for which the automatic path screens with integers, a score and a sign: beyond, too many stay open. Measured. And
+  // those of integers of 8 bits: longer ones have 16.
+  int64_t longest_scores, longest_signs, longest_bytes;
   // Null where the level cannot screen with this number.
   void (*pack_rows[kScreenFormats])(const PackRowsJob&);
   void (*pack_features[kScreenFormats])(const PackFeaturesJob&);

@@ -158,6 +158,11 @@ FASTSAE_INLINE void store_bytes(uint8_t* to, Ints a) {
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
+// Sixteen bits each, of four neighbours the first and third before the second and fourth.
+FASTSAE_INLINE void store_pairs(uint8_t* to, Ints a) {
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, 0xd8), 0xd8));
+}
 FASTSAE_INLINE __m256i ordered(__m256 a) {
   const __m256i bits = _mm256_castps_si256(a);
   return _mm256_xor_si256(bits, _mm256_and_si256(_mm256_srai_epi32(bits, 31), _mm256_set1_epi32(0x7fffffff)));

@@ -106,13 +106,25 @@ FASTSAE_INLINE int64_t word_at(int64_t p, int i, int height, [[maybe_unused]] in
   return p * height + i;
 }
 
-// The largest integers of a row and of a feature. Without VNNI two products meet in 16 bits: 2 * 255 * 64 < 2^15.
+// The largest integers of a row and of a feature. Without VNNI two products meet in 16 bits: 2 * 255 * 64 < 2^15. Wide rows have as many
+// steps as a sum of 32 bits has room for.
+constexpr int kFeatureSteps = 127, kWideSum = (1 << 24) - 1;
 #if defined(FASTSAE_LEVEL_avx2) || defined(FASTSAE_LEVEL_avx512)
-constexpr int kRowSteps = 64, kFeatureSteps = 127;
-constexpr int64_t kLongestScores = 2048, kLongestSigns = 64;
+constexpr int kRowSteps = 64;
+constexpr int64_t kLongestSigns = 64;
 #else
-constexpr int kRowSteps = 127, kFeatureSteps = 127;
-constexpr int64_t kLongestScores = kLongestRow, kLongestSigns = 512;
+constexpr int kRowSteps = 127;
+constexpr int64_t kLongestSigns = 512;
+#endif
+#ifdef FASTSAE_LEVEL_avx512
+constexpr int64_t kLongestScores = 2048;
+#else
+constexpr int64_t kLongestScores = kLongestRow;
+#endif
+#ifdef FASTSAE_LEVEL_avx2
+constexpr int64_t kLongestBytes = 2048;
+#else
+constexpr int64_t kLongestBytes = kLongestRow;
 #endif
 
 struct Rounded {
@@ -122,17 +134,17 @@ struct Rounded {
 
 constexpr float kTinyNorm = 0x1p-90f;
 
-// One row to integers of at most kSteps, `words` words of four at `to` (room for 16 more), and their sum.
-template <int kSteps, class T>
-FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uint32_t* signs, float* y, uint8_t* to, int64_t words,
-                                  int32_t* total) {
+// One row to integers of at most `steps`, `words` words of four at `to` (room for 16 more), twice as many where wide, and their sum.
+template <class T>
+FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uint32_t* signs, int steps, [[maybe_unused]] bool wide,
+                                  float* y, uint8_t* to, int64_t words, int32_t* total) {
   const Sums sums = rotate(v, d, rotation, signs, y);
   const int64_t size = round_to(d, rotation);
   const float norm = norm_above(reduce(sums.squares), d);
   const float most = largest(sums.largest);
   const bool usable = norm <= kHugeNorm;
   const bool zero_row = !(most >= kTinyNorm);
-  const float inverse = usable && !zero_row ? kSteps / most : 0.0f, step = usable && !zero_row ? most / kSteps : 0.0f;
+  const float inverse = usable && !zero_row ? steps / most : 0.0f, step = usable && !zero_row ? most / steps : 0.0f;
   Vec lost = zero();
   Ints added = all(0);
   for (int64_t i = 0; i < words * 4; i += 16) {
@@ -143,6 +155,12 @@ FASTSAE_INLINE Rounded round_int8(const T* v, int64_t d, int rotation, const uin
     const Vec e = fnma(to_floats(q), broadcast(step), x);
     lost = fma(e, e, lost);
     added = add(added, q);
+#ifdef FASTSAE_LEVEL_avx2
+    if (wide) {
+      store_pairs(to + 2 * i, q);
+      continue;
+    }
+#endif
     store_bytes(to + i, q);
   }
   if (total != nullptr) *total = sum(added);
@@ -164,16 +182,18 @@ FASTSAE_INLINE void set_row(const PackRowsJob& job, int i, ScreenFormat format, 
 }
 
 void pack_rows_int8(const PackRowsJob& job) {
-  const int64_t words = words_of(ScreenFormat::int8, job.d, job.rotation);
+  const int64_t words = words_of(ScreenFormat::int8, job.d, job.rotation), row_words = job.wide ? 2 * words : words;
+  const int steps = job.wide ? static_cast<int>(kWideSum / (4 * words)) : kRowSteps;
   const float n = 1.0f / static_cast<float>(job.rotation);
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(job.scratch + round_to(job.d, job.rotation) + 16);
   for (int i = 0; i < job.height; ++i) {
     int32_t total = 0;
-    const Rounded r = round_int8<kRowSteps>(job.xc + i * job.padded, job.d, job.rotation, job.signs, job.scratch, bytes, words, &total);
+    const float* const x = job.xc + i * job.padded;
+    const Rounded r = round_int8(x, job.d, job.rotation, job.signs, steps, job.wide, job.scratch, bytes, words, &total);
     set_row(job, i, ScreenFormat::int8, r.usable, r.norm, r.loss);
     job.unit[i] = r.usable ? r.step * n : 0;
     job.start[i] = r.usable ? -128 * total : 0;
-    for (int64_t p = 0; p < words; ++p) {
+    for (int64_t p = 0; p < row_words; ++p) {
       uint32_t word = 0;
       if (r.usable) __builtin_memcpy(&word, bytes + 4 * p, 4);
       job.words[word_at(p, i, job.height, words)] = word;
@@ -216,7 +236,7 @@ void pack_int8_as(const PackFeaturesJob& job) {
         set_feature(job, f, true, 0, 0, 0);
         continue;
       }
-      const Rounded r = round_int8<kFeatureSteps>(feature_row<T>(job, f), job.d, job.rotation, job.signs, y, to, words, nullptr);
+      const Rounded r = round_int8(feature_row<T>(job, f), job.d, job.rotation, job.signs, kFeatureSteps, false, y, to, words, nullptr);
       for (int64_t p = 0; p < words; ++p) job.scratch[j * ld + p] ^= 0x80808080;  // plus 128
       set_feature(job, f, r.usable, r.norm, r.loss, r.step);
     }
@@ -330,7 +350,9 @@ const EngineKernels engine_kernels = {
 #ifdef FASTSAE_SCREENS
     kLongestScores,
     kLongestSigns,
+    kLongestBytes,
 #else
+    0,
     0,
     0,
 #endif

@@ -54,6 +54,7 @@ struct Plan {
   ScreenFormat format;
   bool copied;  // features are brought to fp32 rows block by block
   int rotation;
+  bool wide;  // rows in 16 bits
   int64_t words, words_most, padded, row_stride;
   EncodePath path = EncodePath::dense;  // not automatic
   bool screens = false;                 // path is not dense
@@ -61,6 +62,8 @@ struct Plan {
   int64_t block = 0, blocks = 0, chunk = 0;
   int threads = 1;
   const uint32_t* packed = nullptr;  // all features, in this format and rotation; null: each block is packed where it is used
+
+  int64_t row_words(int64_t of) const { return wide ? 2 * of : of; }
 };
 
 // Whether features can be read in place, a row after another.
@@ -104,6 +107,7 @@ inline Plan make_plan(const Problem& p, const PlanRequest& request) {
   Plan plan{.format = format,
             .copied = !by_rows(w) || w.eps != 0,
             .rotation = rotation,
+            .wide = format == ScreenFormat::int8 && w.d > p.kernels.longest_bytes,
             .words = words,
             .words_most = words,
             .padded = padded,

@@ -184,30 +184,42 @@ void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_
 #elif defined(FASTSAE_LEVEL_avx2)
 
 // Rows [FROM, FROM + N) of MR and 16 features, whose sums fit the registers. VPMADDUBSW adds two products in 16 bits, which kRowSteps leaves
-// room for.
-template <int MR, int FROM, int N>
+// room for. Wide rows have a word for the bytes 0 and 2 of a feature's word, one for 1 and 3; VPMADDWD adds two products in 32 bits.
+template <bool kWide, int MR, int FROM, int N>
 FASTSAE_INLINE void tile_part(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, float* c, Prefetcher& prefetcher,
                               int quota) {
-  const __m256i ones = _mm256_set1_epi16(1);
   __m256i s0[N], s1[N];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
   for (int i = 0; i < N; ++i) s0[i] = s1[i] = _mm256_set1_epi32(start[FROM + i]);
+  const auto product = [](__m256i v, __m256i xi) {
+    return kWide ? _mm256_madd_epi16(v, xi) : _mm256_madd_epi16(_mm256_maddubs_epi16(v, xi), _mm256_set1_epi16(1));
+  };
+  const auto add_rows = [&](const uint32_t* xd, __m256i w0, __m256i w1) {
+#pragma GCC unroll 6
+    for (int i = 0; i < N; ++i) {
+      const __m256i xi = _mm256_set1_epi32(static_cast<int>(xd[i]));
+      __m256i sum0 = _mm256_add_epi32(s0[i], product(w0, xi)), sum1 = _mm256_add_epi32(s1[i], product(w1, xi));
+      if (kWide) asm("" : "+x"(sum0), "+x"(sum1));  // gcc 12 adds the two products of a word first, and spills them
+      s0[i] = sum0;
+      s1[i] = sum1;
+    }
+  };
   for (int64_t d = 0; d < words;) {
     const int64_t stop = at_most(d + kStep, words);
     prefetcher.some(quota);
     for (; d < stop; ++d) {
       const __m256i* const wd = reinterpret_cast<const __m256i*>(w + d * kPanelWidth);
       const __m256i w0 = _mm256_loadu_si256(wd), w1 = _mm256_loadu_si256(wd + 1);
-      const uint32_t* const xd = x + d * MR + FROM;
-#pragma GCC unroll 5
-      for (int i = 0; i < N; ++i) {
-        const __m256i xi = _mm256_set1_epi32(static_cast<int>(xd[i]));
-        s0[i] = _mm256_add_epi32(s0[i], _mm256_madd_epi16(_mm256_maddubs_epi16(w0, xi), ones));
-        s1[i] = _mm256_add_epi32(s1[i], _mm256_madd_epi16(_mm256_maddubs_epi16(w1, xi), ones));
+      if constexpr (kWide) {
+        const uint32_t* const xd = x + 2 * d * MR + FROM;
+        add_rows(xd, _mm256_and_si256(w0, _mm256_set1_epi16(255)), _mm256_and_si256(w1, _mm256_set1_epi16(255)));
+        add_rows(xd + MR, _mm256_srli_epi16(w0, 8), _mm256_srli_epi16(w1, 8));
+      } else {
+        add_rows(x + d * MR + FROM, w0, w1);
       }
     }
   }
-#pragma GCC unroll 5
+#pragma GCC unroll 6
   for (int i = 0; i < N; ++i) {
     float* const to = c + (FROM + i) * kPanelWidth;
     _mm256_store_ps(to, _mm256_cvtepi32_ps(s0[i]));
@@ -216,20 +228,22 @@ FASTSAE_INLINE void tile_part(const uint32_t* x, const uint32_t* w, int64_t word
 }
 
 // Rows from FROM on, in as few parts of even heights as the registers allow.
-template <int MR, int FROM = 0>
+template <bool kWide, int MR, int FROM = 0>
 FASTSAE_INLINE void tile_parts(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, float* c, Prefetcher& prefetcher,
                                int quota) {
-  constexpr int kLeft = MR - FROM, kParts = (kLeft + 4) / 5, N = (kLeft + kParts - 1) / kParts;
-  tile_part<MR, FROM, N>(x, w, words, start, c, prefetcher, FROM == 0 ? quota : 0);
-  if constexpr (N < kLeft) tile_parts<MR, FROM + N>(x, w, words, start, c, prefetcher, quota);
+  constexpr int kLeft = MR - FROM, kParts = (kLeft + 5) / 6, N = (kLeft + kParts - 1) / kParts;
+  tile_part<kWide, MR, FROM, N>(x, w, words, start, c, prefetcher, FROM == 0 ? quota : 0);
+  if constexpr (N < kLeft) tile_parts<kWide, MR, FROM + N>(x, w, words, start, c, prefetcher, quota);
 }
 
-template <int MR>
+template <int MR, bool kWide = false>
 void tile_int8(const uint32_t* x, const uint32_t* w, int64_t words, const int32_t* start, int, float* c, Prefetcher& prefetcher,
                int quota) {
-  tile_parts<MR>(x, w, words, start, c, prefetcher, quota);
-  tile_parts<MR>(x, w + 16, words, start, c + 16, prefetcher, 0);
+  tile_parts<kWide, MR>(x, w, words, start, c, prefetcher, quota);
+  tile_parts<kWide, MR>(x, w + 16, words, start, c + 16, prefetcher, 0);
 }
+template <int MR>
+constexpr auto tile_wide = tile_int8<MR, true>;
 
 #else
 
@@ -354,6 +368,11 @@ using TileKernel = void (*)(const uint32_t*, const uint32_t*, int64_t, const int
   {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
 constexpr TileKernel kTileKernels[kScreenFormats][kTileRows + 1] = {FASTSAE_TILES(tile_int8), FASTSAE_BF16(FASTSAE_TILES(tile_bf16)),
                                                                     FASTSAE_TILES(tile_exact)};
+#ifdef FASTSAE_LEVEL_avx2
+constexpr TileKernel kWideKernels[kTileRows + 1] = FASTSAE_TILES(tile_wide);
+#else
+constexpr const TileKernel (&kWideKernels)[kTileRows + 1] = kTileKernels[0];  // rows have 8 bits
+#endif
 #undef FASTSAE_TILES
 
 // All rows against a block of panels. A block that fits the second-level cache stays there while a tile of rows is read once for all its
@@ -362,13 +381,13 @@ template <ScreenFormat kFormat, class Screen>
 void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next, Screen& screen) {
   alignas(64) float c[kTileRows * kPanelWidth];
   Prefetcher prefetcher(next);
-  const int64_t steps = ceil_div(x.words, kStep) * p.panels * x.tiles;
+  const TileKernel* const kernels = x.words > p.words ? kWideKernels : kTileKernels[static_cast<int>(kFormat)];
+  const int64_t steps = ceil_div(p.words, kStep) * p.panels * x.tiles;
   const int quota = next.segments == 0 ? 0 : static_cast<int>(next.segments * next.lines / (steps > 0 ? steps : 1)) + 1;
   const auto one = [&](int t, int panel) {
     const int64_t r0 = x.rows * t / x.tiles, r1 = x.rows * (t + 1) / x.tiles;
     const int height = static_cast<int>(r1 - r0);
-    kTileKernels[static_cast<int>(kFormat)][height](x.data + r0 * x.words, p.data + panel * x.words * kPanelWidth, x.words, x.start + r0,
-                                                    height, c, prefetcher, quota);
+    kernels[height](x.data + r0 * x.words, p.data + panel * p.words * kPanelWidth, p.words, x.start + r0, height, c, prefetcher, quota);
     screen.panel(p, panel);
     Vec unit0 = zero(), unit1 = unit0;
     if (kFormat == ScreenFormat::int8) {
@@ -385,7 +404,7 @@ void run_block(const ScreenRows& x, const ScreenPanels& p, const Prefetch& next,
       screen.row(r0 + i, r0v, r1v);
     }
   };
-  if (x.words * kPanelWidth * 4 * p.panels <= kCacheBytes) {
+  if (p.words * kPanelWidth * 4 * p.panels <= kCacheBytes) {
     for (int t = 0; t < x.tiles; ++t)
       for (int panel = 0; panel < p.panels; ++panel) one(t, panel);
   } else {

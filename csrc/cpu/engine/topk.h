@@ -18,6 +18,7 @@ struct TopkDriver {
   TopkBuffer shared{};
   TopkBuffer buffers[kMostWorkers] = {};
   uint64_t* entries[kMostWorkers] = {};
+  int64_t* survivors[kMostWorkers] = {};
   int32_t* list = nullptr;
   int threads = 0;
 
@@ -27,7 +28,7 @@ struct TopkDriver {
   int64_t bytes(const Plan& plan) const {
     const int64_t chunk = plan.chunk, undecided = plan.block + 16;
     return Workspace::size<int32_t>(chunk) * 4 + Workspace::size<uint8_t>(chunk) + 2 * Workspace::size<float>(chunk * stride()) +
-           plan.threads * (undecided_bytes(chunk, undecided) + Workspace::size<int32_t>(chunk) + 2 * Workspace::size<int64_t>(1) +
+           plan.threads * (undecided_bytes(chunk, undecided) + Workspace::size<int32_t>(chunk) + 3 * Workspace::size<int64_t>(1) +
                            Workspace::size<float>(stride() + undecided) + Workspace::size<uint64_t>(capacity()));
   }
   void take(Workspace& space, const Plan& plan) {
@@ -52,7 +53,8 @@ struct TopkDriver {
       b.spent = space.take<int32_t>(chunk);
       b.room = space.take<float>(stride() + undecided);
       entries[t] = space.take<uint64_t>(capacity());
-      *b.scored = 0;
+      survivors[t] = space.take<int64_t>(1);
+      *b.scored = *survivors[t] = 0;
     }
   }
   void begin(const Chunk& chunk) {
@@ -71,16 +73,15 @@ struct TopkDriver {
     screen_topk(b.rows, b.panels, b.next, b.job, buffers[worker]);
   }
   int64_t end(const Chunk& chunk) {
-    std::atomic<int64_t> survivors{0};
     for_each_unit_by_worker(threads, chunk.rows, [&](int64_t r, int worker) {
       if (chunk.exact[r] != 0) return;
       const int64_t n = screens.finish_topk(shared, r), base = r * stride();
-      survivors.fetch_add(n, std::memory_order_relaxed);
+      *survivors[worker] += n;
       for (int64_t i = 0; i < n; ++i) entries[worker][i] = entry(shared.score[base + i], shared.feature[base + i]);
       out.select(chunk.base + r, entries[worker], n);
     });
     if (p.stats != nullptr) {
-      p.stats->survivors += survivors;
+      for (int t = 0; t < threads; ++t) p.stats->survivors += std::exchange(*survivors[t], 0);
       for (int t = 0; t < threads; ++t) p.stats->scored += std::exchange(*buffers[t].scored, 0);
     }
     const int64_t count = collect_exact(p, chunk.exact, chunk.rows, list);
