@@ -201,9 +201,9 @@ def refine_kernel(
             if BAND:
                 tl.store(flags + to, (decided + 2 * banded).to(tl.uint8), mask=inside)
         else:
-            new += tl.sum(tl.where(hit, (decided * here)[:, None], 0), axis=0)
+            new += tl.sum(tl.where(hit & (decided != 0)[:, None], here[:, None], 0), axis=0)
             if BAND:
-                band_new += tl.sum(tl.where(hit, (banded * here)[:, None], 0), axis=0)
+                band_new += tl.sum(tl.where(hit & (banded != 0)[:, None], here[:, None], 0), axis=0)
     if WRITE == 0:
         tl.debug_barrier()  # the words are written where they were read
         tl.store(kept_words + at, new | kept if KIND == SIGN else new, mask=there)
