@@ -178,12 +178,13 @@ def refine_kernel(
     band_new = tl.zeros((WORDS,), tl.int32)
     for start in range(0, count, COLUMNS):
         wanted = start + tl.arange(0, COLUMNS)
-        hit = (after[None, :] > wanted[:, None]) & ((after - bits)[None, :] <= wanted[:, None])
+        of_word = tl.sum((after[None, :] <= wanted[:, None]).to(tl.int32), axis=1)
+        hit = of_word[:, None] == tl.arange(0, WORDS)[None, :]
         mine = tl.sum(tl.where(hit, open_words[None, :], 0), axis=1)[:, None]
         number = wanted - tl.sum(tl.where(hit, (after - bits)[None, :], 0), axis=1)  # of the wanted bit in its word
         is_it = (((mine >> bit) & 1) != 0) & (popcount(mine & ((1 << bit) - 1)) == number[:, None])
         place = tl.sum(tl.where(is_it, bit, 0), axis=1)
-        f = first_word * 32 + tl.sum(tl.where(hit, tl.arange(0, WORDS)[None, :] * 32, 0), axis=1) + place
+        f = (first_word + of_word) * 32 + place
         inside = wanted < count
         here = 1 << place
         column = f
