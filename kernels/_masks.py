@@ -170,22 +170,23 @@ def refine_kernel(
         open_words = kept | tl.load(other_words + at, mask=there, other=0)
     if KIND == SIGN:
         open_words = tl.load(other_words + at, mask=there, other=0)
-    count = tl.sum(popcount(open_words), axis=0)
+    bits = popcount(open_words)
+    after = tl.cumsum(bits, axis=0)  # bits up to the end of each word
+    count = tl.sum(bits, axis=0)
+    bit = tl.arange(0, 32)[None, :]
     new = tl.zeros((WORDS,), tl.int32)
     band_new = tl.zeros((WORDS,), tl.int32)
     for start in range(0, count, COLUMNS):
         wanted = start + tl.arange(0, COLUMNS)
-        place = tl.zeros((COLUMNS,), tl.int32)
-        for s in tl.static_range(COLUMNS):
-            lowest = open_words & -open_words
-            mine = tl.where(open_words != 0, tl.arange(0, WORDS) * 32 + popcount(lowest - 1), 32 * WORDS - 1)
-            first = tl.min(mine, axis=0)
-            place = tl.where(tl.arange(0, COLUMNS) == s, first, place)
-            open_words = tl.where(mine == first, open_words ^ lowest, open_words)
-        f = first_word * 32 + place
+        of_word = tl.sum((after[None, :] <= wanted[:, None]).to(tl.int32), axis=1)
+        hit = of_word[:, None] == tl.arange(0, WORDS)[None, :]
+        mine = tl.sum(tl.where(hit, open_words[None, :], 0), axis=1)[:, None]
+        number = wanted - tl.sum(tl.where(hit, (after - bits)[None, :], 0), axis=1)  # of the wanted bit in its word
+        is_it = (((mine >> bit) & 1) != 0) & (popcount(mine & ((1 << bit) - 1)) == number[:, None])
+        place = tl.sum(tl.where(is_it, bit, 0), axis=1)
+        f = (first_word + of_word) * 32 + place
         inside = wanted < count
-        hit = (place >> 5)[:, None] == tl.arange(0, WORDS)[None, :]
-        here = tl.where(inside, 1 << (place & 31), 0)
+        here = 1 << place
         column = f
         if CHOSEN:
             column = tl.load(chosen + f, mask=inside, other=0)
@@ -311,7 +312,7 @@ def _refine(p: Problem, rule: Rule, kept: Tensor, other: Tensor | None, out: tup
     refine_kernel[(rows * triton.cdiv(words, size),)](
         p.x, p.W, p.chosen, p.centre, p.scale, p.bias, rule.theta, kept, other, *(out or (None,) * 5),
         rows, words, rule.width, p.x.shape[1], *p.strides(),
-        WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=16 if interpreted else _GATHER,
+        WRITE=out is not None, CENTRED=p.centre is not None, WORDS=size, COLUMNS=32 * size if interpreted else _GATHER,
         num_warps=1, enable_fp_fusion=False, **rule.flags(), **p.flags(p.chosen),
     )  # fmt: skip
 
