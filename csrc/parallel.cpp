@@ -14,16 +14,24 @@ namespace {
 // The entry that compilers emit for `#pragma omp parallel`. GNU, LLVM and Intel runtimes all export it.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// Of torch's own runtime, else of any: torch's wheels for aarch64 do not load theirs into the process's global scope.
-template <class F>
-F of_runtime(const char* name) {
+struct Runtime {
+  GompParallel parallel = nullptr;
+  int (*number)() = nullptr;
+};
+
+// The process's, else torch's own: torch's wheels for aarch64 do not load theirs into the global scope. Both entries of one library, as the
+// numbers of another would not tell its threads apart.
+Runtime find_runtime() {
 #if defined(__unix__) || defined(__APPLE__)
-  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* found = torch != nullptr ? dlsym(torch, name) : nullptr;
-  return reinterpret_cast<F>(found != nullptr ? found : dlsym(RTLD_DEFAULT, name));
-#else
-  return nullptr;
+  for (void* scope : {RTLD_DEFAULT, dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)}) {
+    void *parallel = dlsym(scope, "GOMP_parallel"), *number = dlsym(scope, "omp_get_thread_num");
+    Dl_info of_parallel, of_number;
+    if (parallel != nullptr && number != nullptr && dladdr(parallel, &of_parallel) != 0 && dladdr(number, &of_number) != 0 &&
+        of_parallel.dli_fbase == of_number.dli_fbase)
+      return {reinterpret_cast<GompParallel>(parallel), reinterpret_cast<int (*)()>(number)};
+  }
 #endif
+  return {};
 }
 
 // Rounding and flushing of denormals belong to a thread: all of them take the caller's, or bits would depend on who computes.
@@ -46,17 +54,16 @@ void set_control(Control) {}
 #endif
 
 // Looked up when this library is loaded; native.py imports torch before.
-auto const runtime = of_runtime<GompParallel>("GOMP_parallel");
-auto const number = of_runtime<int (*)()>("omp_get_thread_num");
+Runtime const runtime = find_runtime();
 std::atomic<bool> serial{false};
 
 }  // namespace
 
-bool threads_available() { return runtime != nullptr && number != nullptr && !serial.load(std::memory_order_relaxed); }
+bool threads_available() { return runtime.parallel != nullptr && !serial.load(std::memory_order_relaxed); }
 
 void force_serial() { serial.store(true, std::memory_order_relaxed); }
 
-int thread_number() { return number(); }
+int thread_number() { return runtime.number(); }
 
 void run_on_threads(int threads, void (*body)(void*), void* data) {
   if (threads <= 1 || !threads_available()) {
@@ -68,7 +75,7 @@ void run_on_threads(int threads, void (*body)(void*), void* data) {
     void* data;
     Control control;
   } call{body, data, control()};
-  runtime(
+  runtime.parallel(
       [](void* p) {
         const Call& c = *static_cast<Call*>(p);
         const Control own = control();

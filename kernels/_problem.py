@@ -100,11 +100,11 @@ def outliers(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return far.view(torch.uint8), columns[:_FAR], far.sum(dtype=torch.int32)
 
 
-def _steps(v: Tensor, *, turned: bool) -> bool:
+def steps(v: Tensor, *, turned: bool) -> bool:
     """Whether tiles load v's rows, or (``turned``) columns, 16 bytes at a time and in whole steps: Triton asks for multiples of 16."""
     (n, D), (r, d) = v.shape, v.stride()
     lines = (d == 1 and r % 16 == 0) or (turned and r == 1 and d % 16 == 0 and n % 16 == 0)
-    return lines and D % _tile.pitch(1) == 0 and v.storage_offset() % 8 == 0
+    return lines and D % _tile.pitch(1) == 0 < D and v.storage_offset() % 8 == 0
 
 
 def _copied(v: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Operands:
     @staticmethod
     def of(p: Problem) -> Operands:
         if p.direct:
-            return Operands(p.x if _steps(p.x, turned=False) else _copied(p.x))
+            return Operands(p.x if steps(p.x, turned=False) else _copied(p.x))
         far, columns, n_far = outliers(p)
         x, factors = rounded(p.x, p.centre, of_rows=True, far=far)
         x_far, W_far = (v.index_select(1, columns).T.float() for v in (p.x, p.W))
@@ -149,7 +149,7 @@ class Operands:
 
     def panels(self, p: Problem) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Ranges of features with their rows, valid until the next one, and which of these they are (None: all, in order)."""
-        if self.panel is not None or (p.direct and _steps(p.W, turned=p.chosen is None)):
+        if self.panel is not None or (p.direct and steps(p.W, turned=p.chosen is None)):
             if p.n:
                 yield slice(0, p.n), p.W if self.panel is None else self.panel, p.chosen
             return

@@ -37,7 +37,8 @@ a denormal. Scaling is exact in float32, both ways, except where it underflows, 
 (5) d0 and the underflow of r~ on its way back to the scale of x w: each step errs by at most 2^-126, gradual or flushed, and there are
     fewer than 4 D + 100 of them: U = (4 D + 128) 2^-126. Powers are kept within 2^-60 .. 2^46, so the first of the two never underflows.
 (6) |z^| <= Z = |z| + l(z) and |w^| <= |w| + l(w). Each of the m fused steps that add the other products errs by u of its sum, which is at
-    most V = 1.01 (Z (|w| + l(w)) + |x||w|): less than 2^-20 V in all. So |r* - r~| <= E with
+    most V = 1.01 (Z (|w| + l(w)) + |x||w|): less than 2^-20 V in all (from D = 50,000 on, where q adds to 1.01, as m is at most 8). So
+    |r* - r~| <= E with
         E = |w| (l(z) + q Z + g |x|)  +  l(w) (Z + q Z)  +  2^-20 V  +  U.
 (7) Norms are computed in float32: a sum of squares of D terms errs by less than (D + 64) 2u relatively, its root by less than that, and
     an element below 2^-63 may vanish from it: the root is multiplied by 1 + (D + 72) 2u and sqrt(D) 2^-62 is added.

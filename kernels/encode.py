@@ -526,8 +526,8 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | 
             found = held[number] if held else _masks.masks(chunk, rule)
             bits = _masks.counts(*found)
             offsets = torch.cumsum(bits.view(-1), 0, dtype=torch.int32).view_as(bits).sub_(bits)
-            if capacity is not None:  # words that do not fit as a whole are cleared
-                passed = crow[part.start] + offsets + bits > capacity
+            if capacity is not None:  # words that do not fit as a whole are cleared; a number of no dimension would not make the sum int64
+                passed = crow[part.start : part.start + 1] + offsets + bits > capacity
                 for words_of in found:
                     if words_of is not None:
                         words_of.masked_fill_(passed, 0)

@@ -22,7 +22,7 @@ from fastsae._core import flags
 from fastsae._core.jit import kernel
 from fastsae.kernels import _masks, _tile
 from fastsae.kernels._masks import Rule
-from fastsae.kernels._problem import chunks, problem
+from fastsae.kernels._problem import chunks, problem, steps
 from fastsae.kernels._tile import pack_bits, unpack_bits
 from fastsae.latents import ScoreInputs
 
@@ -117,7 +117,7 @@ def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed
     with _tile.on(x.device):
         parts = (
             [slice(0, x.shape[0])]
-            if p.direct
+            if p.direct and steps(p.x, turned=False)
             else chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows, 1 << 16)
         )
         for part in parts if words.numel() else ():

@@ -88,17 +88,20 @@ def test_hard_inputs_stay_screened(spoil: Callable[[Case], None]) -> None:
     verify({**case, "absolute": True})
 
 
-@pytest.mark.parametrize("spoil", [cancelling_columns, broken_scale], ids=lambda f: f.__name__)
-def test_hard_inputs(spoil: Callable[[Case], None]) -> None:
-    case = draw(40, 200, 3000)
+@pytest.mark.parametrize("D", [200, 2100])  # of 8 bits, of 16 at level avx2
+@pytest.mark.parametrize("spoil", [cancelling_columns, broken_scale, broken_features], ids=lambda f: f.__name__)
+def test_hard_inputs(spoil: Callable[[Case], None], D: int) -> None:
+    case = draw(40, D, 3000)
     spoil(case)
     verify(case)
     verify({**case, "absolute": True})
 
 
-def test_rows_that_are_not_finite_take_the_exact_path() -> None:
-    case = draw(40, 200, 3000)
+@pytest.mark.parametrize("D", [200, 2100])
+def test_rows_that_are_not_finite_take_the_exact_path(D: int) -> None:
+    case = draw(40, D, 3000)
     one_nan_in_x(case)
+    case["x"][8] = 0
     verify(case, exact_rows=3)
 
 
