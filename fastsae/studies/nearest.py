@@ -79,7 +79,6 @@ def run(study: Study) -> None:
     options: dict[str, Any] = {"xscale": "log", "xlabel": "maps N"}
     lines(axes[0], rows, "kind", "N", "agrees", ylim=(0, 1.02), ylabel="agrees with the network", title="Classes", **options)
     lines(axes[1], rows, "kind", "N", "fvu", yscale="log", ylabel="unexplained share", title="Logits", **options)
-    axes[1].get_legend().remove()
     study.save(canvas, "nearest")
 
 
