@@ -24,7 +24,7 @@ SIZES = {
         "rows": 256,
     },
     "default": {
-        "minutes": 3, "source": "smollm2", "context": 128, "train_tokens": 16_384, "held_tokens": 1024, "layers": [0, 4, 9, 14, 19, 24, 29],
+        "minutes": 5, "source": "smollm2", "context": 128, "train_tokens": 16_384, "held_tokens": 1024, "layers": [0, 4, 9, 14, 19, 24, 29],
         "mlp": ".mlp.down_proj:input", "rows": 16_384,
     },
 }  # fmt: skip
