@@ -22,7 +22,7 @@ from fastsae.studies._networks import digits, lines, pairs
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [16, 16], "epochs": 3, "numbers": [1, 8], "steps": 20, "fit_rows": 256},
-    "default": {"minutes": 3, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64, 512], "steps": 1000, "fit_rows": 32768},
+    "default": {"minutes": 5, "hidden": [64, 64], "epochs": 60, "numbers": [1, 8, 64, 512], "steps": 1000, "fit_rows": 32768},
 }  # fmt: skip
 KINDS = {  # which of centres, maps and constants are fitted
     "its maps, nothing fitted": (),
