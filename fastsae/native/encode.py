@@ -223,8 +223,11 @@ def encode_gated(
     return _ragged(entries, x, "encode_gated", capacity)[:3]
 
 
-def refuses_topk_changes(W: Tensor, b: Tensor, b_pre: Tensor | None, packed: Tensor | None, *_: Any) -> str | None:
+def refuses_topk_changes(W: Tensor, b: Tensor, b_pre: Tensor | None, packed: Tensor | None, *ends: Any) -> str | None:
     """Why `topk_changes` cannot serve these inputs, or None."""
+    p, q = ends[:2]
+    if not (p.is_cpu and q.is_cpu and p.dtype is q.dtype is torch.float64):
+        return f"ends {p.dtype} on {p.device}, {q.dtype} on {q.device} (supported: float64 on the cpu)"
     if (reason := refuses_encode_batch_topk(W, W, b, b_pre)) is not None:
         return reason
     if not load().packs(W.shape[1]):
@@ -260,7 +263,7 @@ def topk_changes(
         )  # fmt: skip
         if unsupported(status):
             count.fill_(-1)
-        made = torch.arange(capacity) < count.unsqueeze(1)
+        made = torch.arange(capacity, device="cpu") < count.unsqueeze(1)
         found.append(tuple(values[: len(count)][made] for values in (at, leaves, enters)))
     t, gone, new = (torch.cat(parts) for parts in zip(*found))
     return t, gone.long(), new.long(), counts

@@ -17,12 +17,9 @@ from fastsae.dispatch import Op, describe, preference, then_any
 from fastsae.packed import PackedWeights
 from fastsae.reference import chunks, drawn
 
-_PARTS, _PIECES = 32, 8
-"""Parts of a segment, each with candidates of its own; pieces of the first look at all features."""
-_NUMBERS = 8
-"""Numbers that the walk holds a candidate and part."""
+_PIECES = 16
+"""Of a segment: in each the lines are asked whether they can be among the best."""
 _BELOW = -1e-300
-NOT_FINITE = "{}: W_enc and b_enc of the SAE must be finite, got NaN or infinity"
 
 
 def score_lines(W: Tensor, b: Tensor, b_pre: Tensor | None, p: Tensor, q: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
@@ -76,12 +73,10 @@ def _arranged(lines: Tensor, k: int, relu: bool, absolute: bool) -> _Arrangement
     return _Arrangement(a, b, ids)
 
 
-def _best(values: Tensor, slope: Tensor, k: Tensor | int) -> Tensor:
-    """Which are the k best of a row: by value, then the smaller slope (what was above before they met), then the first."""
-    order = slope.argsort(dim=-1, stable=True)
-    order = order.gather(-1, values.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
-    among = (torch.arange(order.shape[-1], device=order.device) < k).expand_as(order)
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, among)
+def _best(values: Tensor, k: int) -> Tensor:
+    """Which are the k best of a row; of equal ones the first."""
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return torch.zeros_like(values, dtype=torch.bool).scatter(1, order, True)
 
 
 def _meeting(a: Tensor, d: Tensor, t: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,29 +90,28 @@ def _meeting(a: Tensor, d: Tensor, t: Tensor, inside: Tensor) -> tuple[Tensor, T
     return last, first, above & ~inside.gather(1, first) & inside.gather(1, last)
 
 
-def _walk(a: Tensor, d: Tensor, now: Tensor, end: Tensor, inside: Tensor) -> list[tuple[Tensor, ...]]:
-    """Changes of the best lines ``a + t d [rows, m]`` from ``now`` to ``end [rows, 1]``: (row, t, leaves, enters), a list entry a round.
+def _walk(a: Tensor, d: Tensor, inside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Changes of the best lines ``a + t d [s, n]`` from 0 to 1: (row, t, leaves, enters), one of each row a round.
 
     ``inside`` is where they start, and is brought to where they end. The best of those outside less the least of those inside is convex in
     t, so that Newton's iteration from the end comes down to the next change, and there is none where it is not positive at the end.
     """
-    found: list[tuple[Tensor, ...]] = []
-    row = torch.arange(a.shape[0], device=a.device)
+    row, now = torch.arange(len(a), device=a.device), torch.zeros_like(a[:, :1])
     while True:
-        out, come, going = _meeting(a[row], d[row], end[row], inside[row])
+        out, come, going = _meeting(a[row], d[row], torch.ones_like(now[row]), inside[row])
         row, out, come = (values[going.squeeze(1)] for values in (row, out, come))
         if not row.numel():
-            return found
-        A, slopes, held, t = a[row], d[row], inside[row], end[row]
-        going = torch.ones_like(out, dtype=torch.bool)
+            return
+        A, slopes, held, before = a[row], d[row], inside[row], now[row]
+        t, going = torch.ones_like(before), torch.ones_like(out, dtype=torch.bool)
         while bool(going.any()):
             steeper = slopes.gather(1, come) - slopes.gather(1, out)
-            meet = torch.where(steeper > 0, (A.gather(1, out) - A.gather(1, come)) / steeper, now[row])
-            t = torch.where(going, torch.minimum(torch.maximum(meet, now[row]), t), t)
+            meet = torch.where(steeper > 0, (A.gather(1, out) - A.gather(1, come)) / steeper, before)
+            t = torch.where(going, torch.minimum(torch.maximum(meet, before), t), t)
             next_out, next_come, above = _meeting(A, slopes, t, held)
             going = going & above & ((next_out != out) | (next_come != come))
             out, come = torch.where(going, next_out, out), torch.where(going, next_come, come)
-        found.append((row, t.squeeze(1), out.squeeze(1), come.squeeze(1)))
+        yield row, t.squeeze(1), out.squeeze(1), come.squeeze(1)
         inside[row.unsqueeze(1), out], inside[row.unsqueeze(1), come] = False, True
         now = now.index_copy(0, row, t)
 
@@ -125,58 +119,16 @@ def _walk(a: Tensor, d: Tensor, now: Tensor, end: Tensor, inside: Tensor) -> lis
 def _changes(lines: _Arrangement, k: int) -> tuple[Tensor, ...]:
     """(t, leaves, enters, counts) of a block of segments."""
     a, b, ids = lines
-    s, n = a.shape
-    grid = torch.linspace(0, 1, _PARTS + 1, dtype=a.dtype, device=a.device).unsqueeze(1)
-    d = b - a
-    at = a.unsqueeze(1) + grid * d.unsqueeze(1)
-    at[:, -1] = b
-    low, high = torch.minimum(at[:, :-1], at[:, 1:]), torch.maximum(at[:, :-1], at[:, 1:])
-    floor = low.topk(k).values[..., -1:]
-    ceiling = high.topk(k + 1).values[..., -1:] if n > k else torch.full_like(floor, -torch.inf)
-
-    sure = low > ceiling
-    open_ = (high >= floor) & ~sure
-    most = max(int(open_.sum(2).amax()), 1) if s else 1
-    column = open_.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., :most]
-    there = open_.gather(2, column)
-    least = at.amin() - 1 if s else 0.0
-
-    def some(values: Tensor) -> Tensor:
-        return values.unsqueeze(1).expand_as(open_).gather(2, column)
-
-    slopes = some(d).masked_fill(~there, 0.0)
-    tied = slopes.clone()
-    tied[:, 0] = 0.0  # at p the first of equals is in
-    start = _best(at[:, :-1].gather(2, column).masked_fill(~there, least), tied, k - sure.sum(2, keepdim=True))
-    inside = start.flatten(0, 1).clone()
-    borders = grid.squeeze(1).expand(s, -1)
-    found = _walk(
-        some(a).masked_fill(~there, least).flatten(0, 1),
-        slopes.flatten(0, 1),
-        borders[:, :-1].reshape(-1, 1),
-        borders[:, 1:].reshape(-1, 1),
-        inside,
-    )
-    order = torch.cat([torch.full_like(row, i) for i, (row, *_) in enumerate(found)]) if found else column.new_empty(0)
-    row, t, out, come = (torch.cat(parts) for parts in zip(*found)) if found else (order, a.new_empty(0), order, order)
-    flat = column.flatten(0, 1)
-    out, come = flat[row, out], flat[row, come]
-
-    # What a border finds otherwise, by a rounding or because scores are equal in q, changes there.
-    def whole(chosen: Tensor) -> Tensor:
-        return sure.scatter(2, column, (chosen & there) | sure.gather(2, column))
-
-    ended = whole(inside.view_as(column))
-    follows = torch.cat([whole(start)[:, 1:], _best(b, torch.zeros_like(b), k).unsqueeze(1)], 1)
-    gone, new = (ended & ~follows).nonzero(), (follows & ~ended).nonzero()
-    segment = torch.cat([row // _PARTS, gone[:, 0]])
-    part = torch.cat([row % _PARTS, gone[:, 1]])
-    out, come = torch.cat([out, gone[:, 2]]), torch.cat([come, new[:, 2]])
-    order = torch.cat([part[: len(row)] * (1 << 32) + order, gone[:, 1] * (1 << 32) + (1 << 31)])
-    t, leaves, enters = torch.cat([t, borders[gone[:, 0], gone[:, 1] + 1]]), ids[segment, out], ids[segment, come]
-    place = (segment * (_PARTS << 32) + order).argsort(stable=True)
+    inside = _best(a, k)
+    found = list(_walk(a, b - a, inside))
+    # What is equal in q, or apart by a rounding, changes there.
+    follows = _best(b, k)
+    (ended, gone), (_, new) = ((one & ~other).nonzero(as_tuple=True) for one, other in ((inside, follows), (follows, inside)))
+    segment, t, leaves, enters = (torch.cat(parts) for parts in zip(*found, (ended, torch.ones_like(b[ended, gone]), gone, new)))
+    leaves, enters = ids[segment, leaves], ids[segment, enters]
+    place = segment.argsort(stable=True)
     place = place[leaves[place] != enters[place]]  # of a magnitude its other line
-    return t[place], leaves[place], enters[place], torch.bincount(segment[place], minlength=s)
+    return t[place], leaves[place], enters[place], torch.bincount(segment[place], minlength=len(a))
 
 
 def topk_changes_reference(
@@ -184,15 +136,15 @@ def topk_changes_reference(
 ) -> tuple[Tensor, ...]:
     nothing = torch.zeros(0, dtype=torch.int64, device=p.device)
     found: list[tuple[Tensor, ...]] = [(p.new_empty(0), nothing, nothing, nothing)]
-    for block in chunks(len(p), 4 * W.shape[0]):
-        lines = score_lines(W, b, b_pre, p[block], q[block]).view(2, -1, W.shape[0])
-        if not bool(lines.isfinite().all()):
-            raise ValueError(NOT_FINITE.format("dictionary_crossings"))
-        if absolute and k == W.shape[0]:  # all of them everywhere
-            found.append((*found[0][:3], nothing.new_zeros(lines.shape[1])))
-            continue
-        for part in chunks(lines.shape[1], W.shape[0] * _PARTS * _NUMBERS):
-            found.append(_changes(_arranged(lines[:, part], k, relu, absolute), k))
+    for block in chunks(len(p), 8 * len(W)):
+        lines = score_lines(W, b, b_pre, p[block], q[block]).view(2, -1, len(W))
+        finite = lines.isfinite().all(2).all(0)
+        counts = torch.where(finite, 0, -1)
+        if bool(finite.any()) and not (absolute and k == len(W)):  # then all are among the best everywhere
+            t, leaves, enters, counts[finite] = _changes(_arranged(lines[:, finite], k, relu, absolute), k)
+            found.append((t, leaves, enters, counts))
+        else:
+            found.append((*found[0][:3], counts))
     return tuple(torch.cat(parts) for parts in zip(*found))
 
 
@@ -225,15 +177,15 @@ def _check(args: tuple[Any, ...], result: Any) -> float:
     if bool((result[3] < -1).any()) or any(bool(((ids < -1) | (ids >= len(W))).any()) for ids in result[1:3]):
         raise Mismatch("leaves,enters,counts: out of range")
     t, leaves, enters, counts = (values.tolist() for values in result)
-    lines = score_lines(W, b, b_pre, p, q).view(2, len(p), -1)
-    size = 1e-9 * (1 + lines.abs().amax() if lines.numel() else 1.0)
+    lines = score_lines(W, b, b_pre, p, q).view(2, len(p), len(W))
     distinct, kind, copies = torch.cat([W, b.unsqueeze(1)], 1).unique(dim=0, return_inverse=True, return_counts=True)
     one = torch.zeros(len(distinct), dtype=torch.int64, device=W.device).scatter(0, kind, torch.arange(len(W), device=W.device))
     first = 0
     for s, count in enumerate(counts):
         rows, first = range(first, first + max(count, 0)), first + max(count, 0)
-        if count < 0:  # left to the reference
+        if count < 0:  # left to the reference, or not finite
             continue
+        size = 1e-9 * (1 + float(lines[:, s].abs().amax()))
 
         def scores(at: float, s: int = s) -> Tensor:
             score = torch.lerp(lines[0, s], lines[1, s], at)
@@ -243,7 +195,7 @@ def _check(args: tuple[Any, ...], result: Any) -> float:
             kept = score.argsort(descending=True, stable=True)[:k]
             return torch.bincount(kind[kept[score[kept] > 0] if relu else kept], minlength=len(copies))
 
-        def compare(held: Tensor, score: Tensor, where: str, s: int = s) -> None:
+        def compare(held: Tensor, score: Tensor, where: str, s: int = s, size: float = size) -> None:
             got, want = (score[one].repeat_interleave(times).sort().values for times in (held, best(score)))
             if got.shape != want.shape or bool(((got - want).abs() > size).any()):
                 raise Mismatch(f"leaves,enters: {where} of segment {s} other features are the {k} best")
@@ -294,15 +246,17 @@ TOPK_CHANGES.row("cpu", "fastsae.native.encode:topk_changes", "fastsae.native.en
 def topk_changes(
     W: Tensor, b: Tensor, b_pre: Tensor | None, packed: Tensor | None, p: Tensor, q: Tensor, k: int, relu: bool, absolute: bool
 ) -> tuple[Tensor, ...]:
-    """(t, leaves, enters, counts ``[S]``) of segments from p to q ``[S, D]`` float64, for scores as in ``encode_topk``."""
+    """(t, leaves, enters, counts ``[S]``) of segments from p to q ``[S, D]`` float64, for scores as in ``encode_topk``; counts of -1: a
+    score is not finite."""
     args, options = (W, b, b_pre, packed), (k, relu, absolute)
     t, leaves, enters, counts = TOPK_CHANGES(*args, p, q, *options, backend=then_any(preference(None)))
     left = counts < 0  # the screen decides too little, or there are very many changes
     if not bool(left.any()):
         return t, leaves, enters, counts
     *rest, more = TOPK_CHANGES(*args, p[left], q[left], *options, backend="reference")
-    counts[left] = 0
     segment = torch.arange(len(p), device=p.device)
-    order = torch.cat([segment.repeat_interleave(counts), segment[left].repeat_interleave(more)]).argsort(stable=True)
+    order = torch.cat([segment.repeat_interleave(counts.clamp_min(0)), segment[left].repeat_interleave(more.clamp_min(0))]).argsort(
+        stable=True
+    )
     counts[left] = more
     return *(torch.cat(both)[order] for both in zip((t, leaves, enters), rest)), counts

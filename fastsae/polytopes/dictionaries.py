@@ -16,9 +16,11 @@ from torch.nn import functional as F_
 from fastsae._core import checks
 from fastsae._core.precision import full_precision
 from fastsae.ops.encode import encode_threshold
-from fastsae.ops.topk_changes import NOT_FINITE, score_lines, topk_changes
+from fastsae.ops.topk_changes import score_lines, topk_changes
 from fastsae.packed import PackedWeights
 from fastsae.reference import chunks
+
+_NOT_FINITE = "{}: W_enc and b_enc of the SAE must be finite, got NaN or infinity"
 
 
 class DictionaryCrossings(NamedTuple):
@@ -88,7 +90,7 @@ def planes_of(op: str, wanted: str, sae: Any, kinds: tuple[str, ...], **points: 
     for dtype in (torch.float32, torch.float64) if cut else ():  # what float32 overflows on
         longest = longest if 0 < longest < math.inf else float(torch.linalg.vector_norm(W.to(dtype), dim=1).amax()) * 1.001
     if not (longest < math.inf and bool(b.isfinite().all())):
-        raise ValueError(NOT_FINITE.format(op))
+        raise ValueError(_NOT_FINITE.format(op))
     raw = {"JumpReLU": "threshold", "BatchTopK": "running_threshold"}.get(kind)
     threshold = b.double() * 0 if raw is None else getattr(sae, raw).detach().double().clamp_min(0).expand_as(b)
     return Planes(W, b, sae.b_dec.detach() if getattr(sae, "pre_bias", True) else None, threshold if cut else None, longest)
@@ -145,7 +147,7 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
     the threshold, to a few roundings. Where lines nearly touch, two changes less than a rounding apart may be missed or found. Of a top-k
     (a float32 or half-precision SAE on the CPU) only features are looked at that the screened ends do not prove out; elsewhere, and where
     that is too little or a threshold is passed by over 1/8 of the features, all scores are formed. No gradient. Memory beyond the result:
-    64 MiB and 400 (32 k + 64) KiB of changes for the former, blocks of 128 MiB and 2 KiB a candidate for the latter.
+    64 MiB and 1 to 32 (k + 2) KiB of changes for the former, blocks of 256 MiB for the latter.
 
     Raises: TypeError: dtype, device or type. ValueError: shapes; values that are not finite; an SAE with another activation, sharded, or in
         units that are not the data's (``fold_()``).
@@ -164,6 +166,8 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
             t, leaves, enters, counts = topk_changes(
                 W, planes.b, planes.b_pre, packed, p, q, activation.k, activation.relu, activation.absolute
             )
+            if bool((counts < 0).any()):
+                raise ValueError(_NOT_FINITE.format(op))
         else:
             found = [_by_threshold(planes, p[part], q[part]) for part in chunks(len(p), 4 * W.shape[0])]
             none = torch.zeros(0, dtype=torch.int64, device=p.device)

@@ -196,9 +196,9 @@ def test_sizes_and_wrong_arguments() -> None:
     assert dictionary_crossings(made(fastsae.TopK(40, relu=False), 5, 40, 0), x, -x).counts.tolist() == [0, 0]
     scaled = made(fastsae.TopK(3), 5, 40, 0)
     scaled.scale.fill_(2.0)
-    broken = made(fastsae.ReLU(), 5, 40, 0)
+    broken, unbounded = made(fastsae.ReLU(), 5, 40, 0), made(fastsae.TopK(3), 5, 40, 0)
     with torch.no_grad():
-        broken.W_enc[3, 2] = torch.nan
+        broken.W_enc[3, 2], unbounded.W_enc[3, 2] = torch.nan, torch.inf
     wrong: list[tuple[Any, Any, Any, type[Exception], str]] = [
         (fastsae.SAE(5, 40, fastsae.Gated()), x, x, ValueError, "sae must be an SAE with TopK, .* or BatchTopK .*got Gated"),
         (3, x, x, ValueError, "sae must be an SAE with .*, got NoneType in int"),
@@ -211,6 +211,7 @@ def test_sizes_and_wrong_arguments() -> None:
             "along a segment the scores of an SAE with normalise_rows='layer_norm'",
         ),
         (broken, x, x, ValueError, "W_enc and b_enc of the SAE must be finite"),
+        (unbounded, x, x, ValueError, "W_enc and b_enc of the SAE must be finite"),
         (sae, x[:, 1:], x[:, 1:], ValueError, r"p must have two dimensions, \[.., D=5\], got \[2, 4\]"),
         (sae, x, x[:1], ValueError, r"p and q must have the same shape \[S, D\], got \[2, 5\] and \[1, 5\]"),
         (sae, x, x / 0, ValueError, "q must be finite"),
