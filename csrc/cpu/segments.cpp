@@ -10,11 +10,10 @@ namespace fastsae {
 namespace {
 
 constexpr int kSeedPoints = 5, kPieces = 32;  // of a segment: where the first candidates are looked for, and what has floors of its own
-constexpr double kUnitDown = 0x1p-24;
 constexpr double kLargest = 1e150;
 constexpr double kBelow = 1e-300;  // a score of 0 has one magnitude, not two: its other line lies below all that are 0
 
-double size_of_sum(const double* x, int64_t n) {
+double norm_of(const double* x, int64_t n) {
   double sums[8] = {};
   for (int64_t i = 0; i < n; i += 8)
     for (int l = 0; l < 8; ++l) sums[l] += x[i + l] * x[i + l];
@@ -208,8 +207,8 @@ struct SegmentDriver : RowwiseDriver {
     const float* const xc = chunk.xc + row * d;
     double moved = 0;
     for (int64_t i = 0; i < p.w.d; ++i) moved += (x[i] - static_cast<double>(xc[i])) * (x[i] - static_cast<double>(xc[i]));
-    const double each = std::sqrt(moved) * 1.001 + static_cast<double>(d + 16) * kUnitDown * size_of_sum(x, d);
-    return 2 * (static_cast<double>(std::bit_cast<float>(longest)) * each + 4 * kUnitDown * static_cast<double>(b_size) +
+    const double each = std::sqrt(moved) * 1.001 + static_cast<double>(d + 16) * static_cast<double>(kUnit) * norm_of(x, d);
+    return 2 * (static_cast<double>(std::bit_cast<float>(longest)) * each + 4 * static_cast<double>(kUnit) * static_cast<double>(b_size) +
                 static_cast<double>(4 * d + 128) * 0x1p-126);
   }
   // Changes of segment s of the chunk; -1: undecided.

@@ -99,8 +99,8 @@ def planes_of(op: str, wanted: str, sae: Any, kinds: tuple[str, ...], **points: 
 # ---------------------------------------------------------------- thresholds
 
 
-def _by_threshold(planes: Planes, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
-    """(t, leaves, enters, counts): what is active at one end and not at the other."""
+def _by_threshold(planes: Planes, weights: Any, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    """(t, leaves, enters, counts): what is active at one end and not at the other. ``weights``: W, or its packed form."""
     assert planes.threshold is not None
     (F, _), S, x = planes.W.shape, p.shape[0], torch.cat([p, q])
     rows = x.to(planes.W.dtype)
@@ -108,7 +108,7 @@ def _by_threshold(planes: Planes, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     features, segment = None, torch.arange(S, device=p.device)
     if bool(rows.isfinite().all()):
         wide = torch.float64 if planes.W.dtype == torch.float64 else torch.float32
-        near = encode_threshold(rows, planes.W, b.to(wide), b_pre=planes.b_pre, threshold=planes.threshold.to(wide))
+        near = encode_threshold(rows, weights, b.to(wide), b_pre=planes.b_pre, threshold=planes.threshold.to(wide))
         if near.col.shape[0] * 8 <= S * F:
             pair = (near.slots.row_of() % S * F + near.col).unique()
             segment, features = pair // F, (pair % F).split(torch.bincount(pair // F, minlength=S).tolist())
@@ -147,7 +147,7 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
     the threshold, to a few roundings. Where lines nearly touch, two changes less than a rounding apart may be missed or found. Of a top-k
     (a float32 or half-precision SAE on the CPU) only features are looked at that the screened ends do not prove out; elsewhere, and where
     that is too little or a threshold is passed by over 1/8 of the features, all scores are formed. No gradient. Memory beyond the result:
-    64 MiB and 1 to 32 (k + 2) KiB of changes for the former, blocks of 256 MiB for the latter.
+    64 MiB of upper ends and up to k + 2 MiB of changes for the former, blocks of 256 MiB for the latter.
 
     Raises: TypeError: dtype, device or type. ValueError: shapes; values that are not finite; an SAE with another activation, sharded, or in
         units that are not the data's (``fold_()``).
@@ -159,17 +159,18 @@ def dictionary_crossings(sae: nn.Module, p: Tensor, q: Tensor) -> DictionaryCros
     if p.shape != q.shape:
         raise ValueError(f"{op}: p and q must have the same shape [S, D], got {list(p.shape)} and {list(q.shape)}")
     p, q = p.detach().double(), q.detach().double()
-    activation, encoder, W = *(getattr(sae, name) for name in ("activation", "_encoder")), planes.W
+    module: Any = sae
+    activation, weights, W = module.activation, module._encoder(p), planes.W
     with full_precision(p.device):  # autocast would round scores by more than the proof counts in
         if planes.threshold is None:
-            packed = handle.words(op) if isinstance(handle := encoder(p), PackedWeights) else None
+            packed = weights.words(op) if isinstance(weights, PackedWeights) else None
             t, leaves, enters, counts = topk_changes(
                 W, planes.b, planes.b_pre, packed, p, q, activation.k, activation.relu, activation.absolute
             )
             if bool((counts < 0).any()):
                 raise ValueError(_NOT_FINITE.format(op))
         else:
-            found = [_by_threshold(planes, p[part], q[part]) for part in chunks(len(p), 4 * W.shape[0])]
+            found = [_by_threshold(planes, weights, p[part], q[part]) for part in chunks(len(p), 4 * W.shape[0])]
             none = torch.zeros(0, dtype=torch.int64, device=p.device)
             t, leaves, enters, counts = map(torch.cat, zip((p.new_empty(0), none, none, none), *found))
     return DictionaryCrossings(t, leaves, enters, F_.pad(counts.cumsum(0), (1, 0)))
