@@ -98,6 +98,13 @@ class FakeCuda:
             self._given(flat, peak)
             return flat.as_strided(value.shape, value.stride(), value.storage_offset())
 
+    def move(self, module: torch.nn.Module) -> Any:
+        for values in (values for part in module.modules() for values in (part._parameters, part._buffers)):
+            for name, t in values.items():
+                if t is not None:
+                    values[name] = torch.nn.Parameter(self.like(t)) if isinstance(t, torch.nn.Parameter) else self.like(t)
+        return module
+
     def forget(self) -> None:
         for seen in (self.launches, self.calls, self.syncs, self.copies):
             seen.clear()

@@ -202,15 +202,6 @@ def test_other_chips(capability: tuple[int, int]) -> None:
 # ---------------------------------------------------------------- the library
 
 
-def on_gpu(module: torch.nn.Module, gpu: FakeCuda) -> Any:
-    for values in (module._parameters, module._buffers):
-        for name, t in values.items():
-            if t is not None:
-                made = gpu.like(t)
-                values[name] = torch.nn.Parameter(made) if isinstance(t, torch.nn.Parameter) else made
-    return module
-
-
 ONE_WAIT = {
     "TopK": set(), "BatchTopK": {"__int__ in encode.py:ragged"}, "ReLU": {"__float__ in tiles.py:measured_density"},
     "JumpReLU": {"__float__ in tiles.py:measured_density"}, "Gated": {"__float__ in tiles.py:measured_density"},
@@ -226,7 +217,7 @@ def test_a_training_step_waits_as_documented(activation: str, optimiser: str, cu
     with FakeCuda(cuda_module=cuda_module) as gpu, warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing runs its reference
         flags.flag(gpu.device)
-        on_gpu(sae, gpu)
+        gpu.move(sae)
         options = {"clip": 1.0} if optimiser == "Adam" else {}
         opt = getattr(fastsae.optim, optimiser)(sae, lr=1e-3, **options)
         opt.step(gpu.tensor((512, 256)))
