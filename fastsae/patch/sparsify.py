@@ -346,12 +346,12 @@ def _by_hand(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, varianc
 
 
 def _slots_by_hand(
-    coder: Any, x: Tensor, y: Tensor, inputs: tuple[Tensor, ...], skip: Any, dead_mask: Tensor | None, variance: Tensor | None
+    coder: Any, x: Tensor, y: Tensor, inputs: tuple[Tensor, Tensor, Tensor], skip: Any, dead_mask: Tensor | None, variance: Tensor | None
 ) -> tuple[Any, Backward]:
     k, backend, dtype, low = coder.cfg.k, then_any(preference(None)), coder.dtype, inputs[1].dtype
     W, W_dec = coder.encoder.weight, coder.W_dec
     F = W.shape[0]
-    latents = _best(coder, *inputs, k)  # pyright: ignore[reportArgumentType]
+    latents = _best(coder, *inputs, k)
     values, indices = latents[0].to(dtype), latents[1]
     out = DECODE(values, indices, None, W_dec, None, backend=backend) + coder.b_dec + skip
     error = y - out
@@ -367,7 +367,7 @@ def _slots_by_hand(
         auxk_loss = scale * difference.pow(2).sum()
         extra.append((1, *aux, difference * (2 * scale)))
     if coder.cfg.multi_topk:
-        latents = _best(coder, *inputs, 4 * k)  # pyright: ignore[reportArgumentType]
+        latents = _best(coder, *inputs, 4 * k)
         acts = latents[0].to(dtype)
         out = DECODE(acts, latents[1], None, W_dec, None, backend=backend) + coder.b_dec
         difference = out - y
@@ -375,7 +375,7 @@ def _slots_by_hand(
         extra.append((2, acts, latents[1], difference * (2 / variance)))
 
     @torch.no_grad()
-    @torch.autocast(x.device.type, enabled=False)
+    @torch.autocast(x.device.type, enabled=False)  # pyright: ignore[reportUntypedFunctionDecorator]
     def backward(*grads: Any) -> dict[Tensor, Gradient]:
         G = error * (-2 / variance * grads[0])
         b_dec = G.sum(0)

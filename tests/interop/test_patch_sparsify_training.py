@@ -104,7 +104,7 @@ def test_a_training_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 flags.flag(gpu.device)
                 gpu.forget()
                 out, backward = adapter._by_hand(coder, x, x, dead, None)
-                gradients = backward(1.0, 1 / 32, 0.0)
+                gradients: Any = backward(1.0, 1 / 32, 0.0)
                 assert [wait.partition(":")[0] for wait in gpu.syncs] == waits and not gpu.copies
                 assert out.latent_acts.dtype is torch.bfloat16 and out.sae_out.dtype is torch.float32 is gradients[coder.W_skip].dtype
                 assert {gradients[p].values.dtype for p in (coder.encoder.weight, coder.W_dec) if dead is None} <= {torch.float32}
