@@ -50,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
   FASTSAE_DEF(packed_words);
   FASTSAE_DEF(pack);
   FASTSAE_DEF(encode_topk);
+  FASTSAE_DEF(topk_changes);
   FASTSAE_DEF(encode_threshold);
   FASTSAE_DEF(encode_gated);
   FASTSAE_DEF(encode_batch_topk);

@@ -143,6 +143,21 @@ struct EncodeStats {      // for tests and benches; may be null
 int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, const float* bias, int64_t k, bool relu, bool absolute,
                     float* values, int64_t* indices, EncodePath path, EncodeStats* stats, int threads);
 
+// topk_changes: where the k largest scores of a row change along the segment between rows 2 s and 2 s + 1 of x, which are `ends` [2 S, d]
+// in the type of w. Scores are lines <x - subtract, W[f, :]> + bias[f] in fp64, each sum of 8 lanes in order, from the ends as they are.
+//
+//   at 0: the k largest, of equal ones the first; `relu`: k lines of zeros, feature -1, stand before the others; `absolute`: every feature
+//   has the line of its negative as well
+//   change: the first place at which the largest of the others is above the least of the best by more than 2^-49 of their sizes: by
+//   Newton's iteration on their difference, which is convex
+//   at 1: what is equal there, and in the order of features another, changes
+//
+// counts [S]: changes of each segment, the first at s * capacity of t, leaves and enters; -1: undecided (more than `capacity` of them, or
+// than 4 k + 256 + features / 4 candidates; values beyond 1e18). kUnsupported where this level cannot screen, or W not row by row.
+// Workspace: that of encode_topk's blocks with 64 MiB of upper ends (or two rows), and 64 bytes a candidate and 8 a feature for each thread.
+int64_t topk_changes(const Activations& x, const Weights& w, const float* bias, const double* ends, int64_t k, bool relu, bool absolute,
+                     int64_t capacity, double* t, int32_t* leaves, int32_t* enters, int64_t* counts, int threads);
+
 // What an encoder with any number of latents a row keeps: owned here until it is copied out, because its size is known only then.
 struct Entries;
 Entries* new_entries();  // for one call

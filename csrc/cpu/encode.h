@@ -56,6 +56,9 @@ struct EncodeKernels {
   int64_t (*rescore_row)(const ScreenPanels&, const ScoreJob&, const RowwiseTopk&, int64_t row);
   // The k best of n entries (order.h) in order to `best`; `all` has room for n + 8.
   void (*rank_scores)(const float* scores, const int32_t* features, int64_t n, int64_t k, uint64_t* all, uint64_t* best);
+  // Of segments between two rows with upper ends p and q; see encode.isa.cpp. `ids` has room for 16 more.
+  void (*largest_along)(const float* p, const float* q, int64_t features, int64_t each, float t, float* lows);
+  int64_t (*reaching_along)(const float* p, const float* q, int64_t features, const float* t, const float* floor, int points, int32_t* ids);
 };
 
 FASTSAE_DECLARE_TABLES(EncodeKernels, encode_kernels)

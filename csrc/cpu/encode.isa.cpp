@@ -198,6 +198,38 @@ int64_t rescore_row(const ScreenPanels& p, const ScoreJob& job, const RowwiseTop
   return scored;
 }
 
+// ---- features along a segment: upper ends p[f] at 0 and q[f] at 1, and between them, as a score is a line and its magnitude convex ----
+
+FASTSAE_INLINE Vec between(const float* p, const float* q, int64_t i, float t) {
+  const Vec a = load(p + i);
+  return fma(broadcast(t), sub(load(q + i), a), a);
+}
+
+// lows[16 g ..]: of group g of `each` features (a multiple of 16) the largest upper end at t in each of 16 lanes.
+void largest_along(const float* p, const float* q, int64_t features, int64_t each, float t, float* lows) {
+  for (int64_t first = 0; first < features; first += each) {
+    Vec most = broadcast(-__builtin_inff());
+    for (int64_t i = first; i < at_most(first + each, features); i += 16)
+      most = choose(valid_of(features - i), larger(between(p, q, i, t), most), most);
+    store(lows + first / each * 16, most);
+  }
+}
+
+// How many features reach floor[g] at t[g] for one g of `points` (0 and 1 among them); they to `ids`.
+int64_t reaching_along(const float* p, const float* q, int64_t features, const float* t, const float* floor, int points, int32_t* ids) {
+  float least = floor[0];
+  for (int g = 1; g < points; ++g) least = floor[g] < least ? floor[g] : least;
+  int64_t n = 0;
+  for (int64_t i = 0; i < features; i += 16) {
+    Mask m = static_cast<Mask>(not_below(load(p + i), broadcast(least)) | not_below(load(q + i), broadcast(least)));
+    if (m == 0) continue;
+    m = 0;
+    for (int g = 0; g < points; ++g) m = static_cast<Mask>(m | not_below(between(p, q, i, t[g]), broadcast(floor[g])));
+    n += compact(ids + n, static_cast<Mask>(m & valid_of(features - i)), ascending(static_cast<int32_t>(i)));
+  }
+  return n;
+}
+
 // ---- thresholds: one a feature, one for all, a gate ----
 
 // Undecided is what may exceed its threshold: its own (kPerFeature), or one that all workers raise. kGate: a second bias, for the same
@@ -301,7 +333,8 @@ void bounds(ScreenFormat format, const ScreenRows& rows, const ScreenPanels& pan
 }  // namespace
 
 const EncodeKernels encode_kernels = {screen_topk<false>, screen_topk<true>, finish_topk, screen_threshold, keep_undecided, score_undecided,
-                                      kth_largest,        bounds,            screen_rowwise, rescore_row, rank_scores};
+                                      kth_largest,        bounds,            screen_rowwise, rescore_row, rank_scores,
+                                      largest_along,      reaching_along};
 
 }  // namespace FASTSAE_ISA
 }  // namespace fastsae

@@ -12,6 +12,7 @@ from fastsae._core import checks
 from fastsae.latents import ScoreInputs, of_inputs, to_capacity
 from fastsae.native.loader import DTYPES, address, call, call_engine, load, unavailable, unsupported
 
+_SEGMENTS = 2048  # whose changes are held at a time
 _PORTABLE_WORK = 1 << 18  # multiplications below which calling torch costs more than a slow loop
 
 
@@ -220,6 +221,52 @@ def encode_gated(
     where = address(gate), address(stretch), address(magnitude), entries.address
     call_engine("encode_gated", path, stats, *given.addresses, *where)
     return _ragged(entries, x, "encode_gated", capacity)[:3]
+
+
+def refuses_topk_changes(W: Tensor, b: Tensor, b_pre: Tensor | None, packed: Tensor | None, *ends: Any) -> str | None:
+    """Why `topk_changes` cannot serve these inputs, or None."""
+    p, q = ends[:2]
+    if not (p.is_cpu and q.is_cpu and p.dtype is q.dtype is torch.float64):
+        return f"ends {p.dtype} on {p.device}, {q.dtype} on {q.device} (supported: float64 on the cpu)"
+    if (reason := refuses_encode_batch_topk(W, W, b, b_pre)) is not None:
+        return reason
+    if not load().packs(W.shape[1]):
+        return f"instruction set level {load().level()} cannot screen D = {W.shape[1]}"
+    if W.stride(1) != 1 and (packed is None or packed.numel() == load().packed_words(*W.shape)):
+        return "W of columns without a packed handle (supported: rows, or fastsae.pack)"
+    return None
+
+
+def topk_changes(
+    W: Tensor,
+    b: Tensor,
+    b_pre: Tensor | None,
+    packed: Tensor | None,
+    p: Tensor,
+    q: Tensor,
+    k: int,
+    relu: bool,
+    absolute: bool,
+) -> tuple[Tensor, ...]:
+    """Changes of the k best on segments: (t, leaves, enters, counts); counts of -1: undecided."""
+    capacity, S = 32 * k + 64, len(p)
+    counts, found = torch.empty(S, dtype=torch.int64, device="cpu"), list[tuple[Tensor, ...]]()
+    at = torch.empty(min(S, _SEGMENTS), capacity, dtype=torch.float64, device="cpu")
+    leaves, enters = torch.empty(2, *at.shape, dtype=torch.int32, device="cpu")
+    for first in range(0, max(S, 1), _SEGMENTS):
+        part, count = slice(first, first + _SEGMENTS), counts[first : first + _SEGMENTS]
+        ends = torch.stack([p[part], q[part]], 1).flatten(0, 1)
+        given = Arguments("topk_changes", ScoreInputs(ends.to(W.dtype), W, b, b_pre, packed=packed))
+        status = call(
+            "topk_changes", *given.addresses, address(given.b), ends.data_ptr(), k, relu, absolute, capacity,
+            at.data_ptr(), leaves.data_ptr(), enters.data_ptr(), count.data_ptr(),
+        )  # fmt: skip
+        if unsupported(status):
+            count.fill_(-1)
+        made = torch.arange(capacity, device="cpu") < count.unsqueeze(1)
+        found.append(tuple(values[: len(count)][made] for values in (at, leaves, enters)))
+    t, gone, new = (torch.cat(parts) for parts in zip(*found))
+    return t, gone.long(), new.long(), counts
 
 
 def pack(W: Tensor) -> Tensor | None:

@@ -33,7 +33,7 @@ SIZES = {
         "channels": [8, 8], "k": 20, "least": 10, "samples": 5,
     },
     "default": {
-        "minutes": 6, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 150_000, "held_tokens": 0, "layer": 12,
+        "minutes": 10, "source": "smollm2", "context": 1024, "skip": 100, "train_tokens": 150_000, "held_tokens": 0, "layer": 12,
         "gate": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "soft": "silu", "words": "minilm", "hidden": [], "epochs": 30,
         "tokens": 24_000, "word_layer": 3, "each": 16, "channels": [32, 64, 64], "k": 30, "least": 6, "samples": 4,
     },

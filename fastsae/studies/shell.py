@@ -32,7 +32,7 @@ SIZES = {
         "train_tokens": 16, "held_tokens": 64, "layer": 0, "last": 1, "neurons": ".1", "factors": [0.5, 2.0],
     },
     "default": {
-        "minutes": 4, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0, "steps": 8, "source": "smollm2", "context": 128,
+        "minutes": 5, "hidden": [256, 256, 256], "epochs": 60, "rays": 599, "reach": 6.0, "steps": 8, "source": "smollm2", "context": 128,
         "train_tokens": 128, "held_tokens": 512, "layer": 12, "last": 29, "neurons": ".mlp.down_proj:input",
         "factors": [0.0, 0.5, 0.75, 0.875, 1.125, 1.5, 2.0, 4.0, 8.0],
     },

@@ -146,7 +146,7 @@ def test_drawn_inputs(op: Op, row: Row, context: Context, device: torch.device, 
     args = perturb(args, data.draw(st.integers(0, 2**31 - 1)), keep=op.mutates)
     if op.handle is not None:
         weight, words = op.handle
-        args = (*args[:words], None if args[words] is None else native_encode.pack(args[weight]), *args[words + 1 :])
+        args = (*args[:words], None if args[words] is None else native_encode.pack(args[weight].resolve_neg()), *args[words + 1 :])
     with context():  # what a row refuses may depend on the instruction set
         if row.reason(args) is None and affordable(row, device, args):
             op.check(args, call(op, row, args))

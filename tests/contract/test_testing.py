@@ -60,6 +60,7 @@ def sample(op: str, **wanted: Any) -> tuple[Any, ...]:
         "hamming": (words, words.flip(0), torch.empty(9, 9, dtype=torch.int32)),
         "hamming_topk": (words, words.flip(0), 4),
         "count_codes": (words[torch.randint(0, 9, (20,), generator=generator)],),
+        "topk_changes": (W, b, None, None, *normal(2, 3, W.shape[1]).double(), 5, False, False),
     }[op]
 
 
@@ -110,7 +111,8 @@ RESULTS = list(every_result())
 def test_another_dtype(name: str, position: int) -> None:
     def damage(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         t = tensors[position]
-        tensors[position] = t.double() if t.is_floating_point() else t.to(torch.int32 if t.dtype is torch.int64 else torch.int64)
+        others = {torch.float64: torch.float32, torch.int64: torch.int32}
+        tensors[position] = t.to(others.get(t.dtype, torch.float64 if t.is_floating_point() else torch.int64))
 
     caught(name, damage)
 
@@ -513,6 +515,28 @@ def test_counts() -> None:
 
     for damage in (descending, moved):
         caught("count_codes", damage)
+
+
+def test_changes_of_the_best() -> None:
+    def later(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        tensors[0][0] += 1e-3 * (tensors[0][1] - tensors[0][0])
+
+    def twice(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        tensors[1][1], tensors[2][1] = tensors[1][0], tensors[2][0]
+
+    def backwards(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        tensors[1], tensors[2] = tensors[2], tensors[1]
+
+    def missing(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        tensors[:3] = [values[1:] for values in tensors[:3]]
+        tensors[3][0] -= 1
+
+    def moved(args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        tensors[3][0] += 1
+        tensors[3][1] -= 1
+
+    for damage in (later, twice, backwards, missing, moved):
+        caught("topk_changes", damage)
 
 
 # ---------------------------------------------------------------- the helpers themselves

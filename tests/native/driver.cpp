@@ -133,6 +133,38 @@ struct Outcome {
   }
 };
 
+// Changes along segments: the same with a handle, and on another number of threads.
+void run_segments(Dtype t, int64_t n, Weights w, const uint32_t* packed, const float* b_pre, const float* bias, int64_t k) {
+  const int64_t d = w.d, capacity = 2 * k + 1;
+  Buffer x(t, 2 * n * d);
+  const auto ends = block<double>(2 * n * d);
+  for (int64_t i = 0; i < 2 * n * d; ++i) {
+    const float drawn = draw_float();
+    x.set(i, drawn);
+    ends[i] = drawn;
+  }
+  for (const bool absolute : {false, true}) {
+    Outcome first;
+    for (int way = 0; way < 3; ++way) {
+      w.packed = way == 0 ? nullptr : packed;
+      const auto at = block<double>(n * capacity);
+      const auto leaves = block<int32_t>(n * capacity), enters = block<int32_t>(n * capacity);
+      const auto counts = block<int64_t>(n);
+      const Activations rows{x.bytes.get(), t, 2 * n, d, 1, b_pre, 0};
+      const int64_t status = topk_changes(rows, w, bias, ends.get(), k, !absolute, absolute, capacity, at.get(), leaves.get(), enters.get(),
+                                          counts.get(), way == 1 ? 1 : 2);
+      Outcome now;
+      now.add(&status, 1);
+      for (int64_t s = 0; status == kOk && s < n; ++s) {
+        const int64_t from = s * capacity;
+        now.add(&counts[s], 1), now.add(&at[from], counts[s]), now.add(&leaves[from], counts[s]), now.add(&enters[from], counts[s]);
+      }
+      if (way == 0) first = now;
+      expect(now.bytes == first.bytes, "topk_changes", t, d, w.stride_d != 1);
+    }
+  }
+}
+
 // Arrays of exact size, so that a read beyond them is seen; all ways must give the same bits. `twist` varies what is in them.
 void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, bool transposed, int twist) {
   const auto bias = draw_floats(features), b_pre = draw_floats(d), scale = draw_floats(features), theta = draw_floats(features);
@@ -222,6 +254,7 @@ void run_engine(Dtype t, int64_t rows, int64_t d, int64_t features, int64_t k, b
     }
     expect(inside, "an interval", t, d, transposed);
   }
+  run_segments(t, rows / 2, all, packed.get(), twist % 3 != 0 ? b_pre.get() : nullptr, maybe_bias, k < features ? k : features);
   if (!packs(d) || k > 8 || k > rows || 32 * k > features) return;
   // Both directions in one pass, beside one after the other.
   Activations a = rows_of, b{w.bytes.get(), t, features, all.stride_f, all.stride_d, nullptr, 1e-8f};
@@ -310,8 +343,8 @@ void run_adam(int64_t rows, int64_t k, int64_t features, int64_t d, bool ragged,
   const float factor = 0.5f;
 
   const auto matrix = block<float>(size);
-  expect(decode_dweight(slots, Dtype::f32, values.get(), grad.get(), {matrix.get(), d, 1, d}, threads) == kOk, "status", Dtype::f32,
-         d, false);
+  expect(decode_dweight(slots, Dtype::f32, values.get(), grad.get(), {matrix.get(), d, 1, d}, threads) == kOk, "status", Dtype::f32, d,
+         false);
   const auto transposed = [&](const Block<float>& from, int64_t columns) {
     auto to = block<float>(size);
     for (int64_t i = 0; i < size; ++i) to[static_cast<size_t>(i % columns * (size / columns) + i / columns)] = from[static_cast<size_t>(i)];

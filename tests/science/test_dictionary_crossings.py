@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
-from fastsae.polytopes import dictionaries, dictionary_crossings
+from fastsae.ops import topk_changes
+from fastsae.ops.topk_changes import TOPK_CHANGES
+from fastsae.packed import PackedWeights
+from fastsae.polytopes import dictionary_crossings
 from fastsae.sae import AbsTopK
 
 S = 3
@@ -109,48 +114,76 @@ def test_in_fractions_with_many_ties(trial: int) -> None:
         assert torch.equal(parts[-1][2], active(sae, q[s]))
 
 
-def test_lists_of_the_encoder_prove_and_where_they_do_not_all_features_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_screen_leaves_open_is_asked_of_all_features(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    D, F, k = 64, 4096, 4
-    sae = made(fastsae.TopK(k), D, F, 1)
-    p, q = torch.randn(2, 3, D)
+    sae = made(fastsae.TopK(4), 64, 4096, 1)
+    p, q = torch.randn(2, 5, 64)
     found = dictionary_crossings(sae, p, q)
+    whole = TOPK_CHANGES.__call__
     asked: list[int] = []
-    whole = dictionaries.Planes.lines
 
-    def lines(self: Any, p: Tensor, q: Tensor, features: Any = None) -> Tensor:
-        asked.append(F if features is None else len(features[0]))
-        return whole(self, p, q, features)
+    def undecided(*args: Any, backend: str | None = None) -> tuple[Tensor, ...]:
+        """As if the screen had decided segments 0 and 3 alone."""
+        t, leaves, enters, counts = whole(*args, backend=backend)
+        asked.append(len(counts))
+        if backend == "reference":
+            return t, leaves, enters, counts
+        kept = torch.tensor([True, False, False, True, False])
+        made = kept.repeat_interleave(counts)
+        return t[made], leaves[made], enters[made], counts.masked_fill(~kept, -1)
 
-    monkeypatch.setattr(dictionaries.Planes, "lines", lines)
-    for lists in ((4, 16), (), (1,)):
-        monkeypatch.setattr(dictionaries, "_LISTED", lists)
-        monkeypatch.setattr(dictionaries, "_LEAST", 1)
-        asked.clear()
-        again = dictionary_crossings(sae, p, q)
-        assert (max(asked) == F) == (lists != (4, 16))
-        assert all(torch.equal(a, b) for a, b in zip(found[1:], again[1:]))
-        torch.testing.assert_close(found.t, again.t, rtol=0, atol=1e-12)
+    monkeypatch.setattr(topk_changes, "TOPK_CHANGES", undecided)
+    again = dictionary_crossings(sae, p, q)
+    assert asked == [5, 3]
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], again[1:]))
+    torch.testing.assert_close(found.t, again.t, rtol=0, atol=1e-12)
 
 
+KIND = st.sampled_from(("normal", "integers", "copies", "zeros", "huge", "tiny", "outlier"))
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(KIND, st.sampled_from((1, 3, 17, 100)), st.sampled_from((5, 40, 700)), st.integers(1, 40), st.integers(0, 2**20))
+def test_the_compiled_walk_finds_what_the_reference_does(kind: str, D: int, F: int, k: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+    W, b, (p, q) = torch.randn(F, D), torch.randn(F) * (seed % 2), torch.randn(2, 5, D, dtype=torch.float64)
+    if kind == "integers":
+        W, b, (p, q) = (torch.randint(-2, 3, shape).double() for shape in ((F, D), (F,), (2, 5, D)))
+    elif kind == "copies":
+        W[F // 2 :] = W[: F - F // 2].clone()
+    elif kind == "zeros":
+        W[::2], b[::2] = 0, 0
+    elif kind == "outlier":
+        p[:, 0] += 200
+        q[:, 0] += 200
+    else:
+        scale = {"huge": 1e3, "tiny": 1e-4}.get(kind, 1.0)
+        W, p = W * scale, p * scale
+    W, b, k = W.to(dtype), b.to(dtype), min(k, F)
+    W = W.T.contiguous().T if seed % 4 == 1 else W
+    args = (W, b, b.new_ones(D) if seed % 5 else None, PackedWeights(W).words("test") if seed % 4 < 3 else None, p, q, k)
+    for relu, absolute in ((True, False), (False, False), (False, True)):
+        if TOPK_CHANGES.reasons((*args, relu, absolute))[0][1] is not None:
+            return
+        got, want = (TOPK_CHANGES(*args, relu, absolute, backend=backend) for backend in ("cpu", "reference"))
+        for result in (got, want):
+            TOPK_CHANGES.check((*args, relu, absolute), result)
+        if kind not in ("integers", "copies", "zeros"):
+            assert bool(((got[3] == want[3]) | (got[3] < 0)).all())
+
+
+@pytest.mark.parametrize("backend", ["*", "reference"])
 @pytest.mark.parametrize("activation", [fastsae.TopK(4), fastsae.JumpReLU(1.5)], ids=["topk", "jumprelu"])
-def test_autocast_rounds_nothing(activation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists of the encoder in bfloat16 would be off by more than their bound counts in."""
+def test_autocast_rounds_nothing(activation: Any, backend: str) -> None:
     torch.manual_seed(0)
-    sae, seen = made(activation, 64, 4096, 1), list[torch.dtype]()
+    sae = made(activation, 64, 4096, 1)
     p, q = torch.randn(2, 3, 64)
-    for name in ("encode_topk", "encode_threshold"):
-        encode = getattr(dictionaries, name)
-
-        def watched(*arguments: Any, encode: Any = encode, **options: Any) -> Any:
-            seen.append((latents := encode(*arguments, **options)).values.dtype)
-            return latents
-
-        monkeypatch.setattr(dictionaries, name, watched)
-    want = dictionary_crossings(sae, p, q)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = dictionary_crossings(sae, p, q)
-    assert set(seen) == {torch.float32} and all(map(torch.equal, want, found))
+    with fastsae.use_backend(backend):
+        want = dictionary_crossings(sae, p, q)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = dictionary_crossings(sae, p, q)
+    assert want.counts.sum() > 9 and all(map(torch.equal, want, found))
 
 
 def test_sizes_and_wrong_arguments() -> None:
@@ -163,9 +196,9 @@ def test_sizes_and_wrong_arguments() -> None:
     assert dictionary_crossings(made(fastsae.TopK(40, relu=False), 5, 40, 0), x, -x).counts.tolist() == [0, 0]
     scaled = made(fastsae.TopK(3), 5, 40, 0)
     scaled.scale.fill_(2.0)
-    broken = made(fastsae.ReLU(), 5, 40, 0)
+    broken, unbounded = made(fastsae.ReLU(), 5, 40, 0), made(fastsae.TopK(3), 5, 40, 0)
     with torch.no_grad():
-        broken.W_enc[3, 2] = torch.nan
+        broken.W_enc[3, 2], unbounded.W_enc[3, 2] = torch.nan, torch.inf
     wrong: list[tuple[Any, Any, Any, type[Exception], str]] = [
         (fastsae.SAE(5, 40, fastsae.Gated()), x, x, ValueError, "sae must be an SAE with TopK, .* or BatchTopK .*got Gated"),
         (3, x, x, ValueError, "sae must be an SAE with .*, got NoneType in int"),
@@ -178,6 +211,7 @@ def test_sizes_and_wrong_arguments() -> None:
             "along a segment the scores of an SAE with normalise_rows='layer_norm'",
         ),
         (broken, x, x, ValueError, "W_enc and b_enc of the SAE must be finite"),
+        (unbounded, x, x, ValueError, "W_enc and b_enc of the SAE must be finite"),
         (sae, x[:, 1:], x[:, 1:], ValueError, r"p must have two dimensions, \[.., D=5\], got \[2, 4\]"),
         (sae, x, x[:1], ValueError, r"p and q must have the same shape \[S, D\], got \[2, 5\] and \[1, 5\]"),
         (sae, x, x / 0, ValueError, "q must be finite"),
