@@ -142,22 +142,12 @@ struct SegmentDriver : RowwiseDriver {
   template <class Each>
   void features(const Own& o, int64_t padded, const int32_t* id, int64_t n, const Each& each) const {
     const float* w[kDenseWidth];
+    const bool in_place = p.w.t == Dtype::f32;
+    Problem some = p;
+    some.w.list = id;
     for (int64_t first = 0; first < n; first += kDenseWidth) {
       const int64_t count = std::min(kDenseWidth, n - first);
-      const bool in_place = p.w.t == Dtype::f32;
-      if (!in_place)
-        p.kernels.load({.from = p.w.data,
-                        .t = p.w.t,
-                        .stride_row = p.w.stride_f,
-                        .stride_d = p.w.stride_d,
-                        .d = p.w.d,
-                        .first = first,
-                        .rows = count,
-                        .list = id,
-                        .eps = 0,
-                        .to = o.rows,
-                        .padded = padded,
-                        .stride = padded});
+      if (!in_place) load_features(some, first, count, o.rows, padded);
       for (int64_t i = 0; i < count; ++i)
         w[i] = in_place ? static_cast<const float*>(p.w.data) + id[first + i] * p.w.stride_f : o.rows + i * padded;
       each(first, count, w);
