@@ -47,6 +47,11 @@ class Problem:
         # Of a magnitude the sign comes from the exact product.
         return self.x.dtype is not torch.float32 and self.centre is None and not self.magnitude
 
+    @property
+    def row_bytes(self) -> int:
+        """Of a row in ``Operands``, at most."""
+        return 2 * _tile.pitch(self.W.shape[1]) + 64
+
     def rows(self, part: slice) -> Problem:
         return replace(self, x=self.x[part], first_row=self.first_row + part.start)
 
@@ -107,13 +112,6 @@ def steps(v: Tensor, *, turned: bool) -> bool:
     return lines and D % _tile.pitch(1) == 0 < D and v.storage_offset() % 8 == 0
 
 
-def _copied(v: Tensor) -> Tensor:
-    """Rows that load so."""
-    copy = torch.zeros((v.shape[0], _tile.pitch(v.shape[1])), dtype=v.dtype, device=v.device)
-    copy[:, : v.shape[1]].copy_(v)
-    return copy
-
-
 @dataclass(frozen=True)
 class Operands:
     """What the tiles of a chunk multiply. Direct: rows and features themselves, or copies that load wide. Screened: the rows in float16
@@ -133,14 +131,16 @@ class Operands:
     @staticmethod
     def of(p: Problem) -> Operands:
         if p.direct:
-            return Operands(p.x if steps(p.x, turned=False) else _copied(p.x))
+            if steps(p.x, turned=False):
+                return Operands(p.x)
+            x = p.x.new_zeros((p.x.shape[0], _tile.pitch(p.x.shape[1])))  # rows that load so
+            x[:, : p.x.shape[1]].copy_(p.x)
+            return Operands(x)
         far, columns, n_far = outliers(p)
         x, factors = rounded(p.x, p.centre, of_rows=True, far=far)
-        x_far, W_far = (v.index_select(1, columns).T.float() for v in (p.x, p.W))
+        x_far, W_far = p.x.T[columns].float(), (p.W.T[columns] if p.chosen is None else p.W[p.chosen, columns[:, None]]).float()
         if p.centre is not None:
-            x_far = x_far - p.centre[columns, None]
-        if p.chosen is not None:
-            W_far = W_far.index_select(1, p.chosen)
+            x_far -= p.centre[columns, None]
         rest = x_far.contiguous(), W_far.contiguous(), n_far
         if p.packed is not None:
             panel, W_factors = _parts(p.packed, p.W)
@@ -154,14 +154,15 @@ class Operands:
                 yield slice(0, p.n), p.W if self.panel is None else self.panel, p.chosen
             return
         step = max(p.tile.columns, PANEL // (2 * self.x.shape[1]) // p.tile.columns * p.tile.columns)
-        room = None if self.W_factors is None else self.x.new_empty((min(step, p.n), self.x.shape[1]))
+        room = self.x.new_zeros((min(step, p.n), self.x.shape[1]))
         for start in range(0, p.n, step):
             part = slice(start, min(start + step, p.n))
-            if room is None:
-                yield part, _copied(p.W[part] if p.chosen is None else p.W[p.chosen[part]]), None
-                continue
-            _tile.round_rows(p.W, part, room[: part.stop - start], self.W_factors, p.chosen, None, of_rows=False)
-            yield part, room[: part.stop - start], None
+            panel = room[: part.stop - start]
+            if p.direct:
+                panel[:, : p.W.shape[1]].copy_(p.W[part] if p.chosen is None else p.W[p.chosen[part]])
+            else:
+                _tile.round_rows(p.W, part, panel, self.W_factors, p.chosen, None, of_rows=False)
+            yield part, panel, None
 
 
 # ---------------------------------------------------------------- handles

@@ -15,7 +15,8 @@ Top-k of a row, after two ideas (two-stage selection as in arXiv 2506.04165, mad
 
 Few features, or many kept: the keys of all scores of some rows are written out and selected from.
 
-Memory beyond the output: ``WORKSPACE`` bytes, twice that if ragged, or what a row tile needs, in chunks of rows; 64 bytes a feature.
+Memory beyond the output: ``WORKSPACE`` bytes, twice that if ragged, or what a row tile needs, in chunks of rows; 64 bytes a feature; a
+``PANEL``, two of a subset in half precision.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -339,11 +340,12 @@ def topk(p: Problem, k: int, values: Tensor, indices: Tensor, *, relu: bool) -> 
     plan = buckets(p.n, k, p.tile, direct=p.direct)
     with _tile.on(p.x.device):
         if plan is None:
-            bytes_per_row, least = 4 * p.n + 8 * k, 1 if p.n > WORKSPACE // (4 * p.tile.rows) else p.tile.rows
+            needed = 4 * p.n + 8 * k if k <= _select.MOST_KEPT else 16 * p.n + 32 * k
+            least = 1 if needed * p.tile.rows > WORKSPACE else p.tile.rows
         else:
-            bytes_per_row = 6 * plan.entries + 8 * plan.room(direct=p.direct) + 8 * k + 2 * plan.number + 2 * _tile.pitch(p.W.shape[1])
+            needed = 6 * plan.entries + 8 * plan.room(direct=p.direct) + 8 * k + 2 * plan.number + 4 * plan.slots
             least = p.tile.rows
-        for part in chunks(rows, bytes_per_row, least):
+        for part in chunks(rows, needed + p.row_bytes, least):
             chunk = p.rows(part)
             if plan is None:
                 keys = all_keys(chunk)
@@ -506,7 +508,8 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | 
     rows, device, words = p.x.shape[0], p.x.device, _masks.n_words(p.n)
     crow = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     with _tile.on(device):
-        parts = list(chunks(rows, 16 * words + 2 * _tile.pitch(p.W.shape[1]), p.tile.rows, 2**31 // max(p.n, 1))) if p.n else []
+        needed = (16 if capacity is None else 21) * words + p.row_bytes
+        parts = list(chunks(rows, needed, p.tile.rows, 2**31 // max(p.n, 1))) if p.n else []
         held = []  # the masks of the chunks, where there is room for all: otherwise they are made again
         for part in parts:
             found = _masks.masks(p.rows(part), rule)
@@ -526,8 +529,8 @@ def ragged(p: Problem, rule: Rule, dtype: torch.dtype, op: str, capacity: int | 
             found = held[number] if held else _masks.masks(chunk, rule)
             bits = _masks.counts(*found)
             offsets = torch.cumsum(bits.view(-1), 0, dtype=torch.int32).view_as(bits).sub_(bits)
-            if capacity is not None:  # words that do not fit as a whole are cleared; a number of no dimension would not make the sum int64
-                passed = crow[part.start : part.start + 1] + offsets + bits > capacity
+            if capacity is not None:  # words that do not fit as a whole are cleared; the number of one dimension makes them int64
+                passed = offsets + bits > capacity - crow[part.start : part.start + 1]
                 for words_of in found:
                     if words_of is not None:
                         words_of.masked_fill_(passed, 0)

@@ -8,8 +8,9 @@ times, by rows, by columns and by rows of the negated products; then each of the
 among what is above the k-th of the blocks before it. A tie goes to what is there, which has the lower index. One interval serves all
 three, as the exact product of two rows is the same from both sides.
 
-Memory beyond the output: the unit rows of both in float32, for long a those of b in float16, and the workspace of the top-k; of
-``match_pair`` the rows of both in float16, too, and at most 256 MiB of what a block emits.
+Memory beyond the output: the unit rows of both in float32, and twice as much again of either while they are made; then for long a those
+of b in float16, and the workspace of the top-k; of ``match_pair`` the rows of both in float16, too, and at most 256 MiB of what a block
+emits.
 """
 
 # pyright: basic, reportMissingImports=false

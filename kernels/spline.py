@@ -118,7 +118,7 @@ def _code(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None, packed
         parts = (
             [slice(0, x.shape[0])]
             if p.direct and steps(p.x, turned=False)
-            else chunks(x.shape[0], 8 * words.shape[1] + 2 * _tile.pitch(W.shape[1]), p.tile.rows, 1 << 16)
+            else chunks(x.shape[0], 8 * words.shape[1] + p.row_bytes, p.tile.rows, 1 << 16)
         )
         for part in parts if words.numel() else ():
             _masks.masks(p.rows(part), Rule(_masks.SIGN), words[part])

@@ -3,7 +3,7 @@
 with FakeCuda() as gpu:
     W = gpu.tensor((1 << 21, 2048), torch.bfloat16)     # any size; no memory
     kernels.decode(values, indices, None, W, None)
-gpu.launches, gpu.syncs, gpu.copies, gpu.allocated      # and a launch that no GPU would take has raised
+gpu.launches, gpu.syncs, gpu.copies, gpu.peak           # and a launch that no GPU would take has raised
 
 Kernels do not run: results are garbage that nobody may look at. Where the host looks it would wait for a GPU: that is a sync, and it
 sees ``looked``.
@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -45,7 +46,7 @@ WAITS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a Triton kernel: its arguments by name as the host gave them."""
+    """One launch of a Triton kernel: its numbers by name as the host gave them; a tensor here would live on."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -75,28 +76,50 @@ class FakeCuda:
         self.calls: list[str] = []  # of the CUDA C++ module
         self.syncs: list[str] = []
         self.copies: list[str] = []
-        self.largest = 0  # bytes of the largest tensor that was made
+        self.peak = 0  # most bytes at a time of tensors that were made, but for ``tensor`` and ``like``, since ``forget``
+        self._made: dict[StorageWeakRef, int] = {}
 
     # -- tensors
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, transposed: bool = False) -> Tensor:
         shape = tuple(shape)
+        peak = self.peak
         made = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device=self.device)
+        self._given(made, peak)
         return made.T if transposed else made
 
     def like(self, value: Any) -> Any:
         """The same shape, strides and offset on the device; anything but a tensor as it is."""
         if not isinstance(value, Tensor):
             return value
-        size = 1 + value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True) if n)
+        peak, size = self.peak, 1 + value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True) if n)
         with self.mode:
             flat = torch.empty(max(size, 1), dtype=value.dtype, device=self.device)
+            self._given(flat, peak)
             return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    def move(self, module: torch.nn.Module) -> Any:
+        for values in (values for part in module.modules() for values in (part._parameters, part._buffers)):
+            for name, t in values.items():
+                if t is not None:
+                    values[name] = torch.nn.Parameter(self.like(t)) if isinstance(t, torch.nn.Parameter) else self.like(t)
+        return module
 
     def forget(self) -> None:
         for seen in (self.launches, self.calls, self.syncs, self.copies):
             seen.clear()
-        self.largest = 0
+        self._made.clear()
+        self.peak = 0
+
+    def _given(self, t: Tensor, peak: int) -> None:
+        self._made.pop(StorageWeakRef(t.untyped_storage()), None)
+        self.peak = peak
+
+    def made(self, t: Tensor) -> None:
+        """Counts a new tensor among those that live."""
+        self._made[StorageWeakRef(t.untyped_storage())] = t.untyped_storage().size()
+        self._made = {ref: size for ref, size in self._made.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self._made.values()))
 
     # -- what the library asks
 
@@ -105,10 +128,10 @@ class FakeCuda:
         options = {key: value for key, value in kwargs.items() if key not in names}
         bound = kernel.signature.bind(*args, **{key: value for key, value in kwargs.items() if key in names})
         bound.apply_defaults()
-        arguments = dict(bound.arguments)
         grid = grid if isinstance(grid, tuple) else (grid,)
-        launch = Launch(kernel, grid, arguments, options, torch.device("cuda", self.current))
-        for name, value in arguments.items():
+        numbers = {name: value for name, value in bound.arguments.items() if not isinstance(value, Tensor)}
+        launch = Launch(kernel, grid, numbers, options, torch.device("cuda", self.current))
+        for name, value in bound.arguments.items():
             if isinstance(value, Tensor) and value.device != launch.device:
                 raise AssertionError(f"{launch.name}: {name} lies on {value.device}, the launch goes to {launch.device}")
             if type(value) not in (int, float, bool, type(None)) and not isinstance(value, Tensor):
@@ -263,9 +286,10 @@ class _Watch(TorchDispatchMode):
             if isinstance(kwargs.get(key), Tensor):
                 return kwargs[key]
         result = func(*args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in tensors}
         for t in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(t, Tensor) and t.device.type == "cuda" and not t._is_view():
-                gpu.largest = max(gpu.largest, t.untyped_storage().size() if not any(t is a for a in tensors) else 0)
+            if isinstance(t, Tensor) and t.device.type == "cuda" and t.untyped_storage()._cdata not in given:
+                gpu.made(t)
         return result
 
 

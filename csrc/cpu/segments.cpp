@@ -103,12 +103,12 @@ struct SegmentDriver : RowwiseDriver {
   } own[kMostWorkers] = {};
 
   int64_t most() const { return std::min(p.w.features, 4 * out.k + 256 + p.w.features / 4); }
-  int64_t most_lines() const { return (out.absolute ? 2 : 1) * most() + (relu ? out.k : 0); }
+  int64_t lines_of(int64_t n) const { return (out.absolute ? 2 : 1) * n + (relu ? out.k : 0); }
   int64_t bytes(const Plan& plan) const {
     return RowwiseDriver::bytes(plan) +
            plan.threads * (Workspace::size<double>(2 * plan.padded) + Workspace::size<float>(kDenseWidth * plan.padded) +
                            Workspace::size<float>(lows(plan)) + 3 * Workspace::size<float>(most() + 16) +
-                           2 * Workspace::size<int32_t>(all() + 16) + Workspace::size<Line>(most_lines()));
+                           2 * Workspace::size<int32_t>(all() + 16) + Workspace::size<Line>(lines_of(most())));
   }
   void take(Workspace& space, const Plan& plan) {
     RowwiseDriver::take(space, plan);
@@ -121,7 +121,7 @@ struct SegmentDriver : RowwiseDriver {
                 .values = space.take<float>(most()),
                 .id = space.take<int32_t>(all() + 16),
                 .some = space.take<int32_t>(all() + 16),
-                .lines = space.take<Line>(most_lines())};
+                .lines = space.take<Line>(lines_of(most()))};
   }
   void block(const Chunk& chunk, const Block& b, int worker) {
     RowwiseDriver::block(chunk, b, worker);
@@ -142,22 +142,12 @@ struct SegmentDriver : RowwiseDriver {
   template <class Each>
   void features(const Own& o, int64_t padded, const int32_t* id, int64_t n, const Each& each) const {
     const float* w[kDenseWidth];
+    const bool in_place = p.w.t == Dtype::f32;
+    Problem some = p;
+    some.w.list = id;
     for (int64_t first = 0; first < n; first += kDenseWidth) {
       const int64_t count = std::min(kDenseWidth, n - first);
-      const bool in_place = p.w.t == Dtype::f32;
-      if (!in_place)
-        p.kernels.load({.from = p.w.data,
-                        .t = p.w.t,
-                        .stride_row = p.w.stride_f,
-                        .stride_d = p.w.stride_d,
-                        .d = p.w.d,
-                        .first = first,
-                        .rows = count,
-                        .list = id,
-                        .eps = 0,
-                        .to = o.rows,
-                        .padded = padded,
-                        .stride = padded});
+      if (!in_place) load_features(some, first, count, o.rows, padded);
       for (int64_t i = 0; i < count; ++i)
         w[i] = in_place ? static_cast<const float*>(p.w.data) + id[first + i] * p.w.stride_f : o.rows + i * padded;
       each(first, count, w);
@@ -175,8 +165,8 @@ struct SegmentDriver : RowwiseDriver {
           (e == 0 ? o.at_p : o.at_q)[first + i] = products[e * kDenseWidth + i] + (p.bias != nullptr ? p.bias[id[first + i]] : 0.0f);
     });
   }
-  // The lines of features `id` behind the `n_lines` there; their number then, -1 where one is too large.
-  int32_t add_lines(const Own& o, int64_t padded, const int32_t* id, int64_t n, int32_t n_lines) const {
+  // The lines of features `id` behind the `n_lines` at `lines`; their number then, -1 where one is too large.
+  int32_t add_lines(const Own& o, int64_t padded, const int32_t* id, int64_t n, Line* lines, int32_t n_lines) const {
     const int64_t d = p.w.d;
     bool sound = true;
     features(o, padded, id, n, [&](int64_t first, int64_t count, const float* const* w) {
@@ -191,7 +181,7 @@ struct SegmentDriver : RowwiseDriver {
           at[e] = std::accumulate(sums[e], sums[e] + 8, 0.0) + (p.bias != nullptr ? static_cast<double>(p.bias[feature]) : 0.0);
         sound = sound && std::fabs(at[0]) < kLargest && std::fabs(at[1]) < kLargest;
         for (int sign = 0; sign < (out.absolute ? 2 : 1); ++sign) {
-          o.lines[n_lines] = {at[0], at[1], at[1] - at[0], feature, n_lines};
+          lines[n_lines] = {at[0], at[1], at[1] - at[0], feature, n_lines};
           ++n_lines;
           for (double& v : at) v = v == 0 ? -kBelow : -v;
         }
@@ -211,19 +201,12 @@ struct SegmentDriver : RowwiseDriver {
     return 2 * (static_cast<double>(std::bit_cast<float>(longest)) * each + 4 * static_cast<double>(kUnit) * static_cast<double>(b_size) +
                 static_cast<double>(4 * d + 128) * 0x1p-126);
   }
-  // Changes of segment s of the chunk; -1: undecided.
-  int64_t segment(const Chunk& chunk, int64_t s, const Own& o) const {
-    const int64_t d = chunk.plan.padded, k = out.k, features = p.w.features, row = 2 * s, at = chunk.base / 2 + s;
-    if (chunk.exact[row] != 0 || chunk.exact[row + 1] != 0) return -1;
-    for (int e = 0; e < 2; ++e)
-      for (int64_t i = 0; i < d; ++i)
-        o.x[e * d + i] =
-            i >= p.w.d ? 0.0 : ends[(2 * at + e) * p.w.d + i] - (p.x.subtract != nullptr ? static_cast<double>(p.x.subtract[i]) : 0.0);
-    const float loss = static_cast<float>(slack(chunk, o, row, 0) + slack(chunk, o, row + 1, 1));
-    if (!(loss < 1e30f)) return -1;
-    // 1. Features that are probably among the best somewhere, and their scores.
+  // The features that can be among the k best somewhere, to o.some; -1: the screen leaves too many.
+  int64_t candidates(const Chunk& chunk, const Own& o, int64_t row, float loss) const {
+    const int64_t k = out.k, features = p.w.features;
     const float *const high_p = high + row * all(), *const high_q = high_p + all();
     float points[kPieces + 1], floor[kPieces + 1], least[kPieces];
+    // 1. Those that are probably among the best, and their scores.
     const int64_t group = each(chunk.plan) * kPanelWidth, lanes = ceil_div(features, group) * 16;
     if (lanes < k) return -1;
     for (int g = 0; g < kSeedPoints; ++g) {
@@ -259,15 +242,37 @@ struct SegmentDriver : RowwiseDriver {
       }
     n = screens.reaching_along(o.at_p, o.at_q, n, points, floor, kPieces + 1, o.some);
     for (int64_t i = 0; i < n; ++i) o.some[i] = o.id[o.some[i]];
-    // 4. Their lines, the best at p first.
+    return n;
+  }
+  // Changes of segment s of the chunk; -1: undecided, which does not depend on the screen.
+  int64_t segment(const Chunk& chunk, int64_t s, const Own& o) const {
+    const int64_t d = chunk.plan.padded, k = out.k, row = 2 * s, at = chunk.base / 2 + s;
+    if (chunk.exact[row] != 0 || chunk.exact[row + 1] != 0) return -1;
+    for (int e = 0; e < 2; ++e)
+      for (int64_t i = 0; i < d; ++i)
+        o.x[e * d + i] =
+            i >= p.w.d ? 0.0 : ends[(2 * at + e) * p.w.d + i] - (p.x.subtract != nullptr ? static_cast<double>(p.x.subtract[i]) : 0.0);
+    const float loss = static_cast<float>(slack(chunk, o, row, 0) + slack(chunk, o, row + 1, 1));
+    if (!(loss < 1e30f)) return -1;
+    int64_t n = candidates(chunk, o, row, loss);
+    Line* lines = o.lines;
+    std::unique_ptr<Line[]> of_all;
+    if (n < 0) {  // all features
+      n = p.w.features;
+      std::iota(o.some, o.some + n, 0);
+      of_all.reset(new (std::nothrow) Line[static_cast<size_t>(lines_of(n))]);
+      lines = of_all.get();
+      if (lines == nullptr) return -1;
+    }
+    // Their lines, the best at p first.
     int32_t count = 0;
-    for (; relu && count < k; ++count) o.lines[count] = {0, 0, 0, -1, count};
-    count = add_lines(o, d, o.some, n, count);
+    for (; relu && count < k; ++count) lines[count] = {0, 0, 0, -1, count};
+    count = add_lines(o, d, o.some, n, lines, count);
     if (count < k) return -1;
-    std::nth_element(o.lines, o.lines + k - 1, o.lines + count,
+    std::nth_element(lines, lines + k - 1, lines + count,
                      [](const Line& a, const Line& b) { return a.p > b.p || (a.p == b.p && a.place < b.place); });
     int64_t changes = 0, base = at * capacity;
-    const bool whole = Walk{o.lines, o.lines + k, k, count - k}.run([&](double where, int32_t out_now, int32_t come_now) {
+    const bool whole = Walk{lines, lines + k, k, count - k}.run([&](double where, int32_t out_now, int32_t come_now) {
       if (out_now == come_now) return true;  // of a magnitude its other line
       if (changes == capacity) return false;
       t[base + changes] = where;

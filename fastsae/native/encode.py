@@ -226,6 +226,8 @@ def encode_gated(
 def refuses_topk_changes(W: Tensor, b: Tensor, b_pre: Tensor | None, packed: Tensor | None, *ends: Any) -> str | None:
     """Why `topk_changes` cannot serve these inputs, or None."""
     p, q = ends[:2]
+    if W.shape[0] >= 2**30:
+        return f"{W.shape[0]} features (supported: fewer than 2^30)"
     if not (p.is_cpu and q.is_cpu and p.dtype is q.dtype is torch.float64):
         return f"ends {p.dtype} on {p.device}, {q.dtype} on {q.device} (supported: float64 on the cpu)"
     if (reason := refuses_encode_batch_topk(W, W, b, b_pre)) is not None:

@@ -398,8 +398,9 @@ def encode_topk(
     kept entries, with ``relu`` only where the value is above 0, never through NaN. Deterministic. Memory beyond the output, whatever
     ``B`` and ``F``: temporaries of 64 MiB each in the reference; in the C++ row a copy of at most 1024 rows of ``x``, packed panels (of
     small dictionaries all, at most about 6 MiB) and candidate buffers (there 8 MiB), kept for reuse (``csrc/fastsae.h`` states the
-    bytes; 3 MB at B = 256, D = 768, F = 24576, k = 32); in the Triton row chunks of rows with 128 MiB of candidates and, for float32
-    sums, 32 MiB of rounded features and 12 bytes a feature. There the host waits for nothing but the number of ``features``.
+    bytes; 3 MB at B = 256, D = 768, F = 24576, k = 32); in the Triton row chunks of rows with 128 MiB of candidates, 32 MiB of
+    rounded or copied features (64 of a subset) and at most 64 bytes a feature. There the host waits for nothing but the number of
+    ``features``.
 
     Raises:
         TypeError: dtype or device. ValueError: shape, k out of range, ``relu`` with ``absolute``. IndexError: ``features`` out of range (on

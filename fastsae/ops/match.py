@@ -259,8 +259,8 @@ def match_cosine(
 
     The similarity is the float32 (float64 for float64) product of ``fl(v / max(|v|, eps))`` with the true norm of every finite row, also
     where its square would overflow or vanish; equal ones: lower index first; NaN ranks highest. Gradients flow to ``a`` and ``b`` through
-    the matches. Deterministic. Memory: the unit rows and temporaries of 64 MiB each in the reference, the unit rows and the workspace of
-    ``encode_topk`` in the Triton row; nothing grows with ``N * M``.
+    the matches. Deterministic. Memory: the unit rows and temporaries of 64 MiB each in the reference, the unit rows (three times
+    those of one side while they are made) and the workspace of ``encode_topk`` in the Triton row; nothing grows with ``N * M``.
 
     Raises: TypeError: dtype or device. ValueError: shape, k or eps out of range.
     """

@@ -17,7 +17,10 @@ otherwise than with the library's own coder. ``encode`` takes inputs of any numb
 ``fit`` forms no dense gradient where its optimiser is the default one, schedule-free sign descent, or ``torch.optim.Adam``, and its loss
 "fvu": the coders' gradients stay slots until the optimiser's step, which works on its own state; ``grad_acc_steps`` and
 ``micro_acc_steps`` add slots up. Its signs of gradients that cancel may be others. ``train_step`` does the same for one batch with Adam.
-With muon, 8-bit Adam, the losses "ce" and "kl", several processes or a GPU the optimiser reads dense gradients, as a warning says.
+With muon, 8-bit Adam, the losses "ce" and "kl" or several processes the optimiser reads dense gradients, as a warning says.
+Under autocast, which the library turns on itself on a GPU, float32 coders step so too, on activations of any float dtype: as there, scores,
+latents' gradients and the skip connection are rounded to the lower dtype, everything else is float32. A score's rank is that before
+rounding: of scores that round to the same number the library keeps any.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), two CPU cores (``fastsae bench dropin``):
 ``train_step`` 0.15 and 0.37, ``fastsae.encode`` 0.28 and 0.42, ``encode`` 0.29 and 0.30;
@@ -150,6 +153,10 @@ def why_dense(coder: Any) -> str | None:
     return None
 
 
+def _library_autocast() -> torch.autocast:
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=_BF16)
+
+
 def _inputs(coder: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the encoder multiplies, as the library casts it: centred first, then by autocast. An inference tensor is a new one."""
     x = (x.clone() if x.is_inference() else x) if coder.cfg.transcode else x - coder.b_dec
@@ -230,7 +237,7 @@ class CoderMethods:
             out, backward = _by_hand(self, x, x if y is None else y, dead_mask, total_variance)
             losses = _Waiting.apply(self.b_dec, pending, backward, out.fvu, out.auxk_loss, out.multi_topk_fvu)
             return out._replace(fvu=losses[0], auxk_loss=losses[1], multi_topk_fvu=losses[2])  # pyright: ignore[reportOptionalSubscript]
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=_BF16):
+        with _library_autocast():
             return _forward(self, x, y, dead_mask, total_variance)
 
     @torch.no_grad()
@@ -316,9 +323,12 @@ def _why_not_by_hand(coder: Any, x: Tensor, y: Tensor | None) -> str | None:
         return "a parameter has a gradient already, is frozen or is not contiguous"
     if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
         return "a parameter has gradient hooks"
-    if torch.cuda.is_available() or checks.autocasting(x.device):
-        return "autocast is on"  # the library turns it on wherever there is a GPU
-    if any(t.dtype is not coder.dtype or t.dim() != 2 or t.requires_grad for t in (x, x if y is None else y)):
+    with _library_autocast():
+        low = checks.autocasting(x.device)
+    if low and coder.dtype not in (torch.float32, torch.float64):
+        return f"autocast is on and the weights are {str(coder.dtype)[6:]}"
+    dtypes = (coder.dtype, torch.bfloat16, torch.float16) if low else (coder.dtype,)
+    if any(t.dtype not in dtypes or t.dim() != 2 or t.requires_grad for t in (x, x if y is None else y)):
         return "x or y is not a matrix of the coder's dtype, or asks for a gradient"
     return None
 
@@ -329,33 +339,43 @@ Backward = Callable[[Any, Any, Any], dict[Tensor, Gradient]]
 @torch.no_grad()
 def _by_hand(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, variance: Tensor | None) -> tuple[Any, Backward]:
     """``forward`` by slots, and its backward: gradients by parameter, given those of ``fvu``, ``auxk_loss`` and ``multi_topk_fvu``."""
-    inputs, k, backend = _inputs(coder, x), coder.cfg.k, then_any(preference(None))
-    xc, W, b = inputs
-    F, W_dec = W.shape[0], coder.W_dec
-    values, indices = _best(coder, xc, W, b, k)
-    out = DECODE(values, indices, None, W_dec, None, backend=backend) + coder.b_dec
-    if coder.W_skip is not None:
-        out = out + x @ coder.W_skip.mT
+    with _library_autocast():
+        inputs, skip = _inputs(coder, x), 0.0 if coder.W_skip is None else x.to(coder.dtype) @ coder.W_skip.mT
+    with torch.autocast(x.device.type, enabled=False):
+        return _slots_by_hand(coder, x.to(coder.dtype), y, inputs, skip, dead_mask, variance)
+
+
+def _slots_by_hand(
+    coder: Any, x: Tensor, y: Tensor, inputs: tuple[Tensor, Tensor, Tensor], skip: Any, dead_mask: Tensor | None, variance: Tensor | None
+) -> tuple[Any, Backward]:
+    k, backend, dtype, low = coder.cfg.k, then_any(preference(None)), coder.dtype, inputs[1].dtype
+    W, W_dec = coder.encoder.weight, coder.W_dec
+    F = W.shape[0]
+    latents = _best(coder, *inputs, k)
+    values, indices = latents[0].to(dtype), latents[1]
+    out = DECODE(values, indices, None, W_dec, None, backend=backend) + coder.b_dec + skip
     error = y - out
-    variance = (y - y.mean(0)).pow(2).sum() if variance is None else variance
-    fvu, auxk_loss, multi = error.pow(2).sum() / variance, out.new_tensor(0.0), out.new_tensor(0.0)
+    variance = (y - y.mean(0)).to(dtype).pow(2).sum() if variance is None else variance
+    fvu, auxk_loss, multi = error.pow(2).sum() / variance, out.new_zeros(()), out.new_zeros(())
     extra: list[tuple[int, Tensor, Tensor, Tensor]] = []  # (which loss, slots, d loss / d what they decode to)
     if dead_mask is not None and (dead := int(dead_mask.sum())) > 0:
         most = y.shape[-1] // 2
-        aux = _aux(inputs, dead_mask, min(most, dead))
+        acts, where = _aux(inputs, dead_mask, min(most, dead))
+        aux = acts.to(dtype), where
         difference = DECODE(*aux, None, W_dec, None, backend=backend) - error
         scale = min(dead / most, 1.0) / variance
         auxk_loss = scale * difference.pow(2).sum()
         extra.append((1, *aux, difference * (2 * scale)))
-    latents = values, indices
     if coder.cfg.multi_topk:
-        latents = _best(coder, xc, W, b, 4 * k)
-        out = DECODE(*latents, None, W_dec, None, backend=backend) + coder.b_dec
+        latents = _best(coder, *inputs, 4 * k)
+        acts = latents[0].to(dtype)
+        out = DECODE(acts, latents[1], None, W_dec, None, backend=backend) + coder.b_dec
         difference = out - y
         multi = difference.pow(2).sum() / variance
-        extra.append((2, *latents, difference * (2 / variance)))
+        extra.append((2, acts, latents[1], difference * (2 / variance)))
 
     @torch.no_grad()
+    @torch.autocast(x.device.type, enabled=False)  # pyright: ignore[reportUntypedFunctionDecorator]
     def backward(*grads: Any) -> dict[Tensor, Gradient]:
         G = error * (-2 / variance * grads[0])
         b_dec = G.sum(0)
@@ -363,17 +383,18 @@ def _by_hand(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor | None, varianc
         for which, acts, where, rows in extra:
             decoder.append(RowGradient(acts, where, None, rows * grads[which], F))
             b_dec += (rows * grads[which]).sum(0) if which == 2 else 0
-        dvalues = DECODE_DVALUES(G, indices, None, W_dec, backend=backend)
+        dvalues = DECODE_DVALUES(G, indices, None, W_dec, backend=backend).to(low).to(dtype)
         if not coder.cfg.transcode:
             b_dec -= DECODE(dvalues, indices, None, W, None, backend=backend).sum(0)
         gradients: dict[Tensor, Gradient] = {
-            coder.encoder.weight: RowGradient(dvalues, indices, None, xc, F),
-            coder.encoder.bias: feature_sums(dvalues, indices, None, F, backend).to(b.dtype),
+            W: RowGradient(dvalues, indices, None, centred, F),
+            coder.encoder.bias: feature_sums(dvalues, indices, None, F, backend),
             W_dec: total(decoder),
             coder.b_dec: b_dec,
         }
-        return gradients if coder.W_skip is None else {**gradients, coder.W_skip: G.mT @ x}
+        return gradients if coder.W_skip is None else {**gradients, coder.W_skip: (G.to(low).mT @ x.to(low)).to(dtype)}
 
+    centred = inputs[0] if low is dtype else x if coder.cfg.transcode else x - coder.b_dec
     return sys.modules["sparsify.sparse_coder"].ForwardOutput(out, *latents, fvu, auxk_loss, multi), backward
 
 

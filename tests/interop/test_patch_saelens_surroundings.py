@@ -31,9 +31,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+TERMS = {
+    "jumprelu_bandwidth": 0.5, "l0_coefficient": 0.3, "l0_warm_up_steps": 0, "jumprelu_sparsity_loss_mode": "tanh",
+    "pre_act_loss_coefficient": 0.1, "jumprelu_ste_to_input": True,
+}  # fmt: skip
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "standard, many fire": ("StandardTrainingSAE", {}),
+    "gated": ("GatedTrainingSAE", {"shift": 2.5}),
+    "jumprelu, every term": ("JumpReLUTrainingSAE", TERMS | {"shift": 2.0}),
+    "jumprelu, many fire, every term": ("JumpReLUTrainingSAE", TERMS),
+}
+
+
 def pair(case: str = "topk", **more: Any) -> tuple[Any, Any]:
     """(accelerated, the library's own)."""
-    name, options = CASES[case]
+    name, options = (CASES | MORE)[case]
     return fastsae.accelerate(trainer_of(name, **options, **more)), trainer_of(name, **options, **more)
 
 
@@ -136,8 +148,10 @@ BF16: dict[str, tuple[Callable[[], ExitStack], dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("where", BF16)
-@pytest.mark.parametrize("case", ["topk", "matryoshka"])
+STEPS = [(case, where) for where in BF16 for case in (CASES | MORE if where == "the trainer's" else ("topk", "matryoshka"))]
+
+
+@pytest.mark.parametrize(("case", "where"), STEPS)
 def test_steps_in_bfloat16(case: str, where: str, autograd: list[int]) -> None:
     """Moments within the rounding of bfloat16 of the library's own."""
     context, settings, bound = BF16[where]

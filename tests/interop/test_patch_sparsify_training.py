@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 import fastsae
+from fastsae._core import flags
 from fastsae.patch import sparsify as adapter
 from fastsae.patch._adapter import changed
 
@@ -55,6 +56,58 @@ def test_training_steps(config: dict[str, Any], fused: bool) -> None:
     again = torch.optim.Adam(theirs.parameters(), lr=lr)
     again.load_state_dict(optimizers[0].state_dict())
     library_step(theirs, again, rows(), rows(seed=2) if config.get("transcode") else None, None, 0.0)
+
+
+def _sure(coder: Any, x: Tensor, dead: Tensor) -> Tensor:
+    """Which rows keep the same latents however their scores round: the library ranks rounded ones."""
+    scores = coder.encode(x).pre_acts.float()
+    sure = torch.ones(len(x), dtype=torch.bool)
+    for of, k in ((scores, K), (scores, 4 * K), (scores.where(dead, -1.0), D // 2)):
+        best = of.sort(descending=True).values
+        sure &= (best[:, k] < 0.98 * best[:, k - 1]) & (best[:, k - 1] > 0)
+    return sure
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_training_steps_under_autocast(config: dict[str, Any]) -> None:
+    mine, theirs = pair(**config)
+    optimizers = [torch.optim.Adam(coder.parameters(), lr=1e-3) for coder in (mine, theirs)]
+    dead = torch.arange(F) % 3 == 0
+    for step, dtype in enumerate((torch.float32, torch.bfloat16)):
+        x, y = rows(200, step).to(dtype), rows(200, 20 + step).to(dtype) if config.get("transcode") else None
+        with torch.autocast("cpu", torch.bfloat16):
+            sure = _sure(theirs, x, dead)
+            x, y = x[sure], None if y is None else y[sure]
+            assert len(x) > 20 and adapter._why_not_fused(mine, optimizers[0], x, y) is None
+            a = adapter.train_step(mine, optimizers[0], x, y, dead_mask=dead, auxk_alpha=1 / 32)
+            b = library_step(theirs, optimizers[1], x, y, dead, 1 / 32)
+        for name in ("sae_out", "fvu", "auxk_loss", "multi_topk_fvu"):
+            same(getattr(a, name), getattr(b, name), of=5e-3 if step else 5e-6)  # the second's weights may round otherwise, and its y does
+    for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        u, v = (optimizer.state[r]["exp_avg"] for optimizer, r in zip(optimizers, (p, q), strict=True))
+        assert float((u - v).norm() / v.norm()) < 2**-8 and p.dtype is q.dtype and p.grad is None, name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and its device guard with it")
+def test_a_training_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own autocast: scores of bfloat16, gradients as slots in float32; the host waits for the dead latents alone."""
+    from fake_cuda import FakeCuda
+
+    monkeypatch.setattr(adapter, "_BF16", True)
+    coder = fastsae.accelerate(make(skip_connection=True))
+    with FakeCuda() as gpu:
+        gpu.move(coder)
+        for dtype in (torch.float32, torch.bfloat16):
+            for dead, waits in ((None, []), (gpu.tensor((F,), torch.bool), ["__int__ in sparsify.py", "nonzero in checks.py"])):
+                x = gpu.tensor((ROWS, D), dtype)
+                assert adapter._why_not_by_hand(coder, x, x) is None
+                flags.flag(gpu.device)
+                gpu.forget()
+                out, backward = adapter._by_hand(coder, x, x, dead, None)
+                gradients: Any = backward(1.0, 1 / 32, 0.0)
+                assert [wait.partition(":")[0] for wait in gpu.syncs] == waits and not gpu.copies
+                assert out.latent_acts.dtype is torch.bfloat16 and out.sae_out.dtype is torch.float32 is gradients[coder.W_skip].dtype
+                assert {gradients[p].values.dtype for p in (coder.encoder.weight, coder.W_dec) if dead is None} <= {torch.float32}
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:4:2], ids=str)

@@ -171,6 +171,10 @@ def test_the_compiled_walk_finds_what_the_reference_does(kind: str, D: int, F: i
             TOPK_CHANGES.check((*args, relu, absolute), result)
         if kind not in ("integers", "copies", "zeros"):
             assert bool(((got[3] == want[3]) | (got[3] < 0)).all())
+        # The bits depend neither on other segments nor on a handle.
+        alone = TOPK_CHANGES(W.contiguous(), b, args[2], None, p[3:4], q[3:4], k, relu, absolute, backend="cpu")
+        rows = slice(int(got[3][:3].clamp_min(0).sum()), int(got[3][:4].clamp_min(0).sum()))
+        assert all(map(torch.equal, alone, (*(values[rows] for values in got[:3]), got[3][3:4])))
 
 
 @pytest.mark.parametrize("backend", ["*", "reference"])

@@ -16,7 +16,7 @@ optimiser. That of a matching pursuit forms no dense latents. Of what is left (`
 normalisation by row, classes of one's own) it is the optimiser's step alone that changes.
 
 Any other optimiser, coupled weight decay and weights in bfloat16 (whose moments depend on every rounding) step as they do, on dense
-gradients that are made from the slots. Under autocast to bfloat16 steps of TopK's kind multiply rounded numbers and sum in float32. Hooks
+gradients that are made from the slots. Under autocast to bfloat16 a step multiplies rounded numbers and sums in float32. Hooks
 see the dense tensor that the library shows them; as long as they only read, the step stays what it is.
 
 What does not: parameters, ``state_dict``, files, hooks and what they see, normalisations, ``reshape_activations``, the error term,
@@ -25,9 +25,9 @@ outputs, losses and gradients agree up to rounding, selections outside ties; und
 
 What costs the speed again, and is said once by a warning and by ``fastsae.report``: in ``encode`` and ``forward`` a hook on
 ``hook_sae_acts_pre`` (it needs dense pre-activations), in ``forward`` also one on ``hook_sae_acts_post``; while training a hook that writes
-or is none of ``add_hook``'s forward ones, autocast of other kinds of SAE, ``compile_sae`` or a ``.grad`` that is there before a step;
-methods or an ``activation_fn`` of one's own. Where more than 1/8 of the latents of ReLU, gated and JumpReLU SAEs fire they take torch's
-product, and so does the decoder's from 1/20 on: it is faster there.
+or is none of ``add_hook``'s forward ones, autocast to float16 or of a matching pursuit, ``compile_sae`` or a ``.grad`` that is there before
+a step; methods or an ``activation_fn`` of one's own. Where more than 1/8 of the latents of ReLU, gated and JumpReLU SAEs fire they take
+torch's product, and so does the decoder's from 1/20 on: it is faster there.
 
 Three things differ. ``clip_grad_norm_`` sums all squares in float32, which at millions of weights is off by 1e-5 to 1e-4 (measured
 against float64); the fused norm is not, so that clipped gradients differ by that factor. The output of a fused step has no ``hidden_pre``

@@ -51,7 +51,7 @@ class _Code:
 class Step:
     """Forward and backward of one step, by slots or, where many fire, by torch's products; ``run`` returns what ``_autograd`` does.
 
-    Under autocast what is multiplied is rounded to ``low``, as there; sums are not.
+    Under autocast what is multiplied is rounded to ``low``, as there; sums are not. Slots of a TopK's kind stay in it.
     """
 
     def __init__(self, sae: Any, x: Tensor, dead: Tensor, coefficients: dict[str, float], low: torch.dtype | None):
@@ -63,6 +63,10 @@ class Step:
         self.W, self.W_dec = sae.W_enc.detach().to(self.low).T, sae.W_dec.detach().to(self.low)
         self.losses: dict[str, Tensor] = {}
         self.gradients: dict[Tensor, Any] = {}
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """What autocast makes of ``a @ b``, in the dtype of the weights."""
+        return (a.to(self.low) @ b.to(self.low)).to(self.sae.W_enc.dtype)
 
     @torch.no_grad()
     def run(self) -> tuple[Any, dict[Tensor, Any], Tensor]:
@@ -79,8 +83,8 @@ class Step:
         return (self._by_products if many else self._by_slots)(pre_act)
 
     def _hidden(self) -> Tensor:
-        sae, W = self.sae, self.W.T
-        return self.sae_in @ W + sae.b_enc if self.kind != "gated" else self.sae_in @ (W * sae.r_mag.exp()) + sae.b_mag
+        sae, gated = self.sae, self.kind == "gated"
+        return self._product(self.sae_in, sae.W_enc * sae.r_mag.exp() if gated else sae.W_enc) + (sae.b_mag if gated else sae.b_enc)
 
     def _by_slots(self, pre_act: bool) -> tuple[Any, dict[Tensor, Any], Tensor]:
         sae, x, jump = self.sae, self.x, self.kind == "jumprelu"
@@ -100,8 +104,8 @@ class Step:
         suffix = G if len(ends) == 1 else running_sums(G.flip(0)).flip(0)
         b_dec = suffix[0].sum(0)
         rows = suffix.flatten(0, 1).to(self.low)
-        W_dec: list[Gradient] = [RowGradient(groups.values, groups.indices, groups.crow, rows, self.n_features)]
-        da = groups.restore(DECODE_DVALUES(rows, groups.indices, groups.crow, self.W_dec, backend=self.backend), code.a)
+        W_dec: list[Gradient] = [RowGradient(groups.values, groups.indices, groups.crow, rows.to(code.a.dtype), self.n_features)]
+        da = groups.restore(DECODE_DVALUES(rows, groups.indices, groups.crow, self.W_dec, backend=self.backend), code.a).to(code.a.dtype)
         if jump:
             W_enc, b_enc = self._jump(code, da, W_dec, pre_act)
         elif self.kind in ("relu", "gated"):
@@ -152,23 +156,22 @@ class Step:
         self.gradients[p] = gradient.to(p.dtype)
 
     def _decode(self, slots: Any) -> Tensor:
-        return DECODE(slots.values, slots.indices, slots.crow, self.W_dec, None, backend=self.backend)
+        return DECODE(slots.values.to(self.low), slots.indices, slots.crow, self.W_dec, None, backend=self.backend)
 
     def _code(self) -> _Code:
         sae, preferred = self.sae, preference(None)
         if self.kind == "gated":
             gates = sae.b_gate, sae.r_mag, sae.b_mag
             values, col, crow = ENCODE_GATED(self.sae_in, self.W, *gates, None, None, backend=preferred)
+            values = values.to(sae.W_enc.dtype)
             return _Code(Slots(values, col, crow, ~values.isnan()), values)
         if self.kind == "relu":
             slots = self._above_zero(self.b)
             return _Code(slots, slots.values)
         if self.kind == "jumprelu":
-            theta = sae.threshold.detach().to(self.sae_in.dtype)
-            outputs = ENCODE_THRESHOLD(
-                self.sae_in, self.W, self.b, None, None, None, None, theta, float(sae.bandwidth), backend=preferred
-            )  # fmt: skip
-            values, col, crow, flags = outputs
+            rule = sae.threshold.detach(), float(sae.bandwidth)
+            values, col, crow, flags = ENCODE_THRESHOLD(self.sae_in, self.W, self.b, None, None, None, None, *rule, backend=preferred)
+            values = values.to(sae.W_enc.dtype)
             return _Code(Slots(values, col, crow, (flags & 1).bool(), flags), values)
         if self.kind in ("topk", "abstopk"):
             rule = sae.activation_fn.k, not self.absolute, self.absolute
@@ -181,6 +184,7 @@ class Step:
     def _above_zero(self, b: Tensor) -> Slots:
         zero = self.x.new_zeros(())
         values, col, crow, _ = ENCODE_THRESHOLD(self.sae_in, self.W, b, None, None, None, None, zero, None, backend=preference(None))
+        values = values.to(self.sae.W_enc.dtype)
         return Slots(values, col, crow, ~values.isnan())
 
     def _unscaled(self, values: Tensor, indices: Tensor) -> Tensor:
@@ -235,7 +239,7 @@ class Step:
         self.losses["auxiliary_reconstruction_loss"] = difference.square().sum(-1).mean()
         G = difference * (2 / self.x.shape[0])
         W_dec.append(RowGradient(gate.values, gate.indices, gate.crow, G, self.n_features))
-        dgate = DECODE_DVALUES(G, gate.indices, gate.crow, self.W_dec, backend=self.backend)
+        dgate = DECODE_DVALUES(G.to(self.low), gate.indices, gate.crow, self.W_dec, backend=self.backend)
         dgate, dmagnitude = torch.where(gate.passes, dgate + slope, 0), torch.where(slots.passes, da, 0)
         sums = self._sums(gate, dgate), self._sums(slots, dmagnitude)
         stretched = dmagnitude * (slots.values - sae.b_mag[slots.indices])
@@ -261,8 +265,8 @@ class Step:
         W_enc: list[Gradient] = [self._encoder(slots, dp)]
         pulled, dtheta = self._sums(slots, dp), -self._sums(slots, estimate)
         if pre_act and (which := self.dead.nonzero().flatten()).numel():
-            dz, factor = self._pre_act(self.sae_in @ self.W[which].T + self.b[which], theta[which], which)
-            W_enc.append(RowGradient(dz, which.expand_as(dz), None, self.sae_in, self.n_features))
+            dz, factor = self._pre_act(self._product(self.sae_in, self.W[which].T) + self.b[which], theta[which], which)
+            W_enc.append(RowGradient(dz, which.expand_as(dz), None, self.sae_in.to(dz.dtype), self.n_features))
             W_dec.append(self._shrink(torch.zeros_like(self.norm).index_copy_(0, which, factor)))
             pulled, dtheta = pulled.index_add(0, which, dz.sum(0)), dtheta.index_add(0, which, -dz.sum(0))
         elif pre_act:
@@ -278,7 +282,7 @@ class Step:
     def _shrink(self, factor: Tensor) -> Gradient:
         """Of W_dec, from ``factor [F]`` of its norms: rows of its own, as slots."""
         which = factor.nonzero()
-        return RowGradient(quotient(factor, self.norm)[which], which, None, self.W_dec[which.flatten()], self.n_features)
+        return RowGradient(quotient(factor, self.norm)[which], which, None, self.sae.W_dec.detach()[which.flatten()], self.n_features)
 
     def _penalty(self, slots: Slots, weight: float, steepness: float | None, W_dec: list[Gradient]) -> tuple[Tensor, Tensor]:
         """Mean over rows of ``weight * sum of value |W_dec[f]|``, or of ``tanh(steepness * ..)``, and its gradient for the values."""
@@ -303,7 +307,7 @@ class Step:
         return torch.where(theta > z, -weight * norm, 0), weight * below.sum(0)
 
     def _encoder(self, slots: Slots, dp: Tensor) -> RowGradient:
-        return RowGradient(dp, slots.indices, slots.crow, self.sae_in, self.n_features)
+        return RowGradient(dp, slots.indices, slots.crow, self.sae_in.to(dp.dtype), self.n_features)
 
     def _sums(self, slots: Slots, per_slot: Tensor) -> Tensor:
         return feature_sums(per_slot, slots.indices, slots.crow, self.n_features, self.backend)
@@ -311,7 +315,7 @@ class Step:
     def _by_products(self, pre_act: bool) -> tuple[Any, dict[Tensor, Any], Tensor]:
         """Of ReLU, gated and JumpReLU, on ``[B, F]``: what the library's autograd computes, in fewer passes."""
         sae, x, rows, relu_backward = self.sae, self.x, self.x.shape[0], torch.ops.aten.threshold_backward
-        p = self.sae_in @ sae.W_enc
+        p = self._product(self.sae_in, sae.W_enc)
         gate = p
         if self.kind == "gated":
             acts = torch.addcmul(sae.b_mag, p, sae.r_mag.exp()).relu_()
@@ -322,10 +326,10 @@ class Step:
         else:
             acts = p.add_(sae.b_enc) * (p > sae.threshold.to(p.dtype))
         self.hooks.show("hook_sae_acts_post", acts.clone)
-        x_hats = (acts @ sae.W_dec + sae.b_dec).unsqueeze(0)
+        x_hats = (self._product(acts, self.W_dec) + sae.b_dec).unsqueeze(0)
         self.hooks.show("hook_sae_recons", lambda: x_hats[0].clone())
         (out,), (self.losses["mse_loss"],), (G,) = self._errors(x_hats, [self.n_features])
-        b_dec, W_dec, da = G.sum(0), acts.T @ G, G @ sae.W_dec.T
+        b_dec, W_dec, da = G.sum(0), self._product(acts.T, G), self._product(G, self.W_dec.T)
         if self.kind == "jumprelu":
             dp, factor = self._jump_product(p, acts, da, pre_act)
         else:
@@ -335,11 +339,11 @@ class Step:
                 dp = relu_backward(da.add_(weight * self.norm), acts, 0)
                 self._give("b_enc", dp.sum(0))
             else:
-                difference = gate @ sae.W_dec + sae.b_dec - x
+                difference = self._product(gate, self.W_dec) + sae.b_dec - x
                 self.losses["auxiliary_reconstruction_loss"] = difference.square().sum(-1).mean()
                 G = difference * (2 / rows)
-                b_dec, W_dec = b_dec + G.sum(0), W_dec.addmm_(gate.T, G)
-                dp = relu_backward((G @ sae.W_dec.T).add_(weight * self.norm), gate, 0)
+                b_dec, W_dec = b_dec + G.sum(0), W_dec.add_(self._product(gate.T, G))
+                dp = relu_backward(self._product(G, self.W_dec.T).add_(weight * self.norm), gate, 0)
                 self._give("b_gate", dp.sum(0))
                 dmagnitude = relu_backward(da, acts, 0)
                 sums = dmagnitude.sum(0)
@@ -348,7 +352,7 @@ class Step:
                 dp.addcmul_(dmagnitude, sae.r_mag.exp())
         W_dec.addcmul_(quotient(factor, self.norm).unsqueeze(1), sae.W_dec)
         counts = torch.count_nonzero(acts, dim=0).to(torch.float32)
-        return self._result(self.sae_in.T @ dp, W_dec, dp.sum(0), b_dec, out, acts, counts, {})
+        return self._result(self._product(self.sae_in.T, dp), W_dec, dp.sum(0), b_dec, out, acts, counts, {})
 
     def _jump_product(self, p: Tensor, acts: Tensor, da: Tensor, pre_act: bool) -> tuple[Tensor, Tensor]:
         """Of a JumpReLU: gradient of the scores ``p``, and of the norms of W_dec's rows."""

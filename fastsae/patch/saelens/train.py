@@ -99,7 +99,7 @@ def why_not_fused(trainer: Any, sae: Any, sae_in: Tensor, dead: Tensor) -> str |
     if not torch.is_grad_enabled():
         return "gradients are disabled"
     kind, low = kind_of(sae).activation, _autocast(trainer, sae_in)
-    if low is not None and (kind not in _BEST or low is not torch.bfloat16):
+    if low is not None and (kind == "pursuit" or low is not torch.bfloat16):
         return f"autocast to {str(low)[6:]} is on"
     if reason := _hooks.why_not_shown(sae, vars(trainer)[STATE].writers if STATE in vars(trainer) else frozenset(), kind != "pursuit"):
         return reason
