@@ -30,11 +30,11 @@ SIZES = {
         "neurons": ".0:output", "real_features": 32, "real_l1": 0.1, "real_steps": 40, "window": 10,
     },
     "default": {
-        "minutes": 10, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
+        "minutes": 25, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
         "l1": 0.1, "steps": 2000, "cooldown": 500, "seeds": 3, "every": 50,
         "source": "smollm2", "context": 128, "train_tokens": 32_768, "held_tokens": 1024, "layer": 12, "write": ".mlp.down_proj",
-        "read": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "real_features": 1024, "real_l1": 0.3, "real_steps": 1000,
-        "window": 100,
+        "read": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "real_features": 1024, "real_l1": 0.3, "real_steps": 300,
+        "window": 30,
     },
 }  # fmt: skip
 
@@ -121,7 +121,8 @@ def of_a_model(study: Study) -> None:
         for name, start in named(weights[place], x.shape[1]).items():
             runs = train(
                 study, f"{place}, {name}", x, l1=study["real_l1"], n_features=study["real_features"],
-                seeds=[study.seed + i for i in range(study["seeds"])], stop=study["real_steps"], start=start, cooldown=study["cooldown"],
+                seeds=[study.seed + i for i in range(study["seeds"])], stop=study["real_steps"], start=start,
+                cooldown=study["real_steps"] // 2,
                 window=study["window"],
             )  # fmt: skip
             each = torch.tensor([run.losses for run in runs], dtype=torch.float64, device="cpu")
