@@ -15,7 +15,8 @@ _screening = [level for level in loader.isa_levels() if level not in ("portable"
 # The lowest and the highest: those between differ in one instruction. `make deep` has all.
 SCREENING = _screening if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else [*dict.fromkeys([*_screening[:1], *_screening[-1:]])]
 """The levels here that screen (cpu/engine), ascending."""
-_WITH_PRODUCTS = ("encode", "match", "spline")
+_WITH_PRODUCTS = ("encode", "match", "spline", "topk_changes")
+_SCREENED_ONLY = "topk_changes"
 
 
 def codes() -> list[str]:
@@ -25,4 +26,6 @@ def codes() -> list[str]:
 
 def has_code(op: str, variant: str) -> bool:
     """Whether a variant of ``fastsae.verify.variants`` is no second name for another one's code."""
+    if op == _SCREENED_ONLY and any(f"[{level}]" in variant for level in ("portable", "neon")):
+        return False
     return op.startswith(_WITH_PRODUCTS) or not any(level in variant for level in _ONLY_SCREENS)

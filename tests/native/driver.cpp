@@ -135,6 +135,7 @@ struct Outcome {
 
 // Changes along segments: the same with a handle, and on another number of threads.
 void run_segments(Dtype t, int64_t n, Weights w, const uint32_t* packed, const float* b_pre, const float* bias, int64_t k) {
+  const uint32_t before = state;  // what is drawn for the other operations is as it was
   const int64_t d = w.d, capacity = 2 * k + 1;
   Buffer x(t, 2 * n * d);
   const auto ends = block<double>(2 * n * d);
@@ -163,6 +164,7 @@ void run_segments(Dtype t, int64_t n, Weights w, const uint32_t* packed, const f
       expect(now.bytes == first.bytes, "topk_changes", t, d, w.stride_d != 1);
     }
   }
+  state = before;
 }
 
 // Arrays of exact size, so that a read beyond them is seen; all ways must give the same bits. `twist` varies what is in them.
