@@ -30,7 +30,7 @@ SIZES = {
         "neurons": ".0:output", "real_features": 32, "real_l1": 0.1, "real_steps": 40, "window": 10,
     },
     "default": {
-        "minutes": 25, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
+        "minutes": 15, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "dictionary": 512,
         "l1": 0.1, "steps": 2000, "cooldown": 500, "seeds": 3, "every": 50,
         "source": "smollm2", "context": 128, "train_tokens": 32_768, "held_tokens": 1024, "layer": 12, "write": ".mlp.down_proj",
         "read": ".mlp.gate_proj", "neurons": ".mlp.down_proj:input", "real_features": 1024, "real_l1": 0.3, "real_steps": 300,
