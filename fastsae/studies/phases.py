@@ -20,7 +20,7 @@ SIZES = {
         "cooldown": 10, "every": 20,
     },
     "default": {
-        "minutes": 1.5, "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024, "l1": 0.1, "steps": 4000,
+        "minutes": 3, "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99, "dictionary": 1024, "l1": 0.1, "steps": 4000,
         "cooldown": 1000, "every": 25,
     },
 }  # fmt: skip
