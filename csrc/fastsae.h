@@ -154,8 +154,8 @@ int64_t encode_topk(const Activations& x, const Weights& w, const float* scale, 
 //
 // counts [S]: changes of each segment, the first at s * capacity of t, leaves and enters; -1: undecided (more than `capacity` of them;
 // values beyond 1e18). kUnsupported where this level cannot screen, or W not row by row. Workspace: that of encode_topk's blocks with
-// 64 MiB of upper ends (or two rows), and for each thread 8 bytes a feature and 64 (112 of magnitudes) for each of at most 4 k + 256 +
-// features / 4 candidates; where there are more, 40 (80) bytes a feature at a time.
+// 64 MiB of upper ends (or two rows), and for each thread 8 bytes a feature and 44 (76 of magnitudes) for each of at most 4 k + 256 +
+// features / 4 candidates; where there are more, 32 (64) bytes a feature at a time.
 int64_t topk_changes(const Activations& x, const Weights& w, const float* bias, const double* ends, int64_t k, bool relu, bool absolute,
                      int64_t capacity, double* t, int32_t* leaves, int32_t* enters, int64_t* counts, int threads);
 

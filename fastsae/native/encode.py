@@ -251,6 +251,8 @@ def topk_changes(
     absolute: bool,
 ) -> tuple[Tensor, ...]:
     """Changes of the k best on segments: (t, leaves, enters, counts); counts of -1: undecided."""
+    if not 0 < k <= W.shape[0]:
+        raise ValueError(f"topk_changes: k must be above 0 and at most the number of features ({W.shape[0]}), got {k}")
     capacity, S = 32 * k + 64, len(p)
     counts, found = torch.empty(S, dtype=torch.int64, device="cpu"), list[tuple[Tensor, ...]]()
     at = torch.empty(min(S, _SEGMENTS), capacity, dtype=torch.float64, device="cpu")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsae
+from fastsae.native import loader
 from fastsae.ops import topk_changes
 from fastsae.ops.topk_changes import TOPK_CHANGES
 from fastsae.packed import PackedWeights
@@ -221,6 +222,10 @@ def test_sizes_and_wrong_arguments() -> None:
         (sae, x, x / 0, ValueError, "q must be finite"),
         (sae, x.long(), x, TypeError, "p must have dtype"),
     ]
+    for k in (0, 41):
+        if loader.unavailable() is None and loader.load().packs(5):
+            with pytest.raises(ValueError, match=rf"^topk_changes: k must be above 0 and at most .* \(40\), got {k}"):
+                TOPK_CHANGES(sae.W_enc.detach(), sae.b_enc.detach(), None, None, x.double(), x.double(), k, True, False, backend="cpu")
     for module, p, q, error, message in wrong:
         with pytest.raises(error, match=f"^dictionary_crossings: {message}"):
             dictionary_crossings(module, p, q)
