@@ -154,57 +154,45 @@ void panel_dot(const PanelDotJob& job, int64_t r, int64_t s0, int64_t s1) {
   }
 }
 
-// Reads 16 features of one column at a time.
-template <class T>
-FASTSAE_INLINE Vec column(const PackJob& job, int64_t u, int n, const int32_t* nearby, int64_t base, int64_t j) {
-  const T* const w = static_cast<const T*>(job.w) + (job.d0 + j) * job.stride_d;
-  if (job.used == nullptr && job.stride_f == 1) return n == kLanes ? load(w + u) : load_part(w + u, n);
-  if constexpr (sizeof(T) == 4) {
-    if (n == kLanes && nearby != nullptr) return gather(w + base, nearby);
-  }
-  T each[kLanes] = {};
-  for (int i = 0; i < n; ++i) each[i] = w[(job.used != nullptr ? job.used[u + i] : u + i) * job.stride_f];
-  return load(static_cast<const T*>(each));
-}
-
-// Lines of the features from u on, in 16 columns: more streams than the hardware prefetchers follow from page to page.
-template <class T>
-FASTSAE_INLINE void prefetch_columns(const PackJob& job, int64_t u, int64_t u1, int64_t j) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  const int columns = static_cast<int>(at_most(kLanes, job.width - j));
-  int64_t line = -1;
-  for (const int64_t stop = at_most(u + kLanes, u1); u < stop; ++u) {
-    const int64_t place = (job.used != nullptr ? job.used[u] : u) * job.stride_f;
-    if (place / kLine == line) continue;
-    line = place / kLine;
-    const T* const w = static_cast<const T*>(job.w) + (job.d0 + j) * job.stride_d + place;
-    for (int i = 0; i < columns; ++i) prefetch(reinterpret_cast<const char*>(w + i * job.stride_d));
-  }
-}
-
+// Columns of a strided W often lie a multiple of a page apart, so their lines compete for the same few places in every cache: they are copied
+// one after the other, never more than a few ahead, to a small block that is transposed from there.
 template <class T>
 void pack(const PackJob& job, int64_t u0, int64_t u1) {
-  T* const panel = static_cast<T*>(job.panel);
-  // 16 columns for all features, then the next 16: more streams than that and the hardware prefetchers lose them.
-  for (int64_t j = 0; j < kPanel; j += kLanes) {
-    for (int64_t u = u0; u < u1; u += kLanes) {
-      const int n = static_cast<int>(at_most(kLanes, u1 - u));
-      prefetch_columns<T>(job, u + 2 * kLanes, u1, j);
-      // Features in use ascend: their offsets from the first one fit 32 bits unless they are very far apart.
-      int32_t offsets[kLanes];
-      const int32_t* nearby = nullptr;
-      int64_t base = 0;
-      if (job.used != nullptr && n == kLanes && job.stride_f > 0) {
-        base = job.used[u] * job.stride_f;
-        if ((job.used[u + kLanes - 1] - job.used[u]) < INT32_MAX / job.stride_f) {
-          for (int i = 0; i < kLanes; ++i) offsets[i] = static_cast<int32_t>((job.used[u + i] - job.used[u]) * job.stride_f);
-          nearby = offsets;
+  constexpr int64_t kWide = 256, kStride = kWide + 64, kAhead = 4;
+  alignas(64) T block[kLanes * kStride] = {};
+  for (; u0 < u1; u0 += kWide) {
+    const int64_t width = at_most(kWide, u1 - u0);
+    const int64_t* const used = job.used != nullptr ? job.used + u0 : nullptr;
+    T* const panel = static_cast<T*>(job.panel) + u0 * kPanel;
+    for (int64_t j0 = 0; j0 < kPanel; j0 += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t j = j0 + i;
+        T* const to = block + i * kStride;
+        if (j >= job.width) {
+          for (int64_t u = 0; u < width; ++u) to[u] = T{};
+          continue;
+        }
+        const T* const from = static_cast<const T*>(job.w) + (job.d0 + j) * job.stride_d;
+        const T* const ahead = from + (j + kAhead < job.width ? kAhead * job.stride_d : 0);
+        if (used != nullptr) {
+          for (int64_t u = 0; u < width; ++u) {
+            prefetch(ahead + used[u] * job.stride_f);
+            to[u] = from[used[u] * job.stride_f];
+          }
+        } else if (job.stride_f == 1) {
+          for (int64_t u = 0; u < width; u += kLanes) prefetch(ahead + u0 + u);
+          __builtin_memcpy(to, from + u0, static_cast<size_t>(width) * sizeof(T));
+        } else {
+          for (int64_t u = 0; u < width; ++u) to[u] = from[(u0 + u) * job.stride_f];
         }
       }
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = j + i < job.width ? column<T>(job, u, n, nearby, base, j + i) : zero();
-      transpose(block);
-      for (int i = 0; i < n; ++i) store(panel + (u + i) * kPanel + j, block[i]);
+      for (int64_t u = 0; u < width; u += kLanes) {
+        Vec v[kLanes];
+        for (int i = 0; i < kLanes; ++i) v[i] = load(static_cast<const T*>(block) + i * kStride + u);
+        transpose(v);
+        const int64_t n = at_most(kLanes, width - u);
+        for (int64_t i = 0; i < n; ++i) store(panel + (u + i) * kPanel + j0, v[i]);
+      }
     }
   }
 }
