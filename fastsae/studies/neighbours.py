@@ -26,7 +26,7 @@ SIZES = {
         "shown": 2,
     },
     "default": {
-        "minutes": 40, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 128, "layers": [0, 6, 12, 18, 24, 29],
+        "minutes": 18, "source": "smollm2", "context": 128, "train_tokens": 200_000, "held_tokens": 128, "layers": [0, 6, 12, 18, 24, 29],
         "queries": 1000, "shown": 4,
     },
 }  # fmt: skip

@@ -35,9 +35,9 @@ SIZES = {
         "cooldown": 10, "snapshots": [0, 20, 60],
     },
     "default": {
-        "minutes": 30, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
-        "truths": ["random", "toy model"], "toy_steps": 1000, "sizes": [256, 512, 1024, 2048], "l1": powers(-1.5, -0.25, 6),
-        "stop": "converged", "max_steps": 5000, "cooldown": 1000, "snapshots": [0, 100, 250, 500, 1000, 2000],
+        "minutes": 12, "preset": "hoagy_correlated", "n_features": 512, "d": 256, "mean_active": 5.0, "rate": 0.99,
+        "truths": ["random", "toy model"], "toy_steps": 1000, "sizes": [256, 512, 1024], "l1": powers(-1.5, -0.25, 5),
+        "stop": "converged", "max_steps": 4000, "cooldown": 1000, "snapshots": [0, 100, 250, 500, 1000, 2000],
     },
 }  # fmt: skip
 
