@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
-from fastsae.ops.adam import ADAM, checked_options
+from fastsae.ops.adam import ADAM, bias_corrections, checked_options
 from fastsae.optim.jobs import Job, named_parameters, squares, unwrapped
 from fastsae.optim.optimiser import Optimiser, Option
 
@@ -73,10 +73,14 @@ class Adam(Optimiser):
         self.grad_norm: Tensor | None = None
 
     def _move(self, jobs: Sequence[Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
+        known: dict[tuple[Any, ...], Tensor | None] = {}
         for job in jobs:
             scale = None if factors is None else factors[job.member].to(job.views[0])
-            step = self._states[job.name].step
-            options = (rates[job.member], *map(float, self.betas), float(self.eps), float(self.weight_decay), step, job.unit, job.unit)
+            step, lr, betas = self._states[job.name].step, rates[job.member], tuple(map(float, self.betas))
+            if (key := (step, lr, job.views[0].dtype)) not in known:
+                count = self._counted(step)
+                known[key] = None if count is None else bias_corrections(count, lr, *betas).to(key[2])
+            options = (lr, *betas, float(self.eps), float(self.weight_decay), step, job.unit, job.unit, known[key])
             for views, tile in job.tiles():
                 ADAM(*views, *tile, scale, *options)
 
@@ -111,6 +115,7 @@ class Adam(Optimiser):
         """
         if isinstance(self.lr, Sequence):
             raise ValueError(f"Adam.to_torch: lr must be one number, got {self.lr}")
+        self.settle()
         kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
         parameters = list(self.parameters.values())
         step = torch.empty(0, dtype=torch.float32, device="cpu")
