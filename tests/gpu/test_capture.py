@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_marks import on_gpu
+from triton_marks import compiled, interpreted, on_gpu, passes_in_the_interpreter
 
 import fastsae
 from fastsae import SAE, AuxK, TopK
 from fastsae._core import finite, flags
+from fastsae.ops.adam import ADAM, adam_samples, bias_corrections
 from fastsae.optim import Adam, Signum
 from fastsae.optim.optimiser import Optimiser
 from fastsae.patch import _adam
@@ -110,6 +111,54 @@ def test_what_a_graph_cannot_hold_is_refused(acted: list[bool]) -> None:
     p = torch.nn.Parameter(x)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
         _adam.step(torch.optim.Adam([p]), {p: x})
+
+
+def with_corrections(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of ``adam`` with the number of the step in a tensor; the one of the host is wrong."""
+    *before, step, project, normalise = args
+    number = torch.full((), float(step), dtype=torch.float64, device=CPU)
+    corrections = bias_corrections(number, before[8], *before[9:11]).to(before[0].dtype)
+    return *before, 10 * step, project, normalise, corrections
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_on_the_device_is_the_number_of_the_host(dtype: torch.dtype) -> None:
+    for args in list(adam_samples(CPU, dtype, torch.Generator().manual_seed(0)))[::7]:
+        written = with_corrections(tuple(t.clone() if isinstance(t, Tensor) else t for t in args))
+        ADAM(*written)
+        ADAM.check(args, written[:3])
+
+
+@compiled
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    passes_in_the_interpreter(__file__, "-k", "the_kernel")
+
+
+@interpreted
+def test_the_kernel_takes_the_number_from_the_device() -> None:
+    from fastsae.kernels import adam
+
+    for args in list(adam_samples(CPU, torch.float32, torch.Generator().manual_seed(0)))[::29]:
+        if args[0].is_contiguous() and 0 < args[0].shape[1] <= adam.MOST_COLUMNS:
+            one, other = (tuple(t.clone() if isinstance(t, Tensor) else t for t in args) for _ in range(2))
+            adam.adam(*one)
+            adam.adam(*with_corrections(other))
+            assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(one[:3], other[:3], strict=True))
+
+
+@compiled
+@pytest.mark.slow
+def test_the_kernel_compiles() -> None:
+    import aot
+
+    from fastsae.kernels import adam
+
+    m = torch.zeros(512, 768, device=CPU)
+    with aot.record() as launches:
+        adam.adam(m, m, m, m, None, None, None, m[0, 0], 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, True, True, m[0, :2])
+    usage = aot.compile_launch(launches[0], 90)
+    assert usage.resources["STACK"] == usage.resources["LOCAL"] == 0
 
 
 @on_gpu
