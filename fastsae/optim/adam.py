@@ -41,6 +41,8 @@ class Adam(Optimiser):
             "raise" does not wait: from such a step on nothing is written until ``fastsae.check()``, ``state_dict()`` or one of 1000 steps
             reads the device's flag and raises; "skip" waits for the answer in every step.
 
+    A CUDA graph may hold a step, see "GPU, graphs, compile" in the guides; RuntimeError where it cannot.
+
     Example:
         >>> x, sae = torch.randn(64, 16), fastsae.SAE(16, 64, fastsae.TopK(4))
         >>> opt = fastsae.optim.Adam(sae, lr=3e-4, clip=1.0, schedule=fastsae.optim.warmup_linear_decay(1000, 8000, 10000))
