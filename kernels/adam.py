@@ -58,7 +58,7 @@ def unit_row(w, mask, COLUMNS: tl.constexpr):
 
 @kernel(do_not_specialize=["n_rows", "split"])
 def adam_kernel(
-    W, m, v, grad, values, rows, segments, chunks, partials, factor, squares,
+    W, m, v, grad, values, rows, segments, chunks, partials, factor, squares, corrections,
     n_rows, n_columns, split, stride_r, stride_g, stride_p,
     beta1, rest1, beta2, rest2, keep, move, root, eps,
     SPARSE: tl.constexpr, STRIDED: tl.constexpr, FACTOR: tl.constexpr, PROJECT: tl.constexpr, NORMALISE: tl.constexpr,
@@ -83,6 +83,9 @@ def adam_kernel(
         second = beta2 * tl.load(v + at, mask=mask, other=0) + rest2 * (g * g)
         tl.store(m + at, moment, mask=mask)
         tl.store(v + at, second, mask=mask)
+        if corrections is not None:
+            move = tl.load(corrections)
+            root = tl.load(corrections + 1)
         w = keep * tl.load(W + at, mask=mask, other=0)
         w = w - move * tl.div_rn(moment, tl.div_rn(tl.sqrt_rn(second), root) + eps)
         if NORMALISE:
@@ -96,11 +99,11 @@ def adam_kernel(
 def adam(
     W: Tensor, m: Tensor, v: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
     factor: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool,
-    normalise: bool,
+    normalise: bool, corrections: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One step in place; W, m and v are contiguous. The contract is fastsae.ops.adam's."""
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps)
-    _launch((W, m, v), grad, values, indices, crow, factor, None, numbers, project=project, normalise=normalise)
+    _launch((W, m, v), grad, values, indices, crow, factor, None, numbers, corrections, project=project, normalise=normalise)
 
 
 def grad_squares(
@@ -114,7 +117,8 @@ def grad_squares(
 
 def _launch(
     matrices: tuple[Tensor, Tensor | None, Tensor | None], grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None,
-    factor: Tensor | None, squares: Tensor | None, numbers: tuple[float, ...], *, project: bool, normalise: bool,
+    factor: Tensor | None, squares: Tensor | None, numbers: tuple[float, ...], corrections: Tensor | None = None, *, project: bool,
+    normalise: bool,
 ) -> None:  # fmt: skip
     (features, D), device = matrices[0].shape, matrices[0].device
     size, warps = row_size(D)
@@ -123,7 +127,7 @@ def _launch(
         if features == 0 or D == 0:
             return
         adam_kernel[(features,)](
-            *matrices, grad, *sparse, factor, squares,
+            *matrices, grad, *sparse, factor, squares, corrections,
             grad.shape[0], D, split, grad.stride(0), grad.stride(1), D, *numbers,
             SPARSE=values is not None, STRIDED=grad.stride(1) != 1, FACTOR=factor is not None, PROJECT=project, NORMALISE=normalise,
             SQUARES=squares is not None, COLUMNS=size, num_warps=warps, enable_fp_fusion=False,

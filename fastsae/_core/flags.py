@@ -18,6 +18,11 @@ _flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
 _lock = threading.Lock()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait then, and nothing that the host counts is seen by a replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def flag(device: torch.device) -> Tensor:
     """The int32 flag [1] of a device for bad indices, made at the first call."""
     return (_flags.get(device) or _create(device))[0]
@@ -31,7 +36,7 @@ def overflow(device: torch.device) -> Tensor:
 def _create(device: torch.device) -> tuple[Tensor, Tensor]:
     with _lock:
         if device not in _flags:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing(device):
                 # Made here it would lie in the graph's own memory, and each replay would clear it.
                 raise RuntimeError(f"fastsae: the first operation on {device} must run before a CUDA graph is captured")
             # An ordinary tensor even when the first call happens inside inference_mode: it is cleared outside.

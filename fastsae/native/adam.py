@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,9 +85,11 @@ def gradient_arguments(W: Tensor, grad: Tensor, values: Tensor | None, indices: 
 def refuses_adam(
     W: Tensor, m: Tensor, v: Tensor,
     grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
-    *options: float,
+    *options: Any,
 ) -> str | None:  # fmt: skip
     """Why `adam` cannot serve these inputs, or None."""
+    if options[8:] not in ((), (None,)):
+        return "corrections are given (supported: the number of the step)"
     if factor is not None and (factor.dtype is not torch.float32 or not factor.is_cpu):
         return f"factor {str(factor.dtype)[6:]} on {factor.device} (supported: float32 on cpu)"
     return refuses_gradient(grad, values, indices, crow, W=W, m=m, v=v)
@@ -104,6 +106,7 @@ def adam(
     W: Tensor, m: Tensor, v: Tensor,
     grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
+    corrections: None = None,
 ) -> None:  # fmt: skip
     """One step of Adam on W, m, v [F, D] with the same strides, rows or their transposed view; csrc/fastsae.h has the arithmetic.
 

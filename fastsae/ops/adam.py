@@ -15,7 +15,8 @@ with ``grad [rows, D]``, and row f is then what decode_dweight writes there: the
         W[f] = W[f] - lr / (1 - beta1^step) * m[f] / (sqrt(v[f]) / sqrt(1 - beta2^step) + eps)
         W[f] = W[f] / |W[f]|                              with ``normalise``, unless |W[f]| < 1e-8
 
-A factor that is NaN leaves W, m and v as they are: a step that shall not be taken, known to the device alone.
+``corrections [2]``, in W's dtype, are ``lr / (1 - beta1^step)`` and ``sqrt(1 - beta2^step)`` where the host has no ``step``: in a
+CUDA graph. A factor that is NaN leaves W, m and v as they are: a step that shall not be taken, known to the device alone.
 
 A feature without slots has g = 0: its moments decay and it moves all the same, which is what makes this Adam the dense one (Kingma and Ba
 2015, arXiv 1412.6980; decay after Loshchilov and Hutter 2019, arXiv 1711.05101). Sums are in float32 (float64 stays).
@@ -67,13 +68,23 @@ def gradient_tiles(
 
 
 def _move(
-    W: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, normalise: bool
-) -> None:
+    W: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, normalise: bool,
+    corrections: Tensor | None = None,
+) -> None:  # fmt: skip
     """The weights' part of a step, given their new moments."""
     W.mul_(1 - lr * weight_decay)
-    W.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps), value=-lr / (1 - beta1**step))
+    if corrections is None:
+        W.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps), value=-lr / (1 - beta1**step))
+    else:
+        move, root = corrections
+        W.sub_(move * m / (v.sqrt() / root + eps))
     if normalise:
         normalise_rows(W)
+
+
+def bias_corrections(step: Tensor, lr: float, beta1: float, beta2: float) -> Tensor:
+    """``[2]`` float64, for the number ``step []`` (float64) of a step that the device counts."""
+    return torch.stack([lr / (1 - beta1**step), (1 - beta2**step).sqrt()])
 
 
 def normalise_rows(W: Tensor) -> Tensor:
@@ -95,13 +106,14 @@ def adam_reference(
     W: Tensor, m: Tensor, v: Tensor,
     grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, project: bool, normalise: bool,
+    corrections: Tensor | None = None,
 ) -> None:  # fmt: skip
     for part, g in gradient_tiles(W, grad, values, indices, crow, project):
         g = g if factor is None else g * factor
         with kept_if_nan(factor, W[part], m[part], v[part]):
             m[part].lerp_(g, 1 - beta1)
             v[part].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            _move(W[part], m[part], v[part], lr, beta1, beta2, eps, weight_decay, step, normalise)
+            _move(W[part], m[part], v[part], lr, beta1, beta2, eps, weight_decay, step, normalise, corrections)
 
 
 def grad_squares_reference(
@@ -252,7 +264,8 @@ def triton_refuses_grad_squares(W: Tensor, *rest: Any) -> str | None:
 
 ADAM = Op(
     "adam(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor grad, Tensor? values, Tensor? indices, Tensor? crow, Tensor? factor, float lr, "
-    "float beta1, float beta2, float eps, float weight_decay, int step, bool project, bool normalise) -> ()",
+    "float beta1, float beta2, float eps, float weight_decay, int step, bool project, bool normalise, "
+    "Tensor? corrections=None) -> ()",
     adam_reference,
     fake=lambda *args: None,
     samples=adam_samples,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._core import checks
-from fastsae.ops.adam import ADAM, checked_options
+from fastsae.ops.adam import ADAM, bias_corrections, checked_options
 from fastsae.optim.jobs import Job, named_parameters, squares, unwrapped
 from fastsae.optim.optimiser import Optimiser, Option
 
@@ -40,6 +40,8 @@ class Adam(Optimiser):
             parameter. "skip": go on with the next batch; ``skipped`` counts (a parameter that is not finite raises all the same). On a GPU
             "raise" does not wait: from such a step on nothing is written until ``fastsae.check()``, ``state_dict()`` or one of 1000 steps
             reads the device's flag and raises; "skip" waits for the answer in every step.
+
+    A CUDA graph may hold a step, see "GPU, graphs, compile" in the guides; RuntimeError where it cannot.
 
     Example:
         >>> x, sae = torch.randn(64, 16), fastsae.SAE(16, 64, fastsae.TopK(4))
@@ -73,10 +75,14 @@ class Adam(Optimiser):
         self.grad_norm: Tensor | None = None
 
     def _move(self, jobs: Sequence[Job], rates: Sequence[float], factors: Sequence[Tensor] | None) -> None:
+        known: dict[tuple[Any, ...], Tensor | None] = {}
         for job in jobs:
             scale = None if factors is None else factors[job.member].to(job.views[0])
-            step = self._states[job.name].step
-            options = (rates[job.member], *map(float, self.betas), float(self.eps), float(self.weight_decay), step, job.unit, job.unit)
+            step, lr, betas = self._states[job.name].step, rates[job.member], tuple(map(float, self.betas))
+            if (key := (step, lr, job.views[0].dtype)) not in known:
+                count = self._counted(step)
+                known[key] = None if count is None else bias_corrections(count, lr, *betas).to(key[2])
+            options = (lr, *betas, float(self.eps), float(self.weight_decay), step, job.unit, job.unit, known[key])
             for views, tile in job.tiles():
                 ADAM(*views, *tile, scale, *options)
 
@@ -111,6 +117,7 @@ class Adam(Optimiser):
         """
         if isinstance(self.lr, Sequence):
             raise ValueError(f"Adam.to_torch: lr must be one number, got {self.lr}")
+        self.settle()
         kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
         parameters = list(self.parameters.values())
         step = torch.empty(0, dtype=torch.float32, device="cpu")

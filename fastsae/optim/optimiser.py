@@ -66,6 +66,7 @@ class Optimiser(torch.optim.Optimizer):
     _OPTIONS: tuple[str, ...]
     _BUFFERS: tuple[str, ...]
     _SUMS: tuple[str, ...] = ()  # lists that count over steps
+    _COUNTED_BY_HOST: str | None = None  # what a step takes from counters of the host, beside its number
 
     def __init__(
         self,
@@ -96,7 +97,8 @@ class Optimiser(torch.optim.Optimizer):
         self.schedule, self.unit_rows = schedule, unit_rows
         self.steps = 0
         self._states: dict[str, State] = {}
-        self._flag: Tensor | None = None  # on a GPU: whether a step was refused, and the steps taken before it
+        self._flag: Tensor | None = None  # on a GPU: whether a step was refused, the steps taken before it, and those of all time
+        self._captured = False  # in a CUDA graph, whose replays count on the GPU alone
         self._log: list[Any] = []  # the counters before each step since that was read
 
     @overload
@@ -168,9 +170,12 @@ class Optimiser(torch.optim.Optimizer):
         self._opt_called = True  # which a scheduler of torch looks at
         self._check_ready(op)
         self._check_options(op)
-        if len(self._log) >= 1000:
+        capturing = flags.capturing(next(iter(self.parameters.values())).device)
+        if not capturing and (self._captured or len(self._log) >= 1000):
             self.settle()
         jobs, states = self._jobs(op, {name: p.grad for name, p in self.parameters.items()} if gradients is None else gradients)
+        if capturing:
+            self._check_capture(op, states)
         schedule = 1.0 if self.schedule is None else float(self.schedule(self.steps))
         rates = [lr * schedule for lr in (self.lr if isinstance(self.lr, Sequence) else [self.lr])]
         for lr in rates:
@@ -211,27 +216,53 @@ class Optimiser(torch.optim.Optimizer):
             "Nothing has been changed; on_nonfinite='skip' leaves such batches out and counts them"
         )
 
+    def _check_capture(self, op: str, states: Mapping[str, State]) -> None:
+        """RuntimeError where a replay would not be the step that it looks like."""
+        known = self._flag is not None and all(self._states.get(name) is state for name, state in states.items())
+        reasons = (
+            (self._COUNTED_BY_HOST, f"the host counts {self._COUNTED_BY_HOST}"),
+            (self.schedule, "the host calls its schedule"),
+            (self.on_nonfinite == "skip", "on_nonfinite='skip' waits for the GPU"),
+            (self.world.virtual > 1, "its features are sharded"),
+            (not known or len(states) < len(self._states), "one of the same parameters must run before, which makes their state"),
+        )
+        if reason := next((reason for holds, reason in reasons if holds), None):
+            raise RuntimeError(f"{op}: a CUDA graph cannot hold this step: {reason}")
+        self._captured = True
+
+    def _counted(self, step: int) -> Tensor | None:
+        """``[]`` float64: the number of a step as a CUDA graph that is being captured counts it; None: none is."""
+        if self._flag is None or not flags.capturing(self._flag.device):
+            return None
+        return self._flag[2].to(torch.float64) + (step - self.steps)
+
     def _deferred(self, taken: Tensor) -> Tensor:
         """On a GPU, whose host does not wait: whether this step, or one since the last ``settle``, is refused; no step is taken from the
         first such one on."""
         if self._flag is None:
-            self._flag = torch.zeros(2, dtype=torch.int32, device=taken.device)
+            self._flag = torch.zeros(3, dtype=torch.int32, device=taken.device)
+            self._flag[2].fill_(self.steps)
             flags.watch(self)
         self._log.append((self.steps, {name: s.step for name, s in self._states.items()}, [list(getattr(self, n)) for n in self._SUMS]))
-        bad, count = self._flag[0], self._flag[1]
+        bad, counts = self._flag[0], self._flag[1:]
         bad.logical_or_(taken.logical_not())
-        count.add_(bad == 0)
+        counts.add_(bad == 0)
         return bad != 0
 
     def settle(self) -> None:
         """FloatingPointError where a step on a GPU was refused since the last call, which this waits for; counters are then those before
-        it, as weights, moments and buffers are."""
+        it, as weights, moments and buffers are. Where a CUDA graph holds a step, they are the GPU's, which counts replays."""
         log, self._log = self._log, []
-        if not log or self._flag is None:
+        if self._flag is None or not (log or self._captured):
             return
-        bad, count = self._flag.tolist()
-        self._flag.zero_()
-        if bad:
+        bad, count, total = self._flag.tolist()
+        self._flag[:2].zero_()
+        if self._captured:
+            ahead, self.steps = total - self.steps, total
+            self._states = {name: replace(state, step=state.step + ahead) for name, state in self._states.items()}
+            if bad:
+                raise FloatingPointError(f"{self._refusal('step')}. It, and all after it, were not taken")
+        elif bad:
             self.steps, steps, sums = log[count]
             self._states = {name: replace(self._states[name], step=step) for name, step in steps.items()}
             for name, value in zip(self._SUMS, sums):
@@ -356,6 +387,7 @@ class Optimiser(torch.optim.Optimizer):
         self.param_groups[0].update(group)
         if self._flag is not None:
             self._flag.zero_()
+            self._flag[2].fill_(steps)
 
     def room(self, name: str) -> dict[str, Tensor]:
         """What a state holds of a parameter, in its shape, to be filled."""

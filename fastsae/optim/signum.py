@@ -44,6 +44,7 @@ class Signum(Optimiser):
     _OPTIONS = ("lr", "momentum", "lr_max", "weight_sum", "training")
     _BUFFERS = ("z",)
     _SUMS = ("lr_max", "weight_sum")
+    _COUNTED_BY_HOST = "the weights of its average"
 
     def __init__(
         self,

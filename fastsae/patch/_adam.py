@@ -13,6 +13,7 @@ import torch
 import torch.optim.optimizer as _every_optimiser
 from torch import Tensor, nn
 
+from fastsae._core import flags
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, TiledGradient, densify
 from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient
@@ -99,6 +100,8 @@ def step(
         project: weights of unit features, from whose gradient the component along each feature is removed first.
         normalise: weights whose features have norm 1 afterwards. Both need feature-major memory.
     """
+    if any(flags.capturing(p.device) for p in gradients):  # the number of the step would stay what it is now
+        raise RuntimeError("an accelerated step of torch's Adam cannot be captured in a CUDA graph: capture one of fastsae.optim.Adam")
     projected, normalised = {id(p) for p in project}, {id(p) for p in normalise}
     jobs = []
     for group in optimizer.param_groups:

@@ -18,17 +18,16 @@ from fastsae.sae.activations import Gated
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import (
     AuxK,
+    DeadOnes,
     Loss,
     Pass,
     aux_denominator,
     combine,
-    dead_share,
     features,
     fired,
     part_norms,
     quotient,
     squares,
-    unranked,
 )
 from fastsae.sae.step import step
 
@@ -93,16 +92,15 @@ def forward(inputs: Inputs) -> Pass:
 
 
 def aux_term(inputs: Inputs, x_hat: Tensor, dead: Tensor, aux: AuxK) -> Tensor | None:
-    """The AuxK term before its coefficient. Waits for the number of dead features."""
-    x, w = inputs.x, inputs.weights
-    k, share = dead_share(aux, x.shape[1], int(dead.sum()))
-    if k == 0 or x.shape[0] == 0:
+    """The AuxK term before its coefficient. Waits for the dead features, see ``DeadOnes``."""
+    x, w, absolute = inputs.x, inputs.weights, inputs.activation.absolute
+    ones = DeadOnes.of(aux, x.shape[1], dead, w, absolute)
+    if ones.k == 0 or x.shape[0] == 0:
         return None
-    absolute = inputs.activation.absolute
-    b_enc, b_pre, scale = w.ranking
-    latents = encode_topk(x, w.W_enc, b_enc, k=k, b_pre=b_pre, scale=scale, features=dead, relu=aux.relu, absolute=absolute)
-    latents = replace(latents, values=unranked(latents.values, latents.indices, scale))
+    b, b_pre, scale = ones.ranking
+    latents = encode_topk(x, w.W_enc, b, k=ones.k, b_pre=b_pre, scale=scale, features=ones.features, relu=aux.relu, absolute=absolute)
+    latents = replace(latents, values=ones.kept(latents.values, latents.indices, w.rank)[0])
     e_hat = decode(latents, w.W_dec, w.b_dec if aux.bias else None)
     wide = accumulator(x_hat.dtype)
     residual = (inputs.target.to(wide) - x_hat.to(wide)).detach()
-    return share * quotient(squares(e_hat.to(wide), residual).sum(), aux_denominator(aux, residual, inputs.target))
+    return ones.share.to(wide) * quotient(squares(e_hat.to(wide), residual).sum(), aux_denominator(aux, residual, inputs.target))

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae._core import checks
+from fastsae._core import checks, flags
 from fastsae._core.world import ALONE, World
 from fastsae.latents import Latents, TopKLatents
 from fastsae.reference import accumulator
@@ -207,12 +207,6 @@ def fired(feature: Tensor, values: Tensor, n_features: int) -> Tensor:
     return hit.scatter_(0, torch.where(values != 0, feature, n_features).flatten(), True)[:n_features]
 
 
-def dead_share(aux: AuxK, d_in: int, dead: int) -> tuple[int, float]:
-    """(latents of ``e_hat``, factor of the term) for a number of dead features."""
-    k = aux.k or max(d_in // 2, 1)
-    return min(k, dead), min(dead / k, 1.0) if aux.share else 1.0
-
-
 def aux_denominator(aux: AuxK, residual: Tensor, target: Tensor, world: World = ALONE) -> Tensor:
     if aux.denominator == "tokens":
         return residual.new_full((), max(residual.shape[0], 1))
@@ -278,6 +272,43 @@ class Weights:
 def unranked(values: Tensor, indices: Tensor, rank: Tensor | None) -> Tensor:
     """The scores of what was selected by ``rank * score``; 0 where ``rank`` is."""
     return values if rank is None else quotient(values, rank[indices.long()])
+
+
+class DeadOnes(NamedTuple):
+    """How AuxK ranks the dead features: the ``k`` best of ``features`` by scores with the vectors of ``ranking``. share: ``[]`` float64,
+    the term's factor. ours: ``[F]`` bool, whose slots count; None: all."""
+
+    k: int
+    ranking: tuple[Tensor | None, Tensor | None, Tensor | None]
+    features: Tensor | None
+    share: Tensor
+    ours: Tensor | None
+
+    @classmethod
+    def of(cls, aux: AuxK, d_in: int, dead: Tensor, w: Weights, absolute: bool, world: World = ALONE) -> DeadOnes:
+        """Waits for the number of dead features. A CUDA graph cannot: while one is captured all features are ranked, those that live by a
+        score that no other is below. That is a dense encoder's time, where a wait takes none; so it is done there alone."""
+        k = aux.k or max(d_in // 2, 1)
+        if not flags.capturing(dead.device):
+            n = int(world.count(dead.sum())) // world.copies
+            share = torch.full((), min(n / k, 1.0) if aux.share else 1.0, dtype=torch.float64, device=dead.device)
+            return cls(min(k, n), w.ranking, dead, share, None)
+        share = (dead.sum(dtype=torch.float64) / k).clamp_max(1.0) if aux.share else dead.any().to(torch.float64)
+        b, b_pre, scale = w.ranking
+        b = w.W_enc.new_zeros(()) if b is None else b
+        if absolute:  # the least magnitude is 0
+            b, scale = torch.where(dead, b, 0), torch.where(dead, w.W_enc.new_ones(()) if scale is None else scale, 0)
+        else:
+            b = torch.where(dead, b, -torch.inf)
+        return cls(min(k, len(dead)), (b, b_pre, scale), None, share, dead)
+
+    def kept(self, values: Tensor, indices: Tensor, rank: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(values of the slots, 0 in those that do not count; which are no NaN and count)."""
+        values = unranked(values, indices, rank)
+        if self.ours is None:
+            return values, ~values.isnan()
+        count = self.ours[indices.long()]
+        return torch.where(count, values, 0), ~values.isnan() & count
 
 
 def part_norms(W_dec: Tensor, layers: int) -> Tensor:

@@ -356,7 +356,8 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
             and ``W_dec`` as ``RowGradient``, or as ``TiledGradient`` in the dense regime and where a term is not made of slots
             (``l1``'s on the decoder's norms). A ``TiledGradient`` reads the weights when asked: take each range before it is changed.
             ``gradients.accumulate`` adds up micro-batches. Equal to autograd's of ``loss`` up to rounding. Metrics are not waited for; the
-            host waits for a device only with ``mask``, ``aux`` and the ragged activations' slots.
+            host waits for a device only with ``mask``, ``aux`` (not in a CUDA graph), the ragged activations' slots, and where ReLU,
+            JumpReLU or Gated have no ``dense`` to say which regime it is.
         """
         self._refuse_past_wrapper("SAE.step_gradients", forwarding=False)
         return step(self.step_inputs("SAE.step_gradients", x, target, mask, l1, l0, aux))

@@ -29,6 +29,7 @@ from fastsae.sae.activations import Activation, BatchTopK, TopK
 from fastsae.sae.inputs import Inputs
 from fastsae.sae.losses import (
     AuxK,
+    DeadOnes,
     Metrics,
     Pass,
     Terms,
@@ -36,7 +37,6 @@ from fastsae.sae.losses import (
     aux_denominator,
     by_parts,
     combine,
-    dead_share,
     fired,
     part_norms,
     quotient,
@@ -344,23 +344,26 @@ def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:
 def aux_step(
     grad: Sum, x: Tensor, target: Tensor, x_hat: Tensor, dead: Tensor, w: Weights, aux: AuxK, absolute: bool, world: World
 ) -> Tensor | None:
-    """The AuxK term before its coefficient; adds its gradients. Waits for the number of dead features."""
-    k, share = dead_share(aux, x.shape[1], int(world.count(dead.sum())) // world.copies)
-    if k == 0 or x.shape[0] == 0:
+    """The AuxK term before its coefficient; adds its gradients. Waits for the dead features, see ``DeadOnes``."""
+    ones = DeadOnes.of(aux, x.shape[1], dead, w, absolute, world)
+    if ones.k == 0 or x.shape[0] == 0:
         return None
     wide, backend = accumulator(x.dtype), then_any(preference(None))
     if world.virtual > 1:
-        slots = selection.top_k(world.share(x), w, k, aux.relu, world, dead, absolute)
+        slots = selection.top_k(world.share(x), w, ones.k, aux.relu, world, dead, absolute)
+        passes = ~slots.values.isnan()
     else:
-        values, indices = ENCODE_TOPK(x, w.W_enc, *w.ranking, dead, None, k, aux.relu, absolute, backend=backend)
-        slots = latents.Slots(unranked(values, indices, w.rank), indices, None)
+        values, indices = ENCODE_TOPK(x, w.W_enc, *ones.ranking, ones.features, None, ones.k, aux.relu, absolute, backend=backend)
+        values, passes = ones.kept(values, indices, w.rank)
+        slots = latents.Slots(values, indices, None)
     e_hat = decoded(slots, w.W_dec, w.b_dec.to(w.W_dec.dtype) if aux.bias else None, world).to(wide)
     residual = target.to(wide) - x_hat.to(wide)
     denominator = aux_denominator(aux, residual, target, world)
-    passes = slots.values > 0 if aux.relu else ~slots.values.isnan()
+    passes = slots.values > 0 if aux.relu else passes
     values, indices, crow, passes, *_ = Slots(*slots, passes).complete(world)
     difference = e_hat - residual
-    g = (difference * quotient(denominator.new_full((), 2 * aux.coefficient * share), denominator)).to(w.W_dec.dtype)
+    factor = 2 * aux.coefficient * ones.share
+    g = (difference * quotient(factor.to(wide), denominator)).to(w.W_dec.dtype)
     dvalues = DECODE_DVALUES(g, indices, crow, w.W_dec, backend=backend)
     grad.add("W_dec", RowGradient(values, indices, crow, g, w.W_enc.shape[0]))
     if aux.bias:
@@ -369,4 +372,4 @@ def aux_step(
     xc = next((part.rows for part in grad.parts["W_enc"] if isinstance(part, RowGradient)), None)
     xc = _centred(x, w) if xc is None else xc
     _through_scores(grad, Slots(values, indices, crow, passes), dvalues, x, xc, w, "b_enc", backend, world=world)
-    return share * quotient(world.sum(difference.square()), denominator)
+    return ones.share.to(wide) * quotient(world.sum(difference.square()), denominator)

@@ -205,7 +205,7 @@ def test_other_chips(capability: tuple[int, int]) -> None:
 WAITS = {
     "TopK": set(), "BatchTopK": {"__int__ in encode.py:ragged"}, "ReLU": {"__float__ in tiles.py:measured_density"},
     "JumpReLU": {"__float__ in tiles.py:measured_density"}, "Gated": {"__float__ in tiles.py:measured_density"},
-    "TopK and AuxK": {"__int__ in step.py:aux_step", "nonzero in checks.py:sorted_subset"},
+    "TopK and AuxK": {"__int__ in losses.py:of", "nonzero in checks.py:sorted_subset"},
 }  # fmt: skip
 
 
@@ -230,6 +230,24 @@ def test_a_training_step_waits_as_documented(activation: str, optimiser: str, cu
     assert not gpu.copies
     moved = [launch for launch in gpu.launches if launch.name == f"{optimiser.lower()}_kernel"]
     assert len(moved) >= len(list(sae.parameters()))
+
+
+@pytest.mark.parametrize("activation", [activation for activation in WAITS if activation != "BatchTopK"])
+def test_a_captured_step_waits_for_nothing(activation: str, gpu: FakeCuda) -> None:
+    """AuxK too, and in the dense regime where it was asked for; the number of the step is the device's."""
+    made = getattr(fastsae, activation.partition(" ")[0])
+    sae = gpu.move(fastsae.SAE(256, 4096, made(16) if "TopK" in activation else made(), dense="TopK" not in activation))
+    opt = fastsae.optim.Adam(sae, lr=1e-3, clip=1.0)
+    terms: dict[str, Any] = {"aux": fastsae.AuxK()} if "AuxK" in activation else {}
+    opt.step(gpu.tensor((512, 256)), **terms)
+    gpu.forget()
+    gpu.capturing = True
+    opt.step(gpu.tensor((512, 256)), **terms)
+    assert not gpu.syncs
+    assert not gpu.copies
+    moved = [launch for launch in gpu.launches if launch.name == "adam_kernel" and launch.arguments.get("m", 0) == 0]
+    assert moved
+    assert all("corrections" not in launch.arguments for launch in moved)  # a tensor, none of the numbers
 
 
 def test_a_captured_call_needs_one_before(gpu: FakeCuda) -> None:

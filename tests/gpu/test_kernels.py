@@ -23,7 +23,9 @@ from triton_marks import CI, CPU, compiled, interpreted, on_gpu, passes_in_the_i
 pytest.importorskip("triton")
 
 from fastsae._core import flags, triton_support
+from fastsae.kernels import _problem, encode
 from fastsae.kernels import decode as kernels
+from fastsae.latents import ScoreInputs
 
 
 @compiled
@@ -255,6 +257,30 @@ def test_sizes_of_zero(rows: int, k: int, n_features: int, D: int, layout: str) 
     crow = torch.arange(rows + 1) * k
     args = (torch.ones(rows * k), indices.reshape(-1), crow, *args[3:])
     assert_close(args, computed(*args), torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("columns", "size", "weight", "crowded"), [(2, 1000, 1, 0), (16, 100, 1, 0), (2, 1000, 0.01, 0), (48, 1000, 0.01, 1)]
+)
+def test_outlier_columns_that_crowd_a_screened_row(columns: int, size: float, weight: float, crowded: float) -> None:
+    """A model in float64 of what the screen leaves of the k best: more than the room for it only with many columns that features ignore."""
+    generator = torch.Generator().manual_seed(0)
+    rows, D, F, k = 16, 512, 4096, 16
+    x, W = torch.randn(rows, D, generator=generator), torch.randn(F, D, generator=generator)
+    far = torch.randperm(D, generator=generator)[:columns]
+    x[:, far], W[:, far] = x[:, far] * size, W[:, far] * weight
+    operands = _problem.Operands.of(_problem.problem(ScoreInputs(x, W, None)))
+    ((_, panel, _),) = operands.panels(_problem.problem(ScoreInputs(x, W, None)))
+    (a, c, back), (norm, loss, W_back) = operands.x_factors.double()[:, :, None], operands.W_factors.double()
+    r = (operands.x.double() @ panel.double().T) * back * W_back
+    n = int(operands.n_far)
+    assert n == min(columns, 8)
+    upper, scores = r + operands.x_far[:n].double().T @ operands.W_far[:n].double() + a * norm + c * loss, x.double() @ W.double().T
+    assert bool((upper >= scores).all())
+    least = scores.gather(1, upper.topk(k).indices).amin(1, keepdim=True)
+    room = encode.Buckets(1, 128, F // 128, k).extra
+    assert float(((upper >= least).sum(1) - k > room).double().mean()) == crowded
 
 
 @interpreted

@@ -150,6 +150,25 @@ def test_dead_features_reconstruct_the_error(kind: str, aux: str, regime: bool) 
         assert bool((gradient[dead] != 0).any())
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gated"])
+@pytest.mark.parametrize("aux", AUX)
+@pytest.mark.parametrize("asleep", [10, 0])
+def test_a_captured_step_ranks_the_dead_features_without_waiting(kind: str, aux: str, asleep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs while a CUDA graph is captured, here on the CPU: the bits of the step that knows the list."""
+    steps = []
+    for captured in (False, True):
+        monkeypatch.setattr("fastsae._core.flags.capturing", lambda device, captured=captured: captured)
+        sae = build(kind, dense=False, aux=fitting(kind, AUX[aux]), prefixes=[12, F], dtype=torch.float32)
+        if not asleep:
+            sae.silent.zero_()
+        metrics, gradients = sae.step_gradients(**inputs(sae))
+        steps.append([*metrics, *map(densify, gradients.values())])
+    for a, b in zip(*steps, strict=True):
+        assert a.dtype is b.dtype and torch.equal(a, b)
+    sae = build(kind, dense=False, aux=fitting(kind, AUX[aux]))
+    compare(sae, inputs(sae))  # autograd's way, too
+
+
 @pytest.mark.parametrize("kind", ["topk", "abstopk"])
 def test_the_auxiliary_loss_in_words(kind: str) -> None:
     sae = build(kind, l1=0.0)

@@ -13,11 +13,13 @@ backward that changes. ReLU, JumpReLU and gated dictionaries of which more than 
 take the library's products.
 
 What does not: parameters, names and shapes in ``state_dict``, files, losses, schedulers, dead-feature counts, AuxK, thresholds,
-resampling, ``loss`` (which logging calls). Numbers agree up to rounding, selections outside ties.
+resampling, ``loss`` (which logging calls). Numbers agree up to rounding, selections outside ties; under autocast to bfloat16 selections are
+those of the rounded inputs.
 
-Two things differ. The first fast update lays the weights out feature-major in memory (``decoder.weight`` stays ``[D, F]``, with strides
-``(1, D)``); ``torch.save`` keeps that, and other formats may want ``.contiguous()``. And the projection leaves out the 1e-6 that the
-library adds to norms that are 1, about 2e-6 of a component that is being removed.
+Three things differ. The first fast update lays the weights out feature-major in memory (``decoder.weight`` stays ``[D, F]``, with strides
+``(1, D)``); ``torch.save`` keeps that, and other formats may want ``.contiguous()``. The projection leaves out the 1e-6 that the
+library adds to norms that are 1, about 2e-6 of a component that is being removed. And ``b_dec`` of a Matryoshka trainer keeps its dtype
+where the library gives it that of the first batch.
 
 The library's main branch reports the version of the release: an ``update`` that differs from the release's (it has no ``k_anneal_steps``)
 is the library's own, as a warning and ``fastsae.report`` say; its dictionary stays fast.

@@ -4,6 +4,8 @@
     da = <dL/dx_hat, W_dec[f]>               dW_dec = slots x dL/dx_hat                  dW_enc = slots x (x - b_dec)
     dW_dec -> without its component along each feature -> clipped by the norm of all -> Adam -> unit features
 
+Under autocast to bfloat16, as ``trainSAE`` can have it, what is multiplied is rounded, as there; sums are not. Batches may be so, too.
+
 The weights are laid out feature-major in memory (their shapes stay), so that one pass over each forms the gradient row by row.
 """
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastsae._core import checks
 from fastsae.dispatch import preference, then_any
 from fastsae.gradients import Gradient, RowGradient, densify, total
 from fastsae.ops.decode import DECODE, DECODE_DVALUES
@@ -36,6 +39,7 @@ from fastsae.patch.dictionary_learning.sae import (
     why_dense,
 )
 from fastsae.reference import running_sums
+from fastsae.sae.inputs import autocast_off
 from fastsae.sae.step import Groups, Slots
 
 MANY_FIRE = "more than 1/8 of the latents fire: the library's dense forward and backward, our projection and optimiser step"
@@ -104,16 +108,22 @@ def why_not_fused(trainer: Any, x: Tensor) -> str | None:
         return reason
     if tampered(ae):
         return "the dictionary has a hook"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"
-    W = encoder(ae)
-    if x.dim() != 2 or x.shape[0] == 0 or x.dtype is not W.dtype or x.device != W.device or x.requires_grad:
+    W, low = encoder(ae), _multiplied(ae)
+    if low not in (W.dtype, torch.bfloat16):
+        return f"autocast to {str(low)[6:]} is on"
+    if x.dim() != 2 or x.shape[0] == 0 or x.dtype not in (W.dtype, low) or x.device != W.device or x.requires_grad:
         return f"the batch is {list(x.shape)} {x.dtype} on {x.device} (supported: rows of the dtype and device of the weights)"
     if any(not p.requires_grad or (p.grad is not None and not recipe(trainer).clears_first) for p in ae.parameters()):
         return "a parameter is frozen or has a gradient already"
-    if kind_of(ae).activation in ("relu", "gated", "jumprelu") and _fires(ae, x):
+    if kind_of(ae).activation in ("relu", "gated", "jumprelu") and _fires(ae, x.to(W.dtype)):
         return MANY_FIRE
     return None
+
+
+def _multiplied(ae: Any) -> torch.dtype:
+    """What products round to: the dtype of autocast where it is on, which leaves float64 alone."""
+    W = encoder(ae)
+    return torch.get_autocast_dtype(W.device.type) if W.dtype is torch.float32 and checks.autocasting(W.device) else W.dtype
 
 
 def _fires(ae: Any, x: Tensor) -> bool:
@@ -138,15 +148,17 @@ class TrainerMethods:
         if how.clears_first:
             self.optimizer.zero_grad()
         if reason is None:
-            with torch.no_grad():
-                loss, gradients = STEPS[type(self).__qualname__](self, x, step)
+            low = _multiplied(ae)
+            with torch.no_grad(), autocast_off(x):
+                loss, gradients = STEPS[type(self).__qualname__](self, x.to(encoder(ae).dtype), step, low)
         else:
             if reason not in BY_DESIGN:
                 warn_once(self, reason)
             loss = self.loss(x, step=step)
             loss.backward()
             gradients = {p: p.grad for p in ae.parameters() if p.grad is not None}
-        apply(self, gradients)
+        with autocast_off(x):
+            apply(self, gradients)
         if not how.clears_first:
             self.optimizer.zero_grad()
         self.scheduler.step()
@@ -199,7 +211,7 @@ def apply(trainer: Any, gradients: dict[Tensor, Any]) -> None:
             projected = (p,)
         elif p in gradients:  # not unit features yet: the library's formula on a dense gradient
             given = gradients[p]
-            g = densify(given.gradient if isinstance(given, _adam.Feature) else given)
+            g = densify(given.gradient if isinstance(given, _adam.Feature) else given).to(W.dtype)
             unit = W / (norm if how.constrained else norm + 1e-6).unsqueeze(1)
             g = g.addcmul(torch.linalg.vecdot(g, unit).unsqueeze(1), unit, value=-1)
             gradients[p] = _adam.Feature(g) if isinstance(given, _adam.Feature) else g
@@ -210,23 +222,24 @@ def apply(trainer: Any, gradients: dict[Tensor, Any]) -> None:
 
 
 class _Backward:
-    """Gradients of a code's slots; ``xc``: what the encoder multiplied."""
+    """Gradients of a code's slots; ``xc``: what the encoder multiplied. What is multiplied is rounded to ``low``."""
 
-    def __init__(self, ae: Any, xc: Tensor):
-        self.ae, self.xc, self.backend = ae, xc, then_any(preference(None))
-        self.W, self.n_features = encoder(ae), encoder(ae).shape[0]
+    def __init__(self, ae: Any, xc: Tensor, low: torch.dtype):
+        self.ae, self.xc, self.backend, self.low, self.dtype = ae, xc.to(low), then_any(preference(None)), low, xc.dtype
+        self.W, self.W_dec, self.n_features = encoder(ae).to(low), decoder(ae).to(low), encoder(ae).shape[0]
         self.parts: dict[str, list[Gradient]] = {"encoder": [], "decoder": []}
         self.biases: dict[Tensor, list[Tensor]] = {}
         self.b_dec: list[Tensor] = []
 
     def decode(self, slots: Slots) -> Tensor:
-        return DECODE(slots.values, slots.indices, slots.crow, decoder(self.ae), None, backend=self.backend)
+        return DECODE(slots.values.to(self.low), slots.indices, slots.crow, self.W_dec, None, backend=self.backend).to(self.dtype)
 
     def dvalues(self, slots: Slots, G: Tensor) -> Tensor:
-        return DECODE_DVALUES(G, slots.indices, slots.crow, decoder(self.ae), backend=self.backend)
+        return DECODE_DVALUES(G.to(self.low), slots.indices, slots.crow, self.W_dec, backend=self.backend).to(self.dtype)
 
     def into_decoder(self, slots: Slots, G: Tensor) -> None:
-        self.parts["decoder"].append(RowGradient(slots.values, slots.indices, slots.crow, G, self.n_features))
+        values, G = slots.values.to(self.low), G.to(self.low)
+        self.parts["decoder"].append(RowGradient(values, slots.indices, slots.crow, G, self.n_features))
 
     def sums(self, per_slot: Tensor, slots: Slots) -> Tensor:
         """``[F]``: over the slots of each feature."""
@@ -236,10 +249,10 @@ class _Backward:
         """``stretch [F]``: what multiplies the product in these latents, before the bias."""
         dp = torch.where(slots.passes, dvalues, 0)
         self.biases.setdefault(bias, []).append(self.sums(dp, slots))
-        dp = dp if stretch is None else dp * stretch[slots.indices]
+        dp = (dp if stretch is None else dp * stretch[slots.indices]).to(self.low)
         self.parts["encoder"].append(RowGradient(dp, slots.indices, slots.crow, self.xc, self.n_features))
         if kind_of(self.ae).activation != "jumprelu":
-            self.b_dec.append(-DECODE(dp, slots.indices, slots.crow, self.W, None, backend=self.backend).sum(0))
+            self.b_dec.append(-DECODE(dp, slots.indices, slots.crow, self.W, None, backend=self.backend).to(self.dtype).sum(0))
 
     def result(self) -> dict[Tensor, Any]:
         W_enc, W_dec = _matrices(self.ae)
@@ -248,12 +261,11 @@ class _Backward:
         return gradients | {decoder_bias(self.ae): torch.stack(self.b_dec).sum(0)}
 
 
-def _top(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]:
+def _top(trainer: Any, x: Tensor, step: int, low: torch.dtype) -> tuple[Tensor, dict[Tensor, Any]]:
     """TopK, BatchTopK and Matryoshka: the selected latents' error, of each group, and AuxK."""
     ae, batch = trainer.ae, kind_of(trainer.ae).activation == "batchtopk"
-    xc = centred(ae, x)
-    back = _Backward(ae, xc)
-    W, b, k = back.W, encoder_bias(ae), int(ae.k)
+    back = _Backward(ae, centred(ae, x), low)
+    W, b, k, xc = back.W, encoder_bias(ae), int(ae.k), back.xc
     if batch:
         values, indices, crow, _ = ENCODE_BATCH_TOPK(xc, W, b, None, None, None, None, float(k), backend=preference(None))
         fired = indices[values > 0]
@@ -265,8 +277,8 @@ def _top(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]
         trainer.update_threshold(values)
     groups, weights = _levels(trainer, back.n_features)
     grouped = Groups.of(slots, groups, x.shape[0])
-    parts = DECODE(grouped.values, grouped.indices, grouped.crow, decoder(ae), None, backend=back.backend)
-    x_hats = running_sums(parts.reshape(len(groups), x.shape[0], -1)) + decoder_bias(ae)
+    in_groups = Slots(grouped.values, grouped.indices, grouped.crow, slots.passes)
+    x_hats = running_sums(back.decode(in_groups).reshape(len(groups), x.shape[0], -1)) + decoder_bias(ae)
     errors = x - x_hats
     losses = errors.square().sum(-1).mean(1)
     loss = (losses * weights).sum()
@@ -274,9 +286,8 @@ def _top(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]
     G = G if len(groups) == 1 else running_sums(G.flip(0)).flip(0)
     flat = G.flatten(0, 1)
     back.b_dec.append(G[0].sum(0))
-    back.into_decoder(Slots(grouped.values, grouped.indices, grouped.crow, slots.passes), flat)
-    da = DECODE_DVALUES(flat, grouped.indices, grouped.crow, decoder(ae), backend=back.backend)
-    back.into_encoder(slots, grouped.restore(da, values), b)
+    back.into_decoder(in_groups, flat)
+    back.into_encoder(slots, grouped.restore(back.dvalues(in_groups, flat), values), b)
 
     trainer.effective_l0 = trainer.k if batch else k
     trainer.num_tokens_since_fired += x.shape[0]
@@ -316,18 +327,17 @@ def _aux(trainer: Any, back: _Backward, residual: Tensor) -> Tensor:
     return ratio.nan_to_num(0.0)
 
 
-def _standard(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]:
+def _standard(trainer: Any, x: Tensor, step: int, low: torch.dtype) -> tuple[Tensor, dict[Tensor, Any]]:
     """ReLU and L1."""
     ae = trainer.ae
-    xc = centred(ae, x)
-    back = _Backward(ae, xc)
+    back = _Backward(ae, centred(ae, x), low)
     values, col, crow, _ = ENCODE_THRESHOLD(
-        xc, back.W, encoder_bias(ae), None, None, None, None, x.new_zeros(()), None, backend=preference(None)
+        back.xc, back.W, encoder_bias(ae), None, None, None, None, x.new_zeros(()), None, backend=preference(None)
     )
     slots = Slots(values, col, crow, ~values.isnan())
     error = x - back.decode(slots) - decoder_bias(ae)
     weight = trainer.l1_penalty * trainer.sparsity_warmup_fn(step)
-    loss = error.square().sum(-1).mean() + weight * values.sum() / x.shape[0]
+    loss = error.square().sum(-1).mean() + weight * values.sum(dtype=x.dtype) / x.shape[0]
     G = error * (-2 / x.shape[0])
     back.b_dec.append(G.sum(0))
     back.into_decoder(slots, G)
@@ -338,10 +348,10 @@ def _standard(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     return loss, back.result()
 
 
-def _gated(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]:
+def _gated(trainer: Any, x: Tensor, step: int, low: torch.dtype) -> tuple[Tensor, dict[Tensor, Any]]:
     """Gates and magnitudes; L1 and a reconstruction of its own (the decoder detached) train the gates."""
     ae, rows = trainer.ae, x.shape[0]
-    back = _Backward(ae, centred(ae, x))
+    back = _Backward(ae, centred(ae, x), low)
     stretch, preferred = ae.r_mag.detach().exp(), preference(None)
     values, col, crow = ENCODE_GATED(back.xc, back.W, ae.gate_bias, ae.r_mag, ae.mag_bias, None, None, backend=preferred)
     slots = Slots(values, col, crow, ~values.isnan())
@@ -350,7 +360,7 @@ def _gated(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any
     error = x - back.decode(slots) - ae.decoder_bias
     gate_error = x - back.decode(gate) - ae.decoder_bias
     weight = trainer.l1_penalty * trainer.sparsity_warmup_fn(step)
-    loss = (error.square().sum() + weight * gate.values.sum() + gate_error.square().sum()) / rows
+    loss = (error.square().sum() + weight * gate.values.sum(dtype=x.dtype) + gate_error.square().sum()) / rows
     G = error * (-2 / rows)
     back.b_dec.append(G.sum(0))
     back.into_decoder(slots, G)
@@ -361,21 +371,21 @@ def _gated(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any
     return loss, back.result() | {ae.r_mag: dr_mag.to(ae.r_mag.dtype)}
 
 
-def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, Any]]:
+def _jumprelu(trainer: Any, x: Tensor, step: int, low: torch.dtype) -> tuple[Tensor, dict[Tensor, Any]]:
     """JumpReLU and the squared distance of L0 from its target, straight-through in the thresholds.
 
     As in the library, the count compares latents, not scores, with the thresholds: zeros count where a threshold is below 0, and are in its
     band where it is near 0.
     """
     ae, width, rows = trainer.ae, float(trainer.bandwidth), x.shape[0]
-    back = _Backward(ae, x)
+    back = _Backward(ae, x, low)
     theta = ae.threshold.detach()
-    low = theta.clamp_max(0)  # scores above a negative threshold are kept, negative ones too: as scores above 0 of a raised bias
+    least = theta.clamp_max(0)  # scores above a negative threshold are kept, negative ones too: as scores above 0 of a raised bias
     values, col, crow, flags = ENCODE_THRESHOLD(
-        x, back.W, ae.b_enc - low, None, None, None, None, theta - low, width, backend=preference(None)
+        back.xc, back.W, ae.b_enc - least, None, None, None, None, theta - least, width, backend=preference(None)
     )
     active, band = (flags & 1).bool(), (flags & 2).bool()
-    values = torch.where(active, values + low[col], 0)
+    values = torch.where(active, values + least[col], 0)
     slots = Slots(values, col, crow, active & ~values.isnan())
     error = x - back.decode(slots) - ae.b_dec
     counts = torch.bincount(col[active], minlength=back.n_features)
@@ -396,7 +406,7 @@ def _jumprelu(trainer: Any, x: Tensor, step: int) -> tuple[Tensor, dict[Tensor, 
     return loss, back.result() | {ae.threshold: (-dtheta / width).to(theta.dtype)}
 
 
-STEPS: dict[str, Callable[[Any, Tensor, int], tuple[Tensor, dict[Tensor, Any]]]] = {
+STEPS: dict[str, Callable[[Any, Tensor, int, torch.dtype], tuple[Tensor, dict[Tensor, Any]]]] = {
     "TopKTrainer": _top,
     "BatchTopKTrainer": _top,
     "MatryoshkaBatchTopKTrainer": _top,
