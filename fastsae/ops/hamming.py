@@ -94,18 +94,14 @@ def _popcount(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _check(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import check_equal
-
-    return check_equal(_popcount(args[0], args[1]), result, "distances")
+def _check(testing: Any, args: tuple[Any, ...], result: Any) -> float:
+    return testing.check_equal(_popcount(args[0], args[1]), result, "distances")
 
 
-def _check_topk(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import check_equal
-
+def _check_topk(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     a, b, k = args
     distance, index = _popcount(a, b).sort(dim=1, stable=True)
-    return check_equal((distance[:, :k], index[:, :k]), result, "distance,index")
+    return testing.check_equal((distance[:, :k], index[:, :k]), result, "distance,index")
 
 
 # ---------------------------------------------------------------- rows

@@ -47,18 +47,16 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         yield special, k, True
 
 
-def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
+def _check(testing: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     """Another way than the reference's: a stable sort of the whole row in float64."""
-    from fastsae.testing import Mismatch, check_equal
-
     z, k, relu = args
     values, indices = z.double().sort(dim=1, descending=True, stable=True)
     values = values[:, :k].relu() if relu else values[:, :k]
     want, got = values.to(z.dtype), result[0]
     if got.dtype != want.dtype:
-        raise Mismatch(f"values: expected {want.dtype}, got {got.dtype}")
+        raise testing.Mismatch(f"values: expected {want.dtype}, got {got.dtype}")
     parts = [(v.isnan(), v.masked_fill(v.isnan(), 0)) for v in (want, got)]
-    return check_equal((*parts[0], indices[:, :k]), (*parts[1], result[1]), "NaN,values,indices")
+    return testing.check_equal((*parts[0], indices[:, :k]), (*parts[1], result[1]), "NaN,values,indices")
 
 
 # ---------------------------------------------------------------- rows

@@ -195,48 +195,33 @@ def _word_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
         yield words, neurons
 
 
-def _sure_bits(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sure_bits(testing: Any, x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> tuple[Tensor, Tensor]:
     """(bits by float64, where float32 must agree)."""
-    from fastsae.testing import score_band
-
-    score = score_band(x, W, b)
+    score = testing.score_band(x, W, b)
     everything = torch.ones_like(score.exact, dtype=torch.bool)
     sure = (score.exact.abs() > score.band) | (score.band == 0) | ~score.exact.isfinite() | ((x == 0).all(1, keepdim=True) & (b is None))
     return _selected(score.exact > 0, neurons), sure | ~_selected(everything, neurons)
 
 
-def _check_code(args: tuple[Any, ...], result: Tensor) -> float:
-    from fastsae.testing import Mismatch, check_equal
-
-    bits, sure = _sure_bits(*args)
+def _check_code(testing: Any, args: tuple[Any, ...], result: Tensor) -> float:
+    bits, sure = _sure_bits(testing, *args)
     expected = _pack(bits)
     if result.shape != expected.shape or result.dtype != torch.int64:
-        raise Mismatch(f"expected {list(expected.shape)} int64, got {list(result.shape)} {result.dtype}")
+        raise testing.Mismatch(f"expected {list(expected.shape)} int64, got {list(result.shape)} {result.dtype}")
     got = unpack_bits(result)
     if bool(got[:, bits.shape[1] :].any()):
-        raise Mismatch("bits beyond the last neuron must be 0")
-    return check_equal(bits | ~sure, got[:, : bits.shape[1]] | ~sure, "bits")
+        raise testing.Mismatch("bits beyond the last neuron must be 0")
+    return testing.check_equal(bits | ~sure, got[:, : bits.shape[1]] | ~sure, "bits")
 
 
-def _check_hash(args: tuple[Any, ...], result: Tensor) -> float:
-    from fastsae.testing import Mismatch, check_equal
-
+def _check_hash(testing: Any, args: tuple[Any, ...], result: Tensor) -> float:
     *layer, number, seed, bits = args
-    active, sure = _sure_bits(*layer)
+    active, sure = _sure_bits(testing, *layer)
     expected = _xor(active, number, seed, bits)
     if result.shape != expected.shape:
-        raise Mismatch(f"expected {list(expected.shape)}, got {list(result.shape)}")
+        raise testing.Mismatch(f"expected {list(expected.shape)}, got {list(result.shape)}")
     certain = sure.all(1)
-    return check_equal(expected[certain], result[certain], "hashes")
-
-
-def _exact(reference: Any, names: str) -> Any:
-    def check(args: tuple[Any, ...], result: Any) -> float:
-        from fastsae.testing import check_equal
-
-        return check_equal(reference(*args), result, names)
-
-    return check
+    return testing.check_equal(expected[certain], result[certain], "hashes")
 
 
 # ---------------------------------------------------------------- rows
@@ -273,7 +258,7 @@ PACK_SIGNS = Op(
     pack_signs_reference,
     fake=lambda z, neurons: _fake_code(z, z.shape[1]),
     samples=_sign_samples,
-    check=_exact(pack_signs_reference, "words"),
+    check=lambda testing, args, result: testing.check_equal(pack_signs_reference(*args), result, "words"),
     workload=lambda *where: (_layer(*where)[0] @ _layer(*where)[1].T, None),
     batched=(0,),
 )
@@ -282,7 +267,7 @@ HASH_SIGNS = Op(
     hash_signs_reference,
     fake=lambda z, neurons, layer, seed, bits: _fake_hash(z, bits),
     samples=_with_keys(_sign_samples),
-    check=_exact(hash_signs_reference, "hashes"),
+    check=lambda testing, args, result: testing.check_equal(hash_signs_reference(*args), result, "hashes"),
     workload=lambda *where: (_layer(*where)[0] @ _layer(*where)[1].T, None, 0, 0, 64),
     batched=(0,),
 )
@@ -291,7 +276,7 @@ HASH_CODE = Op(
     hash_code_reference,
     fake=lambda words, neurons, layer, seed, bits: _fake_hash(words, bits),
     samples=_with_keys(_word_samples),
-    check=_exact(hash_code_reference, "hashes"),
+    check=lambda testing, args, result: testing.check_equal(hash_code_reference(*args), result, "hashes"),
     workload=lambda *where: (spline_code_reference(*_layer(*where), None), None, 0, 0, 64),
     batched=(0,),
     dtypes=(torch.float32,),
