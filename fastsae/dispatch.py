@@ -46,7 +46,8 @@ def _resolve(target: str) -> Callable[..., Any]:
 
 @dataclass
 class Row:
-    """One implementation of one operation. ``refuses(*args)`` returns None, or the reason why it cannot serve these arguments."""
+    """One implementation of one operation. ``refuses(*args)`` returns None, or the reason why it cannot serve these arguments; in its module
+    it is ``refuses_NAME``."""
 
     backend: str
     target: str | Callable[..., Any]

@@ -141,7 +141,6 @@ def _check_on_cpu(flag: Tensor, what: str, size: int) -> None:
 
 
 def refuses_select_topk(z: Tensor, k: int, relu: bool) -> str | None:
-    """Why `select_topk` cannot serve these inputs, or None."""
     if (reason := _dtype(z, "z", DTYPES)) is not None:
         return reason
     if k > MOST_K:
@@ -170,7 +169,6 @@ def select_topk(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
 
 
 def refuses_hamming(a: Tensor, b: Tensor, out: Tensor) -> str | None:
-    """Why `hamming` cannot serve these inputs, or None."""
     return _refuses(a, b, out)
 
 
@@ -185,7 +183,6 @@ def hamming(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def refuses_hamming_topk(a: Tensor, b: Tensor, k: int) -> str | None:
-    """Why `hamming_topk` cannot serve these inputs, or None."""
     if k > MOST_K:
         return f"k {k} (supported: at most {MOST_K})"
     if b.shape[0] >= 2**32 - 1:
@@ -227,7 +224,6 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, workspace: int = WORKSPACE_BYT
 
 
 def refuses_pack_signs(z: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `pack_signs` and `hash_signs` cannot serve these inputs, or None."""
     if (reason := _dtype(z, "z", _SIGNS)) is not None:
         return reason
     if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
@@ -241,7 +237,6 @@ refuses_hash_signs = refuses_pack_signs
 
 
 def refuses_hash_code(words: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `hash_code` cannot serve these inputs, or None."""
     if words.shape[1] >= 2**26:
         return f"{words.shape[1]} words (supported: fewer than 2^26)"
     return _refuses(words, neurons)
@@ -331,7 +326,6 @@ def by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
 
 
 def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> str | None:
-    """Why `decode_dweight` cannot serve these inputs, or None."""
     if (reason := _dtype(out, "out", DTYPES)) is not None:
         return reason
     if values.dtype is not out.dtype or grad.dtype is not out.dtype:

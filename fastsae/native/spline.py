@@ -17,7 +17,6 @@ refuses_spline_code = refuses_spline_hash = score_refusal("b", "neurons")
 
 
 def refuses_pack_signs(z: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `pack_signs` and `hash_signs` cannot serve these inputs, or None."""
     if z.dtype not in _SIGNS:
         return f"dtype {str(z.dtype)[6:]} ({SUPPORTED}, bool)"
     if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
@@ -29,7 +28,6 @@ refuses_hash_signs = refuses_pack_signs
 
 
 def refuses_hash_code(words: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `hash_code` cannot serve these inputs, or None."""
     return refuses_codes(words, neurons)
 
 

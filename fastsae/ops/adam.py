@@ -235,12 +235,10 @@ def matrices_refused(matrices: tuple[tuple[str, Tensor], ...]) -> str | None:
 
 
 def triton_refuses_adam(W: Tensor, m: Tensor, v: Tensor, *rest: Any) -> str | None:
-    """Why the Triton row cannot serve these arguments, or None."""
     return matrices_refused((("W", W), ("m", m), ("v", v))) or triton_refuses(W, m, v, *rest)
 
 
 def triton_refuses_grad_squares(W: Tensor, *rest: Any) -> str | None:
-    """Why the Triton row cannot serve these arguments, or None."""
     return triton_refuses_adam(W, W, W, *rest)
 
 

@@ -120,7 +120,6 @@ def _workload(*where: Any) -> tuple[Any, ...]:
 
 
 def triton_refuses(y: Tensor, z: Tensor, *rest: Any) -> str | None:
-    """Why the Triton row cannot serve these arguments, or None."""
     return matrices_refused((("y", y), ("z", z))) or reference.triton_refuses(y, z, *rest)
 
 
