@@ -46,8 +46,8 @@ def _resolve(target: str) -> Callable[..., Any]:
 
 @dataclass
 class Row:
-    """One implementation of one operation. ``refuses(*args)`` returns None, or the reason why it cannot serve these arguments; in its module
-    it is ``refuses_NAME``."""
+    """One implementation of one operation. ``refuses(*args)``, its module's ``refuses_NAME``, returns None, or the reason why it cannot
+    serve these arguments."""
 
     backend: str
     target: str | Callable[..., Any]
