@@ -64,17 +64,8 @@ def spline_keys(n_neurons: int, *, layer: int = 0, seed: int = 0, device: torch.
 # ---------------------------------------------------------------- references
 
 
-def _mask(neurons: Tensor | None, size: int) -> Tensor | None:
-    """An index or mask as a mask; IndexError where an index is out of range."""
-    if neurons is None or neurons.dtype is torch.bool:
-        return neurons
-    if neurons.numel() and bool(((neurons < 0) | (neurons >= size)).any()):
-        raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
-    return torch.zeros(size, dtype=torch.bool, device=neurons.device).index_fill_(0, neurons.long(), True)
-
-
 def _selected(active: Tensor, neurons: Tensor | None) -> Tensor:
-    mask = _mask(neurons, active.shape[1])
+    mask = checks.neuron_mask(neurons, active.shape[1])
     return active if mask is None else active & mask
 
 
@@ -116,7 +107,7 @@ def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
 
 
 def _active(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Iterator[Tensor]:
-    neurons = _mask(neurons, W.shape[0])
+    neurons = checks.neuron_mask(neurons, W.shape[0])
     return (_selected(z > 0, neurons) for z in _scores(x, W, b))
 
 
@@ -139,7 +130,7 @@ def hash_signs_reference(z: Tensor, neurons: Tensor | None, layer: int, seed: in
 
 
 def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
-    neurons = _mask(neurons, words.shape[1] * 64)
+    neurons = checks.neuron_mask(neurons, words.shape[1] * 64)
     tiles = chunks(max(words.shape[0], 1), words.shape[1] * 64)
     return torch.cat([_xor(_selected(unpack_bits(words[rows]), neurons), layer, seed, bits) for rows in tiles])
 
@@ -444,7 +435,7 @@ def near_zero_counts(
     eps = float(checks.number(op, "eps", eps, positive=False))
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
-    neurons = _mask(neurons, weights.shape[0])
+    neurons = checks.neuron_mask(neurons, weights.shape[0])
     return torch.cat([_selected(z.abs() <= eps, neurons).sum(1) for z in _scores(x, weights, b)]).reshape(batch)
 
 
