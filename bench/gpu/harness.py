@@ -14,8 +14,7 @@ from torch import Tensor
 
 from bench import report
 from bench.harness import extra_megabytes
-from fastsae._core import timing
-from fastsae._core.timing import alternate, spread
+from fastsae._core.timing import alternate, milliseconds, spread
 from fastsae.dispatch import OPS
 
 Call = Callable[[int], object]
@@ -75,8 +74,8 @@ class Bench:
     def shape(self, full: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:
         return quick if self.quick else full
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
 
     def unit_rows(self, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
         value = self.normal(rows, width)
@@ -109,10 +108,6 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-
-    def milliseconds(self, call: Call, repeat: int, first: int) -> float:
-        """Mean time of ``repeat`` calls on the sets from ``first`` on."""
-        return timing.milliseconds(call, self.device, repeat, first)
 
     # -- rows
 
@@ -166,7 +161,8 @@ class Bench:
         calls = {**good, **others}
         repeat, first_call = self._warmed(calls, failures)
         ways = {
-            who: lambda turn, who=who, call=call: self.milliseconds(call, repeat[who], turn * 7 % n_sets) for who, call in calls.items()
+            who: lambda turn, who=who, call=call: milliseconds(call, self.device, repeat[who], turn * 7 % n_sets)
+            for who, call in calls.items()
         }
         times = alternate(ways, least=5, most=30, seconds=self.seconds, late=lambda: self.left() < 0)
         spreads = {who: {**spread(found), "first_call_s": first_call[who]} for who, found in times.items()}
@@ -215,7 +211,7 @@ class Bench:
                 call(0)
                 self.wait()
                 first_call[who] = time.monotonic() - begin
-                once = min(self.milliseconds(call, 1, i) for i in (1, 2))
+                once = min(milliseconds(call, self.device, 1, i) for i in (1, 2))
                 repeat[who] = max(1, min(100, int(1.0 / max(once, 1e-3))))
             except Exception as error:
                 failures[who] = told(error)
