@@ -72,26 +72,6 @@ SELECT_TOPK = Op(
 )
 SELECT_TOPK.row("cuda", "fastsae.native.cuda:select_topk", "fastsae.native.cuda:refuses_select_topk")
 
-# ---------------------------------------------------------------- backward
-
-
-class _SelectTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, k: int, relu: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-        values, indices = SELECT_TOPK(z, k, relu, backend=backend)
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(values, indices)
-        ctx.relu, ctx.shape = relu, z.shape
-        return values, indices
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, indices = ctx.saved_tensors
-        kept = values > 0 if ctx.relu else ~values.isnan()
-        # Indices of a row are distinct: each element is written once.
-        return grad.new_zeros(ctx.shape).scatter_(1, indices, torch.where(kept, grad, 0)), None, None, None
-
-
 # ---------------------------------------------------------------- public
 
 
@@ -127,9 +107,9 @@ def select_topk(z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtyp
     dtype = checks.index_dtype(op, index_dtype, n)
     batch = z.shape[:-1]
     flat = z.reshape(batch.numel(), n)
-    if tracks(op, z):
-        values, indices = _SelectTopK.apply(flat, k, relu, preference(backend))  # pyright: ignore[reportGeneralTypeIssues]
-    else:
-        values, indices = SELECT_TOPK(flat, k, relu, backend=preference(backend))
+    values, indices = SELECT_TOPK(flat.detach(), k, relu, backend=preference(backend))
+    if tracks(op, z):  # the same values once more, with the gradient of a gather
+        kept = values > 0 if relu else ~values.isnan()
+        values = torch.where(kept, flat.gather(1, indices), values)
     values, indices = values.reshape(*batch, k), indices.reshape(*batch, k)
     return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), n)
