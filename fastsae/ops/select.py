@@ -14,15 +14,16 @@ from torch import Tensor
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
-from fastsae.reference import chunks, drawn, select_rows, tracks
+from fastsae.reference import Best, chunks, drawn, tracks
 
 # ---------------------------------------------------------------- reference
 
 
 def select_topk_reference(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
-    parts = [select_rows(z[rows], k) for rows in chunks(z.shape[0], z.shape[1])]
-    values = torch.cat([z.new_empty(0, k), *(v for v, _ in parts)])
-    indices = torch.cat([torch.empty(0, k, dtype=torch.int64, device=z.device), *(i for _, i in parts)])
+    best = Best(k)
+    for rows in chunks(z.shape[0], z.shape[1]):
+        best.add(rows.start, 0, z[rows])
+    values, indices = best.result(z.device, z.dtype)
     return (values.relu() if relu else values), indices
 
 
