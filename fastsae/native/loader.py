@@ -8,7 +8,6 @@ error texts for users are the business of the public operations.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Generator
@@ -25,6 +24,11 @@ _PATHS = {"auto": 0, "dense": 1, "screen": 2, "rows": 3, "blocks": 4}
 _STATS = ("screened_rows", "exact_rows", "scored", "survivors", "workspace")
 _OK = -1
 
+_C: ModuleType | None = None  # the extension, once it is loaded and its level is chosen
+_module: ModuleType | None = None  # the extension, once it is loaded
+_reason: str | None = None
+_tried = False
+
 
 def build_info() -> dict[str, Any]:
     """What the build recorded: ``native``, ``reason``, ``compiler``, ``flags``, ``levels``. Empty in a checkout that was never built."""
@@ -36,41 +40,46 @@ def build_info() -> dict[str, Any]:
         return {}
 
 
-@functools.cache
-def _extension() -> ModuleType | str:
-    """The extension, or why it cannot be used here and what to do."""
+def unavailable() -> str | None:
+    """Why the compiled kernels cannot be used here and what to do, or None."""
+    global _module, _reason, _tried
+    if _tried:
+        return _reason
     try:
-        from fastsae import _C
+        from fastsae import _C as module  # noqa: N811
     except ImportError as error:
         info = build_info()
         if not info:
-            return f"the extension is not built ({error}); run `pip install -e .` in the checkout"
-        if not info["native"]:
-            return (
+            _reason = f"the extension is not built ({error}); run `pip install -e .` in the checkout"
+        elif not info["native"]:
+            _reason = (
                 f"the extension was not built: {info['reason']}; install a C++20 compiler (gcc or clang) and install fastsae-kernels again"
             )
-        return f"the extension was built by {info['compiler']} but does not load: {error}; install fastsae-kernels again for this Python"
-    # The OpenMP runtime hangs in a forked child whose parent has used it.
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_C.force_serial)
-    return _C
+        else:
+            _reason = (
+                f"the extension was built by {info['compiler']} but does not load: {error}; install fastsae-kernels again for this Python"
+            )
+    else:
+        _module = module
+        # The OpenMP runtime hangs in a forked child whose parent has used it.
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=module.force_serial)
+    _tried = True
+    return _reason
 
 
-def unavailable() -> str | None:
-    """Why the compiled kernels cannot be used here and what to do, or None."""
-    found = _extension()
-    return found if isinstance(found, str) else None
-
-
-@functools.cache
 def load() -> ModuleType:
     """The extension with its level chosen, or an error that says what to do."""
-    module = _extension()
-    if isinstance(module, str):
-        raise RuntimeError(f"fastsae's compiled kernels are unavailable: {module}")
-    if wanted := os.environ.get("FASTSAE_ISA"):
-        _set_level(module, wanted, f"FASTSAE_ISA={wanted!r}")
-    return module
+    global _C
+    if _C is None:
+        reason = unavailable()
+        if reason is not None or _module is None:
+            raise RuntimeError(f"fastsae's compiled kernels are unavailable: {reason}")
+        wanted = os.environ.get("FASTSAE_ISA")
+        if wanted:
+            _set_level(_module, wanted, f"FASTSAE_ISA={wanted!r}")
+        _C = _module
+    return _C
 
 
 def call(name: str, *arguments: object, slots: tuple[Tensor, Tensor | None, int] | None = None) -> int:
@@ -79,7 +88,7 @@ def call(name: str, *arguments: object, slots: tuple[Tensor, Tensor | None, int]
     Args:
         slots: the indices, crow and number of features that a bad status may speak of.
     """
-    status = getattr(load(), name)(*arguments, torch.get_num_threads())
+    status = getattr(_C or load(), name)(*arguments, torch.get_num_threads())
     if status != _OK:
         _raise(name, status, slots)
     return status
@@ -153,8 +162,7 @@ def isa() -> str:
 
 def isa_levels() -> list[str]:
     """The levels that were built and that this CPU supports, ascending; empty where the kernels are unavailable."""
-    found = _extension()
-    return [] if isinstance(found, str) else found.levels()
+    return [] if unavailable() is not None or _module is None else _module.levels()
 
 
 @contextlib.contextmanager
@@ -170,15 +178,13 @@ def use_isa(level: str) -> Generator[None, None, None]:
 
 def cpu_features() -> dict[str, bool]:
     """What the CPU and its operating system support, of the instruction sets that the kernels use or may use."""
-    found = _extension()
-    return {} if isinstance(found, str) else found.cpu_features()
+    return {} if unavailable() is not None or _module is None else _module.cpu_features()
 
 
 def threads_info() -> str:
     """One line on threads, for ``fastsae info``."""
-    found = _extension()
-    if isinstance(found, str):
+    if unavailable() is not None or _module is None:
         return "none: the extension is unavailable"
-    if found.threads_available():
+    if _module.threads_available():
         return f"{torch.get_num_threads()} (torch.get_num_threads), in the OpenMP runtime that torch has loaded"
     return "1: no OpenMP runtime found in the process, or this is a forked child"
