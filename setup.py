@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -59,12 +59,8 @@ ARM: dict[str, tuple[list[str], str]] = {
 # Fused multiply-adds are written where they are meant: a compiler that fuses on its own would change bits between levels.
 # No -march and no -ffast-math, ever: baseline files must run on every CPU of the platform, and NaN and -0 must survive.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-ISA_FLAGS = [
-    "-fno-exceptions",
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-    "-Wno-uninitialized",
-]  # gcc 12 takes its own intrinsics for uninitialised
+# gcc 12 takes its own intrinsics for uninitialised.
+ISA_FLAGS = ["-fno-exceptions", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 # PTX of the lowest: the driver can compile it for every architecture that is not in the list, older than the newest or newer.
@@ -223,16 +219,8 @@ class BuildExt(build_ext):
 
         def compile_one(source: str) -> str:
             target = out / (os.path.basename(source) + ".o")
-            stamp = target.with_suffix(".command")
             command = [nvcc, *([*CUDA_FLAGS, *targets] if source.endswith(".cu") else bind), "-c", source, "-o", str(target)]
-            said = json.dumps([version, command])
-            newest = max(map(os.path.getmtime, included(source)))
-            if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                stamp.unlink(missing_ok=True)
-                target.with_suffix(".log").write_text(_run_compiler(command))
-                stamp.write_text(said)
-            return str(target)
+            return self._made(source, target, [version, command], lambda: target.with_suffix(".log").write_text(_run_compiler(command)))
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             # The sort first: it takes longest.
@@ -246,24 +234,29 @@ class BuildExt(build_ext):
             return list(pool.map(lambda job: self._compile(job[0], job[1], job[2], macros, python), jobs))
 
     def _compile(self, source: str, level: str, flags: list[str], macros: list[tuple[str, str]], python: Sequence[str]) -> str:
-        """One object, unless it is newer than every file that it may depend on and was made by the same command."""
         # Only bind.cpp sees Python: its headers lie elsewhere in each isolated build, and the kernels need not be compiled again for that.
         include = ["csrc", *(python if os.path.basename(source) == "bind.cpp" else [])]
         if level:
             macros = [*macros, ("FASTSAE_ISA", level), (f"FASTSAE_LEVEL_{level}", "1")]
         # Not build_temp: an editable install gets a fresh one each time and would compile everything again.
         out = Path("build") / f"objects{sysconfig.get_config_var('EXT_SUFFIX')}" / (level or "baseline")
-        target = (out / source).with_suffix(".o")
-        stamp = target.with_suffix(".command")
         compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
-        command = json.dumps([self.info["compiler"], compiler, flags, include, macros])
+        options: dict[str, Any] = {"macros": macros, "include_dirs": include, "extra_postargs": flags}
+        command = [self.info["compiler"], compiler, flags, include, macros]
+        return self._made(
+            source, (out / source).with_suffix(".o"), command, lambda: self.compiler.compile([source], output_dir=str(out), **options)
+        )
+
+    def _made(self, source: str, target: Path, command: list[Any], make: Callable[[], object]) -> str:
+        """An object, made unless it is newer than every file that it may depend on and comes from the same command."""
+        stamp, said = target.with_suffix(".command"), json.dumps(command)
         newest = max(map(os.path.getmtime, included(source)))
-        if not self.force and target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == command:
-            return str(target)
-        stamp.unlink(missing_ok=True)
-        (made,) = self.compiler.compile([source], output_dir=str(out), macros=macros, include_dirs=include, extra_postargs=flags)
-        stamp.write_text(command)
-        return made
+        if self.force or not target.exists() or target.stat().st_mtime <= newest or not stamp.exists() or stamp.read_text() != said:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stamp.unlink(missing_ok=True)
+            make()
+            stamp.write_text(said)
+        return str(target)
 
     def _compiler_version(self) -> str:
         command = (getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so)[0]

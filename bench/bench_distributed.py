@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,10 +28,7 @@ def ask() -> Iterator[Callable[..., list[Any]]]:
 @pytest.mark.parametrize("shape", shapes([(256, 768, 24576, 32)], [(32, 64, 2048, 8)]), ids=name)
 def test_virtual_shards(shape: tuple[int, ...], compare: Callable[..., None]) -> None:
     """Eight on one process beside one, whose step is that of an SAE that was never sharded."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     try:
         steps = [ranks.one(shape, virtual) for virtual in (8, 1, None)]
 

@@ -11,6 +11,7 @@ import torch
 import fastsae
 from bench.harness import DEVICE, name, optional, shapes
 from fastsae.dispatch import OPS
+from fastsae.ops.spline import unpack_bits
 
 SHAPES = shapes([(4096, 4096, 1024)], [(256, 256, 128)])
 
@@ -18,10 +19,6 @@ SHAPES = shapes([(4096, 4096, 1024)], [(256, 256, 128)])
 def _codes(shape: tuple[int, int, int]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(-(2**63), 2**63 - 1, (n, shape[2] // 64), generator=generator).to(DEVICE) for n in shape[:2]]
-
-
-def _bits(codes: torch.Tensor) -> torch.Tensor:
-    return ((codes.unsqueeze(-1) >> torch.arange(64, device=DEVICE)) & 1).float().flatten(1)
 
 
 def _bytes(codes: torch.Tensor) -> np.ndarray:
@@ -32,7 +29,7 @@ def _bytes(codes: torch.Tensor) -> np.ndarray:
 def test_hamming(shape: tuple[int, int, int], compare: Callable[..., None]) -> None:
     a, b = _codes(shape)
     out = torch.empty(shape[0], shape[1], dtype=torch.int32, device=DEVICE)
-    left, right = _bits(a), _bits(b)
+    left, right = unpack_bits(a).float(), unpack_bits(b).float()
 
     def verify() -> None:
         fastsae.codes.hamming(a, b, out)
@@ -55,7 +52,7 @@ def test_hamming(shape: tuple[int, int, int], compare: Callable[..., None]) -> N
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_hamming_topk(shape: tuple[int, int, int], k: int, compare: Callable[..., None]) -> None:
     a, b = _codes(shape)
-    left, right = _bits(a), _bits(b)
+    left, right = unpack_bits(a).float(), unpack_bits(b).float()
 
     def plain() -> None:
         for rows in left.split(1024):

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import training
+from bench import figures, training
 from fastsae._core import files
 from fastsae._core.machine import machine
 from fastsae._core.progress import Bar
 from fastsae._core.timing import Stopwatch
 from fastsae.lm import harvest, packaged
 from fastsae.optim import warmup_linear_decay
-from fastsae.plots import figure
+from fastsae.plots import figure, finish
 from fastsae.superposition import SuperpositionData
 from fastsae.trainer import Batches
 
@@ -141,16 +141,12 @@ def plot(curves: list[dict[str, list[dict[str, float]]]], title: str, path: Path
         for number, who in enumerate(curves[0]):
             for seed, curve in enumerate(curves):
                 x, y = ([point[name] for point in curve[who][1:]] for name in (key, "fvu"))
-                label_of = f"{who}: {statistics.mean(c[who][-1]['fvu'] for c in curves):.4f}" if seed == 0 else None
+                label_of = f"{who}: {statistics.mean(c[who][-1]['fvu'] for c in curves):.4f}" if seed == 0 and key != "step" else None
                 axes.plot(x, y, color=f"C{number}", lw=1.2, alpha=0.8, label=label_of)
-        axes.set(xlabel=label, yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set(xlabel=label, yscale="log", ylabel="held-out FVU (legend: mean at the end)")
         axes.grid(alpha=0.25, which="both")
-    panels[0].set_ylabel("held-out FVU")
-    panels[0].legend(frameon=False, title="mean at the end")
     canvas.suptitle(title, fontsize=10)
-    files.replace_figure(path, canvas, dpi=150)
+    finish(canvas, path)
 
 
 def main() -> None:
@@ -167,15 +163,7 @@ def main() -> None:
     files.replace_text(args.out / "fvu.json", json.dumps(report, indent=1) + "\n")
     title = f"{source}: D {x.shape[1]}, F {args.features}, k {args.k}, batch {args.batch}, {args.threads} thread(s), {args.seeds} seeds"
     plot(curves, title, args.out / "fvu.png")
-    print(f"{'who':<26} {'FVU, mean (each seed)':<36} {'seconds':>8} {'ours / theirs: FVU':>20} {'seconds':>8} {'CPU':>6}")
-    for who, row in found.items():
-        each = " ".join(f"{value:.4f}" for value in row["fvu"])
-        print(
-            f"{who:<26} {statistics.mean(row['fvu']):.4f} ({each})".ljust(63)
-            + f" {statistics.mean(row['seconds']):>8.1f} {max(row['ours_to_theirs_fvu']):>16.4f} max"
-            + f" {statistics.median(row['ours_to_theirs_seconds']):>8.2f} {statistics.median(row['ours_to_theirs_cpu_seconds']):>6.2f}"
-            + ("" if row["within_bound"] else f"   above {BOUND}")
-        )
+    print(figures.fvu(args.out))
     print(f"stored {args.out / 'fvu.json'} and fvu.png")
 
 

@@ -14,14 +14,9 @@ python=${PYTHON:-python3}
 limit=${FASTSAE_GPU_SECONDS:-540}
 begin=$SECONDS
 failed=0
+known="build verify contract bench tune sanitize"
 for part in $parts; do
-  case $part in
-    build | verify | contract | bench | tune | sanitize) ;;
-    *)
-      echo "bench/gpu.sh: unknown part $part (known: build verify contract bench tune sanitize)" >&2
-      exit 2
-      ;;
-  esac
+  [[ " $known " == *" $part "* ]] || { echo "bench/gpu.sh: unknown part $part (known: $known)" >&2; exit 2; }
 done
 
 # The module is built for this GPU alone.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastsae._core import triton_support
 from fastsae._core.timing import Stopwatch
@@ -38,10 +39,6 @@ def moved(value: Any, device: torch.device) -> Any:
         return value
     whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())  # pyright: ignore[reportArgumentType, reportCallIssue]
     return whole.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-def _host(result: Any) -> Any:
-    return result.cpu() if isinstance(result, Tensor) else tuple(t.cpu() for t in result)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                 given = tuple(moved(arg, device) for arg in args)
                 if row.reason(given) is not None:
                     continue
-                op.check(args, _host(call(op, row, given)))
+                op.check(args, pytree.tree_map(Tensor.cpu, call(op, row, given)))
                 checked += 1
             print(f"[{watch.seconds():6.1f} s] {op.name}: {checked - here} samples", flush=True)
     print(f"{checked} samples of {options.backend} rows agree with their specification")

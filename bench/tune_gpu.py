@@ -18,11 +18,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -65,46 +65,36 @@ class Config:
         """Of the operands' stages: half-precision rows and columns."""
         return (self.tile.rows + self.tile.columns) * self.tile.depth * 2 * self.tile.stages
 
-    @contextmanager
-    def set(self) -> Generator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(tiles(), "tile_for", return_value=self.tile))
-            stack.enter_context(mock.patch.object(tiles(), "_PROGRAMS", self.programs))
-            yield
+    def set(self) -> AbstractContextManager[Any]:
+        return mock.patch.multiple(tiles(), tile_for=lambda _: self.tile, _PROGRAMS=self.programs)
 
 
-@dataclass
-class Workload:
+class Workload(NamedTuple):
     name: str
-    run: Callable[[], Any]
+    op: str
+    args: tuple[Any, ...]
 
     def result(self, config: Config) -> tuple[Tensor, ...]:
         with config.set():
-            result = self.run()
+            result = OPS[self.op](*self.args, backend="triton")
         return result if isinstance(result, tuple) else (result,)
 
 
 def workloads(b: Bench, dtypes: list[torch.dtype]) -> Iterator[Workload]:
-    """Made one after the other, so that the inputs of one are in memory."""
+    """Made one dtype after the other, so that the inputs of one are in memory."""
     for dtype in dtypes:
-        label = str(dtype)[6:]
         rows, width, features, k = b.shape((8192, 4096, 65536, 64), (17, 32, 2112, 2))
         x, W, bias = b.normal(rows, width).to(dtype), b.unit_rows(features, width, dtype), (b.normal(features) / 10).to(dtype)
-        yield Workload(f"encode_topk {label}", lambda x=x, W=W, bias=bias, k=k: _run("encode_topk", x, W, bias, *(None,) * 4, k, True))
         # About k of a row exceed it: scores of unit rows are standard normal.
         theta = torch.tensor(-statistics.NormalDist().inv_cdf(k / features), device=b.device)
-        yield Workload(
-            f"encode_threshold {label}",
-            lambda x=x, W=W, theta=theta: _run("encode_threshold", x, W, *(None,) * 5, theta, None),
-        )
-        del x, W, bias
         rows, width, size = b.shape((65536, 768, 3072), (17, 32, 96))
-        x, W = b.normal(rows, width).to(dtype), b.normal(size, width).to(dtype)
-        yield Workload(f"spline_hash {label}", lambda x=x, W=W: _run("spline_hash", x, W, None, None, 0, 0, 64))
-
-
-def _run(op: str, *args: Any) -> Any:
-    return OPS[op](*args, backend="triton")
+        layer = b.normal(rows, width).to(dtype), b.normal(size, width).to(dtype)
+        for op, args in (
+            ("encode_topk", (x, W, bias, *(None,) * 4, k, True)),
+            ("encode_threshold", (x, W, *(None,) * 5, theta, None)),
+            ("spline_hash", (*layer, None, None, 0, 0, 64)),
+        ):
+            yield Workload(f"{op} {str(dtype)[6:]}", op, args)
 
 
 def now(device: torch.device) -> Config:

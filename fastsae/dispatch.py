@@ -46,7 +46,8 @@ def _resolve(target: str) -> Callable[..., Any]:
 
 @dataclass
 class Row:
-    """One implementation of one operation. ``refuses(*args)`` returns None, or the reason why it cannot serve these arguments."""
+    """One implementation of one operation. ``refuses(*args)``, its module's ``refuses_NAME``, returns None, or the reason why it cannot
+    serve these arguments."""
 
     backend: str
     target: str | Callable[..., Any]
@@ -91,7 +92,8 @@ class Op:
         reference: plain PyTorch on the same arguments; the last row on every device.
         fake: shapes and dtypes of the result, for torch.compile.
         samples: ``samples(device, dtype, generator)`` yields argument tuples for verification and benches.
-        check: ``check(args, result)`` raises ``fastsae.testing.Mismatch`` or returns the error as a fraction of the allowed one.
+        check: ``check(args, result)`` raises ``fastsae.testing.Mismatch`` or returns the error as a fraction of the allowed one. Given here
+            with that module for a first argument, which is loaded when something is checked.
         workload: ``workload(device, dtype, generator)`` is one argument tuple of a realistic, moderate size, for timing.
         batched: positions of arguments (and results) whose first dimension is the batch; used to test that a row's bits do not
             depend on the batch it stands in. Empty where a result depends on the whole batch.
@@ -103,7 +105,7 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     samples: Callable[..., Iterator[tuple[Any, ...]]]
-    check: Callable[[tuple[Any, ...], Any], float]
+    check: Callable[..., float]
     workload: Callable[..., tuple[Any, ...]]
     batched: tuple[int, ...] = ()
     mutates: tuple[int, ...] = ()
@@ -116,6 +118,7 @@ class Op:
         head, _, tail = self.schema.rpartition(") ->")
         self.name = head.partition("(")[0]
         self.rows = [Row("reference", self.reference)]
+        given, self.check = self.check, lambda args, result: given(importlib.import_module("fastsae.testing"), args, result)
         LIBRARY.define(f"{head}, *, str? backend=None) ->{tail}")
         LIBRARY.impl(self.name, self._body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastsae::{self.name}", lambda *args, backend=None: self.fake(*args), lib=LIBRARY)

@@ -126,11 +126,8 @@ def scores(xc: Tensor, W: Tensor, b: Tensor | None, scale: Tensor | None = None)
     return result if b is None else result + b
 
 
-def select_rows(s: Tensor, k: int, absolute: bool = False) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf; ``absolute``: by magnitude."""
-    if absolute:
-        indices = select_rows(s.abs(), k)[1]
-        return s.gather(1, indices), indices
+def _select_rows(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending; equal values: lower index first, -0 == +0, NaN above +inf."""
     n = s.shape[1]
     values, indices = s.topk(min(k + 1, n), dim=1)
     # torch.topk leaves open which of equal values it takes and in what order; a stable sort does not.
@@ -147,15 +144,8 @@ def select_rows(s: Tensor, k: int, absolute: bool = False) -> tuple[Tensor, Tens
     return values[:, :k], indices[:, :k]
 
 
-def merge_rows(values: list[Tensor], indices: list[Tensor], k: int, absolute: bool = False) -> tuple[Tensor, Tensor]:
-    """The k best (``absolute``: by magnitude) of candidates of which, among equals, those of lower index come first."""
-    v, i = torch.cat(values, 1), torch.cat(indices, 1)
-    order = (v.abs() if absolute else v).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return v.gather(1, order), i.gather(1, order)
-
-
 class Best:
-    """Running k best of each row over tiles whose columns ascend; equal ones: lower index first."""
+    """Running k best of each row (``absolute``: by magnitude) over tiles whose columns ascend; equal ones: lower index first."""
 
     def __init__(self, k: int, absolute: bool = False):
         self.k, self.absolute = k, absolute
@@ -166,7 +156,7 @@ class Best:
         rank = s.abs() if self.absolute else s
         if excluded is not None:
             rank = rank.masked_fill(excluded, -torch.inf)
-        rank, local = select_rows(rank, min(self.k, s.shape[1]))
+        rank, local = _select_rows(rank, min(self.k, s.shape[1]))
         value, index = s.gather(1, local), local + offset
         if start in self.rows:
             rank, value, index = (torch.cat(pair, 1) for pair in zip(self.rows[start], (rank, value, index)))

@@ -10,7 +10,6 @@ import torch
 
 from bench import gpu
 from bench.gpu import rows, table
-from bench.gpu.supervise import State
 from fastsae._core.machine import machine
 
 
@@ -24,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="the rows, their shapes and expected minutes; nothing is run")
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(known)}; default all")
     parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--running", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--lost", action="append", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.list:
@@ -32,12 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in options.rows if name not in known]:
         print(f"bench.gpu: unknown {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
         return 2
-    if options.device.startswith("cuda") and options.state is None:
+    if options.device.startswith("cuda") and options.running is None:
         return table.command(options.out.resolve(), minutes=options.minutes, quick=options.quick, only=options.rows)
     device = torch.device(options.device if options.device != "cuda" else f"cuda:{torch.cuda.current_device()}")
     return table.run(
         device, options.out, {**machine(), **table.device_facts(device)}, minutes=options.minutes, quick=options.quick, only=options.rows,
-        begun=options.begun, state=None if options.state is None else State.read(options.state), lost=options.lost,
+        begun=options.begun, running=options.running, lost=options.lost,
     )  # fmt: skip
 
 

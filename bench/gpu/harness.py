@@ -7,17 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bench import report
 from bench.harness import extra_megabytes
-from fastsae._core import timing
-from fastsae._core.timing import alternate, spread
+from fastsae._core.timing import alternate, milliseconds, spread
 from fastsae.dispatch import OPS
 
+T = TypeVar("T")
+R = TypeVar("R")
 Call = Callable[[int], object]
 """Of the number of a call, which chooses among sets of inputs."""
 Args = Callable[[int], tuple[Any, ...]]
@@ -75,8 +76,8 @@ class Bench:
     def shape(self, full: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:
         return quick if self.quick else full
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
 
     def unit_rows(self, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
         value = self.normal(rows, width)
@@ -109,10 +110,6 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-
-    def milliseconds(self, call: Call, repeat: int, first: int) -> float:
-        """Mean time of ``repeat`` calls on the sets from ``first`` on."""
-        return timing.milliseconds(call, self.device, repeat, first)
 
     # -- rows
 
@@ -162,16 +159,19 @@ class Bench:
         """
         self.say(f"{op} {shape}")
         failures: dict[str, str] = {}
-        good = self._verified(ours, verify, failures)
-        calls = {**good, **others}
-        repeat, first_call = self._warmed(calls, failures)
+        names = {f"fastsae ({backend})": backend for backend in ours}
+        sound = self._each(names, "REFUSED", failures, verify or (lambda _: None))
+        calls = {**{who: ours[names[who]] for who in sound}, **others}
+        warm = self._each(calls, "no time", failures, self._warm)
+        calls = {who: calls[who] for who in warm}
         ways = {
-            who: lambda turn, who=who, call=call: self.milliseconds(call, repeat[who], turn * 7 % n_sets) for who, call in calls.items()
+            who: lambda turn, who=who, call=call: milliseconds(call, self.device, warm[who][0], turn * 7 % n_sets)
+            for who, call in calls.items()
         }
         times = alternate(ways, least=5, most=30, seconds=self.seconds, late=lambda: self.left() < 0)
-        spreads = {who: {**spread(found), "first_call_s": first_call[who]} for who, found in times.items()}
-        memory = self._memory(calls, failures)
-        mine = next((who for who in good if who in spreads), None)
+        spreads = {who: {**spread(found), "first_call_s": warm[who][1]} for who, found in times.items()}
+        memory = self._each(calls, "no memory", failures, lambda call: extra_megabytes(lambda: call(0), self.device))
+        mine = next((who for who in sound if who in spreads), None)
         if mine is None:
             self.note(op, shape, f"not measured: {failures}")
             self.report.entries.append({"op": op, "shape": shape, "others": spreads, "failures": failures})
@@ -179,7 +179,7 @@ class Bench:
             return
         entry: dict[str, Any] = {
             "op": op, "shape": shape, "backend": mine[len("fastsae (") : -1], "ours": spreads.pop(mine),
-            "others": spreads, "floor": floor, "extra_mb": {"ours": memory.pop(mine), **memory}, "failures": failures,
+            "others": spreads, "floor": floor, "extra_mb": {"ours": memory.pop(mine, None), **memory}, "failures": failures,
         }  # fmt: skip
         if n_bytes is not None and self.copy_rate:
             entry["bytes"] = n_bytes
@@ -190,49 +190,27 @@ class Bench:
         self.save()
         self.say(f"  {report.ratios(entry)} {' '.join(verdict['text'] for verdict in entry.get('targets', []))}")
 
-    def _verified(self, ours: Mapping[str, Call], verify: Callable[[str], None] | None, failures: dict[str, str]) -> dict[str, Call]:
-        """Ours by name, without those that are refused."""
-        good: dict[str, Call] = {}
-        for backend, call in ours.items():
-            who = f"fastsae ({backend})"
+    def _each(self, given: Mapping[str, T], what: str, failures: dict[str, str], do: Callable[[T], R]) -> dict[str, R]:
+        """What ``do`` makes of each, by name; where it raises, the error is said and kept instead."""
+        made: dict[str, R] = {}
+        for who, value in given.items():
             try:
-                if verify is not None:
-                    verify(backend)
+                result = do(value)
                 self.wait()
-                good[who] = call
+                made[who] = result
             except Exception as error:
                 failures[who] = told(error)
-                self.say(f"  {who} REFUSED: {failures[who]}")
-        return good
+                self.say(f"  {who}: {what}: {failures[who]}")
+        return made
 
-    def _warmed(self, calls: dict[str, Call], failures: dict[str, str]) -> tuple[dict[str, int], dict[str, float]]:
-        """(calls that make a millisecond, seconds of the first call) by name; those that fail are taken out of ``calls``."""
-        repeat: dict[str, int] = {}
-        first_call: dict[str, float] = {}
-        for who, call in list(calls.items()):
-            try:
-                begin = time.monotonic()
-                call(0)
-                self.wait()
-                first_call[who] = time.monotonic() - begin
-                once = min(self.milliseconds(call, 1, i) for i in (1, 2))
-                repeat[who] = max(1, min(100, int(1.0 / max(once, 1e-3))))
-            except Exception as error:
-                failures[who] = told(error)
-                self.say(f"  no time for {who}: {failures[who]}")
-                del calls[who]
-                self.wait()
-        return repeat, first_call
-
-    def _memory(self, calls: Mapping[str, Call], failures: dict[str, str]) -> dict[str, float | None]:
-        memory: dict[str, float | None] = {}
-        for who, call in calls.items():
-            try:
-                memory[who] = extra_megabytes(lambda call=call: call(0), self.device)
-            except Exception as error:  # torn down below if it was the device
-                failures[who] = f"memory: {told(error)}"
-                memory[who] = None
-        return memory
+    def _warm(self, call: Call) -> tuple[int, float]:
+        """(calls that make a millisecond, seconds of the first call)."""
+        begin = time.monotonic()
+        call(0)
+        self.wait()
+        first = time.monotonic() - begin
+        once = min(milliseconds(call, self.device, 1, i) for i in (1, 2))
+        return max(1, min(100, int(1.0 / max(once, 1e-3)))), first
 
     def verdict(self, target: Target, entry: dict[str, Any]) -> dict[str, Any]:
         beside, must, goal = target

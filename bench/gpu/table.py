@@ -16,7 +16,8 @@ import torch
 from bench import report
 from bench.gpu import rows
 from bench.gpu.harness import Bench, Missing, told
-from bench.gpu.supervise import BROKEN, State, supervise
+from bench.gpu.supervise import BROKEN, supervise
+from fastsae._core import files
 
 MINUTES = 4.0
 
@@ -39,12 +40,12 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 def run(
     device: torch.device, out: Path, machine: dict[str, Any], *, minutes: float, quick: bool, only: Sequence[str] = (),
-    begun: float | None = None, state: State | None = None, lost: Sequence[str] = (),
+    begun: float | None = None, running: Path | None = None, lost: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """Measures the table; 0, or 1 where a row of ours was refused or failed, or BROKEN where the device answers no more.
 
     Args:
-        begun, state, lost: when the run began, the rows that earlier processes of it have done, and how some of them ended (``supervise``).
+        begun, running, lost: when the run began, the file that tells which row runs, and how earlier processes of it ended (``supervise``).
     """
     bench = Bench(device, out, minutes, quick, machine, begun)
     for text in lost:
@@ -57,7 +58,7 @@ def run(
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)  # `timeout` sends it: the plot is still drawn
-    todo = [row for row in rows.ROWS if (not only or row.name in only) and (state is None or row.name not in state.done)]
+    todo = [row for row in rows.ROWS if not only or row.name in only]
     if not quick:
         bench.say(
             f"{len(todo)} groups of rows, about {sum(row.seconds for row in todo) / 60:.0f} minutes; {bench.left() / 60:.1f} are left"
@@ -68,22 +69,22 @@ def run(
                 bench.note(row.name, "", f"not begun: {bench.left():.0f} s of {minutes * 60:.0f} left, it needs about {row.seconds:.0f}")
                 continue
             bench.say(f"== {place + 1} of {len(todo)}: {row.name}")
-            if not _measure(bench, row, state):
+            if not _measure(bench, row, running):
                 return BROKEN
     except KeyboardInterrupt:
         bench.note("all", "", "stopped by a signal")
-        if state is not None:
-            state.end()
+        if running is not None:
+            running.unlink(missing_ok=True)
     finally:
         if signal.getsignal(signal.SIGTERM) is stop:
             signal.signal(signal.SIGTERM, before)
     return _finish(bench)
 
 
-def _measure(bench: Bench, row: rows.Row, state: State | None) -> bool:
+def _measure(bench: Bench, row: rows.Row, running: Path | None) -> bool:
     """Whether the device still answers after it."""
-    if state is not None:
-        state.begin(row.name)
+    if running is not None:
+        files.replace_text(running, row.name)
     try:
         row.measure(bench)
     except Missing as reason:
@@ -98,8 +99,8 @@ def _measure(bench: Bench, row: rows.Row, state: State | None) -> bool:
         bench.note(row.name, "", f"failed: {told(error)}")
         bench.save()
         return False
-    if state is not None:
-        state.end()
+    if running is not None:
+        running.unlink()
     return True
 
 
@@ -123,9 +124,9 @@ def command(out: Path, *, minutes: float | None, quick: bool, only: Sequence[str
     if not torch.cuda.is_available():
         print("bench.gpu: no CUDA device (torch.cuda.is_available() is False); --device cpu --quick runs the same code", file=sys.stderr)
         return 2
-    line = [sys.executable, "-m", "bench.gpu", *only, "--device", "cuda", "--out", str(out), "--minutes", str(minutes or MINUTES)]
+    line = [sys.executable, "-m", "bench.gpu", "--device", "cuda", "--out", str(out), "--minutes", str(minutes or MINUTES)]
     os.chdir(Path(__file__).resolve().parents[2])
-    return supervise([*line, "--quick"] if quick else line)
+    return supervise([*line, "--quick"] if quick else line, only)
 
 
 def listed() -> int:

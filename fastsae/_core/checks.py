@@ -218,6 +218,17 @@ def sorted_subset(features: Tensor | None, size: int, what: str) -> Tensor | Non
     return index
 
 
+def neuron_mask(neurons: Tensor | None, size: int) -> Tensor | None:
+    """An index or mask as a contiguous mask ``[size]``; IndexError where an index is out of range."""
+    if neurons is None:
+        return None
+    if neurons.dtype is torch.bool:
+        return neurons.contiguous()
+    if neurons.numel() and bool(((neurons < 0) | (neurons >= size)).any()):
+        raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
+    return torch.zeros(size, dtype=torch.bool, device=neurons.device).index_fill_(0, neurons.long(), True)
+
+
 def _marked(features: Tensor, size: int) -> Tensor:
     """The mask ``[size]`` of an index; sets the device's flag where one is out of range."""
     bad = (features < 0) | (features >= size)

@@ -121,13 +121,13 @@ class Match:
         rows = np.repeat(np.arange(n), k + 1)
         columns = np.concatenate([forward.index.cpu().numpy(), width + np.arange(n)[:, None]], axis=1).ravel()
         # Weights must not be zero for SciPy's sparse format; 2 - similarity is in 1 .. 3.
-        worth = np.concatenate([similarity, similarity[:, -1:]], axis=1)
-        cost = (2 - worth + np.concatenate([np.zeros((n, k)), np.full((n, 1), 1e-12)], axis=1)).ravel()
-        chosen, partner = graphs.min_weight_full_bipartite_matching(sparse.csr_matrix((cost, (rows, columns)), shape=(n, width + n)))
+        cost = 2 - np.concatenate([similarity, similarity[:, -1:]], axis=1)
+        cost[:, -1] += 1e-12
+        graph = sparse.csr_matrix((cost.ravel(), (rows, columns)), shape=(n, width + n))
+        chosen, partner = graphs.min_weight_full_bipartite_matching(graph)
         dummy = partner >= width
-        value = np.where(dummy, similarity[chosen, -1], 0.0)
         at = np.argmax(forward.index.cpu().numpy()[chosen] == partner[:, None], axis=1)
-        value = np.where(dummy, value, similarity[chosen, at])
+        value = np.where(dummy, similarity[chosen, -1], similarity[chosen, at])
         left = self.rows[small].cpu()[torch.from_numpy(chosen.astype(np.int64))]
         right = torch.from_numpy(np.where(dummy, -1, partner).astype(np.int64))
         left, right = (left, right) if small == 0 else (right, left)

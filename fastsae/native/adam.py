@@ -87,7 +87,6 @@ def refuses_adam(
     grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, factor: Tensor | None,
     *options: Any,
 ) -> str | None:  # fmt: skip
-    """Why `adam` cannot serve these inputs, or None."""
     if options[8:] not in ((), (None,)):
         return "corrections are given (supported: the number of the step)"
     if factor is not None and (factor.dtype is not torch.float32 or not factor.is_cpu):
@@ -98,7 +97,6 @@ def refuses_adam(
 def refuses_grad_squares(
     W: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, project: bool
 ) -> str | None:
-    """Why `grad_squares` cannot serve these inputs, or None."""
     return refuses_gradient(grad, values, indices, crow, W=W)
 
 

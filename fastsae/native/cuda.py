@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,13 +111,14 @@ def _dtype(t: Tensor, name: str, supported: dict[torch.dtype, int]) -> str | Non
     return f"dtype {str(t.dtype)[6:]} of {name} (supported: {', '.join(str(dtype)[6:] for dtype in supported)})"
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _where(device: torch.device) -> tuple[int, int]:
-    """Device and stream of a launch."""
-    return (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)
+@contextmanager
+def _stream(device: torch.device) -> Generator[tuple[int, int]]:
+    """Its number and that of its current stream, for launches inside."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield device.index, torch.cuda.current_stream(device).cuda_stream
+    else:
+        yield 0, 0
 
 
 def _launch(name: str, where: tuple[int, int], *arguments: object) -> None:
@@ -141,7 +143,6 @@ def _check_on_cpu(flag: Tensor, what: str, size: int) -> None:
 
 
 def refuses_select_topk(z: Tensor, k: int, relu: bool) -> str | None:
-    """Why `select_topk` cannot serve these inputs, or None."""
     if (reason := _dtype(z, "z", DTYPES)) is not None:
         return reason
     if k > MOST_K:
@@ -159,8 +160,8 @@ def select_topk(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
     values = torch.empty((rows, k), dtype=z.dtype, device=device)
     indices = torch.empty((rows, k), dtype=torch.int64, device=device)
     keys = torch.empty((rows, k), dtype=torch.int64, device=device)
-    with _on(device):
-        where, dtype = _where(device), DTYPES[z.dtype]
+    dtype = DTYPES[z.dtype]
+    with _stream(device) as where:
         _launch("select_scores", where, z.data_ptr(), dtype, rows, n, z.stride(0), 0, k, False, keys.data_ptr())
         _launch("finish_scores", where, keys.data_ptr(), rows * k, relu, values.data_ptr(), dtype, indices.data_ptr())
     return values, indices
@@ -170,22 +171,17 @@ def select_topk(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
 
 
 def refuses_hamming(a: Tensor, b: Tensor, out: Tensor) -> str | None:
-    """Why `hamming` cannot serve these inputs, or None."""
     return _refuses(a, b, out)
 
 
 def hamming(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[i, j] (int32, any strides) = the number of bits that differ between a[i] and b[j], [N, words] and [M, words] int64."""
-    a, b = code_rows(a)[0], code_rows(b)[0]
-    with _on(a.device):
-        _launch(
-            "hamming", _where(a.device), a.data_ptr(), a.shape[0], a.stride(0), b.data_ptr(), b.shape[0], b.stride(0), a.shape[1],
-            out.data_ptr(), *out.stride(),
-        )  # fmt: skip
+    (a, left), (b, right) = code_rows(a), code_rows(b)
+    with _stream(a.device) as where:
+        _launch("hamming", where, *left[:3], *right, out.data_ptr(), *out.stride())
 
 
 def refuses_hamming_topk(a: Tensor, b: Tensor, k: int) -> str | None:
-    """Why `hamming_topk` cannot serve these inputs, or None."""
     if k > MOST_K:
         return f"k {k} (supported: at most {MOST_K})"
     if b.shape[0] >= 2**32 - 1:
@@ -208,8 +204,7 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, workspace: int = WORKSPACE_BYT
     height = min(n, max(1, workspace // 4 // width))
     keys = torch.empty((n, k), dtype=torch.int64, device=device)
     tile = torch.empty((height, width), dtype=torch.int32, device=device)
-    with _on(device):
-        where = _where(device)
+    with _stream(device) as where:
         for top in range(0, n, height):
             rows = min(height, n - top)
             left, best = a[top : top + rows], keys[top : top + rows]
@@ -227,7 +222,6 @@ def hamming_topk(a: Tensor, b: Tensor, k: int, *, workspace: int = WORKSPACE_BYT
 
 
 def refuses_pack_signs(z: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `pack_signs` and `hash_signs` cannot serve these inputs, or None."""
     if (reason := _dtype(z, "z", _SIGNS)) is not None:
         return reason
     if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
@@ -241,7 +235,6 @@ refuses_hash_signs = refuses_pack_signs
 
 
 def refuses_hash_code(words: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `hash_code` cannot serve these inputs, or None."""
     if words.shape[1] >= 2**26:
         return f"{words.shape[1]} words (supported: fewer than 2^26)"
     return _refuses(words, neurons)
@@ -266,41 +259,35 @@ def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
     """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is z[row, j] > 0, and 0 where `neurons` leaves j out."""
     (rows, size), device = z.shape, z.device
     words = torch.empty((rows, (size + 63) // 64), dtype=torch.int64, device=device)
-    with _on(device):
-        where = _where(device)
+    with _stream(device) as where:
         mask = _taking_part(neurons, size, where)
         _launch("pack_signs", where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, address(mask), words.data_ptr())
     return words
 
 
-def _keys(neurons: Tensor | None, size: int, layer: int, seed: int, bits: int, device: torch.device, where: tuple[int, int]) -> Tensor:
-    mask = _taking_part(neurons, size, where)
-    keys = torch.empty((bits // 64, size), dtype=torch.int64, device=device)
-    _launch("neuron_keys", where, size, address(mask), layer, seed & (2**64 - 1), bits, keys.data_ptr())
-    return keys
+def _hashed(name: str, given: tuple[int, ...], rows: Tensor, size: int, neurons: Tensor | None, key: tuple[int, int, int]) -> Tensor:
+    """``name`` launched on what is given, with the keys of the neurons that take part."""
+    layer, seed, bits = key
+    hashes = torch.empty(rows.shape[:1] if bits == 64 else (rows.shape[0], 2), dtype=torch.int64, device=rows.device)
+    keys = torch.empty((bits // 64, size), dtype=torch.int64, device=rows.device)
+    with _stream(rows.device) as where:
+        mask = _taking_part(neurons, size, where)
+        _launch("neuron_keys", where, size, address(mask), layer, seed & (2**64 - 1), bits, keys.data_ptr())
+        _launch(name, where, *given, keys.data_ptr(), bits, hashes.data_ptr())
+    return hashes
 
 
 def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     """[rows] int64, or [rows, 2] with 128 bits: the XOR of the keys of the neurons with z > 0 that take part; workspace [bits/64, H]."""
-    (rows, size), device = z.shape, z.device
-    hashes = torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64, device=device)
-    with _on(device):
-        where = _where(device)
-        keys = _keys(neurons, size, layer, seed, bits, device, where)
-        _launch("hash_signs", where, z.data_ptr(), _SIGNS[z.dtype], rows, z.stride(0), size, keys.data_ptr(), bits, hashes.data_ptr())
-    return hashes
+    return _hashed(
+        "hash_signs", (z.data_ptr(), _SIGNS[z.dtype], z.shape[0], z.stride(0), z.shape[1]), z, z.shape[1], neurons, (layer, seed, bits)
+    )
 
 
 def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     """The same from packed words [rows, w]; copied where the words of a code are not adjacent."""
-    words = code_rows(words)[0]
-    (rows, n_words), device = words.shape, words.device
-    hashes = torch.empty((rows,) if bits == 64 else (rows, 2), dtype=torch.int64, device=device)
-    with _on(device):
-        where = _where(device)
-        keys = _keys(neurons, 64 * n_words, layer, seed, bits, device, where)
-        _launch("hash_code", where, words.data_ptr(), rows, words.stride(0), n_words, keys.data_ptr(), bits, hashes.data_ptr())
-    return hashes
+    words, given = code_rows(words)
+    return _hashed("hash_code", given, words, 64 * words.shape[1], neurons, (layer, seed, bits))
 
 
 # ---- transposed latents ----
@@ -317,8 +304,7 @@ def by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(n, dtype=torch.int32, device=device)
     segments = torch.empty(n_features + 1, dtype=torch.int32, device=device)
     flag = _flag(device)
-    with _on(device):
-        where = _where(device)
+    with _stream(device) as where:
         size = _module.by_feature_bytes(where, n, n_features)
         _check(max(0, -size), "by_feature's sort")
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -331,7 +317,6 @@ def by_feature(indices: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
 
 
 def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> str | None:
-    """Why `decode_dweight` cannot serve these inputs, or None."""
     if (reason := _dtype(out, "out", DTYPES)) is not None:
         return reason
     if values.dtype is not out.dtype or grad.dtype is not out.dtype:
@@ -363,8 +348,8 @@ def decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: T
     split = SPLIT
     while n // split * D * 4 > WORKSPACE_BYTES:
         split *= 2
-    with _on(device):
-        where, dtype = _where(device), DTYPES[out.dtype]
+    dtype = DTYPES[out.dtype]
+    with _stream(device) as where:
         order, segments = by_feature(indices, n_features)
         row = torch.empty(n, dtype=torch.int32, device=device)
         value = torch.empty(n, dtype=torch.float32, device=device)

@@ -28,19 +28,16 @@ def _refuses(a: Tensor, a_name: str, indices: Tensor, crow: Tensor | None, w: Te
 
 
 def refuses_decode(values: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor, b: Tensor | None) -> str | None:
-    """Why `decode` cannot serve these inputs, or None."""
     if b is not None and ((b.dtype is not torch.float32 and b.dtype is not W.dtype) or not b.is_cpu):
         return f"b {str(b.dtype)[6:]} on {b.device} (supported: float32 or the dtype of W, on cpu)"
     return _refuses(values, "values", indices, crow, W, "W")
 
 
 def refuses_decode_dvalues(grad: Tensor, indices: Tensor, crow: Tensor | None, W: Tensor) -> str | None:
-    """Why `decode_dvalues` cannot serve these inputs, or None."""
     return _refuses(grad, "grad", indices, crow, W, "W")
 
 
 def refuses_decode_dweight(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, out: Tensor) -> str | None:
-    """Why `decode_dweight` cannot serve these inputs, or None."""
     return _refuses(values, "values", indices, crow, out, "out", grad)
 
 

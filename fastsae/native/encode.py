@@ -47,7 +47,6 @@ refuses_encode_gated = score_refusal("b_gate", "r_mag", "b_mag", "b_pre")
 
 
 def refuses_encode_topk(x: Tensor, W: Tensor, *rest: Any) -> str | None:
-    """Why `encode_topk` cannot serve these inputs, or None."""
     if W.shape[0] >= 2**30 and rest[7:] == (True,):
         return f"{W.shape[0]} features by magnitude (supported: fewer than 2^30)"
     return refuses_encode_batch_topk(x, W, *rest)
@@ -224,7 +223,6 @@ def encode_gated(
 
 
 def refuses_topk_changes(W: Tensor, b: Tensor, b_pre: Tensor | None, packed: Tensor | None, *ends: Any) -> str | None:
-    """Why `topk_changes` cannot serve these inputs, or None."""
     p, q = ends[:2]
     if W.shape[0] >= 2**30:
         return f"{W.shape[0]} features (supported: fewer than 2^30)"

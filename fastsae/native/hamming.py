@@ -19,14 +19,12 @@ def refuses_codes(*tensors: Tensor | None) -> str | None:
 
 
 def refuses_hamming(a: Tensor, b: Tensor, out: Tensor) -> str | None:
-    """Why `hamming` cannot serve these inputs, or None."""
     if out.numel() and 1 not in out.shape and 1 not in out.stride():
         return f"out with strides {out.stride()} (supported: stride 1 along one dimension)"
     return refuses_codes(a, b, out)
 
 
 def refuses_hamming_topk(a: Tensor, b: Tensor, k: int) -> str | None:
-    """Why `hamming_topk` cannot serve these inputs, or None."""
     if b.shape[0] >= 2**32:
         return f"{b.shape[0]} codes in b (supported: fewer than 2^32)"
     return refuses_codes(a, b)

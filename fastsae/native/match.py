@@ -13,7 +13,6 @@ _refuses = score_refusal()
 
 
 def refuses_match_cosine(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_self: bool, eps: float) -> str | None:
-    """Why `match_cosine` cannot serve these inputs, or None."""
     if b.shape[0] >= 2**30:
         return f"{b.shape[0]} rows of b (supported: fewer than 2^30)"
     if eps < 1e-30:
@@ -22,7 +21,6 @@ def refuses_match_cosine(a: Tensor, b: Tensor, k: int, absolute: bool, exclude_s
 
 
 def refuses_match_pair(a: Tensor, b: Tensor, k_ab: int, k_ba: int, eps: float) -> str | None:
-    """Why `match_pair` cannot serve these inputs, or None."""
     return refuses_match_cosine(a, b, k_ab, False, False, eps)
 
 

@@ -15,7 +15,6 @@ from fastsae.native.loader import call, expect
 def refuses_signum(
     y: Tensor, z: Tensor, grad: Tensor, values: Tensor | None, indices: Tensor | None, crow: Tensor | None, *options: Any
 ) -> str | None:
-    """Why `signum` cannot serve these inputs, or None."""
     return refuses_gradient(grad, values, indices, crow, y=y, z=z)
 
 

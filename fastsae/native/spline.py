@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae._core import checks
 from fastsae.latents import ScoreInputs
 from fastsae.native.encode import Arguments, score_refusal
 from fastsae.native.hamming import code_rows, refuses_codes
@@ -17,7 +18,6 @@ refuses_spline_code = refuses_spline_hash = score_refusal("b", "neurons")
 
 
 def refuses_pack_signs(z: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `pack_signs` and `hash_signs` cannot serve these inputs, or None."""
     if z.dtype not in _SIGNS:
         return f"dtype {str(z.dtype)[6:]} ({SUPPORTED}, bool)"
     if z.numel() and z.shape[1] > 1 and z.stride(1) != 1:
@@ -29,19 +29,7 @@ refuses_hash_signs = refuses_pack_signs
 
 
 def refuses_hash_code(words: Tensor, neurons: Tensor | None, *key: int) -> str | None:
-    """Why `hash_code` cannot serve these inputs, or None."""
     return refuses_codes(words, neurons)
-
-
-def _taking_part(neurons: Tensor | None, size: int) -> Tensor | None:
-    """An index or mask as a contiguous mask [size]; IndexError where an index is out of range."""
-    if neurons is None:
-        return None
-    if neurons.dtype is torch.bool:
-        return neurons.contiguous()
-    if neurons.numel() and (int(neurons.min()) < 0 or int(neurons.max()) >= size):
-        raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
-    return torch.zeros(size, dtype=torch.bool, device="cpu").index_fill_(0, neurons.long(), True)
 
 
 def _signs(z: Tensor) -> tuple[int, int, int, int, int]:
@@ -65,14 +53,14 @@ def _key(layer: int, seed: int, bits: int) -> tuple[int, int, int]:
 
 def pack_signs(z: Tensor, neurons: Tensor | None) -> Tensor:
     """[rows, ceil(H / 64)] int64: bit j % 64 of word j // 64 is z[row, j] > 0, and 0 where `neurons` leaves j out."""
-    mask, words = _taking_part(neurons, z.shape[1]), _words(*z.shape)
+    mask, words = checks.neuron_mask(neurons, z.shape[1]), _words(*z.shape)
     call("pack_signs", *_signs(z), address(mask), words.data_ptr())
     return words
 
 
 def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     """[rows] int64, or [rows, 2] with 128 bits: the XOR of the keys of the neurons with z > 0 that take part."""
-    mask, hashes = _taking_part(neurons, z.shape[1]), _hashes(z.shape[0], bits)
+    mask, hashes = checks.neuron_mask(neurons, z.shape[1]), _hashes(z.shape[0], bits)
     call("hash_signs", *_signs(z), address(mask), _key(layer, seed, bits), hashes.data_ptr())
     return hashes
 
@@ -80,7 +68,7 @@ def hash_signs(z: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: i
 def hash_code(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
     """The same from packed words [rows, w]; copied where the words of a code are not adjacent."""
     expect(torch.int64, words)
-    mask = _taking_part(neurons, 64 * words.shape[1])
+    mask = checks.neuron_mask(neurons, 64 * words.shape[1])
     (words, where), hashes = code_rows(words), _hashes(words.shape[0], bits)
     call("hash_code", *where, address(mask), _key(layer, seed, bits), hashes.data_ptr())
     return hashes
@@ -104,7 +92,7 @@ def spline_code(
         path, stats: as in ``call_engine``.
     """
     given, words = Arguments("spline_code", ScoreInputs(x, W, b)), _words(x.shape[0], W.shape[0])
-    mask = _taking_part(neurons, W.shape[0])
+    mask = checks.neuron_mask(neurons, W.shape[0])
     call_engine("spline_code", path, stats, *given.addresses, address(given.b), words.data_ptr())
     return words if mask is None else words.bitwise_and_(pack_signs(mask.unsqueeze(0), None))
 

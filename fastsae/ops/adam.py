@@ -184,24 +184,22 @@ def _copies(args: tuple[Any, ...]) -> list[Any]:
     return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def _check_adam(args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> float:
+def _check_adam(testing: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> float:
     """Moments against float64; then the weights against those that float64 makes of the result's own moments.
 
     In two stages, because a step is ill-conditioned: where a gradient cancels to nothing, ``m / sqrt(v)`` is the sign of its rounding.
     """
-    from fastsae.testing import check_values
-
     W, m, v, grad, values, indices, crow, factor, lr, beta1, beta2, eps, weight_decay, step, project, normalise = args
     if factor is not None and bool(factor.isnan()):
-        return check_kept((W, m, v), result)
+        return check_kept(testing, (W, m, v), result)
     exact, plain = map(_copies, (doubled(args), args))
     adam_reference(*exact)
     adam_reference(*plain)
     size = size_of_gradient((W, grad, values, indices, crow, project)) * (1 if factor is None else factor.double().abs())
     old, tiny = m.double().abs(), 8 * torch.finfo(W.dtype).tiny  # each rounding of a step may be one of denormals
     new_W, new_m, new_v = result
-    error = check_values(new_m, exact[1], plain[1], old + (1 - beta1) * (size + old) + tiny)
-    error = max(error, check_values(new_v, exact[2], plain[2], v.double() + (1 - beta2) * size.square() + tiny))
+    error = testing.check_values(new_m, exact[1], plain[1], old + (1 - beta1) * (size + old) + tiny)
+    error = max(error, testing.check_values(new_v, exact[2], plain[2], v.double() + (1 - beta2) * size.square() + tiny))
 
     def moved(dtype: torch.dtype, normalise: bool) -> Tensor:
         w = W.to(dtype).clone()
@@ -213,23 +211,19 @@ def _check_adam(args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) ->
     if normalise:
         norm = torch.linalg.vector_norm(free, dim=1, keepdim=True)
         size = size / torch.where(norm < 1e-8, 1.0, norm)
-    return max(error, check_values(new_W, moved(torch.float64, normalise), moved(W.dtype, normalise), size))
+    return max(error, testing.check_values(new_W, moved(torch.float64, normalise), moved(W.dtype, normalise), size))
 
 
-def check_kept(args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> float:
+def check_kept(testing: Any, args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> float:
     """A step whose factor is NaN has written nothing."""
-    from fastsae.testing import Mismatch
-
     if not all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(args, result, strict=True)):
-        raise Mismatch("a factor that is NaN must leave everything as it is")
+        raise testing.Mismatch("a factor that is NaN must leave everything as it is")
     return 0.0
 
 
-def _check_grad_squares(args: tuple[Any, ...], result: Tensor) -> float:
-    from fastsae.testing import check_values
-
+def _check_grad_squares(testing: Any, args: tuple[Any, ...], result: Tensor) -> float:
     exact, plain = grad_squares_reference(*doubled(args)), grad_squares_reference(*args)
-    return check_values(result, exact, plain, size_of_gradient(args).square().sum())
+    return testing.check_values(result, exact, plain, size_of_gradient(args).square().sum())
 
 
 def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
@@ -253,12 +247,10 @@ def matrices_refused(matrices: tuple[tuple[str, Tensor], ...]) -> str | None:
 
 
 def triton_refuses_adam(W: Tensor, m: Tensor, v: Tensor, *rest: Any) -> str | None:
-    """Why the Triton row cannot serve these arguments, or None."""
     return matrices_refused((("W", W), ("m", m), ("v", v))) or triton_refuses(W, m, v, *rest)
 
 
 def triton_refuses_grad_squares(W: Tensor, *rest: Any) -> str | None:
-    """Why the Triton row cannot serve these arguments, or None."""
     return triton_refuses_adam(W, W, W, *rest)
 
 

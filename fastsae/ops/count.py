@@ -38,9 +38,7 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         yield (torch.stack([values[pick, 0] >> 62, values[pick, 1]], 1),)
 
 
-def _check(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import check_equal
-
+def _check(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     rows = args[0].tolist()
     keys = [tuple(row) if isinstance(row, list) else row for row in rows]
     ranked = sorted(set(keys))
@@ -49,7 +47,7 @@ def _check(args: tuple[Any, ...], result: Any) -> float:
     unique = torch.tensor(ranked, dtype=torch.int64, device=device).reshape(len(ranked), *args[0].shape[1:])
     inverse = torch.tensor([place[key] for key in keys], dtype=torch.int64, device=device)
     counts = torch.bincount(inverse, minlength=len(ranked))
-    return check_equal((unique, inverse, counts), result, "unique,inverse,counts")
+    return testing.check_equal((unique, inverse, counts), result, "unique,inverse,counts")
 
 
 def _fake(hashes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -147,15 +147,6 @@ def _dweight_samples(device: torch.device, dtype: torch.dtype, generator: torch.
         yield values, indices, crow, grad, torch.empty((width, n_features), device=device, dtype=dtype).T
 
 
-def _check(reference: Any) -> Any:
-    def check(args: tuple[Any, ...], result: Any) -> float:
-        from fastsae.testing import check_linear
-
-        return check_linear(reference, args, result)
-
-    return check
-
-
 def _workload(arrange: Any) -> Any:
     def workload(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
         normal = drawn(device, dtype, generator)
@@ -178,7 +169,7 @@ DECODE = Op(
     decode_reference,
     fake=lambda values, indices, crow, W, b: W.new_empty((indices.shape[0] if crow is None else crow.shape[0] - 1, W.shape[1])),
     samples=_decode_samples,
-    check=_check(decode_reference),
+    check=lambda testing, *given: testing.check_linear(decode_reference, *given),
     workload=_workload(lambda values, indices, W: (values, indices, None, W, None)),
     batched=(0, 1),
 )
@@ -187,7 +178,7 @@ DECODE_DVALUES = Op(
     decode_dvalues_reference,
     fake=lambda grad, indices, crow, W: grad.new_empty(indices.shape),
     samples=_dvalues_samples,
-    check=_check(decode_dvalues_reference),
+    check=lambda testing, *given: testing.check_linear(decode_dvalues_reference, *given),
     workload=_workload(lambda values, indices, W: (values @ W[:32], indices, None, W)),
     batched=(0, 1),
 )
@@ -196,7 +187,7 @@ DECODE_DWEIGHT = Op(
     decode_dweight_reference,
     fake=lambda values, indices, crow, grad, out: None,
     samples=_dweight_samples,
-    check=_check(_dweight_result),
+    check=lambda testing, *given: testing.check_linear(_dweight_result, *given),
     workload=_workload(lambda values, indices, W: (values, indices, None, values @ W[:32], torch.empty_like(W))),
     mutates=(4,),
 )

@@ -21,7 +21,7 @@ from fastsae.latents import RaggedLatents, ScoreInputs, Slots, TopKLatents, of_i
 from fastsae.ops import encode_samples
 from fastsae.ops.score_gradients import band_gradient, feature_sums, score_gradients
 from fastsae.packed import PackedWeights
-from fastsae.reference import accumulator, centre, chunks, merge_rows, scores, select_rows, tracks
+from fastsae.reference import Best, accumulator, centre, chunks, scores, tracks
 
 # ---------------------------------------------------------------- references
 
@@ -33,22 +33,11 @@ def encode_topk_reference(inputs: ScoreInputs, k: int, relu: bool, absolute: boo
     n = inputs.W.shape[0] if chosen is None else chosen.shape[0]
     if k > n:
         raise ValueError(f"encode_topk: k must be at most the number of features chosen ({n}), got {k}")
-    xc = centre(x, inputs.b_pre)
-    kept_values, kept_indices = [xc.new_empty(0, k)], [torch.empty(0, k, dtype=torch.int64, device=x.device)]
+    xc, best = centre(x, inputs.b_pre), Best(k, absolute)
     for rows in chunks(x.shape[0], n, least=64):
-        values: list[Tensor] = []
-        indices: list[Tensor] = []
         for part in chunks(n, rows.stop - rows.start, least=k):
-            local = part if chosen is None else chosen[part]
-            v, i = select_rows(_tile(inputs, xc[rows], local), min(k, part.stop - part.start), absolute)
-            values.append(v)
-            indices.append(i + part.start)
-            if len(values) == 2:
-                v, i = merge_rows(values, indices, k, absolute)
-                values, indices = [v], [i]
-        kept_values.append(values[0])
-        kept_indices.append(indices[0])
-    v, i = torch.cat(kept_values).to(x.dtype), torch.cat(kept_indices)
+            best.add(rows.start, part.start, _tile(inputs, xc[rows], part if chosen is None else chosen[part]))
+    v, i = best.result(x.device, x.dtype)
     if chosen is not None:
         i = chosen[i]
     return (v.relu() if relu else v), i

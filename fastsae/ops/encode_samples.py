@@ -115,9 +115,7 @@ def gated_workload(device: torch.device, dtype: torch.dtype, generator: torch.Ge
     return x, W, b - 2.5, b, b, None, None
 
 
-def check_topk(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae import testing
-
+def check_topk(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     x, W, b, b_pre, scale, features, _, k, relu, *absolute = args
     score = testing.score_band(x, W, b, b_pre, scale)
     chosen = checks.sorted_subset(features, W.shape[0], "features")
@@ -126,10 +124,8 @@ def check_topk(args: tuple[Any, ...], result: Any) -> float:
     return testing.check_topk(score, chosen, k, relu, result, x.dtype)
 
 
-def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tuple[Tensor, ...]:
+def _filled(testing: Any, given: list[int | None], result: Any, flagged: bool = False) -> tuple[Tensor, ...]:
     """The entries of a ragged result; Mismatch unless it has exactly the capacity that was given, slots after the entries empty."""
-    from fastsae import testing
-
     values, col, crow, *rest = result
     capacity = given[0] if given else None
     if capacity is None:
@@ -141,29 +137,23 @@ def _filled(given: list[int | None], result: Any, flagged: bool = False) -> tupl
     return values[:n], col[:n], crow, *(slot[:n] for slot in rest[:flagged]), *rest[flagged:]
 
 
-def check_threshold(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae import testing
-
+def check_threshold(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     x, W, b, b_pre, scale, features, _, threshold, bandwidth, *capacity = args
     score = testing.score_band(x, W, b, b_pre, scale)
-    result = _filled(capacity, result, bandwidth is not None)
+    result = _filled(testing, capacity, result, bandwidth is not None)
     return testing.check_threshold(score, checks.sorted_subset(features, W.shape[0], "features"), threshold, bandwidth, result, x.dtype)
 
 
-def check_batch_topk(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae import testing
-
+def check_batch_topk(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     x, W, b, b_pre, scale, features, _, k, *capacity = args
     score = testing.score_band(x, W, b, b_pre, scale)
-    result = _filled(capacity, result)
+    result = _filled(testing, capacity, result)
     return testing.check_batch_topk(score, checks.sorted_subset(features, W.shape[0], "features"), int(k * x.shape[0]), result, x.dtype)
 
 
-def check_gated(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae import testing
-
+def check_gated(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     x, W, b_gate, r_mag, b_mag, b_pre, _, *capacity = args
-    result = _filled(capacity, result)
+    result = _filled(testing, capacity, result)
     gate = testing.score_band(x, W, b_gate, b_pre, None)
     magnitude = testing.score_band(x, W, b_mag, b_pre, r_mag.to(accumulator(x.dtype)).exp())
     # Two correct exponentials differ by 2 ulp each: 8 units of the magnitudes, which the band counts D + 3 times twice.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference
+from fastsae.ops.spline import unpack_bits
 from fastsae.reference import Best, accumulator, chunks, product
 
 if TYPE_CHECKING:
@@ -18,24 +19,16 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- references
 
 
-def _bits(words: Tensor) -> Tensor:
-    """``[n, w]`` int64 to ``[n, 64 w]`` float32 zeros and ones."""
-    return ((words.unsqueeze(-1) >> torch.arange(64, device=words.device)) & 1).float().flatten(1)
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """``|a| + |b| - 2 <a, b>``: exact in float32 below 2^24 bits."""
-    return a.sum(1, keepdim=True) + b.sum(1) - 2 * product(a, b.T)
-
-
 def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Distances as ``|a| + |b| - 2 <a, b>``: exact in float32 below 2^24 bits."""
     width = a.shape[1] * 64
     column_tiles = list(chunks(b.shape[0], max(width, min(a.shape[0], 4096))))
     step = column_tiles[0].stop if column_tiles else 0  # the same row tiles beside every column tile, the last and narrower one too
     for columns in column_tiles:
-        right = _bits(b[columns])
+        right = unpack_bits(b[columns]).float()
         for rows in chunks(a.shape[0], max(width, step)):
-            yield rows, columns, _distances(_bits(a[rows]), right)
+            left = unpack_bits(a[rows]).float()
+            yield rows, columns, left.sum(1, keepdim=True) + right.sum(1) - 2 * product(left, right.T)
 
 
 def hamming_reference(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -94,18 +87,14 @@ def _popcount(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _check(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import check_equal
-
-    return check_equal(_popcount(args[0], args[1]), result, "distances")
+def _check(testing: Any, args: tuple[Any, ...], result: Any) -> float:
+    return testing.check_equal(_popcount(args[0], args[1]), result, "distances")
 
 
-def _check_topk(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import check_equal
-
+def _check_topk(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     a, b, k = args
     distance, index = _popcount(a, b).sort(dim=1, stable=True)
-    return check_equal((distance[:, :k], index[:, :k]), result, "distance,index")
+    return testing.check_equal((distance[:, :k], index[:, :k]), result, "distance,index")
 
 
 # ---------------------------------------------------------------- rows

@@ -99,9 +99,7 @@ def _pair_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
             yield a, b, min(3, b.shape[0]), min(2, a.shape[0]), 1e-8
 
 
-def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
-    from fastsae.testing import Score
-
+def _similarity_score(testing: Any, a: Tensor, b: Tensor, eps: float) -> Any:
     wide = accumulator(a.dtype)
     unit_a, unit_b = normalise(a.double(), eps), normalise(b.double(), eps)
     exact, size = unit_a @ unit_b.T, unit_a.abs() @ unit_b.abs().T
@@ -115,33 +113,29 @@ def _similarity_score(a: Tensor, b: Tensor, eps: float) -> Any:
     tolerance = (2 * worst + 4 * unit) * size + terms * torch.finfo(wide).tiny + rounding
     # Norms, quotients and products round: 3 (D + 3) units of the magnitudes on each side of a comparison.
     band = 6 * terms * unit * size + 2 * terms * torch.finfo(wide).tiny
-    return Score(exact, torch.where(finite, tolerance, 0.0), torch.where(finite, band, 0.0), unit)
+    return testing.Score(exact, torch.where(finite, tolerance, 0.0), torch.where(finite, band, 0.0), unit)
 
 
-def _check_match(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import by_magnitude, check_topk
-
+def _check_match(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     a, b, k, absolute, exclude_self, eps = args
-    score = _similarity_score(a, b, eps)
+    score = _similarity_score(testing, a, b, eps)
     similarity, index = result
     if absolute:
-        score, (similarity, index) = by_magnitude(score, (similarity, index))
+        score, (similarity, index) = testing.by_magnitude(score, (similarity, index))
     if exclude_self:
         score.exact.fill_diagonal_(-torch.inf)
-    return check_topk(score, None, k, False, (similarity, index), a.dtype)
+    return testing.check_topk(score, None, k, False, (similarity, index), a.dtype)
 
 
-def _check_pair(args: tuple[Any, ...], result: Any) -> float:
-    from fastsae.testing import Score, check_topk
-
+def _check_pair(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     a, b, k_ab, k_ba, eps = args
-    score = _similarity_score(a, b, eps)
-    turned = Score(score.exact.T, score.tolerance.T, score.band.T, score.unit)
-    negative = Score(-score.exact, score.tolerance, score.band, score.unit)
+    score = _similarity_score(testing, a, b, eps)
+    turned = testing.Score(score.exact.T, score.tolerance.T, score.band.T, score.unit)
+    negative = testing.Score(-score.exact, score.tolerance, score.band, score.unit)
     return max(
-        check_topk(score, None, k_ab, False, result[0:2], a.dtype),
-        check_topk(turned, None, k_ba, False, result[2:4], b.dtype),
-        check_topk(negative, None, 1, False, (-result[4].unsqueeze(1), result[5].unsqueeze(1)), a.dtype),
+        testing.check_topk(score, None, k_ab, False, result[0:2], a.dtype),
+        testing.check_topk(turned, None, k_ba, False, result[2:4], b.dtype),
+        testing.check_topk(negative, None, 1, False, (-result[4].unsqueeze(1), result[5].unsqueeze(1)), a.dtype),
     )
 
 

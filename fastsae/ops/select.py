@@ -14,15 +14,16 @@ from torch import Tensor
 from fastsae._core import checks
 from fastsae.dispatch import Op, preference
 from fastsae.latents import TopKLatents
-from fastsae.reference import chunks, drawn, select_rows, tracks
+from fastsae.reference import Best, chunks, drawn, tracks
 
 # ---------------------------------------------------------------- reference
 
 
 def select_topk_reference(z: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
-    parts = [select_rows(z[rows], k) for rows in chunks(z.shape[0], z.shape[1])]
-    values = torch.cat([z.new_empty(0, k), *(v for v, _ in parts)])
-    indices = torch.cat([torch.empty(0, k, dtype=torch.int64, device=z.device), *(i for _, i in parts)])
+    best = Best(k)
+    for rows in chunks(z.shape[0], z.shape[1]):
+        best.add(rows.start, 0, z[rows])
+    values, indices = best.result(z.device, z.dtype)
     return (values.relu() if relu else values), indices
 
 
@@ -47,18 +48,16 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         yield special, k, True
 
 
-def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
+def _check(testing: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     """Another way than the reference's: a stable sort of the whole row in float64."""
-    from fastsae.testing import Mismatch, check_equal
-
     z, k, relu = args
     values, indices = z.double().sort(dim=1, descending=True, stable=True)
     values = values[:, :k].relu() if relu else values[:, :k]
     want, got = values.to(z.dtype), result[0]
     if got.dtype != want.dtype:
-        raise Mismatch(f"values: expected {want.dtype}, got {got.dtype}")
+        raise testing.Mismatch(f"values: expected {want.dtype}, got {got.dtype}")
     parts = [(v.isnan(), v.masked_fill(v.isnan(), 0)) for v in (want, got)]
-    return check_equal((*parts[0], indices[:, :k]), (*parts[1], result[1]), "NaN,values,indices")
+    return testing.check_equal((*parts[0], indices[:, :k]), (*parts[1], result[1]), "NaN,values,indices")
 
 
 # ---------------------------------------------------------------- rows
@@ -73,26 +72,6 @@ SELECT_TOPK = Op(
     batched=(0,),
 )
 SELECT_TOPK.row("cuda", "fastsae.native.cuda:select_topk", "fastsae.native.cuda:refuses_select_topk")
-
-# ---------------------------------------------------------------- backward
-
-
-class _SelectTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, k: int, relu: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-        values, indices = SELECT_TOPK(z, k, relu, backend=backend)
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(values, indices)
-        ctx.relu, ctx.shape = relu, z.shape
-        return values, indices
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, indices = ctx.saved_tensors
-        kept = values > 0 if ctx.relu else ~values.isnan()
-        # Indices of a row are distinct: each element is written once.
-        return grad.new_zeros(ctx.shape).scatter_(1, indices, torch.where(kept, grad, 0)), None, None, None
-
 
 # ---------------------------------------------------------------- public
 
@@ -129,9 +108,9 @@ def select_topk(z: Tensor, *, k: int, relu: bool = True, index_dtype: torch.dtyp
     dtype = checks.index_dtype(op, index_dtype, n)
     batch = z.shape[:-1]
     flat = z.reshape(batch.numel(), n)
-    if tracks(op, z):
-        values, indices = _SelectTopK.apply(flat, k, relu, preference(backend))  # pyright: ignore[reportGeneralTypeIssues]
-    else:
-        values, indices = SELECT_TOPK(flat, k, relu, backend=preference(backend))
+    values, indices = SELECT_TOPK(flat.detach(), k, relu, backend=preference(backend))
+    if tracks(op, z):  # the same values once more, with the gradient of a gather
+        kept = values > 0 if relu else ~values.isnan()
+        values = torch.where(kept, flat.gather(1, indices), values)
     values, indices = values.reshape(*batch, k), indices.reshape(*batch, k)
     return TopKLatents(values, indices if dtype is torch.int64 else indices.to(dtype), n)

@@ -74,16 +74,14 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         yield W, W + m, grad, values, indices, crow, *settings[number % len(settings)], project, normalise, factor
 
 
-def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
+def _check(testing: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     """z against the signs of float64, either one where the gradient is within its rounding of 0; then y from the result's own z."""
-    from fastsae.testing import Mismatch, check_values
-
     y, z, grad, values, indices, crow, lr, momentum, share, project, normalise, *factor = args
     if factor and factor[0] is not None and bool(factor[0].isnan()):
-        return check_kept((y, z), result)
+        return check_kept(testing, (y, z), result)
     new_y, new_z = result
     if new_z.shape != z.shape or new_z.dtype != z.dtype:
-        raise Mismatch(f"z must stay {list(z.shape)} {z.dtype}, got {list(new_z.shape)} {new_z.dtype}")
+        raise testing.Mismatch(f"z must stay {list(z.shape)} {z.dtype}, got {list(new_z.shape)} {new_z.dtype}")
     gradient = (y, grad, values, indices, crow, project)
     tiles = gradient_tiles(*doubled(gradient))
     g = torch.cat([y.new_zeros(0, y.shape[1], dtype=torch.float64), *(g for _, g in tiles)])
@@ -96,7 +94,9 @@ def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     off = (distance.gather(0, wanted.unsqueeze(0))[0] > ulp) & ((g.abs() > band) | (distance.amin(0) > ulp)) & g.isfinite()
     if bool(off.any()):
         at = off.nonzero()[0].tolist()
-        raise Mismatch(f"z{at} = {float(new_z[tuple(at)])}: not {float(z[tuple(at)])} less {lr} times the sign of {float(g[tuple(at)])}")
+        raise testing.Mismatch(
+            f"z{at} = {float(new_z[tuple(at)])}: not {float(z[tuple(at)])} less {lr} times the sign of {float(g[tuple(at)])}"
+        )
 
     def moved(dtype: torch.dtype, normalise: bool) -> Tensor:
         w, end = y.to(dtype).clone(), new_z.to(dtype)
@@ -108,7 +108,7 @@ def _check(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> float:
     if normalise:
         norm = torch.linalg.vector_norm(free, dim=1, keepdim=True)
         size = size / torch.where(norm < 1e-8, 1.0, norm)
-    return check_values(new_y, moved(torch.float64, normalise), moved(y.dtype, normalise), size)
+    return testing.check_values(new_y, moved(torch.float64, normalise), moved(y.dtype, normalise), size)
 
 
 def _workload(*where: Any) -> tuple[Any, ...]:
@@ -120,7 +120,6 @@ def _workload(*where: Any) -> tuple[Any, ...]:
 
 
 def triton_refuses(y: Tensor, z: Tensor, *rest: Any) -> str | None:
-    """Why the Triton row cannot serve these arguments, or None."""
     return matrices_refused((("y", y), ("z", z))) or reference.triton_refuses(y, z, *rest)
 
 

@@ -64,17 +64,8 @@ def spline_keys(n_neurons: int, *, layer: int = 0, seed: int = 0, device: torch.
 # ---------------------------------------------------------------- references
 
 
-def _mask(neurons: Tensor | None, size: int) -> Tensor | None:
-    """An index or mask as a mask; IndexError where an index is out of range."""
-    if neurons is None or neurons.dtype is torch.bool:
-        return neurons
-    if neurons.numel() and bool(((neurons < 0) | (neurons >= size)).any()):
-        raise IndexError(f"neurons must hold indices 0 <= index < {size}, got {int(neurons.min())} .. {int(neurons.max())}")
-    return torch.zeros(size, dtype=torch.bool, device=neurons.device).index_fill_(0, neurons.long(), True)
-
-
 def _selected(active: Tensor, neurons: Tensor | None) -> Tensor:
-    mask = _mask(neurons, active.shape[1])
+    mask = checks.neuron_mask(neurons, active.shape[1])
     return active if mask is None else active & mask
 
 
@@ -116,7 +107,7 @@ def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Iterator[Tensor]:
 
 
 def _active(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> Iterator[Tensor]:
-    neurons = _mask(neurons, W.shape[0])
+    neurons = checks.neuron_mask(neurons, W.shape[0])
     return (_selected(z > 0, neurons) for z in _scores(x, W, b))
 
 
@@ -139,7 +130,7 @@ def hash_signs_reference(z: Tensor, neurons: Tensor | None, layer: int, seed: in
 
 
 def hash_code_reference(words: Tensor, neurons: Tensor | None, layer: int, seed: int, bits: int) -> Tensor:
-    neurons = _mask(neurons, words.shape[1] * 64)
+    neurons = checks.neuron_mask(neurons, words.shape[1] * 64)
     tiles = chunks(max(words.shape[0], 1), words.shape[1] * 64)
     return torch.cat([_xor(_selected(unpack_bits(words[rows]), neurons), layer, seed, bits) for rows in tiles])
 
@@ -195,48 +186,33 @@ def _word_samples(device: torch.device, dtype: torch.dtype, generator: torch.Gen
         yield words, neurons
 
 
-def _sure_bits(x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sure_bits(testing: Any, x: Tensor, W: Tensor, b: Tensor | None, neurons: Tensor | None) -> tuple[Tensor, Tensor]:
     """(bits by float64, where float32 must agree)."""
-    from fastsae.testing import score_band
-
-    score = score_band(x, W, b)
+    score = testing.score_band(x, W, b)
     everything = torch.ones_like(score.exact, dtype=torch.bool)
     sure = (score.exact.abs() > score.band) | (score.band == 0) | ~score.exact.isfinite() | ((x == 0).all(1, keepdim=True) & (b is None))
     return _selected(score.exact > 0, neurons), sure | ~_selected(everything, neurons)
 
 
-def _check_code(args: tuple[Any, ...], result: Tensor) -> float:
-    from fastsae.testing import Mismatch, check_equal
-
-    bits, sure = _sure_bits(*args)
+def _check_code(testing: Any, args: tuple[Any, ...], result: Tensor) -> float:
+    bits, sure = _sure_bits(testing, *args)
     expected = _pack(bits)
     if result.shape != expected.shape or result.dtype != torch.int64:
-        raise Mismatch(f"expected {list(expected.shape)} int64, got {list(result.shape)} {result.dtype}")
+        raise testing.Mismatch(f"expected {list(expected.shape)} int64, got {list(result.shape)} {result.dtype}")
     got = unpack_bits(result)
     if bool(got[:, bits.shape[1] :].any()):
-        raise Mismatch("bits beyond the last neuron must be 0")
-    return check_equal(bits | ~sure, got[:, : bits.shape[1]] | ~sure, "bits")
+        raise testing.Mismatch("bits beyond the last neuron must be 0")
+    return testing.check_equal(bits | ~sure, got[:, : bits.shape[1]] | ~sure, "bits")
 
 
-def _check_hash(args: tuple[Any, ...], result: Tensor) -> float:
-    from fastsae.testing import Mismatch, check_equal
-
+def _check_hash(testing: Any, args: tuple[Any, ...], result: Tensor) -> float:
     *layer, number, seed, bits = args
-    active, sure = _sure_bits(*layer)
+    active, sure = _sure_bits(testing, *layer)
     expected = _xor(active, number, seed, bits)
     if result.shape != expected.shape:
-        raise Mismatch(f"expected {list(expected.shape)}, got {list(result.shape)}")
+        raise testing.Mismatch(f"expected {list(expected.shape)}, got {list(result.shape)}")
     certain = sure.all(1)
-    return check_equal(expected[certain], result[certain], "hashes")
-
-
-def _exact(reference: Any, names: str) -> Any:
-    def check(args: tuple[Any, ...], result: Any) -> float:
-        from fastsae.testing import check_equal
-
-        return check_equal(reference(*args), result, names)
-
-    return check
+    return testing.check_equal(expected[certain], result[certain], "hashes")
 
 
 # ---------------------------------------------------------------- rows
@@ -273,7 +249,7 @@ PACK_SIGNS = Op(
     pack_signs_reference,
     fake=lambda z, neurons: _fake_code(z, z.shape[1]),
     samples=_sign_samples,
-    check=_exact(pack_signs_reference, "words"),
+    check=lambda testing, args, result: testing.check_equal(pack_signs_reference(*args), result, "words"),
     workload=lambda *where: (_layer(*where)[0] @ _layer(*where)[1].T, None),
     batched=(0,),
 )
@@ -282,7 +258,7 @@ HASH_SIGNS = Op(
     hash_signs_reference,
     fake=lambda z, neurons, layer, seed, bits: _fake_hash(z, bits),
     samples=_with_keys(_sign_samples),
-    check=_exact(hash_signs_reference, "hashes"),
+    check=lambda testing, args, result: testing.check_equal(hash_signs_reference(*args), result, "hashes"),
     workload=lambda *where: (_layer(*where)[0] @ _layer(*where)[1].T, None, 0, 0, 64),
     batched=(0,),
 )
@@ -291,7 +267,7 @@ HASH_CODE = Op(
     hash_code_reference,
     fake=lambda words, neurons, layer, seed, bits: _fake_hash(words, bits),
     samples=_with_keys(_word_samples),
-    check=_exact(hash_code_reference, "hashes"),
+    check=lambda testing, args, result: testing.check_equal(hash_code_reference(*args), result, "hashes"),
     workload=lambda *where: (spline_code_reference(*_layer(*where), None), None, 0, 0, 64),
     batched=(0,),
     dtypes=(torch.float32,),
@@ -459,7 +435,7 @@ def near_zero_counts(
     eps = float(checks.number(op, "eps", eps, positive=False))
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
-    neurons = _mask(neurons, weights.shape[0])
+    neurons = checks.neuron_mask(neurons, weights.shape[0])
     return torch.cat([_selected(z.abs() <= eps, neurons).sum(1) for z in _scores(x, weights, b)]).reshape(batch)
 
 

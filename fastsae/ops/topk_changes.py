@@ -165,17 +165,15 @@ def _samples(device: torch.device, dtype: torch.dtype, generator: torch.Generato
         yield few[4:64], few[4:64, 0].clone(), few[-1], None, *ends, 6, relu, absolute
 
 
-def _check(args: tuple[Any, ...], result: Any) -> float:
+def _check(testing: Any, args: tuple[Any, ...], result: Any) -> float:
     """The changes made one after the other, against the k best between any two of them. Equal features are one: which of them is among the
     best may turn on a rounding."""
-    from fastsae.testing import Mismatch
-
     W, b, b_pre, _, p, q, k, relu, absolute = args
     n, integers = int(result[3].clamp_min(0).sum()), (torch.int64, torch.int64, torch.int64)
     if [values.dtype for values in result] != [torch.float64, *integers] or [values.shape for values in result] != [(n,)] * 3 + [(len(p),)]:
-        raise Mismatch(f"t,leaves,enters,counts: {n} changes of {len(p)} segments, but got {describe(result)}")
+        raise testing.Mismatch(f"t,leaves,enters,counts: {n} changes of {len(p)} segments, but got {describe(result)}")
     if bool((result[3] < -1).any()) or any(bool(((ids < -1) | (ids >= len(W))).any()) for ids in result[1:3]):
-        raise Mismatch("leaves,enters,counts: out of range")
+        raise testing.Mismatch("leaves,enters,counts: out of range")
     t, leaves, enters, counts = (values.tolist() for values in result)
     lines = score_lines(W, b, b_pre, p, q).view(2, len(p), len(W))
     distinct, kind, copies = torch.cat([W, b.unsqueeze(1)], 1).unique(dim=0, return_inverse=True, return_counts=True)
@@ -198,11 +196,11 @@ def _check(args: tuple[Any, ...], result: Any) -> float:
         def compare(held: Tensor, score: Tensor, where: str, s: int = s, size: float = size) -> None:
             got, want = (score[one].repeat_interleave(times).sort().values for times in (held, best(score)))
             if got.shape != want.shape or bool(((got - want).abs() > size).any()):
-                raise Mismatch(f"leaves,enters: {where} of segment {s} other features are the {k} best")
+                raise testing.Mismatch(f"leaves,enters: {where} of segment {s} other features are the {k} best")
 
         held, places = best(scores(0.0)), [0.0, *(t[i] for i in rows), 1.0]
         if not all(before <= after for before, after in pairwise(places)):
-            raise Mismatch(f"t: {places[1:-1]} of segment {s} is not ascending in [0, 1]")
+            raise testing.Mismatch(f"t: {places[1:-1]} of segment {s} is not ascending in [0, 1]")
         for (before, after), row in zip(pairwise(places), [*rows, None]):
             if after - before > 1e-7:
                 compare(held, scores((before + after) / 2), f"between {before} and {after}")
@@ -212,7 +210,9 @@ def _check(args: tuple[Any, ...], result: Any) -> float:
             sides = [float(score[i]) if i >= 0 else 0.0 for i in (gone, new)]
             told = gone != new and (gone < 0 or held[kind[gone]] > 0) and (new < 0 or held[kind[new]] < copies[kind[new]])
             if not told or abs(sides[0] - sides[1]) > size:
-                raise Mismatch(f"leaves,enters: {gone}, {new} at {after} of segment {s} do not meet there, or stand on the wrong sides")
+                raise testing.Mismatch(
+                    f"leaves,enters: {gone}, {new} at {after} of segment {s} do not meet there, or stand on the wrong sides"
+                )
             for feature, by in ((gone, -1), (new, 1)):
                 if feature >= 0:
                     held[kind[feature]] += by

@@ -297,7 +297,7 @@ def _curved(block: _Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _segments(op: str, net: Any, p: Any, q: Any) -> tuple[Net, Tensor, Tensor]:
-    net = check_net(op, net)
+    net = check_net(op, net, True)
     check_points(op, "p", p, net)
     check_points(op, "q", q, net, p)
     if p.dim() != 2 or p.shape != q.shape:
@@ -305,8 +305,6 @@ def _segments(op: str, net: Any, p: Any, q: Any) -> tuple[Net, Tensor, Tensor]:
     for name, x in (("p", p), ("q", q)):
         if not bool(x.isfinite().all()):
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
-    if not net.widths:
-        raise ValueError(f"{op}: net must have at least one activation layer, got {net!r}")
     return net, p.detach().double(), q.detach().double()
 
 
@@ -484,7 +482,7 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     Source: the local complexity of Humayun, Balestriero & Baraniuk 2024 (arXiv 2402.15555).
     """
     op = "local_complexity"
-    net = check_net(op, net)
+    net = check_net(op, net, True)
     check_points(op, "x", x, net, same=True)
     checks.shape(op, "x", x, (None, net.d_in), f"[B, d_in={net.d_in}]")
     radius = float(checks.number(op, "radius", radius))
@@ -492,8 +490,6 @@ def local_complexity(net: Net, x: Tensor, radius: float, vertices: int, *, seed:
     seed = checks.integer(op, "seed", seed, 0)
     if vertices % 2:
         raise ValueError(f"{op}: vertices must be even (plus and minus each direction), got {vertices}")
-    if not net.widths:
-        raise ValueError(f"{op}: net must have at least one activation layer, got {net!r}")
     narrow = net.to(x.dtype)
     first = narrow.stages[0]
     one = len(net.widths) == 1 and isinstance(first, Affine) and isinstance(narrow.stages[1], Activation)

@@ -292,10 +292,12 @@ def full_products(function: Function) -> Function:
     return run  # pyright: ignore[reportReturnType]
 
 
-def check_net(op: str, net: Any) -> Net:
+def check_net(op: str, net: Any, neurons: bool = False) -> Net:
     checks.instance(op, "net", net, Net, "a Net (fastsae.polytopes.as_net, fastsae.polytopes.mlp_block)")
     if net.d_in is None:
         raise ValueError(f"{op}: net must hold at least one Linear layer, got {net!r}")
+    if neurons and not net.widths:
+        raise ValueError(f"{op}: net must have at least one activation layer, got {net!r}")
     return net
 
 

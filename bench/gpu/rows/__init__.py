@@ -11,6 +11,7 @@ from bench.gpu.harness import Bench
 from bench.gpu.rows import codes, decode, encode, match, training
 from bench.gpu.rows.encode import ENCODE, ENCODE_GROWTH
 from bench.harness import name
+from fastsae._core.timing import milliseconds
 
 
 class Row(NamedTuple):
@@ -30,15 +31,18 @@ def copy(b: Bench) -> None:
     n = (1 << 22) if b.quick else (1 << 30)
     source = b.normal(n // 4)
     target = torch.empty_like(source)
-    b.milliseconds(lambda _: target.copy_(source), 3, 0)
-    best = min(b.milliseconds(lambda _: target.copy_(source), 5, 0) for _ in range(5))
-    b.copy_rate = 2 * n / (best * 1e-3)
+    b.copy_rate = 2 * n / _least_seconds(b, lambda _: target.copy_(source))
     size = 256 if b.quick else 8192
     left, right = b.normal(size, size).bfloat16(), b.normal(size, size).bfloat16()
-    b.milliseconds(lambda _: left @ right, 3, 0)
-    b.product_rate = 2 * size**3 / (min(b.milliseconds(lambda _: left @ right, 5, 0) for _ in range(5)) * 1e-3)
+    b.product_rate = 2 * size**3 / _least_seconds(b, lambda _: left @ right)
     b.say(f"copy {b.copy_rate / 1e12:.2f} TB/s, bf16 product {b.product_rate / 1e12:.0f} TFLOP/s")
     b.save()
+
+
+def _least_seconds(b: Bench, call: Callable[[int], object]) -> float:
+    """Of a call, after a warm-up."""
+    milliseconds(call, b.device, 3)
+    return 1e-3 * min(milliseconds(call, b.device, 5) for _ in range(5))
 
 
 # In order of importance: what the time does not allow is at the end.

@@ -11,6 +11,7 @@ from torch.nn import functional
 import fastsae
 from bench.gpu.harness import Bench
 from fastsae.dispatch import OPS
+from fastsae.ops.spline import unpack_bits
 
 HASH = (65536, 768, 3072, 12), (128, 16, 96, 2)
 HAMMING = (16384, 1024, 8), (64, 128, 3)
@@ -55,7 +56,7 @@ def hamming(b: Bench) -> None:
     n, bits, k = b.shape(*HAMMING)
     codes = [torch.randint(-(2**63), 2**63 - 1, (n, bits // 64), generator=b.generator, device=b.device) for _ in range(2)]
     out = torch.empty(n, n, dtype=torch.int32, device=b.device)
-    unpacked = [((c.unsqueeze(-1) >> torch.arange(64, device=b.device)) & 1).to(torch.bfloat16).flatten(1) for c in codes]
+    unpacked = [unpack_bits(c).to(torch.bfloat16) for c in codes]
 
     def check(backend: str) -> None:
         OPS["hamming"](*codes, out, backend=backend)

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import os
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench import training
 from bench.gpu.harness import Bench, Call
 from bench.gpu.rows.encode import ENCODE
 from bench.harness import name
-from fastsae._core.checkout import checkout_hidden
 from fastsae.dispatch import OPS
 from fastsae.testing import check_values
 
 Sets = list[tuple[Tensor, Tensor]]
 
 
-def sparsify_decoder(b: Bench) -> Any:
-    """sparsify's decoder of (indices, values, W_dec.mT), or None with a note that says why."""
-    if b.device.type == "cpu":
-        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
-    try:
-        with checkout_hidden():
-            from sparsify.utils import decoder_impl
-    except Exception as error:
-        b.note("decode", "", f"no row for sparsify: {type(error).__name__}: {error}")
-        return None
-    return decoder_impl
-
-
 def decode(b: Bench) -> None:
     rows, width, features, k = b.shape(*ENCODE)
-    theirs = sparsify_decoder(b)
     for dtype in (torch.bfloat16, torch.float32):
         W = b.unit_rows(features, width, dtype)
         sets = b.latents(rows, features, k, 2, dtype)
         grads = [b.normal(rows, width).to(dtype) for _ in sets]
         shape = name((rows, width, features, k))
-        _forward(b, shape, W, sets, theirs)
+        _forward(b, shape, W, sets)
         _dvalues(b, shape, W, sets, grads)
         _dweight(b, shape, W, sets, grads)
         del W, sets, grads
@@ -56,12 +42,15 @@ def _label(op: str, W: Tensor) -> str:
     return f"{op} {str(W.dtype)[6:]}"
 
 
-def _forward(b: Bench, shape: str, W: Tensor, sets: Sets, theirs: Any) -> None:
+def _forward(b: Bench, shape: str, W: Tensor, sets: Sets) -> None:
     others: dict[str, Call] = {
         "torch embedding_bag": lambda i: functional.embedding_bag(sets[i % 2][1], W, per_sample_weights=sets[i % 2][0], mode="sum"),
         "torch.sparse CSR @ W": _csr(b, sets, W),
     }
-    if theirs is not None:
+    start = training.Start(W, W[0], 0)
+    if (
+        theirs := training.build("sparsify's decoder", lambda _: importlib.import_module("sparsify.utils").decoder_impl, start)
+    ) is not None:
         others["sparsify's decoder"] = lambda i: theirs(sets[i % 2][1], sets[i % 2][0], W.mT)
     b.operation(
         "decode", _label("decode", W), shape, lambda i: (*sets[i % 2], None, W, None), others, few=8, cut=(0, 1),
