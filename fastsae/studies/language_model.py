@@ -26,7 +26,7 @@ SIZES = {
         "latent_tokens": 512,
     },
     "default": {
-        "minutes": 40, "source": "smollm2", "context": 128, "train_tokens": 120_000, "held_tokens": 4_096, "layers": [6, 12],
+        "minutes": 18, "source": "smollm2", "context": 128, "train_tokens": 120_000, "held_tokens": 4_096, "layers": [6, 12],
         "features": 8192, "k": {"TopK": [16, 64], "BatchTopK": [32]}, "batch": 2048, "steps": 200, "lr": 1e-3, "named": 10,
         "ablated": 8, "latent_tokens": 120_000,
     },
