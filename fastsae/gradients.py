@@ -115,8 +115,8 @@ def total(gradients: Sequence[Gradient]) -> Gradient:
         return sum(gradients[1:], gradients[0])  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType, reportOperatorIssue]
     if all(isinstance(gradient, StackedGradient) for gradient in gradients):
         return StackedGradient(gradients[0].n, lambda e: total([gradient.part(e) for gradient in gradients]))  # pyright: ignore[reportAttributeAccessIssue]
-    if all(isinstance(gradient, RowGradient) for gradient in gradients):
-        return reduce(_joined, gradients)  # pyright: ignore[reportArgumentType]
+    slots = [gradient for gradient in gradients if isinstance(gradient, RowGradient)]
+    gradients = [*([reduce(_joined, slots)] if slots else []), *(part for part in gradients if not isinstance(part, RowGradient))]
     if len(gradients) == 1:
         return gradients[0]
     tiles = [_tile(gradient) for gradient in gradients]

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from fastsae._core import flags
 from fastsae.dispatch import preference, then_any
-from fastsae.gradients import Gradient, RowGradient, TiledGradient, densify
-from fastsae.ops.adam import ADAM, DTYPES, GRAD_SQUARES, checked_gradient
+from fastsae.gradients import Gradient, RowGradient, densify
+from fastsae.ops.adam import ADAM, DTYPES, checked_gradient
 from fastsae.ops.decode import DECODE_DWEIGHT
-
-_TILE = 1 << 21  # elements of a TiledGradient that exist at a time
+from fastsae.optim.jobs import Job, checked
 
 
 @dataclass(frozen=True)
@@ -121,22 +120,22 @@ def step(
             elif p.dim() != 2:
                 tensors = tuple(t.reshape(1, -1) if t.is_contiguous() else t.unsqueeze(0) for t in tensors)
                 gradient = gradient.reshape(1, -1)  # pyright: ignore[reportAttributeAccessIssue]
-            jobs.append((group, state, tensors, gradient, id(p) in projected, id(p) in normalised))
+            jobs.append((group, state, job_of(tensors, gradient, id(p) in projected), id(p) in normalised))
     norm = factor = None
     if max_norm is not None:
-        squares = [GRAD_SQUARES(W[rows], *tile, unit) for _, _, (W, *_), gradient, unit, _ in jobs for rows, tile in tiles(W, gradient)]
+        squares = [square for _, _, job, _ in jobs for square in job.squares()]
         nothing = torch.zeros((), dtype=torch.float32, device="cpu")
         norm = torch.stack([square.to(torch.float32) for square in squares]).sum().sqrt() if squares else nothing
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for group, state, (W, m, v), gradient, unit, normal in jobs:
+    for group, state, job, normal in jobs:
         state["step"] += 1
         beta1, beta2 = group["betas"]
         # The library's step makes everything NaN of a norm that is; a NaN here would leave everything as it is.
-        scale = None if factor is None else factor.nan_to_num(torch.inf).to(W)
+        scale = None if factor is None else factor.nan_to_num(torch.inf).to(job.views[0])
         decay = float(group["weight_decay"])
-        options = (float(group["lr"]), beta1, beta2, group["eps"], decay, int(state["step"]), unit, normal)
-        for rows, tile in tiles(W, gradient):
-            ADAM(W[rows], m[rows], v[rows], *tile, scale, *options)
+        options = (float(group["lr"]), beta1, beta2, group["eps"], decay, int(state["step"]), job.unit, normal)
+        for views, tile in job.tiles():
+            ADAM(*views, *tile, scale, *options)
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # what schedulers look for before their first step
     return norm
 
@@ -156,9 +155,6 @@ def _oriented(gradient: Gradient, tensors: tuple[Tensor, ...], whole: bool) -> t
     return out, tensors
 
 
-def tiles(W: Tensor, gradient: Any) -> Any:
-    if not isinstance(gradient, TiledGradient):
-        return [(slice(None), checked_gradient("step", "gradient", gradient, W))]
-    height = max(1, _TILE // max(W.shape[1], 1))
-    parts = [slice(start, min(start + height, W.shape[0])) for start in range(0, W.shape[0], height)]
-    return ((part, checked_gradient("step", "gradient", gradient.compute(part), W[part])) for part in parts)
+def job_of(views: tuple[Tensor, ...], gradient: Any, unit: bool) -> Job:
+    """One parameter's part of a step; see ``Job``."""
+    return Job("step", "a parameter", views, checked("step", "gradient", gradient, views[0]), unit)

@@ -489,10 +489,10 @@ def _signum(optimizer: Any, gradients: Mapping[Tensor, Any], project: list[Tenso
             state, gradient = optimizer.state[p], gradients[p]
             if "z" not in state:
                 state["z"] = p.detach().clone(memory_format=torch.preserve_format)
-            y, z = (t.detach() if t.dim() == 2 else t.detach().reshape(1, -1) for t in (p, state["z"]))
-            gradient = gradient if p.dim() == 2 else gradient.reshape(1, -1)
-            for rows, tile in _adam.tiles(y, gradient):
-                SIGNUM(y[rows], z[rows], *tile, group["lr"], optimizer.momentum, weight / group["weight_sum"], id(p) in projected, False)
+            views = tuple(t.detach() if t.dim() == 2 else t.detach().reshape(1, -1) for t in (p, state["z"]))
+            job = _adam.job_of(views, gradient if p.dim() == 2 else gradient.reshape(1, -1), id(p) in projected)
+            for tile_views, tile in job.tiles():
+                SIGNUM(*tile_views, *tile, group["lr"], optimizer.momentum, weight / group["weight_sum"], job.unit, False)
 
 
 # ---------------------------------------------------------------- the table

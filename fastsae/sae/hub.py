@@ -1,4 +1,4 @@
-"""An SAE on the Hugging Face Hub."""
+"""An SAE in other libraries' formats, and on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastsae.formats import pretrained
+from fastsae.formats import modules, pretrained
 
 _CARD = """---
 tags:
@@ -33,7 +33,7 @@ x_hat = sae.decode(latents{skip})
 
 
 class Published(nn.Module):
-    """A module with ``save_pretrained`` that can be uploaded."""
+    """A module that can be written for others and uploaded."""
 
     d_in: int
     needs_x: bool
@@ -45,7 +45,21 @@ class Published(nn.Module):
         format: pretrained.Writable = "fastsae",  # noqa: A002
         metadata: Mapping[str, Any] | None = None,
     ) -> Path:
-        raise NotImplementedError
+        """Writes a folder that another library's loader reads; returns it. Normalisation is folded in.
+
+        Args:
+            folder: is made where it does not exist.
+            format: "fastsae" is ``save``. "saelens": version 6; a BatchTopK becomes, as there, a JumpReLU at its running threshold.
+                "sparsify": TopK only. "dictionary_learning": the class of that activation; where it has a fixed pre-bias that differs
+                from this module's, ``b_dec`` moves into or out of the encoder's bias (the same scores up to rounding).
+                "circuit_tracer": ``layer_0.safetensors``, to be renamed by its layer; ReLU, JumpReLU, BatchTopK at its running threshold.
+            metadata: JSON values to write beside: SAELens's ``metadata`` (``model_name``, ``hook_name`` ..), else an entry of its own.
+
+        Files of other formats hold what inference needs: loss options, silent counts and optimisers stay behind. What a format cannot say
+        raises ValueError that names it.
+        """
+        own: Any = self
+        return modules.save_pretrained(own, folder, format, metadata)
 
     def push_to_hub(
         self,

@@ -81,9 +81,6 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
     Raises: TypeError, ValueError as the operations do.
     """
 
-    W_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
     b_enc: nn.Parameter  # None with Gated
     b_gate: nn.Parameter  # with Gated, as the next two
     r_mag: nn.Parameter
@@ -92,8 +89,6 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
     W_skip: nn.Parameter | None
     normalise_rows: By | None
     silent: Tensor
-    scale: Tensor
-    running_threshold: Tensor
     world: World = ALONE
     n_layers = 1  # more: ``Crosscoder``
 
@@ -529,28 +524,6 @@ class SAE(init.Starting, Packing, Wrapped, Published, Generic[L]):
         """
         options = common.Options(fold_decoder_norm, scaling_factor, pre_bias, k, dtype)
         return modules.from_pretrained(cls.from_config, source, format, subfolder, revision, options, device)
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        format: pretrained.Writable = "fastsae",  # noqa: A002
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Path:
-        """Writes a folder that another library's loader reads; returns it. Normalisation is folded in.
-
-        Args:
-            folder: is made where it does not exist.
-            format: "fastsae" is ``save``. "saelens": version 6; a BatchTopK becomes, as there, a JumpReLU at its running threshold.
-                "sparsify": TopK only. "dictionary_learning": the class of that activation; where it has a fixed pre-bias that differs
-                from this module's, ``b_dec`` moves into or out of the encoder's bias (the same scores up to rounding).
-                "circuit_tracer": ``layer_0.safetensors``, to be renamed by its layer; ReLU, JumpReLU, BatchTopK at its running threshold.
-            metadata: JSON values to write beside: SAELens's ``metadata`` (``model_name``, ``hook_name`` ..), else an entry of its own.
-
-        Files of other formats hold what inference needs: loss options, silent counts and optimisers stay behind. What a format cannot say
-        raises ValueError that names it.
-        """
-        return modules.save_pretrained(self, folder, format, metadata)
 
 
 def keep_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:

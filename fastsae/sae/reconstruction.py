@@ -11,6 +11,7 @@ from fastsae._core import checks
 from fastsae.latents import Latents
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
+from fastsae.packed import PackedWeights
 from fastsae.reference import accumulator
 from fastsae.sae.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
@@ -40,7 +41,7 @@ else:  # torch's pytrees and compiler know a named tuple by its only base
         squared_error: Tensor
 
 
-def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, activation: Activation, **options: Any) -> Latents:
+def encode(x: Tensor, W_enc: Tensor | PackedWeights, b_enc: Tensor | None, activation: Activation, **options: Any) -> Latents:
     """Latents of ``x`` under any activation; the straight-through ``l0`` of JumpReLU is left out."""
     if isinstance(activation, TopK):
         return encode_topk(x, W_enc, b_enc, k=activation.k, relu=activation.relu, absolute=activation.absolute, **options)

@@ -238,7 +238,7 @@ class SlotPass:
         self.slots = slots.complete(world)
         self.groups = groups if self.slots is slots else Groups.of(self.slots, w.prefixes, x.shape[0], world.start)
         self.grouped = latents.Slots(groups.values, groups.indices, groups.crow)  # of the rows of ``world.share``
-        x_hats = self._outputs(x, w) if outputs else x.new_empty(1, x.shape[0], 0)
+        x_hats = self.outputs() if outputs else x.new_empty(1, x.shape[0], 0)
         self.gate = frozen = None
         if w.r_mag is not None:  # a gated SAE's second code, of its gate alone
             gate = _threshold_slots(world.share(x), w, w.b_gate, w.W_enc.new_zeros((), dtype=self.wide), None)
@@ -264,7 +264,9 @@ class SlotPass:
             counted, self.pull = jump.of_target(each, self.jump.target, self.jump.of_batch, world)
         self.run = Pass(x_hats.to(x.dtype), frozen, magnitude, counted, active, hit, self.slots.min_kept)
 
-    def _outputs(self, x: Tensor, w: Weights) -> Tensor:
+    def outputs(self) -> Tensor:
+        """``[P, rows, d_out]``, not rounded to the dtype of x."""
+        x, w = self.x, self.w
         partial = decoded(self.grouped, w.W_dec, None, self.world, len(w.prefixes)).to(self.wide)
         x_hats = partial.reshape(len(w.prefixes), x.shape[0], w.W_dec.shape[1])
         x_hats = (x_hats if len(w.prefixes) == 1 else running_sums(x_hats)) + w.b_dec
@@ -322,17 +324,18 @@ def _through_scores(
     """Adds what the gradient of the slots' values gives W_enc, the bias, the pre-bias and, with ``r_mag``, the magnitudes' stretch."""
     dscore = torch.where(slots.passes, dvalues, 0)
     stretch = None if r_mag is None else r_mag.to(accumulator(x.dtype)).exp()
-    needs = (False, False, True, w.b_pre is not None and world.virtual == 1, stretch is not None)
-    b = getattr(w, bias)
-    _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
+    needs = (False, False, True, w.b_pre is not None and world.virtual == 1, False)
+    b, indices = getattr(w, bias), slots.indices.long()
+    _, _, db, db_pre, _ = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
     if w.b_pre is not None and world.virtual > 1 and db is not None:
         db_pre = -selection.pulled(db if stretch is None else db * stretch, w.W_enc, world)
-    through = dscore if stretch is None else (dscore * stretch[slots.indices.long()]).to(dscore.dtype)
+    through = dscore if stretch is None else (dscore * stretch[indices]).to(dscore.dtype)
     grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
     grad.add(bias, db)
     grad.add("b_dec", db_pre)
-    if dstretch is not None and stretch is not None:
-        grad.add("r_mag", dstretch * stretch)
+    if stretch is not None:  # what it multiplies, times it, is the value without its bias
+        moved = dscore * (slots.values.to(stretch) - b.to(stretch)[indices])
+        grad.add("r_mag", feature_sums(moved, slots.indices, slots.crow, w.W_enc.shape[0], backend))
 
 
 def shrinking(factor: Tensor, W: Tensor, norm: Tensor) -> TiledGradient:

@@ -32,7 +32,7 @@ torch's product, and so does the decoder's from 1/20 on: it is faster there.
 Three things differ. ``clip_grad_norm_`` sums all squares in float32, which at millions of weights is off by 1e-5 to 1e-4 (measured
 against float64); the fused norm is not, so that clipped gradients differ by that factor. The output of a fused step has no ``hidden_pre``
 (reading it raises) and losses without a graph. A decoder row of norm 0 under ``rescale_acts_by_decoder_norm`` makes the library's whole
-output NaN; here it does so only where it is selected.
+output NaN; here it adds nothing.
 
 Of the library's own time, at (B, D, F, k) = (256, 768, 24576, 32) and (1024, 512, 8192, 32), TopK, two CPU cores (``fastsae bench
 dropin``): a trainer's step 0.08 and 0.12, ``fastsae.encode`` 0.32 and 0.37 (packed weights: 0.28 and 0.36), ``encode`` 0.33 and 0.37.

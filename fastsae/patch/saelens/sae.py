@@ -15,14 +15,15 @@ from fastsae._core import checks
 from fastsae.dispatch import preference
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
 from fastsae.ops.decode import decode
-from fastsae.ops.encode import encode_batch_topk, encode_gated, encode_threshold, encode_topk
 from fastsae.ops.pursuit import Rule, pursuit_latents
 from fastsae.packed import PackedWeights
 from fastsae.patch._adapter import any_global_hook, changed, class_name, library_way, need_slots, tampered, warn_once
 from fastsae.patch._slots import PRODUCT, from_dense, many_fire, ragged, reconstruction, to_dense
 from fastsae.reference import accumulator
-from fastsae.sae.losses import Weights, features
+from fastsae.sae.activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from fastsae.sae.losses import Weights, features, unranked
 from fastsae.sae.reconstruction import Reconstruction
+from fastsae.sae.reconstruction import encode as encode_by
 
 BEFORE = ("hook_sae_acts_pre",)
 """Hook points at dense pre-activations: a hook there makes encoding dense."""
@@ -69,6 +70,7 @@ _ACTIVATIONS = {
     "batchtopk": ("sae_lens.saes.batchtopk_sae", "BatchTopK"),
 }
 """Module and class; of other kinds it is ``nn.ReLU``."""
+_SELECTS = {"topk": TopK, "abstopk": AbsTopK, "batchtopk": BatchTopK}
 
 
 def _path(sae: Any) -> str:
@@ -127,6 +129,35 @@ def scale_of(sae: Any) -> Tensor | None:
     return sae.W_dec.norm(dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else None
 
 
+def activation(sae: Any) -> Activation:
+    """What this library calls it; thresholds and gates are those of the SAE."""
+    kind = kind_of(sae)
+    if kind.activation in _SELECTS:
+        return _SELECTS[kind.activation](sae.activation_fn.k)
+    if kind.activation == "relu":
+        return ReLU()
+    if kind.activation == "gated":  # the gate is a step: the library's autograd gives b_gate no gradient either
+        return Gated(sae.b_gate.detach(), sae.r_mag, sae.b_mag)
+    if not kind.training:
+        return JumpReLU(sae.threshold.detach().to(accumulator(sae.W_enc.dtype)))
+    learns = torch.is_grad_enabled() and sae.threshold.requires_grad
+    return JumpReLU(sae.threshold.to(sae.W_enc.dtype), float(sae.bandwidth) if learns else None)
+
+
+def ends(sae: Any) -> list[int]:
+    """Where its Matryoshka levels end."""
+    return [*getattr(sae.cfg, "matryoshka_widths", ())[:-1], sae.W_dec.shape[0]]
+
+
+def weights(sae: Any) -> Weights:
+    """What a step of any SAE but a matching pursuit computes with."""
+    kind = kind_of(sae).activation
+    threshold = sae.threshold if kind == "jumprelu" else sae.W_enc.new_zeros(()) if kind == "relu" else None
+    gates = (sae.b_gate, sae.r_mag, sae.b_mag) if kind == "gated" else (None, None, None)
+    b_enc = None if kind == "gated" else sae.b_enc
+    return Weights(sae.W_enc.T, sae.W_dec, sae.b_dec, b_enc, None, None, threshold, *gates, None, ends(sae), rank=scale_of(sae))
+
+
 def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Latents:
     """Latents of what ``process_sae_in`` returned; ``packed``: a handle of ``W_enc.T``."""
     kind, W = kind_of(sae), sae.W_enc.T
@@ -140,25 +171,10 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
         rule = Rule(steps, cfg.residual_threshold, stop_on_repeat=cfg.stop_on_duplicate_support)
         slots = pursuit_latents(sae_in.reshape(-1, sae_in.shape[-1]), sae.W_dec, packed, rule, preference(None))
         latents = RaggedLatents(*slots, sae.W_dec.shape[0], sae_in.shape[:-1])
-    elif kind.activation == "gated":
-        # The gate is a step: the library's autograd gives b_gate no gradient either.
-        latents = encode_gated(sae_in, W, b_gate=sae.b_gate.detach(), r_mag=sae.r_mag, b_mag=sae.b_mag)
-    elif kind.activation == "relu":
-        latents = encode_threshold(sae_in, W, sae.b_enc)
-    elif kind.activation == "jumprelu" and not kind.training:
-        latents = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.detach().to(accumulator(sae.W_enc.dtype)))
-    elif kind.activation == "jumprelu":
-        bandwidth = float(sae.bandwidth) if torch.is_grad_enabled() and sae.threshold.requires_grad else None
-        result: Any = encode_threshold(sae_in, W, sae.b_enc, threshold=sae.threshold.to(sae_in.dtype), bandwidth=bandwidth)
-        latents = result if bandwidth is None else result[0]
     else:
-        scale = scale_of(sae)
-        b = sae.b_enc if scale is None else sae.b_enc * scale
-        k = sae.activation_fn.k
-        if kind.activation == "batchtopk":
-            latents = encode_batch_topk(sae_in, W, b, k=k, scale=scale)[0]
-        else:
-            latents = encode_topk(sae_in, W, b, k=k, scale=scale, absolute=kind.activation == "abstopk")
+        scale, b_enc = scale_of(sae), None if kind.activation == "gated" else sae.b_enc
+        b_enc = b_enc if scale is None or b_enc is None else b_enc * scale
+        latents = encode_by(sae_in, W, b_enc, activation(sae), scale=scale)
     if checks.autocasting(sae_in.device):  # a bias in float32 makes the library's latents float32
         latents = replace(latents, values=latents.values.to(sae.W_enc.dtype))
     return latents
@@ -166,18 +182,7 @@ def sparse(sae: Any, sae_in: Tensor, packed: PackedWeights | None = None) -> Lat
 
 def is_dense(sae: Any, sae_in: Tensor) -> bool:
     """Whether latents are better formed by torch's product: more than 1/8 fire."""
-    kind = kind_of(sae)
-    if kind.activation not in ("relu", "jumprelu", "gated"):
-        return False
-
-    def weights() -> Weights:
-        gated = kind.activation == "gated"
-        threshold = None if gated else sae.threshold if kind.activation == "jumprelu" else sae_in.new_zeros(())
-        gates = (sae.b_gate, sae.r_mag, sae.b_mag) if gated else (None, None, None)
-        b_enc = None if gated else sae.b_enc
-        return Weights(sae.W_enc.T, sae.W_dec, sae.b_dec, b_enc, None, None, threshold, *gates, None, [sae.W_dec.shape[0]])
-
-    return many_fire(sae_in, weights)
+    return kind_of(sae).activation in ("relu", "jumprelu", "gated") and many_fire(sae_in, lambda: weights(sae))
 
 
 def dense_latents(sae: Any, sae_in: Tensor) -> Tensor:
@@ -218,9 +223,7 @@ def share(sae: Any, latents: Latents) -> float:
 
 def product(sae: Any, latents: Latents) -> Tensor:
     """Latents times decoder, plus its bias."""
-    scale = scale_of(sae)
-    if scale is not None:
-        latents = replace(latents, values=latents.values * (1 / scale)[features(latents)])
+    latents = replace(latents, values=unranked(latents.values, features(latents), scale_of(sae)))
     y = decode(latents, sae.W_dec)
     return y + sae.b_dec if kind_of(sae).activation != "pursuit" or sae.cfg.apply_b_dec_to_input else y
 

@@ -15,37 +15,24 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae.dispatch import preference, then_any
-from fastsae.gradients import Gradient, RowGradient, total
+from fastsae._core.world import ALONE
+from fastsae.gradients import RowGradient
 from fastsae.latents import Latents, RaggedLatents, TopKLatents
-from fastsae.ops.decode import DECODE, DECODE_DVALUES
-from fastsae.ops.encode import ENCODE_BATCH_TOPK, ENCODE_GATED, ENCODE_THRESHOLD, ENCODE_TOPK
-from fastsae.ops.score_gradients import feature_sums
 from fastsae.patch import _adam
 from fastsae.patch.saelens import _hooks
-from fastsae.patch.saelens.sae import as_asked, is_dense, kind_of, scale_of
+from fastsae.patch.saelens.sae import activation, as_asked, is_dense, kind_of, weights
 from fastsae.reference import running_sums
-from fastsae.sae.losses import quotient
-from fastsae.sae.step import Groups, Slots
+from fastsae.sae.jump import penalised
+from fastsae.sae.losses import AuxK, JumpLoss, Terms, quotient
+from fastsae.sae.step import SlotPass, Slots, Sum, aux_step, encode_slots
 
-
-def widths(sae: Any) -> list[int]:
-    """Matryoshka levels inside the dictionary."""
-    return list(getattr(sae.cfg, "matryoshka_widths", ())[:-1])
-
-
-@dataclass
-class _Code:
-    """Slots of one code: ``a [slots]``, what the decoder multiplies; ``slots``: as selected."""
-
-    slots: Slots
-    a: Tensor
+BEST = ("topk", "abstopk", "batchtopk")
 
 
 class Step:
@@ -56,8 +43,8 @@ class Step:
 
     def __init__(self, sae: Any, x: Tensor, dead: Tensor, coefficients: dict[str, float], low: torch.dtype | None):
         self.sae, self.x, self.dead, self.coefficients = sae, x, dead, coefficients
-        self.kind, self.backend = kind_of(sae).activation, then_any(preference(None))
-        self.absolute, self.n_features = self.kind == "abstopk", sae.W_dec.shape[0]
+        self.kind = kind_of(sae).activation
+        self.n_features = sae.W_dec.shape[0]
         self.hooks = _hooks.Points(sae)
         self.low = low if low is not None and sae.W_enc.dtype is torch.float32 else sae.W_enc.dtype
         self.W, self.W_dec = sae.W_enc.detach().to(self.low).T, sae.W_dec.detach().to(self.low)
@@ -87,47 +74,65 @@ class Step:
         return self._product(self.sae_in, sae.W_enc * sae.r_mag.exp() if gated else sae.W_enc) + (sae.b_mag if gated else sae.b_enc)
 
     def _by_slots(self, pre_act: bool) -> tuple[Any, dict[Tensor, Any], Tensor]:
-        sae, x, jump = self.sae, self.x, self.kind == "jumprelu"
-        scale = scale_of(sae)
-        self.scale = scale
-        self.b: Any = None if self.kind == "gated" else sae.b_enc if scale is None else sae.b_enc * scale
-        code = self._code()
-        latents = self._latents(code)
+        sae, x, rows, best = self.sae, self.x, self.x.shape[0], self.kind in BEST
+        w = replace(weights(sae), W_enc=self.W, W_dec=self.W_dec, bandwidth=float(sae.bandwidth) if self.kind == "jumprelu" else None)
+        terms = self._terms()
+        this = SlotPass(encode_slots(self.sae_in, w, activation(sae)), self.sae_in, w, terms, ALONE, outputs=False)
+        slots, run = this.slots, this.run
+        latents = self._latents(slots, w.rank)
         self.hooks.show("hook_sae_acts_post", lambda: as_asked(sae, latents))
-        ends = [*widths(sae), self.n_features]
-        groups = Groups.of(code.slots._replace(values=code.a), ends, x.shape[0])
-        partial = self._decode(groups)
-        x_hats = running_sums(partial.reshape(len(ends), x.shape[0], -1)) + sae.b_dec
+        x_hats = this.outputs().to(sae.W_enc.dtype)
         self.hooks.show("hook_sae_recons", lambda: x_hats[-1].clone())
-        outs, losses, G = self._errors(x_hats, ends)
+        outs, losses, G = self._errors(x_hats, w.prefixes)
         self.losses["mse_loss"] = losses[-1]
-        suffix = G if len(ends) == 1 else running_sums(G.flip(0)).flip(0)
-        b_dec = suffix[0].sum(0)
-        rows = suffix.flatten(0, 1).to(self.low)
-        W_dec: list[Gradient] = [RowGradient(groups.values, groups.indices, groups.crow, rows.to(code.a.dtype), self.n_features)]
-        da = groups.restore(DECODE_DVALUES(rows, groups.indices, groups.crow, self.W_dec, backend=self.backend), code.a).to(code.a.dtype)
-        if jump:
-            W_enc, b_enc = self._jump(code, da, W_dec, pre_act)
-        elif self.kind in ("relu", "gated"):
-            W_enc, b_enc, more = (self._l1 if self.kind == "relu" else self._gate)(code, da, W_dec)
-            b_dec = b_dec + more
+        suffix = G if len(w.prefixes) == 1 else running_sums(G.flip(0)).flip(0)
+        grad, dfrozen = Sum(), None
+        grad.add("b_dec", suffix[0].sum(0))
+        zero = losses[-1].new_zeros(())
+        penalty = zero if run.magnitude is None else terms.l1 * run.magnitude / rows
+        if self.kind == "jumprelu":
+            self.losses["l0_loss"] = penalty + terms.l0 * (run.active.to(zero) if run.counted is None else run.counted) / rows
+        elif not best:
+            self.losses["l1_loss"] = penalty
+        if run.frozen is not None and this.gate is not None:  # whose reconstruction trains the decoder here, too
+            difference = run.frozen - x
+            self.losses["auxiliary_reconstruction_loss"] = difference.square().sum(-1).mean()
+            dfrozen = (difference * (2 / rows)).to(self.low)
+            grad.add("W_dec", RowGradient(*this.gate[:3], dfrozen, self.n_features))
+            grad.add("b_dec", ALONE.row_sum(dfrozen))
+        this.backward(grad, suffix.to(self.low), dfrozen, terms.l1 / rows, terms.l0 / rows)
+        if pre_act:
+            self.losses["pre_act_loss"] = zero
+            if (which := self.dead.nonzero().flatten()).numel():
+                self._pre_act_slots(grad, which)
+        if best:
+            aux = AuxK.saelens(coefficient=sae.cfg.aux_loss_coefficient) if sae.cfg.aux_loss_coefficient else None
+            term = None if aux is None else aux_step(grad, self.sae_in, x, outs[-1], self.dead, w, aux, self.kind == "abstopk", ALONE)
+            self.losses["auxiliary_reconstruction_loss"] = zero if term is None else sae.cfg.aux_loss_coefficient * term
+        self.losses |= {f"inner_mse_loss_{width}": loss for width, loss in zip(w.prefixes, losses[:-1])}
+        metrics = {"topk_threshold": self._move_threshold(slots)} if self.kind == "batchtopk" else {}
+        counts = torch.bincount(slots.indices[slots.values != 0], minlength=self.n_features).to(torch.float32)
+        found = grad.result(dict(sae.named_parameters()))
+        self.gradients |= {getattr(sae, name): gradient for name, gradient in found.items()}
+        if self.kind == "gated":
+            pulled = self.gradients[sae.b_gate] + self.gradients[sae.b_mag] * sae.r_mag.exp()
         else:
-            dp = torch.where(code.slots.passes, da, 0)
-            W_enc, b_enc = [self._encoder(code.slots, dp)], self._sums(code.slots, dp)
-            self.losses["auxiliary_reconstruction_loss"], aux = self._aux(outs[-1])
-            if aux is not None:
-                aux_code, aux_grad = aux
-                W_dec.append(RowGradient(aux_code.a, aux_code.slots.indices, None, aux_grad, self.n_features))
-                dp = DECODE_DVALUES(aux_grad, aux_code.slots.indices, None, self.W_dec, backend=self.backend)
-                W_enc.append(self._encoder(aux_code.slots, dp))
-                b_enc = b_enc + self._sums(aux_code.slots, dp)
-            self._give("b_enc", b_enc)
-        self.losses |= {f"inner_mse_loss_{width}": loss for width, loss in zip(ends, losses[:-1])}
-        metrics = {"topk_threshold": self._move_threshold(code)} if self.kind == "batchtopk" else {}
-        fired = code.a != 0
-        counts = torch.bincount(code.slots.indices[fired], minlength=self.n_features).to(torch.float32)
-        acts = lambda: as_asked(sae, latents)  # noqa: E731
-        return self._result(_adam.Feature(total(W_enc)), total(W_dec), b_enc, b_dec, outs[-1], acts, counts, metrics)
+            pulled = self.gradients[sae.b_enc]
+        W_enc = _adam.Feature(self.gradients[sae.W_enc])
+        return self._result(
+            W_enc, self.gradients[sae.W_dec], pulled, self.gradients[sae.b_dec], outs[-1], lambda: as_asked(sae, latents), counts, metrics
+        )
+
+    def _terms(self) -> Terms:
+        cfg = self.sae.cfg
+        if self.kind != "jumprelu":
+            return Terms(self.coefficients.get("l1", 0.0), 0.0, None, None)
+        weight, mode, to_scores = self.coefficients["l0"], cfg.jumprelu_sparsity_loss_mode, cfg.jumprelu_ste_to_input
+        if mode == "tanh":
+            return Terms(weight, 0.0, None, JumpLoss(tanh=cfg.jumprelu_tanh_scale, to_scores=to_scores))
+        if mode == "quadratic":
+            return Terms(0.0, 2 * cfg.target_l0 * weight, None, JumpLoss(cfg.target_l0, to_scores=to_scores))
+        return Terms(0.0, weight, None, JumpLoss(to_scores=to_scores))
 
     def _result(
         self, W_enc: Any, W_dec: Any, pulled: Tensor, b_dec: Tensor, out: Tensor, acts: Any, counts: Tensor, metrics: dict[str, Tensor]
@@ -155,43 +160,10 @@ class Step:
         p = getattr(self.sae, name)
         self.gradients[p] = gradient.to(p.dtype)
 
-    def _decode(self, slots: Any) -> Tensor:
-        return DECODE(slots.values.to(self.low), slots.indices, slots.crow, self.W_dec, None, backend=self.backend)
-
-    def _code(self) -> _Code:
-        sae, preferred = self.sae, preference(None)
-        if self.kind == "gated":
-            gates = sae.b_gate, sae.r_mag, sae.b_mag
-            values, col, crow = ENCODE_GATED(self.sae_in, self.W, *gates, None, None, backend=preferred)
-            values = values.to(sae.W_enc.dtype)
-            return _Code(Slots(values, col, crow, ~values.isnan()), values)
-        if self.kind == "relu":
-            slots = self._above_zero(self.b)
-            return _Code(slots, slots.values)
-        if self.kind == "jumprelu":
-            rule = sae.threshold.detach(), float(sae.bandwidth)
-            values, col, crow, flags = ENCODE_THRESHOLD(self.sae_in, self.W, self.b, None, None, None, None, *rule, backend=preferred)
-            values = values.to(sae.W_enc.dtype)
-            return _Code(Slots(values, col, crow, (flags & 1).bool(), flags), values)
-        if self.kind in ("topk", "abstopk"):
-            rule = sae.activation_fn.k, not self.absolute, self.absolute
-            values, indices = ENCODE_TOPK(self.sae_in, self.W, self.b, None, self.scale, None, None, *rule, backend=preferred)
-            return _Code(Slots(values, indices, None, values == values if self.absolute else values > 0), self._unscaled(values, indices))
-        k = float(sae.activation_fn.k)
-        values, col, crow, min_kept = ENCODE_BATCH_TOPK(self.sae_in, self.W, self.b, None, self.scale, None, None, k, backend=preferred)
-        return _Code(Slots(values, col, crow, values > 0, min_kept=min_kept), self._unscaled(values, col))
-
-    def _above_zero(self, b: Tensor) -> Slots:
-        zero = self.x.new_zeros(())
-        values, col, crow, _ = ENCODE_THRESHOLD(self.sae_in, self.W, b, None, None, None, None, zero, None, backend=preference(None))
-        values = values.to(self.sae.W_enc.dtype)
-        return Slots(values, col, crow, ~values.isnan())
-
-    def _unscaled(self, values: Tensor, indices: Tensor) -> Tensor:
-        return values if self.scale is None else (values * (1 / self.scale)[indices]).to(values.dtype)
-
-    def _latents(self, code: _Code) -> Latents:
-        slots, values = code.slots, code.slots.values.to(self.sae.W_enc.dtype)
+    def _latents(self, slots: Slots, rank: Tensor | None) -> Latents:
+        """As the library has them: those that were selected by ``rank * score`` times ``rank``."""
+        values = slots.values.to(self.sae.W_enc.dtype)
+        values = values if rank is None else values * rank[slots.indices]
         if slots.crow is None:
             return TopKLatents(values, slots.indices, self.n_features)
         return RaggedLatents(values, slots.crow, slots.indices, self.n_features, (self.x.shape[0],))
@@ -205,91 +177,21 @@ class Step:
         (G,) = torch.autograd.grad(torch.stack(losses).sum(), x_hats)
         return [out.detach() for out in outs], [loss.detach() for loss in losses], G
 
-    def _aux(self, x_hat: Tensor) -> tuple[Tensor, tuple[_Code, Tensor] | None]:
-        """The AuxK term as the library scales it; the dead features' code, and the gradient for what it decodes to."""
-        sae, n_dead = self.sae, int(self.dead.sum())
-        if n_dead == 0:
-            return x_hat.new_tensor(0.0), None
-        most = self.x.shape[1] // 2
-        k, share = min(most, n_dead), min(n_dead / most, 1.0)
-        residual = self.x - x_hat
-        rule = k, False, self.absolute
-        values, indices = ENCODE_TOPK(self.sae_in, self.W, self.b, None, self.scale, self.dead, None, *rule, backend=preference(None))
-        a = self._unscaled(values, indices)
-        slots = Slots(values, indices, None, values == values)
-        difference = self._decode(slots._replace(values=a)) - residual
-        weight = sae.cfg.aux_loss_coefficient * share
-        loss = weight * difference.square().sum(-1).mean()
-        return loss, (_Code(slots, a), (difference * (2 * weight / self.x.shape[0])).to(self.low))
-
-    def _l1(self, code: _Code, da: Tensor, W_dec: list[Gradient]) -> tuple[list[Gradient], Tensor, float]:
-        """The rest of the step of a ReLU: gradient for W_enc, of its products, and what else b_dec gets."""
-        self.losses["l1_loss"], slope = self._penalty(code.slots, self.coefficients["l1"], None, W_dec)
-        dp = torch.where(code.slots.passes, da + slope, 0)
-        pulled = self._sums(code.slots, dp)
-        self._give("b_enc", pulled)
-        return [self._encoder(code.slots, dp)], pulled, 0.0
-
-    def _gate(self, code: _Code, da: Tensor, W_dec: list[Gradient]) -> tuple[list[Gradient], Tensor, Tensor]:
-        """Of a gated SAE: L1 and a reconstruction of their own train the gates."""
-        sae, slots = self.sae, code.slots
-        gate, stretch = self._above_zero(sae.b_gate), sae.r_mag.exp()
-        self.losses["l1_loss"], slope = self._penalty(gate, self.coefficients["l1"], None, W_dec)
-        difference = self._decode(gate) + sae.b_dec - self.x
-        self.losses["auxiliary_reconstruction_loss"] = difference.square().sum(-1).mean()
-        G = difference * (2 / self.x.shape[0])
-        W_dec.append(RowGradient(gate.values, gate.indices, gate.crow, G, self.n_features))
-        dgate = DECODE_DVALUES(G.to(self.low), gate.indices, gate.crow, self.W_dec, backend=self.backend)
-        dgate, dmagnitude = torch.where(gate.passes, dgate + slope, 0), torch.where(slots.passes, da, 0)
-        sums = self._sums(gate, dgate), self._sums(slots, dmagnitude)
-        stretched = dmagnitude * (slots.values - sae.b_mag[slots.indices])
-        for name, gradient in (("b_gate", sums[0]), ("b_mag", sums[1]), ("r_mag", self._sums(slots, stretched))):
-            self._give(name, gradient)
-        through = self._encoder(slots, dmagnitude * stretch[slots.indices])
-        return [through, self._encoder(gate, dgate)], sums[0] + sums[1] * stretch, G.sum(0)
-
-    def _jump(self, code: _Code, da: Tensor, W_dec: list[Gradient], pre_act: bool) -> tuple[list[Gradient], Tensor]:
-        """Of a JumpReLU: straight-through inside the band, for the thresholds and, as an option, the scores."""
-        sae, slots, crow, flags = self.sae, code.slots, code.slots.crow, code.slots.flags
-        assert flags is not None and crow is not None
-        if sae.cfg.jumprelu_sparsity_loss_mode == "tanh":
-            self.losses["l0_loss"], slope = self._penalty(slots, self.coefficients["l0"], sae.cfg.jumprelu_tanh_scale, W_dec)
-            da, dl0 = da + slope, da.new_zeros(self.x.shape[0])
-        else:
-            before = torch.cat([crow.new_zeros(1), (flags & 1).long().cumsum(0)])
-            self.losses["l0_loss"], dl0 = self._l0(before[crow].diff().to(code.a.dtype))
-        theta = sae.threshold.detach().to(da.dtype)
-        estimate = torch.where((flags & 2).bool(), (theta[slots.indices] * da + dl0[slots.row_of()]) / sae.bandwidth, 0)
-        dp = torch.where(slots.passes, da, 0)
-        dp = dp + estimate if sae.cfg.jumprelu_ste_to_input else dp
-        W_enc: list[Gradient] = [self._encoder(slots, dp)]
-        pulled, dtheta = self._sums(slots, dp), -self._sums(slots, estimate)
-        if pre_act and (which := self.dead.nonzero().flatten()).numel():
-            dz, factor = self._pre_act(self._product(self.sae_in, self.W[which].T) + self.b[which], theta[which], which)
-            W_enc.append(RowGradient(dz, which.expand_as(dz), None, self.sae_in.to(dz.dtype), self.n_features))
-            W_dec.append(self._shrink(torch.zeros_like(self.norm).index_copy_(0, which, factor)))
-            pulled, dtheta = pulled.index_add(0, which, dz.sum(0)), dtheta.index_add(0, which, -dz.sum(0))
-        elif pre_act:
-            self.losses["pre_act_loss"] = da.new_tensor(0.0)
-        self._give("b_enc", pulled)
-        self._give("threshold", dtheta)
-        return W_enc, pulled
+    def _pre_act_slots(self, grad: Sum, which: Tensor) -> None:
+        """Adds what the pre-activation loss gives, of the dead features ``which``."""
+        sae = self.sae
+        z = self._product(self.sae_in, self.W[which].T) + sae.b_enc[which]
+        dz, factor = self._pre_act(z, sae.threshold.to(z.dtype)[which], which)
+        index, pulled = which.expand_as(dz), torch.zeros_like(self.norm).index_copy_(0, which, dz.sum(0))
+        grad.add("W_enc", RowGradient(dz, index, None, self.sae_in.to(dz.dtype), self.n_features))
+        grad.add("b_enc", pulled)
+        grad.add("threshold", -pulled)
+        rows = sae.W_dec.detach()[which]
+        grad.add("W_dec", RowGradient(quotient(factor, self.norm[which])[:, None], which[:, None], None, rows, self.n_features))
 
     @functools.cached_property
     def norm(self) -> Tensor:
         return self.sae.W_dec.norm(dim=1)
-
-    def _shrink(self, factor: Tensor) -> Gradient:
-        """Of W_dec, from ``factor [F]`` of its norms: rows of its own, as slots."""
-        which = factor.nonzero()
-        return RowGradient(quotient(factor, self.norm)[which], which, None, self.sae.W_dec.detach()[which.flatten()], self.n_features)
-
-    def _penalty(self, slots: Slots, weight: float, steepness: float | None, W_dec: list[Gradient]) -> tuple[Tensor, Tensor]:
-        """Mean over rows of ``weight * sum of value |W_dec[f]|``, or of ``tanh(steepness * ..)``, and its gradient for the values."""
-        norm = self.norm[slots.indices]
-        size, slope = _steep(slots.values * norm, weight / self.x.shape[0], steepness)
-        W_dec.append(self._shrink(self._sums(slots, slope * slots.values)))
-        return size.sum(), slope * norm
 
     def _l0(self, l0: Tensor) -> tuple[Tensor, Tensor]:
         """The L0 term and its gradient for the count of each row."""
@@ -305,12 +207,6 @@ class Step:
         below, weight = (theta - z).relu(), coefficient / self.x.shape[0]
         self.losses["pre_act_loss"] = coefficient * (below * norm).sum(-1).mean()
         return torch.where(theta > z, -weight * norm, 0), weight * below.sum(0)
-
-    def _encoder(self, slots: Slots, dp: Tensor) -> RowGradient:
-        return RowGradient(dp, slots.indices, slots.crow, self.sae_in.to(dp.dtype), self.n_features)
-
-    def _sums(self, slots: Slots, per_slot: Tensor) -> Tensor:
-        return feature_sums(per_slot, slots.indices, slots.crow, self.n_features, self.backend)
 
     def _by_products(self, pre_act: bool) -> tuple[Any, dict[Tensor, Any], Tensor]:
         """Of ReLU, gated and JumpReLU, on ``[B, F]``: what the library's autograd computes, in fewer passes."""
@@ -359,9 +255,10 @@ class Step:
         sae, cfg, theta = self.sae, self.sae.cfg, self.sae.threshold.to(p.dtype)
         active, factor, dl0 = p > theta, torch.zeros_like(self.norm), p.new_zeros(())
         if cfg.jumprelu_sparsity_loss_mode == "tanh":
-            size, slope = _steep(acts * self.norm, self.coefficients["l0"] / self.x.shape[0], cfg.jumprelu_tanh_scale)
-            self.losses["l0_loss"], factor = size.sum(), (slope * acts).sum(0)
-            da = da.addcmul_(slope, self.norm)
+            weight = self.coefficients["l0"] / self.x.shape[0]
+            size, slope, grown = penalised(acts, self.norm, cfg.jumprelu_tanh_scale)
+            self.losses["l0_loss"], factor = weight * size.sum(), weight * grown.sum(0)
+            da = da.add_(slope, alpha=weight)
         else:
             self.losses["l0_loss"], dl0 = self._l0(active.sum(-1).to(p.dtype))
         band = ((p - theta) / sae.bandwidth).abs_() < 0.5
@@ -377,21 +274,13 @@ class Step:
         self._give("threshold", dtheta)
         return dp, factor
 
-    def _move_threshold(self, code: _Code) -> Tensor:
-        sae, least = self.sae, code.slots.min_kept
+    def _move_threshold(self, slots: Slots) -> Tensor:
+        sae, least = self.sae, slots.min_kept
         assert least is not None
         if bool(torch.isfinite(least)):
             lr = sae.cfg.topk_threshold_lr
             sae.topk_threshold = (1 - lr) * sae.topk_threshold + lr * least.to(sae.topk_threshold.dtype)
         return sae.topk_threshold
-
-
-def _steep(sizes: Tensor, weight: float, steepness: float | None) -> tuple[Tensor, Tensor]:
-    """``weight * sizes``, or ``weight * tanh(steepness * sizes)``, and its slope."""
-    if steepness is None:
-        return weight * sizes, torch.full_like(sizes, weight)
-    sizes = torch.tanh(steepness * sizes)
-    return weight * sizes, (1 - sizes.square()).mul_(weight * steepness)
 
 
 _outputs: list[type] = []

@@ -15,8 +15,8 @@ from fastsae.latents import RaggedLatents
 from fastsae.patch import _adam
 from fastsae.patch._adapter import STATE, changed, warn_once
 from fastsae.patch.saelens import _hooks
-from fastsae.patch.saelens.sae import as_asked, finish, is_known, kind_of, other_activation, product, sparse
-from fastsae.patch.saelens.step import Step, output_class, widths
+from fastsae.patch.saelens.sae import as_asked, ends, finish, is_known, kind_of, other_activation, product, sparse
+from fastsae.patch.saelens.step import BEST, Step, output_class
 
 _S = TypeVar("_S")
 _C = TypeVar("_C")
@@ -118,14 +118,12 @@ def why_not_fused(trainer: Any, sae: Any, sae_in: Tensor, dead: Tensor) -> str |
         return f"the batch is on {sae_in.device}, the SAE on {sae.W_enc.device}"
     if (reason := other_activation(sae)) is not None:
         return reason
-    if sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm") and (widths(sae) or bool(dead.any())) and kind in _BEST:
+    by_row = sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+    if by_row and kind in BEST and (len(ends(sae)) > 1 or bool(dead.any())):
         return "a run-time normalisation together with AuxK or Matryoshka levels"
-    if sae_in.shape[1] < 2 and kind in _BEST:
+    if sae_in.shape[1] < 2 and kind in BEST:
         return "a single dimension leaves AuxK without latents"
     return None
-
-
-_BEST = ("topk", "abstopk", "batchtopk")
 
 
 def _autocast(trainer: Any, x: Tensor) -> torch.dtype | None:
