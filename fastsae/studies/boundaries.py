@@ -19,7 +19,7 @@ from fastsae.studies._networks import Digits, digits, pairs
 
 SIZES = {
     "smoke": {"minutes": 0.05, "hidden": [24, 24], "epochs": 3, "pairs": 20},
-    "default": {"minutes": 3, "hidden": [256, 256, 256], "epochs": 60, "pairs": 3000},
+    "default": {"minutes": 4, "hidden": [256, 256, 256], "epochs": 60, "pairs": 3000},
 }
 WINDOW = 1.0  # of distance, around a change of the prediction
 

@@ -26,7 +26,7 @@ SIZES = {
         "batch": 128, "steps": 20, "lr": 1e-2, "least": 2, "named": 4,
     },
     "default": {
-        "minutes": 8, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 8_192, "layer": 12, "features": 2048,
+        "minutes": 13, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 8_192, "layer": 12, "features": 2048,
         "k": 32, "batch": 1024, "steps": 400, "lr": 1e-3, "least": 10, "named": 20,
     },
 }  # fmt: skip

@@ -27,7 +27,7 @@ SIZES = {
         "l1": [0.05, 0.2], "k": [2], "steps": 60, "rows": 512,
     },
     "default": {
-        "minutes": 20, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "sizes": [256, 1024],
+        "minutes": 25, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98, "sizes": [256, 1024],
         "l1": powers(-2, 0, 7), "k": [3, 5, 10], "steps": 1500, "rows": 8192,
     },
 }  # fmt: skip

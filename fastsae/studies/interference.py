@@ -27,7 +27,7 @@ SIZES = {
         "limit_over": [2], "limit_steps": [60],
     },
     "default": {
-        "minutes": 40, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 2, 4, 8, 16], "mean_active": 2.0,
+        "minutes": 40, "truths": ["random", "toy model"], "toy_steps": 2000, "d": 32, "ratios": [1, 4, 16], "mean_active": 2.0,
         "over": 2, "l1": powers(-1.5, 0, 4), "seeds": 3, "max_steps": 5000, "cooldown": 800, "window": 500, "limit": 16,
         "limit_over": [2, 4], "limit_steps": [1250, 5000],
     },

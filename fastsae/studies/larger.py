@@ -20,7 +20,7 @@ SIZES = {
         "l1": [0.1], "stop": 60, "max_steps": 60, "cooldown": 10,
     },
     "default": {
-        "minutes": 6, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
+        "minutes": 14, "preset": "hoagy_correlated", "n_features": 256, "d": 128, "mean_active": 5.0, "rate": 0.98,
         "sizes": [64, 128, 256, 512, 1024, 2048], "l1": powers(-1.5, -0.5, 5), "stop": "converged", "max_steps": 12000, "cooldown": 1000,
     },
 }  # fmt: skip

@@ -30,7 +30,7 @@ SIZES = {
         "k": 4, "seeds": 2, "batch": 128, "steps": 12, "every": 4, "lr": 1e-2, "near": 4,
     },
     "default": {
-        "minutes": 30, "source": "smollm2", "context": 128, "train_tokens": 100_000, "held_tokens": 1_024, "layer": 12,
+        "minutes": 35, "source": "smollm2", "context": 128, "train_tokens": 100_000, "held_tokens": 1_024, "layer": 12,
         "sizes": [1024, 4096], "k": 32, "seeds": 5, "batch": 2048, "steps": 600, "every": 50, "lr": 1e-3, "near": 8,
     },
 }  # fmt: skip

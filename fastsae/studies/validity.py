@@ -25,7 +25,7 @@ SIZES = {
         "batch": 128, "steps": 10, "lr": 1e-2, "points": 16, "directions": 6, "share": 0.05, "pushed": 2, "scales": [0.5, 2.0],
     },
     "default": {
-        "minutes": 20, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 2_048, "layer": 12, "features": 4096,
+        "minutes": 28, "source": "smollm2", "context": 128, "train_tokens": 60_000, "held_tokens": 2_048, "layer": 12, "features": 4096,
         "k": 32, "batch": 1024, "steps": 400, "lr": 1e-3, "points": 512, "directions": 128, "share": 0.05, "pushed": 8,
         "scales": [0.125, 0.5, 1.0, 2.0, 4.0],
     },
