@@ -189,7 +189,7 @@ def _check_adam(testing: Any, args: tuple[Any, ...], result: tuple[Tensor, Tenso
 
     In two stages, because a step is ill-conditioned: where a gradient cancels to nothing, ``m / sqrt(v)`` is the sign of its rounding.
     """
-    W, m, v, grad, values, indices, crow, factor, lr, beta1, beta2, eps, weight_decay, step, project, normalise = args
+    W, m, v, grad, values, indices, crow, factor, lr, beta1, beta2, eps, weight_decay, step, project, normalise, *corrections = args
     if factor is not None and bool(factor.isnan()):
         return check_kept(testing, (W, m, v), result)
     exact, plain = map(_copies, (doubled(args), args))
@@ -203,7 +203,7 @@ def _check_adam(testing: Any, args: tuple[Any, ...], result: tuple[Tensor, Tenso
 
     def moved(dtype: torch.dtype, normalise: bool) -> Tensor:
         w = W.to(dtype).clone()
-        _move(w, new_m.to(dtype), new_v.to(dtype), lr, beta1, beta2, eps, weight_decay, step, normalise)
+        _move(w, new_m.to(dtype), new_v.to(dtype), lr, beta1, beta2, eps, weight_decay, step, normalise, *corrections)
         return w
 
     free = moved(torch.float64, False)

@@ -163,7 +163,14 @@ class Crosscoder(SAE[L]):
         return {"n_layers": self.n_layers, **super().config()}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **made: Any) -> Crosscoder:
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> Crosscoder:
         if "n_layers" not in config:
             raise ValueError("it is of an SAE, which has no layers")
         n_layers = checks.integer("Crosscoder", "n_layers", config["n_layers"], 2)
@@ -173,7 +180,7 @@ class Crosscoder(SAE[L]):
         fixed |= {"jump": None, "normalise_rows": None}
         if d_in % n_layers or any(options.pop(name, value) != value for name, value in fixed.items()):
             raise ValueError(f"it has settings that no Crosscoder of {n_layers} layers has")
-        return cls(n_layers, d_in // n_layers, **options, **made)
+        return cls(n_layers, d_in // n_layers, **options, dtype=dtype, device=device, seed=seed)
 
     def save_pretrained(
         self,

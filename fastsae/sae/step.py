@@ -324,17 +324,21 @@ def _through_scores(
     """Adds what the gradient of the slots' values gives W_enc, the bias, the pre-bias and, with ``r_mag``, the magnitudes' stretch."""
     dscore = torch.where(slots.passes, dvalues, 0)
     stretch = None if r_mag is None else r_mag.to(accumulator(x.dtype)).exp()
-    needs = (False, False, True, w.b_pre is not None and world.virtual == 1, False)
+    # What r_mag stretches, times the stretch, is a value without its bias, unless values are rounded to less than the sums: then again.
+    again = stretch is not None and slots.values.dtype is not stretch.dtype
+    needs = (False, False, True, w.b_pre is not None and world.virtual == 1, again)
     b, indices = getattr(w, bias), slots.indices.long()
-    _, _, db, db_pre, _ = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
+    _, _, db, db_pre, dstretch = score_gradients(dscore, slots.indices, slots.crow, x, w.W_enc, b, w.b_pre, stretch, needs, backend)
     if w.b_pre is not None and world.virtual > 1 and db is not None:
         db_pre = -selection.pulled(db if stretch is None else db * stretch, w.W_enc, world)
     through = dscore if stretch is None else (dscore * stretch[indices]).to(dscore.dtype)
     grad.add("W_enc", RowGradient(through, slots.indices, slots.crow, xc, w.W_enc.shape[0]))
     grad.add(bias, db)
     grad.add("b_dec", db_pre)
-    if stretch is not None:  # what it multiplies, times it, is the value without its bias
-        moved = dscore * (slots.values.to(stretch) - b.to(stretch)[indices])
+    if dstretch is not None and stretch is not None:
+        grad.add("r_mag", dstretch * stretch)
+    elif stretch is not None:
+        moved = dscore * (slots.values - b.to(stretch)[indices])
         grad.add("r_mag", feature_sums(moved, slots.indices, slots.crow, w.W_enc.shape[0], backend))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -243,3 +245,25 @@ def test_the_child(capsys: pytest.CaptureFixture[str], use: Use) -> None:
 def test_a_wrong_triton_kernel(use: Use) -> None:
     use(DECODE, "odd_rows:wrong_triton", "triton")
     caught(drawn(4), "triton", r"decode triton float32 is wrong on .* sample 0: error above")
+
+
+STEPS = """
+import torch, fastsae
+from fastsae.dispatch import OPS
+x = torch.randn(32, 16)
+for name in ("TopK(4)", "BatchTopK(4)", "AbsTopK(4)", "ReLU()", "JumpReLU(0.5)", "Gated()"):
+    for kind in ("Adam", "Signum"):
+        sae = fastsae.SAE(16, 64, eval(f"fastsae.{name}"), dense=False)
+        optimiser = getattr(fastsae.optim, kind)(sae, lr=1e-3, **({"clip": 1.0} if kind == "Adam" else {}))
+        for _ in range(2):
+            optimiser.step(x)
+fastsae.match(sae, sae)
+fastsae.check()
+"""
+
+
+def test_every_call_of_a_training_step_can_be_compared() -> None:
+    """Whatever arguments the library itself gives its operations."""
+    environment = {**os.environ, "FASTSAE_AUDIT": "1", "FASTSAE_QUIET": "1"}
+    done = subprocess.run([sys.executable, "-W", "error:fastsae", "-c", STEPS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "could not be compared" not in done.stderr, done.stderr[-2000:]
